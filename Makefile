@@ -1,0 +1,51 @@
+# Every target does its own set-up: `make train` and `make test` work on a fresh machine with python3 >= 3.10
+# and a C++ compiler. `make train PYTHON=/path/python` uses that interpreter as it is when it has torch.
+PYTHON ?= python3
+VENV := .venv
+SOURCES := $(shell find csrc -type f) setup.py
+
+ifeq ($(shell [ "$(origin PYTHON)" != file ] && $(PYTHON) -c "import torch" 2>/dev/null && echo yes),yes)
+RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+READY := grpo_kernels/native/build.json
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/installed
+endif
+
+.PHONY: train test nightly lint bench clean
+
+train: $(READY)
+	$(RUN) -m grpo_kernels train $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest -m "not nightly" $(ARGS)
+
+nightly: $(READY)
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(READY)
+	$(RUN) benchmarks/cpu_loss.py $(ARGS)
+
+lint: $(VENV)/lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Editable, the library built into the package: the tree that runs is the tree that was built.
+$(VENV)/installed: pyproject.toml constraints.txt $(SOURCES) | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,reasoning]"
+	touch $@
+
+$(VENV)/lint: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lint]"
+	touch $@
+
+grpo_kernels/native/build.json: $(SOURCES)
+	$(PYTHON) setup.py --quiet build_ext --inplace
+
+clean:
+	rm -rf $(VENV) build grpo_kernels/native *.egg-info
