@@ -1,0 +1,34 @@
+"""Fused GRPO-family policy losses: log-softmax, ratio, clip, KL, gradient and metrics in one pass over the logits."""
+
+from . import advantages, reference
+from .advantages import value_loss
+from .aggregation import normalizer
+from .config import KL, LossConfig
+from .log_probs import token_log_probs
+from .loss import GRPOLoss, grpo_loss
+from .metrics import Metrics
+from .outputs import LossOutput, TokenLogProbs
+from .rows import align
+from .surrogates import Clip, Reinforce, Surrogate, Unclipped
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KL",
+    "Clip",
+    "GRPOLoss",
+    "LossConfig",
+    "LossOutput",
+    "Metrics",
+    "Reinforce",
+    "Surrogate",
+    "TokenLogProbs",
+    "Unclipped",
+    "advantages",
+    "align",
+    "grpo_loss",
+    "normalizer",
+    "reference",
+    "token_log_probs",
+    "value_loss",
+]

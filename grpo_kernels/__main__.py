@@ -1,0 +1,38 @@
+"""Command line: ``python -m grpo_kernels {info, verify, train}``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse and run; the exit status."""
+    from . import info, verify
+    from .training import loop
+
+    parser = argparse.ArgumentParser(prog="python -m grpo_kernels", description="Fused GRPO-family policy losses.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module, help_ in (
+        ("info", info, "versions, and each backend usable or the reason why not"),
+        ("verify", verify, "every backend x preset x dtype against the float64 reference, on this machine"),
+        ("train", loop, "a minimal GRPO loop on a small task"),
+    ):
+        sub = commands.add_parser(name, help=help_, description=module.__doc__, formatter_class=_Formatter)
+        module.add_arguments(sub)
+        sub.set_defaults(run=module.main)
+    arguments = parser.parse_args(argv)
+    try:
+        status: int = arguments.run(arguments)
+    except (ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Per-token weights: how token losses become one loss, padded and packed alike.
+
+The aggregation is nothing but the weight w of each token, built on the device before any kernel runs;
+``normalizer`` gives the denominators of a whole optimizer step to its micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .checks import fail
+from .config import AGGREGATIONS, PRESETS, LossConfig, check_name, resolve_config
+from .ops import accumulate_dtype
+from .rows import Sequences
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def sequence_weights(
+    aggregation: str,
+    mask: Tensor,
+    sequences: Sequences,
+    normalizer: float | Tensor | None = None,
+    constant_length: int | None = None,
+    group_size: int | None = None,
+) -> Tensor:
+    """The weight in the loss of every token that counts: (S,), one for each sequence, or 0-d for all of them.
+
+    Args:
+        mask: bool (B, T), the tokens that count.
+        normalizer: replaces the denominator over the batch: live tokens for "token_mean", groups for
+            "group_mean", else sequences.
+
+    Returns:
+        In the accumulation dtype; ``on_tokens`` spreads it.
+    """
+    dtype = accumulate_dtype(mask.device)
+    if aggregation == "token_mean":
+        return 1 / _denominator(mask.sum() if normalizer is None else normalizer, mask)
+    if aggregation == "group_mean":
+        return _group_weights(mask, sequences, group_size, normalizer)
+    count = _denominator(sequences.count if normalizer is None else normalizer, mask)
+    if aggregation == "constant":
+        if constant_length is None:
+            raise ValueError(
+                'aggregation="constant" divides by a constant length: give constant_length (Dr. GRPO: the longest '
+                'completion allowed), as in LossConfig.preset("dr_grpo", constant_length=1024).'
+            )
+        return 1 / (count * constant_length)
+    if aggregation == "sequence_mean":
+        return 1 / (sequences.sum(mask.to(dtype)).clamp(min=1) * count)
+    return 1 / count
+
+
+def on_tokens(weights: Tensor, mask: Tensor, sequences: Sequences, real: torch.dtype) -> Tensor:
+    """``sequence_weights`` at every token, contiguous (B, T) in ``real``, rounded once; 0 where the mask is."""
+    weights = weights.to(real)
+    return (mask * (sequences.expand(weights) if weights.dim() else weights)).contiguous()
+
+
+def _group_weights(
+    mask: Tensor, sequences: Sequences, group_size: int | None, normalizer: float | Tensor | None
+) -> Tensor:
+    if group_size is None or sequences.count % group_size:
+        raise ValueError(
+            f'aggregation="group_mean" needs group_size, a divisor of the {sequences.count} sequences of the batch '
+            f"(consecutive sequences share a prompt); got {group_size}."
+        )
+    groups = sequences.count // group_size
+    lengths = sequences.sum(mask.to(accumulate_dtype(mask.device)))
+    tokens = lengths.view(groups, group_size).sum(-1).clamp(min=1)
+    count = _denominator(groups if normalizer is None else normalizer, mask)
+    return (1 / (tokens * count)).repeat_interleave(group_size, output_size=sequences.count)
+
+
+def _denominator(value: float | Tensor, mask: Tensor) -> Tensor:
+    """0-d on the mask's device; 0 (nothing to average over) becomes 1."""
+    dtype = accumulate_dtype(mask.device)
+    if not isinstance(value, Tensor):
+        return torch.full((), value or 1.0, dtype=dtype, device=mask.device)
+    value = value.detach().to(device=mask.device, dtype=dtype)
+    return torch.where(value == 0, 1.0, value)
+
+
+def normalizer(
+    masks: Tensor | Sequence[Tensor],
+    config: LossConfig | str = "token_mean",
+    world_size: int = 1,
+    group: ProcessGroup | None = None,
+    cu_seqlens: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """The denominator of one optimizer step, to pass as ``normalizer=`` to each of its micro-batches.
+
+    Their losses then *add up* to the loss of the whole batch, and gradients averaged over ``world_size``
+    ranks (DDP, FSDP) to its gradient. Where the framework divides by the number of micro-batches k itself
+    (accelerate, DeepSpeed), pass ``normalizer / k`` and ``grad_scale=1 / k``.
+
+    Args:
+        masks: the loss masks of this rank's micro-batches (one or several), as given to the loss.
+        config: a LossConfig, a preset's name or an aggregation.
+        world_size: ranks P over which gradients are averaged.
+        group: a process group to sum over; None: the masks are all there is (or every rank has the same).
+        cu_seqlens: bounds of each packed micro-batch.
+
+    Returns:
+        0-d tensor on the masks' device: live tokens ("token_mean"), groups ("group_mean") or sequences, over all
+        micro-batches and ranks, divided by P.
+    """
+    micro_batches = [masks] if isinstance(masks, Tensor) else list(masks)
+    if not micro_batches:
+        fail("normalizer", "at least one mask", "none")
+    aggregation, group_size = _aggregation_of(config)
+    if aggregation == "token_mean":
+        counts = [(mask != 0).sum() for mask in micro_batches]
+    else:
+        if aggregation == "group_mean" and group_size is None:
+            fail("normalizer", 'a LossConfig with group_size for "group_mean"', repr(config))
+        sizes = [bounds.shape[0] - 1 for bounds in cu_seqlens] if cu_seqlens else [m.shape[0] for m in micro_batches]
+        counts = [torch.tensor(size // (group_size or 1), device=micro_batches[0].device) for size in sizes]
+    total = torch.stack(counts).sum().to(accumulate_dtype(micro_batches[0].device))
+    if group is not None:
+        torch.distributed.all_reduce(total, group=group)
+    return total / world_size
+
+
+def _aggregation_of(config: LossConfig | str) -> tuple[str, int | None]:
+    if isinstance(config, str) and config not in PRESETS:
+        check_name("normalizer: config", config, [*PRESETS, *AGGREGATIONS])
+        return config, None
+    resolved = resolve_config(config)
+    size = resolved.group_size if resolved.aggregation == "group_mean" else None
+    return resolved.aggregation, size

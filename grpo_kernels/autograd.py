@@ -1,0 +1,119 @@
+"""Gradients attached to values that are already computed: three small ``autograd.Function``s.
+
+The forward work happens before them, under ``no_grad``; a Function only ties its result to the logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .rows import Rows
+
+_SPENT = (
+    "grpo_loss: a second backward through one call. Its gradient was computed during forward and has been handed over. "
+    "Call grpo_loss again, or sum the losses before one backward; for repeated backward use token_log_probs with your "
+    "own loss on log-probs."
+)
+
+
+class KnownGradient(torch.autograd.Function):
+    """A loss whose gradient in the logits exists already, multiplied by ``announced`` (the one-pass route)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, loss: Tensor, gradient: Tensor, announced: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient, announced)
+        ctx.spent = False
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.spent:
+            raise RuntimeError(_SPENT)
+        ctx.spent = True
+        gradient, announced = ctx.saved_tensors
+        ops.rescale_(gradient, upstream, announced)
+        return gradient, None, None, None
+
+
+class LossGradient(torch.autograd.Function):
+    """A loss whose slopes in log-prob and entropy are known; backward makes the logits' gradient (two passes)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        loss: Tensor,
+        token_ids: Tensor,
+        live: Tensor,
+        numbers: Tensor,
+        log_prob: Tensor,
+        entropy: Tensor,
+        lse: Tensor,
+        slope: Tensor,
+        entropy_slope: Tensor | None,
+        backend: str,
+        inplace: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(logits, token_ids, live, numbers, log_prob, entropy, lse, slope, entropy_slope)
+        ctx.backend, ctx.inplace = backend, inplace
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        logits, token_ids, live, numbers, *stats, slope, entropy_slope = ctx.saved_tensors
+        slope = slope * upstream
+        entropy_slope = None if entropy_slope is None else entropy_slope * upstream
+        rows = Rows(logits, token_ids, live, numbers)
+        gradient = backward_rows(rows, *stats, slope, entropy_slope, ctx.backend, ctx.inplace)
+        return gradient, *(None,) * 11
+
+
+class LogProbs(torch.autograd.Function):
+    """Log-probs and entropies of rows, differentiable in both."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, token_ids: Tensor, live: Tensor, numbers: Tensor, backend: str, inplace: bool
+    ) -> tuple[Tensor, Tensor]:
+        log_prob, entropy, lse = ops.log_probs(logits, token_ids, live, numbers, backend)
+        ctx.save_for_backward(logits, token_ids, live, numbers, log_prob, entropy, lse)
+        ctx.set_materialize_grads(False)
+        ctx.backend, ctx.inplace = backend, inplace
+        return log_prob, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_log_prob is None and grad_entropy is None:
+            return (None,) * 6
+        logits, token_ids, live, numbers, *stats = ctx.saved_tensors
+        rows = Rows(logits, token_ids, live, numbers)
+        gradients = [None if g is None else g.contiguous() for g in (grad_log_prob, grad_entropy)]
+        gradient = backward_rows(rows, *stats, *gradients, ctx.backend, ctx.inplace)
+        return gradient, *(None,) * 5
+
+
+def backward_rows(
+    rows: Rows,
+    log_prob: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
+    backend: str,
+    inplace: bool,
+) -> Tensor:
+    """The logits' gradient, in a tensor of its own or over the logits."""
+    arguments = (rows.token_ids, rows.live, rows.numbers, log_prob, entropy, lse, grad_log_prob, grad_entropy, backend)
+    if not inplace:
+        return ops.log_probs_backward(rows.logits, *arguments)
+    target = rows.logits.detach()
+    ops.log_probs_backward_(target, *arguments)
+    return target

@@ -1,0 +1,75 @@
+"""Which kernels serve a call.
+
+A backend is a module with ``log_probs``, ``log_probs_backward``, ``fused_loss`` over ``Rows``, ``token_sums`` over
+their records, and ``unsupported(request) -> str | None``, the reason why it cannot serve a call. Functions write into
+tensors that the caller allocated, (B, T) fp32 or fp64 like ``rows.numbers``; the first three reduce nothing over rows:
+
+    log_probs(rows, log_prob, entropy, lse)
+    log_probs_backward(rows, log_prob, entropy, lse, grad_log_prob, grad_entropy, out)
+    fused_loss(rows, advantage, policy_weight, old, ref, kl_weight, entropy_weight, spec,
+               log_prob, entropy, lse, policy, kl, flags, out)
+    token_sums(log_prob, entropy, policy, kl, flags, live, masked_in, policy_weight, kl_weight, entropy_weight,
+               old, ref, rollout, kl_estimator, sequences, loss, sums)
+
+``out`` is shaped like the logits and may be the logits. A dead row's outputs are 0, its gradient is 0 and
+its logits are not looked at. A new backend is one module and one line in ``_MODULES``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from ..checks import describe, fail
+from ..config import check_name
+
+_MODULES = {"cpu": "cpu", "torch": "torch"}
+"""Backends in the order of automatic choice, and their modules here."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a backend is asked whether it can serve."""
+
+    logits: torch.Tensor
+    fused: bool = False
+    """The one-pass loss, not log-probs and their backward."""
+
+
+def names() -> tuple[str, ...]:
+    return tuple(_MODULES)
+
+
+@functools.cache
+def get(name: str) -> ModuleType:
+    return importlib.import_module(f".{_MODULES[name]}", __package__)
+
+
+def choose(function: str, request: Request, name: str | None) -> tuple[str, bool]:
+    """The backend asked for by name, or the first that can serve the call, and whether it can fuse it.
+
+    A backend that has no one-pass loss for the call still serves it in two passes.
+
+    Raises:
+        ValueError: no backend of that name.
+        RuntimeError: the backend asked for cannot serve the call, and why.
+    """
+    if name is not None:
+        check_name("backend", name, _MODULES)
+    reasons = {}
+    for candidate in _MODULES if name is None else (name,):
+        unsupported = get(candidate).unsupported
+        if request.fused and unsupported(request) is None:
+            return candidate, True
+        reasons[candidate] = unsupported(Request(request.logits))
+        if reasons[candidate] is None:
+            return candidate, False
+    if name is not None:
+        expected = f"a call that backend={name!r} can serve"
+        fail(function, expected, reasons[name] or "", {"logits": request.logits}, error=RuntimeError)
+    why = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
+    raise RuntimeError(f"{function}: no backend serves {describe(request.logits)} ({why}).")

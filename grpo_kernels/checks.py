@@ -1,0 +1,133 @@
+"""Checks of what users pass, and the one format of their messages.
+
+Shapes, dtypes and devices are always checked; contents of device tensors only where that waits for
+nothing (CPU) or with ``check=True`` / ``GRPO_KERNELS_CHECK=1``.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def describe(tensor: Tensor) -> str:
+    """dtype, shape and device in one line."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def fail(
+    function: str,
+    expected: str,
+    got: str,
+    tensors: Mapping[str, object] | None = None,
+    hint: str | None = None,
+    error: type[Exception] = ValueError,
+) -> NoReturn:
+    """Raise ``error``: what was expected, what came, every tensor of the call, a hint."""
+    lines = [f"{function}: expected {expected}; got {got}."]
+    for name, value in (tensors or {}).items():
+        if isinstance(value, Tensor):
+            lines.append(f"  {name:<18} {describe(value)}")
+    if hint:
+        lines.append(f"  hint: {hint}")
+    raise error("\n".join(lines))
+
+
+def checks_enabled(check: bool | None) -> bool:
+    """``check=`` of the call, else the environment's GRPO_KERNELS_CHECK."""
+    return os.environ.get("GRPO_KERNELS_CHECK", "0") not in ("", "0") if check is None else check
+
+
+def check_logits(function: str, logits: Tensor, tensors: Mapping[str, object]) -> None:
+    if not isinstance(logits, Tensor):
+        fail(function, "logits to be a tensor", type(logits).__name__, tensors, error=TypeError)
+    if logits.dtype not in FLOAT_DTYPES:
+        fail(function, "logits in float32, bfloat16, float16 or float64", str(logits.dtype), tensors, error=TypeError)
+    if logits.dim() not in (2, 3):
+        hint = (
+            "flatten leading dimensions: logits.flatten(0, -3), token_ids.flatten(0, -2)" if logits.dim() > 3 else None
+        )
+        fail(function, "logits (B, T, V), (B, T+1, V) or packed (N, V)", f"{logits.dim()} dimensions", tensors, hint)
+    if logits.shape[-1] == 0:
+        fail(function, "at least one vocabulary column", f"shape {tuple(logits.shape)}", tensors)
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        hint = "the vocabulary must be the contiguous dimension: logits.contiguous()"
+        fail(function, "logits with last stride 1", f"strides {logits.stride()}", tensors, hint)
+
+
+def check_no_transforms(function: str, logits: Tensor) -> None:
+    """Forward mode and torch.func would silently drop or misread the gradient; say so instead."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(logits):
+        raise RuntimeError(
+            f"{function}: torch.func transforms (grad, vmap, jvp) are not supported. Call it outside the transform "
+            "and use loss.backward() or torch.autograd.grad."
+        )
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
+        raise RuntimeError(f"{function}: forward-mode differentiation is not supported; use loss.backward().")
+
+
+def check_inplace(function: str, logits: Tensor, tensors: Mapping[str, object]) -> None:
+    """``inplace=True`` overwrites the logits with their gradient: refuse where that would be wrong."""
+    if logits.is_leaf and logits.requires_grad:
+        hint = "a leaf that requires grad keeps its values; use inplace=False"
+        fail(function, "logits computed by a model with inplace=True", "a leaf that requires grad", tensors, hint)
+    if _overlaps_itself(logits):
+        hint = "use inplace=False, or logits.contiguous()"
+        fail(function, "logits without internal overlap with inplace=True", f"strides {logits.stride()}", tensors, hint)
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{function}: inplace=True inside activation checkpointing's recomputation: the logits that it was given "
+            "may already be the gradient. Keep the loss outside the checkpointed region, or use inplace=False."
+        )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: a dimension steps less than what lies inside it."""
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach = stride * (size - 1) + reach
+    return False
+
+
+def check_positive(function: str, name: str, value: float | Tensor) -> None:
+    if isinstance(value, Tensor):
+        check_scalar(function, name, value)
+    elif not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+        fail(function, f"{name} to be a finite number > 0", repr(value))
+
+
+def check_scalar(function: str, name: str, value: float | Tensor) -> None:
+    """A finite number, or a 0-d tensor (its content is not looked at: that would wait for the device)."""
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            fail(function, f"{name} to be a number or a 0-d tensor", f"shape {tuple(value.shape)}")
+    elif not (isinstance(value, (int, float)) and math.isfinite(value)):
+        fail(function, f"{name} to be a finite number or a 0-d tensor", repr(value))
+
+
+def check_device(function: str, logits: Tensor, tensors: Mapping[str, object]) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device != logits.device and tensor.dim() > 0:
+            hint = f"{name}.to(logits.device)"
+            fail(function, f"{name} on the logits' device {logits.device}", str(tensor.device), tensors, hint)
+
+
+def check_shape(
+    function: str, name: str, tensor: Tensor, allowed: tuple[tuple[int, ...], ...], tensors: Mapping[str, object]
+) -> None:
+    if tuple(tensor.shape) not in allowed:
+        wanted = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
+        fail(function, f"{name} of shape {wanted}", str(tuple(tensor.shape)), tensors)

@@ -1,0 +1,77 @@
+"""What is installed and usable here: paste it into a bug report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import platform
+from typing import Any
+
+import torch
+
+from . import backends
+from .backends import cpu
+
+PACKAGES = ("torch", "triton", "transformers", "numpy", "trl", "liger-kernel")
+
+
+def collect() -> dict[str, Any]:
+    """Versions, devices, and each backend's state: "usable" or the reason why not."""
+    devices = ["cpu"] + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "grpo_kernels": _version("grpo-kernels"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "devices": devices,
+        "threads": torch.get_num_threads(),
+        "backends": {name: _state(name) for name in backends.names()},
+        "cpu_library": _library(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _state(name: str) -> str:
+    return backends.get(name).unsupported(backends.Request(torch.empty(1, 1, 1))) or "usable"
+
+
+def _library() -> dict[str, Any]:
+    record: dict[str, Any] = {"path": str(cpu.LIBRARY), "build": cpu.build_record() or None}
+    try:
+        record["instruction_sets"] = list(cpu.available_instruction_sets())
+        record["in_use"] = cpu.instruction_set()
+    except cpu.Unavailable as error:
+        record["unusable"] = str(error)
+    return record
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    report = collect()
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+        return 0
+    print(f"grpo_kernels {report['grpo_kernels']}, Python {report['python']}, {report['platform']}")
+    print("packages   " + ", ".join(f"{name} {version or '-'}" for name, version in report["packages"].items()))
+    print(f"devices    {', '.join(report['devices'])}; {report['threads']} CPU threads")
+    for name, state in report["backends"].items():
+        print(f"backend    {name:<6} {state}")
+    library = report["cpu_library"]
+    print(f"library    {library['path']}")
+    if "unusable" in library:
+        print(f"           unusable: {library['unusable']}")
+    else:
+        print(f"           instruction sets: {', '.join(library['instruction_sets'])}; in use: {library['in_use']}")
+    if library["build"] and "error" not in library["build"]:
+        print(f"           built by {library['build']['compiler']}; OpenMP: {library['build']['openmp']}")
+    return 0

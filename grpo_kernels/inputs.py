@@ -1,0 +1,267 @@
+"""From what users pass to what kernels read: canonical (B, T) tensors, checked, detached, masked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backends, ops
+from .aggregation import on_tokens, sequence_weights
+from .checks import (
+    INTEGER_DTYPES,
+    check_device,
+    check_inplace,
+    check_logits,
+    check_no_transforms,
+    check_positive,
+    check_scalar,
+    check_shape,
+    checks_enabled,
+    fail,
+)
+from .config import LossConfig
+from .objective import TokenBatch
+from .rows import Packed, Padded, Rows, Sequences
+from .spec import LogitArgs, numbers_vector
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Ids and mask of a call, (B, T), beside the logits they belong to."""
+
+    function: str
+    logits: Tensor
+    token_ids: Tensor
+    """int64, contiguous."""
+    live: Tensor
+    """bool, contiguous."""
+    shape: torch.Size
+    """Of token_ids as the user gave them: the shape of outputs."""
+    tensors: Mapping[str, object]
+    """The user's tensors by name, for messages."""
+
+    @property
+    def real(self) -> torch.dtype:
+        return ops.real_dtype(self.logits)
+
+    def per_token(self, name: str, value: Tensor) -> Tensor:
+        """A user's token-sized tensor as detached, contiguous (B, T)."""
+        check_shape(self.function, name, value, (tuple(self.shape), tuple(self.token_ids.shape)), self.tensors)
+        return value.detach().to(self.real).reshape(self.token_ids.shape).contiguous()
+
+    def rows(self, logit_args: LogitArgs, grad_scale: float | Tensor = 1.0, config: LossConfig | None = None) -> Rows:
+        numbers = numbers_vector(logit_args, grad_scale, config, self.real, self.logits.device)
+        return Rows(self.logits, self.token_ids, self.live, numbers)
+
+
+def read_tokens(
+    function: str, logits: Tensor, token_ids: Tensor, mask: Tensor | None, tensors: Mapping[str, object]
+) -> Tokens:
+    """Check logits, ids and mask against each other and bring ids and mask to (B, T)."""
+    named = {"logits": logits, "token_ids": token_ids, "mask": mask, **tensors}
+    check_logits(function, logits, named)
+    check_no_transforms(function, logits)
+    check_device(function, logits, named)
+    if token_ids.dtype not in INTEGER_DTYPES:
+        fail(function, "integer token_ids", str(token_ids.dtype), named, error=TypeError)
+    rows = logits.shape[:-1]
+    fitting = token_ids.dim() == len(rows) and tuple(token_ids.shape) in _token_shapes(tuple(rows))
+    if not fitting:
+        wanted = " or ".join(str(shape) for shape in _token_shapes(tuple(rows)))
+        hint = "align(input_ids, mask) gives ids for logits (B, L, V) as a causal model returns them"
+        fail(function, f"token_ids of shape {wanted}", str(tuple(token_ids.shape)), named, hint)
+    ids = token_ids.reshape(1, -1) if token_ids.dim() == 1 else token_ids
+    if mask is None:
+        live = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+    else:
+        check_shape(function, "mask", mask, (tuple(token_ids.shape),), named)
+        live = (mask if mask.dtype == torch.bool else mask != 0).reshape(ids.shape).contiguous()
+    return Tokens(function, logits, ids.to(torch.int64).contiguous(), live, token_ids.shape, named)
+
+
+def _token_shapes(rows: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Shapes of token_ids for logits of these leading dimensions: T, or T+1 with the last row unused."""
+    shorter = (*rows[:-1], rows[-1] - 1)
+    return (rows, shorter) if rows[-1] > 0 else (rows,)
+
+
+def check_logit_args(function: str, args: LogitArgs) -> None:
+    check_positive(function, "temperature", args.temperature)
+    check_positive(function, "logit_scale", args.logit_scale)
+    if args.logit_softcap is not None:
+        check_positive(function, "logit_softcap", args.logit_softcap)
+
+
+def check_contents(tokens: Tokens, backend: str, logit_args: LogitArgs, check: bool | None) -> None:
+    """With checks on: ids in range, and ids that look shifted by one row. Waits for the device."""
+    if not checks_enabled(check) or torch.compiler.is_compiling():
+        return
+    function, ids, live = tokens.function, tokens.token_ids, tokens.live
+    bad = live & ((ids < 0) | (ids >= tokens.logits.shape[-1]))
+    if bool(bad.any()):
+        position = tuple(int(i) for i in bad.nonzero()[0])
+        got = f"token_ids[{position[0]}, {position[1]}] = {int(ids[position])} at a live position"
+        vocab = tokens.logits.shape[-1]
+        fail(function, f"token ids in [0, {vocab})", got, tokens.tensors, "mask that position", IndexError)
+    if tokens.logits.shape[-2] == ids.shape[1]:
+        _check_shift(tokens, backend, logit_args)
+
+
+_SHIFT_NATS, _SHIFT_TOKENS = 1.0, 8
+
+
+def _check_shift(tokens: Tokens, backend: str, logit_args: LogitArgs) -> None:
+    """Unshifted ids have an accepted shape and the wrong meaning: every token is likelier one row earlier."""
+    both = tokens.live.clone()
+    both[:, :1] = False
+    rows = tokens.rows(logit_args)
+    here, _, _ = ops.log_probs(tokens.logits.detach(), tokens.token_ids, both, rows.numbers, backend)
+    earlier_ids, earlier_live = tokens.token_ids.roll(-1, 1), both.roll(-1, 1)
+    earlier, _, _ = ops.log_probs(tokens.logits.detach(), earlier_ids, earlier_live, rows.numbers, backend)
+    count = int(both.sum())
+    gain = float((earlier.sum() - here.sum()) / max(count, 1))
+    if count >= _SHIFT_TOKENS and gain > _SHIFT_NATS:
+        fail(
+            tokens.function,
+            "token_ids[:, t] to be the token that row t of the logits predicts",
+            f"tokens that are {gain:.2f} nats likelier one row earlier, on average over {count}",
+            tokens.tensors,
+            "align(input_ids, mask) shifts ids and mask; logits stay as the model returned them",
+        )
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """The optional tensors and numbers of a loss call, as the user gave them."""
+
+    advantages: Tensor
+    old: Tensor | None
+    ref: Tensor | None
+    rollout: Tensor | None
+    token_weights: Tensor | None
+    cu_seqlens: Tensor | None
+    normalizer: float | Tensor | None
+    kl_coef: float | Tensor | None
+    entropy_coef: float | Tensor | None
+    skip_zero_advantage: bool
+
+
+def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[Tokens, TokenBatch]:
+    """Every token-sized tensor of the loss; the tokens with skipped rows no longer live."""
+    function = tokens.function
+    sequences, tokens = _read_sequences(tokens, given.cu_seqlens)
+    masked_in = tokens.live
+    advantages = _read_advantages(tokens, sequences, given.advantages)
+    per_sequence = advantages_per_sequence(sequences, given.advantages)
+    kl_coef = _coefficient(function, "kl_coef", given.kl_coef, config.kl.coef)
+    entropy_coef = _coefficient(function, "entropy_coef", given.entropy_coef, config.entropy_coef)
+    if kl_coef is not None and given.ref is None:
+        fail(
+            function,
+            "ref_log_probs for the KL term",
+            "none",
+            tokens.tensors,
+            "kl=KL(0.0) and no kl_coef= leaves it out",
+        )
+    if given.skip_zero_advantage:
+        _check_skip(tokens, config, kl_coef is None and entropy_coef is None, per_sequence)
+        tokens = _replace_live(tokens, tokens.live & (advantages != 0))
+
+    options = (config.constant_length, config.group_size)
+    weights = sequence_weights(config.aggregation, masked_in, sequences, given.normalizer, *options)
+    token_weight = policy_weight = on_tokens(weights, masked_in, sequences, tokens.real)
+    entropy_weight = token_weight
+    if config.entropy_aggregation is not None:
+        own = sequence_weights(config.entropy_aggregation, masked_in, sequences)
+        entropy_weight = on_tokens(own, masked_in, sequences, tokens.real)
+    if given.token_weights is not None:
+        # Where the mask is, the weight stays 0 whatever the user's number is.
+        factor = tokens.per_token("token_weights", given.token_weights)
+        policy_weight = torch.where(tokens.live, policy_weight * factor, 0.0)
+    per_token = {
+        name: None if value is None else tokens.per_token(f"{name}_log_probs", value)
+        for name, value in (("old", given.old), ("ref", given.ref), ("rollout", given.rollout))
+    }
+    return tokens, TokenBatch(
+        live=tokens.live,
+        masked_in=masked_in,
+        sequences=sequences,
+        advantages=advantages,
+        policy_weight=policy_weight,
+        kl_weight=_scaled(token_weight, kl_coef),
+        entropy_weight=_scaled(entropy_weight, entropy_coef),
+        **per_token,
+    )
+
+
+def _read_sequences(tokens: Tokens, cu_seqlens: Tensor | None) -> tuple[Sequences, Tokens]:
+    function, ids = tokens.function, tokens.token_ids
+    if cu_seqlens is None:
+        if len(tokens.shape) == 1:
+            hint = "cu_seqlens=torch.tensor([0, N]) if the tokens are one sequence"
+            fail(function, "cu_seqlens with packed (N, V) logits", "none", tokens.tensors, hint)
+        return Padded(ids.shape[0]), tokens
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        fail(function, "cu_seqlens (S+1,) of int32 or int64", "another tensor", tokens.tensors)
+    if ids.shape[0] != 1:
+        fail(function, "packed tensors (N,) or (1, N) with cu_seqlens", f"{ids.shape[0]} rows", tokens.tensors)
+    packed = Packed.of(cu_seqlens.to(torch.int64), ids.shape[1])
+    return packed, _replace_live(tokens, tokens.live & packed.inside())
+
+
+def _replace_live(tokens: Tokens, live: Tensor) -> Tokens:
+    return Tokens(tokens.function, tokens.logits, tokens.token_ids, live.contiguous(), tokens.shape, tokens.tensors)
+
+
+def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor) -> Tensor:
+    """Contiguous (B, T)."""
+    count = sequences.count
+    shape = tuple(tokens.token_ids.shape)
+    allowed = ((count,), (count, 1), tuple(tokens.shape), shape)
+    check_shape(tokens.function, "advantages", advantages, allowed, tokens.tensors)
+    values = advantages.detach().to(tokens.real)
+    if advantages_per_sequence(sequences, advantages):
+        return sequences.expand(values.reshape(count)).expand(shape).contiguous()
+    return values.reshape(shape).contiguous()
+
+
+def advantages_per_sequence(sequences: Sequences, advantages: Tensor) -> bool:
+    """Whether the advantage is one number for each sequence (not one for each token)."""
+    return tuple(advantages.shape) in ((sequences.count,), (sequences.count, 1))
+
+
+def _coefficient(function: str, name: str, given: float | Tensor | None, configured: float) -> float | Tensor | None:
+    """The factor of a term, None where the term is out."""
+    value = configured if given is None else given
+    check_scalar(function, name, value)
+    return value if isinstance(value, Tensor) or value != 0 else None
+
+
+def _scaled(weight: Tensor, coefficient: float | Tensor | None) -> Tensor | None:
+    if isinstance(coefficient, Tensor):
+        coefficient = coefficient.detach().to(weight)
+    return None if coefficient is None else weight * coefficient
+
+
+def _check_skip(tokens: Tokens, config: LossConfig, policy_only: bool, per_sequence: bool) -> None:
+    """Skipping is exact only where a zero advantage means a zero gradient and no other row needs the token."""
+    reason = None
+    if not policy_only:
+        reason = "a KL term or an entropy bonus, whose gradient is not 0 at A = 0"
+    elif not config.surrogate.flat_at_zero_advantage:
+        reason = f"{config.surrogate!r}, whose slope is not 0 at A = 0"
+    elif config.level != "token" and not per_sequence:
+        reason = f'level="{config.level}" with an advantage per token: the ratio needs every token of its sequence'
+    if reason:
+        expected = "skip_zero_advantage=True with a loss that ignores tokens of A = 0"
+        fail(tokens.function, expected, reason, tokens.tensors)
+
+
+def choose_backend(tokens: Tokens, backend: str | None, inplace: bool, fused: bool = False) -> tuple[str, bool]:
+    """The backend's name, and whether it serves the one-pass loss where that is wanted (``fused``)."""
+    if inplace:
+        check_inplace(tokens.function, tokens.logits, tokens.tensors)
+    return backends.choose(tokens.function, backends.Request(tokens.logits, fused), backend)

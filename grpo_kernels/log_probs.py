@@ -1,0 +1,57 @@
+"""``token_log_probs``: log-probs and entropies of tokens, differentiable in both."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import autograd, ops
+from .inputs import check_contents, check_logit_args, choose_backend, read_tokens
+from .outputs import TokenLogProbs
+from .spec import LogitArgs
+
+
+def token_log_probs(
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    logit_softcap: float | Tensor | None = None,
+    inplace: bool = False,
+    check: bool | None = None,
+    backend: str | None = None,
+) -> TokenLogProbs:
+    """Log-prob of each token and entropy of each row, without a second tensor of the logits' size.
+
+    ℓ_t = z_t[id_t] - logsumexp(z_t), H_t = -Σ_j p_j log p_j, z = softcap(logits·logit_scale)/temperature. Under
+    ``no_grad`` it is the old or reference pass; with gradient, any loss on log-probs gets the fused kernels.
+
+    Args:
+        logits: (B, T, V), (B, T+1, V) with the last row unused, or packed (N, V) or (1, N, V), as for ``grpo_loss``.
+        token_ids: integers (B, T), (N,) or (1, N): the token that row t predicts.
+        mask: shape of token_ids, bool or numbers; masked rows are not read, their outputs and gradient are 0.
+        temperature, logit_scale, logit_softcap: numbers or 0-d tensors > 0.
+        inplace: backward writes the gradient over the logits.
+        check, backend: as for ``grpo_loss``.
+
+    Returns:
+        TokenLogProbs(log_probs, entropy), shape of token_ids, fp32 (fp64 for fp64 logits). Two calls on equal rows
+        give equal bits, in whatever batch.
+
+    Raises:
+        ValueError, TypeError, IndexError, RuntimeError: as ``grpo_loss``.
+    """
+    logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+    check_logit_args("token_log_probs", logit_args)
+    tokens = read_tokens("token_log_probs", logits, token_ids, mask, {})
+    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
+    chosen, _ = choose_backend(tokens, backend, inplace and needs_gradient)
+    check_contents(tokens, chosen, logit_args, check)
+    rows = tokens.rows(logit_args)
+    if needs_gradient:
+        outputs = autograd.LogProbs.apply(logits, rows.token_ids, rows.live, rows.numbers, chosen, inplace)
+    else:
+        outputs = ops.log_probs(logits.detach(), rows.token_ids, rows.live, rows.numbers, chosen)[:2]
+    return TokenLogProbs(*(output.view(tokens.shape) for output in outputs))

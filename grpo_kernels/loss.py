@@ -1,0 +1,216 @@
+"""``grpo_loss``: logits to loss, gradient and metrics while the logits are read once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import autograd, ops
+from .checks import check_scalar, fail
+from .config import LossConfig, resolve_config
+from .inputs import (
+    LossInputs,
+    advantages_per_sequence,
+    check_contents,
+    check_logit_args,
+    choose_backend,
+    read_batch,
+    read_tokens,
+)
+from .metrics import Metrics
+from .objective import Records, TokenBatch, reduce_records, token_terms
+from .outputs import LossOutput
+from .rows import Rows
+from .spec import NUMBERS, LogitArgs, ObjectiveSpec, objective_spec
+
+
+def grpo_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    config: LossConfig | str = "grpo",
+    normalizer: float | Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
+    kl_coef: float | Tensor | None = None,
+    entropy_coef: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    logit_softcap: float | Tensor | None = None,
+    inplace: bool = False,
+    skip_zero_advantage: bool = False,
+    check: bool | None = None,
+    backend: str | None = None,
+) -> LossOutput:
+    """The GRPO-family loss of ``config``, its gradient in the logits and its metrics.
+
+    loss = Σ_t w_t·( u_t·f(ℓ_t, r_t, A_t) + kl_coef·k(ℓ_t - ref_t) ) - entropy_coef·Σ_t w'_t·H_t, with ℓ_t the
+    log-softmax of softcap(logits·logit_scale)/temperature at the token, r_t = exp(ℓ_t - old_t), f the surrogate,
+    w the aggregation and u the ``token_weights`` (Shao et al. 2024, arXiv:2402.03300, and the presets' papers).
+
+    Args:
+        logits: (B, T, V), or (B, T+1, V) as a causal model returns it (the last row is unused), or packed (N, V) or
+            (1, N, V). float32, bfloat16, float16 or float64; any batch and row stride, last stride 1.
+        token_ids: integers (B, T), packed (N,) or (1, N): ``token_ids[:, t]`` is the token that row t *predicts*
+            (``align`` makes it).
+        advantages: (B,), (B, 1) or (B, T); packed (S,) or token-sized.
+        mask: shape of token_ids, bool or numbers, non-zero where live. A masked row is never read.
+        old_log_probs: of the policy that the batch is compared with; None: on-policy, ratio 1, differentiable.
+        ref_log_probs: of the reference policy; needed by a KL term.
+        rollout_log_probs: of the sampler, NaN where unknown; for metrics.
+        token_weights: u, factors of the policy term (not of the KL).
+        cu_seqlens: (S+1,) bounds of packed sequences; rows past the last count as masked.
+        config: a LossConfig or a preset's name.
+        normalizer: replaces the denominator over the batch, see ``normalizer()``.
+        grad_scale: the factor (> 0) that the caller will put on the loss before backward: 1/accumulation steps, a
+            gradient scaler's scale. The gradient is written already multiplied by it; ``loss`` is not. Announced, it
+            costs nothing; unannounced, a read and write of the gradient.
+        kl_coef, entropy_coef: replace the config's, for annealing; numbers or 0-d device tensors.
+        temperature, logit_scale, logit_softcap: how logits become log-probs, > 0; numbers or 0-d tensors.
+        inplace: the gradient overwrites the logits, which are unusable after the call.
+        skip_zero_advantage: rows with A = 0 are not read; their outputs are 0.
+        check: also check contents (ids in range, ids not shifted), which waits for the device. None: the
+            environment's GRPO_KERNELS_CHECK.
+        backend: "cpu", "torch"; None: the fastest that serves the call.
+
+    Returns:
+        LossOutput(loss, metrics, log_probs, entropy); only ``loss`` is differentiable, in ``logits`` alone.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices, names or numbers that do not fit, each named.
+        IndexError: a token id outside the vocabulary at a live position (CPU; on a GPU that row becomes NaN).
+        RuntimeError: a backend that cannot serve the call, a torch.func transform, a second backward.
+    """
+    config = resolve_config(config)
+    given = LossInputs(
+        *(advantages, old_log_probs, ref_log_probs, rollout_log_probs, token_weights, cu_seqlens, normalizer),
+        *(kl_coef, entropy_coef, skip_zero_advantage),
+    )
+    named = {"advantages": advantages, "old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs}
+    named |= {"rollout_log_probs": rollout_log_probs, "token_weights": token_weights, "cu_seqlens": cu_seqlens}
+    logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+    check_logit_args("grpo_loss", logit_args)
+    tokens = read_tokens("grpo_loss", logits, token_ids, mask, named)
+    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
+    wants_one_pass = needs_gradient and not (logits.dtype == torch.float16 and grad_scale is None)
+    backend, fuses = choose_backend(tokens, backend, inplace and needs_gradient, wants_one_pass)
+    check_contents(tokens, backend, logit_args, check)
+    tokens, batch = read_batch(tokens, config, given)
+    rows = tokens.rows(logit_args, _announced(grad_scale), config)
+    call = _Call(config, rows, batch, backend, inplace)
+
+    if not needs_gradient:
+        loss, metrics, records = call.forward_only()
+    elif fuses and (spec := _one_pass_spec(config, batch, given)) is not None:
+        loss, metrics, records = call.one_pass(spec)
+    else:
+        loss, metrics, records = call.two_passes()
+    return LossOutput(loss, metrics, records.log_prob.view(tokens.shape), records.entropy.view(tokens.shape))
+
+
+def _announced(grad_scale: float | Tensor | None) -> float | Tensor:
+    if grad_scale is None:
+        return 1.0
+    check_scalar("grpo_loss", "grad_scale", grad_scale)
+    if not isinstance(grad_scale, Tensor) and grad_scale <= 0:
+        fail("grpo_loss", "grad_scale > 0", repr(grad_scale))
+    return grad_scale
+
+
+def _one_pass_spec(config: LossConfig, batch: TokenBatch, given: LossInputs) -> ObjectiveSpec | None:
+    """What to tell the one-pass kernel; None where a row's slope is not known from that row alone.
+
+    It is at token level; on-policy also at the sequence levels, if the mean of the slopes over a sequence is each of
+    them (one advantage, one weight), but not for the sum ("sequence_product").
+    """
+    if config.level != "token":
+        own = config.level == "sequence_token"
+        uniform = config.level == "sequence" and given.token_weights is None
+        uniform &= advantages_per_sequence(batch.sequences, given.advantages)
+        uniform &= batch.kl_weight is None or not config.kl.ratio_weighted
+        if batch.old is not None or not (own or uniform):
+            return None
+    return objective_spec(config, batch.kl_weight is not None)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The three routes of one loss; each returns loss, metrics and records."""
+
+    config: LossConfig
+    rows: Rows
+    batch: TokenBatch
+    backend: str
+    inplace: bool
+
+    def forward_only(self) -> tuple[Tensor, Metrics, Records]:
+        rows = self.rows
+        with torch.no_grad():
+            log_prob, entropy, _ = ops.log_probs(rows.logits, rows.token_ids, rows.live, rows.numbers, self.backend)
+            records, _ = self._terms(log_prob, entropy)
+            return (*reduce_records(self.config, self.batch, records, self.backend), records)
+
+    def one_pass(self, spec: ObjectiveSpec) -> tuple[Tensor, Metrics, Records]:
+        rows, batch = self.rows, self.batch
+        arguments = (
+            *(rows.token_ids, rows.live, rows.numbers, batch.advantages, batch.policy_weight, batch.old, batch.ref),
+            *(batch.kl_weight, batch.entropy_weight, list(spec), self.backend),
+        )
+        with torch.no_grad():
+            gradient = rows.logits.detach()
+            if self.inplace:
+                records = Records(*ops.fused_loss_(gradient, *arguments))
+            else:
+                *outputs, gradient = ops.fused_loss(gradient, *arguments)
+                records = Records(*outputs)
+            value, metrics = reduce_records(self.config, batch, records, self.backend)
+        announced = rows.numbers[NUMBERS.index("grad_scale")]
+        return autograd.KnownGradient.apply(rows.logits, value, gradient, announced), metrics, records
+
+    def two_passes(self) -> tuple[Tensor, Metrics, Records]:
+        rows, batch = self.rows, self.batch
+        kernel_inputs = (rows.token_ids, rows.live, rows.numbers)
+        with torch.no_grad():
+            log_prob, entropy, lse = ops.log_probs(rows.logits.detach(), *kernel_inputs, self.backend)
+            records, slope = self._terms(log_prob, entropy)
+            value, metrics = reduce_records(self.config, batch, records, self.backend)
+            entropy_slope = None if batch.entropy_weight is None else -batch.entropy_weight
+        stats = (log_prob, entropy, lse, slope, entropy_slope)
+        loss = autograd.LossGradient.apply(rows.logits, value, *kernel_inputs, *stats, self.backend, self.inplace)
+        return loss, metrics, records
+
+    def _terms(self, log_prob: Tensor, entropy: Tensor) -> tuple[Records, Tensor]:
+        policy, kl, flags, slope = token_terms(self.config, self.batch, log_prob)
+        return Records(log_prob, entropy, policy, kl, flags), slope
+
+
+class GRPOLoss(nn.Module):
+    """``grpo_loss`` as a module: ``GRPOLoss("dapo", temperature=0.7)(logits, token_ids, advantages, mask, ...)``.
+
+    Args:
+        config: a LossConfig or a preset's name.
+        **options: keywords of ``grpo_loss`` to fix.
+    """
+
+    def __init__(self, config: LossConfig | str = "grpo", **options: Any) -> None:
+        super().__init__()
+        self.config = resolve_config(config)
+        self.options = options
+
+    def forward(
+        self, logits: Tensor, token_ids: Tensor, advantages: Tensor, mask: Tensor | None = None, **options: Any
+    ) -> LossOutput:
+        """See ``grpo_loss``."""
+        return grpo_loss(logits, token_ids, advantages, mask, config=self.config, **{**self.options, **options})
+
+    def extra_repr(self) -> str:
+        return repr(self.config)

@@ -1,0 +1,185 @@
+"""The operators behind the public functions, registered with ``torch.library``.
+
+An operator takes the whole logits tensor (a slice would be cloned by torch.compile), allocates the
+outputs and hands them to the backend named in its last argument. None has an autograd formula: the
+public functions attach gradients with the small ``autograd.Function``s of ``autograd.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .metrics import FIELDS
+
+_LIBRARY = torch.library.Library("grpo_kernels", "DEF")
+
+_ROWS = "Tensor token_ids, Tensor live, Tensor numbers"
+_BACKWARD = f"{_ROWS}, Tensor log_prob, Tensor entropy, Tensor lse, Tensor? grad_log_prob, Tensor? grad_entropy"
+_FUSED = (
+    f"{_ROWS}, Tensor advantage, Tensor policy_weight, Tensor? old, Tensor? ref, Tensor? kl_weight, "
+    "Tensor? entropy_weight, int[] spec"
+)
+_SUMMED = (
+    "Tensor log_prob, Tensor entropy, Tensor policy, Tensor kl, Tensor flags, Tensor live, Tensor masked_in, "
+    "Tensor policy_weight, Tensor? kl_weight, Tensor? entropy_weight, Tensor? old, Tensor? ref, Tensor? rollout, "
+    "int kl_estimator, int sequences"
+)
+
+
+def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"grpo_kernels::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.grpo_kernels, name).default
+
+
+def real_dtype(logits: Tensor) -> torch.dtype:
+    """Of everything but the logits and their gradient: fp64 for fp64 logits, else fp32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def accumulate_dtype(device: torch.device) -> torch.dtype:
+    """Of sums over tokens: fp64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _per_row(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, ...]:
+    dtype = real_dtype(logits)
+    return tuple(torch.empty(token_ids.shape, dtype=dtype, device=logits.device) for _ in range(count))
+
+
+def _gradient_like(logits: Tensor) -> Tensor:
+    """Dense, also where the logits are expanded."""
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _zero_unused_rows(gradient: Tensor, token_ids: Tensor) -> None:
+    """The row after the last token of (B, T+1, V) logits predicts nothing."""
+    unused = gradient.shape[-2] - token_ids.shape[1]
+    if unused:
+        gradient.narrow(-2, token_ids.shape[1], unused).zero_()
+
+
+def _backend(name: str) -> Any:
+    from . import backends
+
+    return backends.get(name)
+
+
+def _rows(logits: Tensor, token_ids: Tensor, live: Tensor, numbers: Tensor) -> Any:
+    from .rows import Rows
+
+    return Rows(logits, token_ids, live, numbers)
+
+
+def _log_probs(logits: Tensor, token_ids: Tensor, live: Tensor, numbers: Tensor, backend: str) -> tuple[Tensor, ...]:
+    outputs = _per_row(logits, token_ids, 3)
+    _backend(backend).log_probs(_rows(logits, token_ids, live, numbers), *outputs)
+    return outputs
+
+
+def _log_probs_fake(logits: Tensor, token_ids: Tensor, live: Tensor, numbers: Tensor, backend: str) -> Any:
+    return _per_row(logits, token_ids, 3)
+
+
+def _backward_into(out: Tensor, logits: Tensor, token_ids: Tensor, live: Tensor, numbers: Tensor, *rest: Any) -> None:
+    *per_row, backend = rest
+    _backend(backend).log_probs_backward(_rows(logits, token_ids, live, numbers), *per_row, out)
+    _zero_unused_rows(out, token_ids)
+
+
+def _log_probs_backward(logits: Tensor, *rest: Any) -> Tensor:
+    out = _gradient_like(logits)
+    _backward_into(out, logits, *rest)
+    return out
+
+
+def _log_probs_backward_(logits: Tensor, *rest: Any) -> None:
+    _backward_into(logits, logits, *rest)
+
+
+def _fused_into(out: Tensor, logits: Tensor, token_ids: Tensor, live: Tensor, numbers: Tensor, *rest: Any) -> Any:
+    *inputs, spec, backend = rest
+    log_prob, entropy, lse, policy, kl = _per_row(logits, token_ids, 5)
+    flags = torch.empty(token_ids.shape, dtype=torch.uint8, device=logits.device)
+    rows = _rows(logits, token_ids, live, numbers)
+    _backend(backend).fused_loss(rows, *inputs, spec, log_prob, entropy, lse, policy, kl, flags, out)
+    _zero_unused_rows(out, token_ids)
+    return log_prob, entropy, policy, kl, flags
+
+
+def _fused_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    out = _gradient_like(logits)
+    return (*_fused_into(out, logits, *rest), out)
+
+
+def _fused_loss_(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _fused_into(logits, logits, *rest)
+
+
+def _fused_loss_fake_(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return (*_per_row(logits, token_ids, 4), torch.empty(token_ids.shape, dtype=torch.uint8, device=logits.device))
+
+
+def _fused_loss_fake(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return (*_fused_loss_fake_(logits, token_ids), _gradient_like(logits))
+
+
+def _token_sums(log_prob: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *inputs, backend = rest
+    loss, sums = _token_sums_fake(log_prob)
+    _backend(backend).token_sums(log_prob, *inputs, loss, sums)
+    return loss, sums
+
+
+def _token_sums_fake(log_prob: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    loss = torch.empty((), dtype=log_prob.dtype, device=log_prob.device)
+    return loss, torch.empty(len(FIELDS), dtype=accumulate_dtype(log_prob.device), device=log_prob.device)
+
+
+def _rescale_(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
+    """gradient *= upstream / announced, unless they are equal: then nothing is read or written."""
+    if gradient.device.type == "cpu":
+        if not torch.equal(upstream, announced):
+            gradient.mul_((upstream / announced).to(real_dtype(gradient)))
+    else:
+        gradient.mul_(torch.where(upstream == announced, 1.0, upstream / announced))
+
+
+def _sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return torch.segment_reduce(values, "sum", offsets=cu_seqlens, unsafe=True)
+
+
+def _sequence_sum_fake(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return values.new_empty(cu_seqlens.shape[0] - 1)
+
+
+_THREE = "(Tensor, Tensor, Tensor)"
+_FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+_SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+
+log_probs = _define(f"log_probs(Tensor logits, {_ROWS}, str backend) -> {_THREE}", _log_probs, _log_probs_fake)
+log_probs_backward = _define(
+    f"log_probs_backward(Tensor logits, {_BACKWARD}, str backend) -> Tensor",
+    _log_probs_backward,
+    lambda logits, *rest: _gradient_like(logits),
+)
+log_probs_backward_ = _define(
+    f"log_probs_backward_(Tensor(a!) logits, {_BACKWARD}, str backend) -> ()",
+    _log_probs_backward_,
+    lambda logits, *rest: None,
+)
+fused_loss = _define(f"fused_loss(Tensor logits, {_FUSED}, str backend) -> {_SIX}", _fused_loss, _fused_loss_fake)
+fused_loss_ = _define(
+    f"fused_loss_(Tensor(a!) logits, {_FUSED}, str backend) -> {_FIVE}", _fused_loss_, _fused_loss_fake_
+)
+token_sums = _define(f"token_sums({_SUMMED}, str backend) -> (Tensor, Tensor)", _token_sums, _token_sums_fake)
+rescale_ = _define(
+    "rescale_(Tensor(a!) gradient, Tensor upstream, Tensor announced) -> ()", _rescale_, lambda *args: None
+)
+sequence_sum = _define("sequence_sum(Tensor values, Tensor cu_seqlens) -> Tensor", _sequence_sum, _sequence_sum_fake)

@@ -1,0 +1,268 @@
+"""The readable truth: the loss in plain PyTorch, its gradient by autograd.
+
+Kernels, ``verify`` and the test suite are compared with this file in float64. It takes its options from
+``config.py`` and shares no maths with the rest of the package. Read it top to bottom to know what
+``grpo_kernels`` computes; it holds several tensors of the logits' size, so do not train with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import KL, LossConfig, resolve_config
+from .metrics import Metrics
+from .outputs import LossOutput
+
+
+def grpo_loss(
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    config: LossConfig | str = "grpo",
+    normalizer: float | Tensor | None = None,
+    kl_coef: float | Tensor | None = None,
+    entropy_coef: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    logit_softcap: float | Tensor | None = None,
+    skip_zero_advantage: bool = False,
+    **ignored: Any,
+) -> LossOutput:
+    """The same call as ``grpo_kernels.grpo_loss``, for any dtype (computed in at least fp32).
+
+    ``grad_scale``, ``inplace``, ``check`` and ``backend`` change no value and are ignored. See there for arguments.
+    """
+    config = resolve_config(config)
+    kl_coef = config.kl.coef if kl_coef is None else kl_coef
+    entropy_coef = config.entropy_coef if entropy_coef is None else entropy_coef
+    shape = token_ids.shape
+    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+    # Everything below is flat: one entry for each token that counts, with the index of its sequence.
+    mask = torch.ones(shape, dtype=torch.bool, device=logits.device) if mask is None else mask != 0
+    sequence, sequences, mask = _sequences(shape, mask, cu_seqlens)
+    counted = mask.reshape(-1).nonzero().squeeze(-1)
+    advantages = _per_token(advantages.detach().to(real), sequences, sequence, shape)
+    weight = _weights(config.aggregation, sequence[counted], sequences, config, normalizer, real)
+    entropy_weight = weight
+    if config.entropy_aggregation is not None:
+        entropy_weight = _weights(config.entropy_aggregation, sequence[counted], sequences, config, None, real)
+    read = (advantages[counted] != 0) if skip_zero_advantage else torch.ones_like(counted, dtype=torch.bool)
+    live, weight, entropy_weight = counted[read], weight[read], entropy_weight[read]
+    sequence = sequence[live]
+
+    def at_live(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values.detach().reshape(-1)[live].to(real)
+
+    old, ref, rollout = at_live(old_log_probs), at_live(ref_log_probs), at_live(rollout_log_probs)
+    A = advantages[live]
+    log_prob, entropy = _log_probs(
+        logits, token_ids.reshape(-1)[live], live, shape, real, temperature, logit_scale, logit_softcap
+    )
+
+    log_ratio = _pool(config.level, _difference(log_prob, old), sequence, sequences)
+    saturated = _clamp(log_ratio, config.log_ratio_limit)
+    policy, clipped = VALUES[config.surrogate.name](config.surrogate, log_prob, saturated, A)
+    u = 1.0 if token_weights is None else at_live(token_weights)
+    policy_loss = (weight * u * policy).sum()
+    loss = policy_loss
+    kl_loss = entropy_loss = torch.zeros_like(loss)
+    if isinstance(kl_coef, Tensor) or kl_coef != 0:
+        assert ref is not None, "a KL term needs ref_log_probs"
+        penalty = _kl(config.kl, _difference(log_prob, ref))
+        if config.kl.ratio_weighted:
+            penalty = penalty * saturated.exp()
+        kl_loss = kl_coef * (weight * penalty).sum()
+        loss = loss + kl_loss
+    if isinstance(entropy_coef, Tensor) or entropy_coef != 0:
+        entropy_loss = -entropy_coef * (entropy_weight * entropy).sum()
+        loss = loss + entropy_loss
+
+    with torch.no_grad():
+        terms = {"policy_loss": policy_loss, "kl_loss": kl_loss, "entropy_loss": entropy_loss}
+        terms |= {"tokens": float(len(counted)), "sequences": float(sequences)}
+        terms["skipped_tokens"] = float(len(counted) - len(live))
+        metrics = _metrics(config, terms, log_prob, entropy, log_ratio, clipped, old, ref, rollout, sequence, sequences)
+    return LossOutput(loss, metrics, _scatter(log_prob, live, shape), _scatter(entropy, live, shape))
+
+
+def _log_probs(logits, ids, live, shape, real, temperature, logit_scale, logit_softcap) -> tuple[Tensor, Tensor]:
+    """Log-prob of each live token and entropy of its row."""
+    if logits.dim() == 3:
+        logits = logits[:, : shape[-1]]
+    z = logits.reshape(-1, logits.shape[-1])[live].to(real) * logit_scale
+    if logit_softcap is not None:
+        z = logit_softcap * torch.tanh(z / logit_softcap)
+    log_p = torch.log_softmax(z / temperature, -1)
+    p = log_p.exp()
+    entropy = -(p * torch.where(p == 0, 0.0, log_p)).sum(-1)
+    return log_p.gather(-1, ids[:, None].long()).squeeze(-1), entropy
+
+
+def _difference(log_prob: Tensor, other: Tensor | None) -> Tensor:
+    """log_prob - other: 0 where they are equal (-inf too), without gradient at tokens of probability 0.
+
+    ``other`` None is log_prob itself, detached: the value is 0, the derivative 1.
+    """
+    other = log_prob.detach() if other is None else other
+    value = torch.where(log_prob == other, 0.0, log_prob - other).detach()
+    finite = torch.where(log_prob.isinf(), 0.0, log_prob)
+    return value + (finite - finite.detach())
+
+
+def _pool(level: str, log_ratio: Tensor, sequence: Tensor, sequences: int) -> Tensor:
+    """The log-ratio that stands for each token."""
+    if level == "token":
+        return log_ratio
+    total = _sum_by(sequence, log_ratio, sequences)
+    if level == "sequence_product":
+        return total[sequence]
+    mean = (total / _sum_by(sequence, torch.ones_like(log_ratio), sequences).clamp(min=1))[sequence]
+    if level == "sequence":
+        return mean
+    return mean.detach() + log_ratio - log_ratio.detach()  # sequence_token
+
+
+def _clamp(x: Tensor, limit: float | None) -> Tensor:
+    return x if limit is None else x.clamp(-limit, limit)
+
+
+# Surrogates: value of each token, and which of (low, high, dual) clipped it.
+
+
+def _reinforce(surrogate: Any, log_prob: Tensor, log_ratio: Tensor, A: Tensor) -> tuple[Tensor, Tensor | None]:
+    return torch.where(A == 0, 0.0, -A * log_prob), None
+
+
+def _unclipped(surrogate: Any, log_prob: Tensor, log_ratio: Tensor, A: Tensor) -> tuple[Tensor, Tensor | None]:
+    # A = 0 must give 0 also where the ratio is infinite, in value and gradient: replace its log-ratio first.
+    return -A * torch.where(A == 0, 0.0, log_ratio).exp(), None
+
+
+def _clip(surrogate: Any, log_prob: Tensor, log_ratio: Tensor, A: Tensor) -> tuple[Tensor, Tensor | None]:
+    low, high = 1 - surrogate.low, 1 + surrogate.high
+    dual = float("inf") if surrogate.dual is None else surrogate.dual
+    r = log_ratio.detach().exp()
+    clipped = torch.stack([(A < 0) & (r < low), (A > 0) & (r > high), (A < 0) & (r > dual)])
+    bounds = torch.tensor([low, high, dual], dtype=r.dtype, device=r.device)[:, None].expand(3, *r.shape)
+    bound = torch.where(clipped, bounds, 0.0).sum(0)
+    free = torch.where(clipped.any(0) | (A == 0), 0.0, log_ratio)
+    return -A * torch.where(clipped.any(0), bound, free.exp()), clipped
+
+
+VALUES: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
+    "reinforce": _reinforce,
+    "unclipped": _unclipped,
+    "clip": _clip,
+}
+"""The value of every surrogate, by its name in ``surrogates.SURROGATES``."""
+
+
+def _estimator(name: str, x: Tensor) -> Tensor:
+    return {"k1": lambda: x, "k2": lambda: x * x / 2, "k3": lambda: torch.expm1(-x) + x}[name]()
+
+
+def _kl(kl: KL, x: Tensor) -> Tensor:
+    """The penalty of each token from x = log_prob - ref."""
+    x = _clamp(x, kl.limit[0])
+    value = _clamp(_estimator(kl.estimator, x), kl.limit[1])
+    if kl.gradient == "straight_through_k2":
+        square = x * x / 2
+        return value.detach() + square - square.detach()
+    return value
+
+
+# Sequences and weights
+
+
+def _sequences(shape: torch.Size, mask: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, int, Tensor]:
+    """Index of each token's sequence (flat), how many there are, and the mask without tokens outside of all."""
+    if cu_seqlens is None:
+        return torch.arange(shape[0], device=mask.device).repeat_interleave(shape[1]), shape[0], mask
+    positions = torch.arange(mask.numel(), device=mask.device)
+    sequence = torch.bucketize(positions, cu_seqlens, right=True) - 1
+    count = len(cu_seqlens) - 1
+    inside = (sequence >= 0) & (sequence < count)
+    return sequence.clamp(0, count - 1), count, mask & inside.view(shape)
+
+
+def _per_token(advantages: Tensor, sequences: int, sequence: Tensor, shape: torch.Size) -> Tensor:
+    if advantages.shape in ((sequences,), (sequences, 1)):
+        return advantages.reshape(-1)[sequence]
+    return advantages.reshape(-1)
+
+
+def _sum_by(index: Tensor, values: Tensor, count: int) -> Tensor:
+    return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, index, values)
+
+
+def _weights(aggregation, sequence, sequences, config: LossConfig, normalizer, real) -> Tensor:
+    """The weight of each counted token; see config.AGGREGATIONS."""
+    one = torch.ones(len(sequence), dtype=real, device=sequence.device)
+    if aggregation == "token_mean":
+        return one / (max(len(sequence), 1) if normalizer is None else normalizer)
+    if aggregation == "group_mean":
+        group = sequence // config.group_size
+        groups = sequences // config.group_size
+        return one / _sum_by(group, one, groups)[group] / (groups if normalizer is None else normalizer)
+    count = max(sequences, 1) if normalizer is None else normalizer
+    if aggregation == "sequence_mean":
+        return one / _sum_by(sequence, one, sequences)[sequence] / count
+    if aggregation == "constant":
+        return one / (count * config.constant_length)
+    return one / count  # sequence_sum
+
+
+# Metrics
+
+
+def _metrics(config, terms, log_prob, entropy, log_ratio, clipped, old, ref, rollout, sequence, sequences) -> Metrics:
+    sums = dict(terms)
+    sums["impossible_tokens"] = (log_prob == float("-inf")).sum().double()
+    sums["entropy_sum"] = entropy.double().sum()
+
+    def divergence(name: str, other: Tensor | None, estimators: tuple[str, ...], keep: Tensor | None = None) -> None:
+        x = None if other is None else _difference(log_prob, other).double()
+        x = x if x is None or keep is None else x[keep]
+        for estimator in estimators:
+            key = "kl_sum" if name == "ref" else f"{estimator}_{name}_sum"
+            sums[key] = 0.0 if x is None else _estimator(estimator, x).sum()
+
+    divergence("ref", ref, (config.kl.estimator,))
+    sums["kl_count"] = 0.0 if ref is None else float(len(log_prob))
+    divergence("old", old, ("k1", "k3"))
+    known = None if rollout is None else ~rollout.isnan()
+    divergence("rollout", rollout, ("k1", "k3"), known)
+    weight = log_prob.new_zeros(0).double()
+    if known is not None:
+        weight = _difference(log_prob if old is None else old, rollout)[known].double().exp()
+    sums["rollout_count"] = float(len(weight))
+    sums["rollout_weight_sum"], sums["rollout_weight_square_sum"] = weight.sum(), (weight * weight).sum()
+
+    clipped = torch.zeros(3, len(log_prob), dtype=torch.bool, device=log_prob.device) if clipped is None else clipped
+    ratio = log_ratio.double().exp()
+    if config.level != "token":  # one ratio for each sequence that has a token
+        present = _sum_by(sequence, torch.ones_like(ratio), sequences) > 0
+        ratio = torch.zeros(sequences, dtype=ratio.dtype, device=ratio.device).index_copy(0, sequence, ratio)[present]
+        clipped = torch.stack([_sum_by(sequence, flag.double(), sequences) > 0 for flag in clipped])
+    sums["ratio_sum"], sums["ratio_count"] = ratio.sum(), float(len(ratio))
+    sums["ratio_min"] = ratio.min() if len(ratio) else float("inf")
+    sums["ratio_max"] = ratio.max() if len(ratio) else float("-inf")
+    sums["clipped_low"], sums["clipped_high"], sums["clipped_dual"] = clipped.sum(-1).double()
+    return Metrics.of(**sums)
+
+
+def _scatter(values: Tensor, live: Tensor, shape: torch.Size) -> Tensor:
+    flat = torch.zeros(shape.numel(), dtype=values.dtype, device=values.device)
+    return flat.index_copy(0, live, values.detach()).view(shape)

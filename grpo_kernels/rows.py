@@ -1,0 +1,124 @@
+"""Layout: which vocabulary row predicts which token, and which rows form a sequence.
+
+Token tensors are (B, T) inside the package; a packed batch is one row of N tokens, B = 1, with sequence
+bounds in ``cu_seqlens``. Logits stay as they came: kernels take the whole tensor and its strides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .checks import fail
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The vocabulary rows of one call: what every backend function reads.
+
+    ``logits`` is (B, T or T+1, V) or (T or T+1, V), any batch and row stride, last stride 1; row (b, t)
+    predicts ``token_ids[b, t]``. ``token_ids`` int64 and ``live`` bool are contiguous (B, T); ``numbers``
+    is the vector of ``spec.NUMBERS``, fp64 for fp64 logits, else fp32.
+    """
+
+    logits: Tensor
+    token_ids: Tensor
+    live: Tensor
+    numbers: Tensor
+
+    @property
+    def vocab(self) -> int:
+        return self.logits.shape[-1]
+
+    def row_view(self, tensor: Tensor) -> Tensor:
+        """(B, T, V) view of a tensor shaped like the logits: the rows that predict a token."""
+        batch, length = self.token_ids.shape
+        whole = tensor.unsqueeze(0) if tensor.dim() == 2 else tensor
+        return whole[:batch, :length]
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Sequences that are the rows of (B, T) token tensors."""
+
+    count: int
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Per-sequence sums (B,) of (B, T) values."""
+        return values.sum(-1)
+
+    def expand(self, per_sequence: Tensor) -> Tensor:
+        """(B,) values at every token: broadcastable to (B, T)."""
+        return per_sequence.unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences that lie one after the other in (1, N) token tensors; sums run in a fixed order."""
+
+    cu_seqlens: Tensor
+    sequence_of: Tensor
+    """(N,) index of each token's sequence."""
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, tokens: int) -> Packed:
+        positions = torch.arange(tokens, device=cu_seqlens.device)
+        index = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+        return cls(cu_seqlens, index.clamp(max=cu_seqlens.shape[0] - 2))
+
+    @property
+    def count(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        return ops.sequence_sum(values.reshape(-1), self.cu_seqlens)
+
+    def expand(self, per_sequence: Tensor) -> Tensor:
+        return per_sequence[self.sequence_of].unsqueeze(0)
+
+    def inside(self) -> Tensor:
+        """(1, N): tokens that belong to a sequence at all."""
+        positions = torch.arange(self.sequence_of.shape[0], device=self.cu_seqlens.device)
+        return ((positions >= self.cu_seqlens[0]) & (positions < self.cu_seqlens[-1])).unsqueeze(0)
+
+
+Sequences = Padded | Packed
+
+
+def align(input_ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Shift ids and mask so that position t names the token that row t of the logits *predicts*.
+
+    Padded: ``input_ids`` and ``loss_mask`` (B, L) give (B, L-1), for logits (B, L, V) as a causal model
+    returns them (the last row is unused). Packed (``cu_seqlens`` given): (N,) or (1, N) give the same shape,
+    rolled by one; the last token of each sequence predicts nothing and is masked.
+
+    Args:
+        input_ids: integer ids, prompt and response.
+        loss_mask: bool or number, non-zero where the *token* counts (the response).
+        cu_seqlens: (S+1,) bounds of packed sequences.
+
+    Returns:
+        token_ids, mask: mask is bool.
+    """
+    tensors = {"input_ids": input_ids, "loss_mask": loss_mask, "cu_seqlens": cu_seqlens}
+    if input_ids.shape != loss_mask.shape:
+        fail("align", "input_ids and loss_mask of one shape", "two different shapes", tensors)
+    mask = loss_mask != 0
+    if cu_seqlens is None:
+        if input_ids.dim() != 2:
+            fail(
+                "align",
+                "input_ids (B, L)",
+                f"{input_ids.dim()} dimensions",
+                tensors,
+                hint="packed ids need cu_seqlens=",
+            )
+        return input_ids[:, 1:], mask[:, 1:]
+    if input_ids.dim() not in (1, 2) or (input_ids.dim() == 2 and input_ids.shape[0] != 1):
+        fail("align", "packed input_ids (N,) or (1, N)", f"shape {tuple(input_ids.shape)}", tensors)
+    positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
+    last = torch.isin(positions, cu_seqlens[1:] - 1) | (positions >= cu_seqlens[-1] - 1)
+    return input_ids.roll(-1, -1), mask.roll(-1, -1) & ~last

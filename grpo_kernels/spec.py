@@ -1,0 +1,101 @@
+"""What a kernel is told about an objective: four compile-time choices and one vector of numbers.
+
+Numbers travel in memory, on the device: annealing one recompiles nothing and a captured CUDA graph
+replays with new values.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .config import LossConfig
+from .surrogates import ESTIMATORS
+
+NUMBERS = (
+    "temperature",
+    "logit_scale",
+    "logit_softcap",  # 0: none
+    "grad_scale",
+    "log_ratio_limit",  # inf: none
+    "kl_input_limit",  # inf: none
+    "kl_output_limit",  # inf: none
+)
+"""Order of the vector; up to eight parameters of the surrogate follow (csrc/common/surrogates.h)."""
+SURROGATE_PARAMETERS = 8
+
+
+class ObjectiveSpec(NamedTuple):
+    """The choices that select code."""
+
+    surrogate: int
+    kl_estimator: int
+    """0: no KL term, else 1 + its place in ESTIMATORS."""
+    kl_straight_through: int
+    kl_ratio_weighted: int
+
+
+def objective_spec(config: LossConfig, with_kl: bool) -> ObjectiveSpec | None:
+    """None: the surrogate has no one-pass arm."""
+    if config.surrogate.kernel_id is None:
+        return None
+    estimator = 1 + ESTIMATORS.index(config.kl.estimator) if with_kl else 0
+    straight_through = int(config.kl.gradient == "straight_through_k2")
+    return ObjectiveSpec(config.surrogate.kernel_id, estimator, straight_through, int(config.kl.ratio_weighted))
+
+
+class LogitArgs(NamedTuple):
+    """How logits become log-probs: z = softcap(logit * scale) / temperature. Numbers or 0-d tensors."""
+
+    temperature: float | Tensor = 1.0
+    logit_scale: float | Tensor = 1.0
+    logit_softcap: float | Tensor | None = None
+
+
+def numbers_vector(
+    logit_args: LogitArgs,
+    grad_scale: float | Tensor,
+    config: LossConfig | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The vector of NUMBERS and the surrogate's parameters, ``dtype`` on ``device``.
+
+    Python numbers alone give a cached tensor: nothing is copied to the device twice.
+    """
+    softcap = 0.0 if logit_args.logit_softcap is None else logit_args.logit_softcap
+    values: list[float | Tensor] = [logit_args.temperature, logit_args.logit_scale, softcap, grad_scale]
+    if config is not None:
+        limits = (config.log_ratio_limit, *config.kl.limit)
+        values += [math.inf if limit is None else float(limit) for limit in limits]
+        values += config.surrogate.parameters()
+    values += [0.0] * (len(NUMBERS) + SURROGATE_PARAMETERS - len(values))
+    if any(isinstance(value, Tensor) for value in values):
+        return _mixed(values, dtype, device)
+    return _plain(tuple(float(value) for value in values), dtype, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # backward saves it
+        return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _plain(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _cached(values, dtype, device)
+
+
+def _mixed(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    vector = _plain(tuple(0.0 if isinstance(value, Tensor) else float(value) for value in values), dtype, device)
+    parts = [
+        value.detach().to(device=device, dtype=dtype, non_blocking=True) if isinstance(value, Tensor) else vector[i]
+        for i, value in enumerate(values)
+    ]
+    return torch.stack(parts)
