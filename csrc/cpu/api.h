@@ -1,0 +1,83 @@
+// The C ABI of the CPU backend: one struct in, one status out (grpo_kernels/backends/cpu.py mirrors it).
+// Tensors belong to the caller; nothing is allocated or kept here.
+#pragma once
+
+#include <stdint.h>
+
+extern "C" {
+
+#define GRPO_CPU_ABI_VERSION 1
+
+typedef enum { kFloat32, kFloat64, kBFloat16, kFloat16 } GrpoDtype;
+typedef enum { kGeneric, kAVX2, kAVX512, kInstructionSets } GrpoInstructionSet;
+typedef enum { kOk, kTokenIdOutOfRange, kUnsupportedInstructionSet, kUnknownDtype } GrpoStatus;
+
+// Row r is logits + (r / length) * batch_stride + (r % length) * row_stride, in elements; out likewise.
+// [rows] tensors are contiguous, fp32, or fp64 when the logits are ("real" below).
+typedef struct {
+  int32_t dtype;
+  int32_t instruction_set;
+  int32_t threads;
+  int32_t surrogate, kl_estimator, kl_straight_through, kl_ratio_weighted;  // fused_loss
+  int32_t reserved;
+  int64_t rows, length, vocab;
+  const void* logits;
+  int64_t batch_stride, row_stride;
+  const int64_t* token_ids;
+  const uint8_t* live;  // null: every row
+  const void* numbers;  // real[kNumbers], common/surrogates.h
+  // Gradient: written to out (which may be the logits), unless null.
+  void* out;
+  int64_t out_batch_stride, out_row_stride;
+  void* scratch;  // real[threads][scratch_stride]
+  int64_t scratch_stride;
+  // real[rows]: outputs of log_probs and fused_loss, inputs of log_probs_backward
+  void *log_prob, *entropy, *lse;
+  // real[rows]: inputs of log_probs_backward, d loss / d log_prob and d loss / d entropy
+  const void *grad_log_prob, *grad_entropy;
+  // real[rows]: inputs of fused_loss; old, ref and the last two may be null
+  const void *advantage, *policy_weight, *old, *ref, *kl_weight, *entropy_weight;
+  // outputs of fused_loss: real[rows] twice, and flags
+  void *policy, *kl;
+  uint8_t* flags;
+  int64_t bad_row;  // out: a row whose token id is out of range
+} GrpoCpuParams;
+
+// The records of rows and the tensors that they are weighted and compared with, real[rows]; ref, old, rollout,
+// kl_weight and entropy_weight may be null.
+typedef struct {
+  int32_t dtype, threads, kl_estimator, reserved;
+  int64_t rows, sequences;
+  const uint8_t *live, *masked_in, *flags;
+  const void *log_prob, *entropy, *policy, *kl;
+  const void *policy_weight, *kl_weight, *entropy_weight, *old, *ref, *rollout;
+  double* partials;  // [ceil(rows / 512)][24]
+  double* sums;      // [24], the fields of grpo_kernels/metrics.py
+  void* loss;        // real
+} GrpoCpuTokenSums;
+
+#define GRPO_EXPORT __attribute__((visibility("default")))
+
+// (version << 32) | (sizeof(GrpoCpuParams) << 16) | sizeof(GrpoCpuTokenSums)
+GRPO_EXPORT int64_t grpo_cpu_abi(void);
+// Bit i: instruction set i can run here.
+GRPO_EXPORT int32_t grpo_cpu_instruction_sets(void);
+// How many reals of scratch a thread needs, with and without room for a row's exponentials (the fused loss of half
+// precision logits keeps them there).
+GRPO_EXPORT int64_t grpo_cpu_scratch(int64_t vocab, int32_t exponentials);
+
+GRPO_EXPORT int32_t grpo_cpu_log_probs(GrpoCpuParams*);
+GRPO_EXPORT int32_t grpo_cpu_log_probs_backward(GrpoCpuParams*);
+GRPO_EXPORT int32_t grpo_cpu_fused_loss(GrpoCpuParams*);
+// The per-token maths alone, for the parity test: log_prob and the inputs of fused_loss in; policy, kl,
+// flags and the slope (in entropy) out.
+GRPO_EXPORT int32_t grpo_cpu_token_terms(GrpoCpuParams*);
+GRPO_EXPORT int32_t grpo_cpu_token_sums(const GrpoCpuTokenSums*);
+}
+
+// One instruction set's kernels.
+struct GrpoCpuKernels {
+  int32_t (*log_probs)(GrpoCpuParams*);
+  int32_t (*log_probs_backward)(GrpoCpuParams*);
+  int32_t (*fused_loss)(GrpoCpuParams*);
+};

@@ -1,0 +1,197 @@
+// The three vocabulary kernels over rows, compiled once for each instruction set (GRPO_ISA_NAME).
+// Everything but the table below has internal linkage: a function shared between the copies would run
+// with whichever instruction set the linker happened to keep.
+#include "../common/surrogates.h"
+#include "api.h"
+#include "row.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace {
+
+using grpo::ObjectiveSpec;
+
+// Typed view of the parameters: T is the logits' element, V the vectors that compute on it.
+template <class T, class V>
+struct Call {
+  using scalar = typename V::scalar;
+  GrpoCpuParams* p;
+  LogitMap<V> map;
+
+  explicit Call(GrpoCpuParams* params) : p(params), map(logit_map<V>(numbers())) {}
+
+  const scalar* numbers() const { return static_cast<const scalar*>(p->numbers); }
+  static scalar at(const void* values, int64_t r) { return static_cast<const scalar*>(values)[r]; }
+  static void put(void* values, int64_t r, double x) { static_cast<scalar*>(values)[r] = scalar(x); }
+  int64_t target(int64_t r) const { return p->token_ids[r]; }
+  const T* row(int64_t r) const {
+    return static_cast<const T*>(p->logits) + r / p->length * p->batch_stride + r % p->length * p->row_stride;
+  }
+  T* out_row(int64_t r) const {
+    return static_cast<T*>(p->out) + r / p->length * p->out_batch_stride + r % p->length * p->out_row_stride;
+  }
+  void fill(int64_t r, double x) const {
+    T* out = out_row(r);
+    if (x == 0) {
+      memset(out, 0, p->vocab * sizeof(T));
+    } else {
+      for (int64_t j = 0; j < p->vocab; ++j) store_one<V>(out + j, scalar(x));
+    }
+  }
+  RowStats stats(int64_t r) const {
+    if (map.softcap) return row_stats<V, true, false>(row(r), p->vocab, target(r), map, nullptr, nullptr);
+    return row_stats<V, false, false>(row(r), p->vocab, target(r), map, nullptr, nullptr);
+  }
+  void put_stats(int64_t r, const RowStats& stats) const {
+    put(p->log_prob, r, stats.log_prob);
+    put(p->entropy, r, stats.entropy);
+    put(p->lse, r, stats.lse);
+  }
+  // From the rounded outputs, so that one pass and two passes write the same bits where both come here.
+  void gradient(int64_t r, double g, double h) const {
+    const double log_prob = at(p->log_prob, r), lse = at(p->lse, r), entropy = at(p->entropy, r);
+    if (lse != lse || g != g || h != h) return fill(r, NAN);
+    if (g == 0 && h == 0) return fill(r, 0);
+    if (map.softcap) {
+      gradient_from_logits<V, true>(row(r), p->vocab, target(r), map, log_prob, lse, entropy, g, h, out_row(r));
+    } else {
+      gradient_from_logits<V, false>(row(r), p->vocab, target(r), map, log_prob, lse, entropy, g, h, out_row(r));
+    }
+  }
+};
+
+// Where a row's exponentials wait for the second sweep: in place of the gradient if they are of one type.
+inline float* exps_of(float* out, float*) { return out; }
+inline double* exps_of(double* out, double*) { return out; }
+template <class T>
+inline float* exps_of(T*, float* scratch) {
+  return scratch;
+}
+
+template <class T, class V>
+struct LogProbs : Call<T, V> {
+  using Call<T, V>::Call;
+  void live(int64_t r, typename V::scalar*) const { this->put_stats(r, this->stats(r)); }
+  void dead(int64_t r) const { this->put_stats(r, {0, 0, 0, 0, 0}); }
+};
+
+template <class T, class V>
+struct LogProbsBackward : Call<T, V> {
+  using Call<T, V>::Call;
+  void live(int64_t r, typename V::scalar*) const {
+    const GrpoCpuParams& p = *this->p;
+    this->gradient(r, p.grad_log_prob ? this->at(p.grad_log_prob, r) : 0,
+                   p.grad_entropy ? this->at(p.grad_entropy, r) : 0);
+  }
+  void dead(int64_t r) const { this->fill(r, 0); }
+};
+
+template <class T, class V>
+struct FusedLoss : Call<T, V> {
+  using scalar = typename V::scalar;
+  using Call<T, V>::Call;
+
+  void live(int64_t r, scalar* scratch) const {
+    const GrpoCpuParams& p = *this->p;
+    const bool keep = p.out && !p.entropy_weight && !this->map.softcap;
+    scalar* references = scratch;
+    scalar* exps = keep ? exps_of(this->out_row(r), scratch + references_of(p.vocab)) : nullptr;
+    const RowStats stats =
+        keep ? row_stats<V, false, true>(this->row(r), p.vocab, this->target(r), this->map, exps, references)
+             : this->stats(r);
+    this->put_stats(r, stats);
+    const double g = slope(r), h = p.entropy_weight ? -double(this->at(p.entropy_weight, r)) : 0;
+    if (!p.out) return;
+    const double scale = this->numbers()[grpo::kGradScale];
+    if (keep && g != 0 && g == g && stats.lse == stats.lse) {
+      gradient_from_exps<V>(exps, references, stats, p.vocab, this->target(r), this->map, g * scale, this->out_row(r));
+    } else {
+      this->gradient(r, g * scale, h * scale);
+    }
+  }
+
+  void dead(int64_t r) const {
+    this->put_stats(r, {0, 0, 0, 0, 0});
+    this->put(this->p->policy, r, 0);
+    this->put(this->p->kl, r, 0);
+    this->p->flags[r] = 0;
+    if (this->p->out) this->fill(r, 0);
+  }
+
+  // Writes the token's terms; returns d loss / d log_prob.
+  scalar slope(int64_t r) const {
+    const GrpoCpuParams& p = *this->p;
+    const scalar* old = static_cast<const scalar*>(p.old);
+    const scalar* ref = static_cast<const scalar*>(p.ref);
+    const grpo::Token<scalar> token{this->at(p.log_prob, r),      old ? old + r : nullptr,
+                                    ref ? ref + r : nullptr,      this->at(p.advantage, r),
+                                    this->at(p.policy_weight, r), p.kl_weight ? this->at(p.kl_weight, r) : scalar(0)};
+    const ObjectiveSpec spec{p.surrogate, p.kl_estimator, p.kl_straight_through, p.kl_ratio_weighted};
+    const grpo::TokenTerms<scalar> terms = grpo::token_terms(spec, this->numbers(), token);
+    this->put(p.policy, r, terms.policy);
+    this->put(p.kl, r, terms.kl);
+    p.flags[r] = uint8_t(terms.flags);
+    return terms.slope;
+  }
+};
+
+// Rows over threads; which thread takes a row changes no bit of it.
+template <class Kernel, class scalar>
+int32_t over_rows(GrpoCpuParams* p) {
+  for (int64_t r = 0; r < p->rows; ++r) {
+    if ((!p->live || p->live[r]) && (p->token_ids[r] < 0 || p->token_ids[r] >= p->vocab)) {
+      p->bad_row = r;
+      return kTokenIdOutOfRange;
+    }
+  }
+  const Kernel kernel(p);
+  const int64_t grain = 32768 / p->vocab + 1;  // rows handed out at a time: 32k columns of work
+  const int64_t chunks = (p->rows + grain - 1) / grain;
+#ifdef _OPENMP
+#pragma omp parallel num_threads(chunks < p->threads ? int(chunks) : p->threads) if (chunks > 1)
+#endif
+  {
+    int thread = 0;
+#ifdef _OPENMP
+    thread = omp_get_thread_num();
+#endif
+    const FlushDenormals guard;
+    scalar* scratch = static_cast<scalar*>(p->scratch) + thread * p->scratch_stride;
+#ifdef _OPENMP
+#pragma omp for schedule(dynamic)
+#endif
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      const int64_t end = (chunk + 1) * grain < p->rows ? (chunk + 1) * grain : p->rows;
+      for (int64_t r = chunk * grain; r < end; ++r) {
+        if (!p->live || p->live[r]) {
+          kernel.live(r, scratch);
+        } else {
+          kernel.dead(r);
+        }
+      }
+    }
+  }
+  return kOk;
+}
+
+template <template <class, class> class Kernel>
+int32_t dispatch(GrpoCpuParams* p) {
+  switch (p->dtype) {
+    case kFloat32: return over_rows<Kernel<float, Float>, float>(p);
+    case kFloat64: return over_rows<Kernel<double, Double>, double>(p);
+    case kBFloat16: return over_rows<Kernel<BFloat16, Float>, float>(p);
+    case kFloat16: return over_rows<Kernel<Float16, Float>, float>(p);
+    default: return kUnknownDtype;
+  }
+}
+
+}  // namespace
+
+#define GRPO_JOIN_(a, b) a##b
+#define GRPO_JOIN(a, b) GRPO_JOIN_(a, b)
+
+extern const GrpoCpuKernels GRPO_JOIN(grpo_cpu_kernels_, GRPO_ISA_NAME);
+const GrpoCpuKernels GRPO_JOIN(grpo_cpu_kernels_, GRPO_ISA_NAME) = {dispatch<LogProbs>, dispatch<LogProbsBackward>,
+                                                                    dispatch<FusedLoss>};

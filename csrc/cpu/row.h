@@ -1,0 +1,324 @@
+// One vocabulary row: its log-prob, entropy and log-sum-exp, and the gradient in its logits.
+//
+// A row is cut into segments of kSegment columns, whatever the batch or the kernel: a segment's maximum and
+// sums are always computed the same way and added left to right, lane by lane, so the log-prob of a row has the
+// same bits wherever and however often it is computed.
+#pragma once
+
+#include "math.h"
+
+#define GRPO_INLINE inline __attribute__((always_inline))
+#define GRPO_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+constexpr int64_t kSegment = 4096;
+constexpr int64_t kPrefetchBytes = 2048;  // how far past the next segment's same place: measured
+
+inline int64_t segments_of(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
+inline int64_t references_of(int64_t vocab) { return (segments_of(vocab) + 15) / 16 * 16; }  // room for them
+
+// The lanes of a pair of vectors one by one.
+template <class V>
+struct Lanes {
+  typename V::scalar at[2 * V::lanes];
+
+  Lanes(V first, V second) {
+    first.store(at);
+    second.store(at + V::lanes);
+  }
+  void load(V& first, V& second) const {
+    first = V::load(at);
+    second = V::load(at + V::lanes);
+  }
+};
+
+// z = softcap(logit * scale) / temperature, in powers of two: z * log2(e) = load(logit) * slope.
+template <class V>
+struct LogitMap {
+  typename V::scalar inner, cap;  // softcap only: cap * tanh(logit * inner)
+  typename V::scalar slope;       // log2(e) / temperature, times the scale when there is no softcap
+  double derivative;              // dz / d(load): slope / log2(e)
+  bool softcap;
+};
+
+template <class V>
+LogitMap<V> logit_map(const typename V::scalar* numbers) {
+  const double temperature = numbers[0], scale = numbers[1], cap = numbers[2];
+  LogitMap<V> map;
+  map.softcap = cap > 0;
+  map.inner = map.softcap ? typename V::scalar(scale / cap) : 0;
+  map.cap = typename V::scalar(cap);
+  map.derivative = (map.softcap ? 1.0 : scale) / temperature;
+  map.slope = typename V::scalar(map.derivative * kLog2e);
+  return map;
+}
+
+// What a row's first sweep finds; nats.
+struct RowStats {
+  double log_prob, entropy, lse;
+  double reference, sum;  // sum of 2^(z log2(e) - reference) over the row
+};
+
+// A block as the first sweep sees it, -inf past the row's end (tanh(-inf) is not -inf).
+template <class V, bool kSoftcap, class T>
+GRPO_INLINE void load_block(const T* p, int64_t count, const LogitMap<V>& map, V& first, V& second) {
+  load_pair(p, first, second);
+  if (kSoftcap) {
+    V derivative;
+    tanh_of(first * V::broadcast(map.inner), first, derivative);
+    tanh_of(second * V::broadcast(map.inner), second, derivative);
+    first = first * V::broadcast(map.cap);
+    second = second * V::broadcast(map.cap);
+    if (count < 2 * V::lanes) {
+      Lanes<V> lanes(first, second);
+      for (int64_t i = count; i < 2 * V::lanes; ++i) lanes.at[lane_in_pair(i, p)] = -INFINITY;
+      lanes.load(first, second);
+    }
+  }
+}
+
+// Calls body(block, offset, count) on blocks of 2 vectors; the last, partial one is a copy padded with -inf.
+template <class V, class T, class Body>
+GRPO_INLINE void for_blocks(const T* row, int64_t n, Body&& body) {
+  constexpr int64_t block = 2 * V::lanes;
+  int64_t i = 0;
+  for (; i + block <= n; i += block) body(row + i, i, block);
+  if (i < n) {
+    T padded[block];
+    for (int64_t j = 0; j < block; ++j) padded[j] = i + j < n ? row[i + j] : minus_infinity(row);
+    body(static_cast<const T*>(padded), i, n - i);
+  }
+}
+
+// A whole block goes straight to its place, a partial one through a copy.
+template <class V, class T>
+inline void store_block(T* row, int64_t offset, int64_t count, V first, V second) {
+  if (count == 2 * V::lanes) {
+    store_pair(row + offset, first, second);
+  } else {
+    T whole[2 * V::lanes];
+    store_pair(whole, first, second);
+    memcpy(row + offset, whole, count * sizeof(T));
+  }
+}
+
+template <class V, class T>
+inline void store_one(T* p, typename V::scalar x) {
+  T block[2 * V::lanes];
+  store_pair(block, V::broadcast(x), V::broadcast(x));
+  *p = block[0];
+}
+
+// Lane by lane sums of 2^power and 2^power * power, relative to one reference.
+template <class V>
+struct Sums {
+  V sum = V::broadcast(0), entropy = V::broadcast(0);
+
+  GRPO_INLINE void add(V power0, V power1, V exp0, V exp1) {
+    sum = sum + (exp0 + exp1);
+    entropy = fma(exp1, power1, fma(exp0, power0, entropy));
+  }
+  void add(const Sums& other) {
+    sum = sum + other.sum;
+    entropy = entropy + other.entropy;
+  }
+  // To a larger reference: every power falls by `fall`.
+  void rescale(double fall) {
+    const V factor = V::broadcast(typename V::scalar(::exp2(-fall)));
+    entropy = fma(sum, V::broadcast(typename V::scalar(-fall)), entropy) * factor;
+    sum = sum * factor;
+  }
+};
+
+// From the sums without the sampled column, and that column's power, all relative to `reference`.
+inline RowStats finish_stats(double rest, double entropy_rest, double reference, double target_power,
+                             bool target_is_largest, bool any_possible) {
+  if (entropy_rest != entropy_rest || !any_possible) return {NAN, NAN, NAN, 0, NAN};
+  const double target = ::exp2(target_power), sum = rest + target, log_sum = ::log(sum);
+  const double weighted = entropy_rest + (target == 0 ? 0 : target * target_power);
+  const double entropy = log_sum - kLn2 * weighted / sum;
+  RowStats out;
+  out.log_prob = target_is_largest ? -::log1p(rest / target) : target_power * kLn2 - log_sum;
+  out.entropy = entropy < 0 ? 0 : entropy;  // rounding of a row that is certain
+  out.lse = reference * kLn2 + log_sum;
+  out.reference = reference;
+  out.sum = sum;
+  return out;
+}
+
+template <class V, bool kSoftcap, class T>
+inline typename V::scalar segment_max(const T* segment, int64_t n, const LogitMap<V>& map) {
+  V max[2] = {V::broadcast(-INFINITY), V::broadcast(-INFINITY)};
+  for_blocks<V>(segment, n, [&](const T* p, int64_t, int64_t count) GRPO_LAMBDA {
+    V first, second;
+    load_block<V, kSoftcap>(p, count, map, first, second);
+    max[0] = max_or_second(first, max[0]);
+    max[1] = max_or_second(second, max[1]);
+  });
+  return horizontal_max(max_or_second(max[0], max[1]));
+}
+
+// Exponentials wait for the second sweep in the lanes' order: in place of a gradient of their own type, where a
+// partial block must not spill over, or in scratch, which has room for it (T: the logits' type).
+template <class T, class V>
+GRPO_INLINE void keep_block(typename V::scalar* exps, int64_t count, V first, V second) {
+  if (sizeof(T) == sizeof(*exps)) {
+    store_block(exps, 0, count, first, second);
+  } else {
+    store_pair(exps, first, second);
+  }
+}
+template <class T, class V>
+GRPO_INLINE void load_kept(const typename V::scalar* exps, int64_t count, V& first, V& second) {
+  if (sizeof(T) == sizeof(*exps) && count < 2 * V::lanes) {
+    typename V::scalar block[2 * V::lanes] = {};
+    memcpy(block, exps, count * sizeof(block[0]));
+    load_pair(block, first, second);
+  } else {
+    load_pair(exps, first, second);
+  }
+}
+
+// Adds columns [from, to) of a segment to its sums, `from` at the start of a block. Column `left_out` of the
+// first block stays out of them (-1: none) and its value goes to `left_out_value`. With kKeep, exps[j] gets 2^power.
+template <class V, bool kSoftcap, bool kKeep, class T>
+GRPO_INLINE void add_columns(const T* segment, int64_t from, int64_t to, const LogitMap<V>& map,
+                             typename V::scalar reference, typename V::scalar* exps, Sums<V>& sums,
+                             int64_t left_out = -1, typename V::scalar* left_out_value = nullptr) {
+  using scalar = typename V::scalar;
+  constexpr int64_t block = 2 * V::lanes;
+  const V slope = V::broadcast(map.slope), shift = V::broadcast(-reference);
+  for_blocks<V>(segment + from, to - from, [&](const T* p, int64_t offset, int64_t count) GRPO_LAMBDA {
+    const char* ahead = reinterpret_cast<const char*>(segment + kSegment + from + offset) + kPrefetchBytes;
+    __builtin_prefetch(ahead);
+    if (sizeof(T) * block > 64) __builtin_prefetch(ahead + 64);
+    V value0, value1;
+    load_block<V, kSoftcap>(p, count, map, value0, value1);
+    const V power0 = clamp_power(fma(value0, slope, shift)), power1 = clamp_power(fma(value1, slope, shift));
+    V exp0 = exp2_of_clamped(power0), exp1 = exp2_of_clamped(power1);
+    if (kKeep) keep_block<T>(exps + from + offset, count, exp0, exp1);
+    if (left_out >= 0) {
+      const int64_t lane = lane_in_pair(left_out, p);
+      *left_out_value = Lanes<V>(value0, value1).at[lane];
+      Lanes<V> lanes(exp0, exp1);
+      lanes.at[lane] = 0;
+      lanes.load(exp0, exp1);
+    }
+    sums.add(power0, power1, exp0, exp1);
+  });
+}
+
+// First sweep. With kKeep, exps[j] = 2^(power of column j - references[its segment]) for the second.
+//
+// The reference is the largest power so far, so powers are never positive and only a new maximum rescales. The
+// sampled column is left out of the sums until the end, so that a confident token keeps its precision.
+template <class V, bool kSoftcap, bool kKeep, class T>
+inline RowStats row_stats(const T* row, int64_t vocab, int64_t target, const LogitMap<V>& map, typename V::scalar* exps,
+                          typename V::scalar* references) {
+  using scalar = typename V::scalar;
+  constexpr int64_t block = 2 * V::lanes;
+  Sums<V> totals;
+  scalar row_max = -INFINITY, reference = 0, target_value = 0;
+
+  for (int64_t start = 0; start < vocab; start += kSegment) {
+    const int64_t n = vocab - start < kSegment ? vocab - start : kSegment;
+    const T* segment = row + start;
+    scalar* kept = kKeep ? exps + start : nullptr;
+    const scalar max = segment_max<V, kSoftcap>(segment, n, map);
+    if (max > row_max) {
+      const scalar raised = max * map.slope;
+      if (row_max > -INFINITY) totals.rescale(double(raised) - reference);
+      row_max = max;
+      reference = raised;
+    }
+    if (kKeep) references[start / kSegment] = reference;
+
+    Sums<V> sums;
+    if (target < start || target >= start + n) {
+      add_columns<V, kSoftcap, kKeep>(segment, 0, n, map, reference, kept, sums);
+    } else {
+      const int64_t before = (target - start) / block * block, after = before + block < n ? before + block : n;
+      add_columns<V, kSoftcap, kKeep>(segment, 0, before, map, reference, kept, sums);
+      add_columns<V, kSoftcap, kKeep>(segment, before, after, map, reference, kept, sums, target - start - before,
+                                      &target_value);
+      add_columns<V, kSoftcap, kKeep>(segment, after, n, map, reference, kept, sums);
+    }
+    totals.add(sums);
+  }
+  return finish_stats(horizontal_sum(totals.sum), horizontal_sum(totals.entropy), double(reference),
+                      double(target_value) * double(map.slope) - double(reference), target_value == row_max,
+                      row_max > -INFINITY);
+}
+
+// g * (1 - p_target), relative precision kept where p_target is nearly 1.
+inline double target_slope(double g, double log_prob) { return -g * ::expm1(log_prob); }
+
+// Second sweep of one pass, from the kept exponentials: -g p_j and, in the sampled column, g (1 - p).
+// Segments run backwards: the last one is still in the nearest cache.
+template <class V, class T>
+inline void gradient_from_exps(const typename V::scalar* exps, const typename V::scalar* references,
+                               const RowStats& stats, int64_t vocab, int64_t target, const LogitMap<V>& map, double g,
+                               T* out) {
+  using scalar = typename V::scalar;
+  constexpr int64_t block = 2 * V::lanes;
+  const double factor = -g * map.derivative / stats.sum;
+  for (int64_t k = segments_of(vocab) - 1; k >= 0; --k) {
+    const int64_t start = k * kSegment, n = vocab - start < kSegment ? vocab - start : kSegment;
+    const bool last = references[k] == stats.reference;  // as for most segments
+    const scalar segment_factor = scalar(last ? factor : factor * ::exp2(references[k] - stats.reference));
+    const V f = V::broadcast(segment_factor);
+    for (int64_t i = 0; i < n; i += block) {
+      const int64_t count = n - i < block ? n - i : block;
+      V first, second;
+      load_kept<T>(exps + start + i, count, first, second);
+      store_block(out + start, i, count, first * f, second * f);
+    }
+  }
+  store_one<V>(out + target, scalar(target_slope(g, stats.log_prob) * map.derivative));
+}
+
+// Gradient from the logits themselves: p_j is computed again. Serves the two-pass route, the entropy term
+// -h p_j (log p_j + H) and softcap. out may be the logits.
+template <class V, bool kSoftcap, class T>
+inline void gradient_from_logits(const T* row, int64_t vocab, int64_t target, const LogitMap<V>& map, double log_prob,
+                                 double lse, double entropy, double g, double h, T* out) {
+  using scalar = typename V::scalar;
+  const V slope = V::broadcast(map.slope), shift = V::broadcast(scalar(-lse * kLog2e));
+  const V constant = V::broadcast(scalar(-(g + h * entropy) * map.derivative));
+  const V linear = V::broadcast(scalar(-h * kLn2 * map.derivative));
+  const auto column = [&](V x, V& derivative) GRPO_LAMBDA {
+    if (kSoftcap) {
+      V tanh;
+      tanh_of(x * V::broadcast(map.inner), tanh, derivative);
+      x = tanh * V::broadcast(map.cap);
+    }
+    const V power = clamp_power(fma(x, slope, shift));
+    const V d = exp2_of_clamped(power) * fma(power, linear, constant);
+    return kSoftcap ? d * derivative * V::broadcast(map.inner * map.cap) : d;
+  };
+  T target_block[2 * V::lanes];
+  for (T& element : target_block) element = row[target];
+
+  V derivative;
+  for_blocks<V>(row, vocab, [&](const T* p, int64_t offset, int64_t count) GRPO_LAMBDA {
+    V first, second;
+    load_pair(p, first, second);
+    first = column(first, derivative);
+    second = column(second, derivative);
+    store_block(out, offset, count, first, second);
+  });
+
+  double d = target_slope(g, log_prob);
+  if (h != 0 && log_prob > -INFINITY) d -= h * ::exp(log_prob) * (log_prob + entropy);
+  d *= map.derivative;
+  if (kSoftcap) {
+    V first, second;
+    load_pair(target_block, first, second);
+    column(first, derivative);
+    d *= double(Lanes<V>(derivative, derivative).at[0]) * map.inner * map.cap;
+  }
+  store_one<V>(out + target, scalar(d));
+}
+
+}  // namespace
