@@ -1,0 +1,264 @@
+"""GRPO in one file: snapshot, roll out, reward, advantages, old log-probs, inner epochs of the fused loss, repeat.
+
+python -m grpo_kernels train                       # sort 4 digits, a tiny model, about 3 minutes on two cores
+python -m grpo_kernels train --loss gspo --reference-loss --task reasoning_gym:basic_arithmetic
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import advantages as estimators
+from .. import reference
+from ..aggregation import normalizer
+from ..log_probs import token_log_probs
+from ..loss import grpo_loss
+from ..metrics import Metrics
+from .options import Options, add_options, read_options
+from .policy import load_policy, response_logits
+from .report import RunFolder, read_saved_options
+from .rollout import Rollout, roll_out
+from .tasks import make_task
+
+
+class Trainer:
+    """The state of a run, and one step of it."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.config = options.loss_config()
+        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.manual_seed(options.seed)
+        self.rng = random.Random(options.seed)  # draws problems and shuffles
+        self.task = make_task(options.task, options.numbers, options.largest, options.reward)
+        self.model, self.tokenizer = load_policy(options.model, self.task, options.hidden, options.layers, self.device)
+        self.reference = copy.deepcopy(self.model).eval() if options.kl else None
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate)
+        self.step = 0
+
+    def _learning_rate(self, update: int) -> float:
+        """Linear warm-up, then linear decay to zero over the run."""
+        o = self.options
+        updates = o.steps * o.epochs * -(-o.prompts * o.group // o.minibatch)
+        return min((update + 1) / max(o.warmup, 1), max(0.0, 1 - update / updates))
+
+    def train_step(self) -> dict[str, Any]:
+        """One rollout and its inner epochs; what the log records of it."""
+        o, start = self.options, time.perf_counter()
+        if self.reference is not None and o.ref_every and self.step % o.ref_every == 0:
+            self.reference.load_state_dict(self.model.state_dict())
+        rollout = roll_out(
+            *(self.model, self.tokenizer, self.task, self.rng, o.prompts, o.group),
+            *(o.response_limit(), o.temperature),
+        )
+        reward, length = rollout.rewards.mean().item(), rollout.mask.sum(-1).float().mean().item()
+        rollout, advantages = self._advantages(rollout)
+        record: dict[str, Any] = {"step": self.step, "reward": reward, "length": length}
+        if len(rollout.rewards):
+            old = self._log_probs(self.model, rollout)
+            ref = None if self.reference is None else self._log_probs(self.reference, rollout)
+            record |= self._inner_epochs(rollout, advantages, old, ref)
+        self.step += 1
+        seconds = time.perf_counter() - start
+        return record | {"tokens_per_second": length * o.prompts * o.group / seconds, "seconds": seconds}
+
+    def _advantages(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
+        """Group-normalised rewards (centred only for Dr. GRPO), without the groups that have nothing to say."""
+        o, rewards = self.options, rollout.rewards
+        if o.overlong_buffer:
+            lengths = rollout.mask.sum(-1)
+            rewards = rewards + estimators.overlong_penalty(lengths, o.response_limit(), o.overlong_buffer)
+        centered = o.loss == "dr_grpo" or o.group < 2
+        scale = estimators.group_centered if centered else estimators.group_normalized
+        advantages = scale(rewards, o.group)
+        if o.group < 2:
+            advantages = estimators.centered(rewards)
+        if o.dynamic_sampling:
+            keep = estimators.has_signal(rewards, o.group).nonzero().squeeze(-1)
+            rollout, advantages = rollout[keep], advantages[keep]
+        return rollout, advantages
+
+    @torch.no_grad()
+    def _log_probs(self, model: Any, rollout: Rollout) -> Tensor:
+        """(B, R) log-probs of the responses under a frozen model; nothing of the vocabulary's size is kept."""
+        parts = []
+        for index in torch.arange(len(rollout.rewards), device=self.device).split(self._micro_batch()):
+            part = rollout[index]
+            logits = response_logits(model, part.ids, part.attention_mask, part.prompt_length)
+            out = token_log_probs(
+                logits, part.response_ids, part.mask, temperature=self.options.temperature, backend=self.options.backend
+            )
+            parts.append(out.log_probs)
+        return torch.cat(parts)
+
+    def _inner_epochs(self, rollout: Rollout, advantages: Tensor, old: Tensor, ref: Tensor | None) -> dict[str, float]:
+        o = self.options
+        losses: list[Tensor] = []
+        norms: list[Tensor] = []
+        metrics: list[Metrics] = []
+        for _ in range(o.epochs):
+            for minibatch in self._shuffled(len(advantages)).split(o.minibatch):
+                loss, merged = self._backward(rollout, advantages, old, ref, minibatch)
+                norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.max_grad_norm))
+                self.optimizer.step()
+                self.schedule.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                losses.append(loss)
+                metrics.append(merged)
+        total = sum(metrics[1:], start=metrics[0])
+        names = ("entropy", "clip_fraction", "ratio_mean", "ratio_max")
+        record = {"loss": torch.stack(losses).mean().item(), "grad_norm": torch.stack(norms).mean().item()}
+        record["kl"] = (total.kl if ref is not None else total.k3_old).item()
+        return record | {name: getattr(total, name).item() for name in names}
+
+    def _shuffled(self, count: int) -> Tensor:
+        """A random order of sequences; of whole groups where the loss averages inside groups."""
+        block = self.options.group if self.config.aggregation == "group_mean" else 1
+        blocks = list(range(count // block))
+        self.rng.shuffle(blocks)
+        return torch.tensor([b * block + i for b in blocks for i in range(block)], device=self.device)
+
+    def _backward(
+        self, rollout: Rollout, advantages: Tensor, old: Tensor, ref: Tensor | None, minibatch: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        """Gradients of one optimizer step, accumulated over micro-batches; its loss and metrics."""
+        o = self.options
+        loss_function = reference.grpo_loss if o.reference_loss else grpo_loss
+        denominator = normalizer(rollout.mask[minibatch], self.config)
+        losses, metrics = [], []
+        for index in minibatch.split(self._micro_batch()):
+            part = rollout[index]
+            logits = response_logits(self.model, part.ids, part.attention_mask, part.prompt_length)
+            out = loss_function(
+                logits,
+                part.response_ids,
+                advantages[index],
+                part.mask,
+                old_log_probs=old[index],
+                ref_log_probs=None if ref is None else ref[index],
+                config=self.config,
+                normalizer=denominator,
+                temperature=o.temperature,
+                inplace=True,
+                backend=o.backend,
+            )
+            out.loss.backward()
+            losses.append(out.loss.detach())
+            metrics.append(out.metrics)
+        return torch.stack(losses).sum(), sum(metrics[1:], start=metrics[0])
+
+    def _micro_batch(self) -> int:
+        return self.options.micro_batch or self.options.minibatch
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        version, words, gauss = self.rng.getstate()
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "reference": None if self.reference is None else self.reference.state_dict(),
+            "rng": {"torch": torch.get_rng_state(), "cuda": cuda, "python": [version, list(words), gauss]},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.reference is not None:
+            self.reference.load_state_dict(state["reference"])
+        torch.set_rng_state(state["rng"]["torch"])
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        version, words, gauss = state["rng"]["python"]
+        self.rng.setstate((version, tuple(words), gauss))
+
+
+class _Interrupt:
+    """The first Ctrl-C asks the loop to stop after its step; the second stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nfinishing this step, then saving (Ctrl-C again: stop at once, unsaved)", file=sys.stderr)
+
+    def restore(self) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+
+def train(options: Options, folder: RunFolder, resume: bool = False) -> Trainer:
+    """Run the loop to its end (or to Ctrl-C), logging, plotting and saving into ``folder``."""
+    from tqdm import tqdm
+
+    state = folder.load_checkpoint() if resume else None
+    trainer = Trainer(options)
+    if state is not None:
+        trainer.load_state(state)
+        folder.rewind(trainer.step)
+    interrupt = _Interrupt()
+    progress = tqdm(total=options.steps, initial=trainer.step, desc=folder.path.name, file=sys.stderr)
+    try:
+        while trainer.step < options.steps and not interrupt.asked:
+            record = trainer.train_step()
+            folder.log(record)
+            progress.update()
+            shown = {name: f"{record[name]:.3f}" for name in ("reward", "loss", "entropy") if name in record}
+            progress.set_postfix(shown)
+            if trainer.step % options.checkpoint_every == 0:
+                folder.save_checkpoint(trainer.state())
+    finally:
+        progress.close()
+        interrupt.restore()
+    folder.save_checkpoint(trainer.state())
+    folder.plot()
+    return trainer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser)
+    parser.add_argument("--out", type=Path, help="the run's folder (default: the next free runs/<task>-<loss>-<n>)")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="continue the run in this folder, bit for bit")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run ``train`` from the command line; the exit status."""
+    if arguments.resume is not None:
+        saved = read_saved_options(arguments.resume)
+        options = read_options(arguments, saved)
+        if options != saved:
+            raise SystemExit("--resume continues a run as it was started: give no other options with it.")
+        folder = RunFolder(arguments.resume, options, resume=True)
+    else:
+        options = read_options(arguments)
+        folder = RunFolder(arguments.out, options, resume=False) if arguments.out else RunFolder.fresh(options)
+    config = options.loss_config()
+    print(f"{config!r}\nrun folder: {folder.path}", flush=True)
+    trainer = train(options, folder, resume=arguments.resume is not None)
+    rewards = [record["reward"] for record in folder.records()][-50:]
+    if rewards:
+        print(f"step {trainer.step}: mean reward of the last {len(rewards)} steps {sum(rewards) / len(rewards):.3f}")
+    print(f"log, curves and checkpoint: {folder.path}")
+    if trainer.step < options.steps:
+        print(f"interrupted; continue with: python -m grpo_kernels train --resume {folder.path}")
+        return 130
+    return 0

@@ -1,0 +1,128 @@
+"""The options of a training run: one frozen dataclass, and the command line that fills it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import KL, LossConfig, check_name
+
+
+@dataclass(frozen=True)
+class Options:
+    task: str = "sort"
+    numbers: int = 4
+    largest: int = 9
+    reward: str = "positions"
+    model: str | None = None
+    hidden: int = 64
+    layers: int = 2
+    loss: str = "grpo"
+    reference_loss: bool = False
+    backend: str | None = None
+    steps: int = 900
+    prompts: int = 32
+    group: int = 8
+    epochs: int = 2
+    minibatch: int = 256
+    micro_batch: int | None = None
+    max_new_tokens: int | None = None
+    temperature: float = 1.0
+    lr: float = 1e-3
+    warmup: int = 20
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    kl: float = 0.0
+    ref_every: int = 0
+    entropy: float = 0.0
+    dynamic_sampling: bool = False
+    overlong_buffer: int = 0
+    seed: int = 0
+    checkpoint_every: int = 200
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        at_least_one = ("steps", "prompts", "group", "epochs", "minibatch", "checkpoint_every", "numbers", "largest")
+        for name in (*at_least_one, "hidden", "layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}.")
+        for name in ("temperature", "lr", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be > 0; got {getattr(self, name)}.")
+        for name in ("micro_batch", "max_new_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}.")
+        check_name("--loss", self.loss, LossConfig.presets())
+
+    def response_limit(self) -> int:
+        """Longest response: for sort, the answer and its end token."""
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        if self.task != "sort":
+            return 64
+        digits = len(str(self.largest))
+        return self.numbers * digits + (self.numbers - 1) * (digits > 1) + 1
+
+    def loss_config(self) -> LossConfig:
+        """The preset of ``--loss`` with what it cannot know: lengths, groups, coefficients."""
+        changes: dict[str, Any] = {"kl": KL(self.kl), "entropy_coef": self.entropy}
+        aggregation = LossConfig.preset(self.loss).aggregation
+        if aggregation == "constant":
+            changes["constant_length"] = self.response_limit()
+        if aggregation == "group_mean":
+            changes["group_size"] = self.group
+        return LossConfig.preset(self.loss, **changes)
+
+
+HELP = {
+    "task": "sort, or reasoning_gym:<dataset>",
+    "numbers": "sort: how many numbers",
+    "largest": "sort: the largest number",
+    "reward": "sort: positions or order",
+    "model": "path or hub name of a causal language model; default: a tiny random Qwen3",
+    "hidden": "hidden size of the tiny model",
+    "layers": "layers of the tiny model",
+    "loss": "preset: " + ", ".join(LossConfig.presets()),
+    "reference_loss": "the plain PyTorch loss instead of the fused one",
+    "backend": "backend of the fused loss; default: the fastest that serves",
+    "steps": "rollouts",
+    "prompts": "prompts in a rollout",
+    "group": "responses to each prompt",
+    "epochs": "passes over each rollout",
+    "minibatch": "sequences in an optimizer step",
+    "micro_batch": "sequences in a forward pass; default: the minibatch",
+    "max_new_tokens": "longest response; default: just enough for sort, else 64",
+    "temperature": "of sampling, and of the log-probs",
+    "lr": "peak learning rate",
+    "warmup": "optimizer steps of linear warm-up; linear decay follows",
+    "weight_decay": "AdamW's",
+    "max_grad_norm": "gradient clipping",
+    "kl": "coefficient of the k3 KL to the reference policy",
+    "ref_every": "refresh the reference every so many steps; 0: never",
+    "entropy": "coefficient of the entropy bonus",
+    "dynamic_sampling": "drop groups whose rewards are all equal",
+    "overlong_buffer": "tokens over which the soft over-long penalty grows; 0: none",
+    "seed": "of everything",
+    "checkpoint_every": "steps between checkpoints",
+    "device": "cuda, cpu, ...; default: a GPU if there is one",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """One flag for each field of Options."""
+    for field in dataclasses.fields(Options):
+        flag = "--" + field.name.replace("_", "-")
+        if field.type == "bool":
+            parser.add_argument(flag, action="store_true", default=None, help=HELP[field.name])
+            continue
+        kind = {"int": int, "float": float, "str": str}[str(field.type).split(" |")[0]]
+        shown = "" if field.default is None else f" (default: {field.default})"
+        parser.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=HELP[field.name] + shown)
+
+
+def read_options(arguments: argparse.Namespace, base: Options | None = None) -> Options:
+    """Options of the flags that were given, over ``base`` or the defaults."""
+    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Options)}
+    return dataclasses.replace(base or Options(), **{name: v for name, v in given.items() if v is not None})

@@ -1,0 +1,111 @@
+"""The policy: a Hugging Face causal language model and its tokenizer; without a path, tiny ones made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .tasks import Task
+
+
+class Tokenizer(Protocol):
+    pad_token_id: int
+    eos_token_id: int
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
+class ByteTokenizer:
+    """One token for each byte of an alphabet, beside padding (0) and end (1); needs no download."""
+
+    pad_token_id, eos_token_id = 0, 1
+
+    def __init__(self, alphabet: bytes) -> None:
+        self.alphabet = alphabet
+        self._ids = {byte: i + 2 for i, byte in enumerate(alphabet)}
+
+    def __len__(self) -> int:
+        return len(self.alphabet) + 2
+
+    def encode(self, text: str) -> list[int]:
+        return [self._ids[byte] for byte in text.encode()]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(self.alphabet[i - 2] for i in ids if i >= 2).decode(errors="replace")
+
+
+class _HubTokenizer:
+    """A pretrained tokenizer behind the same four names."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id = tokenizer.eos_token_id
+        self.pad_token_id = self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
+def load_policy(model: str | None, task: Task, hidden: int, layers: int, device: torch.device) -> tuple[Any, Tokenizer]:
+    """The model (``--model`` path or hub name, or a tiny random Qwen3) in training mode, and its tokenizer."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise SystemExit("training needs transformers: pip install 'grpo-kernels[train]'") from error
+    transformers.logging.set_verbosity_error()
+    if model is None:
+        tokenizer = ByteTokenizer(task.alphabet)
+        return _tiny_qwen3(transformers, len(tokenizer), hidden, layers).to(device), tokenizer
+    try:
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+        pretrained = transformers.AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        kind = "folder" if Path(model).exists() else "path or hub name"
+        raise SystemExit(
+            f"--model {model}: no causal language model could be loaded from this {kind}: {error}"
+        ) from error
+    return loaded.to(device), _HubTokenizer(pretrained)
+
+
+def _tiny_qwen3(transformers: Any, vocab: int, hidden: int, layers: int) -> nn.Module:
+    heads = max(1, hidden // 16)
+    config = transformers.Qwen3Config(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        head_dim=16,
+        max_position_embeddings=1024,
+        tie_word_embeddings=False,
+        pad_token_id=ByteTokenizer.pad_token_id,
+        eos_token_id=ByteTokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    model: nn.Module = transformers.Qwen3ForCausalLM(config)
+    return model
+
+
+def response_logits(model: nn.Module, ids: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
+    """(B, R+1, V): the rows that predict the R response tokens, and one more that predicts nothing.
+
+    Left padding shifts positions: they count attended tokens, as ``generate`` counts them.
+    """
+    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    keep = ids.shape[1] - prompt_length + 1
+    output = model(
+        input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False, logits_to_keep=keep
+    )
+    logits: Tensor = output.logits
+    return logits
