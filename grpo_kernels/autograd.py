@@ -25,20 +25,22 @@ class KnownGradient(torch.autograd.Function):
     """A loss whose gradient in the logits exists already, multiplied by ``announced`` (the one-pass route)."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, loss: Tensor, gradient: Tensor, announced: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient, announced)
+    def forward(
+        ctx: Any, logits: Tensor, loss: Tensor, gradient: Tensor, token_ids: Tensor, announced: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(gradient, token_ids, announced)
         ctx.spent = False
         return loss.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         if ctx.spent:
             raise RuntimeError(_SPENT)
         ctx.spent = True
-        gradient, announced = ctx.saved_tensors
-        ops.rescale_(gradient, upstream, announced)
-        return gradient, None, None, None
+        gradient, token_ids, announced = ctx.saved_tensors
+        ops.rescale_(gradient, token_ids, upstream, announced)
+        return gradient, None, None, None, None
 
 
 class LossGradient(torch.autograd.Function):
@@ -67,11 +69,11 @@ class LossGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        logits, token_ids, live, numbers, *stats, slope, entropy_slope = ctx.saved_tensors
+        logits, token_ids, live, numbers, log_prob, entropy, lse, slope, entropy_slope = ctx.saved_tensors
         slope = slope * upstream
         entropy_slope = None if entropy_slope is None else entropy_slope * upstream
         rows = Rows(logits, token_ids, live, numbers)
-        gradient = backward_rows(rows, *stats, slope, entropy_slope, ctx.backend, ctx.inplace)
+        gradient = backward_rows(rows, log_prob, entropy, lse, slope, entropy_slope, ctx.backend, ctx.inplace)
         return gradient, *(None,) * 11
 
 
@@ -93,10 +95,10 @@ class LogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_log_prob is None and grad_entropy is None:
             return (None,) * 6
-        logits, token_ids, live, numbers, *stats = ctx.saved_tensors
+        logits, token_ids, live, numbers, log_prob, entropy, lse = ctx.saved_tensors
         rows = Rows(logits, token_ids, live, numbers)
-        gradients = [None if g is None else g.contiguous() for g in (grad_log_prob, grad_entropy)]
-        gradient = backward_rows(rows, *stats, *gradients, ctx.backend, ctx.inplace)
+        g, h = (None if upstream is None else upstream.contiguous() for upstream in (grad_log_prob, grad_entropy))
+        gradient = backward_rows(rows, log_prob, entropy, lse, g, h, ctx.backend, ctx.inplace)
         return gradient, *(None,) * 5
 
 

@@ -248,4 +248,5 @@ def resolve_config(config: LossConfig | str) -> LossConfig:
         return config
     if not isinstance(config, str):
         raise TypeError(f"config must be a LossConfig or the name of a preset; got {type(config).__name__}.")
-    return LossConfig.preset(config)
+    check_name("preset", config, PRESETS)
+    return PRESETS[config].config

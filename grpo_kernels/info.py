@@ -39,7 +39,7 @@ def _version(name: str) -> str | None:
 
 
 def _state(name: str) -> str:
-    return backends.get(name).unsupported(backends.Request(torch.empty(1, 1, 1))) or "usable"
+    return backends.get(name).unsupported(backends.Request(torch.device("cpu"))) or "usable"
 
 
 def _library() -> dict[str, Any]:

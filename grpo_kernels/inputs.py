@@ -264,4 +264,4 @@ def choose_backend(tokens: Tokens, backend: str | None, inplace: bool, fused: bo
     """The backend's name, and whether it serves the one-pass loss where that is wanted (``fused``)."""
     if inplace:
         check_inplace(tokens.function, tokens.logits, tokens.tensors)
-    return backends.choose(tokens.function, backends.Request(tokens.logits, fused), backend)
+    return backends.choose(tokens.function, tokens.logits, fused, backend)

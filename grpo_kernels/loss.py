@@ -174,7 +174,7 @@ class _Call:
                 records = Records(*outputs)
             value, metrics = reduce_records(self.config, batch, records, self.backend)
         announced = rows.numbers[NUMBERS.index("grad_scale")]
-        return autograd.KnownGradient.apply(rows.logits, value, gradient, announced), metrics, records
+        return autograd.KnownGradient.apply(rows.logits, value, gradient, rows.token_ids, announced), metrics, records
 
     def two_passes(self) -> tuple[Tensor, Metrics, Records]:
         rows, batch = self.rows, self.batch

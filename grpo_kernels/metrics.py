@@ -83,7 +83,9 @@ class Metrics:
         like = max(tensors, key=lambda tensor: (tensor.device.type != "cpu", tensor.dtype == torch.float64))
         return cls(torch.stack([tensor.to(like.device, like.dtype) for tensor in tensors]))
 
-    def __add__(self, other: Metrics) -> Metrics:
+    def __add__(self, other: object) -> Metrics:
+        if not isinstance(other, Metrics):
+            return NotImplemented
         return Metrics(_merge(torch.stack([self.vector, other.vector])))
 
     def __radd__(self, other: object) -> Metrics:

@@ -64,7 +64,7 @@ class Records(NamedTuple):
 def token_terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Policy value, KL value, flags and d loss / d log_prob of every token, weights included in the last."""
     live = batch.live
-    raw = torch.zeros_like(log_prob) if batch.old is None else log_ratio_of(log_prob, batch.old)
+    raw = log_ratio_of(log_prob, log_prob if batch.old is None else batch.old)  # NaN stays NaN
     raw = _pool(config.level, torch.where(live, raw, 0.0), batch)
     possible = log_prob != float("-inf")  # a token of probability 0 has no direction to give: it saturates
     inside = within(raw, config.log_ratio_limit)

@@ -142,8 +142,12 @@ def _token_sums_fake(log_prob: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return loss, torch.empty(len(FIELDS), dtype=accumulate_dtype(log_prob.device), device=log_prob.device)
 
 
-def _rescale_(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
-    """gradient *= upstream / announced, unless they are equal: then nothing is read or written."""
+def _rescale_(gradient: Tensor, token_ids: Tensor, upstream: Tensor, announced: Tensor) -> None:
+    """gradient *= upstream / announced, unless they are equal: then nothing is read or written.
+
+    ``token_ids`` is here for its shape: a compiled backward that saw T only as the T + 1 rows of the gradient would
+    not compile (inductor of torch 2.13: "For s + 1, expected [s] to have been codegen-ed").
+    """
     if gradient.device.type == "cpu":
         if not torch.equal(upstream, announced):
             gradient.mul_((upstream / announced).to(real_dtype(gradient)))
@@ -180,6 +184,8 @@ fused_loss_ = _define(
 )
 token_sums = _define(f"token_sums({_SUMMED}, str backend) -> (Tensor, Tensor)", _token_sums, _token_sums_fake)
 rescale_ = _define(
-    "rescale_(Tensor(a!) gradient, Tensor upstream, Tensor announced) -> ()", _rescale_, lambda *args: None
+    "rescale_(Tensor(a!) gradient, Tensor token_ids, Tensor upstream, Tensor announced) -> ()",
+    _rescale_,
+    lambda *args: None,
 )
 sequence_sum = _define("sequence_sum(Tensor values, Tensor cu_seqlens) -> Tensor", _sequence_sum, _sequence_sum_fake)

@@ -74,7 +74,7 @@ def grpo_loss(
     log_ratio = _pool(config.level, _difference(log_prob, old), sequence, sequences)
     saturated = _clamp(log_ratio, config.log_ratio_limit)
     policy, clipped = VALUES[config.surrogate.name](config.surrogate, log_prob, saturated, A)
-    u = 1.0 if token_weights is None else at_live(token_weights)
+    u = torch.ones_like(policy) if token_weights is None else token_weights.detach().reshape(-1)[live].to(real)
     policy_loss = (weight * u * policy).sum()
     loss = policy_loss
     kl_loss = entropy_loss = torch.zeros_like(loss)
@@ -90,14 +90,24 @@ def grpo_loss(
         loss = loss + entropy_loss
 
     with torch.no_grad():
-        terms = {"policy_loss": policy_loss, "kl_loss": kl_loss, "entropy_loss": entropy_loss}
+        terms: dict[str, Tensor | float] = {"policy_loss": policy_loss, "kl_loss": kl_loss}
+        terms |= {"entropy_loss": entropy_loss}
         terms |= {"tokens": float(len(counted)), "sequences": float(sequences)}
         terms["skipped_tokens"] = float(len(counted) - len(live))
         metrics = _metrics(config, terms, log_prob, entropy, log_ratio, clipped, old, ref, rollout, sequence, sequences)
     return LossOutput(loss, metrics, _scatter(log_prob, live, shape), _scatter(entropy, live, shape))
 
 
-def _log_probs(logits, ids, live, shape, real, temperature, logit_scale, logit_softcap) -> tuple[Tensor, Tensor]:
+def _log_probs(
+    logits: Tensor,
+    ids: Tensor,
+    live: Tensor,
+    shape: torch.Size,
+    real: torch.dtype,
+    temperature: float | Tensor,
+    logit_scale: float | Tensor,
+    logit_softcap: float | Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Log-prob of each live token and entropy of its row."""
     if logits.dim() == 3:
         logits = logits[:, : shape[-1]]
@@ -207,12 +217,20 @@ def _sum_by(index: Tensor, values: Tensor, count: int) -> Tensor:
     return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, index, values)
 
 
-def _weights(aggregation, sequence, sequences, config: LossConfig, normalizer, real) -> Tensor:
+def _weights(
+    aggregation: str,
+    sequence: Tensor,
+    sequences: int,
+    config: LossConfig,
+    normalizer: float | Tensor | None,
+    real: torch.dtype,
+) -> Tensor:
     """The weight of each counted token; see config.AGGREGATIONS."""
     one = torch.ones(len(sequence), dtype=real, device=sequence.device)
     if aggregation == "token_mean":
         return one / (max(len(sequence), 1) if normalizer is None else normalizer)
     if aggregation == "group_mean":
+        assert config.group_size is not None, "group_mean needs group_size"
         group = sequence // config.group_size
         groups = sequences // config.group_size
         return one / _sum_by(group, one, groups)[group] / (groups if normalizer is None else normalizer)
@@ -220,6 +238,7 @@ def _weights(aggregation, sequence, sequences, config: LossConfig, normalizer, r
     if aggregation == "sequence_mean":
         return one / _sum_by(sequence, one, sequences)[sequence] / count
     if aggregation == "constant":
+        assert config.constant_length is not None, "constant needs constant_length"
         return one / (count * config.constant_length)
     return one / count  # sequence_sum
 
@@ -227,7 +246,19 @@ def _weights(aggregation, sequence, sequences, config: LossConfig, normalizer, r
 # Metrics
 
 
-def _metrics(config, terms, log_prob, entropy, log_ratio, clipped, old, ref, rollout, sequence, sequences) -> Metrics:
+def _metrics(
+    config: LossConfig,
+    terms: dict[str, Tensor | float],
+    log_prob: Tensor,
+    entropy: Tensor,
+    log_ratio: Tensor,
+    clipped: Tensor | None,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    sequence: Tensor,
+    sequences: int,
+) -> Metrics:
     sums = dict(terms)
     sums["impossible_tokens"] = (log_prob == float("-inf")).sum().double()
     sums["entropy_sum"] = entropy.double().sum()

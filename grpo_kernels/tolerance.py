@@ -9,6 +9,7 @@ small probabilities are checked as strictly as large ones.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,8 @@ class Truth:
     """(B, T): 1 + |z| + |lse| + |ℓ| + |old| + |ref|, what a row's errors grow with."""
     element: Tensor
     """(B, T, V): size of the terms that are added up in each gradient element."""
+    coefficient: Tensor
+    """(B, T): what a row's probabilities are multiplied by; those below the smallest normal number may count as 0."""
     term: Tensor
     """0-d: sum of the sizes of the loss's terms, each times its row's scale."""
     edge: Tensor
@@ -56,9 +59,8 @@ class Truth:
         """(B, T, V): how far a gradient element may be off that was stored in this dtype, times ``grad_scale``."""
         fp64 = dtype == torch.float64
         unit = 2.0**-53 * 64 if fp64 else UNIT
-        return (
-            OUTPUT_UNIT[dtype] * self.gradient.abs() + C * unit * self.scale[..., None] * self.element + smallest(dtype)
-        )
+        floor = smallest(dtype) * (1 + self.coefficient[..., None])
+        return OUTPUT_UNIT[dtype] * self.gradient.abs() + C * unit * self.scale[..., None] * self.element + floor
 
     def log_prob_bound(self, real: torch.dtype) -> Tensor:
         """(B, T), for log-probs and entropy: rounding of the output, and of the logits' scaling."""
@@ -72,7 +74,9 @@ class Truth:
 def truth_of(logits: Tensor, token_ids: Tensor, advantages: Tensor, mask: Tensor | None, **options: Any) -> Truth:
     """The reference in float64 on the values of ``logits``, with the options of a ``grpo_loss`` call."""
     leaf = logits.detach().double().requires_grad_()
-    doubled = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
+    doubled: dict[str, Any] = {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()
+    }
     out = reference_loss(leaf, token_ids, advantages.double(), mask, **doubled)
     if out.loss.requires_grad:
         out.loss.backward()
@@ -149,10 +153,11 @@ def _sizes(
     term = ((policy_size + policy_slope.abs() + kl_term + h_size * (1 + entropy)) * sizes)[live].sum()
     metrics = {name: value.double() for name, value in out.metrics.as_dict().items()}
     edge = _edges(config, batch, log_prob, sizes)
-    live3 = live[..., None]
+    underflow = -math.log(torch.finfo(torch.float32).tiny)
+    coefficient = (slope_size + h_size * (underflow + entropy)) * derivative.abs().amax(-1)
     return Truth(
         *(out.loss.detach(), log_prob, entropy, gradient_rows, metrics),
-        *(sizes, torch.where(live3, element, 0.0), term, edge),
+        *(sizes, torch.where(live[..., None], element, 0.0), torch.where(live, coefficient, 0.0), term, edge),
     )
 
 

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Case:
     token_ids: Tensor
     advantages: Tensor
     mask: Tensor
-    options: dict[str, object]
+    options: dict[str, Any]
 
 
 def make_case(config: LossConfig, dtype: torch.dtype, vocab: int, tokens: int, seed: int, device: str) -> Case:
@@ -71,7 +72,7 @@ def run_case(case: Case, backend: str) -> tuple[Comparison, bool]:
     """The comparison, and whether a second run gives the same bits."""
     truth = truth_of(case.logits, case.token_ids, case.advantages, case.mask, **case.options)
     real = torch.float64 if case.logits.dtype == torch.float64 else torch.float32
-    options = {k: v.to(real) if isinstance(v, Tensor) else v for k, v in case.options.items()}
+    options: dict[str, Any] = {k: v.to(real) if isinstance(v, Tensor) else v for k, v in case.options.items()}
     # fp16 gradients need a loss scale, as in training; announcing one is also what lets them take one pass.
     scale = 2.0**12 if case.logits.dtype == torch.float16 else 1.0
     runs = []
@@ -149,7 +150,7 @@ def _usable(device: str, asked: list[str] | None) -> list[str]:
     usable = []
     for name in asked or backends.names():
         check_name("--backend", name, backends.names())
-        reason = backends.get(name).unsupported(backends.Request(torch.empty(1, 1, 1, device=device)))
+        reason = backends.get(name).unsupported(backends.Request(torch.device(device)))
         if reason is None:
             usable.append(name)
         elif asked:

@@ -164,10 +164,10 @@ struct TokenTerms {
 template <class real>
 GRPO_FN TokenTerms<real> token_terms(const ObjectiveSpec& spec, const real* numbers, const Token<real>& token) {
   const real limit = numbers[kLogRatioLimit];
-  const real raw = token.old ? log_ratio_of(token.log_prob, *token.old) : real(0);
+  const real raw = log_ratio_of(token.log_prob, token.old ? *token.old : token.log_prob);  // NaN stays NaN
   // A token of probability 0 has no direction to give: it saturates, whatever it is compared with.
   const bool inside = within(raw, limit) && token.log_prob != -real(INFINITY);
-  const real ratio = token.old ? exp_of(clamp(raw, limit)) : real(1);
+  const real ratio = exp_of(clamp(raw, limit));
 
   Surrogate<real> policy =
       surrogate_terms(spec.surrogate, numbers + kSurrogateFirst, token.log_prob, ratio, token.advantage);

@@ -17,12 +17,13 @@ its logits are not looked at. A new backend is one module and one line in ``_MOD
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
 
-import torch
+import torch as pytorch  # this package's own torch.py takes the plain name here once it is imported
 
 from ..checks import describe, fail
 from ..config import check_name
@@ -35,7 +36,9 @@ _MODULES = {"cpu": "cpu", "torch": "torch"}
 class Request:
     """What a backend is asked whether it can serve."""
 
-    logits: torch.Tensor
+    device: pytorch.device
+    """Of the logits."""
+    dtype: pytorch.dtype = pytorch.float32
     fused: bool = False
     """The one-pass loss, not log-probs and their backward."""
 
@@ -49,7 +52,7 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f".{_MODULES[name]}", __package__)
 
 
-def choose(function: str, request: Request, name: str | None) -> tuple[str, bool]:
+def choose(function: str, logits: pytorch.Tensor, fused: bool, name: str | None) -> tuple[str, bool]:
     """The backend asked for by name, or the first that can serve the call, and whether it can fuse it.
 
     A backend that has no one-pass loss for the call still serves it in two passes.
@@ -60,16 +63,30 @@ def choose(function: str, request: Request, name: str | None) -> tuple[str, bool
     """
     if name is not None:
         check_name("backend", name, _MODULES)
+    chosen, fuses, reasons = _choose(logits.device.type, logits.device.index, logits.dtype, fused, name)
+    if chosen:
+        return chosen, fuses
+    if name is not None:
+        expected = f"a call that backend={name!r} can serve"
+        fail(function, expected, reasons, {"logits": logits}, error=RuntimeError)
+    raise RuntimeError(f"{function}: no backend serves {describe(logits)} ({reasons}).")
+
+
+@pytorch.compiler.assume_constant_result
+def _choose(
+    device: str, index: int | None, dtype: pytorch.dtype, fused: bool, name: str | None
+) -> tuple[str, bool, str]:
+    """Name ("" for none), whether it fuses, else the reasons why not. torch.compile runs it instead of tracing it."""
+    request = Request(pytorch.device(device) if index is None else pytorch.device(device, index), dtype, fused)
     reasons = {}
     for candidate in _MODULES if name is None else (name,):
         unsupported = get(candidate).unsupported
-        if request.fused and unsupported(request) is None:
-            return candidate, True
-        reasons[candidate] = unsupported(Request(request.logits))
-        if reasons[candidate] is None:
-            return candidate, False
+        if fused and unsupported(request) is None:
+            return candidate, True, ""
+        reason = unsupported(dataclasses.replace(request, fused=False))
+        if reason is None:
+            return candidate, False, ""
+        reasons[candidate] = reason
     if name is not None:
-        expected = f"a call that backend={name!r} can serve"
-        fail(function, expected, reasons[name] or "", {"logits": request.logits}, error=RuntimeError)
-    why = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
-    raise RuntimeError(f"{function}: no backend serves {describe(request.logits)} ({why}).")
+        return "", False, reasons[name]
+    return "", False, "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())

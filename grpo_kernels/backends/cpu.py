@@ -6,6 +6,7 @@ import ctypes
 import functools
 import json
 import os
+from collections.abc import Mapping
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 
@@ -116,8 +117,8 @@ def instruction_set() -> str:
 
 
 def unsupported(request: Request) -> str | None:
-    if request.logits.device.type != "cpu":
-        return f"it serves CPU tensors, not {request.logits.device.type}"
+    if request.device.type != "cpu":
+        return f"it serves CPU tensors, not {request.device.type}"
     try:
         instruction_set()
     except Unavailable as error:
@@ -126,7 +127,7 @@ def unsupported(request: Request) -> str | None:
 
 
 def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, lse: Tensor) -> None:
-    _call("grpo_cpu_log_probs", rows, log_prob=log_prob, entropy=entropy, lse=lse)
+    _call("grpo_cpu_log_probs", rows, {"log_prob": log_prob, "entropy": entropy, "lse": lse})
 
 
 def log_probs_backward(
@@ -140,7 +141,7 @@ def log_probs_backward(
 ) -> None:
     per_row = {"log_prob": log_prob, "entropy": entropy, "lse": lse}
     gradients = {"grad_log_prob": grad_log_prob, "grad_entropy": grad_entropy}
-    _call("grpo_cpu_log_probs_backward", rows, out=out, **per_row, **gradients)
+    _call("grpo_cpu_log_probs_backward", rows, {**per_row, **gradients}, out=out)
 
 
 def fused_loss(
@@ -163,7 +164,7 @@ def fused_loss(
     outputs = {"log_prob": log_prob, "entropy": entropy, "lse": lse, "policy": policy, "kl": kl, "flags": flags}
     weights = {"policy_weight": policy_weight, "kl_weight": kl_weight, "entropy_weight": entropy_weight}
     per_row = {"advantage": advantage, "old": old, "ref": ref, **weights, **outputs}
-    _call("grpo_cpu_fused_loss", rows, spec=spec, out=out, **per_row)
+    _call("grpo_cpu_fused_loss", rows, per_row, spec=spec, out=out)
 
 
 def token_sums(
@@ -205,7 +206,11 @@ def token_terms(numbers: Tensor, spec: list[int], **per_row: Tensor | None) -> N
 
 
 def _call(
-    function: str, rows: Rows, *, spec: list[int] | None = None, out: Tensor | None = None, **per_row: Tensor | None
+    function: str,
+    rows: Rows,
+    per_row: Mapping[str, Tensor | None],
+    spec: list[int] | None = None,
+    out: Tensor | None = None,
 ) -> None:
     native = library()
     threads = torch.get_num_threads()
@@ -244,13 +249,13 @@ def _strides(tensor: Tensor) -> tuple[int, int]:
     return (tensor.stride(0) if tensor.dim() == 3 else 0), tensor.stride(-2)
 
 
-def _fill(params: _Params, spec: list[int] | None, per_row: dict[str, Tensor | None]) -> None:
+def _fill(params: _Params, spec: list[int] | None, per_row: Mapping[str, Tensor | None]) -> None:
     if spec is not None:
         params.surrogate, params.kl_estimator, params.kl_straight_through, params.kl_ratio_weighted = spec
     _point(params, per_row)
 
 
-def _point(params: ctypes.Structure, tensors: dict[str, Tensor | None]) -> None:
+def _point(params: ctypes.Structure, tensors: Mapping[str, Tensor | None]) -> None:
     for name, tensor in tensors.items():
         if tensor is not None:
             setattr(params, name, tensor.data_ptr())

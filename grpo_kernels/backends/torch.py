@@ -114,7 +114,8 @@ def _chunk_log_probs(chunk: _Chunk) -> tuple[Tensor, Tensor, Tensor]:
     entropy = (log_total - weighted / total).clamp(min=0)
     lse = largest.squeeze(-1) + log_total
     void = largest.squeeze(-1) == -math.inf  # no column is possible
-    return tuple(torch.where(void, math.nan, output) for output in (log_prob, entropy, lse))
+    log_prob, entropy, lse = (torch.where(void, math.nan, output) for output in (log_prob, entropy, lse))
+    return log_prob, entropy, lse
 
 
 def _chunk_gradient(chunk: _Chunk, log_prob: Tensor, entropy: Tensor, lse: Tensor, g: Tensor, h: Tensor) -> Tensor:

@@ -118,9 +118,10 @@ class Trainer:
                 losses.append(loss)
                 metrics.append(merged)
         total = sum(metrics[1:], start=metrics[0])
-        names = ("entropy", "clip_fraction", "ratio_mean", "ratio_max")
+        names = ("entropy", "k3_old", "clip_fraction", "ratio_mean", "ratio_max")
         record = {"loss": torch.stack(losses).mean().item(), "grad_norm": torch.stack(norms).mean().item()}
-        record["kl"] = (total.kl if ref is not None else total.k3_old).item()
+        if ref is not None:
+            record["kl"] = total.kl.item()
         return record | {name: getattr(total, name).item() for name in names}
 
     def _shuffled(self, count: int) -> Tensor:

@@ -26,11 +26,11 @@ class Options:
     prompts: int = 32
     group: int = 8
     epochs: int = 2
-    minibatch: int = 256
+    minibatch: int = 128
     micro_batch: int | None = None
     max_new_tokens: int | None = None
     temperature: float = 1.0
-    lr: float = 1e-3
+    lr: float = 6e-4
     warmup: int = 20
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0

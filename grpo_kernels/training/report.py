@@ -11,7 +11,17 @@ import torch
 
 from .options import Options
 
-CURVES = ("reward", "loss", "kl", "entropy", "clip_fraction", "grad_norm")
+CURVES = {
+    "reward": "reward (mean over responses)",
+    "length": "response length (tokens)",
+    "entropy": "entropy (nats)",
+    "loss": "loss",
+    "k3_old": "k3 to the old policy (nats)",
+    "kl": "KL to the reference (nats)",
+    "clip_fraction": "clipped tokens (fraction)",
+    "grad_norm": "gradient norm, before clipping",
+}
+"""What of the log is drawn, where a run has it, and the titles."""
 
 
 class RunFolder:
@@ -86,16 +96,18 @@ class RunFolder:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        figure, axes = plt.subplots(2, 3, figsize=(12, 6), constrained_layout=True)
-        for axis, name in zip(axes.flat, CURVES, strict=True):
-            points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
-            if points:
-                steps, values = zip(*points, strict=True)
-                axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
-                axis.plot(steps, _smooth(list(values)), color="tab:blue", linewidth=1.6)
-            axis.set_title(name.replace("_", " "))
+        names = [name for name in CURVES if any(name in record for record in records)]
+        columns = -(-max(len(names), 1) // 2)
+        figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 6), constrained_layout=True, squeeze=False)
+        for axis, name in zip(axes.flat, names, strict=False):
+            steps, values = zip(*((r["step"], r[name]) for r in records if name in r), strict=True)
+            axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
+            axis.plot(steps, _smooth(list(values)), color="tab:blue", linewidth=1.6)
+            axis.set_title(CURVES[name])
             axis.set_xlabel("step")
             axis.grid(alpha=0.3)
+        for axis in axes.flat[len(names) :]:
+            axis.set_visible(False)
         figure.suptitle(self.path.name)
         target = self.path / "curves.png"
         figure.savefig(target.with_suffix(".tmp.png"), dpi=110)

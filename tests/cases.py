@@ -1,0 +1,143 @@
+"""Batches that make tests bite: ragged masks, ratios on both sides of each bound, advantages of both signs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import KL, Clip, LossConfig, LossOutput, Reinforce, Unclipped, grpo_loss, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass
+class Case:
+    logits: Tensor
+    token_ids: Tensor
+    advantages: Tensor
+    mask: Tensor
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        return self.token_ids, self.advantages, self.mask
+
+    def run(self, backend: str | None = None, scale: float = 1.0, **options: Any) -> tuple[LossOutput, Tensor]:
+        """Loss and the gradient in the logits of ``scale * loss``."""
+        leaf = self.logits.detach().clone().requires_grad_()
+        out = grpo_loss(leaf, *self.arguments, backend=backend, **{**self.options, **options})
+        (out.loss * scale).backward()
+        return out, leaf.grad
+
+    def reference(self, **options: Any) -> tuple[LossOutput, Tensor]:
+        leaf = self.logits.detach().clone().requires_grad_()
+        out = reference.grpo_loss(leaf, *self.arguments, **{**self.options, **options})
+        out.loss.backward()
+        return out, leaf.grad
+
+
+def make(
+    batch: int = 6,
+    length: int = 9,
+    vocab: int = 97,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    spread: float = 2.0,
+    shift: float = 0.0,
+    noise: float = 0.3,
+    extra_row: bool = True,
+    empty: bool = True,
+    **options: Any,
+) -> Case:
+    """Padded (B, T[+1], V) logits with old and ref log-probs at ``noise`` nats from the policy's.
+
+    Sequence 1 is empty if ``empty`` (and there are several); the others are of random length with a hole.
+    """
+    g = torch.Generator().manual_seed(seed)
+    logits = (spread * torch.randn(batch, length + int(extra_row), vocab, generator=g) + shift).to(dtype)
+    ids = torch.randint(vocab, (batch, length), generator=g)
+    lengths = torch.randint(1, length + 1, (batch,), generator=g)
+    lengths[0] = length
+    mask = torch.arange(length) < lengths[:, None]
+    mask &= torch.rand(batch, length, generator=g) < 0.9
+    if batch:
+        mask[0, 0] = True
+    if empty and batch > 1:
+        mask[1] = False
+    advantages = torch.randn(batch, generator=g)
+    if batch > 2:
+        advantages[2] = 0.0
+    transform = {k: options[k] for k in ("temperature", "logit_scale", "logit_softcap") if k in options}
+    log_probs = exact_log_probs(logits[:, :length], ids, **transform)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def near() -> Tensor:
+        return (log_probs + noise * torch.randn(batch, length, generator=g, dtype=torch.float64)).to(real)
+
+    return Case(logits, ids, advantages, mask, {"old_log_probs": near(), "ref_log_probs": near(), **options})
+
+
+def exact_log_probs(
+    logits: Tensor, ids: Tensor, temperature: float = 1.0, logit_scale: float = 1.0, logit_softcap: float | None = None
+) -> Tensor:
+    """float64 log-probs by plain log_softmax."""
+    z = logits.double() * logit_scale
+    if logit_softcap is not None:
+        z = logit_softcap * torch.tanh(z / logit_softcap)
+    return torch.log_softmax(z / temperature, -1).gather(-1, ids[..., None]).squeeze(-1)
+
+
+SURROGATES = (Reinforce(), Unclipped(), Clip(0.2, 0.28), Clip(0.2, 0.2, dual=2.0))
+KLS = (
+    KL(),
+    KL(0.1),
+    KL(0.1, "k1"),
+    KL(0.1, "k2"),
+    KL(0.1, ratio_weighted=True),
+    KL(0.1, "k1", ratio_weighted=True),
+    KL(0.1, "k2", ratio_weighted=True),
+    KL(0.1, "k3", gradient="straight_through_k2"),
+    KL(0.1, limit=(0.25, 0.02)),
+    KL(0.1, ratio_weighted=True, limit=(0.25, 0.02)),
+)
+
+
+def configs() -> list[LossConfig]:
+    """Every surrogate, level, aggregation, KL form and entropy setting at least once, crossed where they interact.
+
+    Surrogate x level interact (the ratio), KL x level (the ratio's share), nothing else does: aggregations are only a
+    weight, so each appears once per level, and entropy is added to every third config.
+    """
+    out = []
+    for surrogate in SURROGATES:
+        for level in ("token", "sequence", "sequence_token", "sequence_product"):
+            if level == "token" or surrogate.uses_ratio:
+                out.append(LossConfig(surrogate, level=level))
+    for level in ("token", "sequence", "sequence_token", "sequence_product"):
+        out += [LossConfig(Clip(0.2, 0.28), level=level, kl=kl) for kl in KLS]
+        for aggregation in ("token_mean", "sequence_sum", "constant", "group_mean"):
+            lengths = {"constant_length": 11, "group_size": 2}
+            out.append(LossConfig(Clip(), level=level, aggregation=aggregation, kl=KL(0.05), **lengths))
+    import dataclasses
+
+    mixed = []
+    for i, config in enumerate(out):
+        if i % 3 == 0:
+            own = "token_mean" if i % 2 else None
+            config = dataclasses.replace(config, entropy_coef=0.05, entropy_aggregation=own)
+        mixed.append(config)
+    return list(dict.fromkeys(mixed))
+
+
+def label(config: LossConfig) -> str:
+    """A short, unique test id."""
+    kl = config.kl
+    parts = [repr(config.surrogate), config.level, config.aggregation]
+    if kl.coef:
+        parts.append(f"{kl.estimator}{'-r' * kl.ratio_weighted}{'-st' * (kl.gradient != 'pathwise')}")
+        parts += ["limits"] if kl.limit != KL().limit else []
+    parts += ["entropy" + (config.entropy_aggregation or "")] if config.entropy_coef else []
+    return "-".join(parts).replace(" ", "")

@@ -1,0 +1,186 @@
+"""Advantages and the value loss against loops written from their definitions."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from grpo_kernels import advantages, value_loss
+
+REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0, 3.0, 3.0, 3.0, 3.0, 0.5, 2.5, -1.0, 0.0])
+GROUPS = [REWARDS[i : i + 4].tolist() for i in range(0, 12, 4)]
+
+
+def flat(rows) -> list[float]:
+    return [x for row in rows for x in row]
+
+
+def test_raw_and_centered():
+    leaf = REWARDS.clone().requires_grad_()
+    assert torch.equal(advantages.raw(leaf), REWARDS)
+    assert not advantages.raw(leaf).requires_grad
+    mean = statistics.fmean(REWARDS.tolist())
+    assert advantages.centered(leaf).tolist() == pytest.approx([r - mean for r in REWARDS.tolist()])
+
+
+def test_group_centered():
+    expected = flat([[r - statistics.fmean(group) for r in group] for group in GROUPS])
+    assert advantages.group_centered(REWARDS, 4).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-4])
+def test_group_normalized(eps):
+    expected = [[(r - statistics.fmean(g)) / (statistics.pstdev(g) + eps) for r in g] for g in GROUPS]
+    got = advantages.group_normalized(REWARDS, 4, eps)
+    assert got.tolist() == pytest.approx(flat(expected), rel=1e-6)
+    assert (got[4:8] == 0).all()  # a group of equal rewards
+
+
+def test_equal_rewards_give_exact_zeros():
+    """0.1 * 3 / 3 is not 0.1 in floating point: the zero must not come from a subtraction."""
+    rewards = torch.full((9,), 0.1)
+    for estimate in (advantages.group_normalized, advantages.leave_one_out):
+        assert (estimate(rewards, 3) == 0).all()
+    assert not advantages.has_signal(rewards, 3).any()
+
+
+def test_leave_one_out():
+    expected = [[r - (sum(g) - r) / (len(g) - 1) for r in g] for g in GROUPS]
+    assert advantages.leave_one_out(REWARDS, 4).tolist() == pytest.approx(flat(expected))
+    with pytest.raises(ValueError, match="group_size >= 2"):
+        advantages.leave_one_out(REWARDS, 1)
+
+
+def test_has_signal():
+    assert advantages.has_signal(REWARDS, 4).tolist() == [True] * 4 + [False] * 4 + [True] * 4
+
+
+def test_group_size_must_divide():
+    for function in (advantages.group_centered, advantages.group_normalized, advantages.has_signal):
+        with pytest.raises(ValueError, match=r"rewards \(B,\) with B a multiple of group_size 5; got shape \(12,\)"):
+            function(REWARDS, 5)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(0, 0), (80, 0), (90, -0.5), (100, -1), (130, -1)])
+def test_overlong_penalty(length, expected):
+    """DAPO, arXiv:2503.14476 eq. 13: 0 up to max - buffer, then linear down to -1 at max."""
+    got = advantages.overlong_penalty(torch.tensor([length]), max_length=100, buffer=20)
+    assert got.item() == pytest.approx(expected)
+
+
+def trajectories() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rewards, values and a mask with holes; an empty row."""
+    g = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(5, 8, generator=g, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(5, 8, generator=g) < 0.7
+    mask[2] = False
+    rewards[~mask], values[~mask] = math.nan, math.nan
+    return rewards, values, mask
+
+
+def by_row(function, *tensors, mask: torch.Tensor) -> torch.Tensor:
+    """A function of lists of live entries, applied row by row."""
+    out = torch.zeros(mask.shape, dtype=torch.float64)
+    for i in range(len(mask)):
+        result = function(*(t[i][mask[i]].tolist() for t in tensors))
+        out[i][mask[i]] = torch.tensor(result, dtype=torch.float64)
+    return out
+
+
+@pytest.mark.parametrize("discount", [1.0, 0.9, 0.0])
+@pytest.mark.parametrize("from_start", [False, True])
+def test_reward_to_go(discount, from_start):
+    rewards, _, mask = trajectories()
+
+    def loop(r):
+        front = [discount**t if from_start else 1.0 for t in range(len(r))]
+        return [front[t] * sum(discount ** (u - t) * r[u] for u in range(t, len(r))) for t in range(len(r))]
+
+    got = advantages.reward_to_go(rewards, mask, discount, discount_from_start=from_start)
+    torch.testing.assert_close(got, by_row(loop, rewards, mask=mask))
+    baseline = torch.randn(5, 1, dtype=torch.float64)
+    if not from_start:
+        moved = advantages.reward_to_go(rewards, mask, discount, baseline=baseline)
+        torch.testing.assert_close(moved, torch.where(mask, got - baseline, 0.0))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 100])
+def test_n_step(steps):
+    rewards, values, mask = trajectories()
+
+    def loop(r, v):
+        out = []
+        for t in range(len(r)):
+            total = sum(0.9**k * r[t + k] for k in range(steps) if t + k < len(r))
+            out.append(total + (0.9**steps * v[t + steps] if t + steps < len(r) else 0.0))
+        return out
+
+    torch.testing.assert_close(
+        advantages.n_step(rewards, values, mask, 0.9, steps), by_row(loop, rewards, values, mask=mask)
+    )
+    if steps >= 8:
+        torch.testing.assert_close(
+            advantages.n_step(rewards, values, mask, 0.9, steps), advantages.reward_to_go(rewards, mask, 0.9)
+        )
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.95, 1.0])
+def test_gae(lam):
+    rewards, values, mask = trajectories()
+
+    def loop(r, v):
+        following = [*v[1:], 0.0]
+        delta = [r[t] + 0.9 * following[t] - v[t] for t in range(len(r))]
+        return [sum((0.9 * lam) ** (u - t) * delta[u] for u in range(t, len(r))) for t in range(len(r))]
+
+    got, returns = advantages.gae(rewards, values, mask, 0.9, lam)
+    expected = by_row(loop, rewards, values, mask=mask)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(returns, torch.where(mask, expected + values, 0.0))
+    if lam == 0.0:
+        one_step = advantages.n_step(rewards, values, mask, 0.9, 1)
+        torch.testing.assert_close(returns, one_step)
+
+
+def test_estimators_are_detached():
+    rewards, values, mask = (x.requires_grad_() if x.is_floating_point() else x for x in trajectories())
+    assert not advantages.reward_to_go(rewards, mask, 0.9).requires_grad
+    assert not advantages.n_step(rewards, values, mask, 0.9, 2).requires_grad
+    assert not any(x.requires_grad for x in advantages.gae(rewards, values, mask))
+
+
+@pytest.mark.parametrize("clip", [0.2, None])
+def test_value_loss(clip):
+    g = torch.Generator().manual_seed(1)
+    values, old, returns = (torch.randn(3, 5, generator=g, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(3, 5, generator=g) < 0.6
+    values[~mask], old[~mask], returns[~mask] = math.nan, math.nan, math.nan
+    total = 0.0
+    for v, o, r in zip(values[mask].tolist(), old[mask].tolist(), returns[mask].tolist(), strict=True):
+        loss = (v - r) ** 2
+        if clip is not None:
+            loss = max(loss, (o + max(-clip, min(clip, v - o)) - r) ** 2)
+        total += loss / 2
+    leaf = values.requires_grad_()
+    loss = value_loss(leaf, old, returns, mask, clip)
+    assert loss.item() == pytest.approx(total / mask.sum().item())
+    loss.backward()
+    assert leaf.grad.isfinite().all()
+    assert (leaf.grad[~mask] == 0).all()
+    assert value_loss(leaf, old, returns, torch.zeros_like(mask), clip).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, m: advantages.reward_to_go(x, m, 1.1), r"discount in \[0, 1\]; got 1.1"),
+        (lambda x, m: advantages.gae(x, x, m, 0.9, -0.1), r"lam in \[0, 1\]; got -0.1"),
+        (lambda x, m: advantages.n_step(x, x, m, 0.9, 0), "steps >= 1; got 0"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(2, 3), torch.ones(2, 3))

@@ -1,0 +1,146 @@
+"""Weights and normalizers: micro-batches and ranks add up to the batch."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from cases import make
+from distributed import run_ranks
+
+from grpo_kernels import KL, Clip, LossConfig, grpo_loss, normalizer
+from grpo_kernels.config import AGGREGATIONS
+
+
+def config_of(aggregation: str, level: str = "token", **changes) -> LossConfig:
+    options = {"kl": KL(0.1), "entropy_coef": 0.02, "constant_length": 13, "group_size": 2, **changes}
+    return LossConfig(Clip(), level, aggregation, **options)
+
+
+def batch(size: int = 16, **options):
+    """Ragged sequences, one of them empty."""
+    return make(batch=size, length=7, vocab=31, seed=3, **options)
+
+
+def part(case, index, **options) -> tuple[torch.Tensor, torch.Tensor, object]:
+    """Loss, gradient and metrics of some of the sequences."""
+    leaf = case.logits[index].clone().requires_grad_()
+    per_token = {name: value[index] for name, value in case.options.items()}
+    out = grpo_loss(leaf, *(x[index] for x in case.arguments), **per_token, **options)
+    out.loss.backward()
+    return out.loss.detach(), leaf.grad, out.metrics
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("splits", [(4, 4, 4, 4), (2, 6, 8), (16,)])
+def test_micro_batches_add_up(backend, aggregation, level, splits):
+    """1 x 16 = 4 x 4 = 2 + 6 + 8: loss, gradient and metrics."""
+    case, config = batch(), config_of(aggregation, level)
+    whole, gradient, metrics = part(case, slice(None), config=config, backend=backend)
+    pieces = torch.arange(16).split(splits)
+    denominator = normalizer([case.mask[index] for index in pieces], config)
+    losses, gradients, merged = zip(
+        *(part(case, index, config=config, normalizer=denominator, backend=backend) for index in pieces), strict=True
+    )
+    torch.testing.assert_close(sum(losses), whole, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-5, atol=1e-9)
+    for name, value in sum(merged).as_dict().items():
+        torch.testing.assert_close(value, metrics.as_dict()[name], rtol=1e-6, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_frameworks_that_divide_themselves(aggregation):
+    """accelerate and DeepSpeed divide each loss by k: normalizer / k and grad_scale=1/k give the same gradient."""
+    case, config, k = batch(), config_of(aggregation), 4
+    _, gradient, _ = part(case, slice(None), config=config)
+    pieces = torch.arange(16).split(16 // k)
+    denominator = normalizer([case.mask[index] for index in pieces], config) / k
+    gradients = []
+    for index in pieces:
+        leaf = case.logits[index].clone().requires_grad_()
+        per_token = {name: value[index] for name, value in case.options.items()}
+        arguments = [x[index] for x in case.arguments]
+        out = grpo_loss(leaf, *arguments, **per_token, config=config, normalizer=denominator, grad_scale=1 / k)
+        (out.loss / k).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(torch.cat(gradients), gradient, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_entropy_of_its_own(backend, aggregation):
+    """entropy_aggregation="token_mean": mean entropy over the tokens of the call, whatever the aggregation."""
+    case = batch()
+    config = config_of(aggregation, kl=KL(), entropy_coef=0.5, entropy_aggregation="token_mean")
+    out, _ = case.run(backend, config=config)
+    torch.testing.assert_close(out.metrics.entropy_loss, -0.5 * out.metrics.entropy, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_equal_lengths_make_means_agree(backend, aggregation):
+    """With sequences of one length every aggregation is a multiple of the token mean."""
+    case = batch()
+    case.mask[:] = True
+    loss = case.run(backend, config=config_of(aggregation))[0].loss
+    mean = case.run(backend, config=config_of("token_mean"))[0].loss
+    factor = {"sequence_sum": 7.0, "constant": 7 / 13}.get(aggregation, 1.0)
+    torch.testing.assert_close(loss, mean * factor, rtol=1e-5, atol=1e-7)
+
+
+def test_normalizer_values():
+    masks = [torch.tensor([[1, 1, 0], [0, 0, 0]]), torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])]
+    assert normalizer(masks, "token_mean").item() == 6
+    assert normalizer(masks, "dapo").item() == 6
+    assert normalizer(masks[0], "grpo").item() == 2
+    assert normalizer(masks, "sequence_sum").item() == 4
+    assert normalizer(masks, LossConfig(aggregation="group_mean", group_size=2)).item() == 2
+    assert normalizer(masks, "token_mean", world_size=2).item() == 3
+    packed = [torch.ones(9), torch.ones(4)]
+    bounds = [torch.tensor([0, 4, 9]), torch.tensor([0, 4])]
+    assert normalizer(packed, "grpo", cu_seqlens=bounds).item() == 3
+
+
+def test_normalizer_refusals():
+    with pytest.raises(ValueError, match=r"normalizer: config must be one of .*Did you mean 'token_mean'"):
+        normalizer(torch.ones(2, 2), "tokens_mean")
+    with pytest.raises(ValueError, match="at least one mask"):
+        normalizer([], "grpo")
+    with pytest.raises(ValueError, match=r'a LossConfig with group_size for "group_mean"'):
+        normalizer(torch.ones(2, 2), "dapo_paper")
+
+
+def test_aggregations_that_need_numbers():
+    case = batch()
+    with pytest.raises(ValueError, match="divides by a constant length: give constant_length"):
+        case.run(config=LossConfig(aggregation="constant"))
+    with pytest.raises(ValueError, match="needs group_size, a divisor of the 16 sequences.*; got None"):
+        case.run(config=LossConfig(aggregation="group_mean"))
+    with pytest.raises(ValueError, match="; got 3"):
+        case.run(config=LossConfig(aggregation="group_mean", group_size=3))
+
+
+def _rank_part(rank: int, aggregation: str) -> tuple:
+    """What a rank of a data-parallel run computes: its share of the sequences, the global normalizer."""
+    case, config = batch(), config_of(aggregation)
+    index = torch.arange(16)[:6] if rank == 0 else torch.arange(16)[6:]
+    group = torch.distributed.group.WORLD
+    denominator = normalizer(case.mask[index], config, world_size=2, group=group)
+    loss, gradient, metrics = part(case, index, config=config, normalizer=denominator)
+    return loss, gradient, metrics.all_reduce().vector
+
+
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "group_mean"])
+def test_ranks_add_up(tmp_path, aggregation):
+    """Two ranks with 6 and 10 sequences; gradients averaged over ranks are the whole batch's."""
+    case, config = batch(), config_of(aggregation)
+    whole, gradient, metrics = part(case, slice(None), config=config)
+    results = run_ranks(2, tmp_path, functools.partial(_rank_part, aggregation=aggregation))
+    losses, gradients, vectors = zip(*results, strict=True)
+    torch.testing.assert_close(sum(losses) / 2, whole, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(torch.cat(gradients) / 2, gradient, rtol=1e-5, atol=1e-9)
+    assert torch.equal(vectors[0], vectors[1])
+    # the terms of the loss are scaled like it
+    scaled = vectors[0].clone()
+    scaled[:3] /= 2
+    torch.testing.assert_close(scaled, metrics.vector, rtol=1e-6, atol=1e-7)

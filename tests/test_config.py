@@ -1,0 +1,126 @@
+"""LossConfig: presets, equality, the equation it prints, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped
+from grpo_kernels.config import AGGREGATIONS, LEVELS, PRESETS
+from grpo_kernels.surrogates import SURROGATES
+
+
+def test_is_a_value():
+    config = LossConfig(Clip(0.2, 0.28), kl=KL(0.04))
+    assert config == LossConfig(Clip(0.2, 0.28), kl=KL(0.04))
+    assert hash(config) == hash(LossConfig(Clip(0.2, 0.28), kl=KL(0.04)))
+    assert config != LossConfig(Clip(0.2, 0.2), kl=KL(0.04))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.level = "sequence"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    preset = LossConfig.presets()[name]
+    assert LossConfig.preset(name) == preset.config
+    assert preset.config.kl.coef == preset.config.entropy_coef == 0
+    assert any(year in preset.paper for year in ("1992", "2017", "2024", "2025"))
+    assert preset.coefficients
+    changed = LossConfig.preset(name, kl=KL(0.04))
+    assert changed.kl == KL(0.04)
+    assert changed.surrogate == preset.config.surrogate
+
+
+def test_presets_are_the_papers():
+    got = {name: (p.config.surrogate, p.config.level, p.config.aggregation) for name, p in PRESETS.items()}
+    clip = Clip(0.2, 0.2)
+    assert got == {
+        "reinforce": (Reinforce(), "token", "sequence_sum"),
+        "ppo": (clip, "token", "token_mean"),
+        "grpo": (clip, "token", "sequence_mean"),
+        "dapo": (Clip(0.2, 0.28), "token", "token_mean"),
+        "dapo_paper": (Clip(0.2, 0.28), "token", "group_mean"),
+        "dr_grpo": (clip, "token", "constant"),
+        "bnpo": (clip, "token", "token_mean"),
+        "gspo": (Clip(3e-4, 4e-4), "sequence", "sequence_mean"),
+    }
+
+
+def test_presets_cannot_be_changed_in_place():
+    with pytest.raises(TypeError):
+        LossConfig.presets()["grpo"] = None
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_equation_names_every_part(level, aggregation):
+    config = LossConfig(
+        Clip(0.1, 0.3, dual=4.0),
+        level,
+        aggregation,
+        KL(0.07, "k2"),
+        entropy_coef=0.25,
+        constant_length=77,
+        group_size=3,
+    )
+    text = repr(config)
+    for part in ("0.9", "1.3", "min(r, 4)", "0.07·k2", "0.25·entropy", "77" if aggregation == "constant" else "f"):
+        assert part in text, part
+    assert text.startswith("LossConfig(")
+    equations = {LossConfig(Clip(), level=a, aggregation=b).equation() for a in LEVELS for b in AGGREGATIONS}
+    assert len(equations) == len(LEVELS) * len(AGGREGATIONS)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES.values())
+def test_every_surrogate_has_its_papers(surrogate):
+    assert surrogate.equation
+    assert any(digit.isdigit() for digit in surrogate.paper)
+    assert len(surrogate().parameters()) <= 8
+    assert repr(surrogate()) in repr(LossConfig(surrogate()))
+
+
+BAD = [
+    (lambda: LossConfig(level="tokens"), r"level must be one of token, .*'tokens'.*Did you mean 'token'"),
+    (lambda: LossConfig(aggregation="seq_mean"), r"aggregation must be one of .*Did you mean 'sequence_mean'"),
+    (lambda: LossConfig.preset("dappo"), r"preset must be .*'dappo'.*Did you mean 'dapo'"),
+    (
+        lambda: LossConfig.preset("grpo", levels="token"),
+        r"preset\('grpo', ...\): the field must be .*Did you mean 'level'",
+    ),
+    (lambda: LossConfig(entropy_aggregation="mean"), r"entropy_aggregation must be one of token_mean"),
+    (lambda: KL(0.1, "k4"), r"KL\(estimator=...\) must be one of k1, k2, k3; got 'k4'"),
+    (lambda: KL(0.1, gradient="path"), r"KL\(gradient=...\).*Did you mean 'pathwise'"),
+    (lambda: KL(math.nan), r"KL\(coef=...\) must be a finite number; got nan"),
+    (lambda: KL(limit=(-1.0, None)), r"the input limit must be a finite number > 0, or None.*-1.0"),
+    (lambda: KL(limit=5.0), r"a pair \(input, output\)"),
+    (lambda: KL(0.1, gradient="straight_through_k2", ratio_weighted=True), 'needs gradient="pathwise"'),
+    (lambda: LossConfig(entropy_coef=math.inf), "entropy_coef must be a finite number; got inf"),
+    (lambda: LossConfig(log_ratio_limit=0.0), "log_ratio_limit must be a finite number > 0"),
+    (lambda: LossConfig(constant_length=0), "constant_length must be a positive integer; got 0"),
+    (lambda: LossConfig(group_size=2.5), "group_size must be a positive integer; got 2.5"),
+    (lambda: Clip(-0.1), r"Clip\(low=...\) must be a finite number >= 0; got -0.1"),
+    (lambda: Clip(1.5), r"Clip\(low=...\) must be at most 1"),
+    (lambda: Clip(0.2, math.nan), r"Clip\(high=...\) must be a finite number"),
+    (lambda: Clip(0.2, 0.28, dual=1.1), r"Clip\(dual=...\) must be finite and at least 1 \+ high = 1.28.*1.1"),
+    (lambda: LossConfig(Reinforce(), level="sequence"), r'level="sequence" pools ratios, and Reinforce\(\) has none'),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), BAD, ids=[message[:40] for _, message in BAD])
+def test_refusals(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_wrong_types():
+    with pytest.raises(TypeError, match=r"must be a Surrogate such as Clip\(\); got 'clip'"):
+        LossConfig("clip")
+    with pytest.raises(TypeError, match=r"must be a KL such as KL\(0.04\); got 0.04"):
+        LossConfig(kl=0.04)
+
+
+def test_levels_accept_ratio_surrogates():
+    for level in LEVELS:
+        assert LossConfig(Unclipped(), level=level).level == level

@@ -1,0 +1,259 @@
+"""Shapes, strides, packing, alignment: the same numbers however the tensors lie."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import make
+
+from grpo_kernels import KL, Clip, LossConfig, align, grpo_loss, reference, token_log_probs
+from grpo_kernels.tolerance import compare, truth_of
+from grpo_kernels.verify import complete
+
+INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+
+
+def gradient_of(view_of, storage: torch.Tensor, case, backend, **options) -> tuple:
+    """Loss and gradient in a leaf of which the logits are a view."""
+    leaf = storage.clone().requires_grad_()
+    out = grpo_loss(view_of(leaf), *case.arguments, backend=backend, **{**case.options, **options})
+    out.loss.backward()
+    return out, leaf.grad
+
+
+def test_align_padded():
+    ids = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
+    mask = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 0]])
+    token_ids, live = align(ids, mask)
+    assert token_ids.tolist() == [[6, 7, 8], [2, 3, 4]]
+    assert live.tolist() == [[False, True, True], [True, True, False]]
+    assert live.dtype == torch.bool
+
+
+@pytest.mark.parametrize("shape", [(9,), (1, 9)])
+def test_align_packed(shape):
+    """The last token of a sequence predicts nothing; what follows the last sequence neither."""
+    ids = torch.arange(10, 19).view(shape)
+    mask = torch.ones(shape)
+    cu_seqlens = torch.tensor([0, 3, 7])
+    token_ids, live = align(ids, mask, cu_seqlens)
+    assert token_ids.shape == live.shape == shape
+    assert token_ids.flatten().tolist() == [11, 12, 13, 14, 15, 16, 17, 18, 10]
+    assert live.flatten().tolist() == [True, True, False, True, True, True, False, False, False]
+
+
+def test_align_is_the_shift_of_a_causal_model(backend):
+    """logits (B, L, V), unshifted ids: exactly what the usual logits[:, :-1] against ids[:, 1:] gives."""
+    case = make(extra_row=False)
+    ids = torch.randint(97, (6, 9))
+    response = torch.rand(6, 9) < 0.5
+    token_ids, mask = align(ids, response)
+    out = token_log_probs(case.logits, token_ids, mask, backend=backend)
+    log_p = torch.log_softmax(case.logits[:, :-1].double(), -1)
+    expected = log_p.gather(-1, ids[:, 1:, None]).squeeze(-1) * response[:, 1:]
+    torch.testing.assert_close(out.log_probs.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_align_refusals():
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="input_ids and loss_mask of one shape"):
+        align(ids, torch.ones(2, 3))
+    with pytest.raises(ValueError, match="packed ids need cu_seqlens="):
+        align(ids[0], torch.ones(4))
+    with pytest.raises(ValueError, match=r"packed input_ids \(N,\) or \(1, N\)"):
+        align(ids, torch.ones(2, 4), torch.tensor([0, 8]))
+
+
+def packed_of(case):
+    """The case's sequences, cut to their last live token, one after the other, with slack rows behind."""
+    lengths = [int(m.nonzero().max()) + 1 if m.any() else 0 for m in case.mask]
+    lengths[4] += 1  # a sequence with a dead tail
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+
+    def pack(x: torch.Tensor, fill: float = 0) -> torch.Tensor:
+        parts = [row[:n] for row, n in zip(x, lengths, strict=True)]
+        return torch.cat([*parts, torch.full_like(x[0, :2], fill)])
+
+    def unpack(x: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(len(lengths), case.token_ids.shape[1], *x.shape[1:], dtype=x.dtype)
+        for i, n in enumerate(lengths):
+            out[i, :n] = x[bounds[i] : bounds[i] + n]
+        return out
+
+    return bounds, pack, unpack
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token", "sequence_product"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant", "group_mean"])
+@pytest.mark.parametrize("leading", [False, True])
+def test_packed_is_padded(backend, level, aggregation, leading):
+    case = make(extra_row=False, empty=True, length=8)
+    case.mask[4, -1] = False
+    config = LossConfig(Clip(), level, aggregation, KL(0.1), entropy_coef=0.05, constant_length=8, group_size=2)
+    expected, expected_gradient = case.run(backend, config=config)
+    bounds, pack, unpack = packed_of(case)
+    wrap = (lambda x: x[None]) if leading else (lambda x: x)
+    logits = wrap(pack(case.logits)).requires_grad_()
+    options = {name: wrap(pack(case.options[name])) for name in ("old_log_probs", "ref_log_probs")}
+    mask = wrap(pack(case.mask, fill=1))  # rows past the last bound count as masked whatever the mask says
+    for cu_seqlens in (bounds, bounds.int()):
+        logits.grad = None
+        out = grpo_loss(
+            logits, wrap(pack(case.token_ids)), case.advantages, mask, cu_seqlens=cu_seqlens, config=config,
+            backend=backend, **options,
+        )  # fmt: skip
+        out.loss.backward()
+        torch.testing.assert_close(out.loss, expected.loss, rtol=1e-6, atol=1e-7)
+        flat = logits.grad[0] if leading else logits.grad
+        torch.testing.assert_close(unpack(flat), expected_gradient, rtol=1e-5, atol=1e-9)
+        assert (flat[bounds[-1] :] == 0).all()
+        assert out.log_probs.shape == logits.shape[:-1]
+        for name, value in out.metrics.as_dict().items():
+            assert value.item() == pytest.approx(expected.metrics.as_dict()[name].item(), rel=1e-6, abs=1e-7), name
+
+
+def test_packed_reference_is_padded_reference():
+    case = make(dtype=torch.float64, extra_row=False, length=8)
+    bounds, pack, unpack = packed_of(case)
+    config = LossConfig(Clip(), "sequence", "group_mean", KL(0.1), group_size=3)
+    expected, expected_gradient = case.reference(config=config)
+    leaf = pack(case.logits).requires_grad_()
+    out = reference.grpo_loss(
+        leaf, pack(case.token_ids), case.advantages, pack(case.mask, fill=1), cu_seqlens=bounds, config=config,
+        **{name: pack(case.options[name]) for name in ("old_log_probs", "ref_log_probs")},
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-13)
+    torch.testing.assert_close(unpack(leaf.grad), expected_gradient, rtol=1e-11, atol=1e-15)
+
+
+def test_packed_token_advantages(backend):
+    case = make(extra_row=False, length=8)
+    bounds, pack, unpack = packed_of(case)
+    per_token = torch.randn(case.mask.shape)
+    expected, expected_gradient = make_with(case, per_token).run(backend, config="grpo")
+    leaf = pack(case.logits).requires_grad_()
+    out = grpo_loss(
+        leaf, pack(case.token_ids), pack(per_token), pack(case.mask), cu_seqlens=bounds, backend=backend,
+        old_log_probs=pack(case.options["old_log_probs"]),
+    )  # fmt: skip
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(unpack(leaf.grad), expected_gradient, rtol=1e-5, atol=1e-9)
+
+
+def make_with(case, advantages):
+    case.advantages = advantages
+    return case
+
+
+VIEWS = {
+    "shorter rows of a longer batch": ((6, 14, 97), lambda s: s[:, 2:12]),
+    "every second batch": ((12, 10, 97), lambda s: s[::2]),
+    "every second row": ((6, 20, 97), lambda s: s[:, ::2]),
+    "padded vocabulary": ((6, 10, 128), lambda s: s[..., :97]),
+    "misaligned vocabulary": ((6, 10, 128), lambda s: s[..., 3:100]),
+    "time first": ((10, 6, 97), lambda s: s.transpose(0, 1)),
+    "storage offset": ((6 * 10 * 97 + 1,), lambda s: s[1:].view(6, 10, 97)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize("config", ["grpo", "gspo"])
+def test_strides(backend, name, config, dtype):
+    """Any batch and row stride is read without a copy: the same bits, and gradients where they belong."""
+    shape, view_of = VIEWS[name]
+    case = make(dtype=dtype)
+    storage = torch.full(shape, float("nan"), dtype=dtype)
+    view_of(storage)[:] = case.logits
+    expected, expected_gradient = case.run(backend, config=config)
+    out, gradient = gradient_of(view_of, storage, case, backend, config=config)
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(out.log_probs, expected.log_probs)
+    assert torch.equal(view_of(gradient), expected_gradient)
+    view_of(gradient)[:] = 0
+    assert (gradient == 0).all()
+
+
+def test_expanded_logits_get_a_dense_gradient(backend):
+    row = torch.randn(1, 1, 33)
+    ids = torch.randint(33, (2, 3))
+    leaf = row.clone().requires_grad_()
+    out = grpo_loss(leaf.expand(2, 3, 33), ids, torch.tensor([1.0, -2.0]), backend=backend)
+    out.loss.backward()
+    plain = row.clone().requires_grad_()
+    reference.grpo_loss(plain.expand(2, 3, 33), ids, torch.tensor([1.0, -2.0])).loss.backward()
+    torch.testing.assert_close(leaf.grad, plain.grad, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", INT_DTYPES, ids=str)
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32, torch.uint8], ids=str)
+def test_dtypes_of_ids_and_masks(backend, dtype, mask_dtype):
+    case = make()
+    expected, expected_gradient = case.run(backend)
+    case.token_ids = case.token_ids.to(dtype)
+    case.mask = case.mask.to(mask_dtype) * (1 if mask_dtype == torch.bool else 3)  # non-zero is live
+    out, gradient = case.run(backend)
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_dtypes_of_token_tensors(backend, dtype):
+    case = make()
+    for name in ("old_log_probs", "ref_log_probs"):
+        case.options[name] = case.options[name].to(dtype)
+    expected, _ = case.run(backend)
+    for name in ("old_log_probs", "ref_log_probs"):
+        case.options[name] = case.options[name].float()
+    out, _ = case.run(backend)
+    assert torch.equal(out.loss, expected.loss)
+    assert out.loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 1), (6, 9)])
+def test_shapes_of_advantages(backend, shape):
+    case = make()
+    expected, expected_gradient = case.run(backend)
+    case.advantages = case.advantages[:, None].expand(6, 9)[:, : shape[1]] if len(shape) > 1 else case.advantages
+    out, gradient = case.run(backend)
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(gradient, expected_gradient)
+
+
+def test_unused_row(backend):
+    """(B, T+1, V) is (B, T, V) with one more row, whose gradient is 0."""
+    case = make()
+    expected, expected_gradient = case.run(backend)
+    case.logits = case.logits[:, :9]
+    out, gradient = case.run(backend)
+    assert torch.equal(out.loss, expected.loss)
+    assert torch.equal(gradient, expected_gradient[:, :9])
+    assert (expected_gradient[:, 9] == 0).all()
+
+
+def test_unshifted_ids_are_noticed(backend, monkeypatch):
+    """A model that knows its tokens, ids not shifted: an accepted shape with the wrong meaning."""
+    ids = torch.randint(50, (3, 12))
+    logits = 4 * torch.nn.functional.one_hot(ids.roll(-1, 1), 50).float() + 0.1 * torch.randn(3, 12, 50)
+    mask = torch.ones(3, 12)
+    with pytest.raises(ValueError, match=r"nats likelier one row earlier(.|\n)*align\(input_ids, mask\)"):
+        grpo_loss(logits, ids, torch.ones(3), mask, check=True, backend=backend)
+    monkeypatch.setenv("GRPO_KERNELS_CHECK", "1")
+    with pytest.raises(ValueError, match="likelier one row earlier"):
+        token_log_probs(logits, ids, mask, backend=backend)
+    token_ids, live = align(ids, mask)
+    out = grpo_loss(logits, token_ids, torch.ones(3), live, backend=backend)
+    assert out.loss.isfinite()
+    grpo_loss(torch.randn(3, 12, 50), ids, torch.ones(3), mask, backend=backend)  # an untrained model is no evidence
+    monkeypatch.setenv("GRPO_KERNELS_CHECK", "0")
+    grpo_loss(logits, ids, torch.ones(3), mask, backend=backend)
+
+
+def test_one_token(backend):
+    case = make(batch=1, length=1, vocab=5, extra_row=False, empty=False)
+    for config in ("grpo", "gspo", complete("dr_grpo"), complete("dapo")):
+        truth = truth_of(case.logits, *case.arguments, **case.options, config=config)
+        out, gradient = case.run(backend, config=config)
+        assert compare(truth, out.loss, out.log_probs, out.entropy, gradient).holds

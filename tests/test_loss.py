@@ -1,0 +1,220 @@
+"""grpo_loss on every backend against the float64 reference, by the ULP rule."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DTYPES, configs, label, make
+
+from grpo_kernels import KL, Clip, GRPOLoss, LossConfig, Reinforce, Unclipped, grpo_loss, token_log_probs
+from grpo_kernels.tolerance import compare, truth_of
+from grpo_kernels.verify import complete
+
+VOCABULARIES = (1, 2, 31, 32, 33, 97, 1000, 4096, 4097, 32000, 50257)
+
+
+def check(case, backend: str, announced: bool = True, **options) -> None:
+    """Loss, log-probs, entropy, gradient and metrics of a case obey the rule; its clip is exercised."""
+    scale = 2.0**12 if case.logits.dtype == torch.float16 else 1.0
+    given = {**case.options, **options}
+    truth = truth_of(case.logits, *case.arguments, **given)
+    out, gradient = case.run(backend, scale, grad_scale=scale if announced else None, **options)
+    comparison = compare(truth, out.loss, out.log_probs, out.entropy, gradient, scale)
+    assert comparison.holds, comparison
+    rows = gradient.reshape(case.mask.shape[0], -1, gradient.shape[-1])[:, : case.mask.shape[1]]
+    assert (rows[~case.mask] == 0).all()
+    assert (out.log_probs[~case.mask] == 0).all()
+    assert (out.entropy[~case.mask] == 0).all()
+    for name, value in out.metrics.as_dict().items():
+        # metrics of fp32 log-probs: the ratio's own sensitivity to them, times their size
+        tolerance = 1e-12 if case.logits.dtype == torch.float64 else 2e-4
+        if not (comparison.edges and name.startswith("clip")):
+            assert value.item() == pytest.approx(truth.metrics[name].item(), rel=tolerance, abs=tolerance), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", configs(), ids=label)
+def test_every_config(backend, config, dtype):
+    noise = 0.3 if config.level == "token" else 0.2
+    check(make(dtype=dtype, noise=noise), backend, config=config)
+
+
+@pytest.mark.parametrize("config", configs()[:40:3], ids=label)
+def test_every_config_on_policy(backend, config):
+    check(make(old_log_probs=None), backend, config=config)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+def test_every_vocabulary(backend, vocab, dtype):
+    """Around the vector (32), the segment (4096) and real sizes; odd ones leave every row misaligned."""
+    check(make(batch=2, length=3, vocab=vocab, dtype=dtype, empty=False), backend, config=complete("dapo"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_largest_vocabulary(backend, dtype):
+    check(make(batch=1, length=2, vocab=151936, dtype=dtype), backend, config=complete("grpo"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("spread", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("shift", [0.0, 100.0])
+def test_scales_and_shifts(backend, spread, shift, dtype):
+    check(make(spread=spread, shift=shift, dtype=dtype), backend, config=complete("dapo", entropy_coef=0.02))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        {"temperature": 0.7},
+        {"temperature": 1.9, "logit_scale": 0.3},
+        {"logit_softcap": 30.0},
+        {"logit_softcap": 3.0, "temperature": 0.8, "logit_scale": 2.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("entropy", [0.0, 0.1])
+@pytest.mark.parametrize("vocab", [97, 4999])
+def test_logit_arguments(backend, transform, entropy, vocab):
+    check(make(batch=3, length=5, vocab=vocab, **transform), backend, config=complete("grpo", entropy_coef=entropy))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unannounced_scale(backend, dtype):
+    """Without grad_scale: fp16 takes two passes, the others rescale what they wrote."""
+    check(make(dtype=dtype), backend, announced=False, config=complete("grpo"))
+
+
+def test_clip_is_exercised():
+    """Old log-probs near the policy's, so that a share of tokens is clipped: else a test of the clip tests nothing."""
+    for config in (LossConfig(Clip(0.2, 0.28)), LossConfig(Clip(0.2, 0.2, dual=1.3))):
+        out, _ = make(batch=16, length=32).run(config=config)
+        assert 0.1 < out.metrics.clip_fraction.item() < 0.6
+        assert out.metrics.clip_low.item() > 0.05
+        assert out.metrics.clip_high.item() > 0.05
+    assert out.metrics.clip_dual.item() > 0.02
+
+
+def test_token_advantages(backend):
+    case = make()
+    case.advantages = torch.randn(case.mask.shape)
+    for level in ("token", "sequence", "sequence_token", "sequence_product"):
+        check(case, backend, config=LossConfig(Clip(), level=level, kl=KL(0.05)))
+
+
+def test_token_weights(backend):
+    case = make(token_weights=torch.rand(6, 9) * 2)
+    for level in ("token", "sequence", "sequence_token"):
+        check(case, backend, config=LossConfig(Clip(), level=level, kl=KL(0.05)))
+
+
+def test_rollout_metrics(backend):
+    case = make()
+    rollout = case.options["old_log_probs"] + 0.1 * torch.randn(6, 9)
+    rollout[0, 2] = rollout[3, 0] = float("nan")
+    check(case, backend, rollout_log_probs=rollout, config="grpo")
+    out, _ = case.run(backend, rollout_log_probs=rollout, config="grpo")
+    assert 0 < out.metrics.rollout_effective_sample_size.item() < 1
+    assert 0 < abs(out.metrics.k1_rollout.item()) < 1
+
+
+@pytest.mark.parametrize("surrogate", [Unclipped(), Clip(), Reinforce()], ids=str)
+def test_skip_zero_advantage(backend, surrogate):
+    case = make()
+    config = LossConfig(surrogate)
+    check_options = {"config": config, "skip_zero_advantage": True}
+    out, gradient = case.run(backend, **check_options)
+    expected, expected_gradient = case.run(backend, config=config)
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert torch.equal(gradient, expected_gradient)
+    assert out.metrics.skipped_tokens == case.mask[2].sum()
+    assert (out.log_probs[2] == 0).all()
+    case.logits[2] = float("nan")  # never read
+    out, again = case.run(backend, **check_options)
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert torch.equal(again, gradient)
+
+
+def test_annealed_coefficients(backend):
+    """Per-call coefficients, as numbers and as device tensors, replace the config's."""
+    case = make()
+    config = LossConfig(Clip(), kl=KL(0.3), entropy_coef=0.2)
+    expected, expected_gradient = case.run(backend, config=config)
+    bare = LossConfig(Clip())
+    for coefficients in ((0.3, 0.2), (torch.tensor(0.3), torch.tensor(0.2))):
+        out, gradient = case.run(backend, config=bare, kl_coef=coefficients[0], entropy_coef=coefficients[1])
+        assert torch.equal(out.loss, expected.loss)
+        assert torch.equal(gradient, expected_gradient)
+    out, _ = case.run(backend, config=config, kl_coef=0.0, entropy_coef=0.0, ref_log_probs=None)
+    assert torch.equal(out.loss, case.run(backend, config=bare)[0].loss)
+    tensors = {"temperature": torch.tensor(0.7), "logit_scale": torch.tensor(1.5)}
+    numbers = {name: value.item() for name, value in tensors.items()}
+    assert torch.equal(case.run(backend, **tensors)[1], case.run(backend, **numbers)[1])
+
+
+def test_grad_scale(backend):
+    case = make()
+    out, gradient = case.run(backend, scale=0.25)
+    for announced in (0.25, torch.tensor(0.25)):
+        scaled, scaled_gradient = case.run(backend, scale=0.25, grad_scale=announced)
+        assert torch.equal(scaled.loss, out.loss)
+        assert torch.equal(scaled_gradient, gradient)  # a power of two: no rounding
+    wrong, wrong_gradient = case.run(backend, scale=0.25, grad_scale=8.0)
+    assert torch.equal(wrong_gradient, gradient)
+
+
+def test_module_is_the_function(backend):
+    case = make()
+    module = GRPOLoss("dapo", temperature=0.7, backend=backend)
+    out = module(case.logits, *case.arguments, old_log_probs=case.options["old_log_probs"])
+    expected = grpo_loss(
+        case.logits, *case.arguments, old_log_probs=case.options["old_log_probs"], config="dapo", temperature=0.7
+    )
+    torch.testing.assert_close(out.loss, expected.loss)
+    assert "clip(r, 0.8, 1.28)" in repr(module)
+
+
+def test_log_probs_are_the_losss(backend):
+    case = make(temperature=0.8)
+    out, _ = case.run(backend)
+    again = token_log_probs(case.logits, case.token_ids, case.mask, temperature=0.8, backend=backend)
+    assert torch.equal(out.log_probs, again.log_probs)
+    assert torch.equal(out.entropy, again.entropy)
+
+
+def test_own_loss_on_log_probs(backend):
+    """Any loss written on token_log_probs gets the gradient of plain PyTorch, through both outputs."""
+    case = make(dtype=torch.float64)
+    leaf, plain = (case.logits.clone().requires_grad_() for _ in range(2))
+    out = token_log_probs(leaf, case.token_ids, case.mask, temperature=0.9, backend=backend)
+    (out.log_probs.square() * 0.3 + torch.sin(out.entropy)).sum().backward()
+    log_p = torch.log_softmax(plain[:, :9] / 0.9, -1)
+    log_probs = log_p.gather(-1, case.token_ids[..., None]).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    ((log_probs.square() * 0.3 + torch.sin(entropy)) * case.mask).sum().backward()
+    torch.testing.assert_close(leaf.grad, plain.grad, rtol=1e-11, atol=1e-13)
+
+
+def test_gradient_is_unbiased(backend):
+    """Signed relative errors average out over 1e6 elements: to 3e-8 inside a row, to 4 standard errors over rows.
+
+    What is allowed beside that is one fp32 rounding of log2(e)/temperature, half a unit, which acts as a temperature
+    off by 3e-8: element and ratio each move by it times z - E[z]. Measured on the CPU kernels at temperature 1: 5e-8
+    for each of the two, and 1e-8 where the rounding happens to be exact (temperature log2(e)).
+    """
+    case = make(batch=10, length=12, vocab=20000, empty=False)
+    case.mask[:] = True
+    truth = truth_of(case.logits, *case.arguments, **case.options)
+    _, gradient = case.run(backend)
+    live = (truth.gradient.abs().amax(-1) > 0) & ~truth.edge
+    relative = gradient[:, :12].double()[live] / truth.gradient[live] - 1
+    target = torch.arange(20000) == case.token_ids[live][:, None]
+    relative = relative.masked_fill(target, 0.0)
+    assert relative.numel() > 10**6
+    row_means = relative.mean(-1)
+    spread = row_means.std().item() / len(row_means) ** 0.5
+    z = case.logits[:, :12].double()[live]
+    off_centre = (z.mean(-1) - (z.softmax(-1) * z).sum(-1)).abs().mean().item()
+    assert abs(row_means.mean().item()) < 4 * spread + 2 * 2.0**-25 * off_centre
+    inside = relative - relative.median(-1, keepdim=True).values
+    assert abs(inside.mean().item()) < 3e-8

@@ -1,0 +1,165 @@
+"""Metrics: what each means, merging, and the same sums in C++ and PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import make
+
+from grpo_kernels import KL, Clip, LossConfig, Metrics
+from grpo_kernels.backends import cpu
+from grpo_kernels.backends import torch as torch_backend
+from grpo_kernels.metrics import FIELDS, REPORTED
+
+
+def test_against_their_definitions(backend):
+    """By hand, from the outputs of the call."""
+    case = make(batch=16, length=12)
+    old, ref = case.options["old_log_probs"], case.options["ref_log_probs"]
+    rollout = old + 0.1 * torch.randn(old.shape)
+    rollout[0, 1] = float("nan")
+    config = LossConfig(Clip(0.2, 0.28), aggregation="token_mean", kl=KL(0.1), entropy_coef=0.05)
+    out, _ = case.run(backend, config=config, rollout_log_probs=rollout)
+    m, live = out.metrics, case.mask
+    log_probs, entropy = out.log_probs.double(), out.entropy.double()
+    ratio = (log_probs - old).exp()[live]
+    A = case.advantages[:, None].expand(live.shape)[live].double()
+    u = (ref - log_probs)[live]
+    k3 = u.exp() - u - 1
+    policy = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.28) * A)
+    expected = {
+        "tokens": live.sum(),
+        "sequences": 16,
+        "policy_loss": policy.mean(),
+        "kl_loss": 0.1 * k3.mean(),
+        "entropy_loss": -0.05 * entropy[live].mean(),
+        "kl": k3.mean(),
+        "k1_old": ratio.log().mean(),
+        "k3_old": (1 / ratio - 1 + ratio.log()).mean(),
+        "entropy": entropy[live].mean(),
+        "ratio_mean": ratio.mean(),
+        "ratio_min": ratio.min(),
+        "ratio_max": ratio.max(),
+        "clip_low": ((ratio < 0.8) & (A < 0)).double().mean(),
+        "clip_high": ((ratio > 1.28) & (A > 0)).double().mean(),
+        "clip_dual": 0.0,
+        "skipped_tokens": 0,
+        "impossible_tokens": 0,
+    }
+    known = live & ~rollout.isnan()
+    x = (log_probs - rollout)[known]
+    weight = (old - rollout).double().exp()[known]
+    expected["k1_rollout"] = x.mean()
+    expected["k3_rollout"] = ((-x).exp() + x - 1).mean()
+    expected["rollout_effective_sample_size"] = weight.sum() ** 2 / (known.sum() * (weight**2).sum())
+    expected["clip_fraction"] = expected["clip_low"] + expected["clip_high"]
+    got = m.as_dict()
+    assert got.keys() == REPORTED.keys() == expected.keys()
+    for name, value in expected.items():
+        assert got[name].item() == pytest.approx(float(value), rel=2e-6, abs=1e-6), name
+    torch.testing.assert_close(m.policy_loss + m.kl_loss + m.entropy_loss, out.loss.double(), rtol=1e-6, atol=1e-7)
+
+
+def test_sequence_levels_count_sequences(backend):
+    case = make(batch=12, noise=0.5)
+    for level, pooled in (("sequence", torch.mean), ("sequence_product", torch.sum)):
+        out, _ = case.run(backend, config=LossConfig(Clip(), level=level))
+        ratios = []
+        for i in range(12):
+            live = case.mask[i]
+            if live.any():
+                difference = (out.log_probs[i] - case.options["old_log_probs"][i])[live].double()
+                ratios.append(pooled(difference).exp())
+        ratios = torch.stack(ratios)
+        A = case.advantages[case.mask.any(-1)]
+        clipped = ((ratios < 0.8) & (A < 0)) | ((ratios > 1.2) & (A > 0))
+        m = out.metrics
+        assert m.ratio_mean.item() == pytest.approx(ratios.mean().item(), rel=1e-5)
+        assert m.ratio_max.item() == pytest.approx(ratios.max().item(), rel=1e-5)
+        assert m.clip_fraction.item() == pytest.approx(clipped.double().mean().item())
+        assert m.clip_fraction.item() > 0
+
+
+def test_metrics_use_raw_ratios(backend):
+    case = make(noise=2.0)
+    limited, _ = case.run(backend, config=LossConfig(Clip(), log_ratio_limit=0.5))
+    free, _ = case.run(backend, config=LossConfig(Clip(), log_ratio_limit=None))
+    for name in ("ratio_mean", "ratio_min", "ratio_max", "k3_old"):
+        assert getattr(limited.metrics, name) == getattr(free.metrics, name)
+    assert free.metrics.ratio_max > 2
+
+
+def test_merging_extremes():
+    """A part that counted nothing must not lend its zeros to minima and maxima."""
+    case = make()
+    whole, _ = case.run()
+    case.mask[:] = False
+    nothing, _ = case.run()
+    for merged in (whole.metrics + nothing.metrics, nothing.metrics + whole.metrics, sum([whole.metrics])):
+        assert merged.ratio_min == whole.metrics.ratio_min
+        assert merged.ratio_max == whole.metrics.ratio_max
+    assert nothing.metrics.ratio_min == 0
+
+
+def test_are_detached_and_on_the_device():
+    out, _ = make().run()
+    for value in out.metrics.as_dict().values():
+        assert value.dim() == 0
+        assert not value.requires_grad
+    assert not out.log_probs.requires_grad
+    assert not out.entropy.requires_grad
+    assert "clip_fraction=" in repr(out.metrics)
+
+
+def test_unknown_metric():
+    out, _ = make().run()
+    with pytest.raises(AttributeError, match="no metric 'clipfrac'; there are policy_loss"):
+        out.metrics.clipfrac
+    with pytest.raises(TypeError):
+        out.metrics + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("estimator", [1, 2, 3])
+@pytest.mark.parametrize("missing", ["nothing", "old", "ref", "rollout", "all"])
+@pytest.mark.parametrize("tokens", [0, 1, 511, 512, 513, 5000])
+def test_cpp_sums_are_pytorchs(dtype, estimator, missing, tokens):
+    """token_sums of csrc/cpu/token_sums.h and backends/torch.py: fp64 sums of the same terms in another order."""
+    g = torch.Generator().manual_seed(0)
+
+    def real() -> torch.Tensor:
+        return torch.randn(1, tokens, generator=g, dtype=dtype)
+
+    log_prob = -real().abs()
+    records = [
+        log_prob,
+        real().abs(),
+        real(),
+        real().abs(),
+        torch.randint(0, 5, (1, tokens), generator=g).to(torch.uint8),
+    ]
+    masked_in = torch.rand(1, tokens, generator=g) < 0.8
+    live = masked_in & (torch.rand(1, tokens, generator=g) < 0.9)
+    weights = [real(), None if missing in ("ref", "all") else real(), None if missing == "all" else real()]
+    others = [log_prob + 0.3 * real() for _ in range(3)]
+    for i, name in enumerate(("old", "ref", "rollout")):
+        if missing in (name, "all"):
+            others[i] = None
+    if others[2] is not None and tokens:
+        others[2][0, 0] = float("nan")
+    if tokens > 5:
+        records[0][0, 5] = float("-inf")
+        if others[0] is not None:
+            others[0][0, 5] = float("-inf")
+    for record in records:
+        record[~live] = 0
+    results = []
+    for backend in (cpu, torch_backend):
+        loss, sums = torch.empty((), dtype=dtype), torch.empty(len(FIELDS), dtype=torch.float64)
+        backend.token_sums(*records, live, masked_in, *weights, *others, estimator, 7, loss, sums)
+        results.append((loss, sums))
+    (loss_a, sums_a), (loss_b, sums_b) = results
+    for name, a, b in zip(FIELDS, sums_a.tolist(), sums_b.tolist(), strict=True):
+        assert a == pytest.approx(b, rel=1e-12, abs=1e-12, nan_ok=True), name
+    torch.testing.assert_close(loss_a, loss_b)
+    assert len(Metrics(sums_a).as_dict()) == len(REPORTED)

@@ -1,0 +1,229 @@
+"""The registered operators, torch.compile, and messages for bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import make
+
+from grpo_kernels import Clip, LossConfig, grpo_loss, ops, token_log_probs
+from grpo_kernels.metrics import FIELDS
+from grpo_kernels.spec import LogitArgs, numbers_vector, objective_spec
+from grpo_kernels.verify import complete
+
+
+def rows_of(case, config=None) -> tuple[torch.Tensor, ...]:
+    numbers = numbers_vector(LogitArgs(), 1.0, config, torch.float32, torch.device("cpu"))
+    return case.token_ids, case.mask, numbers
+
+
+def op_calls(backend: str) -> dict:
+    case, config = make(batch=3, length=4, vocab=37), complete("dapo")
+    rows = rows_of(case, config)
+    per_row = [torch.randn(3, 4) for _ in range(5)]
+    stats = ops.log_probs(case.logits, *rows, backend)
+    old, ref = case.options["old_log_probs"], case.options["ref_log_probs"]
+    weights = (per_row[0], per_row[1].abs(), old, ref, per_row[2].abs(), None)
+    flags = torch.zeros(3, 4, dtype=torch.uint8)
+    calls = {
+        "log_probs": (case.logits, *rows, backend),
+        "log_probs_backward": (case.logits, *rows, *stats, per_row[3], None, backend),
+        "log_probs_backward_": (case.logits.clone(), *rows, *stats, per_row[3], per_row[4], backend),
+        "token_sums": (
+            *(per_row[0], per_row[1], per_row[2], per_row[3], flags, case.mask, case.mask),
+            *(per_row[4], None, None, old, ref, None, 3, 3, backend),
+        ),
+    }
+    if backend != "torch":
+        spec = list(objective_spec(config, with_kl=True))
+        calls["fused_loss"] = (case.logits, *rows, *weights, spec, backend)
+        calls["fused_loss_"] = (case.logits.clone(), *rows, *weights, spec, backend)
+    return calls
+
+
+NAMES = ("log_probs", "log_probs_backward", "log_probs_backward_", "fused_loss", "fused_loss_", "token_sums")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(backend, name):
+    calls = op_calls(backend)
+    if name not in calls:
+        pytest.skip("the torch backend has no one-pass loss")
+    # They register no autograd formula: the public functions attach gradients themselves.
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(ops, name), calls[name], test_utils=checks)
+
+
+def test_opcheck_of_helpers():
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        ops.rescale_, (torch.randn(5, 7), torch.zeros(5), torch.tensor(2.0), torch.tensor(1.0)), test_utils=checks
+    )
+    torch.library.opcheck(ops.sequence_sum, (torch.randn(5), torch.tensor([0, 2, 5])), test_utils=checks)
+
+
+def compiled(function):
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True)
+
+
+@pytest.fixture(autouse=True)
+def _nondeterministic_fill():
+    """Inductor's own buffers need no poison; filling them is what makes it break graphs."""
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("config", ["dapo", "gspo", complete("grpo", entropy_coef=0.1)], ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compile(backend, config, inplace):
+    """One graph, the same bits as eager."""
+    case = make()
+
+    def step(leaf, ids, advantages, mask, old, ref):
+        out = grpo_loss(
+            leaf * 1.0, ids, advantages, mask, old_log_probs=old, ref_log_probs=ref, config=config, inplace=inplace,
+            backend=backend,
+        )  # fmt: skip
+        return out.loss, out.log_probs, out.metrics.vector
+
+    arguments = (*case.arguments, case.options["old_log_probs"], case.options["ref_log_probs"])
+    results = []
+    for function in (step, compiled(step)):
+        leaf = case.logits.clone().requires_grad_()
+        loss, log_probs, vector = function(leaf, *arguments)
+        loss.backward()
+        results.append((loss.detach(), log_probs, vector, leaf.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
+def test_compile_log_probs(backend):
+    case = make()
+
+    def step(leaf, ids, mask):
+        out = token_log_probs(leaf * 1.0, ids, mask, temperature=0.7, backend=backend)
+        return (out.log_probs.square() + out.entropy).sum()
+
+    results = []
+    for function in (step, compiled(step)):
+        leaf = case.logits.clone().requires_grad_()
+        function(leaf, case.token_ids, case.mask).backward()
+        results.append(leaf.grad)
+    torch.testing.assert_close(*results)
+
+
+def test_annealing_recompiles_nothing(backend):
+    """Numbers as 0-d tensors and new lengths: at most one graph for static and one for dynamic shapes."""
+    from torch._dynamo.utils import counters
+
+    def step(leaf, ids, advantages, mask, old, ref, kl_coef, temperature):
+        out = grpo_loss(
+            leaf * 1.0, ids, advantages, mask, old_log_probs=old, ref_log_probs=ref, config="grpo", kl_coef=kl_coef,
+            temperature=temperature, backend=backend,
+        )  # fmt: skip
+        return out.loss
+
+    function = compiled(step)
+    counters.clear()
+    for i in range(12):
+        case = make(batch=4, length=5 + i, empty=False)
+        leaf = case.logits.clone().requires_grad_()
+        anneal = torch.tensor(0.1 / (i + 1)), torch.tensor(1.0 - 0.01 * i)
+        loss = function(leaf, *case.arguments, *case.options.values(), *anneal)
+        loss.backward()
+        expected, gradient = case.run(backend, kl_coef=anneal[0], temperature=anneal[1])
+        torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-8)
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def bad(**changes):
+    case = make(batch=3, length=4, vocab=11)
+    names = {"logits": case.logits, "token_ids": case.token_ids, "advantages": case.advantages, "mask": case.mask}
+    arguments = {**names, **case.options, **changes}
+    return lambda: grpo_loss(**arguments)
+
+
+ids34 = torch.zeros(3, 4, dtype=torch.int64)
+BAD = {
+    "logits as a list": (bad(logits=[1.0]), TypeError, "logits to be a tensor; got list"),
+    "integer logits": (bad(logits=torch.zeros(3, 5, 11, dtype=torch.int64)), TypeError, "float32, bfloat16, float16"),
+    "4-d logits": (bad(logits=torch.zeros(1, 3, 5, 11)), ValueError, r"got 4 dimensions(.|\n)*hint: flatten"),
+    "transposed logits": (bad(logits=torch.zeros(3, 11, 5).mT), ValueError, "last stride 1(.|\n)*contiguous"),
+    "no vocabulary": (bad(logits=torch.zeros(3, 5, 0)), ValueError, "at least one vocabulary column"),
+    "float ids": (bad(token_ids=ids34.float()), TypeError, "integer token_ids; got torch.float32"),
+    "longer ids": (bad(token_ids=torch.zeros(3, 7, dtype=torch.int64)), ValueError, r"\(3, 4\); got \(3, 7\)"),
+    "flat ids": (bad(token_ids=ids34[0]), ValueError, "token_ids of shape"),
+    "mask of another shape": (bad(mask=torch.ones(3, 5)), ValueError, r"mask of shape \(3, 4\); got \(3, 5\)"),
+    "old of another shape": (bad(old_log_probs=torch.zeros(3, 5)), ValueError, r"old_log_probs of shape \(3, 4\)"),
+    "too many advantages": (bad(advantages=torch.zeros(4)), ValueError, r"advantages of shape \(3,\) or \(3, 1\)"),
+    "meta tensors": (bad(mask=torch.ones(3, 4, device="meta")), ValueError, "mask on the logits' device cpu; got meta"),
+    "KL without reference": (bad(ref_log_probs=None, kl_coef=0.1), ValueError, "ref_log_probs for the KL"),
+    "unknown preset": (bad(config="grop"), ValueError, "Did you mean 'grpo'"),
+    "config of another type": (bad(config=0.2), TypeError, "a LossConfig or the name of a preset; got float"),
+    "unknown backend": (bad(backend="tritn"), ValueError, "backend must be one of cpu, torch; got 'tritn'"),
+    "zero temperature": (bad(temperature=0.0), ValueError, "temperature to be a finite number > 0; got 0.0"),
+    "NaN temperature": (bad(temperature=float("nan")), ValueError, "temperature to be a finite number > 0; got nan"),
+    "negative softcap": (bad(logit_softcap=-3.0), ValueError, "logit_softcap to be a finite number > 0"),
+    "infinite KL": (bad(kl_coef=float("inf")), ValueError, "kl_coef to be a finite number or a 0-d tensor; got inf"),
+    "KL per token": (bad(kl_coef=torch.ones(3)), ValueError, r"a number or a 0-d tensor; got shape \(3,\)"),
+    "negative grad_scale": (bad(grad_scale=-1.0), ValueError, "grad_scale > 0; got -1.0"),
+    "packed without bounds": (
+        bad(logits=torch.zeros(12, 11), token_ids=ids34.view(-1), mask=None, advantages=torch.zeros(1),
+            old_log_probs=None, ref_log_probs=None),
+        ValueError, r"cu_seqlens with packed \(N, V\) logits(.|\n)*hint: cu_seqlens=torch.tensor\(\[0, N\]\)",
+    ),
+    "float bounds": (bad(cu_seqlens=torch.tensor([0.0, 4.0])), ValueError, r"cu_seqlens \(S\+1,\) of int32 or int64"),
+    "packed in rows": (bad(cu_seqlens=torch.tensor([0, 4])), ValueError, r"packed tensors \(N,\) or .*got 3 rows"),
+    "skipping with KL": (
+        bad(skip_zero_advantage=True, kl_coef=0.1), ValueError, "skip_zero_advantage=True .*got a KL term or an",
+    ),
+    "skipping tokens of a pooled ratio": (
+        bad(skip_zero_advantage=True, config="gspo", advantages=torch.zeros(3, 4)), ValueError, "needs every token",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message) as caught:
+        call()
+    assert "\n  hint" in str(caught.value) or len(str(caught.value)) < 700
+
+
+def test_messages_list_every_tensor():
+    with pytest.raises(ValueError, match="mask of shape") as caught:
+        bad(mask=torch.ones(3, 5))()
+    text = str(caught.value)
+    for line in ("logits             float32 (3, 5, 11) on cpu", "token_ids          int64 (3, 4) on cpu"):
+        assert line in text
+    assert "mask               float32 (3, 5) on cpu" in text
+
+
+def test_backend_that_cannot_serve(monkeypatch):
+    from grpo_kernels import backends
+
+    monkeypatch.setattr(backends.get("cpu"), "unsupported", lambda request: "it is on holiday")
+    case = make()
+    with pytest.raises(RuntimeError, match="backend='cpu' can serve; got it is on holiday"):
+        case.run("cpu")
+    out, _ = case.run()  # automatic choice takes the next one
+    assert torch.equal(out.loss, case.run("torch")[0].loss)
+
+
+def test_fields_fit_the_library():
+    """The C++ side writes as many sums as metrics.py names."""
+    case = make()
+    out, _ = case.run("cpu")
+    assert out.metrics.vector.shape == (len(FIELDS),)
+
+
+def test_checks_of_contents():
+    case = make()
+    case.token_ids[0, 0] = 97
+    with pytest.raises(IndexError, match=r"token ids in \[0, 97\); got token_ids\[0, 0\] = 97 at a live position"):
+        case.run(check=True)
+    with pytest.raises(ValueError, match="Did you mean 'cpu'"):
+        token_log_probs(case.logits, case.token_ids, backend="cpuu")
+    assert LossConfig(Clip()).surrogate == Clip()
