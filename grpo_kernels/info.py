@@ -12,6 +12,7 @@ import torch
 
 from . import backends
 from .backends import cpu
+from .config import LossConfig
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "trl", "liger-kernel")
 
@@ -52,11 +53,25 @@ def _library() -> dict[str, Any]:
     return record
 
 
+def presets_table() -> str:
+    """Every preset of the registry: a row of a Markdown table each."""
+    lines = ["| preset | f | level | aggregation | paper | the paper's coefficients |", "| --- |" + " --- |" * 5]
+    for name, preset in LossConfig.presets().items():
+        config = preset.config
+        cells = [f"`{name}`", f"`{config.surrogate!r}`", config.level, config.aggregation, preset.paper]
+        lines.append("| " + " | ".join([*cells, preset.coefficients]) + " |")
+    return "\n".join(lines)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable")
+    parser.add_argument("--presets", action="store_true", help="the table of presets, as Markdown")
 
 
 def main(arguments: argparse.Namespace) -> int:
+    if arguments.presets:
+        print(presets_table())
+        return 0
     report = collect()
     if arguments.json:
         print(json.dumps(report, indent=2))

@@ -13,7 +13,7 @@ from grpo_kernels import backends
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-hypothesis.settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("ci", max_examples=80, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("nightly", max_examples=400, deadline=None, database=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

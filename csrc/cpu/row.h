@@ -186,7 +186,6 @@ template <class V, bool kSoftcap, bool kKeep, class T>
 GRPO_INLINE void add_columns(const T* segment, int64_t from, int64_t to, const LogitMap<V>& map,
                              typename V::scalar reference, typename V::scalar* exps, Sums<V>& sums,
                              int64_t left_out = -1, typename V::scalar* left_out_value = nullptr) {
-  using scalar = typename V::scalar;
   constexpr int64_t block = 2 * V::lanes;
   const V slope = V::broadcast(map.slope), shift = V::broadcast(-reference);
   for_blocks<V>(segment + from, to - from, [&](const T* p, int64_t offset, int64_t count) GRPO_LAMBDA {

@@ -74,12 +74,14 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         raise Unavailable(f"{LIBRARY.name} does not load: {error}") from error
-    loaded.grpo_cpu_abi.restype = c_int64
+    expected = (_ABI_VERSION << 32) | (ctypes.sizeof(_Params) << 16) | ctypes.sizeof(_TokenSums)
+    abi = getattr(loaded, "grpo_cpu_abi", None)
+    if abi is not None:
+        abi.restype = c_int64
+    if abi is None or abi() != expected:
+        raise Unavailable(f"{LIBRARY.name} was built from other sources than this package: reinstall grpo_kernels")
     loaded.grpo_cpu_scratch.restype = c_int64
     loaded.grpo_cpu_scratch.argtypes = [c_int64, c_int32]
-    expected = (_ABI_VERSION << 32) | (ctypes.sizeof(_Params) << 16) | ctypes.sizeof(_TokenSums)
-    if loaded.grpo_cpu_abi() != expected:
-        raise Unavailable(f"{LIBRARY.name} was built from other sources than this package: reinstall grpo_kernels")
     return loaded
 
 

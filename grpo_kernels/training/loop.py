@@ -254,10 +254,15 @@ def main(arguments: argparse.Namespace) -> int:
         folder = RunFolder(arguments.out, options, resume=False) if arguments.out else RunFolder.fresh(options)
     config = options.loss_config()
     print(f"{config!r}\nrun folder: {folder.path}", flush=True)
+    if not config.surrogate.uses_ratio and options.epochs > 1:
+        print(f"note: --loss {options.loss} has no ratio to correct for a moved policy; --epochs 1 learns better")
     trainer = train(options, folder, resume=arguments.resume is not None)
-    rewards = [record["reward"] for record in folder.records()][-50:]
+    records = folder.records()
+    rewards = [record["reward"] for record in records[-50:]]
+    seconds = sum(record["seconds"] for record in records)
     if rewards:
-        print(f"step {trainer.step}: mean reward of the last {len(rewards)} steps {sum(rewards) / len(rewards):.3f}")
+        mean = sum(rewards) / len(rewards)
+        print(f"{trainer.step} steps in {seconds:.0f} s: mean reward of the last {len(rewards)} steps {mean:.3f}")
     print(f"log, curves and checkpoint: {folder.path}")
     if trainer.step < options.steps:
         print(f"interrupted; continue with: python -m grpo_kernels train --resume {folder.path}")

@@ -1,0 +1,227 @@
+"""The library that runs is the one of this tree; the package installs with and without a compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo_kernels
+from grpo_kernels import backends
+from grpo_kernels.backends import cpu
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def sources_hash() -> str:
+    """As setup.py computes it."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "csrc" / "cpu").rglob("*"), *(ROOT / "csrc" / "common").rglob("*")]):
+        if path.is_file():
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def test_compiled_backend_is_in_use():
+    """Where there is a compiler there is no excuse for the fallback."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        pytest.skip("no C++ compiler here")
+    assert backends.get("cpu").unsupported(backends.Request(torch.device("cpu"))) is None
+    assert backends.choose("test", torch.empty(1, 1, 1), True, None) == ("cpu", True)
+    assert Path(grpo_kernels.__file__).parent == ROOT / "grpo_kernels"
+    assert cpu.build_record()["sources"] == sources_hash(), "the library is stale: make test rebuilds it"
+
+
+def test_every_instruction_set_was_compiled():
+    import platform
+
+    if platform.machine() != "x86_64":
+        pytest.skip("one instruction set here")
+    assert cpu.build_record()["instruction_sets"].split() == ["generic", "avx2", "avx512"]
+    assert cpu.build_record()["openmp"] == "yes"
+
+
+def test_versions_agree():
+    project = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert project
+    assert project[1] == grpo_kernels.__version__
+    assert f"## {project[1]}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def isolated_tree(folder: Path) -> Path:
+    """What git tracks, copied: no library, no build folder."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, files.stdout.split("\0")):
+        if (ROOT / name).exists() and not name.startswith("tests/"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def build_wheel(tree: Path, **environment: str) -> Path:
+    """`pip wheel` in build isolation: torch is not there. Skips where pip cannot fetch setuptools."""
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--wheel-dir", "wheels", "--quiet"]
+    result = subprocess.run(command, cwd=tree, capture_output=True, text=True, env={**os.environ, **environment})
+    if result.returncode and re.search("No matching distribution found for setuptools", result.stderr):
+        pytest.skip("pip cannot fetch setuptools here")
+    assert result.returncode == 0, result.stderr[-2000:]
+    return next((tree / "wheels").glob("*.whl"))
+
+
+def run_wheel(wheel: Path, folder: Path, code: str) -> str:
+    """Code with the wheel's content before everything else."""
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+REPORT = """
+import json, torch, grpo_kernels
+from grpo_kernels import info
+x = torch.randn(1, 3, 50, requires_grad=True)
+grpo_kernels.grpo_loss(x, torch.zeros(1, 3, dtype=torch.int64), torch.ones(1)).loss.backward()
+print(json.dumps({**info.collect(), "file": grpo_kernels.__file__, "gradient": x.grad.abs().sum().item()}))
+"""
+
+
+def test_wheel(tmp_path):
+    """One wheel for every Python, without PyTorch at build time, and it works."""
+    wheel = build_wheel(isolated_tree(tmp_path / "tree"))
+    assert re.fullmatch(r"grpo_kernels-[\d.]+-py3-none-\w+\.whl", wheel.name)
+    report = json.loads(run_wheel(wheel, tmp_path / "site", REPORT))
+    assert report["file"].startswith(str(tmp_path / "site"))
+    assert report["backends"]["cpu"] == "usable"
+    assert report["gradient"] > 0
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "grpo_kernels/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/"))]
+
+
+@pytest.mark.parametrize("compiler", ["missing", "failing"])
+def test_wheel_without_a_working_compiler(tmp_path, compiler):
+    """The installation succeeds, plain PyTorch serves, and info says why."""
+    broken = tmp_path / "broken-c++"
+    if compiler == "failing":
+        broken.write_text("#!/bin/sh\necho 'the linker is out for lunch' >&2\nexit 3\n")
+        broken.chmod(0o755)
+    wheel = build_wheel(isolated_tree(tmp_path / "tree"), CXX=str(broken))
+    report = json.loads(run_wheel(wheel, tmp_path / "site", REPORT))
+    assert report["backends"]["torch"] == "usable"
+    reason = "no C++ compiler found" if compiler == "missing" else "the linker is out for lunch"
+    assert reason in report["backends"]["cpu"]
+    assert report["gradient"] > 0
+
+
+@pytest.fixture
+def replaced_library(tmp_path, monkeypatch):
+    """Why the cpu backend is unusable with another file, of this content, in the library's place."""
+
+    def reason(build) -> str:
+        library = tmp_path / "libgrpo_cpu.so"
+        build(library)
+        monkeypatch.setattr(cpu, "LIBRARY", library)
+        monkeypatch.setattr(cpu, "BUILD_RECORD", library.with_name("build.json"))
+        return cpu.unsupported(backends.Request(torch.device("cpu")))
+
+    cpu.library.cache_clear()
+    cpu.available_instruction_sets.cache_clear()
+    yield reason
+    cpu.library.cache_clear()
+    cpu.available_instruction_sets.cache_clear()
+
+
+@pytest.mark.parametrize("functions", ["long grpo_cpu_abi(void) { return 42; }", "int unrelated;"])
+def test_library_of_other_sources_is_refused(replaced_library, functions):
+    """Its parameter struct may differ: say so instead of reading garbage."""
+
+    def build(library: Path) -> None:
+        source = library.with_suffix(".c")
+        source.write_text(functions + "\nlong grpo_cpu_scratch(long v, int e) { return 0; }\n")
+        subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+
+    assert "was built from other sources than this package: reinstall grpo_kernels" in replaced_library(build)
+
+
+def test_damaged_library(replaced_library):
+    assert "libgrpo_cpu.so does not load: " in replaced_library(lambda library: library.write_text("no library"))
+
+
+def test_missing_library(replaced_library):
+    reason = replaced_library(lambda library: None)
+    assert "no compiled library (libgrpo_cpu.so): install with `pip install .`, which builds it" in reason
+
+
+def test_generic_variant_compiles_without_openmp_and_x86(tmp_path):
+    """What other processors build: no intrinsics, one thread."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    flags = ["-O1", "-std=c++17", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Werror", "-ffp-contract=off"]
+    for name, define in (("kernels.cpp", "-DGRPO_ISA_NAME=generic"), ("library.cpp", "-DGRPO_HAS_GENERIC")):
+        command = [compiler, *flags, define, "-c", str(ROOT / "csrc" / "cpu" / name), "-o", str(tmp_path / name)]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr[:2000]
+    text = "".join(path.read_text() for path in (ROOT / "csrc" / "cpu").glob("*.[ch]*"))
+    assert "immintrin.h" not in text  # intrinsics live in simd/avx*.h alone
+
+
+@pytest.mark.nightly
+def test_sanitizers(tmp_path):
+    """Address and undefined-behaviour sanitizers over every kernel, dtype and instruction set."""
+    code = """
+import sys, torch
+sys.path[:0] = [{tests!r}, {root!r}]
+from pathlib import Path
+from grpo_kernels.backends import cpu
+cpu.LIBRARY = Path({library!r})
+from cases import DTYPES, make
+from grpo_kernels import token_log_probs
+for dtype in DTYPES:
+    for vocab in (1, 31, 97, 4097):
+        case = make(batch=3, length=4, vocab=vocab, dtype=dtype)
+        for options in ({{"grad_scale": 1.0}}, {{"config": "gspo"}}, {{"entropy_coef": 0.1}}, {{"logit_softcap": 4.0}}):
+            case.run("cpu", **options)
+print("done")
+"""
+    compiler = os.environ.get("CXX", "g++")
+    flags = "-O1 -g -std=c++17 -fPIC -ffp-contract=off -fopenmp -w -fsanitize=address,undefined".split()
+    arch = {"generic": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
+    objects = []
+    for name, extra in arch.items():
+        defines = [f"-DGRPO_ISA_NAME={name}", f"-DGRPO_ISA_{name.upper()}"]
+        objects.append(str(tmp_path / f"{name}.o"))
+        source = str(ROOT / "csrc/cpu/kernels.cpp")
+        subprocess.run([compiler, *flags, *extra, *defines, "-c", source, "-o", objects[-1]], check=True)
+    library = tmp_path / "sanitized.so"
+    defines = [f"-DGRPO_HAS_{name.upper()}" for name in arch]
+    source = str(ROOT / "csrc/cpu/library.cpp")
+    subprocess.run([compiler, *flags, "-shared", *defines, source, *objects, "-o", str(library)], check=True)
+    runtime = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    code = code.format(tests=str(ROOT / "tests"), root=str(ROOT), library=str(library))
+    for name in arch:
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": runtime,
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "GRPO_KERNELS_CPU_ISA": name,
+        }
+        environment["UBSAN_OPTIONS"] = "halt_on_error=1"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert "done" in result.stdout, result.stderr[:3000]
+        assert "ERROR" not in result.stderr
+        assert "runtime error" not in result.stderr, result.stderr[:3000]

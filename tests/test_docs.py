@@ -1,0 +1,74 @@
+"""README runs, and its tables are the registry's and the results'."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo_kernels
+from grpo_kernels.info import presets_table
+from grpo_kernels.metrics import REPORTED
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def section(marker: str) -> str:
+    match = re.search(rf"<!-- {re.escape(marker)}.*?-->\n(.*?)<!-- end -->", README, re.S)
+    assert match, marker
+    return match[1].strip()
+
+
+def test_every_block_runs(capsys):
+    """In order, in one namespace, as a reader would paste them."""
+    torch.use_deterministic_algorithms(False)
+    namespace: dict = {}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) >= 6
+    eager = None
+    for block in blocks:
+        exec(compile(block, "README", "exec"), namespace)
+        if block.startswith("# before"):
+            eager = namespace["loss"].item(), namespace["logits"].grad.clone()
+            namespace["logits"].grad = None
+        if block.startswith("# after"):
+            assert namespace["out"].loss.item() == pytest.approx(eager[0], rel=1e-5, abs=1e-7)
+            torch.testing.assert_close(namespace["logits"].grad, eager[1], rtol=1e-4, atol=1e-8)
+
+
+def test_presets_table():
+    assert section("presets") == presets_table()
+
+
+def test_figures_are_the_committed_results():
+    """No figure by hand: the table is a results file, whole."""
+    table = section("figures: cpu_loss")
+    assert table in [path.read_text().strip() for path in ROOT.glob("benchmarks/results/*/cpu_loss.md")]
+
+
+def test_names_in_the_text_exist():
+    """`metrics` and public names that the README mentions."""
+    for name in re.findall(r"metrics\.(\w+)", README):
+        assert name in REPORTED or hasattr(grpo_kernels.Metrics, name), name
+    for name in grpo_kernels.__all__:
+        documented = getattr(grpo_kernels, name).__doc__
+        assert documented, name
+    imported = re.findall(r"from grpo_kernels import (.*)", README)
+    for name in {name.strip() for line in imported for name in line.split(",")}:
+        assert name in grpo_kernels.__all__, name
+
+
+def test_links_lead_somewhere():
+    for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (ROOT / target).exists(), target
+
+
+def test_tree_of_the_architecture():
+    """Every module of the package has its place in ARCHITECTURE.md."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    for path in (ROOT / "grpo_kernels").glob("*.py"):
+        assert path.name in text, path.name

@@ -1,0 +1,315 @@
+"""The loop: deterministic, resumable, equal in micro-batches and to the plain loss, and it learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_kernels.__main__ import main
+from grpo_kernels.training import tasks
+from grpo_kernels.training.loop import Trainer, train
+from grpo_kernels.training.options import Options
+from grpo_kernels.training.policy import ByteTokenizer, response_logits
+from grpo_kernels.training.report import RunFolder
+from grpo_kernels.training.rollout import roll_out
+
+SMALL = {"prompts": 4, "group": 4, "minibatch": 8, "steps": 6, "hidden": 32, "layers": 1, "numbers": 3, "warmup": 2}
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it():
+    """generate() has no deterministic cumsum; on a CPU its results are deterministic all the same."""
+    torch.use_deterministic_algorithms(False)
+
+
+def run(folder: Path, resume: bool = False, **changes) -> tuple[Trainer, list[dict]]:
+    options = Options(**{**SMALL, **changes})
+    run_folder = RunFolder(folder, options, resume)
+    return train(options, run_folder, resume), run_folder.records()
+
+
+def untimed(records: list[dict]) -> list[dict]:
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+
+
+def same_parameters(a: Trainer, b: Trainer) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.model.parameters(), b.model.parameters(), strict=True))
+
+
+OPTIONS = {
+    "grpo": {},
+    "kl, reference refreshed": {"kl": 0.05, "ref_every": 2, "entropy": 0.01},
+    "dapo, dynamic sampling": {"loss": "dapo", "dynamic_sampling": True, "overlong_buffer": 2},
+    "dapo_paper": {"loss": "dapo_paper"},
+    "dr_grpo": {"loss": "dr_grpo"},
+    "gspo": {"loss": "gspo", "micro_batch": 4},
+    "reinforce": {"loss": "reinforce", "group": 1, "prompts": 16},
+    "two digits": {"largest": 12, "reward": "order"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_is_deterministic(tmp_path, name):
+    """Every option runs; the same seed gives the same bits, another seed does not."""
+    a, records = run(tmp_path / "a", **OPTIONS[name])
+    b, again = run(tmp_path / "b", **OPTIONS[name])
+    assert untimed(records) == untimed(again)
+    assert same_parameters(a, b)
+    assert not same_parameters(a, run(tmp_path / "c", seed=1, **OPTIONS[name])[0])
+    assert len(records) == 6
+    assert (tmp_path / "a" / "curves.png").stat().st_size > 10_000
+    assert all(0 <= record["reward"] <= 1 for record in records)
+    assert ("kl" in records[-1]) == ("kl" in name)
+
+
+@pytest.mark.parametrize("options", [{}, {"kl": 0.05, "ref_every": 2}], ids=str)
+def test_resume_is_bit_for_bit(tmp_path, options):
+    """Killed after step 5 with a checkpoint of step 4: what was logged since is forgotten and done again."""
+    whole, records = run(tmp_path / "whole", checkpoint_every=2, **options)
+    first = Options(**{**SMALL, **options}, checkpoint_every=2)
+    folder = RunFolder(tmp_path / "cut", first, False)
+    trainer = Trainer(first)
+    for _ in range(5):
+        folder.log(trainer.train_step())
+        if trainer.step % 2 == 0:
+            folder.save_checkpoint(trainer.state())
+    resumed, continued = run(tmp_path / "cut", resume=True, checkpoint_every=2, **options)
+    assert untimed(continued) == untimed(records)
+    assert same_parameters(whole, resumed)
+
+
+def test_micro_batches_are_the_minibatch(tmp_path):
+    """1 x 16 = 4 x 4 with ragged lengths, for every aggregation: the same update up to fp32 rounding."""
+    for loss in ("grpo", "dapo", "dr_grpo", "reinforce", "dapo_paper"):
+        updates = []
+        for micro_batch in (16, 4):
+            options = Options(**{**SMALL, "minibatch": 16, "micro_batch": micro_batch, "loss": loss, "epochs": 1})
+            trainer = Trainer(options)
+            before = torch.cat([p.detach().flatten().clone() for p in trainer.model.parameters()])
+            record = trainer.train_step()
+            after = torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+            updates.append((record["loss"], record["grad_norm"], record["entropy"], after - before))
+        for a, b in zip(*updates, strict=True):
+            torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=2e-4, atol=2e-6, msg=loss)
+
+
+def test_micro_batch_lengths_are_ragged():
+    """Else the test above could not tell a wrong denominator."""
+    trainer = Trainer(Options(**SMALL))
+    rollout = roll_out(trainer.model, trainer.tokenizer, trainer.task, random.Random(0), 4, 4, 4, 1.0)
+    assert len(set(rollout.mask.sum(-1).tolist())) > 1
+
+
+@pytest.mark.slow
+def test_reference_loss_gives_the_same_curve(tmp_path):
+    """50 steps, both losses from one seed: parameters within fp32 noise, the same rollouts."""
+    options = {**SMALL, "steps": 50, "prompts": 8, "numbers": 4, "minibatch": 32}
+    fused, records = run(tmp_path / "fused", **options)
+    plain, expected = run(tmp_path / "plain", reference_loss=True, **options)
+    assert [r["reward"] for r in records] == [r["reward"] for r in expected]
+    for name in ("loss", "entropy", "grad_norm", "ratio_mean"):
+        got, wanted = ([r[name] for r in rs] for rs in (records, expected))
+        assert got == pytest.approx(wanted, rel=2e-3, abs=2e-5), name
+    for p, q in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["grpo", "reinforce", "gspo"])
+def test_learns(tmp_path, loss):
+    """Two numbers between 0 and 3, 150 steps: from chance to nearly always right."""
+    options = {"prompts": 16, "group": 8, "minibatch": 64, "numbers": 2, "largest": 3, "steps": 150, "hidden": 64}
+    epochs = 1 if loss == "reinforce" else 2  # without a ratio nothing corrects for the policy's first move
+    _, records = run(tmp_path, loss=loss, layers=2, lr=2e-3, epochs=epochs, **{**options, "warmup": 10})
+    rewards = [record["reward"] for record in records]
+    assert sum(rewards[:5]) / 5 < 0.35
+    assert sum(rewards[-20:]) / 20 > 0.8
+
+
+def test_response_logits_do_not_depend_on_padding():
+    """Left padding of a prompt changes nothing: positions count attended tokens."""
+    trainer = Trainer(Options(**SMALL))
+    ids = torch.randint(2, 10, (1, 7))
+    plain = response_logits(trainer.model, ids, torch.ones_like(ids), 4)
+    padded_ids = torch.cat([torch.zeros(1, 3, dtype=torch.int64), ids], -1)
+    mask = torch.cat([torch.zeros(1, 3, dtype=torch.int64), torch.ones_like(ids)], -1)
+    padded = response_logits(trainer.model, padded_ids, mask, 7)
+    assert plain.shape == (1, 4, len(trainer.tokenizer))
+    torch.testing.assert_close(padded, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_rollout_masks_what_follows_the_end():
+    trainer = Trainer(Options(**SMALL))
+    rollout = roll_out(trainer.model, trainer.tokenizer, trainer.task, random.Random(1), 8, 4, 6, 1.0)
+    end = trainer.tokenizer.eos_token_id
+    for ids, live in zip(rollout.response_ids.tolist(), rollout.mask.tolist(), strict=True):
+        count = ids.index(end) + 1 if end in ids else len(ids)
+        assert live == [i < count for i in range(len(ids))]
+    prompts = rollout.ids[:, : rollout.prompt_length]
+    assert torch.equal(prompts[0::4], prompts[3::4])  # a group shares its prompt
+
+
+def test_sort_scores():
+    task = tasks.Sort(4, 9)
+    problem = tasks.Problem("3120>", [0, 1, 2, 3])
+    for text, positions, order in [("0123", 1, 1), ("0132", 0.5, 0.5 + 0.5 * 2 / 3), ("3120", 0.5, 0.5 + 0.5 / 3),
+                                   ("", 0, 0), ("01", 0.5, 0.25 + 0.5 / 3), ("01233", 0.8, 0.4 + 0.5), ("0>23", 0, 0)]:  # fmt: skip
+        assert task.score(problem, text) == pytest.approx(positions), text
+        assert tasks.Sort(4, 9, "order").score(problem, text) == pytest.approx(order), text
+    spaced = tasks.Sort(2, 12)
+    assert spaced.score(tasks.Problem("12 3>", [3, 12]), "3 12") == 1
+    sample = task.sample(50, random.Random(0))
+    assert all(sorted(map(int, p.prompt[:-1])) == p.answer for p in sample)
+
+
+def test_byte_tokenizer_round_trip():
+    tokenizer = ByteTokenizer(b"0123456789>")
+    ids = tokenizer.encode("31>0")
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id, tokenizer.pad_token_id]) == "31>0"
+    assert max(ids) < len(tokenizer) == 13
+
+
+def test_reasoning_gym(tmp_path):
+    pytest.importorskip("reasoning_gym")
+    trainer, records = run(tmp_path, task="reasoning_gym:basic_arithmetic", steps=1, max_new_tokens=5, hidden=16)
+    assert records[0]["length"] > 0
+    problem = trainer.task.sample(1, random.Random(0))[0]
+    _, entry = problem.answer
+    assert trainer.task.score(problem, f" {entry['answer']}") == 1
+    assert trainer.task.score(problem, "no number") < 1
+
+
+def saved_model(folder: Path) -> Path:
+    """A tiny Llama and a word-level tokenizer, as save_pretrained leaves them."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<end>", "<unk>", *"0123456789>"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def test_a_model_from_disk(tmp_path):
+    path = saved_model(tmp_path / "model")
+    trainer, records = run(tmp_path / "run", model=str(path), steps=2)
+    assert type(trainer.model).__name__ == "LlamaForCausalLM"
+    assert trainer.tokenizer.pad_token_id == trainer.tokenizer.eos_token_id == 0
+    assert len(records) == 2
+
+
+def command(*arguments: str, folder: Path, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "grpo_kernels", "train", *arguments], cwd=folder, capture_output=True, text=True,
+        env=environment, timeout=300, **options,
+    )  # fmt: skip
+
+
+TINY = "--prompts 4 --group 4 --minibatch 8 --hidden 32 --layers 1 --numbers 3".split()
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_resume_continues(tmp_path):
+    """SIGINT in the middle: the step is finished, everything saved, and --resume ends where an unbroken run does."""
+    arguments = [*TINY, "--steps", "40", "--out"]
+    expected = command(*arguments, "whole", folder=tmp_path)
+    assert expected.returncode == 0, expected.stderr[-1000:]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_kernels", "train", *arguments, "cut"], cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    log = tmp_path / "cut" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err[-1000:]
+    assert "finishing this step, then saving" in err
+    assert "continue with: python -m grpo_kernels train --resume cut" in out
+    assert (tmp_path / "cut" / "curves.png").exists()
+    assert log.read_text().count("\n") < 40
+    resumed = command("--resume", "cut", folder=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr[-1000:]
+    logs = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        for name in ("whole", "cut")
+    ]
+    assert untimed(logs[0]) == untimed(logs[1])
+
+
+def test_bad_runs(tmp_path, monkeypatch, capsys):
+    """Each a message that names what is wrong, an exit status, and nothing lost."""
+    (tmp_path / "file").write_text("a file")
+    trainer, _ = run(tmp_path / "run", steps=2)
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    monkeypatch.chdir(tmp_path)
+
+    def fails(*arguments: str) -> str:
+        try:
+            status = main(["train", *arguments])
+        except SystemExit as error:
+            status, message = 1, str(error)
+        else:
+            message = capsys.readouterr().err
+        assert status not in (0, 130)
+        return message
+
+    assert "the run folder file/run cannot be written" in fails("--out", "file/run")
+    assert "already holds a run. Continue it with --resume run" in fails("--out", "run")
+    assert "nowhere is not the folder of a run: its options.json cannot be read" in fails("--resume", "nowhere")
+    assert "--resume continues a run as it was started: give no other options" in fails("--resume", "run", "--lr", "1")
+    assert "--loss must be one of reinforce, ppo, grpo" in fails("--loss", "gropo")
+    assert "--steps must be at least 1; got 0" in fails("--steps", "0")
+    assert "--lr must be > 0" in fails("--lr", "nan")
+    assert "--task must be one of sort, reasoning_gym; got 'sorting'" in fails("--task", "sorting")
+    assert "Did you mean 'positions'" in fails("--reward", "position")
+    assert "no causal language model could be loaded from this folder" in fails("--model", "run")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == kept
+
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    checkpoint.write_bytes(kept["checkpoint.pt"][: len(kept["checkpoint.pt"]) // 2])
+    message = fails("--resume", "run")
+    assert "checkpoint.pt is damaged" in message
+    assert "Nothing was changed" in message
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == kept["log.jsonl"]
+    torch.save({"step": 1}, checkpoint)
+    assert "is not a checkpoint of this loop" in fails("--resume", "run")
+    checkpoint.unlink()
+    assert "holds no checkpoint to resume from" in fails("--resume", "run")
+
+
+def test_missing_packages(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(SystemExit, match=r"training needs transformers: pip install 'grpo-kernels\[train\]'"):
+        Trainer(Options(**SMALL))
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(SystemExit, match="needs the reasoning-gym package"):
+        tasks.make_task("reasoning_gym:basic_arithmetic", 4, 9, "positions")
+
+
+def test_default_run_is_cheap_to_describe():
+    """The defaults are those that the documented figure was measured with."""
+    options = Options()
+    assert (options.steps, options.numbers, options.largest, options.prompts, options.group) == (900, 4, 9, 32, 8)
+    assert options.response_limit() == 5
