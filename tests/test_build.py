@@ -199,7 +199,7 @@ for dtype in DTYPES:
 print("done")
 """
     compiler = os.environ.get("CXX", "g++")
-    flags = "-O1 -g -std=c++17 -fPIC -ffp-contract=off -fopenmp -w -fsanitize=address,undefined".split()
+    flags = ["-O1", "-g", "-std=c++17", "-fPIC", "-ffp-contract=off", "-fopenmp", "-w", "-fsanitize=address,undefined"]
     arch = {"generic": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
     objects = []
     for name, extra in arch.items():

@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import cpu_loss  # noqa: E402
+import cpu_loss
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/clear_refs resets the peak on Linux alone")
 TOKENS, VOCAB = 1024, 32000

@@ -1,4 +1,4 @@
-"""What must hold for every batch: properties of the objective, on the fastest backend (in float64 where it is exact)."""
+"""What must hold for every batch: properties of the objective, in float64 on the fastest backend."""
 
 from __future__ import annotations
 

@@ -161,8 +161,16 @@ def test_rollout_masks_what_follows_the_end():
 def test_sort_scores():
     task = tasks.Sort(4, 9)
     problem = tasks.Problem("3120>", [0, 1, 2, 3])
-    for text, positions, order in [("0123", 1, 1), ("0132", 0.5, 0.5 + 0.5 * 2 / 3), ("3120", 0.5, 0.5 + 0.5 / 3),
-                                   ("", 0, 0), ("01", 0.5, 0.25 + 0.5 / 3), ("01233", 0.8, 0.4 + 0.5), ("0>23", 0, 0)]:  # fmt: skip
+    scores = {
+        "0123": (1, 1),
+        "0132": (0.5, 0.5 + 0.5 * 2 / 3),
+        "3120": (0.5, 0.5 + 0.5 / 3),
+        "": (0, 0),
+        "01": (0.5, 0.25 + 0.5 / 3),
+        "01233": (0.8, 0.4 + 0.5),
+        "0>23": (0, 0),
+    }
+    for text, (positions, order) in scores.items():
         assert task.score(problem, text) == pytest.approx(positions), text
         assert tasks.Sort(4, 9, "order").score(problem, text) == pytest.approx(order), text
     spaced = tasks.Sort(2, 12)
@@ -222,7 +230,7 @@ def command(*arguments: str, folder: Path, **options) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
-TINY = "--prompts 4 --group 4 --minibatch 8 --hidden 32 --layers 1 --numbers 3".split()
+TINY = ["--prompts", "4", "--group", "4", "--minibatch", "8", "--hidden", "32", "--layers", "1", "--numbers", "3"]
 
 
 @pytest.mark.slow
