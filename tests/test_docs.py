@@ -43,10 +43,10 @@ def test_presets_table():
     assert section("presets") == presets_table()
 
 
-def test_figures_are_the_committed_results():
+@pytest.mark.parametrize("name", ["cpu_loss", "train_sort"])
+def test_figures_are_the_committed_results(name):
     """No figure by hand: the table is a results file, whole."""
-    table = section("figures: cpu_loss")
-    assert table in [path.read_text().strip() for path in ROOT.glob("benchmarks/results/*/cpu_loss.md")]
+    assert section(f"figures: {name}") in [p.read_text().strip() for p in ROOT.glob(f"benchmarks/results/*/{name}.md")]
 
 
 def test_names_in_the_text_exist():

@@ -1,0 +1,96 @@
+"""The suite tested: one-line faults in a copy of the package, each of which some test must notice.
+
+The C++ library of the copy is the unbroken one, so faults of the Python side also show as disagreement with it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MUTANTS = {
+    "clip: sides swapped": ("surrogates.py", "(advantage > 0) & (ratio > high)", "(advantage > 0) & (ratio < low)"),
+    "clip: bound exclusive": ("surrogates.py", "(advantage < 0) & (ratio < low)", "(advantage < 0) & (ratio <= low)"),
+    "clip: slope kept": ("surrogates.py", "clipped_high | clipped_low | clipped_dual, 0.0", "clipped_low, 0.0"),
+    "clip: dual dropped": (
+        "surrogates.py",
+        "if self.dual is not None:\n            value",
+        "if False:\n            value",
+    ),
+    "surrogate: sign": ("surrogates.py", "value = times(-advantage, ratio)", "value = times(advantage, ratio)"),
+    "k3: sign": ("surrogates.py", "KLTerms(k3_of(-x), -torch.expm1(-x), x)", "KLTerms(k3_of(x), torch.expm1(x), x)"),
+    "k2: slope": ("surrogates.py", "KLTerms(x * x / 2, x, x + x * x / 2)", "KLTerms(x * x / 2, 2 * x, x + x * x / 2)"),
+    "kl: limit ignored": ("surrogates.py", "free = inside & within(value, output_limit)", "free = inside"),
+    "ratio: limit ignored": (
+        "objective.py",
+        "inside = within(raw, config.log_ratio_limit)",
+        "inside = within(raw, None)",
+    ),
+    "ratio: sign": (
+        "objective.py",
+        "clamp(raw, config.log_ratio_limit).exp()",
+        "clamp(-raw, config.log_ratio_limit).exp()",
+    ),
+    "gspo: sum for mean": ("objective.py", 'level != "sequence_product", log_ratio', 'level == "none", log_ratio'),
+    "gspo: slope not shared": (
+        "objective.py",
+        'if level in ("token", "sequence_token"):\n        return slope',
+        "return slope\n    if 0:\n        return slope",
+    ),
+    "impossible tokens": ("objective.py", "slope = torch.where(possible, slope, 0.0)", "slope = slope"),
+    "kl weight forgotten": ("objective.py", "times(batch.kl_weight, kl.slope)", "kl.slope"),
+    "token weights forgotten": ("inputs.py", "policy_weight * factor, 0.0", "policy_weight, 0.0"),
+    "entropy weight: sign": ("loss.py", "else -batch.entropy_weight", "else batch.entropy_weight"),
+    "mean: off by one": ("aggregation.py", ".clamp(min=1) * count)", ".clamp(min=2) * count)"),
+    "empty sequence": (
+        "aggregation.py",
+        "lengths.view(groups, group_size).sum(-1).clamp(min=1)",
+        "lengths.view(groups, group_size).sum(-1)",
+    ),
+    "normalizer ignored": (
+        "aggregation.py",
+        "sequences.count if normalizer is None else normalizer",
+        "sequences.count",
+    ),
+    "world size": ("aggregation.py", "return total / world_size", "return total"),
+    "metrics: extremes": ("metrics.py", 'FIELDS.index("ratio_max")].amax(0)', 'FIELDS.index("ratio_max")].amin(0)'),
+    "metrics: count": ("metrics.py", '"kl": ("kl_sum", "kl_count")', '"kl": ("kl_sum", "ratio_count")'),
+    "unused row": ("ops.py", "    if unused:\n", "    if False:\n"),
+    "rescale forgotten": ("ops.py", "gradient.mul_((upstream / announced)", "gradient.mul_((announced / announced)"),
+    "second backward": ("autograd.py", "        if ctx.spent:\n", "        if False:\n"),
+    "packed: bounds": ("rows.py", "positions >= cu_seqlens[-1] - 1", "positions >= cu_seqlens[-1]"),
+    "align: no shift": ("rows.py", "return input_ids[:, 1:], mask[:, 1:]", "return input_ids[:, :-1], mask[:, 1:]"),
+    "torch: temperature": ("backends/torch.py", "capped, self.raw * scale) / temperature", "capped, self.raw * scale)"),
+    "torch: softcap slope": ("backends/torch.py", "4 * q / (1 + q) ** 2, 1.0)", "1.0, 1.0)"),
+    "torch: entropy slope": ("backends/torch.py", "log_p + entropy[:, None])", "log_p)"),
+    "gae: decay": ("advantages.py", "discount * lam)", "discount)"),
+    "reference: mask": ("reference.py", "mask != 0", "mask != 2"),
+}
+SAMPLED = ("clip: slope kept", "kl weight forgotten", "empty sequence")
+"""In every run; the others nightly."""
+TESTS = "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages"
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SAMPLED else pytest.mark.nightly) for n in MUTANTS])
+def test_mutant_is_noticed(tmp_path, name):
+    file, old, new = MUTANTS[name]
+    shutil.copytree(ROOT / "grpo_kernels", tmp_path / "grpo_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", ".hypothesis"))
+    shutil.copy2(ROOT / "pyproject.toml", tmp_path)
+    source = tmp_path / "grpo_kernels" / file
+    text = source.read_text()
+    assert old in text, f"{file} has changed: write this mutant anew"
+    source.write_text(text.replace(old, new, 1))
+    tests = [f"tests/{test}.py" for test in TESTS.split()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-m", "not nightly", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 1, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "1 failed" in result.stdout
