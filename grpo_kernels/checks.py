@@ -125,6 +125,15 @@ def check_device(function: str, logits: Tensor, tensors: Mapping[str, object]) -
             fail(function, f"{name} on the logits' device {logits.device}", str(tensor.device), tensors, hint)
 
 
+def check_device_name(option: str, name: str) -> None:
+    """That a device of the command line exists here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{option} {name} cannot be used here: {reason}. --device cpu always can.") from None
+
+
 def check_shape(
     function: str, name: str, tensor: Tensor, allowed: tuple[tuple[int, ...], ...], tensors: Mapping[str, object]
 ) -> None:

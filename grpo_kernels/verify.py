@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .checks import check_device_name
 from .config import KL, LossConfig, check_name
 from .log_probs import token_log_probs
 from .loss import grpo_loss
@@ -126,6 +127,7 @@ def main(arguments: argparse.Namespace) -> int:
             check_name(kind, name, allowed)
     if arguments.vocab < 1 or arguments.tokens < SEQUENCES:
         raise ValueError(f"--vocab must be at least 1 and --tokens at least {SEQUENCES}.")
+    check_device_name("--device", arguments.device)
     usable = _usable(arguments.device, arguments.backend)
     if not usable:
         print("no backend to verify", file=sys.stderr)

@@ -159,7 +159,7 @@ def test_emulated_avx512_agrees_bitwise(monkeypatch, tmp_path):
         [*flags.split(), *avx512, "-c", str(CSRC / "kernels.cpp"), "-o", str(emulated)],
         [*flags.split(), "-DGRPO_ISA_NAME=generic", "-c", str(CSRC / "kernels.cpp"), "-o", str(generic)],
         [
-            *flags,
+            *flags.split(),
             "-shared",
             "-DGRPO_HAS_AVX2",
             str(CSRC / "library.cpp"),

@@ -89,6 +89,7 @@ def test_verify_finds_unrepeatable_results(capsys, monkeypatch):
         (["verify", "--backend", "cuda"], "--backend must be one of cpu, torch"),
         (["verify", "--tokens", "1"], "--tokens at least 4"),
         (["verify", "--vocab", "0"], "--vocab must be at least 1"),
+        (["verify", "--device", "foo"], "--device foo cannot be used here: "),
     ],
 )
 def test_bad_arguments(capsys, arguments, message):

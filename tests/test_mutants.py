@@ -49,11 +49,6 @@ MUTANTS = {
     "token weights forgotten": ("inputs.py", "policy_weight * factor, 0.0", "policy_weight, 0.0"),
     "entropy weight: sign": ("loss.py", "else -batch.entropy_weight", "else batch.entropy_weight"),
     "mean: off by one": ("aggregation.py", ".clamp(min=1) * count)", ".clamp(min=2) * count)"),
-    "empty sequence": (
-        "aggregation.py",
-        "lengths.view(groups, group_size).sum(-1).clamp(min=1)",
-        "lengths.view(groups, group_size).sum(-1)",
-    ),
     "normalizer ignored": (
         "aggregation.py",
         "sequences.count if normalizer is None else normalizer",
@@ -73,7 +68,7 @@ MUTANTS = {
     "gae: decay": ("advantages.py", "discount * lam)", "discount)"),
     "reference: mask": ("reference.py", "mask != 0", "mask != 2"),
 }
-SAMPLED = ("clip: slope kept", "kl weight forgotten", "empty sequence")
+SAMPLED = ("clip: slope kept", "kl weight forgotten", "second backward")
 """In every run; the others nightly."""
 TESTS = "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages"
 
@@ -93,4 +88,4 @@ def test_mutant_is_noticed(tmp_path, name):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode == 1, result.stdout[-2000:] + result.stderr[-2000:]
-    assert "1 failed" in result.stdout
+    assert "stopping after 1 failures" in result.stdout  # a test failed; nothing broke on the way

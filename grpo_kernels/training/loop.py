@@ -262,7 +262,7 @@ def main(arguments: argparse.Namespace) -> int:
     seconds = sum(record["seconds"] for record in records)
     if rewards:
         mean = sum(rewards) / len(rewards)
-        print(f"{trainer.step} steps in {seconds:.0f} s: mean reward of the last {len(rewards)} steps {mean:.3f}")
+        print(f"step {trainer.step}, {seconds:.0f} s: mean reward of the last {len(rewards)} steps {mean:.3f}")
     print(f"log, curves and checkpoint: {folder.path}")
     if trainer.step < options.steps:
         print(f"interrupted; continue with: python -m grpo_kernels train --resume {folder.path}")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
+from .. import backends
+from ..checks import check_device_name
 from ..config import KL, LossConfig, check_name
 
 
@@ -44,17 +47,36 @@ class Options:
     device: str | None = None
 
     def __post_init__(self) -> None:
-        at_least_one = ("steps", "prompts", "group", "epochs", "minibatch", "checkpoint_every", "numbers", "largest")
-        for name in (*at_least_one, "hidden", "layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}.")
+        counts = (
+            "steps",
+            "prompts",
+            "group",
+            "epochs",
+            "minibatch",
+            "micro_batch",
+            "checkpoint_every",
+            "max_new_tokens",
+        )
+        for name in (*counts, "numbers", "largest", "hidden", "layers"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "at least 1")
         for name in ("temperature", "lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be > 0; got {getattr(self, name)}.")
-        for name in ("micro_batch", "max_new_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {getattr(self, name)}.")
+            self._require(name, 0 < getattr(self, name) < math.inf, "finite and > 0")
         check_name("--loss", self.loss, LossConfig.presets())
+        if self.backend is not None:
+            check_name("--backend", self.backend, backends.names())
+        if self.device is not None:
+            check_device_name("--device", self.device)
+        if LossConfig.preset(self.loss).aggregation == "group_mean":
+            for name in ("minibatch", "micro_batch"):
+                whole = (getattr(self, name) or self.group) % self.group == 0
+                self._require(
+                    name, whole, f"a multiple of --group {self.group}, as --loss {self.loss} keeps groups whole"
+                )
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ValueError(f"--{name.replace('_', '-')} must be {rule}; got {getattr(self, name)}.")
 
     def response_limit(self) -> int:
         """Longest response: for sort, the answer and its end token."""
