@@ -120,5 +120,5 @@ def align(input_ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None = None
     if input_ids.dim() not in (1, 2) or (input_ids.dim() == 2 and input_ids.shape[0] != 1):
         fail("align", "packed input_ids (N,) or (1, N)", f"shape {tuple(input_ids.shape)}", tensors)
     positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
-    last = torch.isin(positions, cu_seqlens[1:] - 1) | (positions >= cu_seqlens[-1] - 1)
+    last = torch.isin(positions, cu_seqlens[1:] - 1) | (positions >= cu_seqlens[-1])
     return input_ids.roll(-1, -1), mask.roll(-1, -1) & ~last

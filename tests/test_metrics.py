@@ -74,6 +74,11 @@ def test_sequence_levels_count_sequences(backend):
         A = case.advantages[case.mask.any(-1)]
         clipped = ((ratios < 0.8) & (A < 0)) | ((ratios > 1.2) & (A > 0))
         m = out.metrics
+        u = (case.options["ref_log_probs"] - out.log_probs)[case.mask].double()
+        assert m.kl.item() == pytest.approx(
+            (u.exp() - u - 1).mean().item(), rel=1e-5
+        )  # tokens are still what it counts
+        assert m.tokens.item() == case.mask.sum()
         assert m.ratio_mean.item() == pytest.approx(ratios.mean().item(), rel=1e-5)
         assert m.ratio_max.item() == pytest.approx(ratios.max().item(), rel=1e-5)
         assert m.clip_fraction.item() == pytest.approx(clipped.double().mean().item())

@@ -60,7 +60,7 @@ MUTANTS = {
     "unused row": ("ops.py", "    if unused:\n", "    if False:\n"),
     "rescale forgotten": ("ops.py", "gradient.mul_((upstream / announced)", "gradient.mul_((announced / announced)"),
     "second backward": ("autograd.py", "        if ctx.spent:\n", "        if False:\n"),
-    "packed: bounds": ("rows.py", "positions >= cu_seqlens[-1] - 1", "positions >= cu_seqlens[-1]"),
+    "packed: bounds": ("rows.py", "torch.isin(positions, cu_seqlens[1:] - 1)", "torch.isin(positions, cu_seqlens[1:])"),
     "align: no shift": ("rows.py", "return input_ids[:, 1:], mask[:, 1:]", "return input_ids[:, :-1], mask[:, 1:]"),
     "torch: temperature": ("backends/torch.py", "capped, self.raw * scale) / temperature", "capped, self.raw * scale)"),
     "torch: softcap slope": ("backends/torch.py", "4 * q / (1 + q) ** 2, 1.0)", "1.0, 1.0)"),
