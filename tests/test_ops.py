@@ -97,6 +97,40 @@ def test_compile(backend, config, inplace):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
 
 
+CALLS = {
+    "packed": {"packed": True},
+    "packed gspo": {"packed": True, "config": "gspo"},
+    "numbers": {"temperature": 0.7, "logit_softcap": 5.0, "grad_scale": 0.5, "kl_coef": 0.1, "entropy_coef": 0.02},
+    "weights": {"token_weights": torch.full((6, 9), 0.5), "normalizer": torch.tensor(3.0), "config": "dapo"},
+    "skipping": {"skip_zero_advantage": True, "ref_log_probs": None},
+    "group mean": {"config": LossConfig(Clip(), aggregation="group_mean", group_size=2)},
+    "rollout": {"rollout_log_probs": torch.full((6, 9), -4.0), "old_log_probs": None},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compile_other_calls(name):
+    options = dict(CALLS[name])
+    case = make(extra_row=False)
+    if options.pop("packed", False):
+        case = make(batch=1, length=12, extra_row=False)
+        case.advantages = torch.tensor([1.0, -1.0, 0.5])
+        options["cu_seqlens"] = torch.tensor([0, 4, 9, 12])
+
+    def step(leaf):
+        out = grpo_loss(leaf * 1.0, *case.arguments, **{**case.options, **options})
+        return out.loss, out.metrics.vector
+
+    results = []
+    for function in (step, compiled(step)):
+        leaf = case.logits.clone().requires_grad_()
+        loss, vector = function(leaf)
+        (loss * options.get("grad_scale", 1.0)).backward()
+        results.append((loss.detach(), vector, leaf.grad))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
 def test_compile_log_probs(backend):
     case = make()
 
