@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import fail
+from .checks import check_shape, fail
 
 
 def raw(rewards: Tensor) -> Tensor:
@@ -18,7 +18,8 @@ def raw(rewards: Tensor) -> Tensor:
 
 def centered(rewards: Tensor) -> Tensor:
     """R_i - mean(R) over the batch (REINFORCE with a mean baseline). Shape of ``rewards``."""
-    return (rewards - rewards.mean()).detach()
+    rewards = _floating(rewards)
+    return rewards - rewards.mean()
 
 
 def group_centered(rewards: Tensor, group_size: int) -> Tensor:
@@ -83,8 +84,11 @@ def reward_to_go(
             leaves it out (Nota & Thomas 2020, arXiv:1906.07073).
     """
     _check_unit("reward_to_go", "discount", discount)
+    _check_tokens("reward_to_go", rewards=rewards, mask=mask)
+    if baseline is not None:
+        check_shape("reward_to_go", "baseline", baseline, (tuple(mask.shape), (mask.shape[0], 1)), {"mask": mask})
     live = mask != 0
-    r = torch.where(live, rewards, 0.0).detach()
+    r = torch.where(live, _floating(rewards), 0.0)
     returns = _backward_scan(r, live, discount)
     out = returns if baseline is None else returns - baseline.detach()
     if discount_from_start:
@@ -101,8 +105,9 @@ def n_step(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, steps
     _check_unit("n_step", "discount", discount)
     if steps < 1:
         fail("n_step", "steps >= 1", str(steps))
+    _check_tokens("n_step", rewards=rewards, values=values, mask=mask)
     live = mask != 0
-    order, r, v = _compact(live, rewards.detach(), values.detach())
+    order, r, v = _compact(live, _floating(rewards), values.detach())
     length = r.shape[-1]
     out = torch.zeros_like(r)
     for k in range(min(steps, length)):
@@ -122,8 +127,9 @@ def gae(
     """
     _check_unit("gae", "discount", discount)
     _check_unit("gae", "lam", lam)
+    _check_tokens("gae", rewards=rewards, values=values, mask=mask)
     live = mask != 0
-    order, r, v = _compact(live, rewards.detach(), values.detach())
+    order, r, v = _compact(live, _floating(rewards), values.detach())
     following = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], -1)
     delta = r + discount * following - v
     advantages = _backward_scan(delta, torch.ones_like(delta, dtype=torch.bool), discount * lam)
@@ -136,6 +142,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     V_clip = V_old + clamp(V - V_old, ±clip) (Schulman et al. 2017; Huang et al. 2022, "The 37 implementation details
     of PPO"). ``clip=None`` leaves the clip out. Differentiable in ``values``; an all-masked batch gives 0.
     """
+    _check_tokens("value_loss", values=values, old_values=old_values, returns=returns, mask=mask)
     live = mask != 0
     values = torch.where(live, values, 0.0)
     returns = torch.where(live, returns.detach(), 0.0)
@@ -150,7 +157,19 @@ def _groups(function: str, rewards: Tensor, group_size: int) -> Tensor:
     if rewards.dim() != 1 or group_size < 1 or rewards.shape[0] % group_size:
         expected = f"rewards (B,) with B a multiple of group_size {group_size}"
         fail(function, expected, f"shape {tuple(rewards.shape)}", {"rewards": rewards})
-    return rewards.detach().view(-1, group_size)
+    return _floating(rewards).view(-1, group_size)
+
+
+def _floating(rewards: Tensor) -> Tensor:
+    """Detached; integer rewards as the default float type."""
+    return rewards.detach() if rewards.is_floating_point() else rewards.detach().to(torch.get_default_dtype())
+
+
+def _check_tokens(function: str, **tensors: Tensor) -> None:
+    """All of one shape (B, T)."""
+    shapes = {tuple(tensor.shape) for tensor in tensors.values()}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
+        fail(function, f"{', '.join(tensors)} of one shape (B, T)", "others", tensors)
 
 
 def _constant(groups: Tensor) -> Tensor:

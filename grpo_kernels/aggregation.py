@@ -121,6 +121,8 @@ def normalizer(
         if aggregation == "group_mean" and group_size is None:
             fail("normalizer", 'a LossConfig with group_size for "group_mean"', repr(config))
         sizes = [bounds.shape[0] - 1 for bounds in cu_seqlens] if cu_seqlens else [m.shape[0] for m in micro_batches]
+        if any(size % (group_size or 1) for size in sizes):
+            fail("normalizer", f"whole groups of {group_size} sequences in every micro-batch", f"{sizes} sequences")
         counts = [torch.tensor(size // (group_size or 1), device=micro_batches[0].device) for size in sizes]
     total = torch.stack(counts).sum().to(accumulate_dtype(micro_batches[0].device))
     if group is not None:

@@ -1,6 +1,7 @@
 """Gradients attached to values that are already computed: three small ``autograd.Function``s.
 
-The forward work happens before them, under ``no_grad``; a Function only ties its result to the logits.
+The forward work of a loss happens before them, under ``no_grad``; a Function only ties its result to the logits.
+``LogProbs`` alone runs its own.
 """
 
 from __future__ import annotations

@@ -147,12 +147,13 @@ class LossInputs:
     kl_coef: float | Tensor | None
     entropy_coef: float | Tensor | None
     skip_zero_advantage: bool
+    check: bool | None
 
 
 def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[Tokens, TokenBatch]:
     """Every token-sized tensor of the loss; the tokens with skipped rows no longer live."""
     function = tokens.function
-    sequences, tokens = _read_sequences(tokens, given.cu_seqlens)
+    sequences, tokens = _read_sequences(tokens, given.cu_seqlens, given.check)
     masked_in = tokens.live
     advantages = _read_advantages(tokens, sequences, given.advantages)
     per_sequence = advantages_per_sequence(sequences, given.advantages)
@@ -170,6 +171,10 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
         _check_skip(tokens, config, kl_coef is None and entropy_coef is None, per_sequence)
         tokens = _replace_live(tokens, tokens.live & (advantages != 0))
 
+    if given.normalizer is not None:
+        check_scalar(function, "normalizer", given.normalizer)
+        if not isinstance(given.normalizer, Tensor) and given.normalizer < 0:
+            fail(function, "normalizer >= 0", repr(given.normalizer))
     options = (config.constant_length, config.group_size)
     weights = sequence_weights(config.aggregation, masked_in, sequences, given.normalizer, *options)
     token_weight = policy_weight = on_tokens(weights, masked_in, sequences, tokens.real)
@@ -197,7 +202,7 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
     )
 
 
-def _read_sequences(tokens: Tokens, cu_seqlens: Tensor | None) -> tuple[Sequences, Tokens]:
+def _read_sequences(tokens: Tokens, cu_seqlens: Tensor | None, check: bool | None) -> tuple[Sequences, Tokens]:
     function, ids = tokens.function, tokens.token_ids
     if cu_seqlens is None:
         if len(tokens.shape) == 1:
@@ -208,7 +213,12 @@ def _read_sequences(tokens: Tokens, cu_seqlens: Tensor | None) -> tuple[Sequence
         fail(function, "cu_seqlens (S+1,) of int32 or int64", "another tensor", tokens.tensors)
     if ids.shape[0] != 1:
         fail(function, "packed tensors (N,) or (1, N) with cu_seqlens", f"{ids.shape[0]} rows", tokens.tensors)
-    packed = Packed.of(cu_seqlens.to(torch.int64), ids.shape[1])
+    count = ids.shape[1]
+    if not torch.compiler.is_compiling() and (cu_seqlens.device.type == "cpu" or checks_enabled(check)):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] < 0 or bounds[-1] > count or bounds != sorted(bounds):
+            fail(function, f"cu_seqlens that never fall, within [0, {count}]", str(bounds)[:60], tokens.tensors)
+    packed = Packed.of(cu_seqlens.to(torch.int64).clamp(0, count), count)
     return packed, _replace_live(tokens, tokens.live & packed.inside())
 
 

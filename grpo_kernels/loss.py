@@ -62,7 +62,7 @@ def grpo_loss(
             (1, N, V). float32, bfloat16, float16 or float64; any batch and row stride, last stride 1.
         token_ids: integers (B, T), packed (N,) or (1, N): ``token_ids[:, t]`` is the token that row t *predicts*
             (``align`` makes it).
-        advantages: (B,), (B, 1) or (B, T); packed (S,) or token-sized.
+        advantages: (B,), (B, 1) or (B, T); packed (S,) or token-sized ((1, N) where N is S as well).
         mask: shape of token_ids, bool or numbers, non-zero where live. A masked row is never read.
         old_log_probs: of the policy that the batch is compared with; None: on-policy, ratio 1, differentiable.
         ref_log_probs: of the reference policy; needed by a KL term.
@@ -93,7 +93,7 @@ def grpo_loss(
     config = resolve_config(config)
     given = LossInputs(
         *(advantages, old_log_probs, ref_log_probs, rollout_log_probs, token_weights, cu_seqlens, normalizer),
-        *(kl_coef, entropy_coef, skip_zero_advantage),
+        *(kl_coef, entropy_coef, skip_zero_advantage, check),
     )
     named = {"advantages": advantages, "old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs}
     named |= {"rollout_log_probs": rollout_log_probs, "token_weights": token_weights, "cu_seqlens": cu_seqlens}

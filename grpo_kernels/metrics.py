@@ -50,7 +50,7 @@ REPORTED: Mapping[str, str] = {
     "clip_low": "fraction clipped at 1 - low",
     "clip_high": "fraction clipped at 1 + high",
     "clip_dual": "fraction clipped at dual",
-    "clip_fraction": "fraction whose policy slope is 0 because of clipping: low + high + dual",
+    "clip_fraction": "low + high + dual: fraction whose policy slope is 0 by clipping (a sequence may count twice)",
 }
 """What ``as_dict`` holds, and its meaning."""
 

@@ -78,6 +78,7 @@ def token_terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor) -> tupl
     kl_value = torch.zeros_like(log_prob)
     if batch.kl_weight is not None and batch.ref is not None:
         kl = kl_terms(config.kl, log_ratio_of(log_prob, batch.ref))
+        kl = kl._replace(slope=torch.where(possible, kl.slope, 0.0))
         kl_value, kl_slope = kl.value, times(batch.kl_weight, kl.slope)
         if config.kl.ratio_weighted:
             kl_value = times(ratio, kl.value)

@@ -7,6 +7,7 @@ Kernels, ``verify`` and the test suite are compared with this file in float64. I
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,8 +37,11 @@ def grpo_loss(
     temperature: float | Tensor = 1.0,
     logit_scale: float | Tensor = 1.0,
     logit_softcap: float | Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
+    inplace: bool = False,
     skip_zero_advantage: bool = False,
-    **ignored: Any,
+    check: bool | None = None,
+    backend: str | None = None,
 ) -> LossOutput:
     """The same call as ``grpo_kernels.grpo_loss``, for any dtype (computed in at least fp32).
 
@@ -141,7 +145,8 @@ def _pool(level: str, log_ratio: Tensor, sequence: Tensor, sequences: int) -> Te
     mean = (total / _sum_by(sequence, torch.ones_like(log_ratio), sequences).clamp(min=1))[sequence]
     if level == "sequence":
         return mean
-    return mean.detach() + log_ratio - log_ratio.detach()  # sequence_token
+    finite = torch.where(log_ratio.isinf(), 0.0, log_ratio)
+    return mean.detach() + (finite - finite.detach())  # sequence_token
 
 
 def _clamp(x: Tensor, limit: float | None) -> Tensor:
@@ -180,7 +185,9 @@ VALUES: dict[str, Callable[..., tuple[Tensor, Tensor | None]]] = {
 
 
 def _estimator(name: str, x: Tensor) -> Tensor:
-    return {"k1": lambda: x, "k2": lambda: x * x / 2, "k3": lambda: torch.expm1(-x) + x}[name]()
+    if name == "k3":
+        return torch.expm1(-x) + torch.where(x == -math.inf, 0.0, x)
+    return x if name == "k1" else x * x / 2
 
 
 def _kl(kl: KL, x: Tensor) -> Tensor:

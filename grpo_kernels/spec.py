@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .config import LossConfig
 from .surrogates import ESTIMATORS
@@ -87,7 +88,7 @@ def _cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 
 def _plain(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # a fake tensor must not stay
         return torch.tensor(values, dtype=dtype, device=device)
     return _cached(values, dtype, device)
 

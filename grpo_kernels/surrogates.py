@@ -53,7 +53,8 @@ def k3_of(u: Tensor) -> Tensor:
     total = torch.ones_like(v)
     for k in range((16 if u.dtype == torch.float64 else 8) + 2, 2, -1):
         total = 1 + v / k * total
-    return torch.where(near, v * v / 2 * total, torch.expm1(u) - u)
+    far = torch.where(u == math.inf, u, torch.expm1(u) - u)
+    return torch.where(near, v * v / 2 * total, far)
 
 
 class Terms(NamedTuple):

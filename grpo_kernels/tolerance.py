@@ -95,7 +95,7 @@ def _batch(
     given = LossInputs(
         *(advantages, o.get("old_log_probs"), o.get("ref_log_probs"), o.get("rollout_log_probs")),
         *(o.get("token_weights"), o.get("cu_seqlens"), o.get("normalizer"), o.get("kl_coef"), o.get("entropy_coef")),
-        bool(o.get("skip_zero_advantage")),
+        *(bool(o.get("skip_zero_advantage")), None),
     )
     return read_batch(tokens, config, given)[1]
 

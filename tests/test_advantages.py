@@ -58,6 +58,13 @@ def test_has_signal():
     assert advantages.has_signal(REWARDS, 4).tolist() == [True] * 4 + [False] * 4 + [True] * 4
 
 
+def test_integer_rewards():
+    rewards = torch.tensor([0, 1, 1, 0])
+    for estimator in (advantages.group_centered, advantages.group_normalized, advantages.leave_one_out):
+        assert torch.equal(estimator(rewards, 2), estimator(rewards.float(), 2))
+    assert torch.equal(advantages.centered(rewards), advantages.centered(rewards.float()))
+
+
 def test_group_size_must_divide():
     for function in (advantages.group_centered, advantages.group_normalized, advantages.has_signal):
         with pytest.raises(ValueError, match=r"rewards \(B,\) with B a multiple of group_size 5; got shape \(12,\)"):
@@ -179,6 +186,10 @@ def test_value_loss(clip):
         (lambda x, m: advantages.reward_to_go(x, m, 1.1), r"discount in \[0, 1\]; got 1.1"),
         (lambda x, m: advantages.gae(x, x, m, 0.9, -0.1), r"lam in \[0, 1\]; got -0.1"),
         (lambda x, m: advantages.n_step(x, x, m, 0.9, 0), "steps >= 1; got 0"),
+        (lambda x, m: advantages.n_step(x, x[:, :2], m, 0.9, 1), r"rewards, values, mask of one shape \(B, T\)"),
+        (lambda x, m: advantages.gae(x[0], x[0], m[0]), r"rewards, values, mask of one shape \(B, T\)"),
+        (lambda x, m: advantages.reward_to_go(x, m, baseline=x[:, 0]), r"baseline of shape \(2, 3\) or \(2, 1\)"),
+        (lambda x, m: advantages.value_loss(x, x, x[:, :1], m), "values, old_values, returns, mask of one shape"),
     ],
 )
 def test_refusals(call, message):

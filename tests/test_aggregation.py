@@ -108,6 +108,8 @@ def test_normalizer_refusals():
         normalizer([], "grpo")
     with pytest.raises(ValueError, match=r'a LossConfig with group_size for "group_mean"'):
         normalizer(torch.ones(2, 2), "dapo_paper")
+    with pytest.raises(ValueError, match=r"whole groups of 4 sequences in every micro-batch; got \[4, 6\] sequences"):
+        normalizer([torch.ones(4, 2), torch.ones(6, 2)], LossConfig.preset("dapo_paper", group_size=4))
 
 
 def test_aggregations_that_need_numbers():

@@ -127,6 +127,13 @@ def test_packed_reference_is_padded_reference():
     torch.testing.assert_close(unpack(leaf.grad), expected_gradient, rtol=1e-11, atol=1e-15)
 
 
+@pytest.mark.parametrize("bounds", [[0, 1000], [0, 8, 4, 10], [-1, 10], [3, 2]])
+def test_bounds_outside_the_tokens(backend, bounds):
+    logits, ids = torch.randn(10, 8), torch.zeros(10, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"cu_seqlens that never fall, within \[0, 10\]"):
+        grpo_loss(logits, ids, torch.ones(len(bounds) - 1), cu_seqlens=torch.tensor(bounds), backend=backend)
+
+
 def test_packed_token_advantages(backend):
     case = make(extra_row=False, length=8)
     bounds, pack, unpack = packed_of(case)

@@ -94,6 +94,26 @@ def test_metrics_use_raw_ratios(backend):
     assert free.metrics.ratio_max > 2
 
 
+def test_an_impossible_token_has_a_rollout_weight(backend):
+    """w = exp(old - rollout), so the log-prob itself does not matter."""
+    case = make(rollout_log_probs=torch.full((6, 9), -2.1))
+    case.logits[0, 0, case.token_ids[0, 0]] = float("-inf")
+    case.options["old_log_probs"][:] = -2.0
+    out, _ = case.run(backend)
+    torch.testing.assert_close(out.metrics.rollout_effective_sample_size.float(), torch.tensor(1.0))
+    assert out.metrics.k3_old == float("inf")
+
+
+@pytest.mark.parametrize("position", [0, -1])
+def test_nan_ratios_are_both_extremes(backend, position):
+    case = make()
+    row = case.mask.nonzero()[position]
+    case.logits[row[0], row[1]] = float("nan")
+    out, _ = case.run(backend)
+    assert out.metrics.ratio_min.isnan()
+    assert out.metrics.ratio_max.isnan()
+
+
 def test_merging_extremes():
     """A part that counted nothing must not lend its zeros to minima and maxima."""
     case = make()

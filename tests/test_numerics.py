@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import make
 
-from grpo_kernels import Clip, LossConfig, Reinforce, Unclipped, grpo_loss, token_log_probs
+from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped, grpo_loss, token_log_probs
 from grpo_kernels.tolerance import compare, truth_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -40,6 +40,60 @@ def test_masked_vocabulary(backend, dtype, columns, entropy):
     out, _ = case.run(backend)
     assert out.entropy.isfinite().all()
     assert (out.entropy >= 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [-math.inf, "lowest", -1e37, -1e9])
+@pytest.mark.parametrize("level", [0.0, -100.0, 60.0])
+@pytest.mark.parametrize("entropy", [0.0, 0.1])
+def test_any_finite_mask_value(backend, dtype, masked, level, entropy):
+    """A leading block of columns masked with whatever number; the others may all be low themselves."""
+    lowest = torch.finfo(dtype).min
+    masked = lowest if masked == "lowest" else max(masked, lowest) if masked > -math.inf else masked
+    case = make(batch=1, length=3, vocab=8300, dtype=dtype, shift=level, ref_log_probs=None, old_log_probs=None)
+    case.token_ids[:] = case.token_ids % 100 + 8200
+    case.logits[..., :8200] = masked
+    gradient = assert_rule(case, backend, entropy_coef=entropy)
+    assert (gradient[..., :8200] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("entropy", [0.0, 0.1])
+def test_rows_of_the_lowest_number(backend, dtype, entropy):
+    """All columns equal: uniform, however low; the gradient is at most that of a certain row."""
+    logits = torch.full((1, 2, 8), torch.finfo(dtype).min, dtype=dtype, requires_grad=True)
+    out = grpo_loss(logits, torch.tensor([[1, 7]]), torch.ones(1), entropy_coef=entropy, backend=backend)
+    out.loss.backward()
+    torch.testing.assert_close(out.log_probs, torch.full((1, 2), -math.log(8), dtype=out.log_probs.dtype))
+    assert (logits.grad.abs() <= 1 + entropy * math.log(8)).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softcap_of_infinity(backend, dtype):
+    """A capped -inf is -cap, a capped +inf is cap."""
+    case = make(batch=1, length=2, vocab=40, dtype=dtype, logit_softcap=8.0, empty=False)
+    case.logits[0, 0, :5], case.logits[0, 1, 7] = -math.inf, math.inf
+    assert_rule(case, backend)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("limit", [(20.0, None), (None, None)])
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
+def test_kl_of_an_impossible_token(backend, estimator, weighted, limit, level):
+    """Its KL has no slope, whatever ref is; unlimited, its k3 is infinite and not NaN."""
+    kl = KL(0.1, estimator, ratio_weighted=weighted, limit=limit)
+    for ref_too in (False, True):
+        case = impossible()
+        if ref_too:
+            case.options["ref_log_probs"][0, 0] = -math.inf
+        config = LossConfig(Clip(), level=level, kl=kl)
+        (out, gradient), (expected, truth) = case.run(backend, config=config), case.reference(config=config)
+        assert torch.equal(out.loss.isnan(), expected.loss.isnan())
+        torch.testing.assert_close(out.loss, expected.loss, equal_nan=True)
+        torch.testing.assert_close(gradient, truth, atol=1e-6, rtol=1e-4)
+        if not ref_too and estimator == "k3":
+            assert out.metrics.kl == math.inf
 
 
 def impossible(dtype=torch.float32, **options):

@@ -202,6 +202,8 @@ BAD = {
     "infinite KL": (bad(kl_coef=float("inf")), ValueError, "kl_coef to be a finite number or a 0-d tensor; got inf"),
     "KL per token": (bad(kl_coef=torch.ones(3)), ValueError, r"a number or a 0-d tensor; got shape \(3,\)"),
     "negative grad_scale": (bad(grad_scale=-1.0), ValueError, "grad_scale > 0; got -1.0"),
+    "normalizer per sequence": (bad(normalizer=torch.ones(3)), ValueError, "normalizer to be a number or a 0-d tensor"),
+    "negative normalizer": (bad(normalizer=-3.0), ValueError, "normalizer >= 0; got -3.0"),
     "packed without bounds": (
         bad(logits=torch.zeros(12, 11), token_ids=ids34.view(-1), mask=None, advantages=torch.zeros(1),
             old_log_probs=None, ref_log_probs=None),
@@ -224,6 +226,15 @@ def test_bad_input(name):
     with pytest.raises(error, match=message) as caught:
         call()
     assert "\n  hint" in str(caught.value) or len(str(caught.value)) < 700
+
+
+def test_fake_tensors_leave_nothing_behind():
+    """A call under FakeTensorMode, as memory estimators make them, must not reach the cache of numbers."""
+    case = make(temperature=0.77)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(t) for t in (case.logits, *case.arguments)]
+        grpo_loss(*fake, temperature=0.77)
+    assert case.run()[0].loss.isfinite()
 
 
 def test_messages_list_every_tensor():

@@ -16,7 +16,7 @@
 
 namespace grpo {
 
-// Where each hyper-parameter sits in the vector of numbers (grpo_kernels/objective_spec.py).
+// Where each hyper-parameter sits in the vector of numbers (grpo_kernels/spec.py).
 enum Number {
   kTemperature,
   kLogitScale,
@@ -72,6 +72,7 @@ GRPO_FN bool within(real x, real limit) {
 // exp(u) - u - 1 without cancellation: u^2/2 (1 + u/3 (1 + u/4 (...))) near zero.
 template <class real>
 GRPO_FN real k3_of(real u) {
+  if (u == real(INFINITY)) return u;
   if (!(u < real(0.5) && u > real(-0.5))) return expm1_of(u) - u;
   real sum = 1;
   for (int k = series_terms(u) + 2; k > 2; --k) sum = 1 + u / k * sum;
@@ -181,6 +182,7 @@ GRPO_FN TokenTerms<real> token_terms(const ObjectiveSpec& spec, const real* numb
       kl.slope = times(ratio, inside ? kl.slope_with_ratio : kl.slope);
       kl.value = times(ratio, kl.value);
     }
+    if (token.log_prob == -real(INFINITY)) kl.slope = 0;
     out.kl = kl.value;
     out.slope += times(token.kl_weight, kl.slope);
   }

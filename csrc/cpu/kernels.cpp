@@ -96,17 +96,17 @@ struct FusedLoss : Call<T, V> {
   void live(int64_t r, scalar* scratch) const {
     const GrpoCpuParams& p = *this->p;
     const bool keep = p.out && !p.entropy_weight && !this->map.softcap;
-    scalar* references = scratch;
-    scalar* exps = keep ? exps_of(this->out_row(r), scratch + references_of(p.vocab)) : nullptr;
+    scalar* largest = scratch;
+    scalar* exps = keep ? exps_of(this->out_row(r), scratch + room_for_largest(p.vocab)) : nullptr;
     const RowStats stats =
-        keep ? row_stats<V, false, true>(this->row(r), p.vocab, this->target(r), this->map, exps, references)
+        keep ? row_stats<V, false, true>(this->row(r), p.vocab, this->target(r), this->map, exps, largest)
              : this->stats(r);
     this->put_stats(r, stats);
     const double g = slope(r), h = p.entropy_weight ? -double(this->at(p.entropy_weight, r)) : 0;
     if (!p.out) return;
     const double scale = this->numbers()[grpo::kGradScale];
     if (keep && g != 0 && g == g && stats.lse == stats.lse) {
-      gradient_from_exps<V>(exps, references, stats, p.vocab, this->target(r), this->map, g * scale, this->out_row(r));
+      gradient_from_exps<V>(exps, largest, stats, p.vocab, this->target(r), this->map, g * scale, this->out_row(r));
     } else {
       this->gradient(r, g * scale, h * scale);
     }

@@ -89,7 +89,7 @@ int32_t grpo_cpu_instruction_sets(void) {
 
 // A reference for each segment, then the exponentials; threads stay a cache line apart.
 int64_t grpo_cpu_scratch(int64_t vocab, int32_t exponentials) {
-  return references_of(vocab) + (exponentials ? (vocab + 31) / 16 * 16 : 16);
+  return room_for_largest(vocab) + (exponentials ? (vocab + 31) / 16 * 16 : 16);
 }
 
 int32_t grpo_cpu_log_probs(GrpoCpuParams* p) {

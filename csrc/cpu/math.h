@@ -39,6 +39,12 @@ template <class V>
 inline V clamp_power(V x) {
   return max_or_second(V::broadcast(lowest_power((V*)nullptr)), x);
 }
+// Of a probability: 1 at most, however large the logits whose rounded differences these are.
+template <class V>
+inline V clamp_probability_power(V x) {
+  const V zero = V::broadcast(0);
+  return clamp_power(select_less(x, zero, x, zero));
+}
 
 // tanh(y) and its derivative 1 - tanh(y)^2, both accurate in relative terms.
 // Odd polynomial (relative error 5e-9) below 0.625, else (1 - q) / (1 + q) with q = exp(-2|y|).
@@ -51,7 +57,9 @@ inline void tanh_of(Float y, Float& tanh, Float& derivative) {
   p = fma(p, s, Float::broadcast(0.13331331312656403f));
   p = fma(p, s, Float::broadcast(-0.33333277702331543f));
   const Float small = fma(a * s, p, a);
-  tanh = copy_sign(select_less(a, Float::broadcast(0.625f), small, (one - q) * reciprocal), y) + (y - y);  // NaN stays
+  const Float finite = max_or_second(Float::broadcast(-__FLT_MAX__), Float::broadcast(0.0f) - a);
+  tanh =
+      copy_sign(select_less(a, Float::broadcast(0.625f), small, (one - q) * reciprocal), y) + (finite - finite);  // NaN
   derivative = (q * Float::broadcast(4.0f)) * reciprocal * reciprocal;
 }
 inline void tanh_of(Double y, Double& tanh, Double& derivative) {

@@ -16,7 +16,7 @@ constexpr int64_t kSegment = 4096;
 constexpr int64_t kPrefetchBytes = 2048;  // how far past the next segment's same place: measured
 
 inline int64_t segments_of(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
-inline int64_t references_of(int64_t vocab) { return (segments_of(vocab) + 15) / 16 * 16; }  // room for them
+inline int64_t room_for_largest(int64_t vocab) { return (segments_of(vocab) + 15) / 16 * 16; }  // one a segment
 
 // The lanes of a pair of vectors one by one.
 template <class V>
@@ -57,7 +57,7 @@ LogitMap<V> logit_map(const typename V::scalar* numbers) {
 // What a row's first sweep finds; nats.
 struct RowStats {
   double log_prob, entropy, lse;
-  double reference, sum;  // sum of 2^(z log2(e) - reference) over the row
+  double largest, sum;  // value; sum of 2^((value - largest) * slope) over the row
 };
 
 // A block as the first sweep sees it, -inf past the row's end (tanh(-inf) is not -inf).
@@ -110,7 +110,7 @@ inline void store_one(T* p, typename V::scalar x) {
   *p = block[0];
 }
 
-// Lane by lane sums of 2^power and 2^power * power, relative to one reference.
+// Lane by lane sums of 2^power and 2^power * power, relative to one largest value.
 template <class V>
 struct Sums {
   V sum = V::broadcast(0), entropy = V::broadcast(0);
@@ -123,26 +123,31 @@ struct Sums {
     sum = sum + other.sum;
     entropy = entropy + other.entropy;
   }
-  // To a larger reference: every power falls by `fall`.
+  // To a larger value: every power falls by `fall`.
   void rescale(double fall) {
-    const V factor = V::broadcast(typename V::scalar(::exp2(-fall)));
+    const typename V::scalar scale = typename V::scalar(::exp2(-fall));
+    if (scale == 0) {  // fall may be past the largest float
+      *this = Sums();
+      return;
+    }
+    const V factor = V::broadcast(scale);
     entropy = fma(sum, V::broadcast(typename V::scalar(-fall)), entropy) * factor;
     sum = sum * factor;
   }
 };
 
-// From the sums without the sampled column, and that column's power, all relative to `reference`.
-inline RowStats finish_stats(double rest, double entropy_rest, double reference, double target_power,
-                             bool target_is_largest, bool any_possible) {
+// From the sums without the sampled column, and that column's power, all relative to the largest value.
+inline RowStats finish_stats(double rest, double entropy_rest, double largest, double slope, double target_power,
+                             bool any_possible) {
   if (entropy_rest != entropy_rest || !any_possible) return {NAN, NAN, NAN, 0, NAN};
   const double target = ::exp2(target_power), sum = rest + target, log_sum = ::log(sum);
   const double weighted = entropy_rest + (target == 0 ? 0 : target * target_power);
   const double entropy = log_sum - kLn2 * weighted / sum;
   RowStats out;
-  out.log_prob = target_is_largest ? -::log1p(rest / target) : target_power * kLn2 - log_sum;
+  out.log_prob = target_power == 0 ? -::log1p(rest) : target_power * kLn2 - log_sum;
   out.entropy = entropy < 0 ? 0 : entropy;  // rounding of a row that is certain
-  out.lse = reference * kLn2 + log_sum;
-  out.reference = reference;
+  out.lse = largest * slope * kLn2 + log_sum;
+  out.largest = largest;
   out.sum = sum;
   return out;
 }
@@ -182,19 +187,20 @@ GRPO_INLINE void load_kept(const typename V::scalar* exps, int64_t count, V& fir
 
 // Adds columns [from, to) of a segment to its sums, `from` at the start of a block. Column `left_out` of the
 // first block stays out of them (-1: none) and its value goes to `left_out_value`. With kKeep, exps[j] gets 2^power.
+// Values are compared with the largest before they are scaled: finite logits of any size are legal.
 template <class V, bool kSoftcap, bool kKeep, class T>
 GRPO_INLINE void add_columns(const T* segment, int64_t from, int64_t to, const LogitMap<V>& map,
-                             typename V::scalar reference, typename V::scalar* exps, Sums<V>& sums,
-                             int64_t left_out = -1, typename V::scalar* left_out_value = nullptr) {
+                             typename V::scalar largest, typename V::scalar* exps, Sums<V>& sums, int64_t left_out = -1,
+                             typename V::scalar* left_out_value = nullptr) {
   constexpr int64_t block = 2 * V::lanes;
-  const V slope = V::broadcast(map.slope), shift = V::broadcast(-reference);
+  const V slope = V::broadcast(map.slope), shift = V::broadcast(largest);
   for_blocks<V>(segment + from, to - from, [&](const T* p, int64_t offset, int64_t count) GRPO_LAMBDA {
     const char* ahead = reinterpret_cast<const char*>(segment + kSegment + from + offset) + kPrefetchBytes;
     __builtin_prefetch(ahead);
     if (sizeof(T) * block > 64) __builtin_prefetch(ahead + 64);
     V value0, value1;
     load_block<V, kSoftcap>(p, count, map, value0, value1);
-    const V power0 = clamp_power(fma(value0, slope, shift)), power1 = clamp_power(fma(value1, slope, shift));
+    const V power0 = clamp_power((value0 - shift) * slope), power1 = clamp_power((value1 - shift) * slope);
     V exp0 = exp2_of_clamped(power0), exp1 = exp2_of_clamped(power1);
     if (kKeep) keep_block<T>(exps + from + offset, count, exp0, exp1);
     if (left_out >= 0) {
@@ -208,17 +214,17 @@ GRPO_INLINE void add_columns(const T* segment, int64_t from, int64_t to, const L
   });
 }
 
-// First sweep. With kKeep, exps[j] = 2^(power of column j - references[its segment]) for the second.
+// First sweep. With kKeep, exps[j] = 2^((value j - largest[its segment]) * slope) for the second.
 //
-// The reference is the largest power so far, so powers are never positive and only a new maximum rescales. The
-// sampled column is left out of the sums until the end, so that a confident token keeps its precision.
+// The largest value is that so far, so powers are never positive and only a new maximum rescales. The sampled column
+// is left out of the sums until the end, so that a confident token keeps its precision.
 template <class V, bool kSoftcap, bool kKeep, class T>
 inline RowStats row_stats(const T* row, int64_t vocab, int64_t target, const LogitMap<V>& map, typename V::scalar* exps,
-                          typename V::scalar* references) {
+                          typename V::scalar* largest) {
   using scalar = typename V::scalar;
   constexpr int64_t block = 2 * V::lanes;
   Sums<V> totals;
-  scalar row_max = -INFINITY, reference = 0, target_value = 0;
+  scalar row_max = -INFINITY, target_value = 0;
 
   for (int64_t start = 0; start < vocab; start += kSegment) {
     const int64_t n = vocab - start < kSegment ? vocab - start : kSegment;
@@ -226,27 +232,26 @@ inline RowStats row_stats(const T* row, int64_t vocab, int64_t target, const Log
     scalar* kept = kKeep ? exps + start : nullptr;
     const scalar max = segment_max<V, kSoftcap>(segment, n, map);
     if (max > row_max) {
-      const scalar raised = max * map.slope;
-      if (row_max > -INFINITY) totals.rescale(double(raised) - reference);
+      if (row_max > -INFINITY) totals.rescale((double(max) - double(row_max)) * map.slope);
       row_max = max;
-      reference = raised;
     }
-    if (kKeep) references[start / kSegment] = reference;
+    if (kKeep) largest[start / kSegment] = row_max;
+    const scalar shift = row_max > -INFINITY ? row_max : 0;
 
     Sums<V> sums;
     if (target < start || target >= start + n) {
-      add_columns<V, kSoftcap, kKeep>(segment, 0, n, map, reference, kept, sums);
+      add_columns<V, kSoftcap, kKeep>(segment, 0, n, map, shift, kept, sums);
     } else {
       const int64_t before = (target - start) / block * block, after = before + block < n ? before + block : n;
-      add_columns<V, kSoftcap, kKeep>(segment, 0, before, map, reference, kept, sums);
-      add_columns<V, kSoftcap, kKeep>(segment, before, after, map, reference, kept, sums, target - start - before,
+      add_columns<V, kSoftcap, kKeep>(segment, 0, before, map, shift, kept, sums);
+      add_columns<V, kSoftcap, kKeep>(segment, before, after, map, shift, kept, sums, target - start - before,
                                       &target_value);
-      add_columns<V, kSoftcap, kKeep>(segment, after, n, map, reference, kept, sums);
+      add_columns<V, kSoftcap, kKeep>(segment, after, n, map, shift, kept, sums);
     }
     totals.add(sums);
   }
-  return finish_stats(horizontal_sum(totals.sum), horizontal_sum(totals.entropy), double(reference),
-                      double(target_value) * double(map.slope) - double(reference), target_value == row_max,
+  const double target_power = (double(target_value) - double(row_max)) * map.slope;
+  return finish_stats(horizontal_sum(totals.sum), horizontal_sum(totals.entropy), row_max, map.slope, target_power,
                       row_max > -INFINITY);
 }
 
@@ -256,16 +261,15 @@ inline double target_slope(double g, double log_prob) { return -g * ::expm1(log_
 // Second sweep of one pass, from the kept exponentials: -g p_j and, in the sampled column, g (1 - p).
 // Segments run backwards: the last one is still in the nearest cache.
 template <class V, class T>
-inline void gradient_from_exps(const typename V::scalar* exps, const typename V::scalar* references,
-                               const RowStats& stats, int64_t vocab, int64_t target, const LogitMap<V>& map, double g,
-                               T* out) {
+inline void gradient_from_exps(const typename V::scalar* exps, const typename V::scalar* largest, const RowStats& stats,
+                               int64_t vocab, int64_t target, const LogitMap<V>& map, double g, T* out) {
   using scalar = typename V::scalar;
   constexpr int64_t block = 2 * V::lanes;
   const double factor = -g * map.derivative / stats.sum;
   for (int64_t k = segments_of(vocab) - 1; k >= 0; --k) {
     const int64_t start = k * kSegment, n = vocab - start < kSegment ? vocab - start : kSegment;
-    const bool last = references[k] == stats.reference;  // as for most segments
-    const scalar segment_factor = scalar(last ? factor : factor * ::exp2(references[k] - stats.reference));
+    const bool last = largest[k] == stats.largest;  // as for most segments
+    const scalar segment_factor = scalar(last ? factor : factor * ::exp2((largest[k] - stats.largest) * map.slope));
     const V f = V::broadcast(segment_factor);
     for (int64_t i = 0; i < n; i += block) {
       const int64_t count = n - i < block ? n - i : block;
@@ -292,7 +296,7 @@ inline void gradient_from_logits(const T* row, int64_t vocab, int64_t target, co
       tanh_of(x * V::broadcast(map.inner), tanh, derivative);
       x = tanh * V::broadcast(map.cap);
     }
-    const V power = clamp_power(fma(x, slope, shift));
+    const V power = clamp_probability_power(fma(x, slope, shift));
     const V d = exp2_of_clamped(power) * fma(power, linear, constant);
     return kSoftcap ? d * derivative * V::broadcast(map.inner * map.cap) : d;
   };

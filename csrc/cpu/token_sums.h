@@ -46,6 +46,12 @@ inline double weighted(const void* weight, const void* value, int64_t r) {
   return w == 0 ? 0 : double(w * static_cast<const real*>(value)[r]);
 }
 
+// A NaN ratio is both extremes, as in torch.
+inline void add_extremes(double smallest, double largest, double* s) {
+  if (s[kRatioMin] == s[kRatioMin] && !(smallest >= s[kRatioMin])) s[kRatioMin] = smallest;
+  if (s[kRatioMax] == s[kRatioMax] && !(largest <= s[kRatioMax])) s[kRatioMax] = largest;
+}
+
 template <class real>
 void add_token(const GrpoCpuTokenSums& p, int64_t r, double* s) {
   const auto at = [r](const void* values) { return static_cast<const real*>(values)[r]; };
@@ -63,7 +69,9 @@ void add_token(const GrpoCpuTokenSums& p, int64_t r, double* s) {
 
   const double to_ref = p.ref ? grpo::log_ratio_of(log_prob, at(p.ref)) : 0;
   const double to_old = p.old ? grpo::log_ratio_of(log_prob, at(p.old)) : 0;
-  const auto k3 = [](double difference) { return ::expm1(-difference) + difference; };
+  const auto k3 = [](double difference) {
+    return difference == -INFINITY ? INFINITY : ::expm1(-difference) + difference;
+  };
   if (p.ref) {
     s[kKLSum] += p.kl_estimator == grpo::kK1 ? to_ref : p.kl_estimator == grpo::kK2 ? to_ref * to_ref / 2 : k3(to_ref);
     s[kKLCount] += 1;
@@ -73,7 +81,9 @@ void add_token(const GrpoCpuTokenSums& p, int64_t r, double* s) {
     s[kK3OldSum] += k3(to_old);
   }
   if (p.rollout && at(p.rollout) == at(p.rollout)) {
-    const double to_rollout = grpo::log_ratio_of(log_prob, at(p.rollout)), weight = ::exp(to_rollout - to_old);
+    const real rollout = at(p.rollout);
+    const double to_rollout = grpo::log_ratio_of(log_prob, rollout);
+    const double weight = ::exp(p.old ? grpo::log_ratio_of(at(p.old), rollout) : to_rollout);
     s[kK1RolloutSum] += to_rollout;
     s[kK3RolloutSum] += k3(to_rollout);
     s[kRolloutCount] += 1;
@@ -86,9 +96,7 @@ void add_token(const GrpoCpuTokenSums& p, int64_t r, double* s) {
   s[kClippedLowCount] += (p.flags[r] & grpo::kClippedLow) != 0;
   s[kClippedHighCount] += (p.flags[r] & grpo::kClippedHigh) != 0;
   s[kClippedDualCount] += (p.flags[r] & grpo::kClippedDual) != 0;
-  // A NaN ratio is both extremes, as in torch.
-  if (!(ratio >= s[kRatioMin])) s[kRatioMin] = ratio;
-  if (!(ratio <= s[kRatioMax])) s[kRatioMax] = ratio;
+  add_extremes(ratio, ratio, s);
 }
 
 inline void clear(double* sums) {
@@ -114,8 +122,7 @@ void token_sums(const GrpoCpuTokenSums& p) {
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const double* sums = p.partials + chunk * kFields;
     for (int i = 0; i < kSumFields; ++i) p.sums[i] += sums[i];
-    if (!(sums[kRatioMin] >= p.sums[kRatioMin])) p.sums[kRatioMin] = sums[kRatioMin];
-    if (!(sums[kRatioMax] <= p.sums[kRatioMax])) p.sums[kRatioMax] = sums[kRatioMax];
+    add_extremes(sums[kRatioMin], sums[kRatioMax], p.sums);
   }
   p.sums[kSequences] = double(p.sequences);
   *static_cast<real*>(p.loss) = real(p.sums[kPolicyLoss] + p.sums[kKLLoss] + p.sums[kEntropyLoss]);

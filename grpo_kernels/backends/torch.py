@@ -162,11 +162,12 @@ def token_sums(
     unknown = torch.zeros_like(live) if rollout is None else rollout.isnan()
     ignored = torch.stack([~live, ~live, ~live | unknown])
     differences = torch.where(ignored, 0.0, log_ratio_of(log_prob, others)).to(sums.dtype)
-    k3 = torch.expm1(-differences) + differences  # fp64: no series needed
+    k3 = torch.expm1(-differences) + torch.where(differences == -math.inf, 0.0, differences)  # fp64: no series needed
     to_ref, to_old, to_rollout = differences
     plain = (to_ref, to_ref * to_ref / 2, k3[0])[kl_estimator - 1]
     known = torch.zeros_like(live) if rollout is None else live & ~unknown
-    weight = torch.where(known, (to_rollout - to_old).exp(), 0.0)
+    old_to_rollout = log_ratio_of(log_prob if old is None else old, others[2]).to(sums.dtype)
+    weight = torch.where(known, old_to_rollout.exp(), 0.0)
     compared = torch.zeros_like(live) if ref is None else live
     divergences = (plain, compared, to_old, k3[1], to_rollout, k3[2], known, weight, weight * weight)
     columns = torch.stack([column.flatten() for column in (*terms, *counts, *divergences)]).to(sums.dtype)

@@ -62,6 +62,11 @@ class Options:
             self._require(name, value is None or value >= 1, "at least 1")
         for name in ("temperature", "lr", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) < math.inf, "finite and > 0")
+        for name in ("ref_every", "warmup", "weight_decay", "overlong_buffer"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "finite and >= 0")
+        limit = self.response_limit()
+        self._require("overlong_buffer", self.overlong_buffer <= limit, f"at most the {limit} tokens of a response")
+        self._require("group", self.group > 1 or not self.dynamic_sampling, "at least 2 with --dynamic-sampling")
         check_name("--loss", self.loss, LossConfig.presets())
         if self.backend is not None:
             check_name("--backend", self.backend, backends.names())

@@ -53,5 +53,9 @@ inline Double fma(Double a, Double b, Double c) {
 inline Double max_or_second(Double a, Double b) {
   return Double::each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
+// a < b ? x : y
+inline Double select_less(Double a, Double b, Double x, Double y) {
+  return Double::each([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
+}
 
 }  // namespace
