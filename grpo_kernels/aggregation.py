@@ -92,7 +92,7 @@ def normalizer(
     config: LossConfig | str = "token_mean",
     world_size: int = 1,
     group: ProcessGroup | None = None,
-    cu_seqlens: Sequence[Tensor] | None = None,
+    cu_seqlens: Tensor | Sequence[Tensor] | None = None,
 ) -> Tensor:
     """The denominator of one optimizer step, to pass as ``normalizer=`` to each of its micro-batches.
 
@@ -105,22 +105,24 @@ def normalizer(
         config: a LossConfig, a preset's name or an aggregation.
         world_size: ranks P over which gradients are averaged.
         group: a process group to sum over; None: the masks are all there is (or every rank has the same).
-        cu_seqlens: bounds of each packed micro-batch.
+        cu_seqlens: bounds (S+1,) of each packed micro-batch.
 
     Returns:
         0-d tensor on the masks' device: live tokens ("token_mean"), groups ("group_mean") or sequences, over all
         micro-batches and ranks, divided by P.
     """
     micro_batches = [masks] if isinstance(masks, Tensor) else list(masks)
-    if not micro_batches:
-        fail("normalizer", "at least one mask", "none")
+    bounds = [cu_seqlens] if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    _check_micro_batches(micro_batches, bounds, world_size)
     aggregation, group_size = _aggregation_of(config)
     if aggregation == "token_mean":
         counts = [(mask != 0).sum() for mask in micro_batches]
     else:
         if aggregation == "group_mean" and group_size is None:
             fail("normalizer", 'a LossConfig with group_size for "group_mean"', repr(config))
-        sizes = [bounds.shape[0] - 1 for bounds in cu_seqlens] if cu_seqlens else [m.shape[0] for m in micro_batches]
+        sizes = [b.shape[0] - 1 for b in bounds] if bounds is not None else [m.shape[0] for m in micro_batches]
+        if bounds is None and any(mask.dim() == 1 for mask in micro_batches):
+            fail("normalizer", "cu_seqlens with packed masks (N,)", "none", {"mask": micro_batches[0]})
         if any(size % (group_size or 1) for size in sizes):
             fail("normalizer", f"whole groups of {group_size} sequences in every micro-batch", f"{sizes} sequences")
         counts = [torch.tensor(size // (group_size or 1), device=micro_batches[0].device) for size in sizes]
@@ -128,6 +130,16 @@ def normalizer(
     if group is not None:
         torch.distributed.all_reduce(total, group=group)
     return total / world_size
+
+
+def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None, world_size: int) -> None:
+    if not masks or not all(isinstance(mask, Tensor) for mask in masks):
+        got = type(masks[0]).__name__ if masks else "none"
+        fail("normalizer", "at least one mask, each a tensor", got, error=TypeError if masks else ValueError)
+    if bounds is not None and len(bounds) != len(masks):
+        fail("normalizer", f"cu_seqlens of each of the {len(masks)} micro-batches", f"{len(bounds)}")
+    if world_size < 1:
+        fail("normalizer", "world_size >= 1", repr(world_size))
 
 
 def _aggregation_of(config: LossConfig | str) -> tuple[str, int | None]:

@@ -125,6 +125,26 @@ def check_device(function: str, logits: Tensor, tensors: Mapping[str, object]) -
             fail(function, f"{name} on the logits' device {logits.device}", str(tensor.device), tensors, hint)
 
 
+def check_tensors(function: str, named: Mapping[str, object]) -> None:
+    """That what was given is tensors; None is an argument left out."""
+    for name, value in named.items():
+        if value is not None and not isinstance(value, Tensor):
+            hint = f"torch.as_tensor({name})" if isinstance(value, (list, tuple)) else None
+            fail(function, f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
+
+
+def check_bounds(
+    function: str, cu_seqlens: Tensor, tokens: int, tensors: Mapping[str, object], check: bool | None = None
+) -> None:
+    """Of packed sequences. Their values are looked at where that waits for nothing, or with checks on."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        fail(function, "cu_seqlens (S+1,) of int32 or int64", "another tensor", tensors)
+    if not torch.compiler.is_compiling() and (cu_seqlens.device.type == "cpu" or checks_enabled(check)):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] < 0 or bounds[-1] > tokens or bounds != sorted(bounds):
+            fail(function, f"cu_seqlens that never fall, within [0, {tokens}]", str(bounds)[:60], tensors)
+
+
 def check_device_name(option: str, name: str) -> None:
     """That a device of the command line exists here."""
     try:

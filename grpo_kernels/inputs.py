@@ -12,6 +12,7 @@ from . import backends, ops
 from .aggregation import on_tokens, sequence_weights
 from .checks import (
     INTEGER_DTYPES,
+    check_bounds,
     check_device,
     check_inplace,
     check_logits,
@@ -19,6 +20,7 @@ from .checks import (
     check_positive,
     check_scalar,
     check_shape,
+    check_tensors,
     checks_enabled,
     fail,
 )
@@ -54,7 +56,7 @@ class Tokens:
 
     def rows(self, logit_args: LogitArgs, grad_scale: float | Tensor = 1.0, config: LossConfig | None = None) -> Rows:
         numbers = numbers_vector(logit_args, grad_scale, config, self.real, self.logits.device)
-        return Rows(self.logits, self.token_ids, self.live, numbers)
+        return Rows(self.logits, self.token_ids, self.live, numbers, logit_args.logit_softcap is not None)
 
 
 def read_tokens(
@@ -63,6 +65,7 @@ def read_tokens(
     """Check logits, ids and mask against each other and bring ids and mask to (B, T)."""
     named = {"logits": logits, "token_ids": token_ids, "mask": mask, **tensors}
     check_logits(function, logits, named)
+    check_tensors(function, named)
     check_no_transforms(function, logits)
     check_device(function, logits, named)
     if token_ids.dtype not in INTEGER_DTYPES:
@@ -111,6 +114,7 @@ def check_contents(tokens: Tokens, backend: str, logit_args: LogitArgs, check: b
 
 
 _SHIFT_NATS, _SHIFT_TOKENS = 1.0, 8
+_POSITIVE_NATS = 1e-3  # rounding of somebody else's log-softmax
 
 
 def _check_shift(tokens: Tokens, backend: str, logit_args: LogitArgs) -> None:
@@ -118,9 +122,11 @@ def _check_shift(tokens: Tokens, backend: str, logit_args: LogitArgs) -> None:
     both = tokens.live.clone()
     both[:, :1] = False
     rows = tokens.rows(logit_args)
-    here, _, _ = ops.log_probs(tokens.logits.detach(), tokens.token_ids, both, rows.numbers, backend)
+    here, _, _ = ops.log_probs(tokens.logits.detach(), tokens.token_ids, both, rows.numbers, rows.softcap, backend)
     earlier_ids, earlier_live = tokens.token_ids.roll(-1, 1), both.roll(-1, 1)
-    earlier, _, _ = ops.log_probs(tokens.logits.detach(), earlier_ids, earlier_live, rows.numbers, backend)
+    earlier, _, _ = ops.log_probs(
+        tokens.logits.detach(), earlier_ids, earlier_live, rows.numbers, rows.softcap, backend
+    )
     count = int(both.sum())
     gain = float((earlier.sum() - here.sum()) / max(count, 1))
     if count >= _SHIFT_TOKENS and gain > _SHIFT_NATS:
@@ -187,7 +193,7 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
         factor = tokens.per_token("token_weights", given.token_weights)
         policy_weight = torch.where(tokens.live, policy_weight * factor, 0.0)
     per_token = {
-        name: None if value is None else tokens.per_token(f"{name}_log_probs", value)
+        name: None if value is None else _read_log_probs(tokens, f"{name}_log_probs", value, given.check)
         for name, value in (("old", given.old), ("ref", given.ref), ("rollout", given.rollout))
     }
     return tokens, TokenBatch(
@@ -209,17 +215,25 @@ def _read_sequences(tokens: Tokens, cu_seqlens: Tensor | None, check: bool | Non
             hint = "cu_seqlens=torch.tensor([0, N]) if the tokens are one sequence"
             fail(function, "cu_seqlens with packed (N, V) logits", "none", tokens.tensors, hint)
         return Padded(ids.shape[0]), tokens
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        fail(function, "cu_seqlens (S+1,) of int32 or int64", "another tensor", tokens.tensors)
+    check_bounds(function, cu_seqlens, ids.shape[1], tokens.tensors, check)
     if ids.shape[0] != 1:
         fail(function, "packed tensors (N,) or (1, N) with cu_seqlens", f"{ids.shape[0]} rows", tokens.tensors)
     count = ids.shape[1]
-    if not torch.compiler.is_compiling() and (cu_seqlens.device.type == "cpu" or checks_enabled(check)):
-        bounds = cu_seqlens.tolist()
-        if bounds[0] < 0 or bounds[-1] > count or bounds != sorted(bounds):
-            fail(function, f"cu_seqlens that never fall, within [0, {count}]", str(bounds)[:60], tokens.tensors)
     packed = Packed.of(cu_seqlens.to(torch.int64).clamp(0, count), count)
     return packed, _replace_live(tokens, tokens.live & packed.inside())
+
+
+def _read_log_probs(tokens: Tokens, name: str, value: Tensor, check: bool | None) -> Tensor:
+    if not value.is_floating_point():
+        fail(tokens.function, f"{name} of a floating dtype", str(value.dtype), tokens.tensors, error=TypeError)
+    out = tokens.per_token(name, value)
+    if checks_enabled(check) and not torch.compiler.is_compiling():
+        known = out if name != "rollout_log_probs" else out.nan_to_num(nan=0.0)
+        wrong = tokens.live & ~(known <= _POSITIVE_NATS)
+        if bool(wrong.any()):
+            got = f"{float(out[wrong][0]):.6g} (and as bad at {int(wrong.sum()) - 1} other live tokens)"
+            fail(tokens.function, f"{name} <= 0", got, tokens.tensors, "it takes log-probs, not probabilities")
+    return out
 
 
 def _replace_live(tokens: Tokens, live: Tensor) -> Tokens:

@@ -51,7 +51,7 @@ def token_log_probs(
     check_contents(tokens, chosen, logit_args, check)
     rows = tokens.rows(logit_args)
     if needs_gradient:
-        outputs = autograd.LogProbs.apply(logits, rows.token_ids, rows.live, rows.numbers, chosen, inplace)
+        outputs = autograd.LogProbs.apply(logits, *rows.arguments, chosen, inplace)
     else:
-        outputs = ops.log_probs(logits.detach(), rows.token_ids, rows.live, rows.numbers, chosen)[:2]
+        outputs = ops.log_probs(logits.detach(), *rows.arguments, chosen)[:2]
     return TokenLogProbs(*(output.view(tokens.shape) for output in outputs))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import autograd, ops
 from .checks import check_scalar, fail
-from .config import LossConfig, resolve_config
+from .config import LossConfig, check_name, resolve_config
 from .inputs import (
     LossInputs,
     advantages_per_sequence,
@@ -155,14 +155,14 @@ class _Call:
     def forward_only(self) -> tuple[Tensor, Metrics, Records]:
         rows = self.rows
         with torch.no_grad():
-            log_prob, entropy, _ = ops.log_probs(rows.logits, rows.token_ids, rows.live, rows.numbers, self.backend)
+            log_prob, entropy, _ = ops.log_probs(rows.logits, *rows.arguments, self.backend)
             records, _ = self._terms(log_prob, entropy)
             return (*reduce_records(self.config, self.batch, records, self.backend), records)
 
     def one_pass(self, spec: ObjectiveSpec) -> tuple[Tensor, Metrics, Records]:
         rows, batch = self.rows, self.batch
         arguments = (
-            *(rows.token_ids, rows.live, rows.numbers, batch.advantages, batch.policy_weight, batch.old, batch.ref),
+            *(*rows.arguments, batch.advantages, batch.policy_weight, batch.old, batch.ref),
             *(batch.kl_weight, batch.entropy_weight, list(spec), self.backend),
         )
         with torch.no_grad():
@@ -174,23 +174,26 @@ class _Call:
                 records = Records(*outputs)
             value, metrics = reduce_records(self.config, batch, records, self.backend)
         announced = rows.numbers[NUMBERS.index("grad_scale")]
-        return autograd.KnownGradient.apply(rows.logits, value, gradient, rows.token_ids, announced), metrics, records
+        known = (gradient, rows.token_ids, announced, self.backend)
+        return autograd.KnownGradient.apply(rows.logits, value, *known), metrics, records
 
     def two_passes(self) -> tuple[Tensor, Metrics, Records]:
         rows, batch = self.rows, self.batch
-        kernel_inputs = (rows.token_ids, rows.live, rows.numbers)
         with torch.no_grad():
-            log_prob, entropy, lse = ops.log_probs(rows.logits.detach(), *kernel_inputs, self.backend)
+            log_prob, entropy, lse = ops.log_probs(rows.logits.detach(), *rows.arguments, self.backend)
             records, slope = self._terms(log_prob, entropy)
             value, metrics = reduce_records(self.config, batch, records, self.backend)
             entropy_slope = None if batch.entropy_weight is None else -batch.entropy_weight
         stats = (log_prob, entropy, lse, slope, entropy_slope)
-        loss = autograd.LossGradient.apply(rows.logits, value, *kernel_inputs, *stats, self.backend, self.inplace)
+        loss = autograd.LossGradient.apply(rows.logits, value, *rows.arguments, *stats, self.backend, self.inplace)
         return loss, metrics, records
 
     def _terms(self, log_prob: Tensor, entropy: Tensor) -> tuple[Records, Tensor]:
         policy, kl, flags, slope = token_terms(self.config, self.batch, log_prob)
         return Records(log_prob, entropy, policy, kl, flags), slope
+
+
+_OPTIONS = tuple(name for name in grpo_loss.__kwdefaults__ if name != "config")
 
 
 class GRPOLoss(nn.Module):
@@ -204,6 +207,8 @@ class GRPOLoss(nn.Module):
     def __init__(self, config: LossConfig | str = "grpo", **options: Any) -> None:
         super().__init__()
         self.config = resolve_config(config)
+        for name in options:
+            check_name("GRPOLoss: the option", name, _OPTIONS)
         self.options = options
 
     def forward(

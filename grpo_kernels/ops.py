@@ -17,7 +17,7 @@ from .metrics import FIELDS
 
 _LIBRARY = torch.library.Library("grpo_kernels", "DEF")
 
-_ROWS = "Tensor token_ids, Tensor live, Tensor numbers"
+_ROWS = "Tensor token_ids, Tensor live, Tensor numbers, bool softcap"
 _BACKWARD = f"{_ROWS}, Tensor log_prob, Tensor entropy, Tensor lse, Tensor? grad_log_prob, Tensor? grad_entropy"
 _FUSED = (
     f"{_ROWS}, Tensor advantage, Tensor policy_weight, Tensor? old, Tensor? ref, Tensor? kl_weight, "
@@ -58,6 +58,12 @@ def _gradient_like(logits: Tensor) -> Tensor:
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
+def _note_write(tensor: Tensor) -> None:
+    """Kernels write behind PyTorch's back: without this, nodes that saved the tensor would not notice."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+
+
 def _zero_unused_rows(gradient: Tensor, token_ids: Tensor) -> None:
     """The row after the last token of (B, T+1, V) logits predicts nothing."""
     unused = gradient.shape[-2] - token_ids.shape[1]
@@ -71,25 +77,26 @@ def _backend(name: str) -> Any:
     return backends.get(name)
 
 
-def _rows(logits: Tensor, token_ids: Tensor, live: Tensor, numbers: Tensor) -> Any:
+def _rows(*arguments: Any) -> Any:
     from .rows import Rows
 
-    return Rows(logits, token_ids, live, numbers)
+    return Rows(*arguments)
 
 
-def _log_probs(logits: Tensor, token_ids: Tensor, live: Tensor, numbers: Tensor, backend: str) -> tuple[Tensor, ...]:
+def _log_probs(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *row_arguments, backend = rest
     outputs = _per_row(logits, token_ids, 3)
-    _backend(backend).log_probs(_rows(logits, token_ids, live, numbers), *outputs)
+    _backend(backend).log_probs(_rows(logits, token_ids, *row_arguments), *outputs)
     return outputs
 
 
-def _log_probs_fake(logits: Tensor, token_ids: Tensor, live: Tensor, numbers: Tensor, backend: str) -> Any:
+def _log_probs_fake(logits: Tensor, token_ids: Tensor, *rest: Any) -> Any:
     return _per_row(logits, token_ids, 3)
 
 
-def _backward_into(out: Tensor, logits: Tensor, token_ids: Tensor, live: Tensor, numbers: Tensor, *rest: Any) -> None:
-    *per_row, backend = rest
-    _backend(backend).log_probs_backward(_rows(logits, token_ids, live, numbers), *per_row, out)
+def _backward_into(out: Tensor, logits: Tensor, token_ids: Tensor, *rest: Any) -> None:
+    live, numbers, softcap, *per_row, backend = rest
+    _backend(backend).log_probs_backward(_rows(logits, token_ids, live, numbers, softcap), *per_row, out)
     _zero_unused_rows(out, token_ids)
 
 
@@ -101,13 +108,14 @@ def _log_probs_backward(logits: Tensor, *rest: Any) -> Tensor:
 
 def _log_probs_backward_(logits: Tensor, *rest: Any) -> None:
     _backward_into(logits, logits, *rest)
+    _note_write(logits)
 
 
-def _fused_into(out: Tensor, logits: Tensor, token_ids: Tensor, live: Tensor, numbers: Tensor, *rest: Any) -> Any:
-    *inputs, spec, backend = rest
+def _fused_into(out: Tensor, logits: Tensor, token_ids: Tensor, *rest: Any) -> Any:
+    live, numbers, softcap, *inputs, spec, backend = rest
     log_prob, entropy, lse, policy, kl = _per_row(logits, token_ids, 5)
     flags = torch.empty(token_ids.shape, dtype=torch.uint8, device=logits.device)
-    rows = _rows(logits, token_ids, live, numbers)
+    rows = _rows(logits, token_ids, live, numbers, softcap)
     _backend(backend).fused_loss(rows, *inputs, spec, log_prob, entropy, lse, policy, kl, flags, out)
     _zero_unused_rows(out, token_ids)
     return log_prob, entropy, policy, kl, flags
@@ -119,7 +127,9 @@ def _fused_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _fused_loss_(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _fused_into(logits, logits, *rest)
+    outputs = _fused_into(logits, logits, *rest)
+    _note_write(logits)
+    return outputs
 
 
 def _fused_loss_fake_(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -142,17 +152,14 @@ def _token_sums_fake(log_prob: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return loss, torch.empty(len(FIELDS), dtype=accumulate_dtype(log_prob.device), device=log_prob.device)
 
 
-def _rescale_(gradient: Tensor, token_ids: Tensor, upstream: Tensor, announced: Tensor) -> None:
+def _rescale_(gradient: Tensor, token_ids: Tensor, upstream: Tensor, announced: Tensor, backend: str) -> None:
     """gradient *= upstream / announced, unless they are equal: then nothing is read or written.
 
     ``token_ids`` is here for its shape: a compiled backward that saw T only as the T + 1 rows of the gradient would
     not compile (inductor of torch 2.13: "For s + 1, expected [s] to have been codegen-ed").
     """
-    if gradient.device.type == "cpu":
-        if not torch.equal(upstream, announced):
-            gradient.mul_((upstream / announced).to(real_dtype(gradient)))
-    else:
-        gradient.mul_(torch.where(upstream == announced, 1.0, upstream / announced))
+    _backend(backend).rescale(gradient, upstream, announced)
+    _note_write(gradient)
 
 
 def _sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -184,7 +191,7 @@ fused_loss_ = _define(
 )
 token_sums = _define(f"token_sums({_SUMMED}, str backend) -> (Tensor, Tensor)", _token_sums, _token_sums_fake)
 rescale_ = _define(
-    "rescale_(Tensor(a!) gradient, Tensor token_ids, Tensor upstream, Tensor announced) -> ()",
+    "rescale_(Tensor(a!) gradient, Tensor token_ids, Tensor upstream, Tensor announced, str backend) -> ()",
     _rescale_,
     lambda *args: None,
 )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import fail
+from .checks import check_bounds, check_tensors, fail
 
 
 @dataclass(frozen=True)
@@ -21,23 +21,39 @@ class Rows:
 
     ``logits`` is (B, T or T+1, V) or (T or T+1, V), any batch and row stride, last stride 1; row (b, t)
     predicts ``token_ids[b, t]``. ``token_ids`` int64 and ``live`` bool are contiguous (B, T); ``numbers``
-    is the vector of ``spec.NUMBERS``, fp64 for fp64 logits, else fp32.
+    is the vector of ``spec.NUMBERS``, fp64 for fp64 logits, else fp32; ``softcap`` says whether its cap is one.
     """
 
     logits: Tensor
     token_ids: Tensor
     live: Tensor
     numbers: Tensor
+    softcap: bool
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, bool]:
+        """What every operator takes after the logits."""
+        return self.token_ids, self.live, self.numbers, self.softcap
 
     @property
     def vocab(self) -> int:
         return self.logits.shape[-1]
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Batch and row stride of the logits, in elements."""
+        return batch_and_row_stride(self.logits)
 
     def row_view(self, tensor: Tensor) -> Tensor:
         """(B, T, V) view of a tensor shaped like the logits: the rows that predict a token."""
         batch, length = self.token_ids.shape
         whole = tensor.unsqueeze(0) if tensor.dim() == 2 else tensor
         return whole[:batch, :length]
+
+
+def batch_and_row_stride(tensor: Tensor) -> tuple[int, int]:
+    """Of a tensor shaped like logits."""
+    return (tensor.stride(0) if tensor.dim() == 3 else 0), tensor.stride(-2)
 
 
 @dataclass(frozen=True)
@@ -104,6 +120,7 @@ def align(input_ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None = None
         token_ids, mask: mask is bool.
     """
     tensors = {"input_ids": input_ids, "loss_mask": loss_mask, "cu_seqlens": cu_seqlens}
+    check_tensors("align", {"input_ids": input_ids, "loss_mask": loss_mask})
     if input_ids.shape != loss_mask.shape:
         fail("align", "input_ids and loss_mask of one shape", "two different shapes", tensors)
     mask = loss_mask != 0
@@ -119,6 +136,7 @@ def align(input_ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None = None
         return input_ids[:, 1:], mask[:, 1:]
     if input_ids.dim() not in (1, 2) or (input_ids.dim() == 2 and input_ids.shape[0] != 1):
         fail("align", "packed input_ids (N,) or (1, N)", f"shape {tuple(input_ids.shape)}", tensors)
+    check_bounds("align", cu_seqlens, input_ids.shape[-1], tensors)
     positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
     last = torch.isin(positions, cu_seqlens[1:] - 1) | (positions >= cu_seqlens[-1])
     return input_ids.roll(-1, -1), mask.roll(-1, -1) & ~last

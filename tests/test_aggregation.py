@@ -99,6 +99,7 @@ def test_normalizer_values():
     packed = [torch.ones(9), torch.ones(4)]
     bounds = [torch.tensor([0, 4, 9]), torch.tensor([0, 4])]
     assert normalizer(packed, "grpo", cu_seqlens=bounds).item() == 3
+    assert normalizer(packed[0], "grpo", cu_seqlens=bounds[0]).item() == 2
 
 
 def test_normalizer_refusals():
@@ -106,6 +107,14 @@ def test_normalizer_refusals():
         normalizer(torch.ones(2, 2), "tokens_mean")
     with pytest.raises(ValueError, match="at least one mask"):
         normalizer([], "grpo")
+    with pytest.raises(ValueError, match=r"cu_seqlens with packed masks \(N,\); got none"):
+        normalizer(torch.ones(12), "grpo")
+    with pytest.raises(ValueError, match="cu_seqlens of each of the 2 micro-batches; got 1"):
+        normalizer([torch.ones(12), torch.ones(12)], "grpo", cu_seqlens=torch.tensor([0, 12]))
+    with pytest.raises(ValueError, match="world_size >= 1; got 0"):
+        normalizer(torch.ones(2, 2), "grpo", world_size=0)
+    with pytest.raises(TypeError, match="each a tensor; got int"):
+        normalizer([1, 2], "grpo")
     with pytest.raises(ValueError, match=r'a LossConfig with group_size for "group_mean"'):
         normalizer(torch.ones(2, 2), "dapo_paper")
     with pytest.raises(ValueError, match=r"whole groups of 4 sequences in every micro-batch; got \[4, 6\] sequences"):

@@ -124,6 +124,10 @@ def test_double_backward_raises(backend, route):
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError):
         gradient.sum().backward()
+    direct = case.logits.clone().requires_grad_()  # nothing but the loss requires grad
+    (gradient,) = torch.autograd.grad(call(direct, case, backend, **route).loss, direct, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
+        (call(direct, case, backend, **route).loss + gradient.pow(2).sum()).backward()
 
 
 def test_transforms_are_refused(backend):
@@ -172,8 +176,9 @@ def test_logits_that_need_no_gradient(backend, route):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("announced", [True, False])
-def test_inplace_is_out_of_place(backend, route, dtype, announced):
-    case = make(dtype=dtype)
+@pytest.mark.parametrize("extra_row", [True, False])
+def test_inplace_is_out_of_place(backend, route, dtype, announced, extra_row):
+    case = make(dtype=dtype, extra_row=extra_row)
     scale = {"grad_scale": 1.0} if announced else {}
     leaf, logits = model_logits(case)
     expected = call(logits, case, backend, **route, **scale)
@@ -190,9 +195,10 @@ def test_inplace_is_out_of_place(backend, route, dtype, announced):
     assert logits._version > version
 
 
-def test_inplace_is_noticed_by_other_users_of_the_logits(backend, route):
+@pytest.mark.parametrize("extra_row", [True, False])
+def test_inplace_is_noticed_by_other_users_of_the_logits(backend, route, extra_row):
     """A node that saved the logits must raise, not compute with the gradient."""
-    case = make()
+    case = make(extra_row=extra_row)
     leaf, logits = model_logits(case)
     other = logits.square().sum()  # saves logits
     out = call(logits, case, backend, inplace=True, **route)
@@ -201,9 +207,10 @@ def test_inplace_is_noticed_by_other_users_of_the_logits(backend, route):
         torch.autograd.grad(other, leaf)  # where two passes write only now
 
 
-def test_inplace_with_model_saved_output(backend):
+@pytest.mark.parametrize("extra_row", [True, False])
+def test_inplace_with_model_saved_output(backend, extra_row):
     """tanh saves its output, the logits: autograd must raise."""
-    case = make()
+    case = make(extra_row=extra_row)
     leaf = case.logits.clone().requires_grad_()
     logits = torch.tanh(leaf)
     out = call(logits, case, backend, inplace=True)
@@ -271,6 +278,15 @@ def test_inplace_log_probs(backend):
     (inplace,) = torch.autograd.grad(out.log_probs.sum() - out.entropy.sum(), leaf)
     assert torch.equal(inplace, gradient)
     assert not torch.equal(logits, kept)
+
+
+def test_inplace_log_probs_backward_twice(backend):
+    case = make(extra_row=False)
+    _, logits = model_logits(case)
+    out = token_log_probs(logits, case.token_ids, case.mask, inplace=True, backend=backend)
+    torch.autograd.grad(out.log_probs.sum(), logits, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(out.entropy.sum(), logits)
 
 
 def test_one_output_alone(backend):

@@ -54,6 +54,14 @@ def test_align_is_the_shift_of_a_causal_model(backend):
     torch.testing.assert_close(out.log_probs.double(), expected, rtol=0, atol=1e-5)
 
 
+def test_align_checks_bounds():
+    for bounds in ([0, 5, 20], [0, 9, 5]):
+        with pytest.raises(ValueError, match=r"align: expected cu_seqlens that never fall, within \[0, 12\]"):
+            align(torch.zeros(12, dtype=torch.int64), torch.ones(12), torch.tensor(bounds))
+    with pytest.raises(TypeError, match="loss_mask to be a tensor; got list"):
+        align(torch.zeros(2, 3), [1, 1, 1])
+
+
 def test_align_refusals():
     ids = torch.zeros(2, 4, dtype=torch.int64)
     with pytest.raises(ValueError, match="input_ids and loss_mask of one shape"):

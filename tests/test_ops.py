@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import make
 
-from grpo_kernels import Clip, LossConfig, grpo_loss, ops, token_log_probs
+from grpo_kernels import Clip, GRPOLoss, LossConfig, grpo_loss, ops, token_log_probs
 from grpo_kernels.metrics import FIELDS
 from grpo_kernels.spec import LogitArgs, numbers_vector, objective_spec
 from grpo_kernels.verify import complete
@@ -14,7 +14,7 @@ from grpo_kernels.verify import complete
 
 def rows_of(case, config=None) -> tuple[torch.Tensor, ...]:
     numbers = numbers_vector(LogitArgs(), 1.0, config, torch.float32, torch.device("cpu"))
-    return case.token_ids, case.mask, numbers
+    return case.token_ids, case.mask, numbers, False
 
 
 def op_calls(backend: str) -> dict:
@@ -57,7 +57,9 @@ def test_opcheck(backend, name):
 def test_opcheck_of_helpers():
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        ops.rescale_, (torch.randn(5, 7), torch.zeros(5), torch.tensor(2.0), torch.tensor(1.0)), test_utils=checks
+        ops.rescale_,
+        (torch.randn(5, 7), torch.zeros(5), torch.tensor(2.0), torch.tensor(1.0), "torch"),
+        test_utils=checks,
     )
     torch.library.opcheck(ops.sequence_sum, (torch.randn(5), torch.tensor([0, 2, 5])), test_utils=checks)
 
@@ -204,6 +206,15 @@ BAD = {
     "negative grad_scale": (bad(grad_scale=-1.0), ValueError, "grad_scale > 0; got -1.0"),
     "normalizer per sequence": (bad(normalizer=torch.ones(3)), ValueError, "normalizer to be a number or a 0-d tensor"),
     "negative normalizer": (bad(normalizer=-3.0), ValueError, "normalizer >= 0; got -3.0"),
+    "advantages in a list": (bad(advantages=[0.0, 1.0, 2.0]), TypeError, r"advantages to be a tensor; got list"),
+    "probabilities as old": (
+        bad(old_log_probs=torch.full((3, 4), 0.5), check=True), ValueError, "old_log_probs <= 0; got 0.5 .*other live",
+    ),
+    "NaN as ref": (
+        bad(ref_log_probs=torch.full((3, 4), float("nan")), check=True), ValueError, "ref_log_probs <= 0; got nan",
+    ),
+    "integer old": (bad(old_log_probs=torch.zeros(3, 4).long()), TypeError, "old_log_probs of a floating dtype"),
+    "option of the module": (lambda: GRPOLoss("grpo", temprature=0.7), ValueError, "Did you mean 'temperature'"),
     "packed without bounds": (
         bad(logits=torch.zeros(12, 11), token_ids=ids34.view(-1), mask=None, advantages=torch.zeros(1),
             old_log_probs=None, ref_log_probs=None),

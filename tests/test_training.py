@@ -34,7 +34,7 @@ def _as_users_run_it():
 def run(folder: Path, resume: bool = False, **changes) -> tuple[Trainer, list[dict]]:
     options = Options(**{**SMALL, **changes})
     run_folder = RunFolder(folder, options, resume)
-    return train(options, run_folder, resume), run_folder.records()
+    return train(Trainer(options), run_folder, resume), run_folder.records()
 
 
 def untimed(records: list[dict]) -> list[dict]:
@@ -295,6 +295,7 @@ def test_bad_runs(tmp_path, monkeypatch, capsys):
     assert "--overlong-buffer must be at most the 5 tokens of a response; got 50" in fails("--overlong-buffer", "50")
     assert "--warmup must be finite and >= 0; got -1" in fails("--warmup", "-1")
     assert "--group must be at least 2 with --dynamic-sampling" in fails("--group", "1", "--dynamic-sampling")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]  # no folder of a run that never was
     assert "--micro-batch must be a multiple of --group 8" in fails("--loss", "dapo_paper", "--micro-batch", "3")
     assert "--task must be one of sort, reasoning_gym; got 'sorting'" in fails("--task", "sorting")
     assert "Did you mean 'positions'" in fails("--reward", "position")

@@ -1,7 +1,7 @@
 """Which kernels serve a call.
 
 A backend is a module with ``log_probs``, ``log_probs_backward``, ``fused_loss`` over ``Rows``, ``token_sums`` over
-their records, and ``unsupported(request) -> str | None``, the reason why it cannot serve a call. Functions write into
+their records, ``rescale``, and ``unsupported(request) -> str | None``, the reason why it cannot serve a call. Functions write into
 tensors that the caller allocated, (B, T) fp32 or fp64 like ``rows.numbers``; the first three reduce nothing over rows:
 
     log_probs(rows, log_prob, entropy, lse)
@@ -10,6 +10,7 @@ tensors that the caller allocated, (B, T) fp32 or fp64 like ``rows.numbers``; th
                log_prob, entropy, lse, policy, kl, flags, out)
     token_sums(log_prob, entropy, policy, kl, flags, live, masked_in, policy_weight, kl_weight, entropy_weight,
                old, ref, rollout, kl_estimator, sequences, loss, sums)
+    rescale(gradient, upstream, announced)       # gradient *= upstream / announced, unless they are equal
 
 ``out`` is shaped like the logits and may be the logits. A dead row's outputs are 0, its gradient is 0 and
 its logits are not looked at. A new backend is one module and one line in ``_MODULES``.
@@ -39,6 +40,7 @@ class Request:
     device: pytorch.device
     """Of the logits."""
     dtype: pytorch.dtype = pytorch.float32
+    vocab: int = 1
     fused: bool = False
     """The one-pass loss, not log-probs and their backward."""
 
@@ -63,7 +65,9 @@ def choose(function: str, logits: pytorch.Tensor, fused: bool, name: str | None)
     """
     if name is not None:
         check_name("backend", name, _MODULES)
-    chosen, fuses, reasons = _choose(logits.device.type, logits.device.index, logits.dtype, fused, name)
+    chosen, fuses, reasons = _choose(
+        logits.device.type, logits.device.index, logits.dtype, logits.shape[-1], fused, name
+    )
     if chosen:
         return chosen, fuses
     if name is not None:
@@ -74,10 +78,10 @@ def choose(function: str, logits: pytorch.Tensor, fused: bool, name: str | None)
 
 @pytorch.compiler.assume_constant_result
 def _choose(
-    device: str, index: int | None, dtype: pytorch.dtype, fused: bool, name: str | None
+    device: str, index: int | None, dtype: pytorch.dtype, vocab: int, fused: bool, name: str | None
 ) -> tuple[str, bool, str]:
     """Name ("" for none), whether it fuses, else the reasons why not. torch.compile runs it instead of tracing it."""
-    request = Request(pytorch.device(device) if index is None else pytorch.device(device, index), dtype, fused)
+    request = Request(pytorch.device(device) if index is None else pytorch.device(device, index), dtype, vocab, fused)
     reasons = {}
     for candidate in _MODULES if name is None else (name,):
         unsupported = get(candidate).unsupported

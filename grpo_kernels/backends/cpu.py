@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..rows import Rows
+from ..rows import Rows, batch_and_row_stride
 from . import Request
 from .torch import token_id_message
 
@@ -198,6 +198,11 @@ def token_sums(
     library().grpo_cpu_token_sums(ctypes.byref(params))
 
 
+def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
+    if not torch.equal(upstream, announced):
+        gradient.mul_((upstream / announced).to(announced.dtype))
+
+
 def token_terms(numbers: Tensor, spec: list[int], **per_row: Tensor | None) -> None:
     """The per-token maths alone (csrc/common/surrogates.h): what the parity test compares with Python."""
     log_prob = per_row["log_prob"]
@@ -219,7 +224,7 @@ def _call(
     exponentials = spec is not None and rows.logits.dtype != rows.numbers.dtype
     stride = native.grpo_cpu_scratch(rows.vocab, exponentials)
     scratch = torch.empty(threads * stride, dtype=rows.numbers.dtype)
-    batch_stride, row_stride = _strides(rows.logits)
+    batch_stride, row_stride = rows.strides
     params = _Params(
         dtype=_DTYPES[rows.logits.dtype],
         instruction_set=INSTRUCTION_SETS.index(instruction_set()),
@@ -238,17 +243,13 @@ def _call(
     )
     if out is not None:
         params.out = out.data_ptr()
-        params.out_batch_stride, params.out_row_stride = _strides(out)
+        params.out_batch_stride, params.out_row_stride = batch_and_row_stride(out)
     _fill(params, spec, per_row)
     status = getattr(native, function)(ctypes.byref(params))
     if status == _TOKEN_ID_OUT_OF_RANGE:
         raise IndexError(token_id_message(rows, params.bad_row))
     if status != _OK:
         raise RuntimeError(f"{function} failed with status {status}: reinstall grpo_kernels and report this.")
-
-
-def _strides(tensor: Tensor) -> tuple[int, int]:
-    return (tensor.stride(0) if tensor.dim() == 3 else 0), tensor.stride(-2)
 
 
 def _fill(params: _Params, spec: list[int] | None, per_row: Mapping[str, Tensor | None]) -> None:

@@ -179,6 +179,15 @@ def token_sums(
     loss.copy_(token[:3].sum())
 
 
+def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
+    if gradient.device.type == "cpu":
+        if torch.equal(upstream, announced):
+            return
+        gradient.mul_(upstream / announced)
+    else:
+        gradient.mul_(torch.where(upstream == announced, 1.0, upstream / announced))
+
+
 def token_id_message(rows: Rows, row: int) -> str:
     length = rows.token_ids.shape[1]
     batch, token = divmod(row, length)

@@ -207,14 +207,13 @@ class _Interrupt:
         signal.signal(signal.SIGINT, self._previous)
 
 
-def train(options: Options, folder: RunFolder, resume: bool = False) -> Trainer:
+def train(trainer: Trainer, folder: RunFolder, resume: bool = False) -> Trainer:
     """Run the loop to its end (or to Ctrl-C), logging, plotting and saving into ``folder``."""
     from tqdm import tqdm
 
-    state = folder.load_checkpoint() if resume else None
-    trainer = Trainer(options)
-    if state is not None:
-        trainer.load_state(state)
+    options = trainer.options
+    if resume:
+        trainer.load_state(folder.load_checkpoint())
         folder.rewind(trainer.step)
     interrupt = _Interrupt()
     progress = tqdm(total=options.steps, initial=trainer.step, desc=folder.path.name, file=sys.stderr)
@@ -249,14 +248,16 @@ def main(arguments: argparse.Namespace) -> int:
         if options != saved:
             raise SystemExit("--resume continues a run as it was started: give no other options with it.")
         folder = RunFolder(arguments.resume, options, resume=True)
+        trainer = Trainer(options)
     else:
         options = read_options(arguments)
+        trainer = Trainer(options)  # first: what cannot be trained leaves no folder behind
         folder = RunFolder(arguments.out, options, resume=False) if arguments.out else RunFolder.fresh(options)
     config = options.loss_config()
     print(f"{config!r}\nrun folder: {folder.path}", flush=True)
     if not config.surrogate.uses_ratio and options.epochs > 1:
         print(f"note: --loss {options.loss} has no ratio to correct for a moved policy; --epochs 1 learns better")
-    trainer = train(options, folder, resume=arguments.resume is not None)
+    train(trainer, folder, resume=arguments.resume is not None)
     records = folder.records()
     rewards = [record["reward"] for record in records[-50:]]
     seconds = sum(record["seconds"] for record in records)
