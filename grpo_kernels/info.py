@@ -40,7 +40,10 @@ def _version(name: str) -> str | None:
 
 
 def _state(name: str) -> str:
-    return backends.get(name).unsupported(backends.Request(torch.device("cpu"))) or "usable"
+    """Usable on some device here, or why not on the best of them."""
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    reasons = [backends.get(name).unsupported(backends.Request(torch.device(device))) for device in devices]
+    return "usable" if None in reasons else str(reasons[0])
 
 
 def _library() -> dict[str, Any]:

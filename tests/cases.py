@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from grpo_kernels import KL, Clip, LossConfig, LossOutput, Reinforce, Unclipped, grpo_loss, reference
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton's kernels run in its interpreter (conftest.py)."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -9,6 +9,9 @@ import hypothesis
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before anything imports one
+
 from grpo_kernels import backends
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +19,51 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 hypothesis.settings.register_profile("ci", max_examples=80, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("nightly", max_examples=400, deadline=None, database=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def round_to_nearest_in_the_interpreter() -> None:
+    """Triton's interpreter truncates fp32 to bf16; GPUs round to nearest even, as PyTorch does."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    plain = interpreter._convert_float
+
+    def convert(values, from_dtype, to_dtype, rounding):
+        if (from_dtype, to_dtype) == (tl.float32, tl.bfloat16):
+            floats = torch.from_numpy(np.array(values).view(np.float32))
+            return floats.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+        if (from_dtype, to_dtype) == (tl.bfloat16, tl.float32):
+            halves = torch.from_numpy(np.array(values).view(np.int16)).view(torch.bfloat16)
+            return halves.to(torch.float32).numpy().view(np.uint32)
+        return plain(values, from_dtype, to_dtype, rounding)
+
+    interpreter._convert_float = convert
+
+
+def patch_the_language_once() -> None:
+    """The interpreter replaces triton.language's functions anew at every call of a helper: nine tenths of its time."""
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang
+
+    class Kept:
+        def restore(self) -> None:
+            pass
+
+    def once(function):
+        known = id(function.__globals__)  # a module's name for the language decides what is replaced
+        if known not in patched:
+            patched[known] = plain(function)
+        return Kept()
+
+    patched: dict = {}
+    interpreter._patch_lang = once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    round_to_nearest_in_the_interpreter()
+    patch_the_language_once()
 
 
 def usable_backends() -> list[str]:
@@ -27,6 +75,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test that takes ``backend`` runs on every backend that is usable here: a new one needs no new test."""
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", usable_backends())
+
+
+INTERPRETED_SAMPLE = 5
+"""Of each test's cases, as many run on interpreted Triton kernels in CI, evenly spread; the rest are nightly."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    cases: dict = {}
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton":
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    for mine in cases.values():
+        kept = {round(i * (len(mine) - 1) / (INTERPRETED_SAMPLE - 1)) for i in range(INTERPRETED_SAMPLE)}
+        for i, item in enumerate(mine):
+            if i not in kept:
+                item.add_marker("nightly")
 
 
 @pytest.fixture(autouse=True)

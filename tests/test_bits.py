@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import make
+from cases import INTERPRETED, make
 
 from grpo_kernels import Clip, LossConfig, grpo_loss, token_log_probs
 from grpo_kernels.backends import cpu
@@ -86,6 +86,8 @@ def test_repeats_and_threads(backend, config):
 
 
 def test_calls_from_several_threads(backend):
+    if backend == "triton" and INTERPRETED:
+        pytest.skip("Triton's interpreter keeps the grid position in one global object")
     from concurrent.futures import ThreadPoolExecutor
 
     cases = [make(seed=seed, vocab=3000) for seed in range(6)]

@@ -1,8 +1,8 @@
 """Which kernels serve a call.
 
 A backend is a module with ``log_probs``, ``log_probs_backward``, ``fused_loss`` over ``Rows``, ``token_sums`` over
-their records, ``rescale``, and ``unsupported(request) -> str | None``, the reason why it cannot serve a call. Functions write into
-tensors that the caller allocated, (B, T) fp32 or fp64 like ``rows.numbers``; the first three reduce nothing over rows:
+their records, ``rescale``, and ``unsupported(request) -> str | None``, the reason why it cannot serve a call.
+Functions write into tensors that the caller allocated, (B, T) fp32 or fp64 like ``rows.numbers``; the first three reduce nothing over rows:
 
     log_probs(rows, log_prob, entropy, lse)
     log_probs_backward(rows, log_prob, entropy, lse, grad_log_prob, grad_entropy, out)
@@ -29,7 +29,7 @@ import torch as pytorch  # this package's own torch.py takes the plain name here
 from ..checks import describe, fail
 from ..config import check_name
 
-_MODULES = {"cpu": "cpu", "torch": "torch"}
+_MODULES = {"cpu": "cpu", "triton": "triton", "torch": "torch"}
 """Backends in the order of automatic choice, and their modules here."""
 
 

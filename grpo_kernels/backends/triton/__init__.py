@@ -1,0 +1,157 @@
+"""Triton kernels, for NVIDIA and AMD GPUs; on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1).
+
+rows.py has the maths of a row, surrogates.py that of a token; forward.py, gradient.py and one_pass.py have the kernels,
+launch.py block sizes and grids.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ...rows import Rows, batch_and_row_stride
+from .. import Request
+from ..torch import token_sums as token_sums
+
+_MINIMUM_TRITON = (3, 6)
+_LONGEST_VOCABULARY = 2**30
+
+
+def unsupported(request: Request) -> str | None:
+    if reason := _missing():
+        return reason
+    if request.device.type == "cuda":
+        if not torch.cuda.is_available():
+            return "no GPU driver is active"
+    elif not (request.device.type == "cpu" and _interpreted()):
+        return f"it serves CUDA and ROCm tensors, not {request.device.type} (without TRITON_INTERPRET=1)"
+    if request.vocab > _LONGEST_VOCABULARY:
+        return f"it serves vocabularies of up to {_LONGEST_VOCABULARY} columns"
+    if request.fused:
+        from . import launch
+
+        if not launch.blocks_for(request.vocab, request.dtype).held(request.vocab):
+            return "a row this long does not stay in registers, and two sweeps have not been measured faster"
+    return None
+
+
+@functools.cache
+def _missing() -> str | None:
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton is not installed ({error})"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _MINIMUM_TRITON:
+        wanted = ".".join(map(str, _MINIMUM_TRITON))
+        return f"it needs triton >= {wanted}; {triton.__version__} is installed"
+    return None
+
+
+def _interpreted() -> bool:
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, lse: Tensor) -> None:
+    from . import forward, launch
+
+    count, device = rows.token_ids.numel(), rows.logits.device
+    blocks = launch.blocks_for(rows.vocab, rows.logits.dtype)
+    spans = -(-rows.vocab // blocks.span)
+    outputs, sizes = (log_prob, entropy, lse), (rows.token_ids.shape[1], rows.vocab)
+    constants = launch.row_constants(rows, blocks)
+    row_arguments = launch.row_arguments(rows)
+    if spans == 1 or count >= launch.programs_wanted(device):
+        launch.launch(forward.log_probs_kernel, count, device, *row_arguments, *outputs, *sizes, **constants)
+        return
+    partial = torch.empty(count, spans, 2, dtype=rows.numbers.dtype, device=device)
+    arguments = (*row_arguments, partial, *sizes, spans)
+    launch.launch(forward.span_sums_kernel, count * spans, device, *arguments, **constants)
+    arguments = (*row_arguments, partial, *outputs, *sizes, spans)
+    launch.launch(forward.merge_spans_kernel, count, device, *arguments, **constants)
+
+
+def log_probs_backward(
+    rows: Rows,
+    log_prob: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
+    out: Tensor,
+) -> None:
+    from . import gradient, launch
+
+    count, device = rows.token_ids.numel(), rows.logits.device
+    blocks = launch.blocks_for(rows.vocab, rows.logits.dtype)
+    parts, share = launch.gradient_parts(count, rows.vocab, blocks.block, device)
+    per_row = (log_prob, entropy, lse, grad_log_prob, grad_entropy)
+    arguments = (*launch.row_arguments(rows), *per_row, *launch.out_arguments(out))
+    sizes = (rows.token_ids.shape[1], rows.vocab, parts, share)
+    constants = {"BLOCK": blocks.block, "SOFTCAP": rows.softcap, "warps": blocks.warps}
+    launch.launch(gradient.gradient_kernel, count * parts, device, *arguments, *sizes, **constants)
+
+
+def fused_loss(
+    rows: Rows,
+    advantage: Tensor,
+    policy_weight: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    kl_weight: Tensor | None,
+    entropy_weight: Tensor | None,
+    spec: list[int],
+    log_prob: Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    policy: Tensor,
+    kl: Tensor,
+    flags: Tensor,
+    out: Tensor,
+) -> None:
+    from . import launch, one_pass
+
+    blocks = launch.blocks_for(rows.vocab, rows.logits.dtype)
+    per_row = (advantage, policy_weight, old, ref, kl_weight, entropy_weight)
+    outputs = (log_prob, entropy, lse, policy, kl, flags)
+    arguments = (*launch.row_arguments(rows), *per_row, *outputs, *launch.out_arguments(out))
+    sizes = (rows.token_ids.shape[1], rows.vocab)
+    constants = launch.row_constants(rows, blocks) | _spec_constants(spec) | {"HELD": launch.held_blocks(rows, blocks)}
+    count, device = rows.token_ids.numel(), rows.logits.device
+    launch.launch(one_pass.one_pass_kernel, count, device, *arguments, *sizes, **constants)
+
+
+def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
+    from . import gradient as kernels
+    from . import launch
+
+    length, vocab = gradient.shape[-2:]
+    rows, device = gradient.numel() // max(vocab, 1), gradient.device
+    programs = min(rows, launch.programs_wanted(device))
+    arguments = (gradient, *batch_and_row_stride(gradient), upstream, announced, length, rows, vocab)
+    launch.launch(kernels.rescale_kernel, programs, device, *arguments, BLOCK=4096)
+
+
+def token_terms(numbers: Tensor, spec: list[int], **per_row: Tensor | None) -> None:
+    """The per-token maths alone: what the parity test compares with Python."""
+    from . import launch, surrogates
+
+    names = ("log_prob", "old", "ref", "advantage", "policy_weight", "kl_weight", "policy", "kl", "flags", "slope")
+    tensors = [per_row.get(name) for name in names]
+    log_prob = per_row["log_prob"]
+    assert log_prob is not None
+    count = log_prob.numel()
+    programs = -(-count // 1024)
+    constants = _spec_constants(spec)
+    launch.launch(
+        surrogates.token_terms_kernel, programs, log_prob.device, numbers, *tensors, count, **constants, BLOCK=1024
+    )
+
+
+def _spec_constants(spec: list[int]) -> dict[str, int]:
+    names = ("SURROGATE", "KL_ESTIMATOR", "KL_STRAIGHT_THROUGH", "KL_RATIO_WEIGHTED")
+    return dict(zip(names, spec, strict=True))

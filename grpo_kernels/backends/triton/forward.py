@@ -1,0 +1,223 @@
+"""Log-probs, entropies and log-sum-exps of rows.
+
+Lengths, strides and numbers are run-time arguments everywhere: a new length or an annealed coefficient compiles
+nothing. Whole blocks are loaded without a mask, so that aligned rows are read 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .rows import (
+    add_block,
+    anchor_of,
+    finish_stats,
+    is_finite,
+    load_block,
+    logit_map,
+    row_offset,
+    target_value,
+    values_of,
+)
+
+
+@triton.jit
+def store_stats(row_index, log_prob, entropy, lse, stats):
+    tl.store(log_prob + row_index, stats[0])
+    tl.store(entropy + row_index, stats[1])
+    tl.store(lse + row_index, stats[2])
+
+
+@triton.jit
+def span_sums(
+    row,
+    begin,
+    target,
+    anchor,
+    vocab,
+    numbers,
+    mapping,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Of the columns [begin, begin + SPAN) that the row has."""
+    end = tl.minimum(begin + SPAN, vocab)
+    whole = begin + (end - begin) // BLOCK * BLOCK
+    slope = mapping[3]
+    total = tl.zeros([BLOCK], numbers.dtype.element_ty)
+    weighted = total
+    for start in tl.range(begin, whole, BLOCK, num_stages=STAGES):
+        logits = load_block(row, start, vocab, numbers, BLOCK, False)
+        values = values_of(logits, start, vocab, mapping, BLOCK, False, SOFTCAP)
+        total, weighted = add_block(total, weighted, values, start, target, anchor, slope, BLOCK)
+    if whole < end:
+        logits = load_block(row, whole, vocab, numbers, BLOCK, True)
+        values = values_of(logits, whole, vocab, mapping, BLOCK, True, SOFTCAP)
+        total, weighted = add_block(total, weighted, values, whole, target, anchor, slope, BLOCK)
+    return tl.sum(total, 0), tl.sum(weighted, 0)
+
+
+@triton.jit
+def row_sums(
+    row,
+    target,
+    anchor,
+    vocab,
+    numbers,
+    mapping,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Of the whole row, span by span."""
+    total = tl.load(numbers) * 0
+    weighted = total
+    for begin in tl.range(0, vocab, SPAN):
+        more = span_sums(row, begin, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
+        total += more[0]
+        weighted += more[1]
+    return total, weighted
+
+
+@triton.jit
+def row_max(row, vocab, numbers, mapping, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
+    largest = tl.full([BLOCK], -float("inf"), numbers.dtype.element_ty)
+    for start in tl.range(0, vocab, BLOCK):
+        logits = load_block(row, start, vocab, numbers, BLOCK, True)
+        largest = tl.maximum(largest, values_of(logits, start, vocab, mapping, BLOCK, True, SOFTCAP))
+    return tl.max(largest, 0)
+
+
+@triton.jit
+def settle(
+    total,
+    weighted,
+    row,
+    target,
+    value,
+    vocab,
+    numbers,
+    mapping,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """Statistics from the sums relative to the sampled value, or where those overflowed, to the largest."""
+    anchored_at = value
+    if is_finite(total, weighted) == 0:
+        anchored_at = row_max(row, vocab, numbers, mapping, BLOCK, SOFTCAP)
+        anchor = anchor_of(anchored_at)
+        total, weighted = row_sums(row, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
+    return finish_stats(anchored_at, total, weighted, value, mapping[3])
+
+
+@triton.jit(do_not_specialize=["length"])
+def log_probs_kernel(
+    logits,
+    batch_stride: tl.int64,
+    row_stride,
+    token_ids,
+    live,
+    numbers,
+    log_prob,
+    entropy,
+    lse,
+    length,
+    vocab,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """One program a row."""
+    row_index = tl.program_id(0)
+    if tl.load(live + row_index) == 0:
+        zero = tl.load(numbers) * 0
+        store_stats(row_index, log_prob, entropy, lse, (zero, zero, zero))
+        return
+    mapping = logit_map(numbers, SOFTCAP)
+    row = logits + row_offset(row_index, length, batch_stride, row_stride)
+    target = tl.load(token_ids + row_index)
+    _, value = target_value(row, target, vocab, numbers, mapping, SOFTCAP)
+    anchor = anchor_of(value)
+    total, weighted = row_sums(row, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
+    stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
+    store_stats(row_index, log_prob, entropy, lse, stats)
+
+
+@triton.jit(do_not_specialize=["length", "spans"])
+def span_sums_kernel(
+    logits,
+    batch_stride: tl.int64,
+    row_stride,
+    token_ids,
+    live,
+    numbers,
+    partial,
+    length,
+    vocab,
+    spans,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """For few rows, one program a span: its two sums, (rows, spans, 2)."""
+    row_index = tl.program_id(0) // spans
+    span = tl.program_id(0) - row_index * spans
+    if tl.load(live + row_index) == 0:
+        return
+    mapping = logit_map(numbers, SOFTCAP)
+    row = logits + row_offset(row_index, length, batch_stride, row_stride)
+    target = tl.load(token_ids + row_index)
+    _, value = target_value(row, target, vocab, numbers, mapping, SOFTCAP)
+    anchor = anchor_of(value)
+    sums = span_sums(row, span * SPAN, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
+    partial += tl.program_id(0).to(tl.int64) * 2
+    tl.store(partial, sums[0])
+    tl.store(partial + 1, sums[1])
+
+
+@triton.jit(do_not_specialize=["length", "spans"])
+def merge_spans_kernel(
+    logits,
+    batch_stride: tl.int64,
+    row_stride,
+    token_ids,
+    live,
+    numbers,
+    partial,
+    log_prob,
+    entropy,
+    lse,
+    length,
+    vocab,
+    spans,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """The sums of ``span_sums_kernel``, added left to right as ``log_probs_kernel`` does."""
+    row_index = tl.program_id(0)
+    if tl.load(live + row_index) == 0:
+        zero = tl.load(numbers) * 0
+        store_stats(row_index, log_prob, entropy, lse, (zero, zero, zero))
+        return
+    mapping = logit_map(numbers, SOFTCAP)
+    row = logits + row_offset(row_index, length, batch_stride, row_stride)
+    target = tl.load(token_ids + row_index)
+    _, value = target_value(row, target, vocab, numbers, mapping, SOFTCAP)
+    partial += row_index.to(tl.int64) * spans * 2
+    total = tl.load(numbers) * 0
+    weighted = total
+    for span in tl.range(0, spans):
+        total += tl.load(partial + span * 2)
+        weighted += tl.load(partial + span * 2 + 1)
+    stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
+    store_stats(row_index, log_prob, entropy, lse, stats)

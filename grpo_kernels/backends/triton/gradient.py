@@ -1,0 +1,119 @@
+"""The logits' gradient from known log-probs and slopes, and its rescaling."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .rows import gradient_of, gradient_terms, logit_map, row_offset, target_value
+
+
+@triton.jit
+def fill(row, value, first, last, vocab, BLOCK: tl.constexpr):
+    """Blocks [first, last) of a row."""
+    filling = tl.zeros([BLOCK], row.dtype.element_ty) + value.to(row.dtype.element_ty)
+    for i in tl.range(first, last):
+        columns = i * BLOCK + tl.arange(0, BLOCK)
+        tl.store(row + columns, filling, mask=columns < vocab)
+
+
+@triton.jit
+def write_gradient(
+    row,
+    out,
+    first,
+    last,
+    target,
+    vocab,
+    mapping,
+    terms,
+    numbers,
+    BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    HAS_H: tl.constexpr,
+):
+    """Blocks [first, last) of a row, the last one first: it is still in the nearest cache after a forward sweep."""
+    real: tl.constexpr = numbers.dtype.element_ty
+    for i in tl.range(0, last - first):
+        columns = (last - 1 - i) * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < vocab
+        logits = tl.load(row + columns, mask=inside, eviction_policy="evict_first").to(real)
+        gradient = gradient_of(logits, columns, target, mapping, terms, SOFTCAP, HAS_H)
+        tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=inside, cache_modifier=".cs")
+
+
+@triton.jit(do_not_specialize=["length", "parts", "blocks"])
+def gradient_kernel(
+    logits,
+    batch_stride: tl.int64,
+    row_stride,
+    token_ids,
+    live,
+    numbers,
+    log_prob,
+    entropy,
+    lse,
+    grad_log_prob,
+    grad_entropy,
+    out,
+    out_batch_stride: tl.int64,
+    out_row_stride,
+    length,
+    vocab,
+    parts,
+    blocks,
+    BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """``parts`` programs a row, ``blocks`` of it each. ``out`` may be the logits."""
+    row_index = tl.program_id(0) // parts
+    first = (tl.program_id(0) - row_index * parts) * blocks
+    last = tl.minimum(first + blocks, tl.cdiv(vocab, BLOCK))
+    out += row_offset(row_index, length, out_batch_stride, out_row_stride)
+    zero = tl.load(numbers) * 0
+    g = zero
+    h = zero
+    if grad_log_prob is not None:
+        g = tl.load(grad_log_prob + row_index)
+    if grad_entropy is not None:
+        h = tl.load(grad_entropy + row_index)
+    row_lse = tl.load(lse + row_index)
+    if (tl.load(live + row_index) == 0) | ((g == 0) & (h == 0) & (row_lse == row_lse)):
+        fill(out, zero, first, last, vocab, BLOCK)
+        return
+    mapping = logit_map(numbers, SOFTCAP)
+    row = logits + row_offset(row_index, length, batch_stride, row_stride)
+    target = tl.load(token_ids + row_index)
+    target_logit, _ = target_value(row, target, vocab, numbers, mapping, SOFTCAP)
+    HAS_H: tl.constexpr = grad_entropy is not None
+    terms = gradient_terms(
+        tl.load(log_prob + row_index),
+        tl.load(entropy + row_index),
+        row_lse,
+        g,
+        h,
+        target_logit,
+        mapping,
+        SOFTCAP,
+        HAS_H,
+    )
+    write_gradient(row, out, first, last, target, vocab, mapping, terms, numbers, BLOCK, SOFTCAP, HAS_H)
+
+
+@triton.jit(do_not_specialize=["length", "rows"])
+def rescale_kernel(
+    gradient, batch_stride: tl.int64, row_stride, upstream, announced, length, rows, vocab, BLOCK: tl.constexpr
+):
+    """gradient *= upstream / announced, rows dealt out to however many programs; nothing where they are equal."""
+    up = tl.load(upstream)
+    known = tl.load(announced)
+    if up == known:
+        return
+    factor = up / known
+    block = tl.arange(0, BLOCK)
+    for row_index in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
+        row = gradient + row_offset(row_index, length, batch_stride, row_stride)
+        for start in tl.range(0, vocab, BLOCK):
+            inside = start + block < vocab
+            values = tl.load(row + start + block, mask=inside).to(factor.dtype) * factor
+            tl.store(row + start + block, values.to(gradient.dtype.element_ty), mask=inside)

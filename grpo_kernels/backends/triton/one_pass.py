@@ -1,0 +1,202 @@
+"""The one-pass loss: a row's log-prob, its surrogate and KL inline, and its gradient, in one kernel."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .forward import row_sums, settle, store_stats
+from .gradient import fill, write_gradient
+from .rows import (
+    add_block,
+    anchor_of,
+    finish_stats,
+    gradient_of,
+    gradient_terms,
+    is_finite,
+    load_block,
+    logit_map,
+    row_offset,
+    target_value,
+    values_of,
+)
+from .surrogates import GRAD_SCALE, NO_KL, token_terms
+
+
+@triton.jit
+def held_sums(
+    held, target, anchor, vocab, numbers, mapping, HELD: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr
+):
+    """``span_sums`` of a row in registers."""
+    total = tl.zeros([BLOCK], numbers.dtype.element_ty)
+    weighted = total
+    for i in tl.static_range(HELD):
+        values = values_of(held[i], i * BLOCK, vocab, mapping, BLOCK, i == HELD - 1, SOFTCAP)
+        total, weighted = add_block(total, weighted, values, i * BLOCK, target, anchor, mapping[3], BLOCK)
+    return tl.sum(total, 0), tl.sum(weighted, 0)
+
+
+@triton.jit
+def held_stats(
+    held, target, value, vocab, numbers, mapping, HELD: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr
+):
+    """``row_sums`` and ``settle`` of a row in registers."""
+    anchored_at = value
+    total, weighted = held_sums(held, target, anchor_of(value), vocab, numbers, mapping, HELD, BLOCK, SOFTCAP)
+    if is_finite(total, weighted) == 0:
+        largest = tl.full([BLOCK], -float("inf"), numbers.dtype.element_ty)
+        for i in tl.static_range(HELD):
+            largest = tl.maximum(largest, values_of(held[i], i * BLOCK, vocab, mapping, BLOCK, i == HELD - 1, SOFTCAP))
+        anchored_at = tl.max(largest, 0)
+        total, weighted = held_sums(held, target, anchor_of(anchored_at), vocab, numbers, mapping, HELD, BLOCK, SOFTCAP)
+    return finish_stats(anchored_at, total, weighted, value, mapping[3])
+
+
+@triton.jit
+def row_terms(
+    row_index,
+    row_log_prob,
+    numbers,
+    advantage,
+    policy_weight,
+    old,
+    ref,
+    kl_weight,
+    policy,
+    kl,
+    flags,
+    SURROGATE: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    KL_STRAIGHT_THROUGH: tl.constexpr,
+    KL_RATIO_WEIGHTED: tl.constexpr,
+):
+    """Write a row's terms; d loss / d log_prob."""
+    row_old = row_log_prob
+    row_ref = row_log_prob
+    weight = row_log_prob
+    if old is not None:
+        row_old = tl.load(old + row_index)
+    if KL_ESTIMATOR != NO_KL:
+        row_ref = tl.load(ref + row_index)
+        weight = tl.load(kl_weight + row_index)
+    policy_value, kl_value, slope, row_flags = token_terms(
+        numbers,
+        row_log_prob,
+        row_old,
+        row_ref,
+        tl.load(advantage + row_index),
+        tl.load(policy_weight + row_index),
+        weight,
+        SURROGATE,
+        KL_ESTIMATOR,
+        KL_STRAIGHT_THROUGH,
+        KL_RATIO_WEIGHTED,
+    )
+    tl.store(policy + row_index, policy_value)
+    tl.store(kl + row_index, kl_value)
+    tl.store(flags + row_index, row_flags.to(tl.uint8))
+    return slope
+
+
+@triton.jit(do_not_specialize=["length"])
+def one_pass_kernel(
+    logits,
+    batch_stride: tl.int64,
+    row_stride,
+    token_ids,
+    live,
+    numbers,
+    advantage,
+    policy_weight,
+    old,
+    ref,
+    kl_weight,
+    entropy_weight,
+    log_prob,
+    entropy,
+    lse,
+    policy,
+    kl,
+    flags,
+    out,
+    out_batch_stride: tl.int64,
+    out_row_stride,
+    length,
+    vocab,
+    HELD: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    KL_STRAIGHT_THROUGH: tl.constexpr,
+    KL_RATIO_WEIGHTED: tl.constexpr,
+):
+    """One program a row: its log-prob, the terms of its loss, its gradient. ``out`` may be the logits.
+
+    HELD > 0: the row, one span of so many blocks, stays in registers and is read once. HELD = 0: it is walked twice.
+    """
+    row_index = tl.program_id(0)
+    out += row_offset(row_index, length, out_batch_stride, out_row_stride)
+    zero = tl.load(numbers) * 0
+    if tl.load(live + row_index) == 0:
+        store_stats(row_index, log_prob, entropy, lse, (zero, zero, zero))
+        tl.store(policy + row_index, zero)
+        tl.store(kl + row_index, zero)
+        tl.store(flags + row_index, zero.to(tl.uint8))
+        fill(out, zero, 0, tl.cdiv(vocab, BLOCK), vocab, BLOCK)
+        return
+    mapping = logit_map(numbers, SOFTCAP)
+    row = logits + row_offset(row_index, length, batch_stride, row_stride)
+    target = tl.load(token_ids + row_index)
+    target_logit, value = target_value(row, target, vocab, numbers, mapping, SOFTCAP)
+    anchor = anchor_of(value)
+    held = ()
+    if HELD == 0:
+        total, weighted = row_sums(row, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
+        stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
+    else:
+        for i in tl.static_range(HELD):
+            held += (load_block(row, i * BLOCK, vocab, numbers, BLOCK, i == HELD - 1),)
+        stats = held_stats(held, target, value, vocab, numbers, mapping, HELD, BLOCK, SOFTCAP)
+    row_log_prob, row_entropy, row_lse = stats
+    store_stats(row_index, log_prob, entropy, lse, (row_log_prob, row_entropy, row_lse))
+
+    grad_scale = tl.load(numbers + GRAD_SCALE)
+    g = grad_scale * row_terms(
+        row_index,
+        row_log_prob,
+        numbers,
+        advantage,
+        policy_weight,
+        old,
+        ref,
+        kl_weight,
+        policy,
+        kl,
+        flags,
+        SURROGATE,
+        KL_ESTIMATOR,
+        KL_STRAIGHT_THROUGH,
+        KL_RATIO_WEIGHTED,
+    )
+    h = zero
+    HAS_H: tl.constexpr = entropy_weight is not None
+    if HAS_H:
+        h = -tl.load(entropy_weight + row_index) * grad_scale
+    if (g == 0) & (h == 0) & (row_lse == row_lse):
+        fill(out, zero, 0, tl.cdiv(vocab, BLOCK), vocab, BLOCK)
+        return
+    terms = gradient_terms(row_log_prob, row_entropy, row_lse, g, h, target_logit, mapping, SOFTCAP, HAS_H)
+    if HELD == 0:
+        blocks = tl.cdiv(vocab, BLOCK)
+        write_gradient(row, out, 0, blocks, target, vocab, mapping, terms, numbers, BLOCK, SOFTCAP, HAS_H)
+    else:
+        for i in tl.static_range(HELD):
+            columns = i * BLOCK + tl.arange(0, BLOCK)
+            gradient = gradient_of(held[i], columns, target, mapping, terms, SOFTCAP, HAS_H).to(out.dtype.element_ty)
+            if i == HELD - 1:
+                tl.store(out + columns, gradient, mask=columns < vocab)
+            else:
+                tl.store(out + columns, gradient)

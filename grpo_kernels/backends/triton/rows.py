@@ -1,0 +1,161 @@
+"""One vocabulary row, piece by piece: where it lies, its sums, and the gradient in its logits.
+
+Powers are relative to the *sampled* token: log_prob = -log1p(sum over the others of 2^power). No maximum has to be
+found first, nothing is rescaled, and a confident token keeps its relative precision. Only where the sum overflows (a
+token some 80 nats below the largest, or of probability 0) a row is read again, relative to its largest value.
+
+A row's sums are made lane by lane in blocks, then over the lanes, once in each span of columns; blocks and spans
+depend on the vocabulary and the dtype alone. Whether one program walks the spans, several share them or the row
+sits in registers: a row's log-prob has the same bits in every kernel and in any batch. Contraction is off and every
+fused multiply-add is spelt out, for the same reason.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .maths import LOWEST_POWER, divide, expm1, log1p, tanh, tanh_slope, to_nats, to_power
+from .surrogates import LOGIT_SCALE, LOGIT_SOFTCAP, TEMPERATURE, clamp
+
+
+@triton.jit
+def row_offset(row, length, batch_stride, row_stride):
+    """Of row (batch, token), in elements."""
+    batch = row // length
+    return batch.to(tl.int64) * batch_stride + (row - batch * length).to(tl.int64) * row_stride
+
+
+@triton.jit
+def logit_map(numbers, SOFTCAP: tl.constexpr):
+    """z = softcap(logit * scale) / temperature = value * derivative: inner, cap, derivative, and log2(e) * derivative.
+
+    value = cap * tanh(logit * inner) with a softcap, else the logit itself.
+    """
+    temperature = tl.load(numbers + TEMPERATURE)
+    scale = tl.load(numbers + LOGIT_SCALE)
+    cap = tl.load(numbers + LOGIT_SOFTCAP)
+    if SOFTCAP:
+        inner = divide(scale, cap)
+        derivative = divide(temperature * 0 + 1, temperature)
+    else:
+        inner = scale
+        derivative = divide(scale, temperature)
+    return inner, cap, derivative, to_power(derivative)
+
+
+@triton.jit
+def value_of(logit, inner, cap, SOFTCAP: tl.constexpr):
+    if SOFTCAP:
+        return cap * tanh(logit * inner)
+    else:
+        return logit
+
+
+@triton.jit
+def load_block(row, start, vocab, numbers, BLOCK: tl.constexpr, MASKED: tl.constexpr):
+    """Logits in working precision, -inf past the row's end."""
+    real: tl.constexpr = numbers.dtype.element_ty
+    columns = start + tl.arange(0, BLOCK)
+    if MASKED:
+        return tl.load(row + columns, mask=columns < vocab, other=-float("inf")).to(real)
+    else:
+        return tl.load(row + columns).to(real)
+
+
+@triton.jit
+def values_of(logits, start, vocab, mapping, BLOCK: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
+    values = value_of(logits, mapping[0], mapping[1], SOFTCAP)
+    if SOFTCAP and MASKED:
+        values = tl.where(start + tl.arange(0, BLOCK) < vocab, values, -float("inf"))  # tanh(-inf) is not -inf
+    return values
+
+
+@triton.jit
+def max_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def anchor_of(value):
+    """What values are compared with before they are scaled: finite logits of any size are legal. NaN for +inf."""
+    return tl.where(value == float("inf"), float("nan"), value)
+
+
+@triton.jit
+def add_block(total, weighted, values, start, target, anchor, slope, BLOCK: tl.constexpr):
+    """Lane by lane sums of 2^power and 2^power * power without the sampled column, power = (value - anchor) * slope."""
+    power = max_or_nan((values - anchor) * slope, LOWEST_POWER)
+    exps = tl.exp2(power)
+    exps = tl.where(tl.arange(0, BLOCK) == target - start, 0, exps)
+    return total + exps, tl.fma(exps, power, weighted)
+
+
+@triton.jit
+def is_finite(total, weighted):
+    return (total < float("inf")) & (tl.abs(weighted) < float("inf"))
+
+
+@triton.jit
+def target_value(row, target, vocab, numbers, mapping, SOFTCAP: tl.constexpr):
+    """Logit and value of the sampled column; NaN for an id outside the vocabulary."""
+    real: tl.constexpr = numbers.dtype.element_ty
+    known = (target >= 0) & (target < vocab)
+    logit = tl.load(row + target, mask=known, other=float("nan")).to(real)
+    return logit, value_of(logit, mapping[0], mapping[1], SOFTCAP)
+
+
+@triton.jit
+def finish_stats(anchored_at, rest, weighted_rest, value, slope):
+    """From the sums without the sampled column, relative to ``anchored_at``: log_prob, entropy, lse, in nats."""
+    power = (value - anchored_at) * slope
+    certain = value == anchored_at
+    power = tl.where(certain, 0, power)
+    target = tl.exp2(max_or_nan(power, LOWEST_POWER))
+    total = rest + target
+    log_total = tl.where(certain, log1p(rest), tl.log(total))
+    weighted = weighted_rest + tl.where(target == 0, 0, target * power)
+    log_prob = to_nats(power, -log_total)
+    entropy = to_nats(-divide(weighted, total), log_total)
+    entropy = tl.where(entropy < 0, 0, entropy)  # rounding of a row that is certain
+    lse = to_nats(anchored_at * slope, log_total)
+    void = (value != value) | (anchored_at == -float("inf")) | (weighted != weighted)  # NaN, or no column is possible
+    nan = float("nan")
+    return tl.where(void, nan, log_prob), tl.where(void, nan, entropy), tl.where(void, nan, lse)
+
+
+@triton.jit
+def gradient_terms(log_prob, entropy, lse, g, h, target_logit, mapping, SOFTCAP: tl.constexpr, HAS_H: tl.constexpr):
+    """shift, constant, linear for every column, and the gradient in the sampled logit.
+
+    d loss / d value_j = p_j (constant + linear power_j), p_j = 2^power_j, power_j = value_j * slope + shift.
+    """
+    inner, cap, derivative, slope = mapping
+    constant = -g * derivative
+    linear = constant * 0
+    target = -g * expm1(log_prob)
+    if HAS_H:
+        constant = -(g + h * entropy) * derivative
+        linear = to_nats(-h * derivative, linear)
+        target -= tl.where(log_prob == -float("inf"), 0, h * tl.exp(log_prob) * (log_prob + entropy))
+    target = target * derivative
+    if SOFTCAP:
+        target = target * (tanh_slope(target_logit * inner) * (inner * cap))
+    shift = clamp(-to_power(lse), 3e38)  # finite: logits of finfo.min have no finite lse
+    return shift, tl.where(lse == lse, constant, float("nan")), linear, target
+
+
+@triton.jit
+def gradient_of(logits, columns, target_column, mapping, terms, SOFTCAP: tl.constexpr, HAS_H: tl.constexpr):
+    """d loss / d logit of some columns."""
+    inner, cap, _, slope = mapping
+    shift, constant, linear, target = terms
+    power = tl.minimum(tl.fma(value_of(logits, inner, cap, SOFTCAP), slope, shift), 0)  # of a probability
+    if HAS_H:
+        power = tl.maximum(power, LOWEST_POWER)
+        gradient = tl.exp2(power) * tl.fma(power, linear, constant)
+    else:
+        gradient = tl.exp2(power) * constant
+    if SOFTCAP:
+        gradient = gradient * (tanh_slope(logits * inner) * (inner * cap))
+    return tl.where(columns == target_column, target, gradient)

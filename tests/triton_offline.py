@@ -1,0 +1,172 @@
+"""Compile the Triton kernels for GPUs that are not here, and print what the compilers say of each, one JSON line each.
+
+Run by test_triton.py in a process of its own: one process cannot both interpret and compile. Usage:
+python triton_offline.py {plain|variants} TARGET..., with targets such as sm_90 and gfx942.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+from grpo_kernels.backends.triton import forward, gradient, launch, one_pass, surrogates
+
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+POINTERS = {"token_ids": "i64", "live": "i1", "flags": "u8"}
+STRIDES = ("batch_stride", "row_stride", "out_batch_stride", "out_row_stride")
+LENGTHS = ("length", "vocab", "parts", "blocks", "spans", "rows", "count")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+GRPO = {"SURROGATE": 2, "KL_ESTIMATOR": 3, "KL_STRAIGHT_THROUGH": 0, "KL_RATIO_WEIGHTED": 0}
+PARITY = {**GRPO, "BLOCK": 1024}
+
+
+def target_of(name: str) -> GPUTarget:
+    return GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
+
+
+def source(
+    kernel: Any, dtype: torch.dtype, vocab: int, absent: tuple[str, ...], constants: dict[str, Any]
+) -> ASTSource:
+    """As a launch with rows on 16-byte boundaries describes it; ``absent`` are tensors left out."""
+    real = "fp64" if dtype == torch.float64 else "fp32"
+    signature, constexprs, attributes = {}, dict.fromkeys(absent) | constants, {}
+    for i, name in enumerate(kernel.arg_names):
+        aligned = [["tt.divisibility", 16]]
+        if name in constexprs:
+            signature[name] = "constexpr"
+        elif name in STRIDES:
+            signature[name] = "i64" if "batch" in name else "i32"
+            attributes[(i,)] = aligned
+        elif name in LENGTHS:
+            signature[name] = "i32"
+            if name == "vocab" and vocab % 16 == 0:
+                attributes[(i,)] = aligned
+        else:
+            element = NAMES[dtype] if name in ("logits", "out", "gradient") else POINTERS.get(name, real)
+            signature[name] = "*" + element
+            attributes[(i,)] = aligned
+    return ASTSource(kernel, signature, constexprs, attributes)
+
+
+def report(
+    kernel: Any, dtype: torch.dtype, vocab: int, target: str, absent: tuple[str, ...] = (), **constants: Any
+) -> None:
+    warps = constants.pop("warps", 4) * 32 // target_of(target).warp_size
+    what = source(kernel, dtype, vocab, absent, constants)
+    compiled = triton.compile(what, target=target_of(target), options={"num_warps": warps, "enable_fp_fusion": False})
+    line = {"kernel": kernel.__name__, "dtype": NAMES[dtype], "vocab": vocab, "target": target, "absent": absent}
+    line |= {"constants": constants, **measure(compiled)}
+    print(json.dumps(line), flush=True)
+
+
+def measure(compiled: Any) -> dict[str, Any]:
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        return {"spills": sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text))}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    ptx, numbers = compiled.asm["ptx"], dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    return {
+        "registers": int(numbers["REG"]),
+        "spills": int(numbers["STACK"]) + int(numbers["LOCAL"]),
+        "wide_loads": len(re.findall(r"ld\.global\S*v4\.b32|ld\.global\S*v2\.b64|cp\.async\.cg\S* .*0x10", ptx)),
+        "wide_stores": len(re.findall(r"st\.global\S*v4\.b32|st\.global\S*v2\.b64", ptx)),
+        "pipelined": len(re.findall(r"cp\.async\.cg", ptx)),
+        "sum_layouts": sum_layouts(compiled.asm["ttgir"]),
+    }
+
+
+def sum_layouts(ttgir: str) -> list[str]:
+    """How the lanes that are summed lie in registers: kernels whose sums differ in it differ in bits."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)$", ttgir, re.M))
+    used = re.findall(r'"tt\.reduce"\(.*?\}\) : \(tensor<\d+xf\d+, (#\w+)>\)', ttgir, re.S)
+    return sorted({layouts[name] for name in used})
+
+
+def plain(target: str) -> None:
+    """Every kernel, dtype and size class with the settings of GRPO with KL."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        for vocab in (1000, 8192, 32000, 151936) if dtype in (torch.bfloat16, torch.float32) else (151936,):
+            blocks = launch.blocks_for(vocab, dtype)
+            row = {"SPAN": blocks.span, "BLOCK": blocks.block, "STAGES": blocks.stages, "SOFTCAP": False}
+            row["warps"] = blocks.warps
+            report(forward.log_probs_kernel, dtype, vocab, target, **row)
+            held = blocks.held(vocab)
+            report(one_pass.one_pass_kernel, dtype, vocab, target, ("entropy_weight",), HELD=held, **row, **GRPO)
+            size = {"BLOCK": blocks.block, "SOFTCAP": False, "warps": blocks.warps}
+            report(gradient.gradient_kernel, dtype, vocab, target, ("grad_entropy",), **size)
+            if vocab > blocks.span:
+                report(forward.span_sums_kernel, dtype, vocab, target, **row)
+                report(forward.merge_spans_kernel, dtype, vocab, target, **row)
+        report(gradient.rescale_kernel, dtype, 32000, target, BLOCK=4096)
+
+
+def variants(target: str) -> None:
+    """Every surrogate, KL form and flag at one size, held and walked twice."""
+    forms = [(0, 0, 0), *((k, 0, w) for k in (1, 2, 3) for w in (0, 1)), (3, 1, 0)]
+    for surrogate in (0, 1, 2):
+        for estimator, through, weighted in forms:
+            spec = dict(zip(GRPO, (surrogate, estimator, through, weighted), strict=True))
+            absent = ("old",) if surrogate == 0 else ()
+            absent += () if estimator else ("ref", "kl_weight")
+            report(surrogates.token_terms_kernel, torch.float32, 32000, target, absent, **spec, BLOCK=1024)
+            if surrogate == 2 or estimator == 0:
+                _one_pass(target, 32000, absent + (() if weighted else ("entropy_weight",)), False, spec)
+    for vocab in (32000, 151936):
+        _one_pass(target, vocab, (), True, GRPO)
+
+
+def _one_pass(target: str, vocab: int, absent: tuple[str, ...], softcap: bool, spec: dict[str, int]) -> None:
+    blocks = launch.blocks_for(vocab, torch.bfloat16)
+    row = {"SPAN": blocks.span, "BLOCK": blocks.block, "STAGES": blocks.stages, "SOFTCAP": softcap}
+    held = 0 if softcap else blocks.held(vocab)
+    report(
+        one_pass.one_pass_kernel, torch.bfloat16, vocab, target, absent, HELD=held, warps=blocks.warps, **row, **spec
+    )
+
+
+def keys(target: str) -> None:
+    """What a launch's kernel is looked up by, for several lengths of (B, T+1, V) logits and several numbers."""
+    backend = make_backend(target_of(target))
+    for kernel in (forward.log_probs_kernel, gradient.gradient_kernel, one_pass.one_pass_kernel):
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        found = set()
+        for length in (1, 5, 16, 512, 20_000, 70_000):
+            arguments = [_example(name, length) for name in kernel.arg_names]
+            found.add(str(bind(*arguments)[1]))
+        print(json.dumps({"kernel": kernel.__name__, "keys": sorted(found)}), flush=True)
+
+
+def _example(name: str, length: int) -> Any:
+    sizes = {"length": length, "vocab": 151936, "parts": length % 7 + 1, "blocks": 3}
+    strides = {"batch_stride": (length + 1) * 151936, "row_stride": 151936}
+    if name in sizes:
+        return sizes[name]
+    if name in STRIDES:
+        return strides[name.removeprefix("out_")]
+    if name.isupper():
+        return 1
+    dtype = {"token_ids": torch.int64, "live": torch.bool, "flags": torch.uint8}.get(name, torch.float32)
+    return torch.empty(64, dtype=torch.bfloat16 if name in ("logits", "out") else dtype)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        {"plain": plain, "variants": variants, "keys": keys}[sys.argv[1]](name)
