@@ -193,7 +193,7 @@ class _Call:
         return Records(log_prob, entropy, policy, kl, flags), slope
 
 
-_OPTIONS = tuple(name for name in grpo_loss.__kwdefaults__ if name != "config")
+_OPTIONS = tuple(name for name in grpo_loss.__kwdefaults__ or () if name != "config")
 
 
 class GRPOLoss(nn.Module):

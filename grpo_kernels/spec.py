@@ -84,12 +84,26 @@ def numbers_vector(
 @functools.lru_cache(maxsize=256)
 def _cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # backward saves it
-        return torch.tensor(values, dtype=dtype, device=device)
+        if device.type != "cuda":
+            return torch.tensor(values, dtype=dtype, device=device)
+        pinned = torch.tensor(values, dtype=dtype, pin_memory=True)  # a plain copy would wait for the device
+        return pinned.to(device, non_blocking=True)
+
+
+def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """By kernels alone, for a CUDA graph in capture: its memory is the graph's, so it must not be cached."""
+    vector = torch.zeros(len(values), dtype=dtype, device=device)
+    for i, value in enumerate(values):
+        if value:
+            vector[i].fill_(value)
+    return vector
 
 
 def _plain(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # a fake tensor must not stay
         return torch.tensor(values, dtype=dtype, device=device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _filled(values, dtype, device)
     return _cached(values, dtype, device)
 
 

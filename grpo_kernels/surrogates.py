@@ -48,10 +48,10 @@ def clamp(x: Tensor, limit: float | None) -> Tensor:
 
 def k3_of(u: Tensor) -> Tensor:
     """exp(u) - u - 1 without cancellation: u^2/2 (1 + u/3 (1 + u/4 (...))) near zero."""
-    near = u.abs() < 0.5
+    near = u.abs() < 1
     v = torch.where(near, u, 0.0)
     total = torch.ones_like(v)
-    for k in range((16 if u.dtype == torch.float64 else 8) + 2, 2, -1):
+    for k in range((18 if u.dtype == torch.float64 else 11) + 2, 2, -1):
         total = 1 + v / k * total
     far = torch.where(u == math.inf, u, torch.expm1(u) - u)
     return torch.where(near, v * v / 2 * total, far)

@@ -59,6 +59,20 @@ def make(
 
     Sequence 1 is empty if ``empty`` (and there are several); the others are of random length with a hole.
     """
+    with torch.device("cpu"):  # the same numbers on every device
+        case = _draw(batch, length, vocab, dtype, seed, spread, shift, noise, extra_row, empty, options)
+    case.options = {k: _on_device(v) for k, v in case.options.items()}
+    return Case(*map(_on_device, (case.logits, *case.arguments)), case.options)
+
+
+def _on_device(value: Any) -> Any:
+    return value.to(torch.get_default_device()) if isinstance(value, Tensor) else value
+
+
+def _draw(
+    batch: int, length: int, vocab: int, dtype: torch.dtype, seed: int, spread: float, shift: float, noise: float,
+    extra_row: bool, empty: bool, options: dict[str, Any],
+) -> Case:  # fmt: skip
     g = torch.Generator().manual_seed(seed)
     logits = (spread * torch.randn(batch, length + int(extra_row), vocab, generator=g) + shift).to(dtype)
     ids = torch.randint(vocab, (batch, length), generator=g)

@@ -9,10 +9,15 @@ import hypothesis
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+DEVICE = os.environ.get("GRPO_KERNELS_TEST_DEVICE", "cpu")
+"""cuda: the tests that take a backend run there, on every backend that serves it; the others are left out."""
+if DEVICE != "cpu":
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
+    torch.set_default_device(DEVICE)
+else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before anything imports one
 
-from grpo_kernels import backends
+from grpo_kernels import backends  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -67,7 +72,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def usable_backends() -> list[str]:
-    request = backends.Request(torch.device("cpu"))
+    request = backends.Request(torch.device(DEVICE))
     return [name for name in backends.names() if backends.get(name).unsupported(request) is None]
 
 
@@ -81,7 +86,9 @@ INTERPRETED_SAMPLE = 5
 """Of each test's cases, as many run on interpreted Triton kernels in CI, evenly spread; the rest are nightly."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if DEVICE != "cpu":
+        items[:] = [item for item in items if "backend" in getattr(getattr(item, "callspec", None), "params", {})]
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     cases: dict = {}

@@ -44,8 +44,8 @@ GRPO_FN float exp_of(float x) { return expf(x); }
 GRPO_FN double exp_of(double x) { return exp(x); }
 GRPO_FN float expm1_of(float x) { return expm1f(x); }
 GRPO_FN double expm1_of(double x) { return expm1(x); }
-GRPO_FN int series_terms(float) { return 8; }
-GRPO_FN int series_terms(double) { return 16; }
+GRPO_FN int series_terms(float) { return 11; }
+GRPO_FN int series_terms(double) { return 18; }
 
 // a * b where a factor that is exactly zero wins over an infinite one (NaN stays NaN).
 template <class real>
@@ -73,7 +73,7 @@ GRPO_FN bool within(real x, real limit) {
 template <class real>
 GRPO_FN real k3_of(real u) {
   if (u == real(INFINITY)) return u;
-  if (!(u < real(0.5) && u > real(-0.5))) return expm1_of(u) - u;
+  if (!(u < 1 && u > -1)) return expm1_of(u) - u;
   real sum = 1;
   for (int k = series_terms(u) + 2; k > 2; --k) sum = 1 + u / k * sum;
   return u * u / 2 * sum;

@@ -2,7 +2,8 @@
 
 A backend is a module with ``log_probs``, ``log_probs_backward``, ``fused_loss`` over ``Rows``, ``token_sums`` over
 their records, ``rescale``, and ``unsupported(request) -> str | None``, the reason why it cannot serve a call.
-Functions write into tensors that the caller allocated, (B, T) fp32 or fp64 like ``rows.numbers``; the first three reduce nothing over rows:
+Functions write into tensors that the caller allocated, (B, T) fp32 or fp64 like ``rows.numbers``; the first three
+reduce nothing over rows:
 
     log_probs(rows, log_prob, entropy, lse)
     log_probs_backward(rows, log_prob, entropy, lse, grad_log_prob, grad_entropy, out)

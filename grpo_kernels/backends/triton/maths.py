@@ -42,6 +42,17 @@ def divide(a, b):
 
 
 @triton.jit
+def exp_of(x):
+    """exp(x), in fp32 by the whole and the broken part of x * log2(e): a GPU's own loses |x| units in the last place."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        whole = tl.floor(x * LOG2E_HIGH + 0.5)
+        near = tl.exp2(tl.fma(x, LOG2E_LOW, tl.fma(x, LOG2E_HIGH, -whole))) * tl.exp2(whole)
+        return tl.where(tl.abs(x) < 60, near, tl.exp(x))
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x): the logarithm of the rounded u = 1 + x, corrected by x / (u - 1) (Kahan)."""
     u = 1 + x

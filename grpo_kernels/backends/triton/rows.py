@@ -130,7 +130,7 @@ def gradient_terms(log_prob, entropy, lse, g, h, target_logit, mapping, SOFTCAP:
 
     d loss / d value_j = p_j (constant + linear power_j), p_j = 2^power_j, power_j = value_j * slope + shift.
     """
-    inner, cap, derivative, slope = mapping
+    inner, cap, derivative, _ = mapping
     constant = -g * derivative
     linear = constant * 0
     target = -g * expm1(log_prob)

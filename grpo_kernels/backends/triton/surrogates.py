@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .maths import expm1
+from .maths import exp_of, expm1
 
 # Where each hyper-parameter sits in the vector of numbers (grpo_kernels/spec.py).
 TEMPERATURE = tl.constexpr(0)
@@ -58,14 +58,14 @@ def clamp(x, limit):
 @triton.jit
 def k3_of(u):
     """exp(u) - u - 1 without cancellation: u^2/2 (1 + u/3 (1 + u/4 (...))) near zero."""
-    near = (u < 0.5) & (u > -0.5)
+    near = (u < 1) & (u > -1)
     v = tl.where(near, u, 0)
     total = v * 0 + 1
     if u.dtype == tl.float64:
-        for k in tl.static_range(18, 2, -1):
+        for k in tl.static_range(20, 2, -1):
             total = 1 + v / k * total
     else:
-        for k in tl.static_range(10, 2, -1):
+        for k in tl.static_range(13, 2, -1):
             total = 1 + v / k * total
     far = tl.where(u == float("inf"), u, expm1(u) - u)
     return tl.where(near, v * v / 2 * total, far)
@@ -161,7 +161,7 @@ def token_terms(
     # A token of probability 0 has no direction to give: it saturates, whatever it is compared with.
     possible = log_prob != -float("inf")
     inside = within(raw, limit) & possible
-    ratio = tl.exp(clamp(raw, limit))
+    ratio = exp_of(clamp(raw, limit))
 
     policy, policy_slope, flags = surrogate_terms(SURROGATE, numbers, log_prob, ratio, advantage)
     if SURROGATE != REINFORCE:
