@@ -46,6 +46,20 @@ def round_to_nearest_in_the_interpreter() -> None:
     interpreter._convert_float = convert
 
 
+def fuse_multiply_adds_in_the_interpreter() -> None:
+    """It rounds the product first; GPUs round once."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def create_fma(self, x, y, z):
+        wide = np.float64 if z.data.dtype == np.float32 else z.data.dtype
+        with np.errstate(all="ignore"):
+            fused = x.data.astype(wide) * y.data + z.data
+            return interpreter.TensorHandle(fused.astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = create_fma
+
+
 def patch_the_language_once() -> None:
     """The interpreter replaces triton.language's functions anew at every call of a helper: nine tenths of its time."""
     from triton.runtime import interpreter
@@ -68,6 +82,7 @@ def patch_the_language_once() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     round_to_nearest_in_the_interpreter()
+    fuse_multiply_adds_in_the_interpreter()
     patch_the_language_once()
 
 

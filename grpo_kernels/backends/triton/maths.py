@@ -43,7 +43,7 @@ def divide(a, b):
 
 @triton.jit
 def exp_of(x):
-    """exp(x), in fp32 by the whole and the broken part of x * log2(e): a GPU's own loses |x| units in the last place."""
+    """exp(x), in fp32 by the whole and the broken part of x * log2(e): a GPU's own is off by |x| units."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
