@@ -58,19 +58,60 @@ MUTANTS = {
     "metrics: extremes": ("metrics.py", 'FIELDS.index("ratio_max")].amax(0)', 'FIELDS.index("ratio_max")].amin(0)'),
     "metrics: count": ("metrics.py", '"kl": ("kl_sum", "kl_count")', '"kl": ("kl_sum", "ratio_count")'),
     "unused row": ("ops.py", "    if unused:\n", "    if False:\n"),
-    "rescale forgotten": ("ops.py", "gradient.mul_((upstream / announced)", "gradient.mul_((announced / announced)"),
+    "rescale forgotten": (
+        "backends/cpu.py",
+        "gradient.mul_((upstream / announced)",
+        "gradient.mul_((announced / announced)",
+    ),
     "second backward": ("autograd.py", "        if ctx.spent:\n", "        if False:\n"),
     "packed: bounds": ("rows.py", "torch.isin(positions, cu_seqlens[1:] - 1)", "torch.isin(positions, cu_seqlens[1:])"),
     "align: no shift": ("rows.py", "return input_ids[:, 1:], mask[:, 1:]", "return input_ids[:, :-1], mask[:, 1:]"),
     "torch: temperature": ("backends/torch.py", "capped, self.raw * scale) / temperature", "capped, self.raw * scale)"),
     "torch: softcap slope": ("backends/torch.py", "4 * q / (1 + q) ** 2, 1.0)", "1.0, 1.0)"),
     "torch: entropy slope": ("backends/torch.py", "log_p + entropy[:, None])", "log_p)"),
+    "in place: unnoticed": ("ops.py", "        torch.autograd.graph.increment_version(tensor)\n", "        pass\n"),
+    "triton: sampled column": (
+        "backends/triton/rows.py",
+        "BLOCK) == target - start, 0, exps)",
+        "BLOCK) == target, 0, exps)",
+    ),
+    "triton: overflow kept": ("backends/triton/forward.py", "if is_finite(total, weighted) == 0:", "if vocab < 0:"),
+    "triton: entropy slope": (
+        "backends/triton/rows.py",
+        "constant = -(g + h * entropy) * derivative",
+        "constant = -g * derivative",
+    ),
+    "triton: softcap slope": (
+        "backends/triton/rows.py",
+        "gradient = gradient * (tanh_slope",
+        "gradient = gradient * (1 + 0 * tanh_slope",
+    ),
+    "triton: old ignored": (
+        "backends/triton/one_pass.py",
+        "row_old = tl.load(old + row_index)",
+        "row_old = row_log_prob",
+    ),
+    "triton: clip": (
+        "backends/triton/surrogates.py",
+        "(advantage < 0) & (ratio < low)",
+        "(advantage < 0) & (ratio < high)",
+    ),
+    "triton: last block": ("backends/triton/forward.py", "    if whole < end:", "    if whole > end:"),
+    "triton: grad_scale": ("backends/triton/one_pass.py", "g = grad_scale * row_terms(", "g = row_terms("),
+    "triton: strides": (
+        "backends/triton/rows.py",
+        "batch.to(tl.int64) * batch_stride",
+        "batch.to(tl.int64) * row_stride",
+    ),
     "gae: decay": ("advantages.py", "discount * lam)", "discount)"),
     "reference: mask": ("reference.py", "mask != 0", "mask != 2"),
 }
-SAMPLED = ("clip: slope kept", "kl weight forgotten", "second backward")
+SAMPLED = ("clip: slope kept", "second backward", "triton: old ignored")
 """In every run; the others nightly."""
-TESTS = "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages"
+TESTS = (
+    "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages "
+    "test_numerics test_triton"
+)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SAMPLED else pytest.mark.nightly) for n in MUTANTS])

@@ -37,7 +37,7 @@ class Blocks(NamedTuple):
 @functools.cache
 def blocks_for(vocab: int, dtype: torch.dtype) -> Blocks:
     """From the vocabulary and the dtype alone. Chosen by counting instructions and by compiling for sm_80 to sm_100
-    without spills; not yet tuned on a GPU (benchmarks/tune_triton.py)."""
+    without spills; not yet tuned on a GPU."""
     whole = triton.next_power_of_2(vocab)
     if dtype == torch.float64:
         return Blocks(span=4096, block=min(whole, 1024), warps=8, stages=3)
