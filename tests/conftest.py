@@ -101,14 +101,18 @@ INTERPRETED_SAMPLE = 5
 """Of each test's cases, as many run on interpreted Triton kernels in CI, evenly spread; the rest are nightly."""
 
 
+def _takes_a_backend(item: pytest.Item) -> bool:
+    return "backend" in getattr(getattr(item, "callspec", None), "params", {})
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if DEVICE != "cpu":
-        items[:] = [item for item in items if "backend" in getattr(getattr(item, "callspec", None), "params", {})]
+        items[:] = [item for item in items if _takes_a_backend(item) or item.get_closest_marker("gpu")]
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     cases: dict = {}
     for item in items:
-        if getattr(item, "callspec", None) and item.callspec.params.get("backend") == "triton":
+        if _takes_a_backend(item) and item.callspec.params["backend"] == "triton":
             cases.setdefault((item.path, item.originalname), []).append(item)
     for mine in cases.values():
         kept = {round(i * (len(mine) - 1) / (INTERPRETED_SAMPLE - 1)) for i in range(INTERPRETED_SAMPLE)}

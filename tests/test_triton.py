@@ -140,6 +140,55 @@ def test_tokens_far_below_the_largest(below):
     torch.testing.assert_close(out.entropy[0, 0].double(), -(exact[0, 0].exp() * exact[0, 0]).sum(), rtol=0, atol=2e-5)
 
 
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+ROUTES = {"one pass": {"config": "grpo"}, "two passes": {"config": "gspo"}}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+class TestOnAGPU:
+    pytestmark = on_gpu
+
+    def test_nothing_waits_for_the_device(self, route):
+        """Not even a call with numbers that no call had before."""
+        case = make(vocab=3000)
+        case.run("triton", **ROUTES[route])  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            case.run("triton", temperature=0.8125, **ROUTES[route])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_a_captured_graph_replays_with_new_values(self, route):
+        case = make(vocab=3000, dtype=torch.bfloat16)
+        leaf = case.logits.detach().clone().requires_grad_()
+        kl_coef = torch.tensor(0.1, device="cuda")
+
+        def step():
+            leaf.grad = None
+            options = {**case.options, **ROUTES[route], "kl_coef": kl_coef, "grad_scale": 1.0}
+            out = grpo_loss(leaf, *case.arguments, backend="triton", **options)
+            out.loss.backward()
+            return out.loss
+
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss = step()
+        gradient = leaf.grad
+        kl_coef.fill_(0.7)
+        with torch.no_grad():
+            leaf.mul_(0.5)
+        graph.replay()
+        replayed = loss.clone(), gradient.clone()
+        expected = step()
+        assert torch.equal(replayed[0], expected)
+        assert torch.equal(replayed[1], leaf.grad)
+
+
 def offline(what: str, *targets: str) -> list[dict]:
     command = [sys.executable, str(OFFLINE), what, *targets]
     result = subprocess.run(command, capture_output=True, text=True, cwd=OFFLINE.parent.parent, timeout=900)
