@@ -59,9 +59,9 @@ MUTANTS = {
     "metrics: count": ("metrics.py", '"kl": ("kl_sum", "kl_count")', '"kl": ("kl_sum", "ratio_count")'),
     "unused row": ("ops.py", "    if unused:\n", "    if False:\n"),
     "rescale forgotten": (
-        "backends/cpu.py",
-        "gradient.mul_((upstream / announced)",
-        "gradient.mul_((announced / announced)",
+        "backends/torch.py",
+        "gradient.mul_(upstream / announced)",
+        "gradient.mul_(announced / announced)",
     ),
     "second backward": ("autograd.py", "        if ctx.spent:\n", "        if False:\n"),
     "packed: bounds": ("rows.py", "torch.isin(positions, cu_seqlens[1:] - 1)", "torch.isin(positions, cu_seqlens[1:])"),
@@ -88,7 +88,7 @@ MUTANTS = {
     ),
     "triton: old ignored": (
         "backends/triton/one_pass.py",
-        "row_old = tl.load(old + row_index)",
+        "row_old = tl.load(old + row_index, mask=inside)",
         "row_old = row_log_prob",
     ),
     "triton: clip": (

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from grpo_kernels.backends.triton import forward, gradient, launch, one_pass, surrogates
+from grpo_kernels.backends.triton import forward, gradient, launch, one_pass
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 POINTERS = {"token_ids": "i64", "live": "i1", "flags": "u8"}
@@ -115,7 +115,7 @@ def plain(target: str) -> None:
             if vocab > blocks.span:
                 report(forward.span_sums_kernel, dtype, vocab, target, **row)
                 report(forward.merge_spans_kernel, dtype, vocab, target, **row)
-        report(gradient.rescale_kernel, dtype, 32000, target, BLOCK=4096)
+        report(gradient.rescale_kernel, dtype, 32000, target, BLOCK=4096, warps=8)
 
 
 def variants(target: str) -> None:
@@ -126,7 +126,7 @@ def variants(target: str) -> None:
             spec = dict(zip(GRPO, (surrogate, estimator, through, weighted), strict=True))
             absent = ("old",) if surrogate == 0 else ()
             absent += () if estimator else ("ref", "kl_weight")
-            report(surrogates.token_terms_kernel, torch.float32, 32000, target, absent, **spec, BLOCK=1024)
+            report(one_pass.token_terms_kernel, torch.float32, 32000, target, absent, **spec, BLOCK=1024)
             if surrogate == 2 or estimator == 0:
                 _one_pass(target, 32000, absent + (() if weighted else ("entropy_weight",)), False, spec)
     for vocab in (32000, 151936):
@@ -134,7 +134,7 @@ def variants(target: str) -> None:
 
 
 def _one_pass(target: str, vocab: int, absent: tuple[str, ...], softcap: bool, spec: dict[str, int]) -> None:
-    blocks = launch.blocks_for(vocab, torch.bfloat16)
+    blocks = launch.blocks_for(vocab, torch.bfloat16, softcap)
     row = {"SPAN": blocks.span, "BLOCK": blocks.block, "STAGES": blocks.stages, "SOFTCAP": softcap}
     held = 0 if softcap else blocks.held(vocab)
     report(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..rows import Rows, batch_and_row_stride
 from . import Request
+from .torch import rescale as rescale
 from .torch import token_id_message
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
@@ -196,11 +197,6 @@ def token_sums(
     weights = {"policy_weight": policy_weight, "kl_weight": kl_weight, "entropy_weight": entropy_weight}
     _point(params, {**records, **masks, **weights, "partials": partials, "sums": sums, "loss": loss})
     library().grpo_cpu_token_sums(ctypes.byref(params))
-
-
-def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
-    if not torch.equal(upstream, announced):
-        gradient.mul_((upstream / announced).to(announced.dtype))
 
 
 def token_terms(numbers: Tensor, spec: list[int], **per_row: Tensor | None) -> None:

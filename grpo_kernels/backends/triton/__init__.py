@@ -60,7 +60,7 @@ def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, lse: Tensor) -> Non
     from . import forward, launch
 
     count, device = rows.token_ids.numel(), rows.logits.device
-    blocks = launch.blocks_for(rows.vocab, rows.logits.dtype)
+    blocks = launch.blocks_for(rows.vocab, rows.logits.dtype, rows.softcap)
     spans = -(-rows.vocab // blocks.span)
     outputs, sizes = (log_prob, entropy, lse), (rows.token_ids.shape[1], rows.vocab)
     constants = launch.row_constants(rows, blocks)
@@ -87,7 +87,7 @@ def log_probs_backward(
     from . import gradient, launch
 
     count, device = rows.token_ids.numel(), rows.logits.device
-    blocks = launch.blocks_for(rows.vocab, rows.logits.dtype)
+    blocks = launch.blocks_for(rows.vocab, rows.logits.dtype, rows.softcap)
     parts, share = launch.gradient_parts(count, rows.vocab, blocks.block, device)
     per_row = (log_prob, entropy, lse, grad_log_prob, grad_entropy)
     arguments = (*launch.row_arguments(rows), *per_row, *launch.out_arguments(out))
@@ -115,7 +115,7 @@ def fused_loss(
 ) -> None:
     from . import launch, one_pass
 
-    blocks = launch.blocks_for(rows.vocab, rows.logits.dtype)
+    blocks = launch.blocks_for(rows.vocab, rows.logits.dtype, rows.softcap)
     per_row = (advantage, policy_weight, old, ref, kl_weight, entropy_weight)
     outputs = (log_prob, entropy, lse, policy, kl, flags)
     arguments = (*launch.row_arguments(rows), *per_row, *outputs, *launch.out_arguments(out))
@@ -133,12 +133,12 @@ def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
     rows, device = gradient.numel() // max(vocab, 1), gradient.device
     programs = min(rows, launch.programs_wanted(device))
     arguments = (gradient, *batch_and_row_stride(gradient), upstream, announced, length, rows, vocab)
-    launch.launch(kernels.rescale_kernel, programs, device, *arguments, BLOCK=4096)
+    launch.launch(kernels.rescale_kernel, programs, device, *arguments, BLOCK=4096, warps=8)
 
 
 def token_terms(numbers: Tensor, spec: list[int], **per_row: Tensor | None) -> None:
     """The per-token maths alone: what the parity test compares with Python."""
-    from . import launch, surrogates
+    from . import launch, one_pass
 
     names = ("log_prob", "old", "ref", "advantage", "policy_weight", "kl_weight", "policy", "kl", "flags", "slope")
     tensors = [per_row.get(name) for name in names]
@@ -148,7 +148,7 @@ def token_terms(numbers: Tensor, spec: list[int], **per_row: Tensor | None) -> N
     programs = -(-count // 1024)
     constants = _spec_constants(spec)
     launch.launch(
-        surrogates.token_terms_kernel, programs, log_prob.device, numbers, *tensors, count, **constants, BLOCK=1024
+        one_pass.token_terms_kernel, programs, log_prob.device, numbers, *tensors, count, **constants, BLOCK=1024
     )
 
 

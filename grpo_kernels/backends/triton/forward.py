@@ -16,8 +16,7 @@ from .rows import (
     is_finite,
     load_block,
     logit_map,
-    row_offset,
-    target_value,
+    sampled,
     values_of,
 )
 
@@ -27,6 +26,12 @@ def store_stats(row_index, log_prob, entropy, lse, stats):
     tl.store(log_prob + row_index, stats[0])
     tl.store(entropy + row_index, stats[1])
     tl.store(lse + row_index, stats[2])
+
+
+@triton.jit
+def store_no_stats(row_index, log_prob, entropy, lse):
+    """Of a dead row."""
+    store_stats(row_index, log_prob, entropy, lse, (0, 0, 0))
 
 
 @triton.jit
@@ -46,17 +51,18 @@ def span_sums(
     """Of the columns [begin, begin + SPAN) that the row has."""
     end = tl.minimum(begin + SPAN, vocab)
     whole = begin + (end - begin) // BLOCK * BLOCK
-    slope = mapping[3]
     total = tl.zeros([BLOCK], numbers.dtype.element_ty)
     weighted = total
     for start in tl.range(begin, whole, BLOCK, num_stages=STAGES):
         logits = load_block(row, start, vocab, numbers, BLOCK, False)
-        values = values_of(logits, start, vocab, mapping, BLOCK, False, SOFTCAP)
-        total, weighted = add_block(total, weighted, values, start, target, anchor, slope, BLOCK)
+        total, weighted = add_block(
+            total, weighted, logits, start, target, anchor, vocab, mapping, BLOCK, False, SOFTCAP
+        )
     if whole < end:
         logits = load_block(row, whole, vocab, numbers, BLOCK, True)
-        values = values_of(logits, whole, vocab, mapping, BLOCK, True, SOFTCAP)
-        total, weighted = add_block(total, weighted, values, whole, target, anchor, slope, BLOCK)
+        total, weighted = add_block(
+            total, weighted, logits, whole, target, anchor, vocab, mapping, BLOCK, True, SOFTCAP
+        )
     return tl.sum(total, 0), tl.sum(weighted, 0)
 
 
@@ -137,13 +143,12 @@ def log_probs_kernel(
     """One program a row."""
     row_index = tl.program_id(0)
     if tl.load(live + row_index) == 0:
-        zero = tl.load(numbers) * 0
-        store_stats(row_index, log_prob, entropy, lse, (zero, zero, zero))
+        store_no_stats(row_index, log_prob, entropy, lse)
         return
     mapping = logit_map(numbers, SOFTCAP)
-    row = logits + row_offset(row_index, length, batch_stride, row_stride)
-    target = tl.load(token_ids + row_index)
-    _, value = target_value(row, target, vocab, numbers, mapping, SOFTCAP)
+    row, target, _, value = sampled(
+        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
+    )
     anchor = anchor_of(value)
     total, weighted = row_sums(row, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
     stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
@@ -173,9 +178,9 @@ def span_sums_kernel(
     if tl.load(live + row_index) == 0:
         return
     mapping = logit_map(numbers, SOFTCAP)
-    row = logits + row_offset(row_index, length, batch_stride, row_stride)
-    target = tl.load(token_ids + row_index)
-    _, value = target_value(row, target, vocab, numbers, mapping, SOFTCAP)
+    row, target, _, value = sampled(
+        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
+    )
     anchor = anchor_of(value)
     sums = span_sums(row, span * SPAN, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
     partial += tl.program_id(0).to(tl.int64) * 2
@@ -206,13 +211,12 @@ def merge_spans_kernel(
     """The sums of ``span_sums_kernel``, added left to right as ``log_probs_kernel`` does."""
     row_index = tl.program_id(0)
     if tl.load(live + row_index) == 0:
-        zero = tl.load(numbers) * 0
-        store_stats(row_index, log_prob, entropy, lse, (zero, zero, zero))
+        store_no_stats(row_index, log_prob, entropy, lse)
         return
     mapping = logit_map(numbers, SOFTCAP)
-    row = logits + row_offset(row_index, length, batch_stride, row_stride)
-    target = tl.load(token_ids + row_index)
-    _, value = target_value(row, target, vocab, numbers, mapping, SOFTCAP)
+    row, target, _, value = sampled(
+        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
+    )
     partial += row_index.to(tl.int64) * spans * 2
     total = tl.load(numbers) * 0
     weighted = total

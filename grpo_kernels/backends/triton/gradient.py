@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import gradient_of, gradient_terms, logit_map, row_offset, target_value
+from .rows import gradient_of, gradient_terms, logit_map, row_offset, sampled
 
 
 @triton.jit
@@ -82,9 +82,9 @@ def gradient_kernel(
         fill(out, zero, first, last, vocab, BLOCK)
         return
     mapping = logit_map(numbers, SOFTCAP)
-    row = logits + row_offset(row_index, length, batch_stride, row_stride)
-    target = tl.load(token_ids + row_index)
-    target_logit, _ = target_value(row, target, vocab, numbers, mapping, SOFTCAP)
+    row, target, target_logit, _ = sampled(
+        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
+    )
     HAS_H: tl.constexpr = grad_entropy is not None
     terms = gradient_terms(
         tl.load(log_prob + row_index),

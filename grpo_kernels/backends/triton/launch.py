@@ -19,8 +19,8 @@ _GRADIENT_COLUMNS = 32768
 
 
 class Blocks(NamedTuple):
-    """How a row is cut. All kernels of a vocabulary and dtype take the same, or their bits would differ: the order of
-    a sum depends on the block and the number of warps."""
+    """How a row is cut. All kernels of a vocabulary, dtype and softcap take the same, or their bits would
+    differ: the order of a sum depends on the block and the number of warps."""
 
     span: int
     """Columns whose sums are added lane by lane."""
@@ -35,13 +35,13 @@ class Blocks(NamedTuple):
 
 
 @functools.cache
-def blocks_for(vocab: int, dtype: torch.dtype) -> Blocks:
-    """From the vocabulary and the dtype alone. Chosen by counting instructions and by compiling for sm_80 to sm_100
-    without spills; not yet tuned on a GPU."""
+def blocks_for(vocab: int, dtype: torch.dtype, softcap: bool = False) -> Blocks:
+    """From what the row is alone, never from the number of rows. Chosen by counting instructions and by
+    compiling for sm_80 to sm_100 without spills; not yet tuned on a GPU."""
     whole = triton.next_power_of_2(vocab)
     if dtype == torch.float64:
         return Blocks(span=4096, block=min(whole, 1024), warps=8, stages=3)
-    if 8192 < vocab <= 32768:
+    if 8192 < vocab <= 32768 and not softcap:
         return Blocks(span=32768, block=4096, warps=16, stages=4)
     return Blocks(span=32768, block=min(whole, 2048), warps=8 if whole > 1024 else 4, stages=4)
 

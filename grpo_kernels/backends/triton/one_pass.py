@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import row_sums, settle, store_stats
+from .forward import row_sums, settle, store_no_stats, store_stats
 from .gradient import fill, write_gradient
 from .rows import (
     add_block,
@@ -17,7 +17,7 @@ from .rows import (
     load_block,
     logit_map,
     row_offset,
-    target_value,
+    sampled,
     values_of,
 )
 from .surrogates import GRAD_SCALE, NO_KL, token_terms
@@ -31,8 +31,9 @@ def held_sums(
     total = tl.zeros([BLOCK], numbers.dtype.element_ty)
     weighted = total
     for i in tl.static_range(HELD):
-        values = values_of(held[i], i * BLOCK, vocab, mapping, BLOCK, i == HELD - 1, SOFTCAP)
-        total, weighted = add_block(total, weighted, values, i * BLOCK, target, anchor, mapping[3], BLOCK)
+        total, weighted = add_block(
+            total, weighted, held[i], i * BLOCK, target, anchor, vocab, mapping, BLOCK, i == HELD - 1, SOFTCAP
+        )
     return tl.sum(total, 0), tl.sum(weighted, 0)
 
 
@@ -55,6 +56,7 @@ def held_stats(
 @triton.jit
 def row_terms(
     row_index,
+    inside,
     row_log_prob,
     numbers,
     advantage,
@@ -70,31 +72,31 @@ def row_terms(
     KL_STRAIGHT_THROUGH: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
 ):
-    """Write a row's terms; d loss / d log_prob."""
+    """Write a row's terms (or those of several, ``inside`` a mask); d loss / d log_prob."""
     row_old = row_log_prob
     row_ref = row_log_prob
     weight = row_log_prob
     if old is not None:
-        row_old = tl.load(old + row_index)
+        row_old = tl.load(old + row_index, mask=inside)
     if KL_ESTIMATOR != NO_KL:
-        row_ref = tl.load(ref + row_index)
-        weight = tl.load(kl_weight + row_index)
+        row_ref = tl.load(ref + row_index, mask=inside)
+        weight = tl.load(kl_weight + row_index, mask=inside)
     policy_value, kl_value, slope, row_flags = token_terms(
         numbers,
         row_log_prob,
         row_old,
         row_ref,
-        tl.load(advantage + row_index),
-        tl.load(policy_weight + row_index),
+        tl.load(advantage + row_index, mask=inside),
+        tl.load(policy_weight + row_index, mask=inside),
         weight,
         SURROGATE,
         KL_ESTIMATOR,
         KL_STRAIGHT_THROUGH,
         KL_RATIO_WEIGHTED,
     )
-    tl.store(policy + row_index, policy_value)
-    tl.store(kl + row_index, kl_value)
-    tl.store(flags + row_index, row_flags.to(tl.uint8))
+    tl.store(policy + row_index, policy_value, mask=inside)
+    tl.store(kl + row_index, kl_value, mask=inside)
+    tl.store(flags + row_index, row_flags.to(tl.uint8), mask=inside)
     return slope
 
 
@@ -141,16 +143,16 @@ def one_pass_kernel(
     out += row_offset(row_index, length, out_batch_stride, out_row_stride)
     zero = tl.load(numbers) * 0
     if tl.load(live + row_index) == 0:
-        store_stats(row_index, log_prob, entropy, lse, (zero, zero, zero))
+        store_no_stats(row_index, log_prob, entropy, lse)
         tl.store(policy + row_index, zero)
         tl.store(kl + row_index, zero)
         tl.store(flags + row_index, zero.to(tl.uint8))
         fill(out, zero, 0, tl.cdiv(vocab, BLOCK), vocab, BLOCK)
         return
     mapping = logit_map(numbers, SOFTCAP)
-    row = logits + row_offset(row_index, length, batch_stride, row_stride)
-    target = tl.load(token_ids + row_index)
-    target_logit, value = target_value(row, target, vocab, numbers, mapping, SOFTCAP)
+    row, target, target_logit, value = sampled(
+        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
+    )
     anchor = anchor_of(value)
     held = ()
     if HELD == 0:
@@ -160,12 +162,13 @@ def one_pass_kernel(
         for i in tl.static_range(HELD):
             held += (load_block(row, i * BLOCK, vocab, numbers, BLOCK, i == HELD - 1),)
         stats = held_stats(held, target, value, vocab, numbers, mapping, HELD, BLOCK, SOFTCAP)
+    store_stats(row_index, log_prob, entropy, lse, stats)
     row_log_prob, row_entropy, row_lse = stats
-    store_stats(row_index, log_prob, entropy, lse, (row_log_prob, row_entropy, row_lse))
 
     grad_scale = tl.load(numbers + GRAD_SCALE)
     g = grad_scale * row_terms(
         row_index,
+        None,
         row_log_prob,
         numbers,
         advantage,
@@ -200,3 +203,48 @@ def one_pass_kernel(
                 tl.store(out + columns, gradient, mask=columns < vocab)
             else:
                 tl.store(out + columns, gradient)
+
+
+@triton.jit(do_not_specialize=["count"])
+def token_terms_kernel(
+    numbers,
+    log_prob,
+    old,
+    ref,
+    advantage,
+    policy_weight,
+    kl_weight,
+    policy,
+    kl,
+    flags,
+    slope,
+    count,
+    SURROGATE: tl.constexpr,
+    KL_ESTIMATOR: tl.constexpr,
+    KL_STRAIGHT_THROUGH: tl.constexpr,
+    KL_RATIO_WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The per-token maths alone, for the parity test."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < count
+    row_log_prob = tl.load(log_prob + at, mask=inside)
+    row_slope = row_terms(
+        at,
+        inside,
+        row_log_prob,
+        numbers,
+        advantage,
+        policy_weight,
+        old,
+        ref,
+        kl_weight,
+        policy,
+        kl,
+        flags,
+        SURROGATE,
+        KL_ESTIMATOR,
+        KL_STRAIGHT_THROUGH,
+        KL_RATIO_WEIGHTED,
+    )
+    tl.store(slope + at, row_slope, mask=inside)

@@ -83,9 +83,22 @@ def anchor_of(value):
 
 
 @triton.jit
-def add_block(total, weighted, values, start, target, anchor, slope, BLOCK: tl.constexpr):
+def add_block(
+    total,
+    weighted,
+    logits,
+    start,
+    target,
+    anchor,
+    vocab,
+    mapping,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
     """Lane by lane sums of 2^power and 2^power * power without the sampled column, power = (value - anchor) * slope."""
-    power = max_or_nan((values - anchor) * slope, LOWEST_POWER)
+    values = values_of(logits, start, vocab, mapping, BLOCK, MASKED, SOFTCAP)
+    power = max_or_nan((values - anchor) * mapping[3], LOWEST_POWER)
     exps = tl.exp2(power)
     exps = tl.where(tl.arange(0, BLOCK) == target - start, 0, exps)
     return total + exps, tl.fma(exps, power, weighted)
@@ -103,6 +116,26 @@ def target_value(row, target, vocab, numbers, mapping, SOFTCAP: tl.constexpr):
     known = (target >= 0) & (target < vocab)
     logit = tl.load(row + target, mask=known, other=float("nan")).to(real)
     return logit, value_of(logit, mapping[0], mapping[1], SOFTCAP)
+
+
+@triton.jit
+def sampled(
+    logits,
+    batch_stride,
+    row_stride,
+    token_ids,
+    row_index,
+    length,
+    vocab,
+    numbers,
+    mapping,
+    SOFTCAP: tl.constexpr,
+):
+    """A row's place, its sampled column, and that column's logit and value."""
+    row = logits + row_offset(row_index, length, batch_stride, row_stride)
+    target = tl.load(token_ids + row_index)
+    logit, value = target_value(row, target, vocab, numbers, mapping, SOFTCAP)
+    return row, target, logit, value
 
 
 @triton.jit
