@@ -29,11 +29,11 @@ FLUSH_BYTES = 256 << 20
 class Workload:
     """Tokens in 8 sequences; ``fresh`` restores the logits, which in place overwrites."""
 
-    def __init__(self, tokens: int, vocab: int, device: str) -> None:
+    def __init__(self, tokens: int, vocab: int, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         shape = (8, tokens // 8)
         generator = torch.Generator(device).manual_seed(0)
         options = {"generator": generator, "device": device}
-        self.kept = (2 * torch.randn(*shape, vocab, **options)).to(torch.bfloat16)
+        self.kept = (2 * torch.randn(*shape, vocab, **options)).to(dtype)
         self.buffer = self.kept.clone()
         self.ids = torch.randint(vocab, shape, **options)
         self.advantages = torch.randn(8, **options)
@@ -41,7 +41,7 @@ class Workload:
         log_probs = token_log_probs(self.kept, self.ids, backend="torch").log_probs
         self.old = log_probs + 0.2 * torch.randn(shape, **options)
         self.ref = log_probs + 0.2 * torch.randn(shape, **options)
-        self.bytes = self.kept.numel() * 2
+        self.bytes = self.kept.numel() * dtype.itemsize
 
     def fresh(self) -> None:
         self.buffer.copy_(self.kept)
@@ -65,18 +65,21 @@ class _Handed(torch.autograd.Function):
         return None, None
 
 
+def ours(work: Workload, upstream: float, inplace: bool, backend: str | None = None) -> Callable[[], object]:
+    """Computes loss and gradient once, as the other providers do."""
+
+    def step() -> None:
+        anchor = torch.zeros((), device=work.kept.device, requires_grad=True)
+        logits = _Handed.apply(anchor, work.buffer)
+        options = {"old_log_probs": work.old, "ref_log_probs": work.ref, "config": CONFIG, "grad_scale": upstream}
+        out = grpo_loss(logits, *work.arguments(), **options, inplace=inplace, backend=backend)
+        (out.loss * upstream).backward()
+
+    return step
+
+
 def providers(work: Workload, upstream: float) -> dict[str, Callable[[], object]]:
-    """Each computes loss and gradient once; what is missing here is absent."""
-    old_ref = {"old_log_probs": work.old, "ref_log_probs": work.ref, "config": CONFIG}
-
-    def ours(inplace: bool) -> Callable[[], object]:
-        def step() -> None:
-            anchor = torch.zeros((), device=work.kept.device, requires_grad=True)
-            logits = _Handed.apply(anchor, work.buffer)
-            out = grpo_loss(logits, *work.arguments(), **old_ref, inplace=inplace, grad_scale=upstream)
-            (out.loss * upstream).backward()
-
-        return step
+    """What is missing here is absent."""
 
     def eager(function: Callable[..., Any]) -> Callable[[], object]:
         def step() -> None:
@@ -85,7 +88,7 @@ def providers(work: Workload, upstream: float) -> dict[str, Callable[[], object]
 
         return step
 
-    found: dict[str, Callable[[], object]] = {"ours, in place": ours(True), "ours": ours(False)}
+    found = {"ours, in place": ours(work, upstream, True), "ours": ours(work, upstream, False)}
     found["eager fp32"] = eager(eager_loss)
     found["torch.compile"] = eager(torch.compile(eager_loss))
     if step := _liger(work, upstream):

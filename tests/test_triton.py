@@ -16,6 +16,9 @@ from grpo_kernels import backends, grpo_loss, token_log_probs
 
 pytest.importorskip("triton")
 launch = pytest.importorskip("grpo_kernels.backends.triton.launch")
+blocks = pytest.importorskip("grpo_kernels.backends.triton.blocks")
+blocks_for = blocks.blocks_for
+
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="counts what the interpreter loads and stores")
 OFFLINE = Path(__file__).with_name("triton_offline.py")
 
@@ -61,12 +64,12 @@ def test_rows_are_read_as_often_as_claimed(traffic, vocab):
     assert traffic(leaf) == {"read": rows * (vocab + 1), "written": 0}
     traffic.clear()
     (gradient,) = torch.autograd.grad(out.log_probs.sum(), leaf)
-    parts = launch.gradient_parts(3, vocab, launch.blocks_for(vocab, torch.float32).block, leaf.device)[0]
+    parts = launch.gradient_parts(3, vocab, blocks_for(vocab, torch.float32).block, leaf.device)[0]
     assert traffic(leaf) == {"read": rows * (vocab + parts), "written": 0}
     assert traffic(gradient)["written"] == 3 * vocab
     traffic.clear()
     out = grpo_loss(leaf, *case.arguments, config="reinforce", backend="triton")
-    held = launch.blocks_for(vocab, torch.float32).held(vocab) > 0
+    held = blocks_for(vocab, torch.float32).held(vocab) > 0
     assert held == (vocab <= 32768)
     assert traffic(leaf) == {"read": rows * (vocab + 1), "written": 0}
     traffic.clear()
@@ -86,7 +89,7 @@ def test_rows_of_known_slope_are_not_read_again(traffic):
     traffic.clear()
     out = grpo_loss(leaf, case.token_ids, advantages, old_log_probs=case.options["old_log_probs"], backend="triton")
     (gradient,) = torch.autograd.grad(out.loss, leaf)
-    parts = launch.gradient_parts(3, 40000, launch.blocks_for(40000, torch.float32).block, leaf.device)[0]
+    parts = launch.gradient_parts(3, 40000, blocks_for(40000, torch.float32).block, leaf.device)[0]
     assert traffic(leaf)["read"] == 3 * 40001 + 40000 + parts
     assert traffic(gradient)["written"] == 3 * 40000
     assert (gradient[0, :2] == 0).all()
@@ -121,7 +124,8 @@ def test_a_walked_row_is_a_held_row(monkeypatch, dtype, vocab):
     case = make(batch=2, length=3, vocab=vocab, dtype=dtype)
     options = {"kl_coef": 0.1, "entropy_coef": 0.01, "grad_scale": 0.5}
     (expected, gradient) = case.run("triton", **options)
-    monkeypatch.setattr(launch, "held_blocks", lambda rows, blocks: 0)
+    walked_blocks = blocks_for(vocab, dtype)._replace(hold=False, two_sweeps=True)
+    monkeypatch.setattr(launch, "blocks_of", lambda rows: walked_blocks)
     (out, walked) = case.run("triton", **options)
     assert torch.equal(out.log_probs, expected.log_probs)
     assert torch.equal(out.loss, expected.loss)
@@ -209,7 +213,7 @@ TARGETS = [
 def test_kernels_compile_without_spills(target):
     """fp64, there to check gradients, may spill."""
     lines = offline("plain", target)
-    assert len(lines) == 42
+    assert len(lines) == 46
     for line in lines:
         # Two of 256 registers of a held fp32 row, once a row, on AMD.
         allowed = 2 if (target, line["dtype"], line["vocab"]) == ("gfx942", "fp32", 32000) else 0
@@ -236,6 +240,25 @@ def test_every_variant_compiles_without_spills(target):
     lines = offline("variants", target)
     assert len(lines) == 36
     assert all(line["spills"] == 0 for line in lines), [line for line in lines if line["spills"]]
+
+
+def test_table_of_blocks(monkeypatch):
+    """Every row has an entry; a GPU's own come first; rows of less than a block are not padded to one."""
+    for target in ("any", *blocks.table()):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            for vocab in (1, 300, 8192, 8193, 32768, 32769, 2**30):
+                for softcap in (False, True):
+                    found = blocks.blocks_for(vocab, dtype, softcap, target)
+                    assert found.span % found.block == 0
+                    assert found.block < 2 * vocab
+                    assert found.held(vocab) == 0 or found.held(vocab) * found.block < vocab + found.block
+    assert blocks.blocks_for(8192, torch.float32, target="sm_75") == blocks.blocks_for(8192, torch.float32)
+    own = {**blocks.table()["any"][2], "dtype": "bfloat16", "block": 1024, "columns": 8192}
+    monkeypatch.setitem(blocks.table(), "sm_75", [own])
+    blocks.blocks_for.cache_clear()
+    assert blocks.blocks_for(8192, torch.bfloat16, target="sm_75").block == 1024
+    assert blocks.blocks_for(8192, torch.float32, target="sm_75").block == 2048
+    blocks.blocks_for.cache_clear()
 
 
 def test_lengths_and_numbers_compile_nothing():

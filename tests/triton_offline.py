@@ -23,12 +23,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from grpo_kernels.backends.triton import forward, gradient, launch, one_pass
+from grpo_kernels.backends.triton import forward, gradient, one_pass, sums
+from grpo_kernels.backends.triton.blocks import blocks_for
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
-POINTERS = {"token_ids": "i64", "live": "i1", "flags": "u8"}
+POINTERS = {"token_ids": "i64", "live": "i1", "masked_in": "i1", "flags": "u8", "chunk_records": "fp64", "sums": "fp64"}
 STRIDES = ("batch_stride", "row_stride", "out_batch_stride", "out_row_stride")
-LENGTHS = ("length", "vocab", "parts", "blocks", "spans", "rows", "count")
+LENGTHS = ("length", "vocab", "parts", "blocks", "spans", "rows", "count", "chunks", "sequences")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 GRPO = {"SURROGATE": 2, "KL_ESTIMATOR": 3, "KL_STRAIGHT_THROUGH": 0, "KL_RATIO_WEIGHTED": 0}
 PARITY = {**GRPO, "BLOCK": 1024}
@@ -104,7 +105,7 @@ def plain(target: str) -> None:
     """Every kernel, dtype and size class with the settings of GRPO with KL."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for vocab in (1000, 8192, 32000, 151936) if dtype in (torch.bfloat16, torch.float32) else (151936,):
-            blocks = launch.blocks_for(vocab, dtype)
+            blocks = blocks_for(vocab, dtype, target=target)
             row = {"SPAN": blocks.span, "BLOCK": blocks.block, "STAGES": blocks.stages, "SOFTCAP": False}
             row["warps"] = blocks.warps
             report(forward.log_probs_kernel, dtype, vocab, target, **row)
@@ -116,6 +117,9 @@ def plain(target: str) -> None:
                 report(forward.span_sums_kernel, dtype, vocab, target, **row)
                 report(forward.merge_spans_kernel, dtype, vocab, target, **row)
         report(gradient.rescale_kernel, dtype, 32000, target, BLOCK=4096, warps=8)
+    for dtype in (torch.float32, torch.float64):
+        report(sums.chunk_sums_kernel, dtype, 1, target, KL_ESTIMATOR=3, CHUNK=sums.TOKENS_PER_CHUNK)
+        report(sums.merge_chunks_kernel, dtype, 1, target, AT_ONCE=sums.CHUNKS_AT_ONCE)
 
 
 def variants(target: str) -> None:
@@ -134,9 +138,9 @@ def variants(target: str) -> None:
 
 
 def _one_pass(target: str, vocab: int, absent: tuple[str, ...], softcap: bool, spec: dict[str, int]) -> None:
-    blocks = launch.blocks_for(vocab, torch.bfloat16, softcap)
+    blocks = blocks_for(vocab, torch.bfloat16, softcap, target)
     row = {"SPAN": blocks.span, "BLOCK": blocks.block, "STAGES": blocks.stages, "SOFTCAP": softcap}
-    held = 0 if softcap else blocks.held(vocab)
+    held = blocks.held(vocab)
     report(
         one_pass.one_pass_kernel, torch.bfloat16, vocab, target, absent, HELD=held, warps=blocks.warps, **row, **spec
     )

@@ -1,19 +1,19 @@
 """Triton kernels, for NVIDIA and AMD GPUs; on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1).
 
-rows.py has the maths of a row, surrogates.py that of a token; forward.py, gradient.py and one_pass.py have the kernels,
-launch.py block sizes and grids.
+rows.py has the maths of a row, surrogates.py that of a token; forward.py, gradient.py, one_pass.py and sums.py have the
+kernels, launch.py grids, blocks.py block sizes.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...rows import Rows, batch_and_row_stride
 from .. import Request
-from ..torch import token_sums as token_sums
 
 _MINIMUM_TRITON = (3, 6)
 _LONGEST_VOCABULARY = 2**30
@@ -30,9 +30,9 @@ def unsupported(request: Request) -> str | None:
     if request.vocab > _LONGEST_VOCABULARY:
         return f"it serves vocabularies of up to {_LONGEST_VOCABULARY} columns"
     if request.fused:
-        from . import launch
+        from .blocks import blocks_for, target_of
 
-        if not launch.blocks_for(request.vocab, request.dtype).held(request.vocab):
+        if not blocks_for(request.vocab, request.dtype, target=target_of(request.device)).fuses(request.vocab):
             return "a row this long does not stay in registers, and two sweeps have not been measured faster"
     return None
 
@@ -60,7 +60,7 @@ def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, lse: Tensor) -> Non
     from . import forward, launch
 
     count, device = rows.token_ids.numel(), rows.logits.device
-    blocks = launch.blocks_for(rows.vocab, rows.logits.dtype, rows.softcap)
+    blocks = launch.blocks_of(rows)
     spans = -(-rows.vocab // blocks.span)
     outputs, sizes = (log_prob, entropy, lse), (rows.token_ids.shape[1], rows.vocab)
     constants = launch.row_constants(rows, blocks)
@@ -87,7 +87,7 @@ def log_probs_backward(
     from . import gradient, launch
 
     count, device = rows.token_ids.numel(), rows.logits.device
-    blocks = launch.blocks_for(rows.vocab, rows.logits.dtype, rows.softcap)
+    blocks = launch.blocks_of(rows)
     parts, share = launch.gradient_parts(count, rows.vocab, blocks.block, device)
     per_row = (log_prob, entropy, lse, grad_log_prob, grad_entropy)
     arguments = (*launch.row_arguments(rows), *per_row, *launch.out_arguments(out))
@@ -115,14 +115,28 @@ def fused_loss(
 ) -> None:
     from . import launch, one_pass
 
-    blocks = launch.blocks_for(rows.vocab, rows.logits.dtype, rows.softcap)
+    blocks = launch.blocks_of(rows)
     per_row = (advantage, policy_weight, old, ref, kl_weight, entropy_weight)
     outputs = (log_prob, entropy, lse, policy, kl, flags)
     arguments = (*launch.row_arguments(rows), *per_row, *outputs, *launch.out_arguments(out))
     sizes = (rows.token_ids.shape[1], rows.vocab)
-    constants = launch.row_constants(rows, blocks) | _spec_constants(spec) | {"HELD": launch.held_blocks(rows, blocks)}
+    constants = launch.row_constants(rows, blocks) | _spec_constants(spec) | {"HELD": blocks.held(rows.vocab)}
     count, device = rows.token_ids.numel(), rows.logits.device
     launch.launch(one_pass.one_pass_kernel, count, device, *arguments, *sizes, **constants)
+
+
+def token_sums(log_prob: Tensor, *rest: Any) -> None:
+    """``rest`` as in backends/torch.py."""
+    from . import launch, sums
+
+    *tensors, kl_estimator, sequences, loss, totals = rest
+    count, device = log_prob.numel(), log_prob.device
+    chunks = -(-count // sums.TOKENS_PER_CHUNK)
+    partial = torch.empty(chunks, sums.WIDTH.value, dtype=totals.dtype, device=device)
+    constants = {"KL_ESTIMATOR": kl_estimator, "CHUNK": sums.TOKENS_PER_CHUNK}
+    launch.launch(sums.chunk_sums_kernel, chunks, device, log_prob, *tensors, partial, count, **constants)
+    at_once = sums.CHUNKS_AT_ONCE
+    launch.launch(sums.merge_chunks_kernel, 1, device, partial, loss, totals, chunks, sequences, AT_ONCE=at_once)
 
 
 def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:

@@ -1,49 +1,22 @@
-"""Block sizes and launches: from tensors to grids."""
+"""From tensors to launches."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from ...rows import Rows, batch_and_row_stride
+from .blocks import Blocks, blocks_for, target_of
 
 _PROGRAMS_PER_PROCESSOR = 4
 _GRADIENT_COLUMNS = 32768
 """Of a row, for one program of the gradient kernel."""
-
-
-class Blocks(NamedTuple):
-    """How a row is cut. All kernels of a vocabulary, dtype and softcap take the same, or their bits would
-    differ: the order of a sum depends on the block and the number of warps."""
-
-    span: int
-    """Columns whose sums are added lane by lane."""
-    block: int
-    warps: int
-    """Of 32 threads."""
-    stages: int
-
-    def held(self, vocab: int) -> int:
-        """How many blocks of a row stay in registers, which is then read once; 0: it is longer than a span."""
-        return triton.cdiv(vocab, self.block) if vocab <= self.span else 0
-
-
-@functools.cache
-def blocks_for(vocab: int, dtype: torch.dtype, softcap: bool = False) -> Blocks:
-    """From what the row is alone, never from the number of rows. Chosen by counting instructions and by
-    compiling for sm_80 to sm_100 without spills; not yet tuned on a GPU."""
-    whole = triton.next_power_of_2(vocab)
-    if dtype == torch.float64:
-        return Blocks(span=4096, block=min(whole, 1024), warps=8, stages=3)
-    if 8192 < vocab <= 32768 and not softcap:
-        return Blocks(span=32768, block=4096, warps=16, stages=4)
-    return Blocks(span=32768, block=min(whole, 2048), warps=8 if whole > 1024 else 4, stages=4)
 
 
 @functools.cache
@@ -70,6 +43,10 @@ def gradient_parts(rows: int, vocab: int, block: int, device: torch.device) -> t
     return triton.cdiv(blocks, share), share
 
 
+def blocks_of(rows: Rows) -> Blocks:
+    return blocks_for(rows.vocab, rows.logits.dtype, rows.softcap, target_of(rows.logits.device))
+
+
 def row_arguments(rows: Rows) -> tuple[Any, ...]:
     return rows.logits, *rows.strides, rows.token_ids, rows.live, rows.numbers
 
@@ -77,11 +54,6 @@ def row_arguments(rows: Rows) -> tuple[Any, ...]:
 def row_constants(rows: Rows, blocks: Blocks) -> dict[str, Any]:
     sizes = {"SPAN": blocks.span, "BLOCK": blocks.block, "STAGES": blocks.stages, "warps": blocks.warps}
     return sizes | {"SOFTCAP": rows.softcap}
-
-
-def held_blocks(rows: Rows, blocks: Blocks) -> int:
-    """A softcap's arithmetic leaves no registers to hold a row in."""
-    return 0 if rows.softcap else blocks.held(rows.vocab)
 
 
 def out_arguments(out: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,139 @@
+"""Measure how rows are best cut on this GPU and write its entries of grpo_kernels/backends/triton/blocks.json.
+
+    python benchmarks/tune_triton.py                      # bfloat16 and float32, about four minutes each
+    python benchmarks/tune_triton.py --dtypes bfloat16 --minutes 9 --out /tmp/blocks.json
+
+For each dtype and length of rows: first block and warps, then stages of the forward's pipeline, then one pass with the
+row held in registers against one pass of two sweeps against two passes. The score is the time of the forward alone plus
+that of loss and gradient in place; a slower kind of pass is left only for one that is 10 % faster. The file is written
+after each class of rows, so that a stopped run keeps what it had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import gpu_timing
+import torch
+
+from grpo_kernels import token_log_probs
+from grpo_kernels.backends.triton import blocks
+
+CLASSES = {8192: 8192, 32768: 32000, None: 151936}
+"""Longest row of a class of entries, and the row it is measured on."""
+LOGITS_BYTES = 1 << 30
+SIZES = [
+    (block, warps)
+    for block in (1024, 2048, 4096, 8192)
+    for warps in (4, 8, 16, 32)
+    if 4 <= block // warps // 32 <= 32  # columns a thread
+]
+WORTHWHILE = 0.9
+"""Of the time of the plainer way: two sweeps in one kernel are taken below it."""
+
+Entry = dict[str, Any]
+
+
+def changes(columns: int | None, span: int) -> dict[str, list[Entry]]:
+    """What to vary, one after the other, each from the best so far."""
+    ways = [{"hold": False, "two_sweeps": sweeps} for sweeps in (False, True)]
+    if columns is not None and columns <= span:
+        ways.insert(0, {"hold": True, "two_sweeps": False})
+    sizes = [{"block": block, "warps": warps} for block, warps in SIZES]
+    return {"sizes": sizes, "stages": [{"stages": stages} for stages in (1, 2, 3, 5)], "passes": ways}
+
+
+def tune(start: Entry, work: gpu_timing.Workload, target: str, device: str) -> Entry:
+    """The best entry found from ``start`` on, with its milliseconds."""
+    best = start | {"ms": milliseconds(start, work, target, device)}
+    if best["ms"] is None:
+        raise SystemExit("the table's own entry does not run here: see above")
+    print(f"  so far: {describe(best)}: {best['ms']:.3f} ms", flush=True)
+    for what, tried in changes(start["columns"], start["span"]).items():
+        for change in tried[: None if device == "cuda" else 2]:
+            entry = best | change
+            entry["ms"] = milliseconds(entry, work, target, device)
+            margin = WORTHWHILE if entry["two_sweeps"] and not best["two_sweeps"] else 1.0
+            if entry["ms"] is not None and entry["ms"] < margin * best["ms"]:
+                best = entry
+        print(f"  {what}: {describe(best)}: {best['ms']:.3f} ms", flush=True)
+    return best
+
+
+def milliseconds(entry: Entry, work: gpu_timing.Workload, target: str, device: str) -> float | None:
+    """Forward alone plus loss and gradient in place; None where it does not compile or fit."""
+    use(entry, target)
+    steps = {
+        "forward": lambda: token_log_probs(work.kept, work.ids, backend="triton"),
+        "loss": gpu_timing.ours(work, 1.0, inplace=True, backend="triton"),
+    }
+    found = gpu_timing.measure(steps, work, device, seconds=2.0)
+    for name, reason in found["failed"].items():
+        print(f"  {describe(entry)} {name}: {reason[:120]}", flush=True)
+    return None if found["failed"] else sum(found["ms"].values())
+
+
+def use(entry: Entry, target: str) -> None:
+    """Make ``entry`` the one that every launch takes."""
+    blocks.table()[target] = [entry]
+    blocks.blocks_for.cache_clear()
+
+
+def describe(entry: Entry) -> str:
+    way = "row held" if entry["hold"] else "two sweeps" if entry["two_sweeps"] else "two passes"
+    return f"block {entry['block']}, {entry['warps']} warps, {entry['stages']} stages, {way}"
+
+
+def write(entries: dict[str, list[Entry]], path: Path) -> None:
+    """One entry a line, so that a change is read as one."""
+    kinds = []
+    for name, mine in entries.items():
+        lines = ",\n".join(f"    {json.dumps({key: entry[key] for key in entry if key != 'ms'})}" for entry in mine)
+        kinds.append(f'  "{name}": [\n{lines}\n  ]')
+    path.write_text("{\n" + ",\n".join(kinds) + "\n}\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", default="bfloat16,float32", help="separated by commas")
+    parser.add_argument("--minutes", type=float, default=9.0, help="no new class of rows is begun after so long")
+    parser.add_argument("--out", type=Path, default=blocks.TABLE, help="the table to write (default: the package's)")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal on tiny shapes")
+    arguments = parser.parse_args()
+    rehearsal = arguments.device == "cpu"
+    if not rehearsal and not torch.cuda.is_available():
+        parser.error("no GPU is usable here (torch.cuda.is_available() is False); --device cpu rehearses")
+    if rehearsal and arguments.out == blocks.TABLE:
+        parser.error("a rehearsal measures nothing: give --out, another file than the package's table")
+    device = torch.device(arguments.device)
+    target = blocks.target_of(torch.device("cuda", 0)) if device.type == "cuda" else "any"
+    before = json.loads(blocks.TABLE.read_text())
+    deadline = time.monotonic() + 60 * arguments.minutes
+    found: list[Entry] = []
+    dtypes = arguments.dtypes.split(",")
+    for name in dtypes:
+        dtype = getattr(torch, name)
+        for columns, vocab in CLASSES.items():
+            if time.monotonic() > deadline:
+                print(f"stopped before {name}, {columns or 'longer'} columns: {arguments.minutes:g} minutes are over")
+                return 1
+            vocab = 300 if rehearsal else vocab
+            tokens = 16 if rehearsal else LOGITS_BYTES // (vocab * dtype.itemsize) // 8 * 8
+            print(f"{name}, up to {columns or 'any number of'} columns ({tokens} rows of {vocab})", flush=True)
+            work = gpu_timing.Workload(tokens, vocab, arguments.device, dtype)
+            plain = next(
+                e for e in before["any"] if not e["softcap"] and e["dtype"] is None and e["columns"] == columns
+            )
+            found.append(tune(plain | {"dtype": name}, work, target, arguments.device))
+            others = [entry for entry in before.get(target, []) if target == "any" or entry["dtype"] not in dtypes]
+            write({**before, target: [*found, *others]}, arguments.out)
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

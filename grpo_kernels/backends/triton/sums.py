@@ -1,0 +1,158 @@
+"""From the records of rows to the loss and the sums behind its metrics, fp64: two launches in place of forty.
+
+backends/torch.py holds the same sums in PyTorch, csrc/cpu/token_sums.h in C++; grpo_kernels/metrics.py names the
+fields. Chunks of tokens are added left to right, so the bits do not depend on the device.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...metrics import FIELDS, SUMS
+from .maths import expm1
+from .surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, K1, K2, log_ratio_of
+
+TOKENS_PER_CHUNK = 512
+CHUNKS_AT_ONCE = 16
+WIDTH = tl.constexpr(triton.next_power_of_2(len(FIELDS)))
+"""Of a chunk's record: FIELDS and padding."""
+
+TERMS = tl.constexpr(3)  # policy, KL and entropy loss come first
+_SEQUENCES = tl.constexpr(FIELDS.index("sequences"))
+_RATIO_SUM = tl.constexpr(FIELDS.index("ratio_sum"))
+_RATIO_MIN = tl.constexpr(FIELDS.index("ratio_min"))
+_RATIO_MAX = tl.constexpr(FIELDS.index("ratio_max"))
+_SUMS = tl.constexpr(len(SUMS))
+_FIELDS = tl.constexpr(len(FIELDS))
+
+
+@triton.jit
+def weighted(weight, value, at, counted):
+    """weight * value as fp64; a token of weight 0 has no part in the loss, whatever its value."""
+    w = tl.load(weight + at, mask=counted, other=0)
+    v = tl.load(value + at, mask=counted, other=0)
+    return tl.where(w == 0, 0, w * v).to(tl.float64)
+
+
+@triton.jit
+def divergence(log_prob, other, at, counted):
+    """log_prob - other, and its k3, fp64; 0 where not counted."""
+    x = log_ratio_of(log_prob, tl.load(other + at, mask=counted, other=0)).to(tl.float64)
+    x = tl.where(counted, x, 0)
+    return x, tl.where(x == -float("inf"), float("inf"), expm1(-x) + x)
+
+
+@triton.jit(do_not_specialize=["count"])
+def chunk_sums_kernel(
+    log_prob,
+    entropy,
+    policy,
+    kl,
+    flags,
+    live,
+    masked_in,
+    policy_weight,
+    kl_weight,
+    entropy_weight,
+    old,
+    ref,
+    rollout,
+    chunk_records,
+    count,
+    KL_ESTIMATOR: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """One program a chunk of tokens: its record of WIDTH numbers."""
+    at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    chunk_records += tl.program_id(0) * WIDTH
+    inside = at < count
+    counted = tl.load(live + at, mask=inside, other=0) != 0
+    masked = tl.load(masked_in + at, mask=inside, other=0) != 0
+    p = tl.load(log_prob + at, mask=counted, other=0)
+    zero = tl.zeros([CHUNK], tl.float64)
+    one = counted.to(tl.float64)
+
+    kl_loss, entropy_loss = zero, zero
+    if kl_weight is not None:
+        kl_loss = weighted(kl_weight, kl, at, counted)
+    if entropy_weight is not None:
+        entropy_loss = -weighted(entropy_weight, entropy, at, counted)
+    to_ref, k3_ref, compared = zero, zero, zero
+    if ref is not None:
+        to_ref, k3_ref = divergence(p, ref, at, counted)
+        compared = one
+    if KL_ESTIMATOR == K1:
+        kl_sum = to_ref
+    elif KL_ESTIMATOR == K2:
+        kl_sum = to_ref * to_ref / 2
+    else:
+        kl_sum = k3_ref
+    to_old, k3_old, ratio = zero, zero, one
+    if old is not None:
+        to_old, k3_old = divergence(p, old, at, counted)
+        ratio = tl.where(counted, tl.exp(to_old), 0)
+    to_rollout, k3_rollout, known, weight = zero, zero, zero, zero
+    if rollout is not None:
+        sampler = tl.load(rollout + at, mask=counted, other=float("nan"))
+        recorded = sampler == sampler
+        to_rollout, k3_rollout = divergence(p, rollout, at, recorded)
+        known = recorded.to(tl.float64)
+        from_rollout = to_rollout
+        if old is not None:
+            from_rollout = log_ratio_of(tl.load(old + at, mask=counted, other=0), sampler).to(tl.float64)
+        weight = tl.where(recorded, tl.exp(from_rollout), 0)
+    row_flags = tl.load(flags + at, mask=counted, other=0)
+
+    columns = (
+        weighted(policy_weight, policy, at, counted),
+        kl_loss,
+        entropy_loss,
+        masked.to(tl.float64),
+        (masked & (counted == 0)).to(tl.float64),
+        (counted & (p == -float("inf"))).to(tl.float64),
+        tl.load(entropy + at, mask=counted, other=0).to(tl.float64),
+        kl_sum,
+        compared,
+        to_old,
+        k3_old,
+        to_rollout,
+        k3_rollout,
+        known,
+        weight,
+        weight * weight,
+        zero,
+        ratio,
+        one,
+        (row_flags & CLIPPED_LOW != 0).to(tl.float64),
+        (row_flags & CLIPPED_HIGH != 0).to(tl.float64),
+        (row_flags & CLIPPED_DUAL != 0).to(tl.float64),
+    )
+    for i in tl.static_range(_SUMS):
+        tl.store(chunk_records + i, tl.sum(columns[i], 0))
+    tl.store(chunk_records + _RATIO_MIN, tl.min(tl.where(counted, ratio, float("inf")), 0))
+    tl.store(chunk_records + _RATIO_MAX, tl.max(tl.where(counted, ratio, -float("inf")), 0))
+
+
+@triton.jit(do_not_specialize=["chunks", "sequences"])
+def merge_chunks_kernel(chunk_records, loss, sums, chunks, sequences, AT_ONCE: tl.constexpr):
+    """One program: all records, column by column."""
+    field = tl.arange(0, WIDTH)
+    row = tl.arange(0, AT_ONCE)
+    total = tl.zeros([AT_ONCE, WIDTH], tl.float64)
+    smallest = total + float("inf")
+    largest = total - float("inf")
+    for start in tl.range(0, chunks, AT_ONCE):
+        inside = (start + row < chunks)[:, None] & (field < _FIELDS)[None, :]
+        records = tl.load(chunk_records + (start + row)[:, None] * WIDTH + field[None, :], mask=inside, other=0)
+        total += records
+        smallest = tl.minimum(smallest, tl.where(inside, records, float("inf")))
+        largest = tl.maximum(largest, tl.where(inside, records, -float("inf")))
+    result = tl.sum(total, 0)
+    result = tl.where(field == _SEQUENCES, sequences, result)
+    ratio_sum = tl.sum(tl.where(field == _RATIO_SUM, result, 0), 0)
+    unknown = ratio_sum != ratio_sum  # a NaN ratio is both extremes, as in torch
+    result = tl.where(field == _RATIO_MIN, tl.where(unknown, ratio_sum, tl.min(smallest, 0)), result)
+    result = tl.where(field == _RATIO_MAX, tl.where(unknown, ratio_sum, tl.max(largest, 0)), result)
+    tl.store(sums + field, result, mask=field < _FIELDS)
+    tl.store(loss, tl.sum(tl.where(field < TERMS, result, 0), 0).to(loss.dtype.element_ty))
