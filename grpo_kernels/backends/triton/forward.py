@@ -13,10 +13,12 @@ from .rows import (
     add_block,
     anchor_of,
     finish_stats,
-    is_finite,
+    hold,
     load_block,
     logit_map,
+    origin_of,
     sampled,
+    unrounded,
     values_of,
 )
 
@@ -39,29 +41,35 @@ def span_sums(
     row,
     begin,
     target,
-    anchor,
+    origin,
     vocab,
     numbers,
     mapping,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    NEAR: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Of the columns [begin, begin + SPAN) that the row has."""
+    """Of the columns [begin, begin + SPAN) that the row has. Only the block of the target looks for it."""
     end = tl.minimum(begin + SPAN, vocab)
     whole = begin + (end - begin) // BLOCK * BLOCK
     total = tl.zeros([BLOCK], numbers.dtype.element_ty)
     weighted = total
     for start in tl.range(begin, whole, BLOCK, num_stages=STAGES):
         logits = load_block(row, start, vocab, numbers, BLOCK, False)
-        total, weighted = add_block(
-            total, weighted, logits, start, target, anchor, vocab, mapping, BLOCK, False, SOFTCAP
-        )
+        if (target >= start) & (target < start + BLOCK):
+            total, weighted = add_block(
+                total, weighted, logits, start, target, origin, vocab, mapping, BLOCK, False, True, NEAR, SOFTCAP
+            )
+        else:
+            total, weighted = add_block(
+                total, weighted, logits, start, target, origin, vocab, mapping, BLOCK, False, False, NEAR, SOFTCAP
+            )
     if whole < end:
         logits = load_block(row, whole, vocab, numbers, BLOCK, True)
         total, weighted = add_block(
-            total, weighted, logits, whole, target, anchor, vocab, mapping, BLOCK, True, SOFTCAP
+            total, weighted, logits, whole, target, origin, vocab, mapping, BLOCK, True, True, NEAR, SOFTCAP
         )
     return tl.sum(total, 0), tl.sum(weighted, 0)
 
@@ -70,20 +78,21 @@ def span_sums(
 def row_sums(
     row,
     target,
-    anchor,
+    origin,
     vocab,
     numbers,
     mapping,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
+    NEAR: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     """Of the whole row, span by span."""
     total = tl.load(numbers) * 0
     weighted = total
     for begin in tl.range(0, vocab, SPAN):
-        more = span_sums(row, begin, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
+        more = span_sums(row, begin, target, origin, vocab, numbers, mapping, SPAN, BLOCK, STAGES, NEAR, SOFTCAP)
         total += more[0]
         weighted += more[1]
     return total, weighted
@@ -99,6 +108,24 @@ def row_max(row, vocab, numbers, mapping, BLOCK: tl.constexpr, SOFTCAP: tl.const
 
 
 @triton.jit
+def far_sums(
+    row,
+    target,
+    vocab,
+    numbers,
+    mapping,
+    SPAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """The row's sums relative to its largest value, and that value."""
+    largest = row_max(row, vocab, numbers, mapping, BLOCK, SOFTCAP)
+    anchor = anchor_of(largest)
+    total, weighted = row_sums(row, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, 1, False, SOFTCAP)
+    return total, weighted, largest
+
+
+@triton.jit
 def settle(
     total,
     weighted,
@@ -110,16 +137,16 @@ def settle(
     mapping,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     """Statistics from the sums relative to the sampled value, or where those overflowed, to the largest."""
+    slope = mapping[3]
     anchored_at = value
-    if is_finite(total, weighted) == 0:
-        anchored_at = row_max(row, vocab, numbers, mapping, BLOCK, SOFTCAP)
-        anchor = anchor_of(anchored_at)
-        total, weighted = row_sums(row, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
-    return finish_stats(anchored_at, total, weighted, value, mapping[3])
+    if hold(total, weighted, origin_of(value, slope)):
+        total, weighted = unrounded(total, weighted, value, slope)
+    else:
+        total, weighted, anchored_at = far_sums(row, target, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
+    return finish_stats(anchored_at, total, weighted, value, slope)
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -149,9 +176,9 @@ def log_probs_kernel(
     row, target, _, value = sampled(
         logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
     )
-    anchor = anchor_of(value)
-    total, weighted = row_sums(row, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
-    stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
+    origin = origin_of(value, mapping[3])
+    total, weighted = row_sums(row, target, origin, vocab, numbers, mapping, SPAN, BLOCK, STAGES, True, SOFTCAP)
+    stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
     store_stats(row_index, log_prob, entropy, lse, stats)
 
 
@@ -181,8 +208,8 @@ def span_sums_kernel(
     row, target, _, value = sampled(
         logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
     )
-    anchor = anchor_of(value)
-    sums = span_sums(row, span * SPAN, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
+    origin = origin_of(value, mapping[3])
+    sums = span_sums(row, span * SPAN, target, origin, vocab, numbers, mapping, SPAN, BLOCK, STAGES, True, SOFTCAP)
     partial += tl.program_id(0).to(tl.int64) * 2
     tl.store(partial, sums[0])
     tl.store(partial + 1, sums[1])
@@ -223,5 +250,5 @@ def merge_spans_kernel(
     for span in tl.range(0, spans):
         total += tl.load(partial + span * 2)
         weighted += tl.load(partial + span * 2 + 1)
-    stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
+    stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
     store_stats(row_index, log_prob, entropy, lse, stats)

@@ -5,52 +5,54 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .forward import row_sums, settle, store_no_stats, store_stats
+from .forward import far_sums, row_sums, settle, store_no_stats, store_stats
 from .gradient import fill, write_gradient
 from .rows import (
     add_block,
-    anchor_of,
     finish_stats,
     gradient_of,
     gradient_terms,
-    is_finite,
+    hold,
     load_block,
     logit_map,
+    origin_of,
     row_offset,
     sampled,
-    values_of,
+    unrounded,
 )
 from .surrogates import GRAD_SCALE, NO_KL, token_terms
 
 
 @triton.jit
-def held_sums(
-    held, target, anchor, vocab, numbers, mapping, HELD: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr
-):
-    """``span_sums`` of a row in registers."""
-    total = tl.zeros([BLOCK], numbers.dtype.element_ty)
-    weighted = total
+def hold_row(row, vocab, numbers, HELD: tl.constexpr, BLOCK: tl.constexpr):
+    """A row in registers, block by block."""
+    held = ()
     for i in tl.static_range(HELD):
-        total, weighted = add_block(
-            total, weighted, held[i], i * BLOCK, target, anchor, vocab, mapping, BLOCK, i == HELD - 1, SOFTCAP
-        )
-    return tl.sum(total, 0), tl.sum(weighted, 0)
+        held += (load_block(row, i * BLOCK, vocab, numbers, BLOCK, i == HELD - 1),)
+    return held
 
 
 @triton.jit
-def held_stats(
-    held, target, value, vocab, numbers, mapping, HELD: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr
+def held_sums(
+    held,
+    target,
+    origin,
+    vocab,
+    numbers,
+    mapping,
+    HELD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SOFTCAP: tl.constexpr,
 ):
-    """``row_sums`` and ``settle`` of a row in registers."""
-    anchored_at = value
-    total, weighted = held_sums(held, target, anchor_of(value), vocab, numbers, mapping, HELD, BLOCK, SOFTCAP)
-    if is_finite(total, weighted) == 0:
-        largest = tl.full([BLOCK], -float("inf"), numbers.dtype.element_ty)
-        for i in tl.static_range(HELD):
-            largest = tl.maximum(largest, values_of(held[i], i * BLOCK, vocab, mapping, BLOCK, i == HELD - 1, SOFTCAP))
-        anchored_at = tl.max(largest, 0)
-        total, weighted = held_sums(held, target, anchor_of(anchored_at), vocab, numbers, mapping, HELD, BLOCK, SOFTCAP)
-    return finish_stats(anchored_at, total, weighted, value, mapping[3])
+    """``span_sums`` of a row in registers, relative to the sampled value."""
+    total = tl.zeros([BLOCK], numbers.dtype.element_ty)
+    weighted = total
+    for i in tl.static_range(HELD):
+        start, last = i * BLOCK, i == HELD - 1
+        total, weighted = add_block(
+            total, weighted, held[i], start, target, origin, vocab, mapping, BLOCK, last, True, True, SOFTCAP
+        )
+    return tl.sum(total, 0), tl.sum(weighted, 0)
 
 
 @triton.jit
@@ -153,15 +155,21 @@ def one_pass_kernel(
     row, target, target_logit, value = sampled(
         logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
     )
-    anchor = anchor_of(value)
+    origin = origin_of(value, mapping[3])
     held = ()
     if HELD == 0:
-        total, weighted = row_sums(row, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
-        stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, STAGES, SOFTCAP)
+        total, weighted = row_sums(row, target, origin, vocab, numbers, mapping, SPAN, BLOCK, STAGES, True, SOFTCAP)
+        stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
     else:
-        for i in tl.static_range(HELD):
-            held += (load_block(row, i * BLOCK, vocab, numbers, BLOCK, i == HELD - 1),)
-        stats = held_stats(held, target, value, vocab, numbers, mapping, HELD, BLOCK, SOFTCAP)
+        held = hold_row(row, vocab, numbers, HELD, BLOCK)
+        total, weighted = held_sums(held, target, origin, vocab, numbers, mapping, HELD, BLOCK, SOFTCAP)
+        anchored_at = value
+        if hold(total, weighted, origin):
+            total, weighted = unrounded(total, weighted, value, mapping[3])
+        else:  # the row is read again, so that its registers are free meanwhile
+            total, weighted, anchored_at = far_sums(row, target, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
+            held = hold_row(row, vocab, numbers, HELD, BLOCK)
+        stats = finish_stats(anchored_at, total, weighted, value, mapping[3])
     store_stats(row_index, log_prob, entropy, lse, stats)
     row_log_prob, row_entropy, row_lse = stats
 
@@ -197,8 +205,10 @@ def one_pass_kernel(
         write_gradient(row, out, 0, blocks, target, vocab, mapping, terms, numbers, BLOCK, SOFTCAP, HAS_H)
     else:
         for i in tl.static_range(HELD):
-            columns = i * BLOCK + tl.arange(0, BLOCK)
-            gradient = gradient_of(held[i], columns, target, mapping, terms, SOFTCAP, HAS_H).to(out.dtype.element_ty)
+            lane = tl.arange(0, BLOCK)
+            place = target - i * BLOCK  # not lane + i * BLOCK: that would take a register for every column
+            gradient = gradient_of(held[i], lane, place, mapping, terms, SOFTCAP, HAS_H).to(out.dtype.element_ty)
+            columns = i * BLOCK + lane
             if i == HELD - 1:
                 tl.store(out + columns, gradient, mask=columns < vocab)
             else:
