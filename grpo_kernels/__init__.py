@@ -4,6 +4,7 @@ from . import advantages, reference
 from .advantages import value_loss
 from .aggregation import normalizer
 from .config import KL, LossConfig
+from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
 from .loss import GRPOLoss, grpo_loss
 from .metrics import Metrics
@@ -17,6 +18,7 @@ __all__ = [
     "KL",
     "Clip",
     "GRPOLoss",
+    "LinearGRPOLoss",
     "LossConfig",
     "LossOutput",
     "Metrics",
@@ -27,6 +29,8 @@ __all__ = [
     "advantages",
     "align",
     "grpo_loss",
+    "linear_grpo_loss",
+    "linear_token_log_probs",
     "normalizer",
     "reference",
     "token_log_probs",

@@ -1,4 +1,4 @@
-"""Gradients attached to values that are already computed: three small ``autograd.Function``s.
+"""Gradients attached to values that are already computed: a few small ``autograd.Function``s.
 
 The forward work of a loss happens before them, under ``no_grad``; a Function only ties its result to the logits.
 ``LogProbs`` alone runs its own.
@@ -18,9 +18,9 @@ from . import ops
 from .rows import Rows
 
 _SPENT = (
-    "grpo_loss: a second backward through one call. Its gradient was computed during forward and has been handed over. "
-    "Call grpo_loss again, or sum the losses before one backward; for repeated backward use token_log_probs with your "
-    "own loss on log-probs."
+    "{function}: a second backward through one call. Its gradient was computed during forward and has been handed "
+    "over. Call {function} again, or sum the losses before one backward; for repeated backward use {alternative} with "
+    "your own loss on log-probs."
 )
 
 
@@ -42,34 +42,48 @@ def _once(backward: Callable[..., Any]) -> Any:
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradient, *rest = once(ctx, *upstream)
-        if torch.is_grad_enabled() and gradient is not None:
-            gradient = _Final.apply(gradient.detach().requires_grad_())
-        return gradient, *rest
+        gradients = once(ctx, *upstream)
+        if not torch.is_grad_enabled():
+            return gradients
+        return tuple(None if g is None else _Final.apply(g.detach().requires_grad_()) for g in gradients)
 
     return wrapped
 
 
-class KnownGradient(torch.autograd.Function):
-    """A loss whose gradient in the logits exists already, multiplied by ``announced`` (the one-pass route)."""
+class KnownGradients(torch.autograd.Function):
+    """A loss whose gradients in ``tensors`` exist already, multiplied by ``announced`` (one pass; hidden states).
+
+    ``tensors`` are those that the loss depends on and then their gradients, None where none is wanted.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, loss: Tensor, gradient: Tensor, token_ids: Tensor, announced: Tensor, backend: str
+        ctx: Any,
+        loss: Tensor,
+        announced: Tensor,
+        token_ids: Tensor,
+        backend: str,
+        function: str,
+        *tensors: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(gradient, token_ids, announced)
-        ctx.backend, ctx.spent = backend, False
+        gradients = tensors[len(tensors) // 2 :]
+        ctx.save_for_backward(announced, token_ids, *gradients)
+        ctx.backend, ctx.function, ctx.spent = backend, function, False
         return loss.clone()
 
     @staticmethod
     @_once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
-            raise RuntimeError(_SPENT)
+            alternative = ctx.function.replace("grpo_loss", "token_log_probs")
+            raise RuntimeError(_SPENT.format(function=ctx.function, alternative=alternative))
         ctx.spent = True
-        gradient, token_ids, announced = ctx.saved_tensors
-        ops.rescale_(gradient, token_ids, upstream, announced, ctx.backend)
-        return gradient, *(None,) * 5
+        announced, token_ids, *gradients = ctx.saved_tensors
+        for gradient in gradients:
+            if gradient is not None:
+                rows = gradient if gradient.dim() > 1 else gradient[None]
+                ops.rescale_(rows, token_ids, upstream, announced, ctx.backend)
+        return *(None,) * 5, *gradients, *(None,) * len(gradients)
 
 
 class LossGradient(torch.autograd.Function):
@@ -137,6 +151,29 @@ class LogProbs(torch.autograd.Function):
         g, h = (None if upstream is None else upstream.contiguous() for upstream in (grad_log_prob, grad_entropy))
         gradient = backward_rows(rows, log_prob, entropy, lse, g, h, ctx.backend, ctx.inplace)
         return gradient, *(None,) * 6
+
+
+class LinearLogProbs(torch.autograd.Function):
+    """Log-probs and entropies from hidden states; ``sweep`` (linear.py) computes both ways, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, sweep: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        log_prob, entropy, lse = sweep.log_probs(hidden, weight, bias)
+        ctx.save_for_backward(hidden, weight, bias, log_prob, entropy, lse)
+        ctx.set_materialize_grads(False)
+        ctx.sweep = sweep
+        return sweep.live_rows.scatter(log_prob), sweep.live_rows.scatter(entropy)
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_log_prob is None and grad_entropy is None:
+            return (None,) * 4
+        hidden, weight, bias, *stats = ctx.saved_tensors
+        gradients = ctx.sweep.gradients(
+            ctx.needs_input_grad[1:], hidden, weight, bias, stats, grad_log_prob, grad_entropy
+        )
+        return None, *gradients
 
 
 def backward_rows(

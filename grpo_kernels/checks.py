@@ -63,6 +63,44 @@ def check_logits(function: str, logits: Tensor, tensors: Mapping[str, object]) -
         fail(function, "logits with last stride 1", f"strides {logits.stride()}", tensors, hint)
 
 
+def check_head(
+    function: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Mapping[str, object]
+) -> torch.dtype:
+    """Hidden states and LM head; the dtype of the logits, which a linear layer would give (autocast included)."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            module = "the weight of the head, not the module: model.lm_head.weight" if name == "weight" else None
+            fail(function, f"{name} to be a tensor", type(tensor).__name__, hint=module, error=TypeError)
+        if hasattr(tensor, "full_tensor") or (hasattr(tensor, "ds_id") and tensor.numel() == 0):
+            hint = (
+                "a sharded tensor is whole only inside the model's forward: compute the loss there, or gather it first "
+                "(DTensor: full_tensor(); DeepSpeed ZeRO-3: deepspeed.zero.GatheredParameters)"
+            )
+            fail(function, f"a whole {name}", f"a sharded one ({type(tensor).__name__})", hint=hint)
+        if tensor.dtype not in FLOAT_DTYPES:
+            quantised = "a quantised head must be dequantised first" if name == "weight" else None
+            fail(function, f"{name} of a floating dtype", str(tensor.dtype), tensors, quantised, TypeError)
+    if hidden.dim() not in (2, 3):
+        expected = "hidden (B, T, H), (B, T+1, H) or packed (N, H)"
+        fail(function, expected, f"{hidden.dim()} dimensions", tensors)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        fail(function, "weight (V, H) with V > 0", f"shape {tuple(weight.shape)}", tensors)
+    if hidden.shape[-1] != weight.shape[1]:
+        turned = "weight is (V, H), as nn.Linear keeps it: weight.T" if hidden.shape[-1] == weight.shape[0] else None
+        expected = f"weight (V, {hidden.shape[-1]}) for these hidden states"
+        fail(function, expected, str(tuple(weight.shape)), tensors, turned)
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        fail(function, f"bias ({weight.shape[0]},)", str(tuple(bias.shape)), tensors)
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(hidden.device.type)
+    if any(tensor is not None and tensor.dtype != hidden.dtype for tensor in (weight, bias)):
+        hint = "hidden.to(weight.dtype), or torch.autocast"
+        fail(function, f"hidden states, weight and bias of one dtype ({hidden.dtype})", "several", tensors, hint)
+    return hidden.dtype
+
+
 def check_no_transforms(function: str, logits: Tensor) -> None:
     """Forward mode and torch.func would silently drop or misread the gradient; say so instead."""
     if torch.compiler.is_compiling():
@@ -114,6 +152,8 @@ def check_scalar(function: str, name: str, value: float | Tensor) -> None:
     if isinstance(value, Tensor):
         if value.dim() != 0:
             fail(function, f"{name} to be a number or a 0-d tensor", f"shape {tuple(value.shape)}")
+        if value.requires_grad and torch.is_grad_enabled():
+            fail(function, f"{name} without requires_grad: it gets no gradient", "one with", hint=f"{name}.detach()")
     elif not (isinstance(value, (int, float)) and math.isfinite(value)):
         fail(function, f"{name} to be a finite number or a 0-d tensor", repr(value))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from .checks import (
     INTEGER_DTYPES,
     check_bounds,
     check_device,
+    check_head,
     check_inplace,
     check_logits,
     check_no_transforms,
@@ -32,10 +34,14 @@ from .spec import LogitArgs, numbers_vector
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids and mask of a call, (B, T), beside the logits they belong to."""
+    """Ids and mask of a call, (B, T), beside the vocabulary rows they belong to."""
 
     function: str
-    logits: Tensor
+    states: Tensor
+    """The logits, or the hidden states that they are computed from: the dimensions before the last are the rows'."""
+    vocab: int
+    dtype: torch.dtype
+    """Of the logits."""
     token_ids: Tensor
     """int64, contiguous."""
     live: Tensor
@@ -47,16 +53,22 @@ class Tokens:
 
     @property
     def real(self) -> torch.dtype:
-        return ops.real_dtype(self.logits)
+        return ops.real_dtype(self.dtype)
 
     def per_token(self, name: str, value: Tensor) -> Tensor:
         """A user's token-sized tensor as detached, contiguous (B, T)."""
         check_shape(self.function, name, value, (tuple(self.shape), tuple(self.token_ids.shape)), self.tensors)
         return value.detach().to(self.real).reshape(self.token_ids.shape).contiguous()
 
+    def numbers(
+        self, logit_args: LogitArgs, grad_scale: float | Tensor = 1.0, config: LossConfig | None = None
+    ) -> Tensor:
+        return numbers_vector(logit_args, grad_scale, config, self.real, self.states.device)
+
     def rows(self, logit_args: LogitArgs, grad_scale: float | Tensor = 1.0, config: LossConfig | None = None) -> Rows:
-        numbers = numbers_vector(logit_args, grad_scale, config, self.real, self.logits.device)
-        return Rows(self.logits, self.token_ids, self.live, numbers, logit_args.logit_softcap is not None)
+        """Where the states are the logits."""
+        numbers = self.numbers(logit_args, grad_scale, config)
+        return Rows(self.states, self.token_ids, self.live, numbers, logit_args.logit_softcap is not None)
 
 
 def read_tokens(
@@ -65,16 +77,45 @@ def read_tokens(
     """Check logits, ids and mask against each other and bring ids and mask to (B, T)."""
     named = {"logits": logits, "token_ids": token_ids, "mask": mask, **tensors}
     check_logits(function, logits, named)
+    return read_ids(function, logits, logits.shape[-1], logits.dtype, token_ids, mask, named)
+
+
+def read_linear_tokens(
+    function: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    tensors: Mapping[str, object],
+) -> Tokens:
+    """``read_tokens`` for hidden states and the head that makes logits of them."""
+    named = {"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids, "mask": mask, **tensors}
+    dtype = check_head(function, hidden, weight, bias, named)
+    return read_ids(function, hidden, weight.shape[0], dtype, token_ids, mask, named)
+
+
+def read_ids(
+    function: str,
+    states: Tensor,
+    vocab: int,
+    dtype: torch.dtype,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    named: Mapping[str, object],
+) -> Tokens:
+    """As ``read_tokens``, for logits or for what they are computed from (``named`` has it first)."""
+    what = next(iter(named))
     check_tensors(function, named)
-    check_no_transforms(function, logits)
-    check_device(function, logits, named)
+    check_no_transforms(function, states)
+    check_device(function, states, named)
     if token_ids.dtype not in INTEGER_DTYPES:
         fail(function, "integer token_ids", str(token_ids.dtype), named, error=TypeError)
-    rows = logits.shape[:-1]
+    rows = states.shape[:-1]
     fitting = token_ids.dim() == len(rows) and tuple(token_ids.shape) in _token_shapes(tuple(rows))
     if not fitting:
         wanted = " or ".join(str(shape) for shape in _token_shapes(tuple(rows)))
-        hint = "align(input_ids, mask) gives ids for logits (B, L, V) as a causal model returns them"
+        hint = f"align(input_ids, mask) gives ids for {what} (B, L, ...) as a causal model returns them"
         fail(function, f"token_ids of shape {wanted}", str(tuple(token_ids.shape)), named, hint)
     ids = token_ids.reshape(1, -1) if token_ids.dim() == 1 else token_ids
     if mask is None:
@@ -82,11 +123,11 @@ def read_tokens(
     else:
         check_shape(function, "mask", mask, (tuple(token_ids.shape),), named)
         live = (mask if mask.dtype == torch.bool else mask != 0).reshape(ids.shape).contiguous()
-    return Tokens(function, logits, ids.to(torch.int64).contiguous(), live, token_ids.shape, named)
+    return Tokens(function, states, vocab, dtype, ids.to(torch.int64).contiguous(), live, token_ids.shape, named)
 
 
 def _token_shapes(rows: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Shapes of token_ids for logits of these leading dimensions: T, or T+1 with the last row unused."""
+    """Shapes of token_ids for rows of these leading dimensions: T, or T+1 with the last row unused."""
     shorter = (*rows[:-1], rows[-1] - 1)
     return (rows, shorter) if rows[-1] > 0 else (rows,)
 
@@ -100,17 +141,23 @@ def check_logit_args(function: str, args: LogitArgs) -> None:
 
 def check_contents(tokens: Tokens, backend: str, logit_args: LogitArgs, check: bool | None) -> None:
     """With checks on: ids in range, and ids that look shifted by one row. Waits for the device."""
+    check_ids(tokens, check)
+    if not checks_enabled(check) or torch.compiler.is_compiling():
+        return
+    if tokens.states.shape[-2] == tokens.token_ids.shape[1]:
+        _check_shift(tokens, backend, logit_args)
+
+
+def check_ids(tokens: Tokens, check: bool | None) -> None:
+    """With checks on: that live ids are in the vocabulary."""
     if not checks_enabled(check) or torch.compiler.is_compiling():
         return
     function, ids, live = tokens.function, tokens.token_ids, tokens.live
-    bad = live & ((ids < 0) | (ids >= tokens.logits.shape[-1]))
+    bad = live & ((ids < 0) | (ids >= tokens.vocab))
     if bool(bad.any()):
         position = tuple(int(i) for i in bad.nonzero()[0])
         got = f"token_ids[{position[0]}, {position[1]}] = {int(ids[position])} at a live position"
-        vocab = tokens.logits.shape[-1]
-        fail(function, f"token ids in [0, {vocab})", got, tokens.tensors, "mask that position", IndexError)
-    if tokens.logits.shape[-2] == ids.shape[1]:
-        _check_shift(tokens, backend, logit_args)
+        fail(function, f"token ids in [0, {tokens.vocab})", got, tokens.tensors, "mask that position", IndexError)
 
 
 _SHIFT_NATS, _SHIFT_TOKENS = 1.0, 8
@@ -122,10 +169,10 @@ def _check_shift(tokens: Tokens, backend: str, logit_args: LogitArgs) -> None:
     both = tokens.live.clone()
     both[:, :1] = False
     rows = tokens.rows(logit_args)
-    here, _, _ = ops.log_probs(tokens.logits.detach(), tokens.token_ids, both, rows.numbers, rows.softcap, backend)
+    here, _, _ = ops.log_probs(tokens.states.detach(), tokens.token_ids, both, rows.numbers, rows.softcap, backend)
     earlier_ids, earlier_live = tokens.token_ids.roll(-1, 1), both.roll(-1, 1)
     earlier, _, _ = ops.log_probs(
-        tokens.logits.detach(), earlier_ids, earlier_live, rows.numbers, rows.softcap, backend
+        tokens.states.detach(), earlier_ids, earlier_live, rows.numbers, rows.softcap, backend
     )
     count = int(both.sum())
     gain = float((earlier.sum() - here.sum()) / max(count, 1))
@@ -237,7 +284,7 @@ def _read_log_probs(tokens: Tokens, name: str, value: Tensor, check: bool | None
 
 
 def _replace_live(tokens: Tokens, live: Tensor) -> Tokens:
-    return Tokens(tokens.function, tokens.logits, tokens.token_ids, live.contiguous(), tokens.shape, tokens.tensors)
+    return dataclasses.replace(tokens, live=live.contiguous())
 
 
 def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor) -> Tensor:
@@ -287,5 +334,6 @@ def _check_skip(tokens: Tokens, config: LossConfig, policy_only: bool, per_seque
 def choose_backend(tokens: Tokens, backend: str | None, inplace: bool, fused: bool = False) -> tuple[str, bool]:
     """The backend's name, and whether it serves the one-pass loss where that is wanted (``fused``)."""
     if inplace:
-        check_inplace(tokens.function, tokens.logits, tokens.tensors)
-    return backends.choose(tokens.function, tokens.logits, fused, backend)
+        check_inplace(tokens.function, tokens.states, tokens.tensors)
+    request = backends.Request(tokens.states.device, tokens.dtype, tokens.vocab, fused)
+    return backends.choose(tokens.function, request, backend)

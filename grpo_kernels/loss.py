@@ -21,7 +21,7 @@ from .inputs import (
     read_tokens,
 )
 from .metrics import Metrics
-from .objective import Records, TokenBatch, reduce_records, token_terms
+from .objective import Records, TokenBatch, fast_token_terms, reduce_records
 from .outputs import LossOutput
 from .rows import Rows
 from .spec import NUMBERS, LogitArgs, ObjectiveSpec, objective_spec
@@ -105,28 +105,29 @@ def grpo_loss(
     backend, fuses = choose_backend(tokens, backend, inplace and needs_gradient, wants_one_pass)
     check_contents(tokens, backend, logit_args, check)
     tokens, batch = read_batch(tokens, config, given)
-    rows = tokens.rows(logit_args, _announced(grad_scale), config)
+    rows = tokens.rows(logit_args, announced_scale("grpo_loss", grad_scale), config)
     call = _Call(config, rows, batch, backend, inplace)
 
     if not needs_gradient:
         loss, metrics, records = call.forward_only()
-    elif fuses and (spec := _one_pass_spec(config, batch, given)) is not None:
+    elif fuses and (spec := one_pass_spec(config, batch, given)) is not None:
         loss, metrics, records = call.one_pass(spec)
     else:
         loss, metrics, records = call.two_passes()
     return LossOutput(loss, metrics, records.log_prob.view(tokens.shape), records.entropy.view(tokens.shape))
 
 
-def _announced(grad_scale: float | Tensor | None) -> float | Tensor:
+def announced_scale(function: str, grad_scale: float | Tensor | None) -> float | Tensor:
+    """The factor that gradients are written with."""
     if grad_scale is None:
         return 1.0
-    check_scalar("grpo_loss", "grad_scale", grad_scale)
+    check_scalar(function, "grad_scale", grad_scale)
     if not isinstance(grad_scale, Tensor) and grad_scale <= 0:
-        fail("grpo_loss", "grad_scale > 0", repr(grad_scale))
+        fail(function, "grad_scale > 0", repr(grad_scale))
     return grad_scale
 
 
-def _one_pass_spec(config: LossConfig, batch: TokenBatch, given: LossInputs) -> ObjectiveSpec | None:
+def one_pass_spec(config: LossConfig, batch: TokenBatch, given: LossInputs) -> ObjectiveSpec | None:
     """What to tell the one-pass kernel; None where a row's slope is not known from that row alone.
 
     It is at token level; on-policy also at the sequence levels, if the mean of the slopes over a sequence is each of
@@ -174,8 +175,8 @@ class _Call:
                 records = Records(*outputs)
             value, metrics = reduce_records(self.config, batch, records, self.backend)
         announced = rows.numbers[NUMBERS.index("grad_scale")]
-        known = (gradient, rows.token_ids, announced, self.backend)
-        return autograd.KnownGradient.apply(rows.logits, value, *known), metrics, records
+        known = (announced, rows.token_ids, self.backend, "grpo_loss")
+        return autograd.KnownGradients.apply(value, *known, rows.logits, gradient), metrics, records
 
     def two_passes(self) -> tuple[Tensor, Metrics, Records]:
         rows, batch = self.rows, self.batch
@@ -189,7 +190,8 @@ class _Call:
         return loss, metrics, records
 
     def _terms(self, log_prob: Tensor, entropy: Tensor) -> tuple[Records, Tensor]:
-        policy, kl, flags, slope = token_terms(self.config, self.batch, log_prob)
+        terms = fast_token_terms(self.config, self.batch, log_prob, self.rows.numbers, self.backend)
+        policy, kl, flags, slope = terms
         return Records(log_prob, entropy, policy, kl, flags), slope
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import memory
 from .metrics import FIELDS
 
 _LIBRARY = torch.library.Library("grpo_kernels", "DEF")
@@ -22,6 +23,10 @@ _BACKWARD = f"{_ROWS}, Tensor log_prob, Tensor entropy, Tensor lse, Tensor? grad
 _FUSED = (
     f"{_ROWS}, Tensor advantage, Tensor policy_weight, Tensor? old, Tensor? ref, Tensor? kl_weight, "
     "Tensor? entropy_weight, int[] spec"
+)
+_TERMS = (
+    "Tensor log_prob, Tensor live, Tensor numbers, Tensor advantage, Tensor policy_weight, Tensor? old, Tensor? ref, "
+    "Tensor? kl_weight, int[] spec"
 )
 _SUMMED = (
     "Tensor log_prob, Tensor entropy, Tensor policy, Tensor kl, Tensor flags, Tensor live, Tensor masked_in, "
@@ -38,9 +43,9 @@ def _define(schema: str, implementation: Callable[..., Any], fake: Callable[...,
     return getattr(torch.ops.grpo_kernels, name).default
 
 
-def real_dtype(logits: Tensor) -> torch.dtype:
-    """Of everything but the logits and their gradient: fp64 for fp64 logits, else fp32."""
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+def real_dtype(logits: torch.dtype) -> torch.dtype:
+    """Of everything but logits of that dtype and their gradient: fp64 for fp64 logits, else fp32."""
+    return torch.float64 if logits == torch.float64 else torch.float32
 
 
 def accumulate_dtype(device: torch.device) -> torch.dtype:
@@ -49,11 +54,11 @@ def accumulate_dtype(device: torch.device) -> torch.dtype:
 
 
 def _per_row(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, ...]:
-    dtype = real_dtype(logits)
+    dtype = real_dtype(logits.dtype)
     return tuple(torch.empty(token_ids.shape, dtype=dtype, device=logits.device) for _ in range(count))
 
 
-def _gradient_like(logits: Tensor) -> Tensor:
+def _gradient_like_fake(logits: Tensor) -> Tensor:
     """Dense, also where the logits are expanded."""
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
@@ -101,7 +106,7 @@ def _backward_into(out: Tensor, logits: Tensor, token_ids: Tensor, *rest: Any) -
 
 
 def _log_probs_backward(logits: Tensor, *rest: Any) -> Tensor:
-    out = _gradient_like(logits)
+    out = memory.empty(logits.shape, logits.dtype, logits.device)
     _backward_into(out, logits, *rest)
     return out
 
@@ -122,7 +127,7 @@ def _fused_into(out: Tensor, logits: Tensor, token_ids: Tensor, *rest: Any) -> A
 
 
 def _fused_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    out = _gradient_like(logits)
+    out = memory.empty(logits.shape, logits.dtype, logits.device)
     return (*_fused_into(out, logits, *rest), out)
 
 
@@ -137,7 +142,19 @@ def _fused_loss_fake_(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Te
 
 
 def _fused_loss_fake(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return (*_fused_loss_fake_(logits, token_ids), _gradient_like(logits))
+    return (*_fused_loss_fake_(logits, token_ids), _gradient_like_fake(logits))
+
+
+def _token_terms(log_prob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    *inputs, backend = rest
+    outputs = _token_terms_fake(log_prob)
+    _backend(backend).token_terms(log_prob, *inputs, *outputs)
+    return outputs
+
+
+def _token_terms_fake(log_prob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    policy, kl, slope = (torch.empty_like(log_prob) for _ in range(3))
+    return policy, kl, torch.empty_like(log_prob, dtype=torch.uint8), slope
 
 
 def _token_sums(log_prob: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -171,6 +188,7 @@ def _sequence_sum_fake(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 _THREE = "(Tensor, Tensor, Tensor)"
+_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
@@ -178,7 +196,7 @@ log_probs = _define(f"log_probs(Tensor logits, {_ROWS}, str backend) -> {_THREE}
 log_probs_backward = _define(
     f"log_probs_backward(Tensor logits, {_BACKWARD}, str backend) -> Tensor",
     _log_probs_backward,
-    lambda logits, *rest: _gradient_like(logits),
+    lambda logits, *rest: _gradient_like_fake(logits),
 )
 log_probs_backward_ = _define(
     f"log_probs_backward_(Tensor(a!) logits, {_BACKWARD}, str backend) -> ()",
@@ -189,6 +207,7 @@ fused_loss = _define(f"fused_loss(Tensor logits, {_FUSED}, str backend) -> {_SIX
 fused_loss_ = _define(
     f"fused_loss_(Tensor(a!) logits, {_FUSED}, str backend) -> {_FIVE}", _fused_loss_, _fused_loss_fake_
 )
+token_terms = _define(f"token_terms({_TERMS}, str backend) -> {_FOUR}", _token_terms, _token_terms_fake)
 token_sums = _define(f"token_sums({_SUMMED}, str backend) -> (Tensor, Tensor)", _token_sums, _token_sums_fake)
 rescale_ = _define(
     "rescale_(Tensor(a!) gradient, Tensor token_ids, Tensor upstream, Tensor announced, str backend) -> ()",

@@ -75,7 +75,16 @@ MUTANTS = {
         "BLOCK) == target - start, 0, exps)",
         "BLOCK) == target, 0, exps)",
     ),
-    "triton: overflow kept": ("backends/triton/forward.py", "if is_finite(total, weighted) == 0:", "if vocab < 0:"),
+    "triton: overflow kept": (
+        "backends/triton/forward.py",
+        "if hold(total, weighted, origin_of(value, slope)):",
+        "if vocab > 0:",
+    ),
+    "triton: rounding kept": (
+        "backends/triton/rows.py",
+        "factor = tl.exp2(-residual)",
+        "factor = tl.exp2(-residual * 0)",
+    ),
     "triton: entropy slope": (
         "backends/triton/rows.py",
         "constant = -(g + h * entropy) * derivative",

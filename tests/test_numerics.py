@@ -198,6 +198,19 @@ def test_padding_columns_may_hold_nan(backend):
     assert (leaf.grad[..., 97:] == 0).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("offset", [-20_000.0, 20_000.0])
+def test_log_probs_do_not_see_an_offset(backend, offset, temperature):
+    """Logits that all are large and close: their differences are exact, and so are the log-probs."""
+    logits = (torch.randn(1, 4, 500) * 16).round() / 16 + offset
+    ids = torch.randint(500, (1, 4))
+    out = token_log_probs(logits, ids, temperature=temperature, backend=backend)
+    exact = torch.log_softmax(logits.double() / temperature, -1)
+    expected = exact.gather(-1, ids[..., None]).squeeze(-1)
+    torch.testing.assert_close(out.log_probs.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(out.entropy.double(), -(exact.exp() * exact).sum(-1), rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e4, 6e4])
 def test_large_logits(backend, dtype, size):

@@ -118,11 +118,11 @@ def kernel_terms(backend, config: LossConfig, log_prob, old, ref, advantages, po
     numbers = numbers_vector(LogitArgs(), 1.0, config, log_prob.dtype, log_prob.device)
     outputs = {name: torch.empty_like(log_prob) for name in ("policy", "kl", "slope")}
     flags = torch.empty_like(log_prob, dtype=torch.uint8)
-    inputs = dict(log_prob=log_prob, old=old, ref=ref, advantage=advantages, policy_weight=policy_weight)
+    live = torch.ones(log_prob.shape, dtype=torch.bool)
+    inputs = (log_prob, live, numbers, advantages, policy_weight, old, ref, kl_weight)
     spec = list(objective_spec(config, with_kl=True))
-    inputs |= {"kl_weight": kl_weight, "flags": flags, "policy": outputs["policy"], "kl": outputs["kl"]}
-    slope_name = "entropy" if backend == "cpu" else "slope"  # C++ writes it where there is room in its struct
-    backends.get(backend).token_terms(numbers, spec, **inputs, **{slope_name: outputs["slope"]})
+    results = (outputs["policy"], outputs["kl"], flags, outputs["slope"])
+    backends.get(backend).token_terms(*inputs, spec, *results)
     return outputs["policy"], outputs["kl"], flags, outputs["slope"]
 
 

@@ -32,7 +32,6 @@ STRIDES = ("batch_stride", "row_stride", "out_batch_stride", "out_row_stride")
 LENGTHS = ("length", "vocab", "parts", "blocks", "spans", "rows", "count", "chunks", "sequences")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 GRPO = {"SURROGATE": 2, "KL_ESTIMATOR": 3, "KL_STRAIGHT_THROUGH": 0, "KL_RATIO_WEIGHTED": 0}
-PARITY = {**GRPO, "BLOCK": 1024}
 
 
 def target_of(name: str) -> GPUTarget:
@@ -130,7 +129,7 @@ def variants(target: str) -> None:
             spec = dict(zip(GRPO, (surrogate, estimator, through, weighted), strict=True))
             absent = ("old",) if surrogate == 0 else ()
             absent += () if estimator else ("ref", "kl_weight")
-            report(one_pass.token_terms_kernel, torch.float32, 32000, target, absent, **spec, BLOCK=1024)
+            report(one_pass.token_terms_kernel, torch.float32, 32000, target, absent, **spec, BLOCK=256)
             if surrogate == 2 or estimator == 0:
                 _one_pass(target, 32000, absent + (() if weighted else ("entropy_weight",)), False, spec)
     for vocab in (32000, 151936):

@@ -18,7 +18,7 @@ typedef struct {
   int32_t dtype;
   int32_t instruction_set;
   int32_t threads;
-  int32_t surrogate, kl_estimator, kl_straight_through, kl_ratio_weighted;  // fused_loss
+  int32_t surrogate, kl_estimator, kl_straight_through, kl_ratio_weighted;  // fused_loss, token_terms
   int32_t reserved;
   int64_t rows, length, vocab;
   const void* logits;
@@ -33,11 +33,12 @@ typedef struct {
   int64_t scratch_stride;
   // real[rows]: outputs of log_probs and fused_loss, inputs of log_probs_backward
   void *log_prob, *entropy, *lse;
-  // real[rows]: inputs of log_probs_backward, d loss / d log_prob and d loss / d entropy
-  const void *grad_log_prob, *grad_entropy;
-  // real[rows]: inputs of fused_loss; old, ref and the last two may be null
+  // real[rows]: d loss / d log_prob (an output of token_terms) and d loss / d entropy, inputs of log_probs_backward
+  void* grad_log_prob;
+  const void* grad_entropy;
+  // real[rows]: inputs of fused_loss and token_terms; old, ref and the last two may be null
   const void *advantage, *policy_weight, *old, *ref, *kl_weight, *entropy_weight;
-  // outputs of fused_loss: real[rows] twice, and flags
+  // their outputs: real[rows] twice, and flags
   void *policy, *kl;
   uint8_t* flags;
   int64_t bad_row;  // out: a row whose token id is out of range
@@ -69,8 +70,7 @@ GRPO_EXPORT int64_t grpo_cpu_scratch(int64_t vocab, int32_t exponentials);
 GRPO_EXPORT int32_t grpo_cpu_log_probs(GrpoCpuParams*);
 GRPO_EXPORT int32_t grpo_cpu_log_probs_backward(GrpoCpuParams*);
 GRPO_EXPORT int32_t grpo_cpu_fused_loss(GrpoCpuParams*);
-// The per-token maths alone, for the parity test: log_prob and the inputs of fused_loss in; policy, kl,
-// flags and the slope (in entropy) out.
+// The per-token maths alone: log_prob and the inputs of fused_loss in; policy, kl, flags and grad_log_prob out.
 GRPO_EXPORT int32_t grpo_cpu_token_terms(GrpoCpuParams*);
 GRPO_EXPORT int32_t grpo_cpu_token_sums(const GrpoCpuTokenSums*);
 }

@@ -4,10 +4,6 @@
 #include "row.h"
 #include "token_sums.h"
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 extern const GrpoCpuKernels grpo_cpu_kernels_generic;
 #ifdef GRPO_HAS_AVX2
 extern const GrpoCpuKernels grpo_cpu_kernels_avx2;
@@ -30,34 +26,26 @@ const GrpoCpuKernels* kernels_of(const GrpoCpuParams* p) {
   return &grpo_cpu_kernels_generic;
 }
 
-// A fresh gradient tensor faults in page by page: huge pages take 5 ms instead of 25 for 65 MB (measured, 4 kB pages).
-void prefer_huge_pages(const GrpoCpuParams* p) {
-#ifdef __linux__
-  if (!p->out || p->out == p->logits || p->rows == 0) return;
-  const int64_t element = p->dtype == kFloat64 ? 8 : p->dtype == kFloat32 ? 4 : 2;
-  const int64_t last = (p->rows / p->length - 1) * p->out_batch_stride + (p->length - 1) * p->out_row_stride + p->vocab;
-  const uintptr_t page = 4096, start = (reinterpret_cast<uintptr_t>(p->out) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(p->out) + uintptr_t(last * element)) / page * page;
-  if (end > start + (uintptr_t(8) << 20)) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-#else
-  (void)p;
-#endif
-}
-
 template <class real>
 void token_terms(GrpoCpuParams* p) {
   const auto at = [](const void* values, int64_t r) { return static_cast<const real*>(values)[r]; };
   const real *old = static_cast<const real*>(p->old), *ref = static_cast<const real*>(p->ref);
   const grpo::ObjectiveSpec spec{p->surrogate, p->kl_estimator, p->kl_straight_through, p->kl_ratio_weighted};
+  const auto put = [p](int64_t r, const grpo::TokenTerms<real>& terms) {
+    static_cast<real*>(p->policy)[r] = terms.policy;
+    static_cast<real*>(p->kl)[r] = terms.kl;
+    static_cast<real*>(p->grad_log_prob)[r] = terms.slope;
+    p->flags[r] = uint8_t(terms.flags);
+  };
   for (int64_t r = 0; r < p->rows; ++r) {
+    if (p->live && !p->live[r]) {
+      put(r, {});
+      continue;
+    }
     const grpo::Token<real> token{at(p->log_prob, r),      old ? old + r : nullptr,
                                   ref ? ref + r : nullptr, at(p->advantage, r),
                                   at(p->policy_weight, r), p->kl_weight ? at(p->kl_weight, r) : real(0)};
-    const grpo::TokenTerms<real> terms = grpo::token_terms(spec, static_cast<const real*>(p->numbers), token);
-    static_cast<real*>(p->policy)[r] = terms.policy;
-    static_cast<real*>(p->kl)[r] = terms.kl;
-    static_cast<real*>(p->entropy)[r] = terms.slope;
-    p->flags[r] = uint8_t(terms.flags);
+    put(r, grpo::token_terms(spec, static_cast<const real*>(p->numbers), token));
   }
 }
 
@@ -99,13 +87,11 @@ int32_t grpo_cpu_log_probs(GrpoCpuParams* p) {
 
 int32_t grpo_cpu_log_probs_backward(GrpoCpuParams* p) {
   const GrpoCpuKernels* kernels = kernels_of(p);
-  prefer_huge_pages(p);
   return kernels ? kernels->log_probs_backward(p) : kUnsupportedInstructionSet;
 }
 
 int32_t grpo_cpu_fused_loss(GrpoCpuParams* p) {
   const GrpoCpuKernels* kernels = kernels_of(p);
-  prefer_huge_pages(p);
   return kernels ? kernels->fused_loss(p) : kUnsupportedInstructionSet;
 }
 

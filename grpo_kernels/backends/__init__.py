@@ -1,9 +1,9 @@
 """Which kernels serve a call.
 
-A backend is a module with ``log_probs``, ``log_probs_backward``, ``fused_loss`` over ``Rows``, ``token_sums`` over
-their records, ``rescale``, and ``unsupported(request) -> str | None``, the reason why it cannot serve a call.
-Functions write into tensors that the caller allocated, (B, T) fp32 or fp64 like ``rows.numbers``; the first three
-reduce nothing over rows:
+A backend is a module with ``log_probs``, ``log_probs_backward``, ``fused_loss`` over ``Rows``, ``token_terms`` and
+``token_sums`` over their records, ``rescale``, and ``unsupported(request) -> str | None``, the reason why it cannot
+serve a call; torch.py has no ``fused_loss`` and no ``token_terms``: objective.py serves it. Functions write into
+tensors that the caller allocated, (B, T) fp32 or fp64 like ``rows.numbers``; only ``token_sums`` reduces over rows:
 
     log_probs(rows, log_prob, entropy, lse)
     log_probs_backward(rows, log_prob, entropy, lse, grad_log_prob, grad_entropy, out)
@@ -11,6 +11,8 @@ reduce nothing over rows:
                log_prob, entropy, lse, policy, kl, flags, out)
     token_sums(log_prob, entropy, policy, kl, flags, live, masked_in, policy_weight, kl_weight, entropy_weight,
                old, ref, rollout, kl_estimator, sequences, loss, sums)
+    token_terms(log_prob, live, numbers, advantage, policy_weight, old, ref, kl_weight, spec,
+                policy, kl, flags, slope)
     rescale(gradient, upstream, announced)       # gradient *= upstream / announced, unless they are equal
 
 ``out`` is shaped like the logits and may be the logits. A dead row's outputs are 0, its gradient is 0 and
@@ -27,7 +29,7 @@ from types import ModuleType
 
 import torch as pytorch  # this package's own torch.py takes the plain name here once it is imported
 
-from ..checks import describe, fail
+from ..checks import fail
 from ..config import check_name
 
 _MODULES = {"cpu": "cpu", "triton": "triton", "torch": "torch"}
@@ -50,12 +52,17 @@ def names() -> tuple[str, ...]:
     return tuple(_MODULES)
 
 
+@pytorch.compiler.assume_constant_result
+def has_token_terms(name: str) -> bool:
+    return hasattr(get(name), "token_terms")
+
+
 @functools.cache
 def get(name: str) -> ModuleType:
     return importlib.import_module(f".{_MODULES[name]}", __package__)
 
 
-def choose(function: str, logits: pytorch.Tensor, fused: bool, name: str | None) -> tuple[str, bool]:
+def choose(function: str, request: Request, name: str | None) -> tuple[str, bool]:
     """The backend asked for by name, or the first that can serve the call, and whether it can fuse it.
 
     A backend that has no one-pass loss for the call still serves it in two passes.
@@ -66,15 +73,13 @@ def choose(function: str, logits: pytorch.Tensor, fused: bool, name: str | None)
     """
     if name is not None:
         check_name("backend", name, _MODULES)
-    chosen, fuses, reasons = _choose(
-        logits.device.type, logits.device.index, logits.dtype, logits.shape[-1], fused, name
-    )
+    device = request.device
+    chosen, fuses, reasons = _choose(device.type, device.index, request.dtype, request.vocab, request.fused, name)
     if chosen:
         return chosen, fuses
-    if name is not None:
-        expected = f"a call that backend={name!r} can serve"
-        fail(function, expected, reasons, {"logits": logits}, error=RuntimeError)
-    raise RuntimeError(f"{function}: no backend serves {describe(logits)} ({reasons}).")
+    logits = f"{request.vocab} columns of {str(request.dtype).removeprefix('torch.')} logits on {device}"
+    expected = "a call that some backend can serve" if name is None else f"a call that backend={name!r} can serve"
+    fail(function, expected, f"{logits} ({reasons})", error=RuntimeError)
 
 
 @pytorch.compiler.assume_constant_result

@@ -199,12 +199,30 @@ def token_sums(
     library().grpo_cpu_token_sums(ctypes.byref(params))
 
 
-def token_terms(numbers: Tensor, spec: list[int], **per_row: Tensor | None) -> None:
-    """The per-token maths alone (csrc/common/surrogates.h): what the parity test compares with Python."""
-    log_prob = per_row["log_prob"]
-    assert log_prob is not None
+def token_terms(
+    log_prob: Tensor,
+    live: Tensor,
+    numbers: Tensor,
+    advantage: Tensor,
+    policy_weight: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    kl_weight: Tensor | None,
+    spec: list[int],
+    policy: Tensor,
+    kl: Tensor,
+    flags: Tensor,
+    slope: Tensor,
+) -> None:
     params = _Params(rows=log_prob.numel(), dtype=_DTYPES[numbers.dtype], numbers=numbers.data_ptr())
-    _fill(params, spec, per_row)
+    inputs: dict[str, Tensor | None] = {
+        "log_prob": log_prob,
+        "live": live,
+        "advantage": advantage,
+        "policy_weight": policy_weight,
+    }
+    inputs |= {"old": old, "ref": ref, "kl_weight": kl_weight}
+    _fill(params, spec, {**inputs, "policy": policy, "kl": kl, "flags": flags, "grad_log_prob": slope})
     library().grpo_cpu_token_terms(ctypes.byref(params))
 
 

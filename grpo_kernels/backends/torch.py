@@ -54,7 +54,7 @@ def log_probs_backward(
 
 
 class _Chunk:
-    """Some rows in fp32 (fp64), already scaled, capped and divided by the temperature.
+    """Some rows in fp32 (fp64): z = values * factor, the values capped where there is a cap.
 
     A lone row comes twice: PyTorch sums a single row in another order, and a row's log-prob must not depend
     on its company.
@@ -77,13 +77,14 @@ class _Chunk:
         self.raw = torch.where((self.live & in_range)[:, None], logits, torch.where(self.live, math.nan, 0.0)[:, None])
         temperature, scale, cap = rows.numbers[:3].unbind()
         capped = cap * torch.tanh(self.raw * scale / torch.where(cap > 0, cap, 1.0))
-        self.z = torch.where(cap > 0, capped, self.raw * scale) / temperature
+        self.values = torch.where(cap > 0, capped, self.raw)
+        self.factor = torch.where(cap > 0, 1.0, scale) / temperature
 
     def take(self, values: Tensor) -> Tensor:
         return values[self._padded]
 
     def is_target(self) -> Tensor:
-        return torch.arange(self.z.shape[-1], device=self.z.device) == self.ids
+        return torch.arange(self.values.shape[-1], device=self.values.device) == self.ids
 
     def slope(self) -> Tensor:
         """dz/dlogit: 1 - tanh² as 4q/(1+q)², which keeps its precision where tanh is nearly 1."""
@@ -101,9 +102,9 @@ def _chunks(rows: Rows) -> Iterator[_Chunk]:
 
 
 def _chunk_log_probs(chunk: _Chunk) -> tuple[Tensor, Tensor, Tensor]:
-    z, is_target = chunk.z, chunk.is_target()
-    largest = z.amax(-1, keepdim=True)
-    shifted = z - torch.where(largest == -math.inf, 0.0, largest)
+    values, is_target = chunk.values, chunk.is_target()
+    largest = values.amax(-1, keepdim=True)
+    shifted = (values - torch.where(largest == -math.inf, 0.0, largest)) * chunk.factor  # exact where they are close
     exps = shifted.exp()
     rest = exps.masked_fill(is_target, 0.0).sum(-1)
     z_target = shifted.gather(-1, chunk.ids).squeeze(-1)
@@ -112,14 +113,14 @@ def _chunk_log_probs(chunk: _Chunk) -> tuple[Tensor, Tensor, Tensor]:
     log_prob = torch.where(z_target == 0, -torch.log1p(rest), z_target - log_total)
     weighted = torch.where(exps == 0, 0.0, exps * shifted).sum(-1)
     entropy = (log_total - weighted / total).clamp(min=0)
-    lse = largest.squeeze(-1) + log_total
+    lse = largest.squeeze(-1) * chunk.factor + log_total
     void = largest.squeeze(-1) == -math.inf  # no column is possible
     log_prob, entropy, lse = (torch.where(void, math.nan, output) for output in (log_prob, entropy, lse))
     return log_prob, entropy, lse
 
 
 def _chunk_gradient(chunk: _Chunk, log_prob: Tensor, entropy: Tensor, lse: Tensor, g: Tensor, h: Tensor) -> Tensor:
-    log_p = chunk.z - lse[:, None]
+    log_p = chunk.values * chunk.factor - lse[:, None]
     p = log_p.exp()
     inner = torch.where(p == 0, 0.0, log_p + entropy[:, None])
     gradient = -(g[:, None] + h[:, None] * inner) * p

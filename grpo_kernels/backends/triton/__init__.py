@@ -150,20 +150,29 @@ def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
     launch.launch(kernels.rescale_kernel, programs, device, *arguments, BLOCK=4096, warps=8)
 
 
-def token_terms(numbers: Tensor, spec: list[int], **per_row: Tensor | None) -> None:
-    """The per-token maths alone: what the parity test compares with Python."""
+def token_terms(
+    log_prob: Tensor,
+    live: Tensor,
+    numbers: Tensor,
+    advantage: Tensor,
+    policy_weight: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    kl_weight: Tensor | None,
+    spec: list[int],
+    policy: Tensor,
+    kl: Tensor,
+    flags: Tensor,
+    slope: Tensor,
+) -> None:
     from . import launch, one_pass
 
-    names = ("log_prob", "old", "ref", "advantage", "policy_weight", "kl_weight", "policy", "kl", "flags", "slope")
-    tensors = [per_row.get(name) for name in names]
-    log_prob = per_row["log_prob"]
-    assert log_prob is not None
-    count = log_prob.numel()
-    programs = -(-count // 1024)
-    constants = _spec_constants(spec)
-    launch.launch(
-        one_pass.token_terms_kernel, programs, log_prob.device, numbers, *tensors, count, **constants, BLOCK=1024
-    )
+    count, device = log_prob.numel(), log_prob.device
+    inputs = (log_prob, live, numbers, advantage, policy_weight, old, ref, kl_weight)
+    constants = {**_spec_constants(spec), "BLOCK": one_pass.TOKENS_PER_PROGRAM}
+    programs = -(-count // one_pass.TOKENS_PER_PROGRAM)
+    outputs = (policy, kl, flags, slope)
+    launch.launch(one_pass.token_terms_kernel, programs, device, *inputs, *outputs, count, **constants)
 
 
 def _spec_constants(spec: list[int]) -> dict[str, int]:

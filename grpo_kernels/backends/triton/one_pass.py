@@ -1,4 +1,7 @@
-"""The one-pass loss: a row's log-prob, its surrogate and KL inline, and its gradient, in one kernel."""
+"""The one-pass loss: a row's log-prob, its surrogate and KL inline, and its gradient, in one kernel.
+
+The per-token maths is also a kernel of its own, for the two-pass route.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,9 @@ from .rows import (
     unrounded,
 )
 from .surrogates import GRAD_SCALE, NO_KL, token_terms
+
+TOKENS_PER_PROGRAM = 256
+"""Of the per-token maths alone."""
 
 
 @triton.jit
@@ -217,12 +223,13 @@ def one_pass_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def token_terms_kernel(
-    numbers,
     log_prob,
-    old,
-    ref,
+    live,
+    numbers,
     advantage,
     policy_weight,
+    old,
+    ref,
     kl_weight,
     policy,
     kl,
@@ -235,14 +242,14 @@ def token_terms_kernel(
     KL_RATIO_WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The per-token maths alone, for the parity test."""
+    """The per-token maths alone, between the two passes."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    row_log_prob = tl.load(log_prob + at, mask=inside)
+    alive = tl.load(live + at, mask=inside, other=0) != 0
     row_slope = row_terms(
         at,
-        inside,
-        row_log_prob,
+        alive,
+        tl.load(log_prob + at, mask=alive),
         numbers,
         advantage,
         policy_weight,
@@ -257,4 +264,8 @@ def token_terms_kernel(
         KL_STRAIGHT_THROUGH,
         KL_RATIO_WEIGHTED,
     )
-    tl.store(slope + at, row_slope, mask=inside)
+    dead = inside & (alive == 0)
+    tl.store(policy + at, 0, mask=dead)
+    tl.store(kl + at, 0, mask=dead)
+    tl.store(flags + at, 0, mask=dead)
+    tl.store(slope + at, tl.where(alive, row_slope, 0), mask=inside)

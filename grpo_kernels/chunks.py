@@ -1,0 +1,129 @@
+"""Which rows of hidden states are worked on, and how many at a time.
+
+Masked rows cost nothing: live ones are gathered, chunk by chunk, and results scattered back. The rows of a chunk follow
+from shapes, dtypes and ``chunk_bytes`` alone, never from free memory or the batch, so that results reproduce.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checks import checks_enabled, fail
+from .head import Head, SlicedHead, has_native_gemm
+from .inputs import Tokens
+from .objective import TokenBatch
+from .rows import Padded
+
+CHUNK_BYTES = 1 << 30
+_GPU_MULTIPLE = 128
+"""Rows of a GEMM on a GPU are padded to this with dead ones."""
+
+
+def chunk_rows(tokens: Tokens, hidden_size: int, chunk_bytes: int) -> int:
+    """How many rows' logits, hidden states and their gradients fit ``chunk_bytes``."""
+    device, itemsize = tokens.states.device.type, tokens.dtype.itemsize
+    kind = Head if has_native_gemm(device, tokens.dtype) else SlicedHead
+    fixed, per_row = kind.bytes(hidden_size, itemsize)
+    per_row += tokens.vocab * itemsize
+    rows = (chunk_bytes - fixed) // per_row
+    if rows < 1:
+        got = f"chunk_bytes={chunk_bytes}"
+        fail(tokens.function, f"chunk_bytes >= {fixed + per_row}, the room of one row", got, tokens.tensors)
+    return rows // _GPU_MULTIPLE * _GPU_MULTIPLE if rows >= _GPU_MULTIPLE else rows
+
+
+@dataclass(frozen=True)
+class LiveRows:
+    """The live tokens of a call in order, then padding: (1, n) tensors, and the way back."""
+
+    shape: tuple[int, int]
+    """(B, T) of the token tensors."""
+    index: Tensor
+    """(n,) of each in the flattened (B, T); 0 for padding."""
+    live: Tensor
+    """(1, n) bool, False for padding."""
+    cut: Tensor | None
+    """0-d bool: there were more than ``live_tokens``; None where they were counted."""
+    chunk: int
+
+    @classmethod
+    def of(cls, tokens: Tokens, chunk: int, live_tokens: int | None, check: bool | None) -> LiveRows:
+        """Waits for the device once, to count, unless told ``live_tokens``."""
+        flat = tokens.live.reshape(-1)
+        cut = None
+        if live_tokens is None:
+            count = int(flat.sum())
+        else:
+            count = min(_known_count(tokens, live_tokens, check), flat.numel())
+            cut = flat.sum() > count
+        padded = count
+        if flat.device.type == "cuda":
+            padded = -(-count // _GPU_MULTIPLE) * _GPU_MULTIPLE
+        index = torch.nonzero_static(flat, size=padded, fill_value=-1).squeeze(-1)
+        if padded > count:  # live_tokens may be fewer than there are
+            index[count:] = -1
+        live = index >= 0
+        batch, length = tokens.token_ids.shape
+        return cls((batch, length), index.clamp(min=0), live[None], cut, chunk)
+
+    @property
+    def count(self) -> int:
+        return self.index.shape[0]
+
+    def chunks(self) -> Iterator[tuple[int, int]]:
+        """First and last + 1 of each."""
+        for first in range(0, self.count, self.chunk):
+            yield first, min(first + self.chunk, self.count)
+
+    def hidden(self, states: Tensor, first: int, last: int) -> Tensor:
+        """(last - first, H) rows of ``states`` (B, T or T+1, H) or (N, H), gathered where they do not lie together."""
+        if self.cut is None and self.count == states.shape[:-1].numel() and states.is_contiguous():
+            return states.view(-1, states.shape[-1])[first:last]
+        index = self.index[first:last]
+        whole = states.unsqueeze(0) if states.dim() == 2 else states
+        return whole[index // self.shape[1], index % self.shape[1]]
+
+    def put_hidden(self, values: Tensor, out: Tensor, states: Tensor, first: int, last: int) -> None:
+        """Write the rows of a chunk into ``out``, (rows of states + 1, H): padding goes to the spare last row."""
+        index = self.index[first:last]
+        row = index // self.shape[1] * states.shape[-2] + index % self.shape[1]
+        out[torch.where(self.live[0, first:last], row, out.shape[0] - 1)] = values.to(out.dtype)
+
+    def take(self, values: Tensor | None) -> Tensor | None:
+        """(1, n) of (B, T)."""
+        return None if values is None else values.reshape(-1)[self.index][None]
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """(B, T) of (1, n), 0 elsewhere."""
+        out = values.new_zeros(self.shape[0] * self.shape[1] + 1)
+        out[torch.where(self.live[0], self.index, out.shape[0] - 1)] = values[0]  # padding goes to the spare place
+        return out[:-1].view(self.shape)
+
+    def batch(self, batch: TokenBatch) -> TokenBatch:
+        """Of the live tokens alone: one sequence, for the maths at token level."""
+        per_token = ("masked_in", "advantages", "old", "ref", "rollout", "policy_weight", "kl_weight", "entropy_weight")
+        taken: dict[str, Any] = {name: self.take(getattr(batch, name)) for name in per_token}
+        return dataclasses.replace(batch, live=self.live, sequences=Padded(1), **taken)
+
+
+def narrow(batch: TokenBatch, first: int, last: int) -> TokenBatch:
+    """Tokens [first, last) of a (1, n) batch."""
+    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    cut: dict[str, Any] = {name: value[:, first:last] for name, value in fields.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(batch, **cut)
+
+
+def _known_count(tokens: Tokens, live_tokens: int, check: bool | None) -> int:
+    if isinstance(live_tokens, bool) or not isinstance(live_tokens, int) or live_tokens < 0:
+        fail(tokens.function, "live_tokens to be an int >= 0", repr(live_tokens), error=TypeError)
+    if tokens.live.device.type == "cpu" or checks_enabled(check):
+        count = int(tokens.live.sum())
+        if count > live_tokens:
+            fail(tokens.function, f"live_tokens >= {count}, the live tokens", repr(live_tokens), tokens.tensors)
+    return live_tokens

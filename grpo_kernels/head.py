@@ -1,0 +1,172 @@
+"""The LM head's GEMMs over one chunk of rows, and its gradients gathered over chunks. All GEMMs are PyTorch's.
+
+A chunk costs 2·rows·H·V FLOPs for its logits and as many for each gradient that is wanted, nothing else. The weight's
+gradient is summed in fp32 and rounded once; a single chunk needs no sum.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+SLICE_COLUMNS = 1024
+"""Vocabulary columns that ``SlicedHead`` converts to fp32 at a time: 4 MB of a weight with H = 1024, which stay in
+cache."""
+_NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+
+
+class Wants(NamedTuple):
+    """Which gradients are computed."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+@functools.cache
+def has_native_gemm(device: str, dtype: torch.dtype) -> bool:
+    """Whether GEMMs of ``dtype`` run at full speed: on CPUs, half precision does only with instructions for it."""
+    if device != "cpu" or dtype in (torch.float32, torch.float64):
+        return True
+    return dtype == torch.bfloat16 and bool(cpu_bf16_instructions())
+
+
+@functools.cache
+def cpu_bf16_instructions() -> tuple[str, ...]:
+    """Of this CPU, by name. Read once; the choice never depends on a timing, so results reproduce."""
+    read: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return tuple(name for name in _NATIVE if read.get(name))
+
+
+def head_of(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunks: int, wants: Wants) -> Head:
+    """The GEMMs for this device and dtype."""
+    kind = Head if has_native_gemm(weight.device.type, dtype) else SlicedHead
+    return kind(weight, bias, dtype, chunks, wants)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total += a @ b"""
+    return torch.addmm(total, a, b, out=total)
+
+
+class Head:
+    """weight (V, H) and bias (V,), cast to ``dtype``; GEMMs on the whole of it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunks: int, wants: Wants) -> None:
+        self.weight = weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.wants = wants
+        self.single = chunks <= 1
+        self._weight_dtype = weight.dtype
+        self._bias_dtype = weight.dtype if bias is None else bias.dtype
+        self._real = torch.float64 if dtype == torch.float64 else torch.float32
+        self._weight_sum: Tensor | None = None
+        self._bias_sum: Tensor | None = None
+
+    @staticmethod
+    def bytes(hidden_size: int, itemsize: int) -> tuple[int, int]:
+        """Beside the logits: of a call, and of each row of a chunk (its hidden state and that one's gradient)."""
+        return 0, 2 * hidden_size * itemsize
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        """hidden (C, H) @ weight.T + bias, into ``out`` (C, V)."""
+        if self.bias is None:
+            torch.mm(hidden, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.t(), out=out)
+
+    def backward(self, gradient: Tensor, hidden: Tensor) -> Tensor | None:
+        """From the logits' gradient (C, V): add to the weight's and the bias's, return the hidden states' (C, H)."""
+        if self.wants.bias:
+            self._add_bias(gradient)
+        if self.wants.weight:
+            self._add_weight(gradient, hidden)
+        return gradient @ self.weight if self.wants.hidden else None
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Of weight and bias, in their own dtypes; zeros where no chunk came."""
+        weight, bias = self._weight_sum, self._bias_sum
+        if self.wants.weight and weight is None:
+            weight = torch.zeros_like(self.weight)
+        if self.wants.bias and bias is None:
+            bias = torch.zeros_like(self.weight[:, 0])
+        return (
+            None if weight is None else weight.to(self._weight_dtype),
+            None if bias is None else bias.to(self._bias_dtype),
+        )
+
+    def _add_bias(self, gradient: Tensor) -> None:
+        part = gradient.sum(0, dtype=self._real)
+        self._bias_sum = part if self._bias_sum is None else self._bias_sum.add_(part)
+
+    def _add_weight(self, gradient: Tensor, hidden: Tensor) -> None:
+        transposed, total = gradient.t(), self._weight_sum
+        if gradient.dtype == self._real or (self.single and gradient.dtype == self._weight_dtype):
+            if total is None:
+                self._weight_sum = torch.mm(transposed, hidden)
+            else:
+                _add_product(total, transposed, hidden)
+        elif gradient.device.type == "cuda":
+            if total is None:
+                self._weight_sum = torch.mm(transposed, hidden, out_dtype=self._real)
+            else:
+                torch.addmm(total, transposed, hidden, out_dtype=self._real, out=total)
+        else:
+            total = torch.zeros(self.weight.shape, dtype=self._real) if total is None else total
+            for first, last in self._slices():
+                _add_product(total[first:last], transposed[first:last].to(self._real), hidden.to(self._real))
+            self._weight_sum = total
+
+    def _slices(self) -> list[tuple[int, int]]:
+        vocab = self.weight.shape[0]
+        return [(first, min(first + SLICE_COLUMNS, vocab)) for first in range(0, vocab, SLICE_COLUMNS)]
+
+
+class SlicedHead(Head):
+    """For CPUs without half-precision instructions: fp32 GEMMs on slices of the weight. A half-precision GEMM takes
+    four times as long there (measured: Zen 3, torch 2.13)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunks: int, wants: Wants) -> None:
+        super().__init__(weight, bias, dtype, chunks, wants)
+        self._slice = torch.empty(SLICE_COLUMNS, weight.shape[1], dtype=torch.float32)
+        if wants.weight:
+            like = weight.dtype if self.single else torch.float32
+            self._weight_sum = (torch.empty if chunks == 1 else torch.zeros)(weight.shape, dtype=like)
+
+    @staticmethod
+    def bytes(hidden_size: int, itemsize: int) -> tuple[int, int]:
+        """Beside the logits: the slice, and its gradient; fp32 rows of hidden states, their gradient and a slice's."""
+        return 2 * SLICE_COLUMNS * hidden_size * 4, 2 * hidden_size * (itemsize + 4) + SLICE_COLUMNS * 4
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        wide = hidden.float()
+        part = torch.empty(hidden.shape[0], SLICE_COLUMNS)
+        for first, last in self._slices():
+            columns = part[:, : last - first]
+            torch.mm(wide, self._wide(first, last).t(), out=columns)
+            if self.bias is not None:
+                columns += self.bias[first:last]
+            out[:, first:last] = columns
+
+    def backward(self, gradient: Tensor, hidden: Tensor) -> Tensor | None:
+        if self.wants.bias:
+            self._add_bias(gradient)
+        wide = hidden.float()
+        result = torch.zeros_like(wide) if self.wants.hidden else None
+        for first, last in self._slices():
+            columns = gradient[:, first:last].float()
+            if result is not None:
+                _add_product(result, columns, self._wide(first, last))
+            if self._weight_sum is not None:
+                target = self._weight_sum[first:last]
+                if self.single:
+                    target.copy_(columns.t() @ wide)
+                else:
+                    _add_product(target, columns.t(), wide)
+        return None if result is None else result.to(gradient.dtype)
+
+    def _wide(self, first: int, last: int) -> Tensor:
+        return self._slice[: last - first].copy_(self.weight[first:last])

@@ -1,0 +1,371 @@
+"""``linear_grpo_loss`` and ``linear_token_log_probs``: from hidden states; the logits never exist in full.
+
+Tokens are taken in chunks of a fixed number of rows. Where a row's slope is known from that row alone, a chunk's logits
+become their gradient in place and leave as the gradients of hidden states and weight, all in the forward call:
+6·N·H·V FLOPs, nothing is computed twice. Pooled ratios need the log-probs of all tokens first: a batch of one chunk
+keeps its logits meanwhile, a longer one computes them again (8·N·H·V).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import autograd, ops
+from .checks import check_scalar
+from .chunks import CHUNK_BYTES, LiveRows, chunk_rows, narrow
+from .config import LossConfig, check_name, resolve_config
+from .head import Wants, head_of
+from .inputs import LossInputs, Tokens, check_ids, check_logit_args, choose_backend, read_batch, read_linear_tokens
+from .loss import announced_scale, one_pass_spec
+from .metrics import Metrics
+from .objective import Records, TokenBatch, fast_token_terms, reduce_records
+from .outputs import LossOutput, TokenLogProbs
+from .rows import Rows
+from .spec import NUMBERS, LogitArgs, ObjectiveSpec
+
+Visit = Callable[[Rows, int, int], None]
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+@torch.compiler.disable
+def linear_grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    old_log_probs: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None,
+    token_weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    config: LossConfig | str = "grpo",
+    normalizer: float | Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
+    kl_coef: float | Tensor | None = None,
+    entropy_coef: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    logit_softcap: float | Tensor | None = None,
+    skip_zero_advantage: bool = False,
+    live_tokens: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    check: bool | None = None,
+    backend: str | None = None,
+) -> LossOutput:
+    """``grpo_loss(hidden @ weight.T + bias, ...)`` without its logits: only live rows are computed, a chunk at a time.
+
+    Args:
+        hidden: (B, T, H), or (B, T+1, H) as a causal model returns it (the last row is unused), or packed (N, H) or
+            (1, N, H). The weight's dtype; under autocast both are cast, as a linear layer would.
+        weight: the LM head (V, H). Frozen, it costs neither GEMM nor memory; so do frozen hidden states.
+        token_ids, advantages, mask: as for ``grpo_loss``.
+        bias: (V,).
+        live_tokens: how many tokens the mask leaves (with ``skip_zero_advantage``, of A != 0), or a bound of it: then
+            nothing waits for the device, which otherwise is asked once, before any GEMM. Where there are more, the
+            loss is NaN (on a CPU an error).
+        chunk_bytes: memory for a chunk's logits, hidden states and their gradients. Results do not depend on it beyond
+            rounding, and on nothing but shapes and dtypes otherwise.
+        **the rest**: as for ``grpo_loss``.
+
+    Returns:
+        LossOutput; ``loss`` is differentiable in hidden, weight and bias.
+
+    Raises:
+        ValueError, TypeError: as ``grpo_loss``; hidden states and a weight that do not fit, a sharded weight, a budget
+            too small for one row.
+    """
+    config = resolve_config(config)
+    given = LossInputs(
+        *(advantages, old_log_probs, ref_log_probs, rollout_log_probs, token_weights, cu_seqlens, normalizer),
+        *(kl_coef, entropy_coef, skip_zero_advantage, check),
+    )
+    named = {"advantages": advantages, "old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs}
+    named |= {"rollout_log_probs": rollout_log_probs, "token_weights": token_weights, "cu_seqlens": cu_seqlens}
+    logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+    check_logit_args("linear_grpo_loss", logit_args)
+    tokens = read_linear_tokens("linear_grpo_loss", hidden, weight, bias, token_ids, mask, named)
+    wants = _wants(hidden, weight, bias)
+    chosen, fuses = choose_backend(tokens, backend, inplace=False, fused=any(wants))
+    check_ids(tokens, check)
+    tokens, batch = read_batch(tokens, config, given)
+    if grad_scale is None and tokens.dtype == torch.float16:
+        grad_scale = float(1 << (tokens.token_ids.numel() - 1).bit_length())  # else fp16 gradients underflow
+    numbers = tokens.numbers(logit_args, announced_scale("linear_grpo_loss", grad_scale), config)
+    sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check)
+    spec = one_pass_spec(config, batch, given) if fuses else None
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        loss, metrics, records, gradients = _Loss(config, batch, sweep, spec).run(wants, hidden, weight, bias)
+        if sweep.live_rows.cut is not None:
+            loss = torch.where(sweep.live_rows.cut, torch.nan, loss)
+    if any(wants):
+        known = (sweep.announced, tokens.token_ids, chosen, "linear_grpo_loss")
+        loss = autograd.KnownGradients.apply(loss, *known, hidden, weight, bias, *gradients)
+    return LossOutput(loss, metrics, records.log_prob.view(tokens.shape), records.entropy.view(tokens.shape))
+
+
+@torch.compiler.disable
+def linear_token_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    logit_scale: float | Tensor = 1.0,
+    logit_softcap: float | Tensor | None = None,
+    live_tokens: int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+    check: bool | None = None,
+    backend: str | None = None,
+) -> TokenLogProbs:
+    """``token_log_probs(hidden @ weight.T + bias, ...)`` without its logits: for the old and reference pass, and for
+    objectives of your own. Backward computes the logits a second time (8·N·H·V FLOPs in all).
+
+    Args: as for ``linear_grpo_loss`` and ``token_log_probs``.
+
+    Returns:
+        TokenLogProbs(log_probs, entropy), both differentiable in hidden, weight and bias.
+    """
+    logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+    check_logit_args("linear_token_log_probs", logit_args)
+    tokens = read_linear_tokens("linear_token_log_probs", hidden, weight, bias, token_ids, mask, {})
+    chosen, _ = choose_backend(tokens, backend, inplace=False)
+    check_ids(tokens, check)
+    numbers = tokens.numbers(logit_args)
+    sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check)
+    outputs = autograd.LinearLogProbs.apply(sweep, hidden, weight, bias)
+    if sweep.live_rows.cut is not None:
+        outputs = tuple(torch.where(sweep.live_rows.cut, torch.nan, output) for output in outputs)
+    return TokenLogProbs(*(output.view(tokens.shape) for output in outputs))
+
+
+def _wants(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wants:
+    enabled = torch.is_grad_enabled()
+    return Wants(*(enabled and t is not None and t.requires_grad for t in (hidden, weight, bias)))
+
+
+def _sweep(
+    tokens: Tokens,
+    numbers: Tensor,
+    logit_args: LogitArgs,
+    backend: str,
+    hidden: Tensor,
+    live_tokens: int | None,
+    chunk_bytes: int,
+    check: bool | None,
+) -> Sweep:
+    check_scalar(tokens.function, "chunk_bytes", chunk_bytes)
+    rows = LiveRows.of(tokens, chunk_rows(tokens, hidden.shape[-1], int(chunk_bytes)), live_tokens, check)
+    ids = rows.take(tokens.token_ids)
+    assert ids is not None
+    return Sweep(rows, ids, numbers, logit_args.logit_softcap is not None, tokens.dtype, tokens.vocab, backend)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A walk over the chunks of one call."""
+
+    live_rows: LiveRows
+    token_ids: Tensor
+    """(1, n)"""
+    numbers: Tensor
+    softcap: bool
+    dtype: torch.dtype
+    vocab: int
+    backend: str
+
+    @property
+    def announced(self) -> Tensor:
+        return self.numbers[NUMBERS.index("grad_scale")]
+
+    @property
+    def one_chunk(self) -> bool:
+        return self.live_rows.count <= self.live_rows.chunk
+
+    def run(self, visit: Visit, wants: Wants, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
+        """Compute each chunk's logits and let ``visit`` have them; where gradients are wanted, it turns the logits
+        into their gradient."""
+        rows, device = self.live_rows, hidden.device
+        head = head_of(weight, bias, self.dtype, len(list(rows.chunks())), wants)
+        buffer = torch.empty(min(rows.chunk, rows.count), self.vocab, dtype=self.dtype, device=device)
+        places = hidden.shape[:-1].numel() + 1
+        gradient = hidden.new_zeros(places, hidden.shape[-1]) if wants.hidden else None
+        for first, last in rows.chunks():
+            states = rows.hidden(hidden, first, last).to(self.dtype)
+            logits = buffer[: last - first]
+            head.logits(states, logits)
+            ids, live = self.token_ids[:, first:last], rows.live[:, first:last]
+            visit(Rows(logits, ids, live, self.numbers, self.softcap), first, last)
+            if any(wants):
+                values = head.backward(logits, states)
+                if gradient is not None and values is not None:
+                    rows.put_hidden(values, gradient, hidden, first, last)
+        if gradient is not None:
+            gradient = gradient[:-1].view(hidden.shape)
+        return gradient, *head.gradients()
+
+    def log_probs(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        """log_prob, entropy and lse, (1, n)."""
+        stats = tuple(torch.zeros_like(self.token_ids, dtype=self.numbers.dtype) for _ in range(3))
+
+        def visit(rows: Rows, first: int, last: int) -> None:
+            outputs = ops.log_probs(rows.logits, *rows.arguments, self.backend)
+            for total, output in zip(stats, outputs, strict=True):
+                total[:, first:last] = output
+
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            self.run(visit, Wants(False, False, False), hidden, weight, bias)
+        return stats
+
+    def gradients(
+        self,
+        wants: Sequence[bool],
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stats: Sequence[Tensor],
+        grad_log_prob: Tensor | None,
+        grad_entropy: Tensor | None,
+    ) -> Gradients:
+        """From (B, T) slopes in log-prob and entropy and ``log_probs``'s ``stats``; the logits are computed again."""
+        per_row = (*stats, self.live_rows.take(grad_log_prob), self.live_rows.take(grad_entropy))
+
+        def visit(rows: Rows, first: int, last: int) -> None:
+            mine = (None if values is None else values[:, first:last].contiguous() for values in per_row)
+            ops.log_probs_backward_(rows.logits, *rows.arguments, *mine, self.backend)
+
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            return self.run(visit, Wants(*wants), hidden, weight, bias)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """The routes of one loss; each returns records of (B, T) and the gradients times the announced scale."""
+
+    config: LossConfig
+    batch: TokenBatch
+    sweep: Sweep
+    spec: ObjectiveSpec | None
+    """For the backend's one-pass kernel; None where it has none for this loss."""
+
+    def run(
+        self, wants: Wants, hidden: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Metrics, Records, Gradients]:
+        head = (hidden, weight, bias)
+        if not any(wants):
+            log_prob, entropy, _ = self.sweep.log_probs(*head)
+            records, _ = self._terms(log_prob, entropy)
+            gradients: Gradients = (None, None, None)
+        elif self.spec is not None or self.config.level == "token":
+            records, gradients = self._rows_alone(wants, head)
+        elif self.sweep.one_chunk:
+            records, gradients = self._kept(wants, head)
+        else:
+            stats = self.sweep.log_probs(*head)
+            records, slopes = self._terms(*stats[:2])
+            gradients = self.sweep.gradients(wants, *head, stats, *slopes)
+        loss, metrics = reduce_records(self.config, self.batch, records, self.sweep.backend)
+        return loss, metrics, records, gradients
+
+    def _rows_alone(self, wants: Wants, head: tuple[Any, ...]) -> tuple[Records, Gradients]:
+        """Every row's slope follows from the row: one sweep."""
+        sweep = self.sweep
+        mine = sweep.live_rows.batch(self.batch)
+        kept: list[Records] = []
+
+        def visit(rows: Rows, first: int, last: int) -> None:
+            part = narrow(mine, first, last)
+            kept.append(self._fused(rows, part) if self.spec is not None else self._two_passes(rows, part))
+
+        gradients = sweep.run(visit, wants, *head)
+        columns = zip(*kept, strict=True) if kept else ([self._nothing(name)] for name in Records._fields)
+        return Records(*(sweep.live_rows.scatter(torch.cat(list(column), 1)) for column in columns)), gradients
+
+    def _fused(self, rows: Rows, part: TokenBatch) -> Records:
+        assert self.spec is not None
+        inputs = (part.advantages, part.policy_weight, part.old, part.ref, part.kl_weight, part.entropy_weight)
+        return Records(*ops.fused_loss_(rows.logits, *rows.arguments, *inputs, list(self.spec), self.sweep.backend))
+
+    def _two_passes(self, rows: Rows, part: TokenBatch) -> Records:
+        backend = self.sweep.backend
+        log_prob, entropy, lse = ops.log_probs(rows.logits, *rows.arguments, backend)
+        policy, kl, flags, slope = fast_token_terms(self.config, part, log_prob, rows.numbers, backend)
+        slopes = self._announce(slope, part.entropy_weight)
+        ops.log_probs_backward_(rows.logits, *rows.arguments, log_prob, entropy, lse, *slopes, backend)
+        return Records(log_prob, entropy, policy, kl, flags)
+
+    def _kept(self, wants: Wants, head: tuple[Any, ...]) -> tuple[Records, Gradients]:
+        """A pooled ratio of one chunk: its logits stay while the slopes are found."""
+        sweep = self.sweep
+        found: list[Records] = []
+
+        def visit(rows: Rows, first: int, last: int) -> None:
+            log_prob, entropy, lse = ops.log_probs(rows.logits, *rows.arguments, sweep.backend)
+            records, slopes = self._terms(log_prob, entropy)
+            found.append(records)
+            taken = (sweep.live_rows.take(slope) for slope in slopes)
+            ops.log_probs_backward_(rows.logits, *rows.arguments, log_prob, entropy, lse, *taken, sweep.backend)
+
+        gradients = sweep.run(visit, wants, *head)
+        if not found:
+            found.append(self._terms(self._nothing("log_prob"), self._nothing("entropy"))[0])
+        return found[0], gradients
+
+    def _terms(self, log_prob: Tensor, entropy: Tensor) -> tuple[Records, tuple[Tensor, Tensor | None]]:
+        """From (1, n): records and announced slopes, (B, T)."""
+        log_prob, entropy = (self.sweep.live_rows.scatter(values) for values in (log_prob, entropy))
+        numbers, backend = self.sweep.numbers, self.sweep.backend
+        policy, kl, flags, slope = fast_token_terms(self.config, self.batch, log_prob, numbers, backend)
+        return Records(log_prob, entropy, policy, kl, flags), self._announce(slope, self.batch.entropy_weight)
+
+    def _announce(self, slope: Tensor, entropy_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        scale = self.sweep.announced
+        return slope * scale, None if entropy_weight is None else -entropy_weight * scale
+
+    def _nothing(self, name: str) -> Tensor:
+        dtype = torch.uint8 if name == "flags" else self.sweep.numbers.dtype
+        return torch.zeros(1, 0, dtype=dtype, device=self.sweep.numbers.device)
+
+
+_OPTIONS = tuple(name for name in linear_grpo_loss.__wrapped__.__kwdefaults__ or () if name != "config")
+
+
+class LinearGRPOLoss(nn.Module):
+    """``linear_grpo_loss`` as a module: ``LinearGRPOLoss("dapo")(hidden, weight, token_ids, advantages, mask, ...)``.
+
+    Args:
+        config: a LossConfig or a preset's name.
+        **options: keywords of ``linear_grpo_loss`` to fix.
+    """
+
+    def __init__(self, config: LossConfig | str = "grpo", **options: Any) -> None:
+        super().__init__()
+        self.config = resolve_config(config)
+        for name in options:
+            check_name("LinearGRPOLoss: the option", name, _OPTIONS)
+        self.options = options
+
+    def forward(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        token_ids: Tensor,
+        advantages: Tensor,
+        mask: Tensor | None = None,
+        **options: Any,
+    ) -> LossOutput:
+        """See ``linear_grpo_loss``."""
+        options = {**self.options, **options}
+        return linear_grpo_loss(hidden, weight, token_ids, advantages, mask, config=self.config, **options)
+
+    def extra_repr(self) -> str:
+        return repr(self.config)

@@ -1,0 +1,373 @@
+"""From hidden states: the same loss and gradients as from the logits, in chunks, for the live rows alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import configs
+from torch.utils.flop_counter import FlopCounterMode
+
+from grpo_kernels import (
+    KL,
+    LinearGRPOLoss,
+    LossConfig,
+    head,
+    linear_grpo_loss,
+    linear_token_log_probs,
+    reference,
+    token_log_probs,
+)
+
+LEVELS = ("token", "sequence", "sequence_token", "sequence_product")
+MANY = 1 << 20
+
+
+class Problem:
+    """Hidden states, head and tokens; old and reference log-probs near the policy's."""
+
+    def __init__(self, batch=4, length=7, hidden=16, vocab=97, dtype=torch.float32, extra_row=True, bias=True, seed=0):
+        torch.manual_seed(seed)
+        self.hidden = torch.randn(batch, length + extra_row, hidden).to(dtype).requires_grad_()
+        self.weight = (0.5 * torch.randn(vocab, hidden)).to(dtype).requires_grad_()
+        self.bias = torch.randn(vocab).to(dtype).requires_grad_() if bias else None
+        self.ids = torch.randint(vocab, (batch, length))
+        self.mask = torch.rand(batch, length) < 0.7
+        if batch > 1:
+            self.mask[1] = False
+        self.advantages = torch.randn(batch)
+        with torch.no_grad():
+            log_probs = reference_log_probs(self)
+        real = torch.float64 if dtype == torch.float64 else torch.float32
+        near = (log_probs + 0.3 * torch.randn(batch, length) for _ in range(2))
+        self.options = dict(zip(("old_log_probs", "ref_log_probs"), (x.to(real) for x in near), strict=True))
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        return tuple(leaf for leaf in (self.hidden, self.weight, self.bias) if leaf is not None)
+
+    def run(self, scale=1.0, **options):
+        """The loss, and the gradients of ``scale * loss``."""
+        options = {**self.options, **options}
+        out = linear_grpo_loss(
+            self.hidden, self.weight, self.ids, self.advantages, self.mask, bias=self.bias, **options
+        )
+        return out, torch.autograd.grad(out.loss * scale, self.leaves)
+
+    def expected(self, dtype=None, **options):
+        """By autograd through the whole logits, computed in ``dtype``."""
+        leaves = [leaf.detach().to(dtype or leaf.dtype).requires_grad_() for leaf in self.leaves]
+        logits = torch.nn.functional.linear(*leaves)
+        if dtype is not torch.float64:
+            logits = logits.float()
+        options = {**self.options, **options}
+        out = reference.grpo_loss(logits, self.ids, self.advantages, self.mask, **options)
+        return out, torch.autograd.grad(out.loss, leaves)
+
+
+def reference_log_probs(problem: Problem) -> torch.Tensor:
+    logits = torch.nn.functional.linear(*(leaf.double() for leaf in problem.leaves))[:, : problem.ids.shape[1]]
+    return torch.log_softmax(logits, -1).gather(-1, problem.ids[..., None]).squeeze(-1)
+
+
+def room(problem: Problem, rows: int) -> int:
+    """chunk_bytes of ``rows`` rows."""
+    kind = head.Head if head.has_native_gemm("cpu", problem.hidden.dtype) else head.SlicedHead
+    vocab, hidden = problem.weight.shape
+    fixed, per_row = kind.bytes(hidden, problem.hidden.dtype.itemsize)
+    return fixed + rows * (per_row + vocab * problem.hidden.dtype.itemsize)
+
+
+@pytest.mark.parametrize("rows", [MANY, 5])
+@pytest.mark.parametrize("config", configs(), ids=str)
+def test_is_the_loss_of_the_logits(backend, config, rows):
+    """fp64, every objective, in one chunk and in several."""
+    problem = Problem(dtype=torch.float64)
+    out, gradients = problem.run(config=config, backend=backend, chunk_bytes=room(problem, rows))
+    expected, wanted = problem.expected(torch.float64, config=config)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(out.log_probs, expected.log_probs, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(out.entropy, expected.entropy, rtol=1e-10, atol=1e-12)
+    for mine, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+    for name, value in out.metrics.as_dict().items():
+        torch.testing.assert_close(value, expected.metrics.as_dict()[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [MANY, 128])
+def test_errs_no_more_than_a_materialised_head(backend, dtype, level, on_policy, rows):
+    """Gradients through GEMMs: at most twice the error of eager PyTorch that upcasts its logits to fp32."""
+    problem = Problem(8, 40, 64, 1500, dtype, seed=1)
+    options = {"config": LossConfig(level=level, kl=KL(0.1), entropy_coef=0.01)}
+    if on_policy:
+        options["old_log_probs"] = None
+    out, gradients = problem.run(backend=backend, chunk_bytes=room(problem, rows), **options)
+    _, exact = problem.expected(torch.float64, **options)
+    baseline, theirs = problem.expected(**options)
+    for mine, eager, truth, leaf in zip(gradients, theirs, exact, problem.leaves, strict=True):
+        assert mine.dtype == leaf.dtype
+        error, allowed = ((x.double() - truth).norm() / truth.norm() for x in (mine, eager))
+        assert error <= 2 * allowed + 1e-6, (error, allowed)
+    slack = 1e-5 if dtype == torch.float32 else 0.05
+    torch.testing.assert_close(out.loss, baseline.loss, rtol=slack, atol=slack)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_old_pass_has_the_same_bits(backend, dtype):
+    """Of the same tokens: the first step's ratio is exactly 1; a second call gives the same bits again."""
+    problem = Problem(6, 50, 32, 700, dtype, seed=2)
+    budget = {"chunk_bytes": room(problem, 128), "backend": backend}
+    with torch.no_grad():
+        old = linear_token_log_probs(
+            problem.hidden, problem.weight, problem.ids, problem.mask, bias=problem.bias, **budget
+        ).log_probs
+    first, gradients = problem.run(old_log_probs=old, **budget)
+    second, again = problem.run(old_log_probs=old, **budget)
+    assert torch.equal(first.log_probs, old)
+    assert first.metrics.ratio_min == first.metrics.ratio_max == 1
+    assert torch.equal(first.loss, second.loss)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+@pytest.mark.parametrize("rows", [MANY, 5])
+def test_log_probs_are_differentiable_in_both_outputs(backend, rows):
+    problem = Problem(3, 4, 5, 11, torch.float64)
+    budget = {"chunk_bytes": room(problem, rows), "backend": backend}
+
+    def outputs(hidden, weight, bias):
+        out = linear_token_log_probs(hidden, weight, problem.ids, problem.mask, bias=bias, **budget)
+        return out.log_probs, out.entropy
+
+    assert torch.autograd.gradcheck(outputs, problem.leaves)
+    out = outputs(*problem.leaves)
+    logits = torch.nn.functional.linear(*problem.leaves)
+    expected = token_log_probs(logits, problem.ids, problem.mask, backend=backend)
+    for a, b in zip(out, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    only_entropy = torch.autograd.grad(out[1].sum(), problem.weight)[0]
+    wanted = torch.autograd.grad(expected.entropy.sum(), problem.weight)[0]
+    torch.testing.assert_close(only_entropy, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("level", "rows", "gemms"), [("token", MANY, 3), ("token", 5, 3), ("sequence", MANY, 3), ("sequence", 5, 4)]
+)
+@pytest.mark.parametrize("frozen", ["nothing", "weight", "hidden"])
+def test_flops(level, rows, gemms, frozen):
+    """6·n·H·V for n live tokens; a frozen tensor saves its GEMM; pooled ratios of several chunks recompute."""
+    problem = Problem()
+    for name in ("weight", "bias"):
+        getattr(problem, name).requires_grad_(frozen != "weight")
+    problem.hidden.requires_grad_(frozen != "hidden")
+    options = {**problem.options, "config": LossConfig(level=level)}
+    arguments = (problem.hidden, problem.weight, problem.ids, problem.advantages, problem.mask)
+    with FlopCounterMode(display=False) as counter:
+        out = linear_grpo_loss(*arguments, bias=problem.bias, chunk_bytes=room(problem, rows), **options)
+        out.loss.backward()
+    vocab, hidden = problem.weight.shape
+    assert counter.get_total_flops() == 2 * int(problem.mask.sum()) * hidden * vocab * (gemms - (frozen != "nothing"))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        assert not linear_grpo_loss(*arguments, bias=problem.bias, **options).loss.requires_grad
+    assert counter.get_total_flops() == 2 * int(problem.mask.sum()) * hidden * vocab
+
+
+@pytest.mark.parametrize("rows", [MANY, 5])
+def test_masked_rows_are_not_looked_at(backend, rows):
+    problem = Problem()
+    kept, wanted = problem.run(backend=backend, chunk_bytes=room(problem, rows))
+    with torch.no_grad():
+        problem.hidden[:, :-1][~problem.mask] = math.nan
+        problem.hidden[:, -1] = math.nan
+        problem.ids[~problem.mask] = -100
+    out, gradients = problem.run(backend=backend, chunk_bytes=room(problem, rows))
+    assert torch.equal(out.loss, kept.loss)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+    assert (gradients[0][:, :-1][~problem.mask] == 0).all()
+    assert (gradients[0][:, -1] == 0).all()
+
+
+def test_rows_without_advantage_cost_nothing():
+    problem = Problem()
+    problem.advantages[0] = 0
+    options = {"old_log_probs": problem.options["old_log_probs"], "ref_log_probs": None}
+    arguments = (problem.hidden, problem.weight, problem.ids, problem.advantages, problem.mask)
+    with FlopCounterMode(display=False) as counter:
+        out = linear_grpo_loss(*arguments, skip_zero_advantage=True, **options)
+        skipped = torch.autograd.grad(out.loss, (problem.hidden, problem.weight))
+    live = problem.mask & (problem.advantages != 0)[:, None]
+    vocab, hidden = problem.weight.shape
+    assert counter.get_total_flops() == 6 * int(live.sum()) * hidden * vocab
+    assert out.metrics.skipped_tokens == problem.mask[0].sum()
+    every = torch.autograd.grad(linear_grpo_loss(*arguments, **options).loss, (problem.hidden, problem.weight))
+    for a, b in zip(skipped, every, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("extra", [0, 1, 20])
+def test_a_known_number_of_live_tokens(backend, extra):
+    problem = Problem()
+    expected, wanted = problem.run(backend=backend)
+    out, gradients = problem.run(backend=backend, live_tokens=int(problem.mask.sum()) + extra)
+    torch.testing.assert_close(out.loss, expected.loss)
+    for a, b in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_upstream_factors(backend, dtype):
+    """Announced or not, the gradient is that of the scaled loss; fp16 gradients do not underflow on the way."""
+    problem = Problem(dtype=dtype, seed=3)
+    _, whole = problem.run(backend=backend)
+    for scale in (1.0, 0.25, 1024.0):
+        for announced in (None, scale):
+            _, gradients = problem.run(scale, backend=backend, grad_scale=announced)
+            for a, b in zip(gradients, whole, strict=True):
+                slack = 1e-6 if dtype == torch.float32 else 4e-3
+                torch.testing.assert_close(a / scale, b, rtol=slack, atol=slack * float(b.abs().max()))
+
+
+def test_packed_and_strided(backend):
+    problem = Problem(3, 6, extra_row=False, dtype=torch.float64)
+    expected, wanted = problem.run(backend=backend, config="dapo")
+    bounds = torch.tensor([0, 6, 12, 18])
+    flat = {name: value.flatten() for name, value in problem.options.items()}
+    hidden = problem.hidden.detach().flatten(0, 1).requires_grad_()
+    arguments = (problem.ids.flatten(), problem.advantages, problem.mask.flatten())
+    packed = {"cu_seqlens": bounds, "config": "dapo", "backend": backend, "bias": problem.bias, **flat}
+    out = linear_grpo_loss(hidden, problem.weight, *arguments, **packed)
+    torch.testing.assert_close(out.loss, expected.loss)
+    (gradient,) = torch.autograd.grad(out.loss, hidden)
+    torch.testing.assert_close(gradient, wanted[0].flatten(0, 1))
+    wide = torch.randn(3, 6, 32, dtype=torch.float64)
+    wide[..., ::2] = problem.hidden.detach()
+    strided = wide[..., ::2].requires_grad_()
+    out = linear_grpo_loss(
+        strided, problem.weight, problem.ids, problem.advantages, problem.mask, bias=problem.bias,
+        config="dapo", backend=backend, **problem.options,
+    )  # fmt: skip
+    torch.testing.assert_close(torch.autograd.grad(out.loss, strided)[0], wanted[0])
+
+
+def test_logit_transforms(backend):
+    problem = Problem(dtype=torch.float64)
+    options = {"temperature": 0.7, "logit_scale": 0.5, "logit_softcap": 3.0}
+    out, gradients = problem.run(backend=backend, **options)
+    expected, wanted = problem.expected(torch.float64, **options)
+    torch.testing.assert_close(out.loss, expected.loss)
+    for a, b in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_autocast_computes_as_a_linear_layer_would():
+    problem = Problem(8, 40, 64, 1500)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, gradients = problem.run()
+    cast = Problem(8, 40, 64, 1500)
+    for name in ("hidden", "weight", "bias"):
+        setattr(cast, name, getattr(problem, name).detach().bfloat16().requires_grad_())
+    cast.options = problem.options
+    expected, wanted = cast.run()
+    torch.testing.assert_close(out.loss, expected.loss)
+    for a, b in zip(gradients, wanted, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b.float(), rtol=0.01, atol=1e-4)
+
+
+def test_tied_weights():
+    """The embedding's gradient and the head's meet in one leaf."""
+    problem = Problem(bias=False)
+    ids = torch.randint(97, problem.hidden.shape[:2])
+
+    def gradient(loss):
+        embedded = torch.nn.functional.embedding(ids, problem.weight)
+        return torch.autograd.grad(loss(torch.tanh(embedded)), problem.weight)[0]
+
+    rest = (problem.ids, problem.advantages, problem.mask)
+    mine = gradient(lambda hidden: linear_grpo_loss(hidden, problem.weight, *rest, **problem.options).loss)
+    eager = gradient(lambda hidden: reference.grpo_loss(hidden @ problem.weight.T, *rest, **problem.options).loss)
+    torch.testing.assert_close(mine, eager, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_live(backend, dtype, level):
+    problem = Problem(dtype=dtype)
+    problem.mask[:] = False
+    out, gradients = problem.run(backend=backend, config=LossConfig(level=level))
+    assert out.loss == 0
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_module_and_compile():
+    problem = Problem(bias=False)
+    arguments = (problem.hidden, problem.weight, problem.ids, problem.advantages, problem.mask)
+    expected = linear_grpo_loss(*arguments, config="dapo", temperature=0.7)
+    module = LinearGRPOLoss("dapo", temperature=0.7)
+    assert torch.equal(module(*arguments).loss, expected.loss)
+    assert "Clip" in repr(module)
+    with pytest.raises(ValueError, match="chunk_bytes"):
+        LinearGRPOLoss(chunk_byte=3)
+
+    @torch.compile
+    def step(hidden):
+        return linear_grpo_loss(torch.tanh(hidden), *arguments[1:]).loss * 2
+
+    torch.testing.assert_close(
+        step(problem.hidden), linear_grpo_loss(torch.tanh(problem.hidden), *arguments[1:]).loss * 2
+    )
+
+
+def test_second_backward_and_derivative():
+    problem = Problem()
+    arguments = (problem.hidden, problem.weight, problem.ids, problem.advantages, problem.mask)
+    out = linear_grpo_loss(*arguments)
+    out.loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="linear_grpo_loss: a second backward.*linear_token_log_probs"):
+        out.loss.backward()
+    (gradient,) = torch.autograd.grad(linear_grpo_loss(*arguments).loss, problem.weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        gradient.sum().backward()
+
+
+BAD = {
+    "hidden and weight": (lambda p: {"weight": p.weight[:, :5]}, ValueError, r"weight \(V, 16\)"),
+    "weight turned": (lambda p: {"weight": p.weight.T}, ValueError, "weight.T"),
+    "ids": (lambda p: {"token_ids": p.ids[:, :2]}, ValueError, "token_ids of shape"),
+    "bias": (lambda p: {"bias": p.bias[:3]}, ValueError, r"bias \(97,\)"),
+    "integer weight": (lambda p: {"weight": p.weight.detach().to(torch.int8)}, TypeError, "dequantised"),
+    "dtypes": (lambda p: {"weight": p.weight.detach().bfloat16()}, ValueError, "one dtype"),
+    "module": (lambda p: {"weight": torch.nn.Linear(16, 97)}, TypeError, "lm_head.weight"),
+    "budget": (lambda p: {"chunk_bytes": 100}, ValueError, "chunk_bytes >= "),
+    "live_tokens": (lambda p: {"live_tokens": 2}, ValueError, "live_tokens >= "),
+    "live_tokens type": (lambda p: {"live_tokens": 2.0}, TypeError, "an int"),
+    "temperature": (
+        lambda p: {"temperature": torch.ones((), requires_grad=True)},
+        ValueError,
+        r"temperature.detach\(\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    problem = Problem()
+    change, error, message = BAD[name]
+    arguments = {"hidden": problem.hidden, "weight": problem.weight, "token_ids": problem.ids}
+    arguments |= {"advantages": problem.advantages, "mask": problem.mask, "bias": problem.bias, **problem.options}
+    with pytest.raises(error, match=message):
+        linear_grpo_loss(**{**arguments, **change(problem)})
+
+
+def test_a_sharded_weight_is_refused():
+    problem = Problem()
+
+    class Sharded(torch.Tensor):
+        def full_tensor(self):
+            return self
+
+    with pytest.raises(ValueError, match="(?s)whole weight.*full_tensor"):
+        linear_token_log_probs(problem.hidden, problem.weight.detach().as_subclass(Sharded), problem.ids)
