@@ -110,11 +110,12 @@ def test_micro_batch_lengths_are_ragged():
 
 
 @pytest.mark.slow
-def test_reference_loss_gives_the_same_curve(tmp_path):
-    """50 steps, both losses from one seed: parameters within fp32 noise, the same rollouts."""
+@pytest.mark.parametrize("other", ["reference_loss", "linear_loss"])
+def test_other_routes_give_the_same_curve(tmp_path, other):
+    """50 steps, two losses from one seed: parameters within fp32 noise, the same rollouts."""
     options = {**SMALL, "steps": 50, "prompts": 8, "numbers": 4, "minibatch": 32}
     fused, records = run(tmp_path / "fused", **options)
-    plain, expected = run(tmp_path / "plain", reference_loss=True, **options)
+    plain, expected = run(tmp_path / "plain", **{other: True}, **options)
     assert [r["reward"] for r in records] == [r["reward"] for r in expected]
     for name in ("loss", "entropy", "grad_norm", "ratio_mean"):
         got, wanted = ([r[name] for r in rs] for rs in (records, expected))

@@ -22,11 +22,12 @@ from torch import Tensor
 from .. import advantages as estimators
 from .. import reference
 from ..aggregation import normalizer
+from ..hf import attach
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..metrics import Metrics
 from .options import Options, add_options, read_options
-from .policy import load_policy, response_logits
+from .policy import load_policy, response_inputs, response_logits
 from .report import RunFolder, read_saved_options
 from .rollout import Rollout, roll_out
 from .tasks import make_task
@@ -44,6 +45,10 @@ class Trainer:
         self.task = make_task(options.task, options.numbers, options.largest, options.reward)
         self.model, self.tokenizer = load_policy(options.model, self.task, options.hidden, options.layers, self.device)
         self.reference = copy.deepcopy(self.model).eval() if options.kl else None
+        if options.linear_loss:
+            for model in (self.model, self.reference):
+                if model is not None:
+                    attach(model, self.config, temperature=options.temperature, backend=options.backend)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate)
         self.step = 0
@@ -96,11 +101,14 @@ class Trainer:
         parts = []
         for index in torch.arange(len(rollout.rewards), device=self.device).split(self._micro_batch()):
             part = rollout[index]
-            logits = response_logits(model, part.ids, part.attention_mask, part.prompt_length)
-            out = token_log_probs(
-                logits, part.response_ids, part.mask, temperature=self.options.temperature, backend=self.options.backend
-            )
-            parts.append(out.log_probs)
+            sequences = (part.ids, part.attention_mask, part.prompt_length)
+            if self.options.linear_loss:
+                tokens: dict[str, Any] = {"token_ids": part.response_ids, "mask": part.mask}
+                parts.append(model(**response_inputs(*sequences), grpo=tokens).log_probs)
+                continue
+            logits = response_logits(model, *sequences)
+            options: dict[str, Any] = {"temperature": self.options.temperature, "backend": self.options.backend}
+            parts.append(token_log_probs(logits, part.response_ids, part.mask, **options).log_probs)
         return torch.cat(parts)
 
     def _inner_epochs(self, rollout: Rollout, advantages: Tensor, old: Tensor, ref: Tensor | None) -> dict[str, float]:
@@ -141,20 +149,24 @@ class Trainer:
         losses, metrics = [], []
         for index in minibatch.split(self._micro_batch()):
             part = rollout[index]
-            logits = response_logits(self.model, part.ids, part.attention_mask, part.prompt_length)
-            out = loss_function(
-                logits,
-                part.response_ids,
-                advantages[index],
-                part.mask,
-                old_log_probs=old[index],
-                ref_log_probs=None if ref is None else ref[index],
-                config=self.config,
-                normalizer=denominator,
-                temperature=o.temperature,
-                inplace=True,
-                backend=o.backend,
-            )
+            inputs = response_inputs(part.ids, part.attention_mask, part.prompt_length)
+            tokens: dict[str, Any] = {
+                "token_ids": part.response_ids,
+                "advantages": advantages[index],
+                "mask": part.mask,
+            }
+            tokens |= {"old_log_probs": old[index], "ref_log_probs": None if ref is None else ref[index]}
+            tokens["normalizer"] = denominator
+            if o.linear_loss:
+                out = self.model(**inputs, grpo=tokens)
+            else:
+                options: dict[str, Any] = {
+                    "config": self.config,
+                    "temperature": o.temperature,
+                    "backend": o.backend,
+                    "inplace": True,
+                }
+                out = loss_function(self.model(**inputs).logits, **tokens, **options)
             out.loss.backward()
             losses.append(out.loss.detach())
             metrics.append(out.metrics)

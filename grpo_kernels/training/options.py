@@ -24,6 +24,7 @@ class Options:
     layers: int = 2
     loss: str = "grpo"
     reference_loss: bool = False
+    linear_loss: bool = False
     backend: str | None = None
     steps: int = 900
     prompts: int = 32
@@ -67,6 +68,7 @@ class Options:
         limit = self.response_limit()
         self._require("overlong_buffer", self.overlong_buffer <= limit, f"at most the {limit} tokens of a response")
         self._require("group", self.group > 1 or not self.dynamic_sampling, "at least 2 with --dynamic-sampling")
+        self._require("linear_loss", not (self.linear_loss and self.reference_loss), "given without --reference-loss")
         check_name("--loss", self.loss, LossConfig.presets())
         if self.backend is not None:
             check_name("--backend", self.backend, backends.names())
@@ -113,6 +115,7 @@ HELP = {
     "layers": "layers of the tiny model",
     "loss": "preset: " + ", ".join(LossConfig.presets()),
     "reference_loss": "the plain PyTorch loss instead of the fused one",
+    "linear_loss": "from hidden states: the logits never exist in full",
     "backend": "backend of the fused loss; default: the fastest that serves",
     "steps": "rollouts",
     "prompts": "prompts in a rollout",

@@ -100,15 +100,18 @@ def _tiny_qwen3(transformers: Any, vocab: int, hidden: int, layers: int) -> nn.M
     return model
 
 
-def response_logits(model: nn.Module, ids: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
-    """(B, R+1, V): the rows that predict the R response tokens, and one more that predicts nothing.
+def response_inputs(ids: Tensor, attention_mask: Tensor, prompt_length: int) -> dict[str, Any]:
+    """Of a forward pass that gives R+1 rows: those that predict the R response tokens, and one that predicts nothing.
 
     Left padding shifts positions: they count attended tokens, as ``generate`` counts them.
     """
     positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
     keep = ids.shape[1] - prompt_length + 1
-    output = model(
-        input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False, logits_to_keep=keep
-    )
-    logits: Tensor = output.logits
+    inputs = {"input_ids": ids, "attention_mask": attention_mask, "position_ids": positions}
+    return {**inputs, "use_cache": False, "logits_to_keep": keep}
+
+
+def response_logits(model: nn.Module, ids: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
+    """(B, R+1, V)"""
+    logits: Tensor = model(**response_inputs(ids, attention_mask, prompt_length)).logits
     return logits
