@@ -132,6 +132,7 @@ class SlicedHead(Head):
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunks: int, wants: Wants) -> None:
         super().__init__(weight, bias, dtype, chunks, wants)
         self._slice = torch.empty(SLICE_COLUMNS, weight.shape[1], dtype=torch.float32)
+        self._part: Tensor | None = None
         if wants.weight:
             like = weight.dtype if self.single else torch.float32
             self._weight_sum = (torch.empty if chunks == 1 else torch.zeros)(weight.shape, dtype=like)
@@ -143,9 +144,8 @@ class SlicedHead(Head):
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         wide = hidden.float()
-        part = torch.empty(hidden.shape[0], SLICE_COLUMNS)
         for first, last in self._slices():
-            columns = part[:, : last - first]
+            columns = self._part_of(hidden.shape[0], last - first)
             torch.mm(wide, self._wide(first, last).t(), out=columns)
             if self.bias is not None:
                 columns += self.bias[first:last]
@@ -157,7 +157,7 @@ class SlicedHead(Head):
         wide = hidden.float()
         result = torch.zeros_like(wide) if self.wants.hidden else None
         for first, last in self._slices():
-            columns = gradient[:, first:last].float()
+            columns = self._part_of(gradient.shape[0], last - first).copy_(gradient[:, first:last])
             if result is not None:
                 _add_product(result, columns, self._wide(first, last))
             if self._weight_sum is not None:
@@ -167,6 +167,12 @@ class SlicedHead(Head):
                 else:
                     _add_product(target, columns.t(), wide)
         return None if result is None else result.to(gradient.dtype)
+
+    def _part_of(self, rows: int, columns: int) -> Tensor:
+        """Room for some columns of a chunk; the first chunk is the longest."""
+        if self._part is None:
+            self._part = torch.empty(rows, SLICE_COLUMNS)
+        return self._part[:rows, :columns]
 
     def _wide(self, first: int, last: int) -> Tensor:
         return self._slice[: last - first].copy_(self.weight[first:last])

@@ -13,6 +13,7 @@ import torch
 from . import backends
 from .backends import cpu
 from .config import LossConfig
+from .head import cpu_bf16_instructions
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "trl", "liger-kernel")
 
@@ -29,6 +30,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backends": {name: _state(name) for name in backends.names()},
         "cpu_library": _library(),
+        "cpu_bf16_instructions": list(cpu_bf16_instructions()),
     }
 
 
@@ -84,6 +86,9 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"devices    {', '.join(report['devices'])}; {report['threads']} CPU threads")
     for name, state in report["backends"].items():
         print(f"backend    {name:<6} {state}")
+    found = ", ".join(report["cpu_bf16_instructions"])
+    gemm = f"bf16 ({found})" if found else "fp32, slice by slice of the weight: this CPU has no bf16 instructions"
+    print(f"CPU GEMMs  of bf16 heads run in {gemm}")
     library = report["cpu_library"]
     print(f"library    {library['path']}")
     if "unusable" in library:

@@ -51,3 +51,41 @@ print(peak_growth(call) / (logits.numel() * 4))
     code = code.format(folder=str(Path(cpu_loss.__file__).parent))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(result.stdout) < 0.25
+
+
+LINEAR = """
+import sys
+sys.path.insert(0, {folder!r})
+import torch, grpo_kernels
+from cpu_loss import peak_growth
+rows, hidden, vocab, dtype = 2048, 64, 16000, torch.{dtype}
+states = torch.randn(8, rows // 8, hidden).to(dtype).requires_grad_()
+weight = torch.randn(vocab, hidden).to(dtype).requires_grad_()
+ids, advantages = torch.randint(vocab, (8, rows // 8)), torch.randn(8)
+
+def call(budget):
+    out = grpo_kernels.linear_grpo_loss(states, weight, ids, advantages, chunk_bytes=budget)
+    return torch.autograd.grad(out.loss, (states, weight))
+
+call({budget})
+print(peak_growth(lambda: call({budget})))
+"""
+
+
+@linux
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("megabytes", [12, 40, 300])
+def test_linear_loss_keeps_to_its_budget(dtype, megabytes):
+    """Above inputs: the chunk budget, the gradients, and where chunks are summed in half precision an fp32 weight."""
+    import subprocess
+
+    budget = megabytes << 20
+    code = LINEAR.format(folder=str(Path(cpu_loss.__file__).parent), dtype=dtype, budget=budget)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    size = getattr(torch, dtype).itemsize
+    gradients = (2048 + 16000) * 64 * size
+    summed = 16000 * 64 * 4 if size == 2 else 0
+    slack = 8 << 20  # threads' scratch rows, GEMM packing
+    measured = int(result.stdout)
+    assert measured <= min(budget, 2048 * (16000 * size + 1024 * 4)) + gradients + summed + slack
+    assert measured > min(budget, 2048 * 16000 * size) / 2  # else this measures nothing
