@@ -88,6 +88,12 @@ def describe(entry: Entry) -> str:
     return f"block {entry['block']}, {entry['warps']} warps, {entry['stages']} stages, {way}"
 
 
+def order(entry: Entry) -> tuple[bool, str, float]:
+    """The first entry that fits is taken: those of one dtype before those of every one, shorter rows first."""
+    columns = float("inf") if entry["columns"] is None else entry["columns"]
+    return entry["dtype"] is None, entry["dtype"] or "", columns
+
+
 def write(entries: dict[str, list[Entry]], path: Path) -> None:
     """One entry a line, so that a change is read as one."""
     kinds = []
@@ -129,8 +135,11 @@ def main() -> int:
                 e for e in before["any"] if not e["softcap"] and e["dtype"] is None and e["columns"] == columns
             )
             found.append(tune(plain | {"dtype": name}, work, target, arguments.device))
-            others = [entry for entry in before.get(target, []) if target == "any" or entry["dtype"] not in dtypes]
-            write({**before, target: [*found, *others]}, arguments.out)
+            measured = {(entry["dtype"], entry["columns"]) for entry in found}
+            others = [
+                e for e in before.get(target, []) if target == "any" or (e["dtype"], e["columns"]) not in measured
+            ]
+            write({**before, target: sorted([*found, *others], key=order)}, arguments.out)
     print(f"wrote {arguments.out}")
     return 0
 

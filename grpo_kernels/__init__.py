@@ -1,6 +1,6 @@
 """Fused GRPO-family policy losses: log-softmax, ratio, clip, KL, gradient and metrics in one pass over the logits."""
 
-from . import advantages, reference
+from . import advantages, hf, reference
 from .advantages import value_loss
 from .aggregation import normalizer
 from .config import KL, LossConfig
@@ -29,6 +29,7 @@ __all__ = [
     "advantages",
     "align",
     "grpo_loss",
+    "hf",
     "linear_grpo_loss",
     "linear_token_log_probs",
     "normalizer",

@@ -38,6 +38,11 @@ def chunk_rows(tokens: Tokens, hidden_size: int, chunk_bytes: int) -> int:
     return rows // _GPU_MULTIPLE * _GPU_MULTIPLE if rows >= _GPU_MULTIPLE else rows
 
 
+def pads(device: str) -> bool:
+    """Whether chunks are padded on this kind of device."""
+    return device == "cuda"
+
+
 @dataclass(frozen=True)
 class LiveRows:
     """The live tokens of a call in order, then padding: (1, n) tensors, and the way back."""
@@ -50,6 +55,8 @@ class LiveRows:
     """(1, n) bool, False for padding."""
     cut: Tensor | None
     """0-d bool: there were more than ``live_tokens``; None where they were counted."""
+    everything: bool
+    """Every token is live, and there is no padding."""
     chunk: int
 
     @classmethod
@@ -57,20 +64,21 @@ class LiveRows:
         """Waits for the device once, to count, unless told ``live_tokens``."""
         flat = tokens.live.reshape(-1)
         cut = None
-        if live_tokens is None:
+        known = None if live_tokens is None else _known_count(tokens, live_tokens, check)
+        if known is None or flat.device.type == "cpu":
             count = int(flat.sum())
         else:
-            count = min(_known_count(tokens, live_tokens, check), flat.numel())
+            count = min(known, flat.numel())
             cut = flat.sum() > count
         padded = count
-        if flat.device.type == "cuda":
+        if pads(flat.device.type):
             padded = -(-count // _GPU_MULTIPLE) * _GPU_MULTIPLE
         index = torch.nonzero_static(flat, size=padded, fill_value=-1).squeeze(-1)
         if padded > count:  # live_tokens may be fewer than there are
             index[count:] = -1
         live = index >= 0
         batch, length = tokens.token_ids.shape
-        return cls((batch, length), index.clamp(min=0), live[None], cut, chunk)
+        return cls((batch, length), index.clamp(min=0), live[None], cut, cut is None and padded == flat.numel(), chunk)
 
     @property
     def count(self) -> int:
@@ -83,11 +91,14 @@ class LiveRows:
 
     def hidden(self, states: Tensor, first: int, last: int) -> Tensor:
         """(last - first, H) rows of ``states`` (B, T or T+1, H) or (N, H), gathered where they do not lie together."""
-        if self.cut is None and self.count == states.shape[:-1].numel() and states.is_contiguous():
+        if self.everything and self.count == states.shape[:-1].numel() and states.is_contiguous():
             return states.view(-1, states.shape[-1])[first:last]
         index = self.index[first:last]
         whole = states.unsqueeze(0) if states.dim() == 2 else states
-        return whole[index // self.shape[1], index % self.shape[1]]
+        rows = whole[index // self.shape[1], index % self.shape[1]]
+        if not pads(self.live.device.type):
+            return rows
+        return rows.masked_fill_(~self.live[0, first:last, None], 0)  # padding repeats some row, which may hold NaN
 
     def put_hidden(self, values: Tensor, out: Tensor, states: Tensor, first: int, last: int) -> None:
         """Write the rows of a chunk into ``out``, (rows of states + 1, H): padding goes to the spare last row."""

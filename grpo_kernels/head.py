@@ -41,10 +41,10 @@ def cpu_bf16_instructions() -> tuple[str, ...]:
     return tuple(name for name in _NATIVE if read.get(name))
 
 
-def head_of(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunks: int, wants: Wants) -> Head:
-    """The GEMMs for this device and dtype."""
+def head_of(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunks: int, wants: Wants, wide: bool) -> Head:
+    """The GEMMs for this device and dtype. ``wide``: gradients stay in fp32."""
     kind = Head if has_native_gemm(weight.device.type, dtype) else SlicedHead
-    return kind(weight, bias, dtype, chunks, wants)
+    return kind(weight, bias, dtype, chunks, wants, wide)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -55,14 +55,16 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 class Head:
     """weight (V, H) and bias (V,), cast to ``dtype``; GEMMs on the whole of it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunks: int, wants: Wants) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunks: int, wants: Wants, wide: bool
+    ) -> None:
         self.weight = weight.detach().to(dtype)
         self.bias = None if bias is None else bias.detach().to(dtype)
         self.wants = wants
         self.single = chunks <= 1
-        self._weight_dtype = weight.dtype
-        self._bias_dtype = weight.dtype if bias is None else bias.dtype
         self._real = torch.float64 if dtype == torch.float64 else torch.float32
+        self._weight_dtype = self._real if wide else weight.dtype
+        self._bias_dtype = self._real if wide or bias is None else bias.dtype
         self._weight_sum: Tensor | None = None
         self._bias_sum: Tensor | None = None
 
@@ -115,7 +117,7 @@ class Head:
             else:
                 torch.addmm(total, transposed, hidden, out_dtype=self._real, out=total)
         else:
-            total = torch.zeros(self.weight.shape, dtype=self._real) if total is None else total
+            total = torch.zeros_like(self.weight, dtype=self._real) if total is None else total
             for first, last in self._slices():
                 _add_product(total[first:last], transposed[first:last].to(self._real), hidden.to(self._real))
             self._weight_sum = total
@@ -129,13 +131,16 @@ class SlicedHead(Head):
     """For CPUs without half-precision instructions: fp32 GEMMs on slices of the weight. A half-precision GEMM takes
     four times as long there (measured: Zen 3, torch 2.13)."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunks: int, wants: Wants) -> None:
-        super().__init__(weight, bias, dtype, chunks, wants)
-        self._slice = torch.empty(SLICE_COLUMNS, weight.shape[1], dtype=torch.float32)
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunks: int, wants: Wants, wide: bool
+    ) -> None:
+        super().__init__(weight, bias, dtype, chunks, wants, wide)
+        self._slice = weight.new_empty(SLICE_COLUMNS, weight.shape[1], dtype=torch.float32)
         self._part: Tensor | None = None
         if wants.weight:
-            like = weight.dtype if self.single else torch.float32
-            self._weight_sum = (torch.empty if chunks == 1 else torch.zeros)(weight.shape, dtype=like)
+            like = weight.dtype if self.single and not wide else torch.float32
+            make = torch.empty_like if chunks == 1 else torch.zeros_like
+            self._weight_sum = make(weight, dtype=like, requires_grad=False)
 
     @staticmethod
     def bytes(hidden_size: int, itemsize: int) -> tuple[int, int]:
@@ -154,6 +159,8 @@ class SlicedHead(Head):
     def backward(self, gradient: Tensor, hidden: Tensor) -> Tensor | None:
         if self.wants.bias:
             self._add_bias(gradient)
+        if not (self.wants.weight or self.wants.hidden):
+            return None
         wide = hidden.float()
         result = torch.zeros_like(wide) if self.wants.hidden else None
         for first, last in self._slices():
@@ -171,7 +178,7 @@ class SlicedHead(Head):
     def _part_of(self, rows: int, columns: int) -> Tensor:
         """Room for some columns of a chunk; the first chunk is the longest."""
         if self._part is None:
-            self._part = torch.empty(rows, SLICE_COLUMNS)
+            self._part = self._slice.new_empty(rows, SLICE_COLUMNS)
         return self._part[:rows, :columns]
 
     def _wide(self, first: int, last: int) -> Tensor:

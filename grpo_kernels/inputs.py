@@ -16,7 +16,6 @@ from .checks import (
     check_bounds,
     check_device,
     check_head,
-    check_inplace,
     check_logits,
     check_no_transforms,
     check_positive,
@@ -92,6 +91,9 @@ def read_linear_tokens(
     """``read_tokens`` for hidden states and the head that makes logits of them."""
     named = {"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids, "mask": mask, **tensors}
     dtype = check_head(function, hidden, weight, bias, named)
+    for tensor in (weight, bias):
+        if tensor is not None:
+            check_no_transforms(function, tensor)
     return read_ids(function, hidden, weight.shape[0], dtype, token_ids, mask, named)
 
 
@@ -331,9 +333,8 @@ def _check_skip(tokens: Tokens, config: LossConfig, policy_only: bool, per_seque
         fail(tokens.function, expected, reason, tokens.tensors)
 
 
-def choose_backend(tokens: Tokens, backend: str | None, inplace: bool, fused: bool = False) -> tuple[str, bool]:
+def choose_backend(tokens: Tokens, backend: str | None, args: LogitArgs, fused: bool = False) -> tuple[str, bool]:
     """The backend's name, and whether it serves the one-pass loss where that is wanted (``fused``)."""
-    if inplace:
-        check_inplace(tokens.function, tokens.states, tokens.tensors)
-    request = backends.Request(tokens.states.device, tokens.dtype, tokens.vocab, fused)
+    softcap = args.logit_softcap is not None
+    request = backends.Request(tokens.states.device, tokens.dtype, tokens.vocab, fused, softcap)
     return backends.choose(tokens.function, request, backend)

@@ -8,6 +8,7 @@ keeps its logits meanwhile, a longer one computes them again (8·N·H·V).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,8 @@ from .spec import NUMBERS, LogitArgs, ObjectiveSpec
 
 Visit = Callable[[Rows, int, int], None]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+HeadTensors = tuple[Tensor, Tensor, Tensor | None]
+"""Hidden states, weight, bias."""
 
 
 @torch.compiler.disable
@@ -93,21 +96,22 @@ def linear_grpo_loss(
     check_logit_args("linear_grpo_loss", logit_args)
     tokens = read_linear_tokens("linear_grpo_loss", hidden, weight, bias, token_ids, mask, named)
     wants = _wants(hidden, weight, bias)
-    chosen, fuses = choose_backend(tokens, backend, inplace=False, fused=any(wants))
-    check_ids(tokens, check)
+    chosen, fuses = choose_backend(tokens, backend, logit_args, fused=any(wants))
     tokens, batch = read_batch(tokens, config, given)
-    if grad_scale is None and tokens.dtype == torch.float16:
-        grad_scale = float(1 << (tokens.token_ids.numel() - 1).bit_length())  # else fp16 gradients underflow
+    check_ids(tokens, check)
+    wide = grad_scale is None and tokens.dtype == torch.float16
+    if wide:
+        grad_scale = _fp16_scale(batch)
     numbers = tokens.numbers(logit_args, announced_scale("linear_grpo_loss", grad_scale), config)
     sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check)
-    spec = one_pass_spec(config, batch, given) if fuses else None
+    spec = one_pass_spec(config, batch, given)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        loss, metrics, records, gradients = _Loss(config, batch, sweep, spec).run(wants, hidden, weight, bias)
-        if sweep.live_rows.cut is not None:
-            loss = torch.where(sweep.live_rows.cut, torch.nan, loss)
+        route = _Loss(config, batch, sweep, spec, fuses, wide)
+        loss, metrics, records, gradients = route.run(wants, hidden, weight, bias)
     if any(wants):
-        known = (sweep.announced, tokens.token_ids, chosen, "linear_grpo_loss")
+        known = (sweep.valid(sweep.announced), tokens.token_ids, chosen, "linear_grpo_loss")
         loss = autograd.KnownGradients.apply(loss, *known, hidden, weight, bias, *gradients)
+    loss = sweep.valid(loss)
     return LossOutput(loss, metrics, records.log_prob.view(tokens.shape), records.entropy.view(tokens.shape))
 
 
@@ -138,14 +142,20 @@ def linear_token_log_probs(
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_token_log_probs", logit_args)
     tokens = read_linear_tokens("linear_token_log_probs", hidden, weight, bias, token_ids, mask, {})
-    chosen, _ = choose_backend(tokens, backend, inplace=False)
+    chosen, _ = choose_backend(tokens, backend, logit_args)
     check_ids(tokens, check)
     numbers = tokens.numbers(logit_args)
     sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check)
     outputs = autograd.LinearLogProbs.apply(sweep, hidden, weight, bias)
-    if sweep.live_rows.cut is not None:
-        outputs = tuple(torch.where(sweep.live_rows.cut, torch.nan, output) for output in outputs)
-    return TokenLogProbs(*(output.view(tokens.shape) for output in outputs))
+    return TokenLogProbs(*(sweep.valid(output).view(tokens.shape) for output in outputs))
+
+
+def _fp16_scale(batch: TokenBatch) -> Tensor:
+    """A power of two that brings the largest weight of a token near 1: fp16 gradients of logits do not underflow."""
+    if batch.policy_weight.numel() == 0:
+        return torch.ones((), device=batch.policy_weight.device)
+    largest = batch.policy_weight.abs().amax().clamp(1e-6, 1.0)
+    return torch.exp2((1 / largest).log2().floor())
 
 
 def _wants(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wants:
@@ -191,14 +201,23 @@ class Sweep:
     def one_chunk(self) -> bool:
         return self.live_rows.count <= self.live_rows.chunk
 
-    def run(self, visit: Visit, wants: Wants, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
+    def valid(self, value: Tensor) -> Tensor:
+        """NaN, and so its gradient, where rows were cut off."""
+        cut = self.live_rows.cut
+        return value if cut is None else value * torch.where(cut, torch.nan, 1.0).to(value.dtype)
+
+    def run(
+        self, visit: Visit, wants: Wants, hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: bool = False
+    ) -> Gradients:
         """Compute each chunk's logits and let ``visit`` have them; where gradients are wanted, it turns the logits
-        into their gradient."""
+        into their gradient. ``wide``: gradients in fp32, not yet in the dtypes of what they belong to."""
         rows, device = self.live_rows, hidden.device
-        head = head_of(weight, bias, self.dtype, len(list(rows.chunks())), wants)
+        head = head_of(weight, bias, self.dtype, -(-rows.count // rows.chunk), wants, wide)
         buffer = torch.empty(min(rows.chunk, rows.count), self.vocab, dtype=self.dtype, device=device)
         places = hidden.shape[:-1].numel() + 1
-        gradient = hidden.new_zeros(places, hidden.shape[-1]) if wants.hidden else None
+        gradient = None
+        if wants.hidden:
+            gradient = hidden.new_zeros(places, hidden.shape[-1], dtype=torch.float32 if wide else hidden.dtype)
         for first, last in rows.chunks():
             states = rows.hidden(hidden, first, last).to(self.dtype)
             logits = buffer[: last - first]
@@ -235,6 +254,7 @@ class Sweep:
         stats: Sequence[Tensor],
         grad_log_prob: Tensor | None,
         grad_entropy: Tensor | None,
+        wide: bool = False,
     ) -> Gradients:
         """From (B, T) slopes in log-prob and entropy and ``log_probs``'s ``stats``; the logits are computed again."""
         per_row = (*stats, self.live_rows.take(grad_log_prob), self.live_rows.take(grad_entropy))
@@ -244,7 +264,7 @@ class Sweep:
             ops.log_probs_backward_(rows.logits, *rows.arguments, *mine, self.backend)
 
         with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            return self.run(visit, Wants(*wants), hidden, weight, bias)
+            return self.run(visit, Wants(*wants), hidden, weight, bias, wide)
 
 
 @dataclass(frozen=True)
@@ -255,7 +275,10 @@ class _Loss:
     batch: TokenBatch
     sweep: Sweep
     spec: ObjectiveSpec | None
-    """For the backend's one-pass kernel; None where it has none for this loss."""
+    """For a one-pass kernel; None where a row's slope does not follow from the row, or no kernel has the surrogate."""
+    fuses: bool
+    """Whether the backend has that kernel."""
+    wide: bool
 
     def run(
         self, wants: Wants, hidden: Tensor, weight: Tensor, bias: Tensor | None
@@ -272,11 +295,11 @@ class _Loss:
         else:
             stats = self.sweep.log_probs(*head)
             records, slopes = self._terms(*stats[:2])
-            gradients = self.sweep.gradients(wants, *head, stats, *slopes)
+            gradients = self.sweep.gradients(wants, *head, stats, *slopes, wide=self.wide)
         loss, metrics = reduce_records(self.config, self.batch, records, self.sweep.backend)
         return loss, metrics, records, gradients
 
-    def _rows_alone(self, wants: Wants, head: tuple[Any, ...]) -> tuple[Records, Gradients]:
+    def _rows_alone(self, wants: Wants, head: HeadTensors) -> tuple[Records, Gradients]:
         """Every row's slope follows from the row: one sweep."""
         sweep = self.sweep
         mine = sweep.live_rows.batch(self.batch)
@@ -284,9 +307,9 @@ class _Loss:
 
         def visit(rows: Rows, first: int, last: int) -> None:
             part = narrow(mine, first, last)
-            kept.append(self._fused(rows, part) if self.spec is not None else self._two_passes(rows, part))
+            kept.append(self._fused(rows, part) if self.spec and self.fuses else self._two_passes(rows, part))
 
-        gradients = sweep.run(visit, wants, *head)
+        gradients = sweep.run(visit, wants, *head, self.wide)
         columns = zip(*kept, strict=True) if kept else ([self._nothing(name)] for name in Records._fields)
         return Records(*(sweep.live_rows.scatter(torch.cat(list(column), 1)) for column in columns)), gradients
 
@@ -298,12 +321,13 @@ class _Loss:
     def _two_passes(self, rows: Rows, part: TokenBatch) -> Records:
         backend = self.sweep.backend
         log_prob, entropy, lse = ops.log_probs(rows.logits, *rows.arguments, backend)
-        policy, kl, flags, slope = fast_token_terms(self.config, part, log_prob, rows.numbers, backend)
+        alone = dataclasses.replace(self.config, level="token")  # on-policy, what pools is the token's own
+        policy, kl, flags, slope = fast_token_terms(alone, part, log_prob, rows.numbers, backend)
         slopes = self._announce(slope, part.entropy_weight)
         ops.log_probs_backward_(rows.logits, *rows.arguments, log_prob, entropy, lse, *slopes, backend)
         return Records(log_prob, entropy, policy, kl, flags)
 
-    def _kept(self, wants: Wants, head: tuple[Any, ...]) -> tuple[Records, Gradients]:
+    def _kept(self, wants: Wants, head: HeadTensors) -> tuple[Records, Gradients]:
         """A pooled ratio of one chunk: its logits stay while the slopes are found."""
         sweep = self.sweep
         found: list[Records] = []
@@ -315,7 +339,7 @@ class _Loss:
             taken = (sweep.live_rows.take(slope) for slope in slopes)
             ops.log_probs_backward_(rows.logits, *rows.arguments, log_prob, entropy, lse, *taken, sweep.backend)
 
-        gradients = sweep.run(visit, wants, *head)
+        gradients = sweep.run(visit, wants, *head, self.wide)
         if not found:
             found.append(self._terms(self._nothing("log_prob"), self._nothing("entropy"))[0])
         return found[0], gradients

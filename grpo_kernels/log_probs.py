@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops
+from .checks import check_inplace
 from .inputs import check_contents, check_logit_args, choose_backend, read_tokens
 from .outputs import TokenLogProbs
 from .spec import LogitArgs
@@ -47,7 +48,9 @@ def token_log_probs(
     check_logit_args("token_log_probs", logit_args)
     tokens = read_tokens("token_log_probs", logits, token_ids, mask, {})
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
-    chosen, _ = choose_backend(tokens, backend, inplace and needs_gradient)
+    if inplace and needs_gradient:
+        check_inplace("token_log_probs", logits, tokens.tensors)
+    chosen, _ = choose_backend(tokens, backend, logit_args)
     check_contents(tokens, chosen, logit_args, check)
     rows = tokens.rows(logit_args)
     if needs_gradient:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import autograd, ops
-from .checks import check_scalar, fail
+from .checks import check_inplace, check_scalar, fail
 from .config import LossConfig, check_name, resolve_config
 from .inputs import (
     LossInputs,
@@ -102,9 +102,11 @@ def grpo_loss(
     tokens = read_tokens("grpo_loss", logits, token_ids, mask, named)
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     wants_one_pass = needs_gradient and not (logits.dtype == torch.float16 and grad_scale is None)
-    backend, fuses = choose_backend(tokens, backend, inplace and needs_gradient, wants_one_pass)
-    check_contents(tokens, backend, logit_args, check)
+    if inplace and needs_gradient:
+        check_inplace("grpo_loss", logits, tokens.tensors)
+    backend, fuses = choose_backend(tokens, backend, logit_args, wants_one_pass)
     tokens, batch = read_batch(tokens, config, given)
+    check_contents(tokens, backend, logit_args, check)
     rows = tokens.rows(logit_args, announced_scale("grpo_loss", grad_scale), config)
     call = _Call(config, rows, batch, backend, inplace)
 

@@ -13,6 +13,7 @@ from grpo_kernels import (
     KL,
     LinearGRPOLoss,
     LossConfig,
+    chunks,
     head,
     linear_grpo_loss,
     linear_token_log_probs,
@@ -215,6 +216,42 @@ def test_a_known_number_of_live_tokens(backend, extra):
     torch.testing.assert_close(out.loss, expected.loss)
     for a, b in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("live", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_padding_of_chunks(backend, monkeypatch, level, live):
+    """126 live rows in hidden states of 128; the first row masked and NaN: padding must not bring it in."""
+    problem = Problem(2, 63, seed=5)
+    problem.mask = torch.rand(2, 63) < live
+    problem.mask[0, 0] = False
+    with torch.no_grad():
+        problem.hidden[0, 0] = math.nan
+    options = {"config": LossConfig(level=level), "backend": backend}
+    expected, wanted = problem.run(**options)
+    monkeypatch.setattr(chunks, "pads", lambda device: True)
+    out, gradients = problem.run(**options)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(out.log_probs, expected.log_probs)
+    for a, b in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("config", ["grpo", LossConfig(aggregation="sequence_sum")], ids=str)
+def test_fp16_gradients_of_frequent_tokens(config):
+    """The sum over thousands of tokens of one id: in range, though each was scaled on the way."""
+    torch.manual_seed(0)
+    hidden = (1 + 0.1 * torch.randn(2, 2048, 8)).half().requires_grad_()
+    weight = (0.1 * torch.randn(50, 8)).half().requires_grad_()
+    ids = torch.zeros(2, 2048, dtype=torch.int64)
+    advantages = torch.tensor([10.0, 12.0])
+    out = linear_grpo_loss(hidden, weight, ids, advantages, config=config)
+    (gradient,) = torch.autograd.grad(out.loss, weight)
+    wide = weight.detach().double().requires_grad_()
+    loss = reference.grpo_loss(hidden.detach().double() @ wide.T, ids, advantages, config=config).loss
+    (exact,) = torch.autograd.grad(loss, wide)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(gradient.double(), exact, rtol=5e-3, atol=5e-3 * float(exact.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -66,10 +66,20 @@ MUTANTS = {
     "second backward": ("autograd.py", "        if ctx.spent:\n", "        if False:\n"),
     "packed: bounds": ("rows.py", "torch.isin(positions, cu_seqlens[1:] - 1)", "torch.isin(positions, cu_seqlens[1:])"),
     "align: no shift": ("rows.py", "return input_ids[:, 1:], mask[:, 1:]", "return input_ids[:, :-1], mask[:, 1:]"),
-    "torch: temperature": ("backends/torch.py", "capped, self.raw * scale) / temperature", "capped, self.raw * scale)"),
+    "torch: temperature": (
+        "backends/torch.py",
+        "torch.where(cap > 0, 1.0, scale) / temperature",
+        "torch.where(cap > 0, 1.0, scale)",
+    ),
     "torch: softcap slope": ("backends/torch.py", "4 * q / (1 + q) ** 2, 1.0)", "1.0, 1.0)"),
     "torch: entropy slope": ("backends/torch.py", "log_p + entropy[:, None])", "log_p)"),
     "in place: unnoticed": ("ops.py", "        torch.autograd.graph.increment_version(tensor)\n", "        pass\n"),
+    "linear: later chunks": (
+        "head.py",
+        "                _add_product(total, transposed, hidden)",
+        "                pass",
+    ),
+    "linear: bias": ("head.py", "part = gradient.sum(0, dtype=self._real)", "part = gradient[0].to(self._real)"),
     "triton: sampled column": (
         "backends/triton/rows.py",
         "BLOCK) == target - start, 0, exps)",
@@ -119,7 +129,7 @@ SAMPLED = ("clip: slope kept", "second backward", "triton: old ignored")
 """In every run; the others nightly."""
 TESTS = (
     "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages "
-    "test_numerics test_triton"
+    "test_numerics test_linear test_triton"
 )
 
 

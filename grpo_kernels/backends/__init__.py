@@ -46,6 +46,7 @@ class Request:
     vocab: int = 1
     fused: bool = False
     """The one-pass loss, not log-probs and their backward."""
+    softcap: bool = False
 
 
 def names() -> tuple[str, ...]:
@@ -74,7 +75,8 @@ def choose(function: str, request: Request, name: str | None) -> tuple[str, bool
     if name is not None:
         check_name("backend", name, _MODULES)
     device = request.device
-    chosen, fuses, reasons = _choose(device.type, device.index, request.dtype, request.vocab, request.fused, name)
+    what = (request.dtype, request.vocab, request.fused, request.softcap)
+    chosen, fuses, reasons = _choose(device.type, device.index, *what, name)
     if chosen:
         return chosen, fuses
     logits = f"{request.vocab} columns of {str(request.dtype).removeprefix('torch.')} logits on {device}"
@@ -84,10 +86,11 @@ def choose(function: str, request: Request, name: str | None) -> tuple[str, bool
 
 @pytorch.compiler.assume_constant_result
 def _choose(
-    device: str, index: int | None, dtype: pytorch.dtype, vocab: int, fused: bool, name: str | None
+    device: str, index: int | None, dtype: pytorch.dtype, vocab: int, fused: bool, softcap: bool, name: str | None
 ) -> tuple[str, bool, str]:
     """Name ("" for none), whether it fuses, else the reasons why not. torch.compile runs it instead of tracing it."""
-    request = Request(pytorch.device(device) if index is None else pytorch.device(device, index), dtype, vocab, fused)
+    where = pytorch.device(device) if index is None else pytorch.device(device, index)
+    request = Request(where, dtype, vocab, fused, softcap)
     reasons = {}
     for candidate in _MODULES if name is None else (name,):
         unsupported = get(candidate).unsupported

@@ -160,8 +160,9 @@ def token_sums(
     terms = (weighted(policy_weight, policy), weighted(kl_weight, kl), -weighted(entropy_weight, entropy))
     counts = (masked_in, masked_in & ~live, log_prob == -math.inf, entropy)
     others = torch.stack([log_prob if other is None else other for other in (ref, old, rollout)])
-    unknown = torch.zeros_like(live) if rollout is None else rollout.isnan()
-    ignored = torch.stack([~live, ~live, ~live | unknown])
+    absent = torch.ones_like(live)  # NaN - NaN is not 0
+    unknown = absent if rollout is None else rollout.isnan()
+    ignored = torch.stack([absent if other is None else ~live for other in (ref, old)] + [~live | unknown])
     differences = torch.where(ignored, 0.0, log_ratio_of(log_prob, others)).to(sums.dtype)
     k3 = torch.expm1(-differences) + torch.where(differences == -math.inf, 0.0, differences)  # fp64: no series needed
     to_ref, to_old, to_rollout = differences
@@ -186,7 +187,8 @@ def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
             return
         gradient.mul_(upstream / announced)
     else:
-        gradient.mul_(torch.where(upstream == announced, 1.0, upstream / announced))
+        factor = torch.where(upstream == announced, 1.0, upstream / announced)
+        gradient.copy_(gradient.to(factor.dtype) * factor)  # a factor rounded to half precision would be a bias
 
 
 def token_id_message(rows: Rows, row: int) -> str:

@@ -32,8 +32,9 @@ def unsupported(request: Request) -> str | None:
     if request.fused:
         from .blocks import blocks_for, target_of
 
-        if not blocks_for(request.vocab, request.dtype, target=target_of(request.device)).fuses(request.vocab):
-            return "a row this long does not stay in registers, and two sweeps have not been measured faster"
+        blocks = blocks_for(request.vocab, request.dtype, request.softcap, target_of(request.device))
+        if not blocks.fuses(request.vocab):
+            return "such a row does not stay in registers, and two sweeps have not been measured faster"
     return None
 
 
