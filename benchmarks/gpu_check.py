@@ -5,7 +5,8 @@
 
 Parts, in order: environment; verify (every preset and dtype against float64); suite (the tests that take a backend, on
 the GPU); large (vocabularies up to 262,144, more than 2^31 elements, more than 65,535 rows); sanitizer (memcheck and
-racecheck); timing. DIR/gpu_check.json is written after each part, so that a killed run keeps what it had.
+racecheck); timing, from logits; linear, from hidden states. DIR/gpu_check.json is written after each part, so that a
+killed run keeps what it had.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import grpo_kernels
 from grpo_kernels import token_log_probs
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGETS = {"environment": 10, "verify": 60, "suite": 200, "large": 60, "sanitizer": 60, "timing": 140}
+BUDGETS = {"environment": 10, "verify": 60, "suite": 170, "large": 60, "sanitizer": 60, "timing": 100, "linear": 70}
 """Seconds of each part; a part that runs longer is stopped where it can be."""
 
 
@@ -101,6 +102,10 @@ def timing(device: str) -> dict[str, Any]:
     return gpu_timing.run(device, BUDGETS["timing"])
 
 
+def linear(device: str) -> dict[str, Any]:
+    return gpu_timing.run_linear(device, BUDGETS["linear"])
+
+
 PARTS: dict[str, Callable[[str], dict[str, Any]]] = {
     "environment": environment,
     "verify": verify,
@@ -108,6 +113,7 @@ PARTS: dict[str, Callable[[str], dict[str, Any]]] = {
     "large": large,
     "sanitizer": sanitizer,
     "timing": timing,
+    "linear": linear,
 }
 
 
@@ -147,6 +153,8 @@ def markdown(results: dict[str, Any]) -> str:
             lines.append(f"- {name}: skipped, {part['skipped']}")
     if "rows" in results.get("timing", {}):
         lines += ["", *gpu_timing.table(results["timing"])]
+    if "rows" in results.get("linear", {}):
+        lines += ["", *gpu_timing.linear_table(results["linear"])]
     return "\n".join(lines) + "\n"
 
 

@@ -7,11 +7,13 @@ installed are left out and named.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import linear_loss
 import torch
 from baselines import eager_loss
 from torch import Tensor
@@ -155,7 +157,7 @@ def run(device: str, seconds: float) -> dict[str, Any]:
     return {"rows": rows, "missing": sorted(missing)}
 
 
-def measure(steps: dict[str, Callable[[], object]], work: Workload, device: str, seconds: float) -> dict[str, Any]:
+def measure(steps: dict[str, Callable[[], object]], work: Any, device: str, seconds: float) -> dict[str, Any]:
     """Median milliseconds and extra peak bytes of each, in turns; a provider that fails is named with its error."""
     failed, times, memory = {}, {name: [] for name in steps}, {}
     for name, step in steps.items():
@@ -194,7 +196,7 @@ def _milliseconds(step: Callable[[], object], device: str) -> float:
     return start.elapsed_time(end)
 
 
-def _extra_memory(step: Callable[[], object], work: Workload, device: str) -> int:
+def _extra_memory(step: Callable[[], object], work: Any, device: str) -> int:
     if device != "cuda":
         return 0
     work.fresh()
@@ -205,6 +207,37 @@ def _extra_memory(step: Callable[[], object], work: Workload, device: str) -> in
     step()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+LINEAR = ((8192, 4096, 151936), (8192, 2048, 151936), (16384, 2048, 32000))
+LINEAR_REHEARSAL = ((64, 32, 3000),)
+
+
+def run_linear(device: str, seconds: float) -> dict[str, Any]:
+    """From hidden states, bf16: ours and the peers beside the three GEMMs that bound them."""
+    deadline = time.perf_counter() + seconds
+    rows = []
+    for shape in LINEAR if device == "cuda" else LINEAR_REHEARSAL:
+        if time.perf_counter() > deadline:
+            return {"rows": rows, "stopped": f"before {shape}"}
+        work = linear_loss.Batch("bf16", *shape, device)
+        steps = {name: functools.partial(step, work) for name, step in linear_loss.providers(work).items()}
+        rows.append({"shape": shape, **measure(steps, work, device, deadline - time.perf_counter())})
+        del work, steps
+    return {"rows": rows}
+
+
+def linear_table(results: dict[str, Any]) -> list[str]:
+    lines = ["| tokens × hidden × vocab | provider | ms | x GEMMs | x ours | extra memory, of the logits |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for row in results["rows"]:
+        ours, gemms = (row["ms"].get(name, float("nan")) for name in ("ours", linear_loss.GEMMS))
+        for name, ms in row["ms"].items():
+            extra = 100 * row["extra_bytes"][name] / row["logits_bytes"]
+            cells = ["×".join(map(str, row["shape"])), name, f"{ms:.3f}", f"{ms / gemms:.2f}", f"{ms / ours:.2f}"]
+            lines.append(f"| {' | '.join(cells)} | {extra:.0f} % |")
+        lines += [f"| | {name} | failed: {reason} | | | |" for name, reason in row["failed"].items()]
+    return lines
 
 
 def table(results: dict[str, Any]) -> list[str]:

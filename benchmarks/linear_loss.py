@@ -1,12 +1,14 @@
 """Loss and gradients from hidden states on a CPU, beside the three GEMMs that bound it and beside the peers.
 
-    python benchmarks/cpu_linear.py               # the table of README, about five minutes on two cores
-    python benchmarks/cpu_linear.py --rounds 3 --out DIR
+    python benchmarks/linear_loss.py              # about ten minutes on two cores
+    python benchmarks/linear_loss.py --rounds 3 --out DIR
+
+gpu_check.py times the same providers on a GPU, where the GEMMs are in the row's dtype.
 
 GRPO with k3 KL, forward and backward, gradients of hidden states and weight. "three GEMMs" are fp32, whatever the dtype
 of the row: logits, hidden states' gradient, weight's gradient, each a fresh tensor as in any training step; "into kept
 memory" writes over the tensors of the round before. Providers take turns inside each round, medians. Peers that are not
-installed are left out and named, as are those that took more than a minute in the first round.
+installed are left out and named.
 """
 
 from __future__ import annotations
@@ -28,36 +30,43 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BETA = 0.04
 CONFIG = LossConfig.preset("grpo", kl=KL(BETA))
 SEQUENCES = 8
-GEMMS = "three GEMMs, fp32"
+GEMMS = "three GEMMs"
 TRL, LIGER = "TRL ChunkedLogProbFunction + eager loss", "Liger LigerFusedLinearGRPOLoss"
 
 
 class Batch:
     """One workload. Logits have the spread of a trained model's."""
 
-    def __init__(self, dtype: str, tokens: int, hidden: int, vocab: int) -> None:
+    def __init__(self, dtype: str, tokens: int, hidden: int, vocab: int, device: str = "cpu") -> None:
         torch.manual_seed(0)
         shape = (SEQUENCES, tokens // SEQUENCES)
-        self.hidden = torch.randn(*shape, hidden).to(DTYPES[dtype]).requires_grad_()
-        self.weight = (3 * hidden**-0.5 * torch.randn(vocab, hidden)).to(DTYPES[dtype]).requires_grad_()
-        self.ids = torch.randint(vocab, shape)
-        self.advantages = torch.randn(SEQUENCES)
-        self.mask = torch.ones(shape, dtype=torch.bool)
-        self.half = torch.rand(shape) < 0.5
+        where = {"device": device}
+        self.hidden = torch.randn(*shape, hidden, **where).to(DTYPES[dtype]).requires_grad_()
+        self.weight = (3 * hidden**-0.5 * torch.randn(vocab, hidden, **where)).to(DTYPES[dtype]).requires_grad_()
+        self.ids = torch.randint(vocab, shape, **where)
+        self.advantages = torch.randn(SEQUENCES, **where)
+        self.mask = torch.ones(shape, dtype=torch.bool, **where)
+        self.half = torch.rand(shape, **where) < 0.5
+        self.bytes = tokens * vocab * DTYPES[dtype].itemsize
         with torch.no_grad():
             log_probs = linear_token_log_probs(self.hidden, self.weight, self.ids).log_probs
-        self.old = log_probs + 0.2 * torch.randn(shape)
-        self.ref = log_probs + 0.2 * torch.randn(shape)
+        self.old = log_probs + 0.2 * torch.randn(shape, **where)
+        self.ref = log_probs + 0.2 * torch.randn(shape, **where)
 
     def restore(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
+    fresh = restore
+
 
 def three_gemms(batch: Batch, kept: bool) -> Callable[[Batch], object]:
-    hidden, weight = batch.hidden.detach().flatten(0, 1).float(), batch.weight.detach().float()
+    hidden, weight = batch.hidden.detach().flatten(0, 1), batch.weight.detach()
+    if hidden.device.type == "cpu":
+        hidden, weight = hidden.float(), weight.float()
     outputs = [torch.empty(0)] * 3
     if kept:
-        outputs = [torch.empty(hidden.shape[0], weight.shape[0]), torch.empty_like(hidden), torch.empty_like(weight)]
+        logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+        outputs = [logits, torch.empty_like(hidden), torch.empty_like(weight)]
 
     def run(batch: Batch) -> None:
         into = [{"out": output} if kept else {} for output in outputs]
@@ -141,7 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="which of them, from 0")
-    parser.add_argument("--out", type=Path, help="folder for cpu_linear.json and cpu_linear.md")
+    parser.add_argument("--out", type=Path, help="folder for linear_loss.json and linear_loss.md")
     arguments = parser.parse_args()
     results = []
     for index in arguments.cases:
@@ -156,8 +165,8 @@ def main() -> int:
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         found = {**cpu_loss.environment(), "results": results}
-        (arguments.out / "cpu_linear.json").write_text(json.dumps(found, indent=1) + "\n")
-        (arguments.out / "cpu_linear.md").write_text(text + "\n")
+        (arguments.out / "linear_loss.json").write_text(json.dumps(found, indent=1) + "\n")
+        (arguments.out / "linear_loss.md").write_text(text + "\n")
     return 0
 
 
