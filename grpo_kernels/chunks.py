@@ -56,7 +56,7 @@ class LiveRows:
     cut: Tensor | None
     """0-d bool: there were more than ``live_tokens``; None where they were counted."""
     everything: bool
-    """Every token is live, and there is no padding."""
+    """Every token is live."""
     chunk: int
 
     @classmethod
@@ -78,7 +78,7 @@ class LiveRows:
             index[count:] = -1
         live = index >= 0
         batch, length = tokens.token_ids.shape
-        return cls((batch, length), index.clamp(min=0), live[None], cut, cut is None and padded == flat.numel(), chunk)
+        return cls((batch, length), index.clamp(min=0), live[None], cut, cut is None and count == flat.numel(), chunk)
 
     @property
     def count(self) -> int:

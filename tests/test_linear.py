@@ -219,11 +219,12 @@ def test_a_known_number_of_live_tokens(backend, extra):
 
 
 @pytest.mark.parametrize("live", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("extra_row", [True, False])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_padding_of_chunks(backend, monkeypatch, level, live):
-    """126 live rows in hidden states of 128; the first row masked and NaN: padding must not bring it in."""
-    problem = Problem(2, 63, seed=5)
-    problem.mask = torch.rand(2, 63) < live
+def test_padding_of_chunks(backend, monkeypatch, level, extra_row, live):
+    """Live rows padded to the 128 of the hidden states; the first row masked and NaN: padding must not bring it in."""
+    problem = Problem(2, 64 - extra_row, extra_row=extra_row, seed=5)
+    problem.mask = torch.rand(problem.ids.shape) < live
     problem.mask[0, 0] = False
     with torch.no_grad():
         problem.hidden[0, 0] = math.nan
