@@ -15,7 +15,7 @@ from typing import Any
 
 import linear_loss
 import torch
-from baselines import eager_loss
+from baselines import eager_loss, loss_of_log_probs
 from torch import Tensor
 
 from grpo_kernels import KL, LossConfig, grpo_loss, token_log_probs
@@ -29,7 +29,7 @@ FLUSH_BYTES = 256 << 20
 
 
 class Workload:
-    """Tokens in 8 sequences; ``fresh`` restores the logits, which in place overwrites."""
+    """Tokens in 8 sequences; ``restore`` brings back the logits, which in place overwrites."""
 
     def __init__(self, tokens: int, vocab: int, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         shape = (8, tokens // 8)
@@ -45,7 +45,7 @@ class Workload:
         self.ref = log_probs + 0.2 * torch.randn(shape, **options)
         self.bytes = self.kept.numel() * dtype.itemsize
 
-    def fresh(self) -> None:
+    def restore(self) -> None:
         self.buffer.copy_(self.kept)
 
     def leaf(self) -> Tensor:
@@ -125,10 +125,8 @@ def _trl(work: Workload, upstream: float) -> Callable[[], object] | None:
 
     def step() -> None:
         log_probs = selective_log_softmax_and_entropy(work.leaf(), work.ids)[0]
-        ratio, A, u = (log_probs - work.old).exp(), work.advantages[:, None], work.ref - log_probs
-        policy = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A)
-        per_token = policy + BETA * (u.exp() - u - 1)
-        ((per_token * work.mask).sum(-1) / work.mask.sum(-1)).mean().mul(upstream).backward()
+        loss = loss_of_log_probs(log_probs, work.advantages, work.mask, work.old, work.ref, BETA)[0]
+        (loss * upstream).backward()
 
     return step
 
@@ -162,7 +160,7 @@ def measure(steps: dict[str, Callable[[], object]], work: Any, device: str, seco
     failed, times, memory = {}, {name: [] for name in steps}, {}
     for name, step in steps.items():
         try:
-            work.fresh()
+            work.restore()
             step()
             memory[name] = _extra_memory(step, work, device)
         except Exception as error:
@@ -175,7 +173,7 @@ def measure(steps: dict[str, Callable[[], object]], work: Any, device: str, seco
             break
         for i in range(len(alive)):
             name = alive[(i + round_index) % len(alive)]
-            work.fresh()
+            work.restore()
             flush.zero_()
             times[name].append(_milliseconds(steps[name], device))
     medians = {name: statistics.median(times[name]) for name in alive}
@@ -199,7 +197,7 @@ def _milliseconds(step: Callable[[], object], device: str) -> float:
 def _extra_memory(step: Callable[[], object], work: Any, device: str) -> int:
     if device != "cuda":
         return 0
-    work.fresh()
+    work.restore()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import cpu_loss
 import torch
-from baselines import eager_loss
+from baselines import eager_loss, loss_of_log_probs
 from torch import Tensor
 
 from grpo_kernels import KL, LossConfig, linear_grpo_loss, linear_token_log_probs
@@ -55,8 +55,6 @@ class Batch:
 
     def restore(self) -> None:
         self.hidden.grad = self.weight.grad = None
-
-    fresh = restore
 
 
 def three_gemms(batch: Batch, kept: bool) -> Callable[[Batch], object]:
@@ -102,9 +100,7 @@ def trl() -> Callable[[Batch], object] | None:
         tile = min(32768, batch.weight.shape[0])
         arguments = (batch.weight, None, batch.ids.flatten(), 1.0, tile, None, 1.0, ("entropy",))
         log_probs = ChunkedLogProbFunction.apply(hidden, *arguments)[0].view(batch.ids.shape)
-        ratio, A, u = (log_probs - batch.old).exp(), batch.advantages[:, None], batch.ref - log_probs
-        per_token = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A) + BETA * (u.exp() - u - 1)
-        ((per_token * batch.mask).sum(-1) / batch.mask.sum(-1)).mean().backward()
+        loss_of_log_probs(log_probs, batch.advantages, batch.mask, batch.old, batch.ref, BETA)[0].backward()
 
     return run
 

@@ -116,7 +116,7 @@ def main() -> int:
     if rehearsal and arguments.out == blocks.TABLE:
         parser.error("a rehearsal measures nothing: give --out, another file than the package's table")
     device = torch.device(arguments.device)
-    target = blocks.target_of(torch.device("cuda", 0)) if device.type == "cuda" else "any"
+    target = blocks.target_of(device)
     before = json.loads(blocks.TABLE.read_text())
     deadline = time.monotonic() + 60 * arguments.minutes
     found: list[Entry] = []
@@ -136,9 +136,7 @@ def main() -> int:
             )
             found.append(tune(plain | {"dtype": name}, work, target, arguments.device))
             measured = {(entry["dtype"], entry["columns"]) for entry in found}
-            others = [
-                e for e in before.get(target, []) if target == "any" or (e["dtype"], e["columns"]) not in measured
-            ]
+            others = [e for e in before.get(target, []) if (e["dtype"], e["columns"]) not in measured]
             write({**before, target: sorted([*found, *others], key=order)}, arguments.out)
     print(f"wrote {arguments.out}")
     return 0

@@ -1,7 +1,7 @@
 """Gradients attached to values that are already computed: a few small ``autograd.Function``s.
 
 The forward work of a loss happens before them, under ``no_grad``; a Function only ties its result to the logits.
-``LogProbs`` alone runs its own.
+``LogProbs`` and ``LinearLogProbs`` run their own.
 """
 
 from __future__ import annotations

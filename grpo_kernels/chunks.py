@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .checks import checks_enabled, fail
-from .head import Head, SlicedHead, has_native_gemm
+from .head import head_kind
 from .inputs import Tokens
 from .objective import TokenBatch
 from .rows import Padded
@@ -27,9 +27,8 @@ _GPU_MULTIPLE = 128
 
 def chunk_rows(tokens: Tokens, hidden_size: int, chunk_bytes: int) -> int:
     """How many rows' logits, hidden states and their gradients fit ``chunk_bytes``."""
-    device, itemsize = tokens.states.device.type, tokens.dtype.itemsize
-    kind = Head if has_native_gemm(device, tokens.dtype) else SlicedHead
-    fixed, per_row = kind.bytes(hidden_size, itemsize)
+    itemsize = tokens.dtype.itemsize
+    fixed, per_row = head_kind(tokens.states.device.type, tokens.dtype).bytes(hidden_size, itemsize)
     per_row += tokens.vocab * itemsize
     rows = (chunk_bytes - fixed) // per_row
     if rows < 1:
@@ -63,13 +62,7 @@ class LiveRows:
     def of(cls, tokens: Tokens, chunk: int, live_tokens: int | None, check: bool | None) -> LiveRows:
         """Waits for the device once, to count, unless told ``live_tokens``."""
         flat = tokens.live.reshape(-1)
-        cut = None
-        known = None if live_tokens is None else _known_count(tokens, live_tokens, check)
-        if known is None or flat.device.type == "cpu":
-            count = int(flat.sum())
-        else:
-            count = min(known, flat.numel())
-            cut = flat.sum() > count
+        count, cut = _count(tokens, live_tokens, check)
         padded = count
         if pads(flat.device.type):
             padded = -(-count // _GPU_MULTIPLE) * _GPU_MULTIPLE
@@ -130,11 +123,15 @@ def narrow(batch: TokenBatch, first: int, last: int) -> TokenBatch:
     return dataclasses.replace(batch, **cut)
 
 
-def _known_count(tokens: Tokens, live_tokens: int, check: bool | None) -> int:
-    if isinstance(live_tokens, bool) or not isinstance(live_tokens, int) or live_tokens < 0:
+def _count(tokens: Tokens, live_tokens: int | None, check: bool | None) -> tuple[int, Tensor | None]:
+    """How many rows to work on, and ``LiveRows.cut``."""
+    live = tokens.live
+    if live_tokens is not None and (type(live_tokens) is not int or live_tokens < 0):
         fail(tokens.function, "live_tokens to be an int >= 0", repr(live_tokens), error=TypeError)
-    if tokens.live.device.type == "cpu" or checks_enabled(check):
-        count = int(tokens.live.sum())
-        if count > live_tokens:
+    if live_tokens is None or live.device.type == "cpu" or checks_enabled(check):
+        count = int(live.sum())
+        if live_tokens is not None and count > live_tokens:
             fail(tokens.function, f"live_tokens >= {count}, the live tokens", repr(live_tokens), tokens.tensors)
-    return live_tokens
+        return count, None
+    count = min(live_tokens, live.numel())
+    return count, live.sum() > count

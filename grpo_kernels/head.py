@@ -41,10 +41,9 @@ def cpu_bf16_instructions() -> tuple[str, ...]:
     return tuple(name for name in _NATIVE if read.get(name))
 
 
-def head_of(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunks: int, wants: Wants, wide: bool) -> Head:
-    """The GEMMs for this device and dtype. ``wide``: gradients stay in fp32."""
-    kind = Head if has_native_gemm(weight.device.type, dtype) else SlicedHead
-    return kind(weight, bias, dtype, chunks, wants, wide)
+def head_kind(device: str, dtype: torch.dtype) -> type[Head]:
+    """The GEMMs for this kind of device and dtype of logits."""
+    return Head if has_native_gemm(device, dtype) else SlicedHead
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -53,7 +52,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 class Head:
-    """weight (V, H) and bias (V,), cast to ``dtype``; GEMMs on the whole of it."""
+    """weight (V, H) and bias (V,), cast to ``dtype``; GEMMs on the whole of it. ``wide``: gradients stay in fp32."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunks: int, wants: Wants, wide: bool

@@ -204,6 +204,13 @@ class LossInputs:
     skip_zero_advantage: bool
     check: bool | None
 
+    @property
+    def tensors(self) -> dict[str, object]:
+        """By the names that users know, for messages."""
+        log_probs = {"old_log_probs": self.old, "ref_log_probs": self.ref, "rollout_log_probs": self.rollout}
+        rest = {"token_weights": self.token_weights, "cu_seqlens": self.cu_seqlens}
+        return {"advantages": self.advantages, **log_probs, **rest}
+
 
 def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[Tokens, TokenBatch]:
     """Every token-sized tensor of the loss; the tokens with skipped rows no longer live."""

@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import autograd, ops
 from .checks import check_scalar
 from .chunks import CHUNK_BYTES, LiveRows, chunk_rows, narrow
-from .config import LossConfig, check_name, resolve_config
-from .head import Wants, head_of
+from .config import LossConfig, resolve_config
+from .head import Wants, head_kind
 from .inputs import LossInputs, Tokens, check_ids, check_logit_args, choose_backend, read_batch, read_linear_tokens
 from .loss import announced_scale, one_pass_spec
 from .metrics import Metrics
+from .modules import LossModule
 from .objective import Records, TokenBatch, fast_token_terms, reduce_records
 from .outputs import LossOutput, TokenLogProbs
 from .rows import Rows
@@ -90,11 +91,9 @@ def linear_grpo_loss(
         *(advantages, old_log_probs, ref_log_probs, rollout_log_probs, token_weights, cu_seqlens, normalizer),
         *(kl_coef, entropy_coef, skip_zero_advantage, check),
     )
-    named = {"advantages": advantages, "old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs}
-    named |= {"rollout_log_probs": rollout_log_probs, "token_weights": token_weights, "cu_seqlens": cu_seqlens}
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_grpo_loss", logit_args)
-    tokens = read_linear_tokens("linear_grpo_loss", hidden, weight, bias, token_ids, mask, named)
+    tokens = read_linear_tokens("linear_grpo_loss", hidden, weight, bias, token_ids, mask, given.tensors)
     wants = _wants(hidden, weight, bias)
     chosen, fuses = choose_backend(tokens, backend, logit_args, fused=any(wants))
     tokens, batch = read_batch(tokens, config, given)
@@ -103,10 +102,9 @@ def linear_grpo_loss(
     if wide:
         grad_scale = _fp16_scale(batch)
     numbers = tokens.numbers(logit_args, announced_scale("linear_grpo_loss", grad_scale), config)
-    sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check)
-    spec = one_pass_spec(config, batch, given)
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        route = _Loss(config, batch, sweep, spec, fuses, wide)
+    sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check, wide)
+    with torch.no_grad():
+        route = _Loss(config, batch, sweep, one_pass_spec(config, batch, given), fuses)
         loss, metrics, records, gradients = route.run(wants, hidden, weight, bias)
     if any(wants):
         known = (sweep.valid(sweep.announced), tokens.token_ids, chosen, "linear_grpo_loss")
@@ -172,12 +170,13 @@ def _sweep(
     live_tokens: int | None,
     chunk_bytes: int,
     check: bool | None,
+    wide: bool = False,
 ) -> Sweep:
     check_scalar(tokens.function, "chunk_bytes", chunk_bytes)
     rows = LiveRows.of(tokens, chunk_rows(tokens, hidden.shape[-1], int(chunk_bytes)), live_tokens, check)
     ids = rows.take(tokens.token_ids)
     assert ids is not None
-    return Sweep(rows, ids, numbers, logit_args.logit_softcap is not None, tokens.dtype, tokens.vocab, backend)
+    return Sweep(rows, ids, numbers, logit_args.logit_softcap is not None, tokens.dtype, tokens.vocab, backend, wide)
 
 
 @dataclass(frozen=True)
@@ -192,6 +191,8 @@ class Sweep:
     dtype: torch.dtype
     vocab: int
     backend: str
+    wide: bool
+    """Gradients stay in fp32 until they are scaled, not yet in the dtypes of what they belong to."""
 
     @property
     def announced(self) -> Tensor:
@@ -199,25 +200,28 @@ class Sweep:
 
     @property
     def one_chunk(self) -> bool:
-        return self.live_rows.count <= self.live_rows.chunk
+        return 0 < self.live_rows.count <= self.live_rows.chunk
 
     def valid(self, value: Tensor) -> Tensor:
         """NaN, and so its gradient, where rows were cut off."""
         cut = self.live_rows.cut
         return value if cut is None else value * torch.where(cut, torch.nan, 1.0).to(value.dtype)
 
-    def run(
-        self, visit: Visit, wants: Wants, hidden: Tensor, weight: Tensor, bias: Tensor | None, wide: bool = False
-    ) -> Gradients:
+    def run(self, visit: Visit, wants: Wants, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
         """Compute each chunk's logits and let ``visit`` have them; where gradients are wanted, it turns the logits
-        into their gradient. ``wide``: gradients in fp32, not yet in the dtypes of what they belong to."""
+        into their gradient."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self._run(visit, wants, hidden, weight, bias)
+
+    def _run(self, visit: Visit, wants: Wants, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
         rows, device = self.live_rows, hidden.device
-        head = head_of(weight, bias, self.dtype, -(-rows.count // rows.chunk), wants, wide)
+        chunks = -(-rows.count // rows.chunk)
+        head = head_kind(device.type, self.dtype)(weight, bias, self.dtype, chunks, wants, self.wide)
         buffer = torch.empty(min(rows.chunk, rows.count), self.vocab, dtype=self.dtype, device=device)
         places = hidden.shape[:-1].numel() + 1
         gradient = None
         if wants.hidden:
-            gradient = hidden.new_zeros(places, hidden.shape[-1], dtype=torch.float32 if wide else hidden.dtype)
+            gradient = hidden.new_zeros(places, hidden.shape[-1], dtype=torch.float32 if self.wide else hidden.dtype)
         for first, last in rows.chunks():
             states = rows.hidden(hidden, first, last).to(self.dtype)
             logits = buffer[: last - first]
@@ -241,8 +245,7 @@ class Sweep:
             for total, output in zip(stats, outputs, strict=True):
                 total[:, first:last] = output
 
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            self.run(visit, Wants(False, False, False), hidden, weight, bias)
+        self.run(visit, Wants(False, False, False), hidden, weight, bias)
         return stats
 
     def gradients(
@@ -254,7 +257,6 @@ class Sweep:
         stats: Sequence[Tensor],
         grad_log_prob: Tensor | None,
         grad_entropy: Tensor | None,
-        wide: bool = False,
     ) -> Gradients:
         """From (B, T) slopes in log-prob and entropy and ``log_probs``'s ``stats``; the logits are computed again."""
         per_row = (*stats, self.live_rows.take(grad_log_prob), self.live_rows.take(grad_entropy))
@@ -263,8 +265,7 @@ class Sweep:
             mine = (None if values is None else values[:, first:last].contiguous() for values in per_row)
             ops.log_probs_backward_(rows.logits, *rows.arguments, *mine, self.backend)
 
-        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-            return self.run(visit, Wants(*wants), hidden, weight, bias, wide)
+        return self.run(visit, Wants(*wants), hidden, weight, bias)
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,6 @@ class _Loss:
     """For a one-pass kernel; None where a row's slope does not follow from the row, or no kernel has the surrogate."""
     fuses: bool
     """Whether the backend has that kernel."""
-    wide: bool
 
     def run(
         self, wants: Wants, hidden: Tensor, weight: Tensor, bias: Tensor | None
@@ -295,7 +295,7 @@ class _Loss:
         else:
             stats = self.sweep.log_probs(*head)
             records, slopes = self._terms(*stats[:2])
-            gradients = self.sweep.gradients(wants, *head, stats, *slopes, wide=self.wide)
+            gradients = self.sweep.gradients(wants, *head, stats, *slopes)
         loss, metrics = reduce_records(self.config, self.batch, records, self.sweep.backend)
         return loss, metrics, records, gradients
 
@@ -303,15 +303,17 @@ class _Loss:
         """Every row's slope follows from the row: one sweep."""
         sweep = self.sweep
         mine = sweep.live_rows.batch(self.batch)
-        kept: list[Records] = []
+        dtypes = (*(sweep.numbers.dtype,) * 4, torch.uint8)
+        records = [torch.zeros_like(sweep.token_ids, dtype=dtype) for dtype in dtypes]
 
         def visit(rows: Rows, first: int, last: int) -> None:
             part = narrow(mine, first, last)
-            kept.append(self._fused(rows, part) if self.spec and self.fuses else self._two_passes(rows, part))
+            found = self._fused(rows, part) if self.spec and self.fuses else self._two_passes(rows, part)
+            for total, values in zip(records, found, strict=True):
+                total[:, first:last] = values
 
-        gradients = sweep.run(visit, wants, *head, self.wide)
-        columns = zip(*kept, strict=True) if kept else ([self._nothing(name)] for name in Records._fields)
-        return Records(*(sweep.live_rows.scatter(torch.cat(list(column), 1)) for column in columns)), gradients
+        gradients = sweep.run(visit, wants, *head)
+        return Records(*map(sweep.live_rows.scatter, records)), gradients
 
     def _fused(self, rows: Rows, part: TokenBatch) -> Records:
         assert self.spec is not None
@@ -339,9 +341,7 @@ class _Loss:
             taken = (sweep.live_rows.take(slope) for slope in slopes)
             ops.log_probs_backward_(rows.logits, *rows.arguments, log_prob, entropy, lse, *taken, sweep.backend)
 
-        gradients = sweep.run(visit, wants, *head, self.wide)
-        if not found:
-            found.append(self._terms(self._nothing("log_prob"), self._nothing("entropy"))[0])
+        gradients = sweep.run(visit, wants, *head)
         return found[0], gradients
 
     def _terms(self, log_prob: Tensor, entropy: Tensor) -> tuple[Records, tuple[Tensor, Tensor | None]]:
@@ -355,15 +355,8 @@ class _Loss:
         scale = self.sweep.announced
         return slope * scale, None if entropy_weight is None else -entropy_weight * scale
 
-    def _nothing(self, name: str) -> Tensor:
-        dtype = torch.uint8 if name == "flags" else self.sweep.numbers.dtype
-        return torch.zeros(1, 0, dtype=dtype, device=self.sweep.numbers.device)
 
-
-_OPTIONS = tuple(name for name in linear_grpo_loss.__wrapped__.__kwdefaults__ or () if name != "config")
-
-
-class LinearGRPOLoss(nn.Module):
+class LinearGRPOLoss(LossModule):
     """``linear_grpo_loss`` as a module: ``LinearGRPOLoss("dapo")(hidden, weight, token_ids, advantages, mask, ...)``.
 
     Args:
@@ -371,12 +364,7 @@ class LinearGRPOLoss(nn.Module):
         **options: keywords of ``linear_grpo_loss`` to fix.
     """
 
-    def __init__(self, config: LossConfig | str = "grpo", **options: Any) -> None:
-        super().__init__()
-        self.config = resolve_config(config)
-        for name in options:
-            check_name("LinearGRPOLoss: the option", name, _OPTIONS)
-        self.options = options
+    function = staticmethod(linear_grpo_loss)
 
     def forward(
         self,
@@ -390,6 +378,3 @@ class LinearGRPOLoss(nn.Module):
         """See ``linear_grpo_loss``."""
         options = {**self.options, **options}
         return linear_grpo_loss(hidden, weight, token_ids, advantages, mask, config=self.config, **options)
-
-    def extra_repr(self) -> str:
-        return repr(self.config)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import autograd, ops
 from .checks import check_inplace, check_scalar, fail
-from .config import LossConfig, check_name, resolve_config
+from .config import LossConfig, resolve_config
 from .inputs import (
     LossInputs,
     advantages_per_sequence,
@@ -21,6 +21,7 @@ from .inputs import (
     read_tokens,
 )
 from .metrics import Metrics
+from .modules import LossModule
 from .objective import Records, TokenBatch, fast_token_terms, reduce_records
 from .outputs import LossOutput
 from .rows import Rows
@@ -80,7 +81,7 @@ def grpo_loss(
         skip_zero_advantage: rows with A = 0 are not read; their outputs are 0.
         check: also check contents (ids in range, ids not shifted), which waits for the device. None: the
             environment's GRPO_KERNELS_CHECK.
-        backend: "cpu", "torch"; None: the fastest that serves the call.
+        backend: "cpu", "triton", "torch"; None: the fastest that serves the call.
 
     Returns:
         LossOutput(loss, metrics, log_probs, entropy); only ``loss`` is differentiable, in ``logits`` alone.
@@ -95,11 +96,9 @@ def grpo_loss(
         *(advantages, old_log_probs, ref_log_probs, rollout_log_probs, token_weights, cu_seqlens, normalizer),
         *(kl_coef, entropy_coef, skip_zero_advantage, check),
     )
-    named = {"advantages": advantages, "old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs}
-    named |= {"rollout_log_probs": rollout_log_probs, "token_weights": token_weights, "cu_seqlens": cu_seqlens}
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("grpo_loss", logit_args)
-    tokens = read_tokens("grpo_loss", logits, token_ids, mask, named)
+    tokens = read_tokens("grpo_loss", logits, token_ids, mask, given.tensors)
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     wants_one_pass = needs_gradient and not (logits.dtype == torch.float16 and grad_scale is None)
     if inplace and needs_gradient:
@@ -197,10 +196,7 @@ class _Call:
         return Records(log_prob, entropy, policy, kl, flags), slope
 
 
-_OPTIONS = tuple(name for name in grpo_loss.__kwdefaults__ or () if name != "config")
-
-
-class GRPOLoss(nn.Module):
+class GRPOLoss(LossModule):
     """``grpo_loss`` as a module: ``GRPOLoss("dapo", temperature=0.7)(logits, token_ids, advantages, mask, ...)``.
 
     Args:
@@ -208,18 +204,10 @@ class GRPOLoss(nn.Module):
         **options: keywords of ``grpo_loss`` to fix.
     """
 
-    def __init__(self, config: LossConfig | str = "grpo", **options: Any) -> None:
-        super().__init__()
-        self.config = resolve_config(config)
-        for name in options:
-            check_name("GRPOLoss: the option", name, _OPTIONS)
-        self.options = options
+    function = staticmethod(grpo_loss)
 
     def forward(
         self, logits: Tensor, token_ids: Tensor, advantages: Tensor, mask: Tensor | None = None, **options: Any
     ) -> LossOutput:
         """See ``grpo_loss``."""
         return grpo_loss(logits, token_ids, advantages, mask, config=self.config, **{**self.options, **options})
-
-    def extra_repr(self) -> str:
-        return repr(self.config)

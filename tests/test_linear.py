@@ -74,8 +74,8 @@ def reference_log_probs(problem: Problem) -> torch.Tensor:
 
 def room(problem: Problem, rows: int) -> int:
     """chunk_bytes of ``rows`` rows."""
-    kind = head.Head if head.has_native_gemm("cpu", problem.hidden.dtype) else head.SlicedHead
     vocab, hidden = problem.weight.shape
+    kind = head.head_kind("cpu", problem.hidden.dtype)
     fixed, per_row = kind.bytes(hidden, problem.hidden.dtype.itemsize)
     return fixed + rows * (per_row + vocab * problem.hidden.dtype.itemsize)
 

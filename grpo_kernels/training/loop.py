@@ -104,11 +104,11 @@ class Trainer:
             sequences = (part.ids, part.attention_mask, part.prompt_length)
             if self.options.linear_loss:
                 tokens: dict[str, Any] = {"token_ids": part.response_ids, "mask": part.mask}
-                parts.append(model(**response_inputs(*sequences), grpo=tokens).log_probs)
-                continue
-            logits = response_logits(model, *sequences)
-            options: dict[str, Any] = {"temperature": self.options.temperature, "backend": self.options.backend}
-            parts.append(token_log_probs(logits, part.response_ids, part.mask, **options).log_probs)
+                out = model(**response_inputs(*sequences), grpo=tokens)
+            else:
+                options: dict[str, Any] = {"temperature": self.options.temperature, "backend": self.options.backend}
+                out = token_log_probs(response_logits(model, *sequences), part.response_ids, part.mask, **options)
+            parts.append(out.log_probs)
         return torch.cat(parts)
 
     def _inner_epochs(self, rollout: Rollout, advantages: Tensor, old: Tensor, ref: Tensor | None) -> dict[str, float]:
@@ -149,7 +149,7 @@ class Trainer:
         losses, metrics = [], []
         for index in minibatch.split(self._micro_batch()):
             part = rollout[index]
-            inputs = response_inputs(part.ids, part.attention_mask, part.prompt_length)
+            sequences = (part.ids, part.attention_mask, part.prompt_length)
             tokens: dict[str, Any] = {
                 "token_ids": part.response_ids,
                 "advantages": advantages[index],
@@ -158,7 +158,7 @@ class Trainer:
             tokens |= {"old_log_probs": old[index], "ref_log_probs": None if ref is None else ref[index]}
             tokens["normalizer"] = denominator
             if o.linear_loss:
-                out = self.model(**inputs, grpo=tokens)
+                out = self.model(**response_inputs(*sequences), grpo=tokens)
             else:
                 options: dict[str, Any] = {
                     "config": self.config,
@@ -166,7 +166,7 @@ class Trainer:
                     "backend": o.backend,
                     "inplace": True,
                 }
-                out = loss_function(self.model(**inputs).logits, **tokens, **options)
+                out = loss_function(response_logits(self.model, *sequences), **tokens, **options)
             out.loss.backward()
             losses.append(out.loss.detach())
             metrics.append(out.metrics)

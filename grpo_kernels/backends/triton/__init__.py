@@ -151,29 +151,16 @@ def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
     launch.launch(kernels.rescale_kernel, programs, device, *arguments, BLOCK=4096, warps=8)
 
 
-def token_terms(
-    log_prob: Tensor,
-    live: Tensor,
-    numbers: Tensor,
-    advantage: Tensor,
-    policy_weight: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    kl_weight: Tensor | None,
-    spec: list[int],
-    policy: Tensor,
-    kl: Tensor,
-    flags: Tensor,
-    slope: Tensor,
-) -> None:
+def token_terms(log_prob: Tensor, *rest: Any) -> None:
+    """``rest`` as in backends/cpu.py."""
     from . import launch, one_pass
 
+    *inputs, spec, policy, kl, flags, slope = rest
     count, device = log_prob.numel(), log_prob.device
-    inputs = (log_prob, live, numbers, advantage, policy_weight, old, ref, kl_weight)
     constants = {**_spec_constants(spec), "BLOCK": one_pass.TOKENS_PER_PROGRAM}
     programs = -(-count // one_pass.TOKENS_PER_PROGRAM)
     outputs = (policy, kl, flags, slope)
-    launch.launch(one_pass.token_terms_kernel, programs, device, *inputs, *outputs, count, **constants)
+    launch.launch(one_pass.token_terms_kernel, programs, device, log_prob, *inputs, *outputs, count, **constants)
 
 
 def _spec_constants(spec: list[int]) -> dict[str, int]:
