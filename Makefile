@@ -17,11 +17,14 @@ endif
 train: $(READY)
 	$(RUN) -m grpo_kernels train $(ARGS)
 
+# Two workers: most of the suite is one-threaded (the interpreter, autograd). Idle threads must not spin beside them.
+PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist worksteal
+
 test: $(READY)
-	$(RUN) -m pytest -m "not nightly" $(ARGS)
+	$(PYTEST) -m "not nightly" $(ARGS)
 
 nightly: $(READY)
-	$(RUN) -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 bench: $(READY)
 	$(RUN) benchmarks/cpu_loss.py $(ARGS)

@@ -65,8 +65,8 @@ def check_logits(function: str, logits: Tensor, tensors: Mapping[str, object]) -
 
 def check_head(
     function: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Mapping[str, object]
-) -> torch.dtype:
-    """Hidden states and LM head; the dtype of the logits, which a linear layer would give (autocast included)."""
+) -> None:
+    """Hidden states and LM head."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -93,12 +93,10 @@ def check_head(
         fail(function, expected, str(tuple(weight.shape)), tensors, turned)
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         fail(function, f"bias ({weight.shape[0]},)", str(tuple(bias.shape)), tensors)
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(hidden.device.type)
-    if any(tensor is not None and tensor.dtype != hidden.dtype for tensor in (weight, bias)):
+    autocast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    if not autocast and any(tensor is not None and tensor.dtype != hidden.dtype for tensor in (weight, bias)):
         hint = "hidden.to(weight.dtype), or torch.autocast"
         fail(function, f"hidden states, weight and bias of one dtype ({hidden.dtype})", "several", tensors, hint)
-    return hidden.dtype
 
 
 def check_no_transforms(function: str, logits: Tensor) -> None:

@@ -1,13 +1,12 @@
 """Which rows of hidden states are worked on, and how many at a time.
 
-Masked rows cost nothing: live ones are gathered, chunk by chunk, and results scattered back. The rows of a chunk follow
-from shapes, dtypes and ``chunk_bytes`` alone, never from free memory or the batch, so that results reproduce.
+Masked rows cost nothing: live ones are gathered, chunk by chunk, and results scattered back. The most rows of a chunk
+follow from shapes, dtypes and ``chunk_bytes`` alone, never from free memory, so that results reproduce.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +17,18 @@ from .checks import checks_enabled, fail
 from .head import head_kind
 from .inputs import Tokens
 from .objective import TokenBatch
-from .rows import Padded
+from .ops import accumulate_dtype
+from .rows import Packed, Padded, Sequences
 
 CHUNK_BYTES = 1 << 30
 _GPU_MULTIPLE = 128
 """Rows of a GEMM on a GPU are padded to this with dead ones."""
 
 
-def chunk_rows(tokens: Tokens, hidden_size: int, chunk_bytes: int) -> int:
+def chunk_rows(tokens: Tokens, operands: torch.dtype, chunk_bytes: int) -> int:
     """How many rows' logits, hidden states and their gradients fit ``chunk_bytes``."""
-    itemsize = tokens.dtype.itemsize
-    fixed, per_row = head_kind(tokens.states.device.type, tokens.dtype).bytes(hidden_size, itemsize)
-    per_row += tokens.vocab * itemsize
+    kind = head_kind(tokens.states.device.type, operands, tokens.dtype)
+    fixed, per_row = kind.bytes(tokens.states.shape[-1], tokens.vocab, operands, tokens.dtype)
     rows = (chunk_bytes - fixed) // per_row
     if rows < 1:
         got = f"chunk_bytes={chunk_bytes}"
@@ -56,31 +55,43 @@ class LiveRows:
     """0-d bool: there were more than ``live_tokens``; None where they were counted."""
     everything: bool
     """Every token is live."""
-    chunk: int
+    chunks: tuple[tuple[int, int], ...]
+    """First and last + 1 row of each."""
+    bounds: Tensor | None
+    """(S+1,) of the sequences among the rows, where no chunk cuts one; None where one does, or nobody asked."""
 
     @classmethod
-    def of(cls, tokens: Tokens, chunk: int, live_tokens: int | None, check: bool | None) -> LiveRows:
-        """Waits for the device once, to count, unless told ``live_tokens``."""
+    def of(
+        cls, tokens: Tokens, chunk: int, live_tokens: int | None, check: bool | None, sequences: Sequences | None = None
+    ) -> LiveRows:
+        """Chunks of ``chunk`` rows, given ``sequences`` of as many whole sequences as fit, if the longest does. Waits
+        for the device once, to count, unless told ``live_tokens``."""
         flat = tokens.live.reshape(-1)
-        count, cut = _count(tokens, live_tokens, check)
-        padded = count
+        lengths = None if sequences is None else sequences.sum(tokens.live.to(accumulate_dtype(flat.device)))
+        counts, cut = _count(tokens, lengths, live_tokens, check)
+        count = padded = sum(counts)
         if pads(flat.device.type):
             padded = -(-count // _GPU_MULTIPLE) * _GPU_MULTIPLE
         index = torch.nonzero_static(flat, size=padded, fill_value=-1).squeeze(-1)
         if padded > count:  # live_tokens may be fewer than there are
             index[count:] = -1
         live = index >= 0
+        bounds, chunks = None, [(first, min(first + chunk, padded)) for first in range(0, padded, chunk)]
+        room = chunk - (padded - count)
+        if lengths is not None and max(counts, default=0) <= room:
+            bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int64)
+            chunks = _chunks_of_sequences(counts, room, padded)
         batch, length = tokens.token_ids.shape
-        return cls((batch, length), index.clamp(min=0), live[None], cut, cut is None and count == flat.numel(), chunk)
+        everything = cut is None and count == flat.numel()
+        return cls((batch, length), index.clamp(min=0), live[None], cut, everything, tuple(chunks), bounds)
 
     @property
     def count(self) -> int:
         return self.index.shape[0]
 
-    def chunks(self) -> Iterator[tuple[int, int]]:
-        """First and last + 1 of each."""
-        for first in range(0, self.count, self.chunk):
-            yield first, min(first + self.chunk, self.count)
+    @property
+    def longest(self) -> int:
+        return max((last - first for first, last in self.chunks), default=0)
 
     def hidden(self, states: Tensor, first: int, last: int) -> Tensor:
         """(last - first, H) rows of ``states`` (B, T or T+1, H) or (N, H), gathered where they do not lie together."""
@@ -110,28 +121,45 @@ class LiveRows:
         return out[:-1].view(self.shape)
 
     def batch(self, batch: TokenBatch) -> TokenBatch:
-        """Of the live tokens alone: one sequence, for the maths at token level."""
+        """Of the live tokens alone, (1, n); ``narrow`` says which sequences a part of it holds."""
         per_token = ("masked_in", "advantages", "old", "ref", "rollout", "policy_weight", "kl_weight", "entropy_weight")
         taken: dict[str, Any] = {name: self.take(getattr(batch, name)) for name in per_token}
-        return dataclasses.replace(batch, live=self.live, sequences=Padded(1), **taken)
+        return dataclasses.replace(batch, live=self.live, **taken)
+
+    def narrow(self, batch: TokenBatch, first: int, last: int) -> TokenBatch:
+        """Tokens [first, last) of ``batch``'s result; without ``bounds`` one sequence, for the maths of tokens."""
+        fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        cut: dict[str, Any] = {
+            name: value[:, first:last] for name, value in fields.items() if isinstance(value, Tensor)
+        }
+        sequences: Sequences = Padded(1)
+        if self.bounds is not None:
+            sequences = Packed.of(self.bounds.clamp(first, last) - first, last - first)
+        return dataclasses.replace(batch, sequences=sequences, **cut)
 
 
-def narrow(batch: TokenBatch, first: int, last: int) -> TokenBatch:
-    """Tokens [first, last) of a (1, n) batch."""
-    fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    cut: dict[str, Any] = {name: value[:, first:last] for name, value in fields.items() if isinstance(value, Tensor)}
-    return dataclasses.replace(batch, **cut)
+def _chunks_of_sequences(lengths: list[int], chunk: int, count: int) -> list[tuple[int, int]]:
+    """As many whole sequences as fit into each; the last one ends at ``count``, padding included."""
+    starts, end = [0], 0
+    for length in lengths:
+        if end + length - starts[-1] > chunk:
+            starts.append(end)
+        end += length
+    return list(zip(starts, [*starts[1:], count], strict=True)) if count else []
 
 
-def _count(tokens: Tokens, live_tokens: int | None, check: bool | None) -> tuple[int, Tensor | None]:
-    """How many rows to work on, and ``LiveRows.cut``."""
+def _count(
+    tokens: Tokens, lengths: Tensor | None, live_tokens: int | None, check: bool | None
+) -> tuple[list[int], Tensor | None]:
+    """How many rows to work on, sequence by sequence where ``lengths`` can be read, and ``LiveRows.cut``."""
     live = tokens.live
     if live_tokens is not None and (type(live_tokens) is not int or live_tokens < 0):
         fail(tokens.function, "live_tokens to be an int >= 0", repr(live_tokens), error=TypeError)
     if live_tokens is None or live.device.type == "cpu" or checks_enabled(check):
-        count = int(live.sum())
-        if live_tokens is not None and count > live_tokens:
-            fail(tokens.function, f"live_tokens >= {count}, the live tokens", repr(live_tokens), tokens.tensors)
-        return count, None
+        counts = [int(live.sum())] if lengths is None else [int(length) for length in lengths.tolist()]
+        if live_tokens is not None and sum(counts) > live_tokens:
+            expected = f"live_tokens >= {sum(counts)}, the live tokens"
+            fail(tokens.function, expected, repr(live_tokens), tokens.tensors)
+        return counts, None
     count = min(live_tokens, live.numel())
-    return count, live.sum() > count
+    return [count], live.sum() > count

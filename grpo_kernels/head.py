@@ -41,9 +41,18 @@ def cpu_bf16_instructions() -> tuple[str, ...]:
     return tuple(name for name in _NATIVE if read.get(name))
 
 
-def head_kind(device: str, dtype: torch.dtype) -> type[Head]:
-    """The GEMMs for this kind of device and dtype of logits."""
-    return Head if has_native_gemm(device, dtype) else SlicedHead
+def operand_dtype(hidden: Tensor) -> torch.dtype:
+    """What a linear layer would compute in, autocast included."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return hidden.dtype
+
+
+def head_kind(device: str, operands: torch.dtype, logits: torch.dtype) -> type[Head]:
+    """The GEMMs for this kind of device and these dtypes."""
+    mixed = device == "cpu" and operands != logits  # PyTorch has no such GEMM for CPUs
+    return SlicedHead if mixed or not has_native_gemm(device, operands) else Head
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -52,7 +61,10 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 class Head:
-    """weight (V, H) and bias (V,), cast to ``dtype``; GEMMs on the whole of it. ``wide``: gradients stay in fp32."""
+    """weight (V, H) and bias (V,), cast to ``dtype``; GEMMs on the whole of it. ``wide``: gradients stay in fp32.
+
+    Logits have the same dtype, or are fp32; their gradient is rounded to ``dtype`` then.
+    """
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunks: int, wants: Wants, wide: bool
@@ -68,13 +80,18 @@ class Head:
         self._bias_sum: Tensor | None = None
 
     @staticmethod
-    def bytes(hidden_size: int, itemsize: int) -> tuple[int, int]:
-        """Beside the logits: of a call, and of each row of a chunk (its hidden state and that one's gradient)."""
-        return 0, 2 * hidden_size * itemsize
+    def bytes(hidden_size: int, vocab: int, operands: torch.dtype, logits: torch.dtype) -> tuple[int, int]:
+        """Of a call, and of each row of a chunk: its logits, its hidden state and that one's gradient."""
+        rounded = 0 if operands == logits else operands.itemsize
+        return 0, vocab * (logits.itemsize + rounded) + 2 * hidden_size * operands.itemsize
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         """hidden (C, H) @ weight.T + bias, into ``out`` (C, V)."""
-        if self.bias is None:
+        if out.dtype != hidden.dtype:
+            torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
+            if self.bias is not None:
+                out += self.bias
+        elif self.bias is None:
             torch.mm(hidden, self.weight.t(), out=out)
         else:
             torch.addmm(self.bias, hidden, self.weight.t(), out=out)
@@ -83,6 +100,7 @@ class Head:
         """From the logits' gradient (C, V): add to the weight's and the bias's, return the hidden states' (C, H)."""
         if self.wants.bias:
             self._add_bias(gradient)
+        gradient = gradient.to(self.weight.dtype)
         if self.wants.weight:
             self._add_weight(gradient, hidden)
         return gradient @ self.weight if self.wants.hidden else None
@@ -142,9 +160,10 @@ class SlicedHead(Head):
             self._weight_sum = make(weight, dtype=like, requires_grad=False)
 
     @staticmethod
-    def bytes(hidden_size: int, itemsize: int) -> tuple[int, int]:
-        """Beside the logits: the slice, and its gradient; fp32 rows of hidden states, their gradient and a slice's."""
-        return 2 * SLICE_COLUMNS * hidden_size * 4, 2 * hidden_size * (itemsize + 4) + SLICE_COLUMNS * 4
+    def bytes(hidden_size: int, vocab: int, operands: torch.dtype, logits: torch.dtype) -> tuple[int, int]:
+        """The slice, and its gradient; logits, fp32 rows of hidden states, their gradient and a slice's."""
+        states = 2 * hidden_size * (operands.itemsize + 4)
+        return 2 * SLICE_COLUMNS * hidden_size * 4, vocab * logits.itemsize + states + SLICE_COLUMNS * 4
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         wide = hidden.float()
@@ -175,8 +194,8 @@ class SlicedHead(Head):
         return None if result is None else result.to(gradient.dtype)
 
     def _part_of(self, rows: int, columns: int) -> Tensor:
-        """Room for some columns of a chunk; the first chunk is the longest."""
-        if self._part is None:
+        """Room for some columns of a chunk."""
+        if self._part is None or self._part.shape[0] < rows:
             self._part = self._slice.new_empty(rows, SLICE_COLUMNS)
         return self._part[:rows, :columns]
 

@@ -26,6 +26,7 @@ from .checks import (
     fail,
 )
 from .config import LossConfig
+from .head import operand_dtype
 from .objective import TokenBatch
 from .rows import Packed, Padded, Rows, Sequences
 from .spec import LogitArgs, numbers_vector
@@ -86,11 +87,17 @@ def read_linear_tokens(
     bias: Tensor | None,
     token_ids: Tensor,
     mask: Tensor | None,
+    logits_dtype: torch.dtype | None,
     tensors: Mapping[str, object],
 ) -> Tokens:
     """``read_tokens`` for hidden states and the head that makes logits of them."""
     named = {"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids, "mask": mask, **tensors}
-    dtype = check_head(function, hidden, weight, bias, named)
+    check_head(function, hidden, weight, bias, named)
+    operands = operand_dtype(hidden)
+    dtype = operands if logits_dtype is None else logits_dtype
+    if dtype != operands and (dtype != torch.float32 or operands.itemsize != 2):
+        expected = f"logits_dtype=torch.float32 (with half precision) or None for that of the GEMM ({operands})"
+        fail(function, expected, repr(logits_dtype), named)
     for tensor in (weight, bias):
         if tensor is not None:
             check_no_transforms(function, tensor)

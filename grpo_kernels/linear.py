@@ -2,8 +2,8 @@
 
 Tokens are taken in chunks of a fixed number of rows. Where a row's slope is known from that row alone, a chunk's logits
 become their gradient in place and leave as the gradients of hidden states and weight, all in the forward call:
-6·N·H·V FLOPs, nothing is computed twice. Pooled ratios need the log-probs of all tokens first: a batch of one chunk
-keeps its logits meanwhile, a longer one computes them again (8·N·H·V).
+6·N·H·V FLOPs, nothing is computed twice. Pooled ratios need the log-probs of a whole sequence first: chunks of whole
+sequences keep their logits meanwhile; only where the longest does not fit one, all are computed again (8·N·H·V).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 
 from . import autograd, ops
 from .checks import check_scalar
-from .chunks import CHUNK_BYTES, LiveRows, chunk_rows, narrow
+from .chunks import CHUNK_BYTES, LiveRows, chunk_rows
 from .config import LossConfig, resolve_config
-from .head import Wants, head_kind
+from .head import Wants, head_kind, operand_dtype
 from .inputs import LossInputs, Tokens, check_ids, check_logit_args, choose_backend, read_batch, read_linear_tokens
 from .loss import announced_scale, one_pass_spec
 from .metrics import Metrics
 from .modules import LossModule
 from .objective import Records, TokenBatch, fast_token_terms, reduce_records
 from .outputs import LossOutput, TokenLogProbs
-from .rows import Rows
+from .rows import Rows, Sequences
 from .spec import NUMBERS, LogitArgs, ObjectiveSpec
 
 Visit = Callable[[Rows, int, int], None]
@@ -61,6 +61,7 @@ def linear_grpo_loss(
     skip_zero_advantage: bool = False,
     live_tokens: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    logits_dtype: torch.dtype | None = None,
     check: bool | None = None,
     backend: str | None = None,
 ) -> LossOutput:
@@ -77,6 +78,8 @@ def linear_grpo_loss(
             loss is NaN (on a CPU an error).
         chunk_bytes: memory for a chunk's logits, hidden states and their gradients. Results do not depend on it beyond
             rounding, and on nothing but shapes and dtypes otherwise.
+        logits_dtype: torch.float32 keeps the logits of a bf16 or fp16 head unrounded, as its GEMM accumulates them, at
+            twice the memory a row; None: the head's dtype, as a materialised head rounds them.
         **the rest**: as for ``grpo_loss``.
 
     Returns:
@@ -93,18 +96,20 @@ def linear_grpo_loss(
     )
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_grpo_loss", logit_args)
-    tokens = read_linear_tokens("linear_grpo_loss", hidden, weight, bias, token_ids, mask, given.tensors)
+    tokens = read_linear_tokens("linear_grpo_loss", hidden, weight, bias, token_ids, mask, logits_dtype, given.tensors)
     wants = _wants(hidden, weight, bias)
     chosen, fuses = choose_backend(tokens, backend, logit_args, fused=any(wants))
     tokens, batch = read_batch(tokens, config, given)
     check_ids(tokens, check)
-    wide = grad_scale is None and tokens.dtype == torch.float16
+    wide = grad_scale is None and operand_dtype(hidden) == torch.float16
     if wide:
         grad_scale = _fp16_scale(batch)
     numbers = tokens.numbers(logit_args, announced_scale("linear_grpo_loss", grad_scale), config)
-    sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check, wide)
+    spec = one_pass_spec(config, batch, given)
+    pooled = batch.sequences if spec is None and config.level != "token" and any(wants) else None
+    sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check, pooled, wide)
     with torch.no_grad():
-        route = _Loss(config, batch, sweep, one_pass_spec(config, batch, given), fuses)
+        route = _Loss(config, batch, sweep, spec, fuses)
         loss, metrics, records, gradients = route.run(wants, hidden, weight, bias)
     if any(wants):
         known = (sweep.valid(sweep.announced), tokens.token_ids, chosen, "linear_grpo_loss")
@@ -126,6 +131,7 @@ def linear_token_log_probs(
     logit_softcap: float | Tensor | None = None,
     live_tokens: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    logits_dtype: torch.dtype | None = None,
     check: bool | None = None,
     backend: str | None = None,
 ) -> TokenLogProbs:
@@ -139,7 +145,7 @@ def linear_token_log_probs(
     """
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_token_log_probs", logit_args)
-    tokens = read_linear_tokens("linear_token_log_probs", hidden, weight, bias, token_ids, mask, {})
+    tokens = read_linear_tokens("linear_token_log_probs", hidden, weight, bias, token_ids, mask, logits_dtype, {})
     chosen, _ = choose_backend(tokens, backend, logit_args)
     check_ids(tokens, check)
     numbers = tokens.numbers(logit_args)
@@ -170,13 +176,16 @@ def _sweep(
     live_tokens: int | None,
     chunk_bytes: int,
     check: bool | None,
+    pooled: Sequences | None = None,
     wide: bool = False,
 ) -> Sweep:
     check_scalar(tokens.function, "chunk_bytes", chunk_bytes)
-    rows = LiveRows.of(tokens, chunk_rows(tokens, hidden.shape[-1], int(chunk_bytes)), live_tokens, check)
+    operands = operand_dtype(hidden)
+    rows = LiveRows.of(tokens, chunk_rows(tokens, operands, int(chunk_bytes)), live_tokens, check, pooled)
     ids = rows.take(tokens.token_ids)
     assert ids is not None
-    return Sweep(rows, ids, numbers, logit_args.logit_softcap is not None, tokens.dtype, tokens.vocab, backend, wide)
+    softcap = logit_args.logit_softcap is not None
+    return Sweep(rows, ids, numbers, softcap, operands, tokens.dtype, tokens.vocab, backend, wide)
 
 
 @dataclass(frozen=True)
@@ -188,7 +197,10 @@ class Sweep:
     """(1, n)"""
     numbers: Tensor
     softcap: bool
+    operands: torch.dtype
+    """Of the GEMMs."""
     dtype: torch.dtype
+    """Of the logits."""
     vocab: int
     backend: str
     wide: bool
@@ -197,10 +209,6 @@ class Sweep:
     @property
     def announced(self) -> Tensor:
         return self.numbers[NUMBERS.index("grad_scale")]
-
-    @property
-    def one_chunk(self) -> bool:
-        return 0 < self.live_rows.count <= self.live_rows.chunk
 
     def valid(self, value: Tensor) -> Tensor:
         """NaN, and so its gradient, where rows were cut off."""
@@ -215,15 +223,15 @@ class Sweep:
 
     def _run(self, visit: Visit, wants: Wants, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Gradients:
         rows, device = self.live_rows, hidden.device
-        chunks = -(-rows.count // rows.chunk)
-        head = head_kind(device.type, self.dtype)(weight, bias, self.dtype, chunks, wants, self.wide)
-        buffer = torch.empty(min(rows.chunk, rows.count), self.vocab, dtype=self.dtype, device=device)
+        kind = head_kind(device.type, self.operands, self.dtype)
+        head = kind(weight, bias, self.operands, len(rows.chunks), wants, self.wide)
+        buffer = torch.empty(rows.longest, self.vocab, dtype=self.dtype, device=device)
         places = hidden.shape[:-1].numel() + 1
         gradient = None
         if wants.hidden:
             gradient = hidden.new_zeros(places, hidden.shape[-1], dtype=torch.float32 if self.wide else hidden.dtype)
-        for first, last in rows.chunks():
-            states = rows.hidden(hidden, first, last).to(self.dtype)
+        for first, last in rows.chunks:
+            states = rows.hidden(hidden, first, last).to(self.operands)
             logits = buffer[: last - first]
             head.logits(states, logits)
             ids, live = self.token_ids[:, first:last], rows.live[:, first:last]
@@ -288,10 +296,8 @@ class _Loss:
             log_prob, entropy, _ = self.sweep.log_probs(*head)
             records, _ = self._terms(log_prob, entropy)
             gradients: Gradients = (None, None, None)
-        elif self.spec is not None or self.config.level == "token":
-            records, gradients = self._rows_alone(wants, head)
-        elif self.sweep.one_chunk:
-            records, gradients = self._kept(wants, head)
+        elif self._of_rows or self.sweep.live_rows.bounds is not None:
+            records, gradients = self._one_sweep(wants, head)
         else:
             stats = self.sweep.log_probs(*head)
             records, slopes = self._terms(*stats[:2])
@@ -299,15 +305,20 @@ class _Loss:
         loss, metrics = reduce_records(self.config, self.batch, records, self.sweep.backend)
         return loss, metrics, records, gradients
 
-    def _rows_alone(self, wants: Wants, head: HeadTensors) -> tuple[Records, Gradients]:
-        """Every row's slope follows from the row: one sweep."""
+    @property
+    def _of_rows(self) -> bool:
+        """Every row's slope follows from the row."""
+        return self.spec is not None or self.config.level == "token"
+
+    def _one_sweep(self, wants: Wants, head: HeadTensors) -> tuple[Records, Gradients]:
+        """Every row's slope follows from the rows of its chunk."""
         sweep = self.sweep
         mine = sweep.live_rows.batch(self.batch)
         dtypes = (*(sweep.numbers.dtype,) * 4, torch.uint8)
         records = [torch.zeros_like(sweep.token_ids, dtype=dtype) for dtype in dtypes]
 
         def visit(rows: Rows, first: int, last: int) -> None:
-            part = narrow(mine, first, last)
+            part = sweep.live_rows.narrow(mine, first, last)
             found = self._fused(rows, part) if self.spec and self.fuses else self._two_passes(rows, part)
             for total, values in zip(records, found, strict=True):
                 total[:, first:last] = values
@@ -323,26 +334,12 @@ class _Loss:
     def _two_passes(self, rows: Rows, part: TokenBatch) -> Records:
         backend = self.sweep.backend
         log_prob, entropy, lse = ops.log_probs(rows.logits, *rows.arguments, backend)
-        alone = dataclasses.replace(self.config, level="token")  # on-policy, what pools is the token's own
-        policy, kl, flags, slope = fast_token_terms(alone, part, log_prob, rows.numbers, backend)
+        # On-policy, what pools can be the token's own.
+        config = dataclasses.replace(self.config, level="token") if self._of_rows else self.config
+        policy, kl, flags, slope = fast_token_terms(config, part, log_prob, rows.numbers, backend)
         slopes = self._announce(slope, part.entropy_weight)
         ops.log_probs_backward_(rows.logits, *rows.arguments, log_prob, entropy, lse, *slopes, backend)
         return Records(log_prob, entropy, policy, kl, flags)
-
-    def _kept(self, wants: Wants, head: HeadTensors) -> tuple[Records, Gradients]:
-        """A pooled ratio of one chunk: its logits stay while the slopes are found."""
-        sweep = self.sweep
-        found: list[Records] = []
-
-        def visit(rows: Rows, first: int, last: int) -> None:
-            log_prob, entropy, lse = ops.log_probs(rows.logits, *rows.arguments, sweep.backend)
-            records, slopes = self._terms(log_prob, entropy)
-            found.append(records)
-            taken = (sweep.live_rows.take(slope) for slope in slopes)
-            ops.log_probs_backward_(rows.logits, *rows.arguments, log_prob, entropy, lse, *taken, sweep.backend)
-
-        gradients = sweep.run(visit, wants, *head)
-        return found[0], gradients
 
     def _terms(self, log_prob: Tensor, entropy: Tensor) -> tuple[Records, tuple[Tensor, Tensor | None]]:
         """From (1, n): records and announced slopes, (B, T)."""

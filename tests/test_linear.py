@@ -74,16 +74,20 @@ def reference_log_probs(problem: Problem) -> torch.Tensor:
 
 def room(problem: Problem, rows: int) -> int:
     """chunk_bytes of ``rows`` rows."""
-    vocab, hidden = problem.weight.shape
-    kind = head.head_kind("cpu", problem.hidden.dtype)
-    fixed, per_row = kind.bytes(hidden, problem.hidden.dtype.itemsize)
-    return fixed + rows * (per_row + vocab * problem.hidden.dtype.itemsize)
+    (vocab, hidden), dtype = problem.weight.shape, problem.weight.dtype
+    fixed, per_row = head.head_kind(problem.weight.device.type, dtype, dtype).bytes(hidden, vocab, dtype, dtype)
+    return fixed + rows * per_row
 
 
-@pytest.mark.parametrize("rows", [MANY, 5])
-@pytest.mark.parametrize("config", configs(), ids=str)
+def routes() -> list:
+    """Every objective in one chunk and in several; where ratios are pooled, of whole sequences and of cut ones."""
+    found = [(config, rows) for config in configs() for rows in (MANY, 5)]
+    return found + [(config, 7) for config in configs() if config.level != "token"]
+
+
+@pytest.mark.parametrize(("config", "rows"), routes(), ids=str)
 def test_is_the_loss_of_the_logits(backend, config, rows):
-    """fp64, every objective, in one chunk and in several."""
+    """In fp64."""
     problem = Problem(dtype=torch.float64)
     out, gradients = problem.run(config=config, backend=backend, chunk_bytes=room(problem, rows))
     expected, wanted = problem.expected(torch.float64, config=config)
@@ -115,6 +119,28 @@ def test_errs_no_more_than_a_materialised_head(backend, dtype, level, on_policy,
         assert error <= 2 * allowed + 1e-6, (error, allowed)
     slack = 1e-5 if dtype == torch.float32 else 0.05
     torch.testing.assert_close(out.loss, baseline.loss, rtol=slack, atol=slack)
+
+
+@pytest.mark.parametrize("rows", [MANY, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_unrounded_logits(backend, dtype, rows):
+    """logits_dtype=torch.float32: log-probs and gradients of the half-precision operands, computed exactly."""
+    problem = Problem(8, 40, 64, 1500, dtype, seed=1)
+    options = {"backend": backend, "chunk_bytes": 3 * room(problem, rows)}
+    out, gradients = problem.run(logits_dtype=torch.float32, **options)
+    rounded, _ = problem.run(**options)
+    exact, wanted = problem.expected(torch.float64)
+    error, before = ((x.log_probs.double() - exact.log_probs).abs().max() for x in (out, rounded))
+    assert error < 1e-5 < 1e-3 < before
+    assert (linear_token_log_probs(
+        problem.hidden, problem.weight, problem.ids, problem.mask, bias=problem.bias, logits_dtype=torch.float32,
+        **options,
+    ).log_probs == out.log_probs).all()  # fmt: skip
+    unit = torch.finfo(dtype).eps
+    for mine, truth, leaf in zip(gradients, wanted, problem.leaves, strict=True):
+        assert mine.dtype == leaf.dtype
+        # One rounding where GEMMs are fp32; on a GPU the logits' gradient is rounded for its GEMMs as well.
+        assert (mine.double() - truth).norm() <= unit * truth.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -155,12 +181,14 @@ def test_log_probs_are_differentiable_in_both_outputs(backend, rows):
 
 
 @pytest.mark.parametrize(
-    ("level", "rows", "gemms"), [("token", MANY, 3), ("token", 5, 3), ("sequence", MANY, 3), ("sequence", 5, 4)]
+    ("level", "rows", "gemms"),
+    [("token", MANY, 3), ("token", 5, 3), ("sequence", MANY, 3), ("sequence", 7, 3), ("sequence", 5, 4)],
 )
 @pytest.mark.parametrize("frozen", ["nothing", "weight", "hidden"])
 def test_flops(level, rows, gemms, frozen):
-    """6·n·H·V for n live tokens; a frozen tensor saves its GEMM; pooled ratios of several chunks recompute."""
+    """6·n·H·V for n live tokens; a frozen tensor saves its GEMM; pooled ratios recompute where a sequence is cut."""
     problem = Problem()
+    assert problem.mask.sum(-1).max() == 6 < problem.mask.sum()
     for name in ("weight", "bias"):
         getattr(problem, name).requires_grad_(frozen != "weight")
     problem.hidden.requires_grad_(frozen != "hidden")
@@ -268,14 +296,23 @@ def test_upstream_factors(backend, dtype):
                 torch.testing.assert_close(a / scale, b, rtol=slack, atol=slack * float(b.abs().max()))
 
 
-def test_packed_and_strided(backend):
+@pytest.mark.parametrize("config", ["dapo", "gspo"])
+@pytest.mark.parametrize("rows", [MANY, 7])
+def test_packed_and_strided(backend, config, rows):
     problem = Problem(3, 6, extra_row=False, dtype=torch.float64)
-    expected, wanted = problem.run(backend=backend, config="dapo")
+    expected, wanted = problem.run(backend=backend, config=config)
     bounds = torch.tensor([0, 6, 12, 18])
     flat = {name: value.flatten() for name, value in problem.options.items()}
     hidden = problem.hidden.detach().flatten(0, 1).requires_grad_()
     arguments = (problem.ids.flatten(), problem.advantages, problem.mask.flatten())
-    packed = {"cu_seqlens": bounds, "config": "dapo", "backend": backend, "bias": problem.bias, **flat}
+    packed = {
+        "cu_seqlens": bounds,
+        "config": config,
+        "chunk_bytes": room(problem, rows),
+        "backend": backend,
+        "bias": problem.bias,
+        **flat,
+    }
     out = linear_grpo_loss(hidden, problem.weight, *arguments, **packed)
     torch.testing.assert_close(out.loss, expected.loss)
     (gradient,) = torch.autograd.grad(out.loss, hidden)
@@ -285,7 +322,7 @@ def test_packed_and_strided(backend):
     strided = wide[..., ::2].requires_grad_()
     out = linear_grpo_loss(
         strided, problem.weight, problem.ids, problem.advantages, problem.mask, bias=problem.bias,
-        config="dapo", backend=backend, **problem.options,
+        config=config, backend=backend, **problem.options,
     )  # fmt: skip
     torch.testing.assert_close(torch.autograd.grad(out.loss, strided)[0], wanted[0])
 
