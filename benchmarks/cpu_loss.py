@@ -34,6 +34,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BETA = 0.04
 CONFIG = LossConfig.preset("grpo", kl=KL(BETA))
 SEQUENCES = 8
+ENOUGH = 90_000
+"""Milliseconds of samples of one provider."""
 
 
 class Batch:
@@ -103,10 +105,12 @@ def providers(compiled: Callable[..., tuple[Tensor, ...]]) -> dict[str, Callable
 
 
 def measure(batch: Batch, functions: dict[str, Callable[[Batch], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each provider, in turn inside each round."""
+    """Median milliseconds of each provider, in turn inside each round; none is called again after ``ENOUGH``."""
     samples: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(rounds + 1):
         for name, function in functions.items():
+            if sum(samples[name]) > ENOUGH:
+                continue
             batch.restore()
             start = time.perf_counter()
             function(batch)

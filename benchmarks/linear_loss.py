@@ -1,14 +1,14 @@
 """Loss and gradients from hidden states on a CPU, beside the three GEMMs that bound it and beside the peers.
 
-    python benchmarks/linear_loss.py              # about ten minutes on two cores
+    python benchmarks/linear_loss.py              # about a quarter of an hour on two cores
     python benchmarks/linear_loss.py --rounds 3 --out DIR
 
 gpu_check.py times the same providers on a GPU, where the GEMMs are in the row's dtype.
 
 GRPO with k3 KL, forward and backward, gradients of hidden states and weight. "three GEMMs" are fp32, whatever the dtype
 of the row: logits, hidden states' gradient, weight's gradient, each a fresh tensor as in any training step; "into kept
-memory" writes over the tensors of the round before. Providers take turns inside each round, medians. Peers that are not
-installed are left out and named.
+memory" writes over the tensors of the round before. Providers take turns inside each round, medians; one that has had a minute
+and a half is left out of further rounds. Peers that are not installed are left out and named.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def providers(batch: Batch) -> dict[str, Callable[[Batch], object]]:
 
 
 def table(results: list[dict]) -> str:
-    lines = ["| case | provider | ms | × three GEMMs | × ours |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| dtype tokens×hidden×vocab | | ms | × three GEMMs | × ours |", "| --- | --- | --- | --- | --- |"]
     for result in results:
         gemms, mine = result["ms"][GEMMS], result["ms"]["ours"]
         for name, ms in result["ms"].items():
@@ -157,13 +157,16 @@ def main() -> int:
         results.append({"case": case, "ms": cpu_loss.measure(batch, providers(batch), arguments.rounds)})
         del batch
         print(table(results[-1:]), flush=True)
-    text = table(results)
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        found = {**cpu_loss.environment(), "results": results}
-        (arguments.out / "linear_loss.json").write_text(json.dumps(found, indent=1) + "\n")
-        (arguments.out / "linear_loss.md").write_text(text + "\n")
+        write({**cpu_loss.environment(), "results": results}, arguments.out)
     return 0
+
+
+def write(found: dict, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "linear_loss.json").write_text(json.dumps(found, indent=1) + "\n")
+    caption = "{cpu}, {threads} threads, {instruction_set}, torch {torch}; median ms".format(**found)
+    (folder / "linear_loss.md").write_text(f"{caption}\n\n{table(found['results'])}\n")
 
 
 if __name__ == "__main__":

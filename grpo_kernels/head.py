@@ -161,9 +161,9 @@ class SlicedHead(Head):
 
     @staticmethod
     def bytes(hidden_size: int, vocab: int, operands: torch.dtype, logits: torch.dtype) -> tuple[int, int]:
-        """The slice, and its gradient; logits, fp32 rows of hidden states, their gradient and a slice's."""
+        """The slice, which its gradient takes over; logits, fp32 rows of hidden states, their gradient and a slice's."""
         states = 2 * hidden_size * (operands.itemsize + 4)
-        return 2 * SLICE_COLUMNS * hidden_size * 4, vocab * logits.itemsize + states + SLICE_COLUMNS * 4
+        return SLICE_COLUMNS * hidden_size * 4, vocab * logits.itemsize + states + SLICE_COLUMNS * 4
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         wide = hidden.float()
@@ -188,7 +188,7 @@ class SlicedHead(Head):
             if self._weight_sum is not None:
                 target = self._weight_sum[first:last]
                 if self.single:
-                    target.copy_(columns.t() @ wide)
+                    target.copy_(torch.mm(columns.t(), wide, out=self._slice[: last - first]))
                 else:
                     _add_product(target, columns.t(), wide)
         return None if result is None else result.to(gradient.dtype)

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from .checks import fail
 from .config import LossConfig, check_name, resolve_config
 from .linear import linear_grpo_loss, linear_token_log_probs
+from .log_probs import token_log_probs
+from .loss import grpo_loss
 from .outputs import LossOutput, TokenLogProbs
 
 _PLAIN = (
@@ -34,14 +38,15 @@ MODEL_TYPES = tuple(sorted((*_PLAIN, *_SOFTCAPPED, *_SCALED)))
 """``model.config.model_type`` whose head is known; a test compares each with the model's own logits."""
 
 
-def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
+def _keywords(*functions: Callable[..., Any]) -> tuple[str, ...]:
+    """Names that both accept, without those that the model provides."""
+    names = [name for function in functions for name in inspect.signature(function).parameters]
+    return tuple(dict.fromkeys(name for name in names if name not in ("hidden", "weight", "bias", "logits", "config")))
 
 
-_NAMES = tuple(name for name in _keywords(linear_grpo_loss) if name not in ("hidden", "weight", "bias", "config"))
-
-
-def attach(model: nn.Module, config: LossConfig | str = "grpo", **options: Any) -> nn.Module:
+def attach(
+    model: nn.Module, config: LossConfig | str = "grpo", *, from_logits: bool = False, **options: Any
+) -> nn.Module:
     """Let ``model(..., grpo=dict(...))`` return the loss of ``linear_grpo_loss`` instead of logits.
 
         attach(model, "dapo", temperature=0.9)
@@ -50,14 +55,17 @@ def attach(model: nn.Module, config: LossConfig | str = "grpo", **options: Any) 
 
     ``grpo`` holds keywords of ``linear_grpo_loss``; without ``advantages`` the call returns ``linear_token_log_probs``
     (the old or reference pass). ``token_ids`` are (B, L-1) from ``align``, or (B, R) with ``logits_to_keep=R + 1``.
-    Weight, bias, scale and softcap of the head are the model's. Without ``grpo`` nothing changes. A mixture of experts'
-    auxiliary loss is not part of the result.
+    ``token_weights`` may be a function of the ``TokenLogProbs`` of the policy, which are computed first then, without
+    gradient. Weight, bias, scale and softcap of the head are the model's. Without ``grpo`` nothing changes. A mixture
+    of experts' auxiliary loss is not part of the result.
 
     Args:
         model: a causal model of transformers, bare or inside PEFT, DDP or FSDP wrappers. Attach before
             ``accelerator.prepare``.
         config: a LossConfig or a preset's name.
-        **options: keywords of ``linear_grpo_loss`` to fix (temperature, grad_scale, chunk_bytes, ...).
+        from_logits: run the model's own head and ``grpo_loss`` on its logits: for every architecture and any head, at
+            the memory of the logits.
+        **options: keywords of ``linear_grpo_loss`` (of ``grpo_loss``) to fix (temperature, chunk_bytes, inplace, ...).
 
     Returns:
         ``model`` itself.
@@ -72,22 +80,33 @@ def attach(model: nn.Module, config: LossConfig | str = "grpo", **options: Any) 
         fail("attach", "a model that is not attached", "one that is", hint="grpo_kernels.hf.detach(model) first")
     if hasattr(inner, "_original_forward"):  # accelerate's name
         fail("attach", "a model before accelerator.prepare", "one that accelerate has wrapped")
-    head = _head(inner)
-    transform = _transform(inner)
+    loss, log_probs = (grpo_loss, token_log_probs) if from_logits else (linear_grpo_loss, linear_token_log_probs)
+    names = _keywords(loss)
     for name in options:
-        check_name("attach: the option", name, _NAMES)
-    original = inner.forward
+        check_name("attach: the option", name, names)
+    if not from_logits:
+        _head(inner)
+        options = {**_transform(inner), **options}
 
-    @functools.wraps(original)
-    def forward(*args: Any, grpo: Mapping[str, Any] | None = None, **inputs: Any) -> Any:
+    @functools.wraps(getattr(inner.forward, "__func__", type(inner).forward))
+    def forward(self: Any, *args: Any, grpo: Mapping[str, Any] | None = None, **inputs: Any) -> Any:
         if grpo is None:
-            return original(*args, **inputs)
+            return self._grpo_original_forward(*args, **inputs)
+        for name in grpo:
+            check_name("grpo=dict(...): the name", name, names)
+        given = {**options, **grpo}
+        if from_logits:
+            rows = self._grpo_original_forward(*args, **{"use_cache": False, **inputs}).logits
+            return _run(functools.partial(loss, rows, config=resolved), functools.partial(log_probs, rows), given)
         keep = inputs.pop("logits_to_keep", 0)
-        hidden = inner.base_model(*args, **{"use_cache": False, **inputs}).last_hidden_state
-        return _loss(resolved, head, hidden[:, -keep:] if keep else hidden, {**transform, **options, **grpo})
+        hidden = self.base_model(*args, **{"use_cache": False, **inputs}).last_hidden_state
+        head = _head(self)  # looked up anew: FSDP and PEFT may replace it after attach
+        rows = (hidden[:, -keep:] if keep else hidden, head.weight)
+        given["bias"] = head.bias
+        return _run(functools.partial(loss, *rows, config=resolved), functools.partial(log_probs, *rows), given)
 
-    inner._grpo_original_forward = original
-    inner.forward = forward
+    inner._grpo_original_forward = inner.forward
+    inner.forward = types.MethodType(forward, inner)
     return model
 
 
@@ -96,23 +115,26 @@ def detach(model: nn.Module) -> nn.Module:
     inner = _causal_model(model)
     if not hasattr(inner, "_grpo_original_forward"):
         fail("detach", "a model that attach() was called on", "one that is as it was")
-    del inner._grpo_original_forward
-    del inner.forward
+    original = inner._grpo_original_forward
+    del inner._grpo_original_forward, inner.forward
+    if getattr(original, "__func__", None) is not type(inner).forward:  # somebody else's, from before
+        inner.forward = original
     return model
 
 
-def _loss(config: LossConfig, head: nn.Linear, hidden: Tensor, options: dict[str, Any]) -> LossOutput | TokenLogProbs:
-    for name in options:
-        check_name("grpo=dict(...): the name", name, _NAMES)
-    if "token_ids" not in options:
-        fail("attach", "grpo=dict(token_ids=..., ...)", f"only {', '.join(options) or 'an empty dict'}")
-    token_ids, mask = options.pop("token_ids"), options.pop("mask", None)
-    options["bias"] = head.bias
-    if "advantages" in options:
-        advantages = options.pop("advantages")
-        return linear_grpo_loss(hidden, head.weight, token_ids, advantages, mask, config=config, **options)
-    options = {name: value for name, value in options.items() if name in _keywords(linear_token_log_probs)}
-    return linear_token_log_probs(hidden, head.weight, token_ids, mask, **options)
+def _run(
+    loss: Callable[..., LossOutput], log_probs: Callable[..., TokenLogProbs], given: dict[str, Any]
+) -> LossOutput | TokenLogProbs:
+    if "token_ids" not in given:
+        fail("attach", "grpo=dict(token_ids=..., ...)", f"only {', '.join(given) or 'an empty dict'}")
+    token_ids, mask = given.pop("token_ids"), given.pop("mask", None)
+    known = {name: value for name, value in given.items() if name in inspect.signature(log_probs).parameters}
+    if "advantages" not in given:
+        return log_probs(token_ids, mask, **known)
+    if callable(given.get("token_weights")):
+        with torch.no_grad():
+            given["token_weights"] = given["token_weights"](log_probs(token_ids, mask, **known))
+    return loss(token_ids, given.pop("advantages"), mask, **given)
 
 
 def _causal_model(model: nn.Module) -> Any:

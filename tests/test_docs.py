@@ -43,7 +43,7 @@ def test_presets_table():
     assert section("presets") == presets_table()
 
 
-@pytest.mark.parametrize("name", ["cpu_loss", "train_sort"])
+@pytest.mark.parametrize("name", ["cpu_loss", "linear_loss", "train_sort"])
 def test_figures_are_the_committed_results(name):
     """No figure by hand: the table is a results file, whole."""
     assert section(f"figures: {name}") in [p.read_text().strip() for p in ROOT.glob(f"benchmarks/results/*/{name}.md")]
