@@ -7,8 +7,8 @@ gpu_check.py times the same providers on a GPU, where the GEMMs are in the row's
 
 GRPO with k3 KL, forward and backward, gradients of hidden states and weight. "three GEMMs" are fp32, whatever the dtype
 of the row: logits, hidden states' gradient, weight's gradient, each a fresh tensor as in any training step; "into kept
-memory" writes over the tensors of the round before. Providers take turns inside each round, medians; one that has had a minute
-and a half is left out of further rounds. Peers that are not installed are left out and named.
+memory" writes over the tensors of the round before. Providers take turns inside each round, medians; one that has had
+a minute and a half is left out of further rounds. Peers that are not installed are left out and named.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class SlicedHead(Head):
 
     @staticmethod
     def bytes(hidden_size: int, vocab: int, operands: torch.dtype, logits: torch.dtype) -> tuple[int, int]:
-        """The slice, which its gradient takes over; logits, fp32 rows of hidden states, their gradient and a slice's."""
+        """The slice; logits, fp32 rows of hidden states, their gradient and a slice's."""
         states = 2 * hidden_size * (operands.itemsize + 4)
         return SLICE_COLUMNS * hidden_size * 4, vocab * logits.itemsize + states + SLICE_COLUMNS * 4
 

@@ -1,0 +1,307 @@
+"""TRL 1.16: ``FusedGRPOTrainer``, and ``patch_trl`` for the log-probs of every TRL trainer.
+
+``FusedGRPOTrainer`` is ``GRPOTrainer`` with the whole loss computed inside the model's forward, from hidden states, in
+one pass over the vocabulary; its metrics have TRL's names and values. ``patch_trl`` swaps only the operator that TRL's
+trainers take log-probs and entropies from.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import hf
+from ..linear import linear_token_log_probs
+from ..outputs import LossOutput, TokenLogProbs
+from .trl_options import check_arguments, check_trainer, loss_config
+
+try:
+    import trl
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer import utils as trl_utils
+except ImportError as error:
+    raise ImportError("grpo_kernels.integrations.trl needs TRL 1.16: pip install 'trl>=1.16,<1.17'") from error
+
+_VERSION = "1.16."
+_VISION = (
+    *("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids"),
+    *("mm_token_type_ids", "image_position_ids"),
+)
+
+
+class FusedGRPOTrainer(GRPOTrainer):
+    """``GRPOTrainer`` whose loss never holds the logits: ``linear_grpo_loss`` inside the model's forward.
+
+    Losses, metrics and weights are TRL's within rounding. Options that the loss does not have are refused at
+    construction, by name.
+
+    Args:
+        *args, **kwargs: as for ``trl.GRPOTrainer``.
+        from_logits: run the model's own head and ``grpo_loss`` on its logits: for architectures that
+            ``hf.MODEL_TYPES`` does not name.
+
+    Raises:
+        ValueError: an option of ``GRPOConfig`` that the loss does not have, with the nearest one that it has; an
+            architecture or a head that ``hf.attach`` refuses; another version of TRL.
+    """
+
+    entropy_coef: float
+    _entropy_window_stats: Tensor | None
+
+    def __init__(self, *args: Any, from_logits: bool = False, **kwargs: Any) -> None:
+        _check_version("FusedGRPOTrainer")
+        given = kwargs.get("args") or next((value for value in args if isinstance(value, GRPOConfig)), None)
+        if given is not None:
+            check_arguments(given)
+        super().__init__(*args, **kwargs)
+        check_trainer(self)
+        config = loss_config(self.args, self.max_completion_length)
+        options = {"temperature": self.temperature, **({"inplace": True} if from_logits else {})}
+        hf.attach(self.model, config, from_logits=from_logits, **options)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **vision: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The old pass by the kernels of the loss; a reference model of its own has TRL's head."""
+        if model is self.ref_model or any(value is not None for value in vision.values()):
+            arguments = (model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
+            found: tuple[Tensor, Tensor | None, Tensor | None] = super()._get_per_token_logps_and_entropies(
+                *arguments, compute_aux_loss, **vision
+            )
+            return found
+        parts = []
+        for ids, attention in zip(
+            *(tensor.split(batch_size or len(tensor)) for tensor in (input_ids, attention_mask)), strict=True
+        ):
+            tokens = {"token_ids": ids[:, -logits_to_keep:], "mask": attention[:, -logits_to_keep:]}
+            inputs = {"input_ids": ids, "attention_mask": attention, "logits_to_keep": logits_to_keep + 1}
+            with self.accelerator.autocast():
+                parts.append(model(**inputs, grpo=tokens))
+        log_probs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        return log_probs, entropy if compute_entropy else None, None
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        mode = "train" if self.model.training else "eval"
+        accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
+        ids, attention = (
+            torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask")
+        )
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        scale, normalizer = 1 / accumulated, None
+        if self.loss_type == "dapo":
+            # The count spans the generation batch: this window's share, as TRL takes it; no further division.
+            normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+            if mode == "train":
+                normalizer = normalizer * accumulated / self.args.steps_per_generation
+            scale = 1.0
+        entropy_coef = self._entropy_coef_now()
+        grpo = {
+            "token_ids": inputs["completion_ids"],
+            "mask": mask,
+            "advantages": inputs["advantages"],
+            "old_log_probs": inputs.get("old_per_token_logps"),
+            "ref_log_probs": inputs["ref_per_token_logps"] if self.beta != 0 else None,
+            "token_weights": self._token_weights(inputs, mask),
+            "normalizer": normalizer,
+            "entropy_coef": entropy_coef / accumulated / scale,
+            "grad_scale": scale,
+        }
+        vision = {name: inputs[name] for name in _VISION if inputs.get(name) is not None}
+        keep = inputs["completion_ids"].shape[1] + 1
+        with self.accelerator.autocast():
+            out: LossOutput = model(input_ids=ids, attention_mask=attention, logits_to_keep=keep, **vision, grpo=grpo)
+        loss = out.loss * scale
+        self._log_step(mode, inputs, mask, out, loss.detach() / scale, entropy_coef / accumulated / scale)
+        return loss
+
+    def _entropy_coef_now(self) -> float:
+        """The bonus that TRL's controller asks for in this accumulation window."""
+        if not self._entropy_bonus_enabled:
+            return 0.0
+        if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
+            return 0.0
+        return float(self.entropy_coef)
+
+    def _token_weights(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | Callable[[TokenLogProbs], Tensor] | None:
+        """Factors of the policy term: rollout weights, and masks that follow from the current policy's log-probs."""
+        known = None
+        if self.use_vllm and self.vllm_importance_sampling_correction:
+            known = inputs["importance_sampling_ratio"].expand(mask.shape)
+        if self.top_entropy_quantile >= 1.0 and self.off_policy_mask_threshold is None:
+            return known
+
+        def weights(policy: TokenLogProbs) -> Tensor:
+            factor = torch.ones_like(policy.log_probs) if known is None else known.to(policy.log_probs)
+            if self.top_entropy_quantile < 1.0:
+                factor = factor * self.get_high_entropy_mask(policy.entropy, mask, 1 - self.top_entropy_quantile)
+            if self.off_policy_mask_threshold is not None:
+                old = inputs.get("old_per_token_logps")
+                sampled = inputs.get("sampling_per_token_logps", policy.log_probs if old is None else old)
+                advantages = inputs["advantages"]
+                factor = factor * self.get_off_policy_mask(
+                    advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
+                    per_token_logps=policy.log_probs,
+                    sampling_per_token_logps=sampled,
+                    mask=mask,
+                    off_policy_threshold=self.off_policy_mask_threshold,
+                )
+            return factor
+
+        return weights
+
+    @torch.no_grad()
+    def _log_step(
+        self, mode: str, inputs: dict[str, Any], mask: Tensor, out: LossOutput, loss: Tensor, entropy_coef: float
+    ) -> None:
+        """TRL's metrics by TRL's names, from the log-probs and entropies that the loss returned."""
+        metrics = self._metrics[mode]
+        advantages = inputs["advantages"]
+        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        old = inputs.get("old_per_token_logps")
+        log_ratio = out.log_probs - (out.log_probs if old is None else old)
+        if self.importance_sampling_level == "sequence":
+            log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(1)
+        ratio = log_ratio.exp()
+        if self.beta != 0:
+            behind = inputs["ref_per_token_logps"] - out.log_probs
+            kl = torch.exp(behind) - behind - 1
+            metrics["kl"].append(self._mean(kl * ratio if self.args.use_bias_correction_kl else kl, mask))
+        metrics["entropy"].append(self._mean(out.entropy, mask))
+        if self.args.delta is not None:
+            ratio = ratio.clamp(max=self.args.delta)
+        low = ((ratio < 1 - self.epsilon_low) & (advantages < 0)).float()
+        high = ((ratio > 1 + self.epsilon_high) & (advantages > 0)).float()
+        for name, clipped in (("low", low), ("high", high), ("region", low + high)):
+            metrics[f"clip_ratio/{name}_mean"].append(self._mean(clipped, mask))
+        for name, clipped, extreme in (("low_min", low, trl_utils.nanmin), ("high_max", high, trl_utils.nanmax)):
+            each = clipped.squeeze(1) if clipped.shape[1] == 1 else (clipped * mask).sum(-1) / mask.sum(-1)
+            metrics[f"clip_ratio/{name}"].append(extreme(self.accelerator.gather(each)).item())
+        if self._entropy_bonus_enabled:
+            bonus = (out.entropy * mask).sum() / mask.sum().clamp(min=1.0)
+            policy_loss = self.accelerator.gather(loss + entropy_coef * bonus)
+            metrics["policy_loss"].append(policy_loss.nanmean().item())
+            self._control_entropy(mode, out.entropy, mask)
+
+    def _mean(self, values: Tensor, mask: Tensor) -> float:
+        """Over the live tokens of every rank; over sequences where there is one value for each."""
+        if values.shape[1] == 1:
+            sums = torch.stack([values.sum(), torch.tensor(float(len(values)), device=values.device)])
+        else:
+            sums = torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)])
+        total, count = self.accelerator.reduce(sums, reduction="sum")
+        return float(total / count.clamp(min=1.0))
+
+    def _control_entropy(self, mode: str, entropy: Tensor, mask: Tensor) -> None:
+        """TRL's adaptive coefficient: a step towards the target after each accumulation window."""
+        if mode != "train":
+            return
+        last = self.accelerator.sync_gradients
+        if self.use_adaptive_entropy:
+            window = torch.stack([(entropy * mask).sum(), mask.sum().to(entropy.dtype)])
+            if self._entropy_window_stats is not None:
+                window = self._entropy_window_stats + window
+            self._entropy_window_stats = None if last else window
+            if last:
+                total, count = self.accelerator.reduce(window, reduction="sum")
+                self._last_world_entropy = float(total / count.clamp(min=1.0))
+                rising = self._last_world_entropy <= self.args.entropy_target
+                moved = self.entropy_coef + (1 if rising else -1) * self.args.entropy_coef_delta
+                self.entropy_coef = min(max(moved, self.args.entropy_coef_min), self.args.entropy_coef_max)
+        if last:
+            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
+
+
+_ORIGINAL = "ChunkedLogProbFunction"
+_OUTPUTS = ("log_probs", "entropy")
+_ARGUMENTS = (
+    *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
+    *("final_logit_softcapping", "logit_scale", "outputs"),
+)
+
+
+class _LogProbs:
+    """In the place of TRL's ``ChunkedLogProbFunction``: the same call, through ``linear_token_log_probs``."""
+
+    original: Any = None
+
+    @classmethod
+    def apply(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = _OUTPUTS,
+    ) -> tuple[Tensor | None, ...]:
+        gathered = hasattr(weight, "ds_id")  # ZeRO-3: TRL's backward gathers the weight again, ours cannot
+        if gathered or not set(outputs) <= set(_OUTPUTS) or logit_scale <= 0:
+            options = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
+            found: tuple[Tensor | None, ...] = cls.original.apply(hidden, weight, bias, targets, *options)
+            return found
+        if not torch.is_autocast_enabled(hidden.device.type):  # TRL computes in the hidden states' dtype
+            weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        bounds = {"temperature": temperature, "logit_scale": logit_scale, "logit_softcap": final_logit_softcapping}
+        log_probs, entropy = linear_token_log_probs(hidden, weight, targets, bias=bias, **bounds)
+        return log_probs, entropy if "entropy" in outputs else None, None, None, None
+
+
+def patch_trl() -> None:
+    """Take the log-probs and entropies of every TRL trainer (GRPO, RLOO, DPO, KTO, SFT, ...) from these kernels.
+
+    Only the operator is swapped: every loss option stays TRL's own. Outputs that are not log-probs or entropies, and
+    weights that DeepSpeed ZeRO-3 partitions, stay with TRL's operator. ``unpatch_trl`` undoes it.
+
+    Raises:
+        RuntimeError: a TRL whose internals are not those that this was written for.
+    """
+    _check_version("patch_trl")
+    present = trl_utils._ChunkedLogProbFunction
+    if present is _LogProbs:
+        return
+    found = getattr(getattr(present, "forward", None), "__code__", None)
+    names = found.co_varnames[: found.co_argcount] if found else ()
+    if present.__name__ != _ORIGINAL or names != _ARGUMENTS:
+        raise RuntimeError(
+            f"patch_trl: expected trl.trainer.utils._ChunkedLogProbFunction to be {_ORIGINAL}"
+            f"({', '.join(_ARGUMENTS)}); got {present.__name__}({', '.join(names)}). Something else has patched "
+            f"TRL {trl.__version__}."
+        )
+    _LogProbs.original = present
+    trl_utils._ChunkedLogProbFunction = _LogProbs
+
+
+def unpatch_trl() -> None:
+    """Undo ``patch_trl``; nothing happens where it was not called."""
+    if trl_utils._ChunkedLogProbFunction is _LogProbs:
+        trl_utils._ChunkedLogProbFunction = _LogProbs.original
+
+
+@contextlib.contextmanager
+def patched_trl() -> Any:
+    """``patch_trl`` for a ``with`` block."""
+    patch_trl()
+    try:
+        yield
+    finally:
+        unpatch_trl()
+
+
+def _check_version(what: str) -> None:
+    if not trl.__version__.startswith(_VERSION):
+        raise RuntimeError(f"{what}: written for TRL {_VERSION}x and its internals; {trl.__version__} is installed.")

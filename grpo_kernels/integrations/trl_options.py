@@ -1,0 +1,41 @@
+"""Which options of TRL's ``GRPOConfig`` the fused loss has, and the ``LossConfig`` that they make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..config import LossConfig
+from .objectives import AGGREGATIONS, objective
+
+
+def check_arguments(args: Any) -> None:
+    """Refuse, by name, what the fused loss would not honour."""
+    if args.loss_type not in AGGREGATIONS:
+        _refuse(f'loss_type="{args.loss_type}"', f"one of {', '.join(AGGREGATIONS)}")
+    if args.cast_lm_head_to_fp32:
+        _refuse("cast_lm_head_to_fp32=True", "model_init_kwargs={'dtype': 'float32'}")
+    if args.delta is not None and args.delta < 1:
+        _refuse(f"delta={args.delta}, which bounds ratios below 1", "delta >= 1")
+    bonus = args.entropy_coef != 0 or args.use_adaptive_entropy
+    if bonus and args.top_entropy_quantile < 1.0:
+        _refuse("an entropy bonus with top_entropy_quantile < 1", "either of them")
+
+
+def check_trainer(trainer: Any) -> None:
+    """What only the constructed trainer knows."""
+    if trainer.aux_loss_enabled:
+        _refuse("the router's auxiliary loss of a mixture of experts", "router_aux_loss_coef=0.0")
+
+
+def _refuse(option: str, supported: str) -> None:
+    raise ValueError(
+        f"FusedGRPOTrainer does not have {option}; supported: {supported}. trl.GRPOTrainer with "
+        "grpo_kernels.integrations.trl.patch_trl() keeps every option of TRL."
+    )
+
+
+def loss_config(args: Any, max_completion_length: int) -> LossConfig:
+    """The objective that ``GRPOConfig`` describes."""
+    epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    options = (args.epsilon, epsilon_high, args.delta, args.beta, args.use_bias_correction_kl, max_completion_length)
+    return objective(args.loss_type, args.importance_sampling_level, *options)

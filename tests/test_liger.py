@@ -1,0 +1,158 @@
+"""Liger's own functions and those of its signature: losses, gradients, metrics."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+
+import pytest
+import torch
+
+liger_kernel = pytest.importorskip("liger_kernel")
+
+from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss as TheirLinearLoss  # noqa: E402
+from liger_kernel.transformers.grpo_loss import triton_grpo_loss as their_loss  # noqa: E402
+
+from grpo_kernels.integrations import liger  # noqa: E402
+from grpo_kernels.integrations.objectives import AGGREGATIONS  # noqa: E402
+
+B, L, H, V = 5, 9, 16, 65
+LEVELS = ("token", "sequence")
+CASES = [*itertools.product(AGGREGATIONS, LEVELS, (0.0, 0.1), (False, True))]
+
+
+class Batch:
+    """Ragged, an empty sequence, ratios on both sides of every bound."""
+
+    def __init__(self, temperature=0.9, seed=0):
+        torch.manual_seed(seed)
+        self.hidden = torch.randn(B, L + 1, H)
+        self.weight = torch.randn(V, H)
+        self.bias = torch.randn(V)
+        self.ids = torch.randint(V, (B, L))
+        self.mask = (torch.arange(L) < torch.tensor([9, 5, 7, 0, 3])[:, None]).long()
+        self.advantages = torch.tensor([1.2, -0.8, 0.0, 0.5, -1.5])
+        logits = torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+        self.logits = logits
+        log_probs = (logits[:, :-1] / temperature).log_softmax(-1).gather(-1, self.ids[..., None]).squeeze(-1)
+        self.old, self.ref = (log_probs + 0.4 * torch.randn(B, L) for _ in range(2))
+        self.rollout = 2 * torch.rand(B, L)
+        self.items = self.mask.sum().float() * 3
+
+    def call(self, function, options, rollout, upstream=None):
+        """Values, and the gradient in the logits."""
+        logits = self.logits.clone().requires_grad_()
+        arguments = (logits, self.old, self.ref, self.ids, self.advantages, self.mask)
+        result = function(*arguments, inplace=False, vllm_is_ratio=rollout, **options)
+        loss = result[0] if upstream is None else (result[0] * upstream).sum()
+        return result, torch.autograd.grad(loss, logits)[0]
+
+
+def assert_close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_signatures():
+    """A changed import is all: names, order and defaults are Liger's."""
+    assert (
+        inspect.signature(liger.triton_grpo_loss).parameters.keys() == inspect.signature(their_loss).parameters.keys()
+    )
+    for mine, theirs in (
+        (liger.triton_grpo_loss, their_loss),
+        (liger.LigerFusedLinearGRPOLoss.__init__, TheirLinearLoss.__init__),
+        (liger.LigerFusedLinearGRPOLoss.forward, TheirLinearLoss.forward),
+    ):
+        a, b = ([(p.name, p.default) for p in inspect.signature(f).parameters.values()] for f in (mine, theirs))
+        assert a == b
+
+
+@pytest.mark.parametrize(("loss_type", "level", "beta", "corrected"), CASES)
+@pytest.mark.parametrize("rollout", [None, "sequence", "token"])
+def test_reduced_loss(loss_type, level, beta, corrected, rollout):
+    batch = Batch()
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta, "reduce": True}
+    options |= {"use_bias_correction_kl": corrected, "delta": 1.7, "num_items_in_batch": batch.items}
+    weights = {None: None, "sequence": batch.rollout[:, 0].contiguous(), "token": batch.rollout}[rollout]
+    (loss, metrics), gradient = batch.call(liger.triton_grpo_loss, options, weights)
+    if loss_type == "luspo":  # Liger's value is wrong: padding counts in the mean, lengths count twice
+        tokens, *_ = batch.call(their_loss, options | {"reduce": False}, weights, upstream=batch.mask / B)
+        assert_close(loss, (tokens[0] * batch.mask).sum() / B)
+        return
+    (wanted, wanted_metrics), wanted_gradient = batch.call(their_loss, options, weights)
+    assert_close(loss, wanted)
+    assert_close(gradient, wanted_gradient)
+    assert len(metrics) == len(wanted_metrics)
+    for mine, theirs in zip(metrics, wanted_metrics, strict=True):
+        assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize(("loss_type", "level", "beta", "corrected"), CASES)
+@pytest.mark.parametrize("rollout", [False, True])
+def test_per_token_loss(loss_type, level, beta, corrected, rollout):
+    """Under weights of one's own, as the default ``reduce=False`` is used."""
+    batch = Batch(seed=1)
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta}
+    options |= {"use_bias_correction_kl": corrected, "eps_high": 0.3}
+    weights = batch.rollout if rollout else None
+    upstream = batch.mask / batch.mask.sum()  # Liger's sequence gradient is right for equal weights alone
+    mine, gradient = batch.call(liger.triton_grpo_loss, options, weights, upstream)
+    theirs, wanted = batch.call(their_loss, options, weights, upstream)
+    assert_close(gradient, wanted)
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b)
+
+
+@pytest.mark.parametrize(("loss_type", "level", "beta", "corrected"), CASES)
+@pytest.mark.parametrize("own_reference", [False, True])
+def test_linear_loss(loss_type, level, beta, corrected, own_reference):
+    batch = Batch(temperature=1.3, seed=2)
+    options = {"beta": beta, "loss_type": loss_type, "importance_sampling_level": level, "temperature": 1.3}
+    options |= {"use_bias_correction_kl": corrected, "max_completion_length": 12, "delta": 1.6}
+    found = []
+    for kind in (liger.LigerFusedLinearGRPOLoss, TheirLinearLoss):
+        leaves = [t.clone().requires_grad_() for t in (batch.hidden[:, :-1], batch.weight, batch.bias)]
+        hidden, weight, bias = leaves
+        arguments = {"old_per_token_logps": batch.old, "num_items_in_batch": batch.items}
+        arguments["ref_per_token_logps"] = None if own_reference else batch.ref
+        if own_reference:
+            arguments |= {"ref_input": batch.hidden[:, :-1] * 0.9, "ref_weight": batch.weight, "ref_bias": batch.bias}
+        loss, metrics = kind(**options, compiled=False)(
+            hidden, weight, batch.ids, batch.mask, batch.advantages, bias, **arguments
+        )
+        found.append((loss, metrics, torch.autograd.grad(loss, leaves)))
+    (loss, metrics, gradients), (wanted, wanted_metrics, wanted_gradients) = found
+    if loss_type == "luspo" and (level == "token" or beta):
+        return  # tested against the right value in test_reduced_loss
+    assert_close(loss, wanted)
+    for a, b in zip((*metrics, *gradients), (*wanted_metrics, *wanted_gradients), strict=True):
+        assert_close(a, b)
+
+
+def test_on_policy_and_advantages_of_tokens():
+    batch = Batch()
+    options = {"beta": 0.0, "reduce": True}
+    batch.old = None
+    (loss, _), gradient = batch.call(liger.triton_grpo_loss, options, None)
+    (wanted, _), wanted_gradient = batch.call(their_loss, options, None)
+    assert_close(loss, wanted)
+    assert_close(gradient, wanted_gradient)
+    batch.advantages = batch.advantages[:, None].expand(B, L).contiguous()
+    (same, _), gradient = batch.call(liger.triton_grpo_loss, options, None)
+    assert_close(same, loss)
+    assert_close(gradient, wanted_gradient)
+
+
+def test_refused_by_name():
+    batch = Batch()
+    with pytest.raises(ValueError, match="cispo"):
+        batch.call(liger.triton_grpo_loss, {"loss_type": "cispo"}, None)
+    with pytest.raises(ValueError, match="max_completion_length"):
+        liger.LigerFusedLinearGRPOLoss(loss_type="dr_grpo")
+    batch.ref = None
+    for reduce in (False, True):
+        with pytest.raises(ValueError, match="ref_log"):
+            batch.call(liger.triton_grpo_loss, {"reduce": reduce}, None)
+    with pytest.raises(ValueError, match="delta"):
+        liger.LigerFusedLinearGRPOLoss(delta=0.5)

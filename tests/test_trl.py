@@ -1,0 +1,295 @@
+"""TRL's own trainer and ours on the same tiny model: losses, gradients, metrics, weights."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl")
+transformers = pytest.importorskip("transformers")
+datasets = pytest.importorskip("datasets")
+
+from grpo_kernels.integrations.objectives import AGGREGATIONS  # noqa: E402
+from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch_trl, patched_trl, unpatch_trl  # noqa: E402
+
+VOCAB = 64
+LEVELS = ("token", "sequence")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A two-layer Qwen3 with a tokenizer of single letters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    path = tmp_path_factory.mktemp("policy")
+    letters = ["<pad>", "<eos>", *(chr(ord("A") + i) for i in range(VOCAB - 2))]
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    )
+    fast.save_pretrained(path)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = transformers.Qwen3Config(
+        vocab_size=VOCAB, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.2, **sizes
+    )
+    torch.manual_seed(0)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+def reward(completions, **_):
+    return [text.count("A") - 0.3 * text.count("B") + 0.01 * len(text) for text in completions]
+
+
+def arguments(folder, tmp_path, **options) -> trl.GRPOConfig:
+    plain = {
+        **dict(output_dir=str(tmp_path), use_cpu=True, report_to=[], logging_steps=1, save_strategy="no", seed=3),
+        **dict(per_device_train_batch_size=4, num_generations=4, max_completion_length=9, learning_rate=0.03),
+        **dict(
+            max_steps=10, bf16=False, optim="sgd", lr_scheduler_type="constant", disable_tqdm=True, num_iterations=2
+        ),
+        "dataloader_pin_memory": False,
+    }
+    return trl.GRPOConfig(**{**plain, **options})
+
+
+def trainer(kind, folder, tmp_path, *, options=None, **keywords):
+    prompts = datasets.Dataset.from_dict({"prompt": ["ABC", "HELLO", "Q", "XYZW", "AB", "LM", "PQRS", "T"]})
+    arguments_ = arguments(folder, tmp_path, **(options or {}))
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    common = dict(reward_funcs=reward, args=arguments_, train_dataset=prompts, processing_class=tokenizer)
+    return kind(model=model, **common, **keywords)
+
+
+def batch(seed=0, sampled=False, tools=False):
+    """What TRL hands to ``_compute_loss``: ragged, an empty sequence, ratios on both sides of every bound."""
+    generator = torch.Generator().manual_seed(seed)
+    B, P, L = 5, 4, 9
+    ids = torch.randint(2, VOCAB, (B, P + L), generator=generator)
+    prompt_mask = torch.ones(B, P, dtype=torch.int64)
+    prompt_mask[1, :2] = 0
+    mask = (torch.arange(L) < torch.tensor([9, 5, 7, 0, 3])[:, None]).long()
+    inputs = {"prompt_ids": ids[:, :P], "prompt_mask": prompt_mask, "completion_ids": ids[:, P:]}
+    inputs |= {"completion_mask": mask, "advantages": torch.tensor([1.2, -0.8, 0.0, 0.5, -1.5])}
+    inputs["noise"] = torch.randn(3, B, L, generator=generator)
+    if sampled:
+        inputs["importance_sampling_ratio"] = torch.rand(B, L, generator=generator) * 2
+    if tools:
+        inputs["tool_mask"] = (torch.rand(B, L, generator=generator) < 0.7).long()
+    live = mask * inputs.get("tool_mask", 1)
+    inputs["num_items_in_batch"] = live.sum().float() * 3
+    return inputs
+
+
+def compute(subject, inputs):
+    """Loss, every parameter's gradient and the metrics of one call."""
+    subject.model.zero_grad()
+    subject._metrics["train"].clear()
+    subject.current_gradient_accumulation_steps = subject.args.gradient_accumulation_steps
+    loss = subject._compute_loss(subject.model, inputs)
+    loss.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in subject.model.named_parameters()}
+    return loss.detach(), gradients, {name: values[-1] for name, values in subject._metrics["train"].items()}
+
+
+def with_log_probs(inputs, subject, on_policy=False):
+    """Old, reference and sampler's log-probs near the policy's."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+    length = inputs["completion_ids"].shape[1]
+    with torch.no_grad():
+        log_probs = trl.GRPOTrainer._get_per_token_logps_and_entropies(subject, subject.model, ids, attention, length)[
+            0
+        ]
+    old, ref, sampled = (log_probs + 0.4 * noise for noise in inputs["noise"])
+    found = {name: value for name, value in inputs.items() if name != "noise"}
+    found |= {"ref_per_token_logps": ref, "sampling_per_token_logps": sampled}
+    return found if on_policy else {**found, "old_per_token_logps": old}
+
+
+def assert_same(subject, plain, inputs):
+    plain_inputs = with_log_probs(inputs, plain, on_policy=inputs.pop("on_policy", False))
+    wanted_loss, wanted, wanted_metrics = compute(plain, plain_inputs)
+    loss, gradients, metrics = compute(subject, plain_inputs)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-6)
+    scale = max(float(g.abs().max()) for g in wanted.values())
+    assert scale > 0
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            gradient, wanted[name], rtol=1e-4, atol=1e-5 * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    assert set(metrics) == set(wanted_metrics)
+    for name, value in metrics.items():
+        assert value == pytest.approx(wanted_metrics[name], rel=1e-5, abs=1e-6, nan_ok=True), name
+
+
+@pytest.fixture
+def make(folder, tmp_path):
+    """Ours and TRL's own trainer, same model and options."""
+
+    def pair(options=None, **keywords):
+        ours = trainer(FusedGRPOTrainer, folder, tmp_path, options=options, **keywords)
+        return ours, trainer(trl.GRPOTrainer, folder, tmp_path, options=options)
+
+    return pair
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", AGGREGATIONS)
+def test_one_batch(make, loss_type, level, beta, accumulation, from_logits):
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta}
+    subject, plain = make(options | {"gradient_accumulation_steps": accumulation}, from_logits=from_logits)
+    assert_same(subject, plain, batch(seed=accumulation))
+
+
+OPTIONS = {
+    "wide": {"epsilon": 0.1, "epsilon_high": 0.4},
+    "delta": {"delta": 1.5},
+    "delta below the bound": {"delta": 1.1, "epsilon_high": 0.3},
+    "no bias correction": {"use_bias_correction_kl": False, "beta": 0.1},
+    "high entropy": {"top_entropy_quantile": 0.4, "beta": 0.1},
+    "off-policy mask": {"off_policy_mask_threshold": 0.05},
+    "entropy bonus": {"entropy_coef": 0.05},
+    "entropy bonus of a window": {"entropy_coef": 0.05, "gradient_accumulation_steps": 4, "loss_type": "dr_grpo"},
+    "adaptive entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_target": 9.0},
+    "temperature": {"temperature": 0.7},
+}
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("tools", [False, True])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(make, name, level, tools, on_policy):
+    subject, plain = make({"importance_sampling_level": level} | OPTIONS[name])
+    for one in (subject, plain):
+        one._last_world_entropy = 1.0  # of the window before: the adaptive bonus is on
+    assert_same(subject, plain, batch(tools=tools) | {"on_policy": on_policy})
+    assert subject.entropy_coef == pytest.approx(plain.entropy_coef)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", AGGREGATIONS)
+def test_rollout_weights(make, loss_type, level, per_token):
+    """vLLM's correction, without vLLM: the weights are in the batch."""
+    subject, plain = make({"loss_type": loss_type, "importance_sampling_level": level, "beta": 0.04})
+    inputs = batch(sampled=True)
+    if not per_token:
+        inputs["importance_sampling_ratio"] = inputs["importance_sampling_ratio"][:, :1]
+    for one in (subject, plain):
+        one.use_vllm = one.vllm_importance_sampling_correction = True
+    assert_same(subject, plain, inputs)
+
+
+def run_of(subject):
+    transformers.set_seed(3)
+    subject.train()
+    log = [{name: value for name, value in row.items() if "time" not in name} for row in subject.state.log_history]
+    return log[:-1], {name: value.detach().clone() for name, value in subject.model.named_parameters()}
+
+
+TRAINED = [
+    *itertools.product(AGGREGATIONS, LEVELS, (0.0, 0.04), (1, 4)),
+]
+SAMPLED = (("grpo", "token", 0.04, 1), ("dapo", "token", 0.0, 4), ("luspo", "sequence", 0.04, 4))
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "level", "beta", "accumulation"),
+    [pytest.param(*case, marks=[] if case in SAMPLED else pytest.mark.nightly) for case in TRAINED],
+)
+def test_ten_steps(make, loss_type, level, beta, accumulation):
+    """Generation, rewards, optimizer and all: the logs and the weights of both runs."""
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta}
+    subject, plain = make(options | {"gradient_accumulation_steps": accumulation})
+    start = {name: value.detach().clone() for name, value in subject.model.named_parameters()}
+    (log, weights), (wanted_log, wanted) = run_of(subject), run_of(plain)
+    assert len(log) == len(wanted_log) == 10
+    for row, wanted_row in zip(log, wanted_log, strict=True):
+        assert set(row) == set(wanted_row)
+        for name, value in row.items():
+            assert value == pytest.approx(wanted_row[name], rel=1e-5, abs=1e-5, nan_ok=True), name
+    for name, value in weights.items():
+        moved = float((wanted[name] - start[name]).abs().max())
+        assert moved > 1e-4, name
+        assert float((value - wanted[name]).abs().max()) <= 1e-3 * moved, name
+
+
+def test_lora(folder, tmp_path):
+    """A frozen head: the same weights after ten steps, adapters included."""
+    peft = pytest.importorskip("peft")
+    runs = []
+    for kind in (FusedGRPOTrainer, trl.GRPOTrainer):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        torch.manual_seed(0)
+        subject = trainer(kind, folder, tmp_path, options={"beta": 0.04}, peft_config=config)
+        runs.append(run_of(subject))
+    for row, wanted in zip(runs[0][0], runs[1][0], strict=True):
+        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-4, abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
+    for name, value in runs[0][1].items():
+        torch.testing.assert_close(value, runs[1][1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_evaluation(make):
+    subject, plain = make({"loss_type": "dapo"})
+    values = []
+    for one in (subject, plain):
+        inputs = with_log_probs(batch(), plain)
+        one.model.eval()
+        with torch.no_grad():
+            values.append(float(one._compute_loss(one.model, inputs)))
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"loss_type": "cispo"}, "cispo"),
+        ({"loss_type": "vespo"}, "vespo"),
+        ({"delta": 0.9}, "delta"),
+        ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32"),
+        ({"entropy_coef": 0.1, "top_entropy_quantile": 0.5}, "top_entropy_quantile"),
+    ],
+)
+def test_refused_by_name(folder, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(FusedGRPOTrainer, folder, tmp_path, options=options)
+
+
+def test_patch(make):
+    """The operator alone: TRL's own loss on our log-probs; undone, it is TRL's again."""
+    _, plain = make({"beta": 0.04, "entropy_coef": 0.1})
+    inputs = with_log_probs(batch(), plain)
+    wanted_loss, wanted, wanted_metrics = compute(plain, inputs)
+    before = trl.trainer.utils._ChunkedLogProbFunction
+    with patched_trl():
+        patch_trl()  # twice is once
+        assert trl.trainer.utils._ChunkedLogProbFunction is not before
+        loss, gradients, metrics = compute(plain, inputs)
+    assert trl.trainer.utils._ChunkedLogProbFunction is before
+    unpatch_trl()
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+    assert metrics == pytest.approx(wanted_metrics, rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+def test_patch_checks_what_it_replaces(monkeypatch):
+    class ChunkedLogProbFunction:
+        @staticmethod
+        def forward(ctx, hidden, weight): ...
+
+    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
+    with pytest.raises(RuntimeError, match="hidden, weight"):
+        patch_trl()
