@@ -62,7 +62,7 @@ def test_names_in_the_text_exist():
 
 
 def test_links_lead_somewhere():
-    for text in (README, (ROOT / "CONTRIBUTING.md").read_text()):
+    for text in (README, *((ROOT / name).read_text() for name in ("CONTRIBUTING.md", "SWITCHING.md"))):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (ROOT / target).exists(), target
 
@@ -72,3 +72,28 @@ def test_tree_of_the_architecture():
     text = (ROOT / "ARCHITECTURE.md").read_text()
     for path in (ROOT / "grpo_kernels").glob("*.py"):
         assert path.name in text, path.name
+
+
+def test_switching_pays_no_price():
+    """Every block of SWITCHING.md runs, and each "after" has the loss and the gradients of its "before"."""
+    for package in ("trl", "peft", "accelerate"):
+        pytest.importorskip(package)
+    torch.use_deterministic_algorithms(False)
+    namespace: dict = {}
+    wanted, compared = None, 0
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "SWITCHING.md").read_text(), re.S):
+        exec(compile(block, "SWITCHING", "exec"), namespace)
+        if not block.startswith(("# before", "# after")):
+            continue
+        found = {name: p.grad for name, p in namespace["model"].named_parameters() if p.grad is not None}
+        if block.startswith("# before"):
+            wanted = float(namespace["loss"]), found
+            continue
+        assert float(namespace["loss"]) == pytest.approx(wanted[0], rel=1e-5, abs=1e-7)
+        assert found.keys() == wanted[1].keys()
+        largest = max(float(gradient.abs().max()) for gradient in found.values())
+        assert largest > 1e-5
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, wanted[1][name], rtol=1e-3, atol=1e-5 * largest, msg=name)
+        compared += 1
+    assert compared == 5
