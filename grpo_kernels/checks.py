@@ -156,16 +156,24 @@ def check_scalar(function: str, name: str, value: float | Tensor) -> None:
         fail(function, f"{name} to be a finite number or a 0-d tensor", repr(value))
 
 
-def check_device(function: str, logits: Tensor, tensors: Mapping[str, object]) -> None:
+def check_device(function: str, tensors: Mapping[str, object]) -> None:
+    """That all are where the first one is."""
+    what, first = next(iter(tensors.items()))
+    assert isinstance(first, Tensor)
     for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.device != logits.device and tensor.dim() > 0:
-            hint = f"{name}.to(logits.device)"
-            fail(function, f"{name} on the logits' device {logits.device}", str(tensor.device), tensors, hint)
+        if isinstance(tensor, Tensor) and tensor.device != first.device and tensor.dim() > 0:
+            hint = f"{name}.to({what}.device)"
+            fail(function, f"{name} on the device of {what}, {first.device}", str(tensor.device), tensors, hint)
+
+
+_NEEDED = ("token_ids", "advantages")
 
 
 def check_tensors(function: str, named: Mapping[str, object]) -> None:
-    """That what was given is tensors; None is an argument left out."""
+    """That what was given is tensors; None is an argument left out, but for those that every call needs."""
     for name, value in named.items():
+        if value is None and name in _NEEDED:
+            fail(function, f"{name} to be a tensor", "None", error=TypeError)
         if value is not None and not isinstance(value, Tensor):
             hint = f"torch.as_tensor({name})" if isinstance(value, (list, tuple)) else None
             fail(function, f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)

@@ -54,7 +54,7 @@ class LiveRows:
     cut: Tensor | None
     """0-d bool: there were more than ``live_tokens``; None where they were counted."""
     everything: bool
-    """Every token is live."""
+    """Every token is live, and nothing is padded."""
     chunks: tuple[tuple[int, int], ...]
     """First and last + 1 row of each."""
     bounds: Tensor | None
@@ -82,7 +82,7 @@ class LiveRows:
             bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int64)
             chunks = _chunks_of_sequences(counts, room, padded)
         batch, length = tokens.token_ids.shape
-        everything = cut is None and count == flat.numel()
+        everything = cut is None and count == padded == flat.numel()
         return cls((batch, length), index.clamp(min=0), live[None], cut, everything, tuple(chunks), bounds)
 
     @property
@@ -96,7 +96,7 @@ class LiveRows:
     def hidden(self, states: Tensor, first: int, last: int) -> Tensor:
         """(last - first, H) rows of ``states`` (B, T or T+1, H) or (N, H), gathered where they do not lie together."""
         if self.everything and self.count == states.shape[:-1].numel() and states.is_contiguous():
-            return states.view(-1, states.shape[-1])[first:last]
+            return states.flatten(0, -2)[first:last]
         index = self.index[first:last]
         whole = states.unsqueeze(0) if states.dim() == 2 else states
         rows = whole[index // self.shape[1], index % self.shape[1]]
@@ -154,7 +154,8 @@ def _count(
     """How many rows to work on, sequence by sequence where ``lengths`` can be read, and ``LiveRows.cut``."""
     live = tokens.live
     if live_tokens is not None and (type(live_tokens) is not int or live_tokens < 0):
-        fail(tokens.function, "live_tokens to be an int >= 0", repr(live_tokens), error=TypeError)
+        error = ValueError if type(live_tokens) is int else TypeError
+        fail(tokens.function, "live_tokens to be an int >= 0", repr(live_tokens), error=error)
     if live_tokens is None or live.device.type == "cpu" or checks_enabled(check):
         counts = [int(live.sum())] if lengths is None else [int(length) for length in lengths.tolist()]
         if live_tokens is not None and sum(counts) > live_tokens:

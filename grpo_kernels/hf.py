@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checks import fail
 from .config import LossConfig, check_name, resolve_config
@@ -21,6 +21,7 @@ from .linear import linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
 from .loss import grpo_loss
 from .outputs import LossOutput, TokenLogProbs
+from .rows import Packed
 
 _PLAIN = (
     *("llama", "mistral", "mixtral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "phi", "phi3"),
@@ -38,10 +39,14 @@ MODEL_TYPES = tuple(sorted((*_PLAIN, *_SOFTCAPPED, *_SCALED)))
 """``model.config.model_type`` whose head is known; a test compares each with the model's own logits."""
 
 
-def _keywords(*functions: Callable[..., Any]) -> tuple[str, ...]:
-    """Names that both accept, without those that the model provides."""
-    names = [name for function in functions for name in inspect.signature(function).parameters]
-    return tuple(dict.fromkeys(name for name in names if name not in ("hidden", "weight", "bias", "logits", "config")))
+def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
+    """Without those that the model provides."""
+    names = inspect.signature(function).parameters
+    return tuple(name for name in names if name not in ("hidden", "weight", "bias", "logits", "config"))
+
+
+_TOKENS = ("token_ids", "advantages", "mask")
+"""Of a call, never of the model."""
 
 
 def attach(
@@ -57,7 +62,7 @@ def attach(
     (the old or reference pass). ``token_ids`` are (B, L-1) from ``align``, or (B, R) with ``logits_to_keep=R + 1``.
     ``token_weights`` may be a function of the ``TokenLogProbs`` of the policy, which are computed first then, without
     gradient. Weight, bias, scale and softcap of the head are the model's. Without ``grpo`` nothing changes. A mixture
-    of experts' auxiliary loss is not part of the result.
+    of experts' auxiliary loss is not part of the result. Pickle a model detached; ``nn.DataParallel`` is not served.
 
     Args:
         model: a causal model of transformers, bare or inside PEFT, DDP or FSDP wrappers. Attach before
@@ -75,36 +80,41 @@ def attach(
             quantised), a model that is attached already.
     """
     resolved = resolve_config(config)
-    inner = _causal_model(model)
-    if hasattr(inner, "_grpo_original_forward"):
+    inner = _causal_model(model, "attach")
+    if _attached(inner):
         fail("attach", "a model that is not attached", "one that is", hint="grpo_kernels.hf.detach(model) first")
-    if hasattr(inner, "_original_forward"):  # accelerate's name
-        fail("attach", "a model before accelerator.prepare", "one that accelerate has wrapped")
+    _check_unprepared(inner, "attach")
     loss, log_probs = (grpo_loss, token_log_probs) if from_logits else (linear_grpo_loss, linear_token_log_probs)
     names = _keywords(loss)
     for name in options:
-        check_name("attach: the option", name, names)
+        check_name("attach: the option", name, [name for name in names if name not in _TOKENS])
     if not from_logits:
         _head(inner)
         options = {**_transform(inner), **options}
+    signature = inspect.signature(getattr(inner.forward, "__func__", type(inner).forward))
 
     @functools.wraps(getattr(inner.forward, "__func__", type(inner).forward))
     def forward(self: Any, *args: Any, grpo: Mapping[str, Any] | None = None, **inputs: Any) -> Any:
         if grpo is None:
             return self._grpo_original_forward(*args, **inputs)
-        for name in grpo:
-            check_name("grpo=dict(...): the name", name, names)
+        _check_given(grpo, names, inputs)
+        inputs |= dict(zip(list(signature.parameters)[1:], args, strict=False))
+        inputs |= {"return_dict": True, "use_cache": inputs.get("use_cache", False)}
         given = {**options, **grpo}
         if from_logits:
-            rows = self._grpo_original_forward(*args, **{"use_cache": False, **inputs}).logits
+            rows = self._grpo_original_forward(**inputs).logits
             return _run(functools.partial(loss, rows, config=resolved), functools.partial(log_probs, rows), given)
         keep = inputs.pop("logits_to_keep", 0)
-        hidden = self.base_model(*args, **{"use_cache": False, **inputs}).last_hidden_state
+        hidden = self.base_model(**inputs).last_hidden_state
         head = _head(self)  # looked up anew: FSDP and PEFT may replace it after attach
-        rows = (hidden[:, -keep:] if keep else hidden, head.weight)
+        kept = slice(-keep, None) if isinstance(keep, int) else keep
+        rows = (hidden[:, kept], head.weight)
         given["bias"] = head.bias
         return _run(functools.partial(loss, *rows, config=resolved), functools.partial(log_probs, *rows), given)
 
+    del forward.__wrapped__  # accelerate's unwrap_model would follow it past this function
+    forward.__signature__ = signature  # type: ignore[attr-defined]
+    forward.grpo_kernels = True  # type: ignore[attr-defined]
     inner._grpo_original_forward = inner.forward
     inner.forward = types.MethodType(forward, inner)
     return model
@@ -112,8 +122,9 @@ def attach(
 
 def detach(model: nn.Module) -> nn.Module:
     """Undo ``attach``; returns ``model``."""
-    inner = _causal_model(model)
-    if not hasattr(inner, "_grpo_original_forward"):
+    inner = _causal_model(model, "detach")
+    _check_unprepared(inner, "detach")
+    if not _attached(inner):
         fail("detach", "a model that attach() was called on", "one that is as it was")
     original = inner._grpo_original_forward
     del inner._grpo_original_forward, inner.forward
@@ -122,36 +133,73 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
+def _attached(inner: Any) -> bool:
+    """By what forward is: a pickled model comes back with the name of the original, and without ours."""
+    return hasattr(getattr(inner.forward, "__func__", None), "grpo_kernels")
+
+
+def _check_unprepared(inner: Any, function: str) -> None:
+    if hasattr(inner, "_original_forward"):  # accelerate's name
+        fail(function, "a model before accelerator.prepare", "one that accelerate has wrapped")
+
+
+def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any]) -> None:
+    if not isinstance(grpo, Mapping):
+        fail("attach", "grpo=dict(token_ids=..., ...)", type(grpo).__name__, error=TypeError)
+    if inputs.get("labels") is not None:
+        fail("attach", "grpo= or labels=", "both", hint="the loss is grpo's; add one of labels in a call of its own")
+    for name, value in grpo.items():
+        check_name("grpo=dict(...): the name", name, names)
+        if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+            hint = (
+                "rounded log-probs make wrong ratios; FSDP2 rounds what forward is given, unless told "
+                "MixedPrecisionPolicy(cast_forward_inputs=False)"
+            )
+            fail("attach", f"grpo[{name!r}] in float32", str(value.dtype), hint=hint)
+
+
 def _run(
     loss: Callable[..., LossOutput], log_probs: Callable[..., TokenLogProbs], given: dict[str, Any]
 ) -> LossOutput | TokenLogProbs:
-    if "token_ids" not in given:
+    if given.get("token_ids") is None:
         fail("attach", "grpo=dict(token_ids=..., ...)", f"only {', '.join(given) or 'an empty dict'}")
     token_ids, mask = given.pop("token_ids"), given.pop("mask", None)
     known = {name: value for name, value in given.items() if name in inspect.signature(log_probs).parameters}
-    if "advantages" not in given:
-        return log_probs(token_ids, mask, **known)
+    inside = _inside(token_ids, mask, given.get("cu_seqlens"))
+    if given.get("advantages") is None:
+        return log_probs(token_ids, inside, **known)
     if callable(given.get("token_weights")):
+        known.pop("live_tokens", None)  # of the loss, which may skip rows
         with torch.no_grad():
-            given["token_weights"] = given["token_weights"](log_probs(token_ids, mask, **known))
+            given["token_weights"] = given["token_weights"](log_probs(token_ids, inside, **known))
     return loss(token_ids, given.pop("advantages"), mask, **given)
 
 
-def _causal_model(model: nn.Module) -> Any:
+def _inside(token_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+    """The mask without what lies outside of every packed sequence."""
+    if cu_seqlens is None:
+        return mask
+    inside = Packed.of(cu_seqlens.to(torch.int64), token_ids.shape[-1]).inside().view(token_ids.shape)
+    return inside if mask is None else inside & (mask != 0)
+
+
+def _causal_model(model: nn.Module, function: str) -> Any:
     """Inside the wrappers of DDP, FSDP and PEFT."""
     inner: Any = model
     while not hasattr(inner, "get_output_embeddings") or hasattr(inner, "get_base_model"):
         wrapped = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", None)
         if wrapped is None:
-            fail("attach", "a causal model of transformers", type(model).__name__)
+            fail(function, "a causal model of transformers", type(model).__name__)
         inner = wrapped
     return inner
 
 
 def _head(inner: Any) -> nn.Linear:
     head = inner.get_output_embeddings()
+    if head is None:
+        fail("attach", "a causal model of transformers", f"{type(inner).__name__}, which has no head")
     if type(head) is not nn.Linear:
-        hint = "exclude it from LoRA's target modules, or train without attach()"
+        hint = "exclude it from LoRA's target modules, or attach(..., from_logits=True)"
         fail("attach", "a head that is a plain nn.Linear", f"{type(head).__module__}.{type(head).__name__}", hint=hint)
     return head
 
@@ -162,7 +210,10 @@ def _transform(inner: Any) -> dict[str, float]:
     kind = config.model_type
     if kind not in MODEL_TYPES:
         expected = f"one of the architectures {', '.join(MODEL_TYPES)}"
-        hint = "linear_grpo_loss(hidden, head.weight, ...) serves any model, given its logit_scale and logit_softcap"
+        hint = (
+            "attach(..., from_logits=True) runs the model's own head; linear_grpo_loss(hidden, head.weight, ...) "
+            "serves any model, given its logit_scale and logit_softcap"
+        )
         fail("attach", expected, f"{kind} ({type(inner).__name__})", hint=hint)
     if kind in _SCALED:
         return {"logit_scale": float(_SCALED[kind](config))}

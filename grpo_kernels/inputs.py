@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -117,7 +117,7 @@ def read_ids(
     what = next(iter(named))
     check_tensors(function, named)
     check_no_transforms(function, states)
-    check_device(function, states, named)
+    check_device(function, named)
     if token_ids.dtype not in INTEGER_DTYPES:
         fail(function, "integer token_ids", str(token_ids.dtype), named, error=TypeError)
     rows = states.shape[:-1]
@@ -153,8 +153,12 @@ def check_contents(tokens: Tokens, backend: str, logit_args: LogitArgs, check: b
     check_ids(tokens, check)
     if not checks_enabled(check) or torch.compiler.is_compiling():
         return
-    if tokens.states.shape[-2] == tokens.token_ids.shape[1]:
-        _check_shift(tokens, backend, logit_args)
+    rows = tokens.rows(logit_args)
+
+    def log_probs(ids: Tensor, live: Tensor) -> Tensor:
+        return ops.log_probs(tokens.states.detach(), ids, live, rows.numbers, rows.softcap, backend)[0]
+
+    check_shift(tokens, log_probs)
 
 
 def check_ids(tokens: Tokens, check: bool | None) -> None:
@@ -173,25 +177,24 @@ _SHIFT_NATS, _SHIFT_TOKENS = 1.0, 8
 _POSITIVE_NATS = 1e-3  # rounding of somebody else's log-softmax
 
 
-def _check_shift(tokens: Tokens, backend: str, logit_args: LogitArgs) -> None:
-    """Unshifted ids have an accepted shape and the wrong meaning: every token is likelier one row earlier."""
+def check_shift(tokens: Tokens, log_probs: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Unshifted ids have an accepted shape and the wrong meaning: every token is likelier one row earlier.
+    ``log_probs`` gives those of (ids, live)."""
+    if tokens.states.shape[-2] != tokens.token_ids.shape[1]:
+        return  # ids that were not shifted have as many as there are rows
     both = tokens.live.clone()
     both[:, :1] = False
-    rows = tokens.rows(logit_args)
-    here, _, _ = ops.log_probs(tokens.states.detach(), tokens.token_ids, both, rows.numbers, rows.softcap, backend)
-    earlier_ids, earlier_live = tokens.token_ids.roll(-1, 1), both.roll(-1, 1)
-    earlier, _, _ = ops.log_probs(
-        tokens.states.detach(), earlier_ids, earlier_live, rows.numbers, rows.softcap, backend
-    )
+    here = log_probs(tokens.token_ids, both)
+    earlier = log_probs(tokens.token_ids.roll(-1, 1), both.roll(-1, 1))
     count = int(both.sum())
     gain = float((earlier.sum() - here.sum()) / max(count, 1))
     if count >= _SHIFT_TOKENS and gain > _SHIFT_NATS:
         fail(
             tokens.function,
-            "token_ids[:, t] to be the token that row t of the logits predicts",
+            f"token_ids[:, t] to be the token that row t of the {next(iter(tokens.tensors))} predicts",
             f"tokens that are {gain:.2f} nats likelier one row earlier, on average over {count}",
             tokens.tensors,
-            "align(input_ids, mask) shifts ids and mask; logits stay as the model returned them",
+            "align(input_ids, mask) shifts ids and mask; what the model returned stays as it is",
         )
 
 
@@ -276,7 +279,9 @@ def _read_sequences(tokens: Tokens, cu_seqlens: Tensor | None, check: bool | Non
     if cu_seqlens is None:
         if len(tokens.shape) == 1:
             hint = "cu_seqlens=torch.tensor([0, N]) if the tokens are one sequence"
-            fail(function, "cu_seqlens with packed (N, V) logits", "none", tokens.tensors, hint)
+            fail(
+                function, f"cu_seqlens with packed {next(iter(tokens.tensors))} (N, ...)", "none", tokens.tensors, hint
+            )
         return Padded(ids.shape[0]), tokens
     check_bounds(function, cu_seqlens, ids.shape[1], tokens.tensors, check)
     if ids.shape[0] != 1:

@@ -17,11 +17,20 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops
-from .checks import check_scalar
+from .checks import check_scalar, checks_enabled
 from .chunks import CHUNK_BYTES, LiveRows, chunk_rows
 from .config import LossConfig, resolve_config
 from .head import Wants, head_kind, operand_dtype
-from .inputs import LossInputs, Tokens, check_ids, check_logit_args, choose_backend, read_batch, read_linear_tokens
+from .inputs import (
+    LossInputs,
+    Tokens,
+    check_ids,
+    check_logit_args,
+    check_shift,
+    choose_backend,
+    read_batch,
+    read_linear_tokens,
+)
 from .loss import announced_scale, one_pass_spec
 from .metrics import Metrics
 from .modules import LossModule
@@ -74,8 +83,9 @@ def linear_grpo_loss(
         token_ids, advantages, mask: as for ``grpo_loss``.
         bias: (V,).
         live_tokens: how many tokens the mask leaves (with ``skip_zero_advantage``, of A != 0), or a bound of it: then
-            nothing waits for the device, which otherwise is asked once, before any GEMM. Where there are more, the
-            loss is NaN (on a CPU an error).
+            nothing waits for the device, which otherwise is asked once, before any GEMM. Where there are more, loss
+            and outputs are NaN (on a CPU an error). On a GPU, pooled ratios of more than one chunk then compute the
+            logits twice.
         chunk_bytes: memory for a chunk's logits, hidden states and their gradients. Results do not depend on it beyond
             rounding, and on nothing but shapes and dtypes otherwise.
         logits_dtype: torch.float32 keeps the logits of a bf16 or fp16 head unrounded, as its GEMM accumulates them, at
@@ -100,7 +110,7 @@ def linear_grpo_loss(
     wants = _wants(hidden, weight, bias)
     chosen, fuses = choose_backend(tokens, backend, logit_args, fused=any(wants))
     tokens, batch = read_batch(tokens, config, given)
-    check_ids(tokens, check)
+    _check_contents(tokens, hidden, weight, bias, logit_args, check)
     wide = grad_scale is None and operand_dtype(hidden) == torch.float16
     if wide:
         grad_scale = _fp16_scale(batch)
@@ -114,8 +124,8 @@ def linear_grpo_loss(
     if any(wants):
         known = (sweep.valid(sweep.announced), tokens.token_ids, chosen, "linear_grpo_loss")
         loss = autograd.KnownGradients.apply(loss, *known, hidden, weight, bias, *gradients)
-    loss = sweep.valid(loss)
-    return LossOutput(loss, metrics, records.log_prob.view(tokens.shape), records.entropy.view(tokens.shape))
+    log_probs, entropy = (sweep.valid(values).view(tokens.shape) for values in (records.log_prob, records.entropy))
+    return LossOutput(sweep.valid(loss), Metrics(sweep.valid(metrics.vector)), log_probs, entropy)
 
 
 @torch.compiler.disable
@@ -147,19 +157,38 @@ def linear_token_log_probs(
     check_logit_args("linear_token_log_probs", logit_args)
     tokens = read_linear_tokens("linear_token_log_probs", hidden, weight, bias, token_ids, mask, logits_dtype, {})
     chosen, _ = choose_backend(tokens, backend, logit_args)
-    check_ids(tokens, check)
+    _check_contents(tokens, hidden, weight, bias, logit_args, check)
     numbers = tokens.numbers(logit_args)
     sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check)
     outputs = autograd.LinearLogProbs.apply(sweep, hidden, weight, bias)
     return TokenLogProbs(*(sweep.valid(output).view(tokens.shape) for output in outputs))
 
 
+def _check_contents(
+    tokens: Tokens, hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_args: LogitArgs, check: bool | None
+) -> None:
+    """With checks on: ids in range, and ids that look shifted. On a CPU the range is looked at in any case."""
+    check_ids(tokens, True if hidden.device.type == "cpu" else check)
+    if not checks_enabled(check):
+        return
+    options = {"bias": bias, **logit_args._asdict(), "check": False}
+
+    def log_probs(ids: Tensor, live: Tensor) -> Tensor:
+        shaped = (values.view(tokens.shape) for values in (ids, live))
+        with torch.no_grad():
+            return linear_token_log_probs(hidden, weight, *shaped, **options).log_probs
+
+    check_shift(tokens, log_probs)
+
+
 def _fp16_scale(batch: TokenBatch) -> Tensor:
-    """A power of two that brings the largest weight of a token near 1: fp16 gradients of logits do not underflow."""
+    """A power of two that brings the largest factor of a token near 2⁻⁶: 2²² below what fp16 overflows at, for ratios,
+    and 2¹⁸ above its smallest number, for probabilities."""
     if batch.policy_weight.numel() == 0:
         return torch.ones((), device=batch.policy_weight.device)
-    largest = batch.policy_weight.abs().amax().clamp(1e-6, 1.0)
-    return torch.exp2((1 / largest).log2().floor())
+    factors = (batch.policy_weight * batch.advantages, batch.kl_weight, batch.entropy_weight)
+    largest = torch.stack([values.abs().amax() for values in factors if values is not None]).amax()
+    return torch.exp2(-largest.clamp(min=2**-24).log2().floor() - 6)
 
 
 def _wants(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wants:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
+import types
 
 import pytest
 import torch
@@ -97,7 +99,7 @@ def test_hooks_fire_and_signature_stays():
     assert inspect.signature(model.forward) == before  # trainers choose columns, generate checks arguments by it
     fired = []
     model.register_forward_hook(lambda *_: fired.append("forward"))
-    out = torch.nn.parallel.DataParallel(model)(**given, grpo=tokens_of(given))
+    out = model(*given.values(), grpo=tokens_of(given))  # positions mean what they mean without grpo
     assert fired == ["forward"]
     assert out.loss.requires_grad
     model.gradient_checkpointing_enable()
@@ -107,6 +109,83 @@ def test_hooks_fire_and_signature_stays():
     assert "forward" not in vars(model)
     with pytest.raises(ValueError, match="attach\\(\\) was called"):
         hf.detach(model)
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_weights_from_the_policy(from_logits):
+    """token_weights as a function of the current log-probs: the same as with their values."""
+    model, given = hf.attach(tiny(), from_logits=from_logits), inputs()
+    tokens = tokens_of(given)
+    tokens["advantages"][1] = 0
+    seen = []
+
+    def weights(policy):
+        seen.append(policy)
+        return (policy.entropy > policy.entropy.mean()) + 0.5
+
+    skipping = {} if from_logits else {"live_tokens": int(tokens["mask"][[0, 2]].sum())}
+    skipping["skip_zero_advantage"] = True
+    got = model(**given, grpo={**tokens, "token_weights": weights, **skipping})
+    assert not seen[0].log_probs.requires_grad
+    values = weights(model(**given, grpo={name: tokens[name] for name in ("token_ids", "mask")})).detach()
+    wanted = model(**given, grpo={**tokens, "token_weights": values, **skipping})
+    assert 0.5 in values
+    assert 1.5 in values
+    torch.testing.assert_close(got.loss, wanted.loss)
+
+
+def test_from_logits_serves_any_head():
+    """An architecture that is not known and a head that is no plain linear layer; softcap and scale are the model's."""
+    for kind in ("bloom", "gemma2", "cohere"):
+        model, given = tiny(kind), inputs()
+        tokens = tokens_of(given)
+        logits = model(**given).logits
+        expected = grpo_loss(logits, tokens["token_ids"], tokens["advantages"], tokens["mask"], temperature=0.7)
+        hf.attach(model, temperature=0.7, from_logits=True, inplace=True)
+        out = model(**given, grpo=tokens)
+        torch.testing.assert_close(out.loss, expected.loss)
+        a, b = (torch.autograd.grad(x.loss, model.get_input_embeddings().weight)[0] for x in (out, expected))
+        torch.testing.assert_close(a, b)
+
+
+def test_packed_with_a_tail():
+    """Ids after the last bound are nobody's: in the old pass, in the loss, with weights from the policy."""
+    model = hf.attach(tiny())
+    ids = torch.randint(3, 99, (1, 12))
+    labels = ids.clone()
+    labels[:, 9:] = -100
+    grpo = {"token_ids": labels, "cu_seqlens": torch.tensor([0, 4, 9])}
+    old = model(input_ids=ids, grpo=grpo).log_probs
+    assert (old[:, 9:] == 0).all()
+    grpo |= {"advantages": torch.tensor([1.0, -1.0]), "old_log_probs": old.detach()}
+    plain = model(input_ids=ids, grpo=grpo)
+    weighted = model(input_ids=ids, grpo={**grpo, "token_weights": lambda policy: torch.ones_like(policy.entropy)})
+    assert plain.metrics.ratio_max == 1
+    assert torch.equal(plain.loss, weighted.loss)
+
+
+def test_copies_and_what_was_there_before():
+    model, given = tiny(), inputs()
+    tokens = tokens_of(given)
+    calls = []
+
+    def mine(self, *args, **inputs):
+        calls.append(self)
+        return type(self).forward(self, *args, **inputs)
+
+    model.forward = types.MethodType(mine, model)
+    hf.attach(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.get_output_embeddings().weight.zero_()
+        assert twin(**given, grpo=tokens).entropy.max() > 4.59 > model(**given, grpo=tokens).entropy.max()
+    twin(**given)
+    assert calls == [twin]
+    hf.detach(model)(**given)
+    assert calls == [twin, model]
+    assert not hasattr(model.forward, "__wrapped__")
+    loaded = pickle.loads(pickle.dumps(hf.attach(tiny())))
+    assert hf.attach(loaded)(**given, grpo=tokens).loss.requires_grad
 
 
 def test_generates_while_attached():
@@ -139,3 +218,20 @@ def test_refused_by_name():
         model(**inputs(), grpo={"advantages": torch.ones(3)})
     with pytest.raises(ValueError, match="old_log_probs"):
         model(**inputs(), grpo={**tokens_of(inputs()), "old_logprobs": torch.ones(3)})
+    with pytest.raises(ValueError, match="cast_forward_inputs"):
+        model(**inputs(), grpo={**tokens_of(inputs()), "old_log_probs": torch.ones(3, 8, dtype=torch.bfloat16)})
+    with pytest.raises(ValueError, match="labels"):
+        model(**inputs(), labels=inputs()["input_ids"], grpo=tokens_of(inputs()))
+    with pytest.raises(TypeError, match="got bool"):
+        model(**inputs(), grpo=True)
+    with pytest.raises(ValueError, match="advantages"):
+        hf.attach(tiny(), advantages=torch.ones(3))
+    with pytest.raises(ValueError, match="no head"):
+        hf.attach(transformers.Qwen3Model(tiny().config))
+    with pytest.raises(ValueError, match="^detach: "):
+        hf.detach(torch.nn.Linear(2, 2))
+    prepared = tiny()
+    prepared._original_forward = prepared.forward
+    for function in (hf.attach, hf.detach):
+        with pytest.raises(ValueError, match="accelerator.prepare"):
+            function(prepared)

@@ -266,6 +266,63 @@ def test_padding_of_chunks(backend, monkeypatch, level, extra_row, live):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(("batch", "rows"), [(2, 64), (4, 32), (8, 128), (1, 128)])
+def test_padding_of_a_batch_that_is_live_as_a_whole(backend, monkeypatch, batch, rows):
+    """As many rows with padding as with the unused last row of each sequence: one must not be taken for the other."""
+    problem = Problem(batch, rows - 1, 4, vocab=13)
+    problem.mask = torch.ones_like(problem.mask)
+    with torch.no_grad():
+        problem.hidden[:, -1] = math.nan
+    expected, wanted = problem.run(backend=backend)
+    monkeypatch.setattr(chunks, "pads", lambda device: True)
+    out, gradients = problem.run(backend=backend)
+    torch.testing.assert_close(out.log_probs, expected.log_probs)
+    for a, b in zip(gradients, wanted, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["ratio", "advantages", "kl"])
+def test_fp16_outliers(case):
+    """What eager PyTorch keeps finite stays finite: a ratio of a hundred thousand, large advantages, a KL alone."""
+    problem = Problem(4, 64, dtype=torch.float16, seed=4)
+    problem.mask = torch.ones_like(problem.mask)
+    problem.advantages = -torch.ones(4)
+    options = {"old_log_probs": reference_log_probs(problem).detach().float(), "ref_log_probs": None}
+    if case == "ratio":
+        options["old_log_probs"][0, 0] -= 11.5
+    if case == "advantages":
+        problem.advantages *= 4e4
+    if case == "kl":
+        options["ref_log_probs"] = options["old_log_probs"] + 3.5
+        options |= {"token_weights": torch.zeros(4, 64), "config": LossConfig(kl=KL(0.04))}
+    _, gradients = problem.run(**options)
+    _, exact = problem.expected(torch.float64, **options)
+    for mine, truth in zip(gradients, exact, strict=True):
+        assert mine.isfinite().all()
+        torch.testing.assert_close(mine.double(), truth, rtol=1e-2, atol=1e-2 * float(truth.abs().max()))
+
+
+def test_bad_ids_are_named_where_they_are():
+    problem = Problem()
+    position = tuple(problem.mask.nonzero()[-1].tolist())
+    problem.ids[position] = 97
+    with pytest.raises(IndexError, match=rf"token_ids\[{position[0]}, {position[1]}\] = 97"):
+        problem.run(chunk_bytes=room(problem, 3))
+
+
+def test_unshifted_ids_are_noticed():
+    """As many ids as rows, each the likeliest of the row before: with checks on they raise."""
+    problem = Problem(2, 12, extra_row=False, bias=False)
+    logits = problem.hidden.detach() @ problem.weight.detach().T
+    problem.ids[:, 1:] = logits.argmax(-1)[:, :-1]
+    problem.mask[:] = True
+    options = {"old_log_probs": None, "ref_log_probs": None}
+    problem.run(**options)
+    with pytest.raises(ValueError, match="row t of the hidden predicts"):
+        problem.run(check=True, **options)
+
+
 @pytest.mark.parametrize("config", ["grpo", LossConfig(aggregation="sequence_sum")], ids=str)
 def test_fp16_gradients_of_frequent_tokens(config):
     """The sum over thousands of tokens of one id: in range, though each was scaled on the way."""
