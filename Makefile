@@ -12,19 +12,24 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/installed
 endif
 
-.PHONY: train test nightly lint bench clean
+.PHONY: train test test-peers nightly lint bench clean
 
 train: $(READY)
 	$(RUN) -m grpo_kernels train $(ARGS)
 
 # Two workers: most of the suite is one-threaded (the interpreter, autograd). Idle threads must not spin beside them.
-PYTEST := OMP_WAIT_POLICY=passive $(RUN) -m pytest -n 2 --dist worksteal
+PARALLEL := -n 2 --dist worksteal
+test test-peers nightly: export OMP_WAIT_POLICY := passive
 
 test: $(READY)
-	$(PYTEST) -m "not nightly" $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) -m "not nightly and not peers" $(ARGS)
 
-nightly: $(READY)
-	$(PYTEST) $(ARGS)
+# Against the packages themselves: TRL's trainers, Liger's functions.
+test-peers: $(VENV)/peers
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "peers and not nightly" $(ARGS)
+
+nightly: $(VENV)/peers
+	$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
 bench: $(READY)
 	$(RUN) benchmarks/cpu_loss.py $(ARGS)
@@ -41,6 +46,10 @@ $(VENV)/bin/python:
 # Editable, the library built into the package: the tree that runs is the tree that was built.
 $(VENV)/installed: pyproject.toml constraints.txt $(SOURCES) | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,reasoning]"
+	touch $@
+
+$(VENV)/peers: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[peers]"
 	touch $@
 
 $(VENV)/lint: $(VENV)/installed

@@ -43,7 +43,7 @@ def test_presets_table():
     assert section("presets") == presets_table()
 
 
-@pytest.mark.parametrize("name", ["cpu_loss", "linear_loss", "train_sort"])
+@pytest.mark.parametrize("name", ["cpu_loss", "linear_loss", "train_sort", "trl_step"])
 def test_figures_are_the_committed_results(name):
     """No figure by hand: the table is a results file, whole."""
     assert section(f"figures: {name}") in [p.read_text().strip() for p in ROOT.glob(f"benchmarks/results/*/{name}.md")]
@@ -74,6 +74,7 @@ def test_tree_of_the_architecture():
         assert path.name in text, path.name
 
 
+@pytest.mark.peers
 def test_switching_pays_no_price():
     """Every block of SWITCHING.md runs, and each "after" has the loss and the gradients of its "before"."""
     for package in ("trl", "peft", "accelerate"):

@@ -16,6 +16,7 @@ from liger_kernel.transformers.grpo_loss import triton_grpo_loss as their_loss  
 from grpo_kernels.integrations import liger  # noqa: E402
 from grpo_kernels.integrations.objectives import AGGREGATIONS  # noqa: E402
 
+pytestmark = pytest.mark.peers
 B, L, H, V = 5, 9, 16, 65
 LEVELS = ("token", "sequence")
 CASES = [*itertools.product(AGGREGATIONS, LEVELS, (0.0, 0.1), (False, True))]

@@ -3,68 +3,42 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
-datasets = pytest.importorskip("datasets")
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import trl_step  # noqa: E402
 
 from grpo_kernels.integrations.objectives import AGGREGATIONS  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch_trl, patched_trl, unpatch_trl  # noqa: E402
 
+pytestmark = pytest.mark.peers
 VOCAB = 64
 LEVELS = ("token", "sequence")
 
 
+SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2}
+PLAIN = {"logging_steps": 1, "seed": 3, "per_device_train_batch_size": 4, "max_completion_length": 9, "max_steps": 10}
+PLAIN |= {"lr_scheduler_type": "constant", "num_iterations": 2}
+PLAIN |= {"optim": "sgd", "learning_rate": 0.03}  # Adam's first steps are signs: they would blow rounding up
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A two-layer Qwen3 with a tokenizer of single letters."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     path = tmp_path_factory.mktemp("policy")
-    letters = ["<pad>", "<eos>", *(chr(ord("A") + i) for i in range(VOCAB - 2))]
-    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
-    )
-    fast.save_pretrained(path)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    config = transformers.Qwen3Config(
-        vocab_size=VOCAB, pad_token_id=0, eos_token_id=1, bos_token_id=None, initializer_range=0.2, **sizes
-    )
-    torch.manual_seed(0)
-    transformers.Qwen3ForCausalLM(config).save_pretrained(path)
-    return str(path)
-
-
-def reward(completions, **_):
-    return [text.count("A") - 0.3 * text.count("B") + 0.01 * len(text) for text in completions]
-
-
-def arguments(folder, tmp_path, **options) -> trl.GRPOConfig:
-    plain = {
-        **dict(output_dir=str(tmp_path), use_cpu=True, report_to=[], logging_steps=1, save_strategy="no", seed=3),
-        **dict(per_device_train_batch_size=4, num_generations=4, max_completion_length=9, learning_rate=0.03),
-        **dict(
-            max_steps=10, bf16=False, optim="sgd", lr_scheduler_type="constant", disable_tqdm=True, num_iterations=2
-        ),
-        "dataloader_pin_memory": False,
-    }
-    return trl.GRPOConfig(**{**plain, **options})
+    trl_step.save_policy(path, **SIZES)
+    return path
 
 
 def trainer(kind, folder, tmp_path, *, options=None, **keywords):
-    prompts = datasets.Dataset.from_dict({"prompt": ["ABC", "HELLO", "Q", "XYZW", "AB", "LM", "PQRS", "T"]})
-    arguments_ = arguments(folder, tmp_path, **(options or {}))
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    common = dict(reward_funcs=reward, args=arguments_, train_dataset=prompts, processing_class=tokenizer)
-    return kind(model=model, **common, **keywords)
+    return trl_step.make_trainer(kind, folder, PLAIN | {"output_dir": str(tmp_path)} | (options or {}), **keywords)
 
 
 def batch(seed=0, sampled=False, tools=False):

@@ -1,0 +1,176 @@
+"""One loss step of TRL's GRPOTrainer, with its own loss and with ours: time, and peak memory beyond the model's.
+
+    python benchmarks/trl_step.py                  # about five minutes on two cores
+    python benchmarks/trl_step.py --rounds 3 --out DIR
+
+A two-layer Qwen3 with a vocabulary of 151,936 and 512 completion tokens, GRPO with KL, fp32: loss, backward through the
+model, metrics. Providers take turns inside each round, medians; memory is measured in a process for each. Needs TRL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cpu_loss
+import datasets
+import torch
+import transformers
+import trl
+
+from grpo_kernels.integrations.trl import FusedGRPOTrainer, patched_trl
+
+SIZES = {"vocab_size": 151936, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 32}
+SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 512}
+SEQUENCES, PROMPT, COMPLETION = 8, 16, 64
+OPTIONS = {"beta": 0.04, "max_completion_length": COMPLETION}
+PROVIDERS = ("TRL", "TRL, patch_trl", "FusedGRPOTrainer", "FusedGRPOTrainer, from_logits")
+
+
+def save_policy(folder: Path | str, **sizes: Any) -> None:
+    """A random Qwen3, and a tokenizer of single characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = ["<pad>", "<eos>", *(chr(ord("A") + i) for i in range(min(sizes["vocab_size"], 1000) - 2))]
+    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", padding_side="left"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(pad_token_id=0, eos_token_id=1, bos_token_id=None, **sizes)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(folder)
+
+
+def make_trainer(kind: type, folder: Path | str, options: dict[str, Any], **keywords: Any) -> Any:
+    """A trainer of ``kind`` on the policy in ``folder``; ``options`` of GRPOConfig."""
+    fixed = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "save_strategy": "no", "bf16": False}
+    fixed |= {"dataloader_pin_memory": False, "disable_tqdm": True, "num_generations": 4}
+    prompts = datasets.Dataset.from_dict({"prompt": ["ABC", "HELLO", "Q", "XYZW", "AB", "LM", "PQRS", "T"]})
+    return kind(
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder),
+        reward_funcs=reward,
+        args=trl.GRPOConfig(**{**fixed, **options}),
+        train_dataset=prompts,
+        **keywords,
+    )
+
+
+def reward(completions: list[str], **_: Any) -> list[float]:
+    return [text.count("A") - 0.3 * text.count("B") + 0.01 * len(text) for text in completions]
+
+
+class Step:
+    """One provider's trainer, and the batch that its loss is computed on."""
+
+    def __init__(self, provider: str, folder: Path | str) -> None:
+        kind = FusedGRPOTrainer if provider.startswith("Fused") else trl.GRPOTrainer
+        keywords = {"from_logits": True} if provider.endswith("from_logits") else {}
+        options = {**OPTIONS, "per_device_train_batch_size": SEQUENCES}
+        self.trainer = make_trainer(kind, folder, options, **keywords)
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.patched = provider.endswith("patch_trl")
+        torch.manual_seed(0)
+        ids = torch.randint(2, SIZES["vocab_size"], (SEQUENCES, PROMPT + COMPLETION))
+        ones = torch.ones_like(ids)
+        near = -12 + 0.3 * torch.randn(2, SEQUENCES, COMPLETION)  # of a random policy
+        self.inputs = {"prompt_ids": ids[:, :PROMPT], "prompt_mask": ones[:, :PROMPT]}
+        self.inputs |= {"completion_ids": ids[:, PROMPT:], "completion_mask": ones[:, PROMPT:]}
+        self.inputs |= {"old_per_token_logps": near[0], "ref_per_token_logps": near[1]}
+        self.inputs |= {"advantages": torch.randn(SEQUENCES), "num_items_in_batch": ones[:, PROMPT:].sum().float()}
+
+    def run(self) -> None:
+        if not self.patched:
+            return self._run()
+        with patched_trl():
+            return self._run()
+
+    def _run(self) -> None:
+        self.trainer._compute_loss(self.trainer.model, self.inputs).backward()
+
+    def restore(self) -> None:
+        self.trainer.model.zero_grad(set_to_none=True)
+
+
+class _All:
+    """What ``cpu_loss.measure`` restores between runs."""
+
+    def __init__(self, steps: dict[str, Step]) -> None:
+        self.steps = steps
+
+    def restore(self) -> None:
+        for step in self.steps.values():
+            step.restore()
+
+
+MEMORY_CODE = """
+import sys
+sys.path.insert(0, {here!r})
+from cpu_loss import peak_growth
+from trl_step import Step
+step = Step({provider!r}, {folder!r})
+step.run()
+step.restore()
+print("bytes", peak_growth(step.run))
+"""
+
+
+def extra_bytes(provider: str, folder: str) -> int | None:
+    """Peak memory of a step beyond the model, its gradients included."""
+    if sys.platform != "linux":
+        return None
+    code = MEMORY_CODE.format(here=str(Path(__file__).resolve().parent), provider=provider, folder=folder)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return int(result.stdout.split("bytes")[-1])
+
+
+def table(found: dict[str, Any]) -> str:
+    caption = "{cpu}, {threads} threads, {instruction_set}, torch {torch}, TRL {trl}; median ms of a step".format(
+        **found
+    )
+    lines = [caption, "", "| | ms | × TRL | peak memory, MB | of it gradients |", "| --- | --- | --- | --- | --- |"]
+    for name, ms in found["ms"].items():
+        size = found["bytes"][name]
+        memory = "" if size is None else f"{size / 1e6:.0f}"
+        gradients = f"{found['gradient_bytes'] / 1e6:.0f}"
+        lines.append(f"| {name} | {ms:.0f} | {ms / found['ms']['TRL']:.2f} | {memory} | {gradients} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="folder for trl_step.json and trl_step.md")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        save_policy(folder, **SIZES)
+        print("memory, in a process for each", flush=True)
+        memory = {name: extra_bytes(name, folder) for name in PROVIDERS}
+        steps = {name: Step(name, folder) for name in PROVIDERS}
+        gradients = sum(p.numel() * p.element_size() for p in steps["TRL"].trainer.model.parameters())
+        print(f"time, {arguments.rounds} rounds", flush=True)
+
+        def running(name: str) -> Callable[[Any], object]:
+            return lambda _: steps[name].run()
+
+        times = cpu_loss.measure(_All(steps), {name: running(name) for name in PROVIDERS}, arguments.rounds)
+    found = {**cpu_loss.environment(), "trl": trl.__version__, "ms": times, "bytes": memory}
+    found |= {"gradient_bytes": gradients, "sizes": SIZES, "tokens": SEQUENCES * COMPLETION}
+    print(table(found))
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "trl_step.json").write_text(json.dumps(found, indent=1) + "\n")
+        (arguments.out / "trl_step.md").write_text(table(found) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
