@@ -1,4 +1,4 @@
-"""verl's registered policy losses and ours. Not among the test dependencies (verl needs ray): `pip install verl` first."""
+"""verl's registered policy losses and ours. verl (it needs ray) is no dependency of the tests: install it first."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
 
-from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty  # noqa: E402
-from verl.workers.config import ActorConfig  # noqa: E402
+from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty
+from verl.workers.config import ActorConfig
 
-from grpo_kernels import KL, LossConfig, grpo_loss  # noqa: E402
-from grpo_kernels.surrogates import Clip  # noqa: E402
+from grpo_kernels import KL, LossConfig, grpo_loss
+from grpo_kernels.surrogates import Clip
 
 pytestmark = pytest.mark.peers
 B, T, V = 5, 9, 60
