@@ -193,7 +193,7 @@ BAD = {
     "mask of another shape": (bad(mask=torch.ones(3, 5)), ValueError, r"mask of shape \(3, 4\); got \(3, 5\)"),
     "old of another shape": (bad(old_log_probs=torch.zeros(3, 5)), ValueError, r"old_log_probs of shape \(3, 4\)"),
     "too many advantages": (bad(advantages=torch.zeros(4)), ValueError, r"advantages of shape \(3,\) or \(3, 1\)"),
-    "meta tensors": (bad(mask=torch.ones(3, 4, device="meta")), ValueError, "mask on the logits' device cpu; got meta"),
+    "meta tensors": (bad(mask=torch.ones(3, 4, device="meta")), ValueError, "mask on the device of logits, cpu; got meta"),
     "KL without reference": (bad(ref_log_probs=None, kl_coef=0.1), ValueError, "ref_log_probs for the KL"),
     "unknown preset": (bad(config="grop"), ValueError, "Did you mean 'grpo'"),
     "config of another type": (bad(config=0.2), TypeError, "a LossConfig or the name of a preset; got float"),
@@ -218,7 +218,7 @@ BAD = {
     "packed without bounds": (
         bad(logits=torch.zeros(12, 11), token_ids=ids34.view(-1), mask=None, advantages=torch.zeros(1),
             old_log_probs=None, ref_log_probs=None),
-        ValueError, r"cu_seqlens with packed \(N, V\) logits(.|\n)*hint: cu_seqlens=torch.tensor\(\[0, N\]\)",
+        ValueError, r"cu_seqlens with packed logits \(N, ...\)(.|\n)*hint: cu_seqlens=torch.tensor\(\[0, N\]\)",
     ),
     "float bounds": (bad(cu_seqlens=torch.tensor([0.0, 4.0])), ValueError, r"cu_seqlens \(S\+1,\) of int32 or int64"),
     "packed in rows": (bad(cu_seqlens=torch.tensor([0, 4])), ValueError, r"packed tensors \(N,\) or .*got 3 rows"),
