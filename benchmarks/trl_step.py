@@ -54,8 +54,8 @@ def make_trainer(kind: type, folder: Path | str, options: dict[str, Any], **keyw
     fixed = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "save_strategy": "no", "bf16": False}
     fixed |= {"dataloader_pin_memory": False, "disable_tqdm": True, "num_generations": 4}
     prompts = datasets.Dataset.from_dict({"prompt": ["ABC", "HELLO", "Q", "XYZW", "AB", "LM", "PQRS", "T"]})
+    keywords.setdefault("model", transformers.AutoModelForCausalLM.from_pretrained(folder))
     return kind(
-        model=transformers.AutoModelForCausalLM.from_pretrained(folder),
         processing_class=transformers.AutoTokenizer.from_pretrained(folder),
         reward_funcs=reward,
         args=trl.GRPOConfig(**{**fixed, **options}),

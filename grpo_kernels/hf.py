@@ -61,8 +61,13 @@ def attach(
     ``grpo`` holds keywords of ``linear_grpo_loss``; without ``advantages`` the call returns ``linear_token_log_probs``
     (the old or reference pass). ``token_ids`` are (B, L-1) from ``align``, or (B, R) with ``logits_to_keep=R + 1``.
     ``token_weights`` may be a function of the ``TokenLogProbs`` of the policy, which are computed first then, without
-    gradient. Weight, bias, scale and softcap of the head are the model's. Without ``grpo`` nothing changes. A mixture
-    of experts' auxiliary loss is not part of the result. Pickle a model detached; ``nn.DataParallel`` is not served.
+    gradient; ``config`` replaces the one attached; ``receive`` is a function that is called with the result before
+    wrappers see it. Weight, bias, scale and softcap of the head are the model's. Without ``grpo`` nothing changes. A
+    mixture of experts' auxiliary loss is not part of the result.
+
+    FSDP's mixed precision rounds the tensors of a plain dict on the way in, and may round outputs on the way out:
+    ``grpo=types.MappingProxyType(dict(...))`` and ``receive`` go around it. Pickle a model detached;
+    ``nn.DataParallel`` is not served.
 
     Args:
         model: a causal model of transformers, bare or inside PEFT, DDP or FSDP wrappers. Attach before
@@ -80,62 +85,75 @@ def attach(
             quantised), a model that is attached already.
     """
     resolved = resolve_config(config)
-    inner = _causal_model(model, "attach")
+    inner = causal_model(model, "attach")
     if _attached(inner):
         fail("attach", "a model that is not attached", "one that is", hint="grpo_kernels.hf.detach(model) first")
     _check_unprepared(inner, "attach")
-    loss, log_probs = (grpo_loss, token_log_probs) if from_logits else (linear_grpo_loss, linear_token_log_probs)
-    names = _keywords(loss)
+    names = [name for name in _keywords(grpo_loss if from_logits else linear_grpo_loss) if name not in _TOKENS]
     for name in options:
-        check_name("attach: the option", name, [name for name in names if name not in _TOKENS])
+        check_name("attach: the option", name, names)
+    bind(inner, resolved, from_logits, options)
+    return model
+
+
+def bind(inner: Any, config: LossConfig, from_logits: bool, options: Mapping[str, Any]) -> None:
+    """``attach`` without its checks, over whatever ``inner.forward`` is."""
+    loss, log_probs = (grpo_loss, token_log_probs) if from_logits else (linear_grpo_loss, linear_token_log_probs)
+    names = (*_keywords(loss), "config", "receive")
+    fixed = dict(options)
     if not from_logits:
         _head(inner)
-        options = {**_transform(inner), **options}
-    signature = inspect.signature(getattr(inner.forward, "__func__", type(inner).forward))
+        fixed = {**_transform(inner), **fixed}
+    before = inner.forward
+    method = getattr(before, "__func__", None)
+    signature = inspect.signature(method or type(inner).forward)
 
-    @functools.wraps(getattr(inner.forward, "__func__", type(inner).forward))
+    def original(self: Any, *args: Any, **inputs: Any) -> Any:
+        return before(*args, **inputs) if method is None else method(self, *args, **inputs)
+
+    @functools.wraps(method or type(inner).forward)
     def forward(self: Any, *args: Any, grpo: Mapping[str, Any] | None = None, **inputs: Any) -> Any:
         if grpo is None:
-            return self._grpo_original_forward(*args, **inputs)
+            return original(self, *args, **inputs)
         _check_given(grpo, names, inputs)
         inputs |= dict(zip(list(signature.parameters)[1:], args, strict=False))
         inputs |= {"return_dict": True, "use_cache": inputs.get("use_cache", False)}
-        given = {**options, **grpo}
+        given = {"config": config, **fixed, **grpo}
+        receive = given.pop("receive", None)
         if from_logits:
-            rows = self._grpo_original_forward(**inputs).logits
-            return _run(functools.partial(loss, rows, config=resolved), functools.partial(log_probs, rows), given)
-        keep = inputs.pop("logits_to_keep", 0)
-        hidden = self.base_model(**inputs).last_hidden_state
-        head = _head(self)  # looked up anew: FSDP and PEFT may replace it after attach
-        kept = slice(-keep, None) if isinstance(keep, int) else keep
-        rows = (hidden[:, kept], head.weight)
-        given["bias"] = head.bias
-        return _run(functools.partial(loss, *rows, config=resolved), functools.partial(log_probs, *rows), given)
+            rows: tuple[Tensor, ...] = (original(self, **inputs).logits,)
+        else:
+            keep = inputs.pop("logits_to_keep", 0)
+            hidden = self.base_model(**inputs).last_hidden_state
+            weight, given["bias"] = _whole(_head(self))  # looked up anew: FSDP and PEFT may replace it after attach
+            rows = (hidden[:, slice(-keep, None) if isinstance(keep, int) else keep], weight)
+        out = _run(functools.partial(loss, *rows), functools.partial(log_probs, *rows), given)
+        if receive is not None:
+            receive(out)
+        return out
 
     del forward.__wrapped__  # accelerate's unwrap_model would follow it past this function
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    forward.grpo_kernels = True  # type: ignore[attr-defined]
-    inner._grpo_original_forward = inner.forward
+    forward.grpo_kernels_before = method or before  # type: ignore[attr-defined]
     inner.forward = types.MethodType(forward, inner)
-    return model
 
 
 def detach(model: nn.Module) -> nn.Module:
     """Undo ``attach``; returns ``model``."""
-    inner = _causal_model(model, "detach")
+    inner = causal_model(model, "detach")
     _check_unprepared(inner, "detach")
     if not _attached(inner):
         fail("detach", "a model that attach() was called on", "one that is as it was")
-    original = inner._grpo_original_forward
-    del inner._grpo_original_forward, inner.forward
-    if getattr(original, "__func__", None) is not type(inner).forward:  # somebody else's, from before
-        inner.forward = original
+    before = inner.forward.__func__.grpo_kernels_before
+    del inner.forward
+    if before is not type(inner).forward:  # somebody else's, from before
+        inner.forward = types.MethodType(before, inner) if inspect.isfunction(before) else before
     return model
 
 
 def _attached(inner: Any) -> bool:
     """By what forward is: a pickled model comes back with the name of the original, and without ours."""
-    return hasattr(getattr(inner.forward, "__func__", None), "grpo_kernels")
+    return hasattr(getattr(inner.forward, "__func__", None), "grpo_kernels_before")
 
 
 def _check_unprepared(inner: Any, function: str) -> None:
@@ -152,8 +170,8 @@ def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any]) -
         check_name("grpo=dict(...): the name", name, names)
         if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
             hint = (
-                "rounded log-probs make wrong ratios; FSDP2 rounds what forward is given, unless told "
-                "MixedPrecisionPolicy(cast_forward_inputs=False)"
+                "rounded log-probs make wrong ratios; FSDP's mixed precision rounds what is in a plain dict: "
+                "grpo=types.MappingProxyType(dict(...))"
             )
             fail("attach", f"grpo[{name!r}] in float32", str(value.dtype), hint=hint)
 
@@ -183,7 +201,7 @@ def _inside(token_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -
     return inside if mask is None else inside & (mask != 0)
 
 
-def _causal_model(model: nn.Module, function: str) -> Any:
+def causal_model(model: nn.Module, function: str) -> Any:
     """Inside the wrappers of DDP, FSDP and PEFT."""
     inner: Any = model
     while not hasattr(inner, "get_output_embeddings") or hasattr(inner, "get_base_model"):
@@ -194,11 +212,21 @@ def _causal_model(model: nn.Module, function: str) -> Any:
     return inner
 
 
+def _whole(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, gathered where FSDP2 has sharded them."""
+    weight, bias = (
+        tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in (head.weight, head.bias)
+    )
+    return weight, bias
+
+
 def _head(inner: Any) -> nn.Linear:
     head = inner.get_output_embeddings()
+    if saved := getattr(head, "modules_to_save", None):  # PEFT trains a copy of the whole layer
+        head = saved[head.active_adapters[0]]
     if head is None:
         fail("attach", "a causal model of transformers", f"{type(inner).__name__}, which has no head")
-    if type(head) is not nn.Linear:
+    if type(head) is not nn.Linear and type(head).__name__ != "FSDPLinear":
         hint = "exclude it from LoRA's target modules, or attach(..., from_logits=True)"
         fail("attach", "a head that is a plain nn.Linear", f"{type(head).__module__}.{type(head).__name__}", hint=hint)
     return head

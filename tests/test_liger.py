@@ -124,11 +124,83 @@ def test_linear_loss(loss_type, level, beta, corrected, own_reference):
         )
         found.append((loss, metrics, torch.autograd.grad(loss, leaves)))
     (loss, metrics, gradients), (wanted, wanted_metrics, wanted_gradients) = found
-    if loss_type == "luspo" and (level == "token" or beta):
-        return  # tested against the right value in test_reduced_loss
+    if loss_type == "luspo" and (level == "token" or beta):  # Liger's value is wrong: compared with ours on logits
+        logits = torch.nn.functional.linear(batch.hidden, batch.weight, batch.bias)
+        ref = batch.ref
+        if own_reference:
+            there = torch.nn.functional.linear(batch.hidden[:, :-1] * 0.9, batch.weight, batch.bias) / 1.3
+            ref = there.log_softmax(-1).gather(-1, batch.ids[..., None]).squeeze(-1)
+        arguments = (batch.old, ref, batch.ids, batch.advantages, batch.mask)
+        del options["max_completion_length"]
+        same = {**options, "eps_high": 0.2, "reduce": True}
+        assert_close(loss, liger.triton_grpo_loss(logits, *arguments, **same)[0])
+        return
     assert_close(loss, wanted)
     for a, b in zip((*metrics, *gradients), (*wanted_metrics, *wanted_gradients), strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize("delta", [1.1, 1.25])
+def test_delta_inside_of_the_band(delta):
+    """The gradient is that of Liger's own value, by autograd (its kernel has 0 beyond delta); Liger's metric."""
+    batch, options = Batch(), {"delta": delta, "eps_high": 0.4, "beta": 0.0, "reduce": True, "num_items_in_batch": None}
+    (loss, metrics), gradient = batch.call(liger.triton_grpo_loss, options, None)
+    (wanted, wanted_metrics), _ = batch.call(their_loss, options, None)
+    assert_close(loss, wanted)
+    assert_close(metrics[0], wanted_metrics[0])
+    logits = batch.logits.clone().requires_grad_()
+    log_probs = (logits[:, :-1] / 0.9).log_softmax(-1).gather(-1, batch.ids[..., None]).squeeze(-1)
+    ratio, A = (log_probs - batch.old).exp(), batch.advantages[:, None]
+    losses = -torch.minimum(ratio.clamp(max=delta) * A, ratio.clamp(0.8, 1.4) * A)
+    (exact,) = torch.autograd.grad((losses * batch.mask).sum() / batch.mask.sum(), logits)
+    assert_close(gradient, exact)
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+def test_in_place_is_in_backward(reduce):
+    """As in Liger: what reads the logits before backward finds them, and nothing of the result changes."""
+    batch = Batch()
+    given = (batch.old, batch.ref, batch.ids, batch.advantages, batch.mask)
+    upstream = batch.mask / batch.mask.sum()
+    found = []
+    for inplace in (False, True):
+        leaf = batch.logits.clone().requires_grad_()
+        logits = leaf * 1
+        result = liger.triton_grpo_loss(logits, *given, inplace=inplace, reduce=reduce)[0]
+        assert torch.equal(logits, batch.logits)
+        loss = result if reduce else (result * upstream).sum()
+        found.append((loss, torch.autograd.grad(loss, leaf)[0]))
+        assert torch.equal(logits, batch.logits) != inplace
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b)
+
+
+def test_masked_weights_and_attributes():
+    batch = Batch()
+    weights = torch.where(batch.mask != 0, batch.rollout, torch.nan)
+    (losses, *_), gradient = batch.call(liger.triton_grpo_loss, {}, weights, batch.mask)
+    assert losses.isfinite().all()
+    assert gradient.isfinite().all()
+    loss = liger.LigerFusedLinearGRPOLoss(beta=0.1, use_ref_model=False, compiled=False)
+    theirs = TheirLinearLoss(beta=0.1, use_ref_model=False, compiled=False)
+    arguments = (batch.hidden[:, :-1], batch.weight, batch.ids, batch.mask, batch.advantages, batch.bias)
+    for high in (0.2, 5.0):
+        loss.epsilon_high = theirs.epsilon_high = high
+        mine, wanted = (f(*arguments, old_per_token_logps=batch.old + 1) for f in (loss, theirs))
+        assert_close(mine[0], wanted[0])
+        for a, b in zip(mine[1], wanted[1], strict=True):
+            assert_close(a, b)
+
+
+@pytest.mark.parametrize("reduce", [False, True])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("advantages", (1,)), ("advantages", (L,)), ("old", (B, 1)), ("ref", (L,)), ("rollout", (1, L))]
+)
+def test_shapes_are_checked(name, shape, reduce):
+    batch = Batch()
+    setattr(batch, name, torch.zeros(shape))
+    with pytest.raises(ValueError, match="of shape"):
+        batch.call(liger.triton_grpo_loss, {"reduce": reduce}, batch.rollout)
 
 
 def test_on_policy_and_advantages_of_tokens():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
@@ -226,10 +228,87 @@ def test_evaluation(make):
     assert values[0] == pytest.approx(values[1], rel=1e-5)
 
 
+def test_mixed_precision(make):
+    """bf16 autocast, TRL's default: the logits are rounded, in TRL's head and in ours."""
+    subject, plain = make({"bf16": True, "beta": 0.04})
+    inputs = with_log_probs(batch(), plain)
+    (loss, gradients, _), (wanted_loss, wanted, _) = (compute(one, inputs) for one in (subject, plain))
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=0.02)
+    for name, gradient in gradients.items():
+        assert float((gradient - wanted[name]).norm()) <= 0.03 * float(wanted[name].norm()), name
+
+
+def test_wrappers_that_round(make):
+    """FSDP's mixed precision casts inputs and outputs of forward: the loss and the old pass are those of fp32."""
+    subject, plain = make({"beta": 0.04})
+    inputs = with_log_probs(batch(), plain)
+    tokens = (torch.cat([inputs[f"prompt_{n}"], inputs[f"completion_{n}"]], 1) for n in ("ids", "mask"))
+    arguments = (subject.model, *tokens, 9)
+    wanted_loss, wanted, wanted_metrics = compute(subject, inputs)
+    old = subject._get_per_token_logps_and_entropies(*arguments)[0]
+
+    def rounded(value):
+        is_float = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(torch.bfloat16) if is_float else value
+
+    subject.model.register_forward_pre_hook(lambda _, args, kwargs: tree_map(rounded, (args, kwargs)), with_kwargs=True)
+    subject.model.register_forward_hook(lambda _, args, output: tree_map(rounded, output))
+    loss, gradients, metrics = compute(subject, inputs)
+    assert metrics == wanted_metrics
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=0.01)
+    assert torch.equal(subject._get_per_token_logps_and_entropies(*arguments)[0], old)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name])
+
+
+def test_options_that_change_while_training(make):
+    subject, plain = make({"beta": 0.04})
+    inputs = batch()
+    for one in (subject, plain):
+        one.beta, one.epsilon_low, one.epsilon_high, one.loss_type = 0.5, 0.01, 0.02, "bnpo"
+    assert_same(subject, plain, inputs)
+
+
+def test_a_second_trainer_on_the_same_model(folder, tmp_path):
+    first = trainer(FusedGRPOTrainer, folder, tmp_path, options={"max_steps": 2, "bf16": True})
+    first.train()
+    model = first.accelerator.unwrap_model(first.model)
+    second = trainer(FusedGRPOTrainer, folder, tmp_path, options={"max_steps": 2, "beta": 0.1}, model=model)
+    second.train()
+    plain = trainer(trl.GRPOTrainer, folder, tmp_path, options={"beta": 0.1}, model=copy.deepcopy(model))
+    inputs = with_log_probs(batch(), plain)
+    loss, wanted = (float(compute(one, inputs)[0]) for one in (second, plain))
+    assert loss == pytest.approx(wanted, rel=1e-3)  # accelerate's bf16 autocast of the first run is still around TRL's
+
+
+def test_saves_resumes_and_evaluates(folder, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "eval_strategy": "no"}
+    whole = trainer(FusedGRPOTrainer, folder, tmp_path / "a", options=options)
+    transformers.set_seed(3)
+    whole.train()
+    again = trainer(FusedGRPOTrainer, folder, tmp_path / "b", options=options)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert again.state.global_step == 4
+    assert "eval_loss" in again.evaluate(again.train_dataset)
+    again.save_model(tmp_path / "saved")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded.lm_head.weight, again.model.lm_head.weight)
+
+
+def test_log_probs_of_a_subclass_are_not_ignored(folder, tmp_path):
+    class Mine(FusedGRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
+    with pytest.raises(TypeError, match="Mine overrides"):
+        trainer(Mine, folder, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"loss_type": "cispo"}, "cispo"),
+        ({"importance_sampling_level": "sequence_token"}, "sequence_token"),
         ({"loss_type": "vespo"}, "vespo"),
         ({"delta": 0.9}, "delta"),
         ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32"),
@@ -249,6 +328,8 @@ def test_patch(make):
     before = trl.trainer.utils._ChunkedLogProbFunction
     with patched_trl():
         patch_trl()  # twice is once
+        with patched_trl():
+            pass  # a patch from before stays
         assert trl.trainer.utils._ChunkedLogProbFunction is not before
         loss, gradients, metrics = compute(plain, inputs)
     assert trl.trainer.utils._ChunkedLogProbFunction is before
@@ -266,4 +347,8 @@ def test_patch_checks_what_it_replaces(monkeypatch):
 
     monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
     with pytest.raises(RuntimeError, match="hidden, weight"):
+        patch_trl()
+    monkeypatch.delattr(trl.trainer.utils, "_ChunkedLogProbFunction")
+    unpatch_trl()
+    with pytest.raises(RuntimeError, match="got nothing"):
         patch_trl()

@@ -3,12 +3,12 @@
 Arguments, defaults and results are Liger's; Liger itself is not needed. Where they differ on purpose:
 
 - ``luspo`` is the sum over a sequence's tokens, averaged over sequences, as TRL has it (Liger's also counts padding).
-- per-token advantages (B, L) are taken as such (Liger reads the first B numbers).
+- per-token advantages (B, L) are taken as such (Liger's Triton loss reads the first B numbers).
 - ``dapo`` without ``num_items_in_batch`` divides by this call's tokens: no hidden all-reduce over all ranks.
-- a KL term without reference log-probs raises (Liger's linear loss takes the policy for its own reference).
-- tokens of probability 0 and ratios that overflow have gradient 0, where Liger's are NaN.
-- ``compiled`` and ``chunk_size`` are accepted and have no meaning here; ``inplace`` overwrites the logits during the
-  forward pass, and leaves logits that are a leaf as they are.
+- ratios and log-probs that are infinite give no NaN to other tokens.
+- ``delta`` below 1 + eps_high has the gradient of its value (Liger's Triton loss has 0 there); below 1 it is refused.
+- shapes are checked: nothing broadcasts by accident. Hidden states and weight have one dtype, or autocast.
+- ``compiled`` and ``chunk_size`` are accepted and have no meaning here.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..aggregation import on_tokens, sequence_weights
+from ..checks import check_shape
 from ..config import LossConfig
+from ..inputs import LossInputs, Tokens, read_batch, read_linear_tokens, read_tokens
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..objective import TokenBatch, token_terms
-from ..rows import Padded
-from ..surrogates import CLIPPED_HIGH, CLIPPED_LOW
+from ..surrogates import times
 from .objectives import objective
 
 
@@ -61,36 +63,48 @@ def triton_grpo_loss(
     Returns:
         ``reduce=True``: (loss, [kl, clip_ratio]), without kl where beta is 0.
         ``reduce=False``: (per_token_loss, per_token_kl or None, is_clipped), (B, L); the first is differentiable under
-        any reduction of your own. It takes two passes over the logits where the reduced loss takes one.
+        any reduction of your own.
+
+    ``inplace=True`` (Liger's default) writes the gradient over the logits during backward, as Liger does, unless they
+    are a leaf; ``reduce=True, inplace=False`` is the one pass of ``grpo_loss``, for the memory of a second tensor.
 
     Raises:
         ValueError: a ``loss_type`` that is not here yet, a KL term without ``ref_logp``, shapes that do not fit.
     """
+    function = "triton_grpo_loss"
     length = max_completion_length or completion_ids.shape[1]
-    options = (eps_low, eps_high, delta, beta, use_bias_correction_kl, length)
-    config = objective(loss_type, importance_sampling_level, *options)
-    weights = _rollout_weights(vllm_is_ratio, completion_ids)
-    inplace = inplace and not logits.is_leaf
-    if not reduce:
-        rows: dict[str, Any] = {"temperature": temperature, "inplace": inplace}
-        log_probs = token_log_probs(logits, completion_ids, completion_mask, **rows).log_probs
-        batch = _token_batch(config, log_probs, completion_mask, advantages, old_logp, ref_logp, weights)
-        return _per_token(config, batch, log_probs)
-    out = grpo_loss(
-        logits,
-        completion_ids,
-        advantages,
-        completion_mask,
-        old_log_probs=old_logp,
-        ref_log_probs=None if beta == 0 else ref_logp,
-        token_weights=weights,
-        config=config,
-        normalizer=_normalizer(loss_type, num_items_in_batch),
-        temperature=temperature,
-        inplace=inplace,
+    band, options = (loss_type, importance_sampling_level, eps_low, eps_high), (beta, use_bias_correction_kl, length)
+    config, counting = objective(*band, delta, *options), objective(*band, None, *options)
+    weights = _rollout_weights(function, vllm_is_ratio, completion_ids)
+    given = _inputs(
+        advantages, old_logp, ref_logp if beta != 0 else None, weights, _normalizer(loss_type, num_items_in_batch)
     )
-    batch = _token_batch(config, out.log_probs, completion_mask, advantages, old_logp, ref_logp, weights)
-    return out.loss, _metrics(config, batch, out.log_probs)
+    tokens, batch = read_batch(
+        read_tokens(function, logits, completion_ids, completion_mask, given.tensors), config, given
+    )
+    if reduce and not inplace:
+        out = grpo_loss(
+            *(logits, completion_ids, advantages, completion_mask),
+            old_log_probs=given.old,
+            ref_log_probs=given.ref,
+            token_weights=weights,
+            config=config,
+            normalizer=given.normalizer,
+            temperature=temperature,
+        )
+        return out.loss, _metrics(counting, batch, out.log_probs)
+    rows: dict[str, Any] = {"temperature": temperature, "inplace": inplace and not logits.is_leaf}
+    log_probs = token_log_probs(logits, completion_ids, completion_mask, **rows).log_probs
+    alone = _each_counts_once(batch, tokens, weights, beta)
+    policy, kl, _, _ = token_terms(config, alone, log_probs.detach())
+    value = times(policy, alone.policy_weight) + beta * kl
+    losses = _PerToken.apply(log_probs, config, alone, value)
+    if not reduce:
+        flags = token_terms(counting, batch, log_probs.detach())[2]
+        return losses, kl if beta != 0 else None, (flags != 0).float()
+    aggregation = (config.aggregation, batch.masked_in, batch.sequences, given.normalizer, config.constant_length)
+    share = on_tokens(sequence_weights(*aggregation), batch.masked_in, batch.sequences, losses.dtype)
+    return (losses * share).sum(), _metrics(counting, batch, log_probs)
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):
@@ -121,11 +135,20 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         vespo_lambda_neg: float = 2.0,
     ) -> None:
         super().__init__()
-        if loss_type == "dr_grpo" and max_completion_length is None:
+        self.beta, self.use_ref_model, self.use_bias_correction_kl = beta, use_ref_model, use_bias_correction_kl
+        self.epsilon_low, self.epsilon_high, self.delta = epsilon_low, epsilon_high, delta
+        self.loss_type, self.importance_sampling_level = loss_type, importance_sampling_level
+        self.max_completion_length, self.temperature = max_completion_length, temperature
+        self._config(delta)
+
+    def _config(self, delta: float | None) -> LossConfig:
+        """Of the attributes as they are now. Without a reference model the policy is its own: a KL of 0."""
+        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError("max_completion_length must be provided for loss_type 'dr_grpo'.")
-        options = (epsilon_low, epsilon_high, delta, beta, use_bias_correction_kl, max_completion_length)
-        self.config = objective(loss_type, importance_sampling_level, *options)
-        self.beta, self.loss_type, self.temperature = beta, loss_type, temperature
+        beta = self.beta if self.use_ref_model else 0.0
+        clip = (self.epsilon_low, self.epsilon_high, delta)
+        options = (beta, self.use_bias_correction_kl, self.max_completion_length)
+        return objective(self.loss_type, self.importance_sampling_level, *clip, *options)
 
     def forward(
         self,
@@ -144,34 +167,52 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         num_items_in_batch: float | Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See the class; ``ref_input`` and ``ref_weight`` stand in for ``ref_per_token_logps``."""
-        tokens = (selected_token_ids, attention_mask)
-        if self.beta != 0 and ref_per_token_logps is None and ref_input is not None and ref_weight is not None:
+        function, ids, config = "LigerFusedLinearGRPOLoss", selected_token_ids, self._config(self.delta)
+        if config.kl.coef == 0:
+            ref_per_token_logps = None
+        elif ref_per_token_logps is None and ref_input is not None and ref_weight is not None:
             with torch.no_grad():
-                options = {"bias": ref_bias, "temperature": self.temperature}
-                ref_per_token_logps = linear_token_log_probs(ref_input, ref_weight, *tokens, **options).log_probs
-        out = linear_grpo_loss(
-            _input,
-            lin_weight,
-            selected_token_ids,
-            advantages,
-            attention_mask,
+                options: dict[str, Any] = {"bias": ref_bias, "temperature": self.temperature}
+                out = linear_token_log_probs(ref_input, ref_weight, ids, attention_mask, **options)
+                ref_per_token_logps = out.log_probs
+        weights = _rollout_weights(function, vllm_is_ratio, ids)
+        normalizer = _normalizer(self.loss_type, num_items_in_batch)
+        given = _inputs(advantages, old_per_token_logps, ref_per_token_logps, weights, normalizer)
+        head = (_input, lin_weight, bias)
+        tokens = read_linear_tokens(function, *head, ids, attention_mask, None, given.tensors)
+        _, batch = read_batch(tokens, config, given)
+        loss = linear_grpo_loss(
+            *(_input, lin_weight, ids, advantages, attention_mask),
             bias=bias,
-            old_log_probs=old_per_token_logps,
-            ref_log_probs=None if self.beta == 0 else ref_per_token_logps,
-            token_weights=_rollout_weights(vllm_is_ratio, selected_token_ids),
-            config=self.config,
-            normalizer=_normalizer(self.loss_type, num_items_in_batch),
+            old_log_probs=given.old,
+            ref_log_probs=given.ref,
+            token_weights=weights,
+            config=config,
+            normalizer=normalizer,
             temperature=self.temperature,
         )
-        known = (advantages, old_per_token_logps, ref_per_token_logps, None)
-        batch = _token_batch(self.config, out.log_probs, attention_mask, *known)
-        return out.loss, tuple(_metrics(self.config, batch, out.log_probs))
+        metrics = _metrics(self._config(None), batch, loss.log_probs)
+        if self.beta != 0 and config.kl.coef == 0:
+            metrics.insert(0, torch.zeros_like(metrics[0]))
+        return loss.loss, tuple(metrics)
 
 
-def _rollout_weights(ratio: Tensor | None, ids: Tensor) -> Tensor | None:
+def _inputs(
+    advantages: Tensor,
+    old: Tensor | None,
+    ref: Tensor | None,
+    weights: Tensor | None,
+    normalizer: float | Tensor | None,
+) -> LossInputs:
+    return LossInputs(advantages, old, ref, None, weights, None, normalizer, None, None, False, None)
+
+
+def _rollout_weights(function: str, ratio: Tensor | None, ids: Tensor) -> Tensor | None:
     """(B, L) of (B,), (B, 1) or (B, L)."""
     if ratio is None:
         return None
+    count, length = ids.shape
+    check_shape(function, "vllm_is_ratio", ratio, ((count,), (count, 1), (count, length)), {"vllm_is_ratio": ratio})
     return (ratio.unsqueeze(-1) if ratio.dim() == 1 else ratio).expand(ids.shape)
 
 
@@ -183,54 +224,21 @@ def _normalizer(loss_type: str, items: float | Tensor | None) -> float | Tensor 
     return items.clamp(min=1) / ranks if isinstance(items, Tensor) else max(items, 1) / ranks
 
 
-def _token_batch(
-    config: LossConfig,
-    log_probs: Tensor,
-    mask: Tensor | None,
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    weights: Tensor | None,
-) -> TokenBatch:
-    """Tokens that each count once, whatever they are reduced to afterwards."""
-    live = torch.ones_like(log_probs, dtype=torch.bool) if mask is None else mask != 0
-    beta = config.kl.coef
-    if beta != 0 and ref is None:
-        raise ValueError("triton_grpo_loss: expected ref_logp for the KL term; got None. beta=0.0 leaves it out.")
-    kind: dict[str, Any] = {"dtype": log_probs.dtype, "device": log_probs.device}
-    ones = torch.ones(log_probs.shape, **kind)
-    rows = advantages.unsqueeze(-1) if advantages.dim() == 1 else advantages
-    return TokenBatch(
-        live=live,
-        masked_in=live,
-        sequences=Padded(len(live)),
-        advantages=rows.to(**kind).expand(live.shape),
-        old=old,
-        ref=ref if beta != 0 else None,
-        rollout=None,
-        policy_weight=ones if weights is None else weights.to(**kind),
-        kl_weight=beta * ones if beta != 0 else None,
-        entropy_weight=None,
-    )
+def _each_counts_once(batch: TokenBatch, tokens: Tokens, weights: Tensor | None, beta: float) -> TokenBatch:
+    """Whatever the tokens are reduced to afterwards."""
+    ones = batch.live.to(tokens.real)
+    policy = ones if weights is None else torch.where(batch.live, weights.to(ones), 0.0)
+    return dataclasses.replace(batch, policy_weight=policy, kl_weight=beta * ones if beta != 0 else None)
 
 
 @torch.no_grad()
-def _metrics(config: LossConfig, batch: TokenBatch, log_probs: Tensor) -> list[Tensor]:
-    """Means over live tokens: the KL (its ratio included) where there is one, and how many are clipped."""
-    _, kl, flags, _ = token_terms(config, batch, log_probs)
+def _metrics(counting: LossConfig, batch: TokenBatch, log_probs: Tensor) -> list[Tensor]:
+    """Means over live tokens: the KL (its ratio included) where there is one, and how many are clipped. Liger counts
+    those outside of the band, so ``counting`` is the objective without delta."""
+    _, kl, flags, _ = token_terms(counting, batch, log_probs.detach())
     count = batch.live.sum().clamp(min=1)
-    clipped = _is_clipped(flags).sum() / count
+    clipped = (flags != 0).sum() / count
     return [clipped] if batch.kl_weight is None else [kl.sum() / count, clipped]
-
-
-def _is_clipped(flags: Tensor) -> Tensor:
-    return ((flags & (CLIPPED_LOW | CLIPPED_HIGH)) != 0).float()
-
-
-def _per_token(config: LossConfig, batch: TokenBatch, log_probs: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    policy, kl, flags, _ = token_terms(config, batch, log_probs.detach())
-    loss = _PerToken.apply(log_probs, config, batch, policy * batch.policy_weight + config.kl.coef * kl)
-    return loss, None if batch.kl_weight is None else kl, _is_clipped(flags)
 
 
 class _PerToken(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..config import KL, LossConfig, check_name
 from ..surrogates import Clip
 
@@ -13,6 +15,7 @@ AGGREGATIONS = {
     "luspo": "sequence_sum",
 }
 """Of each ``loss_type`` that the fused loss has."""
+LEVELS = ("token", "sequence")
 
 
 def objective(
@@ -27,6 +30,7 @@ def objective(
 ) -> LossConfig:
     """Neither package clamps log-ratios or the KL, so no limit is set. An entropy bonus is a mean over tokens."""
     check_name("loss_type", loss_type, AGGREGATIONS)
+    check_name("importance_sampling_level", level, LEVELS)
     return LossConfig(
         _clip(epsilon_low, epsilon_high, delta),
         level=level,  # type: ignore[arg-type]
@@ -41,6 +45,8 @@ def objective(
 def _clip(low: float, high: float, delta: float | None) -> Clip:
     """Both bound the ratio of the unclipped branch by delta, whatever the advantage's sign: below 1 + high that lowers
     the upper bound of positive advantages, and leaves negative ones to the clipped branch, bounded at 1 + high."""
+    low = min(low, 1.0)  # ratios are positive
+    delta = None if delta == math.inf else delta
     if delta is None or delta >= 1 + high:
         return Clip(low, high, dual=delta)
     if delta < 1:

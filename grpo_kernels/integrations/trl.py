@@ -1,13 +1,14 @@
 """TRL 1.16: ``FusedGRPOTrainer``, and ``patch_trl`` for the log-probs of every TRL trainer.
 
 ``FusedGRPOTrainer`` is ``GRPOTrainer`` with the whole loss computed inside the model's forward, from hidden states, in
-one pass over the vocabulary; its metrics have TRL's names and values. ``patch_trl`` swaps only the operator that TRL's
-trainers take log-probs and entropies from.
+one pass over the vocabulary; its metrics have TRL's names and values. ``patch_trl`` swaps only the operator that GRPO
+and RLOO take log-probs and entropies from.
 """
 
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -46,7 +47,9 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     Raises:
         ValueError: an option of ``GRPOConfig`` that the loss does not have, with the nearest one that it has; an
-            architecture or a head that ``hf.attach`` refuses; another version of TRL.
+            architecture or a head that ``hf.attach`` refuses.
+        RuntimeError: another version of TRL.
+        TypeError: a subclass that overrides TRL's log-probs, which this loss would not use.
     """
 
     entropy_coef: float
@@ -54,14 +57,22 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, from_logits: bool = False, **kwargs: Any) -> None:
         _check_version("FusedGRPOTrainer")
+        mine, name = type(self), "_get_per_token_logps_and_entropies"
+        if (
+            getattr(mine, name) is not getattr(FusedGRPOTrainer, name)
+            and mine._compute_loss is FusedGRPOTrainer._compute_loss
+        ):
+            raise TypeError(
+                f"{mine.__name__} overrides {name}, which the fused loss does not use: subclass trl.GRPOTrainer."
+            )
         given = kwargs.get("args") or next((value for value in args if isinstance(value, GRPOConfig)), None)
         if given is not None:
             check_arguments(given)
         super().__init__(*args, **kwargs)
         check_trainer(self)
-        config = loss_config(self.args, self.max_completion_length)
         options = {"temperature": self.temperature, **({"inplace": True} if from_logits else {})}
-        hf.attach(self.model, config, from_logits=from_logits, **options)
+        # Whatever forward is: TRL's fused head, perhaps over the forward of an earlier trainer.
+        hf.bind(hf.causal_model(self.model, "FusedGRPOTrainer"), loss_config(self), from_logits, options)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -87,8 +98,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         ):
             tokens = {"token_ids": ids[:, -logits_to_keep:], "mask": attention[:, -logits_to_keep:]}
             inputs = {"input_ids": ids, "attention_mask": attention, "logits_to_keep": logits_to_keep + 1}
-            with self.accelerator.autocast():
-                parts.append(model(**inputs, grpo=tokens))
+            parts.append(self._call(model, inputs, tokens)[1])
         log_probs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
         return log_probs, entropy if compute_entropy else None, None
 
@@ -118,13 +128,20 @@ class FusedGRPOTrainer(GRPOTrainer):
             "entropy_coef": entropy_coef / accumulated / scale,
             "grad_scale": scale,
         }
-        vision = {name: inputs[name] for name in _VISION if inputs.get(name) is not None}
-        keep = inputs["completion_ids"].shape[1] + 1
-        with self.accelerator.autocast():
-            out: LossOutput = model(input_ids=ids, attention_mask=attention, logits_to_keep=keep, **vision, grpo=grpo)
-        loss = out.loss * scale
-        self._log_step(mode, inputs, mask, out, loss.detach() / scale, entropy_coef / accumulated / scale)
+        given = {name: inputs[name] for name in _VISION if inputs.get(name) is not None}
+        given |= {"input_ids": ids, "attention_mask": attention, "logits_to_keep": mask.shape[1] + 1}
+        returned, out = self._call(model, given, {**grpo, "config": loss_config(self)})
+        self._log_step(mode, inputs, mask, out, entropy_coef / accumulated / scale)
+        loss: Tensor = returned.loss * scale
         return loss
+
+    def _call(self, model: Any, inputs: dict[str, Any], grpo: dict[str, Any]) -> tuple[Any, Any]:
+        """What the model returns, whose loss hooks know, and what was computed inside: FSDP's mixed precision rounds
+        the tensors of plain dicts on the way in and every output on the way out."""
+        inside: list[Any] = []
+        with self.accelerator.autocast():
+            returned = model(**inputs, grpo=types.MappingProxyType({**grpo, "receive": inside.append}))
+        return returned, inside[-1]
 
     def _entropy_coef_now(self) -> float:
         """The bonus that TRL's controller asks for in this accumulation window."""
@@ -162,9 +179,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return weights
 
     @torch.no_grad()
-    def _log_step(
-        self, mode: str, inputs: dict[str, Any], mask: Tensor, out: LossOutput, loss: Tensor, entropy_coef: float
-    ) -> None:
+    def _log_step(self, mode: str, inputs: dict[str, Any], mask: Tensor, out: LossOutput, entropy_coef: float) -> None:
         """TRL's metrics by TRL's names, from the log-probs and entropies that the loss returned."""
         metrics = self._metrics[mode]
         advantages = inputs["advantages"]
@@ -190,7 +205,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             metrics[f"clip_ratio/{name}"].append(extreme(self.accelerator.gather(each)).item())
         if self._entropy_bonus_enabled:
             bonus = (out.entropy * mask).sum() / mask.sum().clamp(min=1.0)
-            policy_loss = self.accelerator.gather(loss + entropy_coef * bonus)
+            policy_loss = self.accelerator.gather(out.loss + entropy_coef * bonus)
             metrics["policy_loss"].append(policy_loss.nanmean().item())
             self._control_entropy(mode, out.entropy, mask)
 
@@ -224,6 +239,8 @@ class FusedGRPOTrainer(GRPOTrainer):
 
 
 _ORIGINAL = "ChunkedLogProbFunction"
+_OPERATOR = "_ChunkedLogProbFunction"
+"""Its name in trl.trainer.utils, looked up at every call."""
 _OUTPUTS = ("log_probs", "entropy")
 _ARGUMENTS = (
     *("ctx", "hidden", "weight", "bias", "targets", "temperature", "chunk_size"),
@@ -262,44 +279,48 @@ class _LogProbs:
 
 
 def patch_trl() -> None:
-    """Take the log-probs and entropies of every TRL trainer (GRPO, RLOO, DPO, KTO, SFT, ...) from these kernels.
+    """Take the log-probs and entropies of TRL's GRPO and RLOO trainers from these kernels.
 
-    Only the operator is swapped: every loss option stays TRL's own. Outputs that are not log-probs or entropies, and
-    weights that DeepSpeed ZeRO-3 partitions, stay with TRL's operator. ``unpatch_trl`` undoes it.
+    Only the operator is swapped: every loss option stays TRL's own. Calls that ask for more (SFT's top-1 accuracy, the
+    mean logits of DPO and KTO) and weights that DeepSpeed ZeRO-3 partitions stay with TRL's operator. ``unpatch_trl``
+    undoes it.
 
     Raises:
         RuntimeError: a TRL whose internals are not those that this was written for.
     """
     _check_version("patch_trl")
-    present = trl_utils._ChunkedLogProbFunction
+    present = getattr(trl_utils, _OPERATOR, None)
     if present is _LogProbs:
         return
     found = getattr(getattr(present, "forward", None), "__code__", None)
     names = found.co_varnames[: found.co_argcount] if found else ()
-    if present.__name__ != _ORIGINAL or names != _ARGUMENTS:
+    name = getattr(present, "__name__", "nothing")
+    if name != _ORIGINAL or names != _ARGUMENTS:
         raise RuntimeError(
             f"patch_trl: expected trl.trainer.utils._ChunkedLogProbFunction to be {_ORIGINAL}"
-            f"({', '.join(_ARGUMENTS)}); got {present.__name__}({', '.join(names)}). Something else has patched "
+            f"({', '.join(_ARGUMENTS)}); got {name}({', '.join(names)}). Something else has patched "
             f"TRL {trl.__version__}."
         )
     _LogProbs.original = present
-    trl_utils._ChunkedLogProbFunction = _LogProbs
+    setattr(trl_utils, _OPERATOR, _LogProbs)
 
 
 def unpatch_trl() -> None:
     """Undo ``patch_trl``; nothing happens where it was not called."""
-    if trl_utils._ChunkedLogProbFunction is _LogProbs:
-        trl_utils._ChunkedLogProbFunction = _LogProbs.original
+    if getattr(trl_utils, _OPERATOR, None) is _LogProbs:
+        setattr(trl_utils, _OPERATOR, _LogProbs.original)
 
 
 @contextlib.contextmanager
 def patched_trl() -> Any:
-    """``patch_trl`` for a ``with`` block."""
+    """``patch_trl`` for a ``with`` block; a patch from before stays."""
+    before = getattr(trl_utils, _OPERATOR, None) is _LogProbs
     patch_trl()
     try:
         yield
     finally:
-        unpatch_trl()
+        if not before:
+            unpatch_trl()
 
 
 def _check_version(what: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import LossConfig
-from .objectives import AGGREGATIONS, objective
+from .objectives import AGGREGATIONS, LEVELS, objective
 
 
 def check_arguments(args: Any) -> None:
@@ -14,6 +14,8 @@ def check_arguments(args: Any) -> None:
         _refuse(f'loss_type="{args.loss_type}"', f"one of {', '.join(AGGREGATIONS)}")
     if args.cast_lm_head_to_fp32:
         _refuse("cast_lm_head_to_fp32=True", "model_init_kwargs={'dtype': 'float32'}")
+    if args.importance_sampling_level not in LEVELS:
+        _refuse(f'importance_sampling_level="{args.importance_sampling_level}"', " and ".join(LEVELS))
     if args.delta is not None and args.delta < 1:
         _refuse(f"delta={args.delta}, which bounds ratios below 1", "delta >= 1")
     bonus = args.entropy_coef != 0 or args.use_adaptive_entropy
@@ -34,8 +36,9 @@ def _refuse(option: str, supported: str) -> None:
     )
 
 
-def loss_config(args: Any, max_completion_length: int) -> LossConfig:
-    """The objective that ``GRPOConfig`` describes."""
-    epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    options = (args.epsilon, epsilon_high, args.delta, args.beta, args.use_bias_correction_kl, max_completion_length)
-    return objective(args.loss_type, args.importance_sampling_level, *options)
+def loss_config(trainer: Any) -> LossConfig:
+    """The objective that the trainer's attributes describe, now: callbacks may have changed them."""
+    args = trainer.args
+    clip = (trainer.epsilon_low, trainer.epsilon_high, args.delta)
+    options = (trainer.beta, args.use_bias_correction_kl, trainer.max_completion_length)
+    return objective(trainer.loss_type, trainer.importance_sampling_level, *clip, *options)
