@@ -217,6 +217,16 @@ def test_on_policy_and_advantages_of_tokens():
     assert_close(gradient, wanted_gradient)
 
 
+def test_two_references():
+    batch = Batch(temperature=1.0)
+    arguments = (batch.hidden[:, :-1], batch.weight, batch.ids, batch.mask, batch.advantages, batch.bias)
+    loss = liger.LigerFusedLinearGRPOLoss(beta=0.1)
+    both = {"ref_input": batch.hidden[:, :-1] * 2, "ref_weight": batch.weight}
+    with pytest.warns(UserWarning, match="Using ref_per_token_logps"):
+        value = loss(*arguments, ref_per_token_logps=batch.ref, **both)[0]
+    assert torch.equal(value, loss(*arguments, ref_per_token_logps=batch.ref)[0])
+
+
 def test_refused_by_name():
     batch = Batch()
     with pytest.raises(ValueError, match="cispo"):

@@ -14,6 +14,7 @@ Arguments, defaults and results are Liger's; Liger itself is not needed. Where t
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import torch
@@ -168,6 +169,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See the class; ``ref_input`` and ``ref_weight`` stand in for ``ref_per_token_logps``."""
         function, ids, config = "LigerFusedLinearGRPOLoss", selected_token_ids, self._config(self.delta)
+        if ref_per_token_logps is not None and ref_input is not None:
+            warnings.warn(f"{function}: both references were given. Using ref_per_token_logps.", stacklevel=2)
         if config.kl.coef == 0:
             ref_per_token_logps = None
         elif ref_per_token_logps is None and ref_input is not None and ref_weight is not None:
