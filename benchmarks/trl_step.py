@@ -10,6 +10,7 @@ model, metrics. Providers take turns inside each round, medians; memory is measu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -88,13 +89,8 @@ class Step:
         self.inputs |= {"advantages": torch.randn(SEQUENCES), "num_items_in_batch": ones[:, PROMPT:].sum().float()}
 
     def run(self) -> None:
-        if not self.patched:
-            return self._run()
-        with patched_trl():
-            return self._run()
-
-    def _run(self) -> None:
-        self.trainer._compute_loss(self.trainer.model, self.inputs).backward()
+        with patched_trl() if self.patched else contextlib.nullcontext():
+            self.trainer._compute_loss(self.trainer.model, self.inputs).backward()
 
     def restore(self) -> None:
         self.trainer.model.zero_grad(set_to_none=True)

@@ -99,7 +99,7 @@ def attach(
 def bind(inner: Any, config: LossConfig, from_logits: bool, options: Mapping[str, Any]) -> None:
     """``attach`` without its checks, over whatever ``inner.forward`` is."""
     loss, log_probs = (grpo_loss, token_log_probs) if from_logits else (linear_grpo_loss, linear_token_log_probs)
-    names = (*_keywords(loss), "config", "receive")
+    names, known = (*_keywords(loss), "config", "receive"), _keywords(log_probs)
     fixed = dict(options)
     if not from_logits:
         _head(inner)
@@ -107,6 +107,7 @@ def bind(inner: Any, config: LossConfig, from_logits: bool, options: Mapping[str
     before = inner.forward
     method = getattr(before, "__func__", None)
     signature = inspect.signature(method or type(inner).forward)
+    positions = list(signature.parameters)[1:]
 
     def original(self: Any, *args: Any, **inputs: Any) -> Any:
         return before(*args, **inputs) if method is None else method(self, *args, **inputs)
@@ -116,18 +117,20 @@ def bind(inner: Any, config: LossConfig, from_logits: bool, options: Mapping[str
         if grpo is None:
             return original(self, *args, **inputs)
         _check_given(grpo, names, inputs)
-        inputs |= dict(zip(list(signature.parameters)[1:], args, strict=False))
+        inputs |= dict(zip(positions, args, strict=False))
         inputs |= {"return_dict": True, "use_cache": inputs.get("use_cache", False)}
         given = {"config": config, **fixed, **grpo}
         receive = given.pop("receive", None)
         if from_logits:
             rows: tuple[Tensor, ...] = (original(self, **inputs).logits,)
+            head: dict[str, Any] = {}
         else:
             keep = inputs.pop("logits_to_keep", 0)
             hidden = self.base_model(**inputs).last_hidden_state
-            weight, given["bias"] = _whole(_head(self))  # looked up anew: FSDP and PEFT may replace it after attach
+            weight, bias = _whole(_head(self))  # looked up anew: FSDP and PEFT may replace it after attach
             rows = (hidden[:, slice(-keep, None) if isinstance(keep, int) else keep], weight)
-        out = _run(functools.partial(loss, *rows), functools.partial(log_probs, *rows), given)
+            head = {"bias": bias}
+        out = _run(functools.partial(loss, *rows, **head), functools.partial(log_probs, *rows, **head), known, given)
         if receive is not None:
             receive(out)
         return out
@@ -177,12 +180,16 @@ def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any]) -
 
 
 def _run(
-    loss: Callable[..., LossOutput], log_probs: Callable[..., TokenLogProbs], given: dict[str, Any]
+    loss: Callable[..., LossOutput],
+    log_probs: Callable[..., TokenLogProbs],
+    names: tuple[str, ...],
+    given: dict[str, Any],
 ) -> LossOutput | TokenLogProbs:
+    """``names``: what ``log_probs`` accepts of what was given."""
     if given.get("token_ids") is None:
         fail("attach", "grpo=dict(token_ids=..., ...)", f"only {', '.join(given) or 'an empty dict'}")
     token_ids, mask = given.pop("token_ids"), given.pop("mask", None)
-    known = {name: value for name, value in given.items() if name in inspect.signature(log_probs).parameters}
+    known = {name: value for name, value in given.items() if name in names}
     inside = _inside(token_ids, mask, given.get("cu_seqlens"))
     if given.get("advantages") is None:
         return log_probs(token_ids, inside, **known)

@@ -203,16 +203,16 @@ class LossInputs:
     """The optional tensors and numbers of a loss call, as the user gave them."""
 
     advantages: Tensor
-    old: Tensor | None
-    ref: Tensor | None
-    rollout: Tensor | None
-    token_weights: Tensor | None
-    cu_seqlens: Tensor | None
-    normalizer: float | Tensor | None
-    kl_coef: float | Tensor | None
-    entropy_coef: float | Tensor | None
-    skip_zero_advantage: bool
-    check: bool | None
+    old: Tensor | None = None
+    ref: Tensor | None = None
+    rollout: Tensor | None = None
+    token_weights: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    normalizer: float | Tensor | None = None
+    kl_coef: float | Tensor | None = None
+    entropy_coef: float | Tensor | None = None
+    skip_zero_advantage: bool = False
+    check: bool | None = None
 
     @property
     def tensors(self) -> dict[str, object]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..aggregation import on_tokens, sequence_weights
 from ..checks import check_shape
 from ..config import LossConfig
-from ..inputs import LossInputs, Tokens, read_batch, read_linear_tokens, read_tokens
+from ..inputs import LossInputs, read_batch, read_linear_tokens, read_tokens
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
@@ -77,33 +77,31 @@ def triton_grpo_loss(
     band, options = (loss_type, importance_sampling_level, eps_low, eps_high), (beta, use_bias_correction_kl, length)
     config, counting = objective(*band, delta, *options), objective(*band, None, *options)
     weights = _rollout_weights(function, vllm_is_ratio, completion_ids)
-    given = _inputs(
-        advantages, old_logp, ref_logp if beta != 0 else None, weights, _normalizer(loss_type, num_items_in_batch)
-    )
-    tokens, batch = read_batch(
-        read_tokens(function, logits, completion_ids, completion_mask, given.tensors), config, given
-    )
+    normalizer, ref = _normalizer(loss_type, num_items_in_batch), ref_logp if beta != 0 else None
+    given = LossInputs(advantages, old_logp, ref, token_weights=weights, normalizer=normalizer)
+    tokens = read_tokens(function, logits, completion_ids, completion_mask, given.tensors)
+    _, batch = read_batch(tokens, config, given)
     if reduce and not inplace:
         out = grpo_loss(
             *(logits, completion_ids, advantages, completion_mask),
-            old_log_probs=given.old,
-            ref_log_probs=given.ref,
+            old_log_probs=old_logp,
+            ref_log_probs=ref,
             token_weights=weights,
             config=config,
-            normalizer=given.normalizer,
+            normalizer=normalizer,
             temperature=temperature,
         )
         return out.loss, _metrics(counting, batch, out.log_probs)
     rows: dict[str, Any] = {"temperature": temperature, "inplace": inplace and not logits.is_leaf}
     log_probs = token_log_probs(logits, completion_ids, completion_mask, **rows).log_probs
-    alone = _each_counts_once(batch, tokens, weights, beta)
+    alone = _each_counts_once(batch, weights, beta)
     policy, kl, _, _ = token_terms(config, alone, log_probs.detach())
     value = times(policy, alone.policy_weight) + beta * kl
     losses = _PerToken.apply(log_probs, config, alone, value)
     if not reduce:
         flags = token_terms(counting, batch, log_probs.detach())[2]
         return losses, kl if beta != 0 else None, (flags != 0).float()
-    aggregation = (config.aggregation, batch.masked_in, batch.sequences, given.normalizer, config.constant_length)
+    aggregation = (config.aggregation, batch.masked_in, batch.sequences, normalizer, config.constant_length)
     share = on_tokens(sequence_weights(*aggregation), batch.masked_in, batch.sequences, losses.dtype)
     return (losses * share).sum(), _metrics(counting, batch, log_probs)
 
@@ -180,15 +178,16 @@ class LigerFusedLinearGRPOLoss(nn.Module):
                 ref_per_token_logps = out.log_probs
         weights = _rollout_weights(function, vllm_is_ratio, ids)
         normalizer = _normalizer(self.loss_type, num_items_in_batch)
-        given = _inputs(advantages, old_per_token_logps, ref_per_token_logps, weights, normalizer)
+        known = (advantages, old_per_token_logps, ref_per_token_logps)
+        given = LossInputs(*known, token_weights=weights, normalizer=normalizer)
         head = (_input, lin_weight, bias)
         tokens = read_linear_tokens(function, *head, ids, attention_mask, None, given.tensors)
         _, batch = read_batch(tokens, config, given)
         loss = linear_grpo_loss(
             *(_input, lin_weight, ids, advantages, attention_mask),
             bias=bias,
-            old_log_probs=given.old,
-            ref_log_probs=given.ref,
+            old_log_probs=old_per_token_logps,
+            ref_log_probs=ref_per_token_logps,
             token_weights=weights,
             config=config,
             normalizer=normalizer,
@@ -198,16 +197,6 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         if self.beta != 0 and config.kl.coef == 0:
             metrics.insert(0, torch.zeros_like(metrics[0]))
         return loss.loss, tuple(metrics)
-
-
-def _inputs(
-    advantages: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    weights: Tensor | None,
-    normalizer: float | Tensor | None,
-) -> LossInputs:
-    return LossInputs(advantages, old, ref, None, weights, None, normalizer, None, None, False, None)
 
 
 def _rollout_weights(function: str, ratio: Tensor | None, ids: Tensor) -> Tensor | None:
@@ -227,9 +216,9 @@ def _normalizer(loss_type: str, items: float | Tensor | None) -> float | Tensor 
     return items.clamp(min=1) / ranks if isinstance(items, Tensor) else max(items, 1) / ranks
 
 
-def _each_counts_once(batch: TokenBatch, tokens: Tokens, weights: Tensor | None, beta: float) -> TokenBatch:
+def _each_counts_once(batch: TokenBatch, weights: Tensor | None, beta: float) -> TokenBatch:
     """Whatever the tokens are reduced to afterwards."""
-    ones = batch.live.to(tokens.real)
+    ones = batch.live.to(batch.advantages)
     policy = ones if weights is None else torch.where(batch.live, weights.to(ones), 0.0)
     return dataclasses.replace(batch, policy_weight=policy, kl_weight=beta * ones if beta != 0 else None)
 

@@ -1,7 +1,7 @@
-"""TRL 1.16: ``FusedGRPOTrainer``, and ``patch_trl`` for the log-probs of every TRL trainer.
+"""TRL 1.16: ``FusedGRPOTrainer``, and ``patch_trl`` for the log-probs of GRPO and RLOO.
 
-``FusedGRPOTrainer`` is ``GRPOTrainer`` with the whole loss computed inside the model's forward, from hidden states, in
-one pass over the vocabulary; its metrics have TRL's names and values. ``patch_trl`` swaps only the operator that GRPO
+``FusedGRPOTrainer`` is ``GRPOTrainer`` with the whole loss computed inside the model's forward, from hidden
+states; its metrics have TRL's names and values. ``patch_trl`` swaps only the operator that GRPO
 and RLOO take log-probs and entropies from.
 """
 
@@ -116,7 +116,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             if mode == "train":
                 normalizer = normalizer * accumulated / self.args.steps_per_generation
             scale = 1.0
-        entropy_coef = self._entropy_coef_now()
+        entropy_coef = self._entropy_coef_now() / accumulated / scale
         grpo = {
             "token_ids": inputs["completion_ids"],
             "mask": mask,
@@ -125,13 +125,13 @@ class FusedGRPOTrainer(GRPOTrainer):
             "ref_log_probs": inputs["ref_per_token_logps"] if self.beta != 0 else None,
             "token_weights": self._token_weights(inputs, mask),
             "normalizer": normalizer,
-            "entropy_coef": entropy_coef / accumulated / scale,
+            "entropy_coef": entropy_coef,
             "grad_scale": scale,
         }
         given = {name: inputs[name] for name in _VISION if inputs.get(name) is not None}
         given |= {"input_ids": ids, "attention_mask": attention, "logits_to_keep": mask.shape[1] + 1}
         returned, out = self._call(model, given, {**grpo, "config": loss_config(self)})
-        self._log_step(mode, inputs, mask, out, entropy_coef / accumulated / scale)
+        self._log_step(mode, inputs, mask, out, entropy_coef)
         loss: Tensor = returned.loss * scale
         return loss
 
@@ -166,9 +166,8 @@ class FusedGRPOTrainer(GRPOTrainer):
             if self.off_policy_mask_threshold is not None:
                 old = inputs.get("old_per_token_logps")
                 sampled = inputs.get("sampling_per_token_logps", policy.log_probs if old is None else old)
-                advantages = inputs["advantages"]
                 factor = factor * self.get_off_policy_mask(
-                    advantages=advantages.unsqueeze(1) if advantages.dim() == 1 else advantages,
+                    advantages=_per_row(inputs["advantages"]),
                     per_token_logps=policy.log_probs,
                     sampling_per_token_logps=sampled,
                     mask=mask,
@@ -182,8 +181,7 @@ class FusedGRPOTrainer(GRPOTrainer):
     def _log_step(self, mode: str, inputs: dict[str, Any], mask: Tensor, out: LossOutput, entropy_coef: float) -> None:
         """TRL's metrics by TRL's names, from the log-probs and entropies that the loss returned."""
         metrics = self._metrics[mode]
-        advantages = inputs["advantages"]
-        advantages = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+        advantages = _per_row(inputs["advantages"])
         old = inputs.get("old_per_token_logps")
         log_ratio = out.log_probs - (out.log_probs if old is None else old)
         if self.importance_sampling_level == "sequence":
@@ -238,6 +236,11 @@ class FusedGRPOTrainer(GRPOTrainer):
             self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
 
 
+def _per_row(advantages: Tensor) -> Tensor:
+    """(B, 1) of (B,), for maths with (B, T)."""
+    return advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
+
+
 _ORIGINAL = "ChunkedLogProbFunction"
 _OPERATOR = "_ChunkedLogProbFunction"
 """Its name in trl.trainer.utils, looked up at every call."""
@@ -290,14 +293,14 @@ def patch_trl() -> None:
     """
     _check_version("patch_trl")
     present = getattr(trl_utils, _OPERATOR, None)
-    if present is _LogProbs:
+    if _is_patched():
         return
     found = getattr(getattr(present, "forward", None), "__code__", None)
     names = found.co_varnames[: found.co_argcount] if found else ()
     name = getattr(present, "__name__", "nothing")
     if name != _ORIGINAL or names != _ARGUMENTS:
         raise RuntimeError(
-            f"patch_trl: expected trl.trainer.utils._ChunkedLogProbFunction to be {_ORIGINAL}"
+            f"patch_trl: expected trl.trainer.utils.{_OPERATOR} to be {_ORIGINAL}"
             f"({', '.join(_ARGUMENTS)}); got {name}({', '.join(names)}). Something else has patched "
             f"TRL {trl.__version__}."
         )
@@ -307,20 +310,24 @@ def patch_trl() -> None:
 
 def unpatch_trl() -> None:
     """Undo ``patch_trl``; nothing happens where it was not called."""
-    if getattr(trl_utils, _OPERATOR, None) is _LogProbs:
+    if _is_patched():
         setattr(trl_utils, _OPERATOR, _LogProbs.original)
 
 
 @contextlib.contextmanager
 def patched_trl() -> Any:
     """``patch_trl`` for a ``with`` block; a patch from before stays."""
-    before = getattr(trl_utils, _OPERATOR, None) is _LogProbs
+    before = _is_patched()
     patch_trl()
     try:
         yield
     finally:
         if not before:
             unpatch_trl()
+
+
+def _is_patched() -> bool:
+    return getattr(trl_utils, _OPERATOR, None) is _LogProbs
 
 
 def _check_version(what: str) -> None:
