@@ -7,6 +7,7 @@ from .config import KL, LossConfig
 from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
 from .loss import GRPOLoss, grpo_loss
+from .matching import MatchReport, match, shadow
 from .metrics import Metrics
 from .outputs import LossOutput, TokenLogProbs
 from .rows import align
@@ -21,6 +22,7 @@ __all__ = [
     "LinearGRPOLoss",
     "LossConfig",
     "LossOutput",
+    "MatchReport",
     "Metrics",
     "Reinforce",
     "Surrogate",
@@ -32,8 +34,10 @@ __all__ = [
     "hf",
     "linear_grpo_loss",
     "linear_token_log_probs",
+    "match",
     "normalizer",
     "reference",
+    "shadow",
     "token_log_probs",
     "value_loss",
 ]

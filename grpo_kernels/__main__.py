@@ -1,4 +1,4 @@
-"""Command line: ``python -m grpo_kernels {info, verify, train}``."""
+"""Command line: ``python -m grpo_kernels {info, verify, match, train}``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 def main(argv: list[str] | None = None) -> int:
     """Parse and run; the exit status."""
     from . import info, verify
+    from .matching import command as match
     from .training import loop
 
     parser = argparse.ArgumentParser(prog="python -m grpo_kernels", description="Fused GRPO-family policy losses.")
@@ -16,6 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, module, help_ in (
         ("info", info, "versions, and each backend usable or the reason why not"),
         ("verify", verify, "every backend x preset x dtype against the float64 reference, on this machine"),
+        ("match", match, "name the LossConfig that a loss of your own is, or its fault"),
         ("train", loop, "a minimal GRPO loop on a small task"),
     ):
         sub = commands.add_parser(name, help=help_, description=module.__doc__, formatter_class=_Formatter)

@@ -1,0 +1,137 @@
+"""The batch that a loss is called on to learn what it computes: small, float64, made to tell options apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+VOCAB = 13
+LENGTHS = (7, 5, 1, 0, 6, 3, 4, 2, 6, 7, 3, 1, 7, 4, 5, 5)
+"""Ragged, one of them empty; groups of 2, 4 and 8 differ in size."""
+KEYS = ("logits", "log_probs", "token_ids", "mask", "advantages", "old_log_probs", "ref_log_probs")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Logits (B, T+1, V), float64; row t predicts ``token_ids[:, t]``. ``first`` (B,) are the tokens before them."""
+
+    logits: Tensor
+    first: Tensor
+    token_ids: Tensor
+    mask: Tensor
+    """(B, T), bool."""
+    own: bool = False
+    """The user's: its sizes stay as they are."""
+    values: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """advantages, old_log_probs, ref_log_probs of a user's batch."""
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.token_ids.shape
+
+    def scored(self, ids: Tensor, temperature: float) -> Tensor:
+        """(B, T) log-probs of ``ids`` in the rows that predict a token."""
+        log_p = torch.log_softmax(self.logits[:, : self.shape[1]] / temperature, -1)
+        return log_p.gather(-1, ids[..., None]).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        """(B, T), at temperature 1."""
+        log_p = torch.log_softmax(self.logits[:, : self.shape[1]], -1)
+        return -(log_p.exp() * log_p).sum(-1)
+
+    def unmasked(self) -> Batch:
+        return dataclasses.replace(self, mask=torch.ones_like(self.mask))
+
+    def without_empty(self) -> Batch:
+        """The same with one live token in each sequence that had none."""
+        mask = self.mask.clone()
+        mask[:, 0] |= ~mask.any(-1)
+        return dataclasses.replace(self, mask=mask)
+
+    def variants(self) -> list[Batch]:
+        """Itself, with more padding, with fewer tokens, with half of the sequences: denominators differ in each."""
+        if self.own:
+            return [self]
+        B = self.shape[0]
+        padded = Batch(
+            *(torch.cat([self.logits, self.logits[:, :3]], 1), self.first),
+            *(torch.cat([self.token_ids, self.token_ids[:, :3].flip(-1)], 1), _pad(self.mask, 3)),
+        )
+        fewer = self.mask.clone()
+        fewer[0, 3:] = False
+        fewer[4, 1:] = False
+        everything = [self, dataclasses.replace(self, mask=fewer), padded]
+        if bool(self.mask.all()):
+            everything = [self, padded.unmasked()]
+        half = slice(0, B // 2)
+        return [*everything, Batch(self.logits[half], self.first[half], self.token_ids[half], self.mask[half])]
+
+
+def _pad(mask: Tensor, columns: int) -> Tensor:
+    return torch.cat([mask, mask.new_zeros(mask.shape[0], columns)], 1)
+
+
+def standard_batch() -> Batch:
+    """16 sequences of up to 7 tokens, 13 columns; one sequence has a hole, as a tool's output leaves."""
+    generator = torch.Generator().manual_seed(20)
+    B, T = len(LENGTHS), max(LENGTHS)
+    logits = torch.randn(B, T + 1, VOCAB, generator=generator, dtype=torch.float64)
+    # Neighbours differ by 1 to 4, so that a token is told from the one before and the one after.
+    steps = torch.randint(1, 5, (B, T + 1), generator=generator)
+    tokens = steps.cumsum(-1) % VOCAB
+    mask = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
+    mask[4, 2] = False
+    return Batch(logits, tokens[:, 0], tokens[:, 1:], mask)
+
+
+def users_batch(given: Mapping[str, Tensor]) -> Batch:
+    """A batch from the user's own tensors: sizes and mask are theirs, and their values are compared as well.
+
+    Args:
+        given: ``mask`` (B, T) and either ``logits`` (B, T or T+1, V) with ``token_ids`` (B, T), or ``log_probs``
+            (B, T); also ``advantages``, ``old_log_probs``, ``ref_log_probs``. Whatever is missing is drawn.
+
+    Raises:
+        ValueError: unknown names, or shapes that do not belong together.
+    """
+    if unknown := sorted(set(given) - set(KEYS)):
+        raise ValueError(f"batch= has {', '.join(unknown)}; known are {', '.join(KEYS)}.")
+    values = {name: value.detach().cpu() for name, value in given.items()}
+    shaped = next((values[name] for name in ("token_ids", "mask", "log_probs") if name in values), None)
+    if shaped is None or shaped.dim() != 2:
+        found = "nothing" if shaped is None else tuple(shaped.shape)
+        raise ValueError(f"batch= needs token_ids, mask or log_probs of shape (B, T); got {found}.")
+    B, T = shaped.shape
+    generator = torch.Generator().manual_seed(20)
+    mask = values["mask"] != 0 if "mask" in values else torch.ones(B, T, dtype=torch.bool)
+    if "logits" in values:
+        if "token_ids" not in values:
+            raise ValueError("batch= has logits and no token_ids (B, T).")
+        logits, ids = values["logits"].double(), values["token_ids"].long()
+        if logits.dim() != 3 or logits.shape[0] != B or logits.shape[1] not in (T, T + 1):
+            raise ValueError(f"batch= logits must be ({B}, {T} or {T + 1}, V); got {tuple(logits.shape)}.")
+        if logits.shape[1] == T:
+            logits = torch.cat([logits, logits[:, :1]], 1)
+        ids = torch.where(mask, ids, 0)
+    else:
+        ids = torch.randint(VOCAB, (B, T), generator=generator)
+        logits = torch.randn(B, T + 1, VOCAB, generator=generator, dtype=torch.float64)
+        if "log_probs" in values:
+            logits[:, :T] = _logits_with(values["log_probs"].double(), ids)
+    for name in ("mask", "old_log_probs", "ref_log_probs"):
+        if name in values and values[name].shape != (B, T):
+            raise ValueError(f"batch= {name} must be ({B}, {T}); got {tuple(values[name].shape)}.")
+    kept = {name: values[name].double() for name in KEYS[4:] if name in values}
+    first = torch.randint(logits.shape[-1], (B,), generator=generator)
+    return Batch(logits, first, ids, mask, True, kept)
+
+
+def _logits_with(log_probs: Tensor, ids: Tensor) -> Tensor:
+    """(B, T, VOCAB) logits whose log-prob of ``ids`` is ``log_probs``: the others share what is left."""
+    log_probs = log_probs.clamp(max=-1e-9)
+    rest = torch.log(-torch.expm1(log_probs)) - torch.log(torch.tensor(VOCAB - 1.0, dtype=torch.float64))
+    return rest[..., None].expand(*ids.shape, VOCAB).scatter(-1, ids[..., None], log_probs[..., None])

@@ -1,0 +1,119 @@
+"""Ours in training, yours beside it every so often."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import LossConfig
+from ..log_probs import token_log_probs
+from ..loss import grpo_loss
+from ..outputs import LossOutput
+from .call import Caller, Named, scalar_of
+
+LOGITS_OPTIONS = ("temperature", "logit_scale", "logit_softcap")
+LOG = logging.getLogger("grpo_kernels.shadow")
+
+
+class Sighting(NamedTuple):
+    """One comparison."""
+
+    call: int
+    yours: float
+    ours: float
+    """Times ``factor``."""
+    gradient_difference: float
+    """Relative L2 distance of the gradients with respect to the logits."""
+
+    def __str__(self) -> str:
+        return (
+            f"shadow, call {self.call}: loss {self.yours:.8g} (yours) {self.ours:.8g} (ours), "
+            f"gradient difference {self.gradient_difference:.1e}"
+        )
+
+
+class shadow:  # a function to its users
+    """``grpo_loss`` with your loss run beside it on every ``every``-th call; differences are logged.
+
+    Call it as you would call ``grpo_loss``; what trains is ours. On a watched call your function gets copies of the
+    same tensors in their own precision (the log-probs by ``token_log_probs``), so the difference is what your training
+    would see: 1e-6 in fp32, 1e-2 in bf16 are rounding. That call holds two more copies of the logits. An error in your
+    function is logged and training goes on.
+
+    Args:
+        loss_fn: as for ``match``; it gets the tensors as they are handed to this call, in their shapes.
+        config: of ours; ``match(loss_fn).config``.
+        factor: your loss is this times ours; ``match(loss_fn).factor``.
+        every: calls between two comparisons; the first call is compared.
+        log: gets a line of text; default: the logger ``grpo_kernels.shadow`` at level INFO.
+        arguments: as for ``match``.
+
+    Attributes:
+        history: list of ``Sighting(call, yours, ours, gradient_difference)``.
+    """
+
+    def __init__(
+        self,
+        loss_fn: Callable[..., Any],
+        config: LossConfig | str = "grpo",
+        *,
+        factor: float = 1.0,
+        every: int = 50,
+        log: Callable[[str], Any] | None = None,
+        arguments: Mapping[str, str] | None = None,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"shadow(every=...) must be at least 1; got {every!r}.")
+        self.caller = Caller(loss_fn, arguments)
+        self.config, self.factor, self.every = config, factor, every
+        self.log = LOG.info if log is None else log
+        self.history: list[Sighting] = []
+        self.calls = 0
+
+    def __call__(
+        self, logits: Tensor, token_ids: Tensor, advantages: Tensor, mask: Tensor | None = None, **options: Any
+    ) -> LossOutput:
+        if self.calls % self.every == 0 and torch.is_grad_enabled():
+            try:
+                self.history.append(self._compare(logits, token_ids, advantages, mask, options))
+                self.log(str(self.history[-1]))
+            except Exception as error:  # watching must not stop training
+                LOG.warning("shadow, call %d: your loss raised %s: %s", self.calls, type(error).__name__, error)
+        self.calls += 1
+        return grpo_loss(logits, token_ids, advantages, mask, config=self.config, **options)
+
+    def _compare(
+        self, logits: Tensor, ids: Tensor, advantages: Tensor, mask: Tensor | None, options: dict[str, Any]
+    ) -> Sighting:
+        plain = {name: value for name, value in options.items() if name not in ("inplace", "grad_scale")}
+        leaf = logits.detach().clone().requires_grad_()
+        out = grpo_loss(leaf, ids, advantages, mask, config=self.config, **plain)
+        ours = torch.autograd.grad(out.loss, leaf)[0].float() * self.factor
+        yours = self._yours(leaf, ids, advantages, mask, options)
+        theirs = torch.autograd.grad(yours, leaf)[0].float()
+        distance = float((theirs - ours).norm() / torch.maximum(theirs.norm(), ours.norm()).clamp(min=1e-38))
+        return Sighting(self.calls, float(yours.detach()), self.factor * float(out.loss.detach()), distance)
+
+    def _yours(
+        self, leaf: Tensor, ids: Tensor, advantages: Tensor, mask: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        scaling = {name: options[name] for name in LOGITS_OPTIONS if name in options}
+        found = token_log_probs(leaf, ids, mask, **scaling)
+        handed: dict[str, Any] = {
+            "logits": leaf,
+            "log_probs": found.log_probs,
+            "entropy": found.entropy,
+            "token_ids": ids,
+        }
+        handed |= {"advantages": advantages, "mask": mask, "temperature": options.get("temperature", 1.0)}
+        handed["num_items"] = options.get("normalizer") or mask.sum()
+        handed |= {name: options.get(name) for name in ("old_log_probs", "ref_log_probs", "rollout_log_probs")}
+        handed["cu_seqlens"] = options.get("cu_seqlens")
+        if self.caller.container is not None:
+            return scalar_of(self.caller.loss_fn(Named(handed)))
+        return scalar_of(self.caller.loss_fn(**{name: handed[role] for name, role in self.caller.roles.items()}))

@@ -1,0 +1,605 @@
+"""match: losses as people write them, the configs that they are, and the faults that they have."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import random
+
+import pytest
+import torch
+
+from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped, match, reference, shadow
+from grpo_kernels.__main__ import main
+from grpo_kernels.matching.call import Caller, role_of
+from grpo_kernels.matching.report import source_of
+
+# Losses as they are found in the wild, in our own words
+
+
+def clipped(log_ratio, A, low=0.2, high=0.2):
+    r = log_ratio.exp()
+    return -torch.minimum(r * A, r.clamp(1 - low, 1 + high) * A)
+
+
+def mean(x, mask):
+    return (x * mask).sum() / mask.sum()
+
+
+def rows(x, mask):
+    return ((x * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+def k3(lp, ref):
+    return (ref - lp).exp() - (ref - lp) - 1
+
+
+def hand_written(log_probs, old_log_probs, ref_log_probs, advantages, mask):
+    terms = clipped(log_probs - old_log_probs, advantages[:, None], 0.2, 0.28) + 0.04 * k3(log_probs, ref_log_probs)
+    return rows(terms, mask) / 4
+
+
+def as_trl(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, completion_mask, num_items_in_batch):
+    """loss_type "dapo" with the bias-corrected KL."""
+    x = per_token_logps - old_per_token_logps
+    terms = clipped(x, advantages.unsqueeze(1)) + 0.04 * k3(per_token_logps, ref_per_token_logps) * x.exp()
+    return (terms * completion_mask).sum() / num_items_in_batch
+
+
+def as_trl_gspo(per_token_logps, old_per_token_logps, advantages, completion_mask):
+    x = per_token_logps - old_per_token_logps
+    pooled = ((x * completion_mask).sum(-1) / completion_mask.sum(-1).clamp(min=1)).unsqueeze(-1)
+    return rows(clipped(pooled, advantages.unsqueeze(1), 3e-4, 4e-4), completion_mask)
+
+
+def as_verl(old_log_prob, log_prob, advantages, response_mask):
+    """vanilla: clamped log-ratio, dual clip, advantages of tokens."""
+    inside = clipped((log_prob - old_log_prob).clamp(-20, 20), advantages, 0.2, 0.28)
+    dual = torch.minimum(-3.0 * advantages, inside)
+    return mean(torch.where(advantages < 0, dual, inside), response_mask), {"metric": 1.0}
+
+
+def as_verl_gspo(old_log_prob, log_prob, advantages, response_mask):
+    lengths = response_mask.sum(-1).clamp(min=1)
+    pooled = ((log_prob - old_log_prob) * response_mask).sum(-1) / lengths
+    x = (log_prob - log_prob.detach() + pooled.detach().unsqueeze(-1)).clamp(max=10.0)
+    per_row = (clipped(x, advantages) * response_mask).sum(-1) / lengths
+    return per_row.sum() / (response_mask.sum(-1) > 0).sum()
+
+
+class AsOpenRLHF(torch.nn.Module):
+    def forward(self, log_probs, old_log_probs, advantages, action_mask=None):
+        terms = clipped((log_probs - old_log_probs).clamp(-20, 20), advantages, 0.1, 0.3)
+        return mean(terms, action_mask), 0.0
+
+
+def as_cleanrl(newlogprob, b_logprobs, mb_advantages, entropy):
+    """Flat, without a mask; advantages whitened inside."""
+    A = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+    return clipped(newlogprob - b_logprobs, A, 0.1, 0.1).mean() - 0.01 * entropy.mean()
+
+
+def from_logits(logits, input_ids, old_log_probs, advantages, loss_mask, temperature=1.0):
+    lp = torch.log_softmax(logits[:, :-1] / temperature, -1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return mean(clipped(lp - old_log_probs, advantages[:, None]), loss_mask[:, 1:])
+
+
+def from_a_dict(batch):
+    terms = clipped(batch["logps"] - batch["old_per_token_logps"], batch["advantages"][:, None])
+    return {"loss": mean(terms, batch["completion_mask"]), "other": 1}
+
+
+def rloo(lp, old, A, mask):
+    pooled = ((lp - old) * mask).sum(-1)
+    present = (mask.sum(-1) > 0).double()
+    return (clipped(pooled, A) * present).mean()
+
+
+def reinforce(logps, advantages, mask):
+    return -(logps * advantages[:, None] * mask).sum() / 64 / len(logps)
+
+
+def on_policy(logps, advantages, mask):
+    return -mean((logps - logps.detach()).exp() * advantages[:, None], mask)
+
+
+def indexing(logprobs, old_logprobs, advantages, action_mask):
+    """Wants a bool mask."""
+    return clipped(logprobs - old_logprobs, advantages[:, None].expand_as(logprobs))[action_mask].mean()
+
+
+NO_LIMIT = {"log_ratio_limit": None}
+FREE = (None, None)
+KNOWN = {
+    hand_written: (LossConfig(Clip(0.2, 0.28), kl=KL(0.04, limit=FREE), **NO_LIMIT), 0.25, None),
+    as_trl: (
+        LossConfig(Clip(), aggregation="token_mean", kl=KL(0.04, ratio_weighted=True, limit=FREE), **NO_LIMIT),
+        1.0,
+        "num_items_in_batch",
+    ),
+    as_trl_gspo: (LossConfig(Clip(3e-4, 4e-4), level="sequence", **NO_LIMIT), 1.0, None),
+    as_verl: (LossConfig(Clip(0.2, 0.28, dual=3.0), aggregation="token_mean"), 1.0, None),
+    as_verl_gspo: (LossConfig(Clip(), level="sequence_token", log_ratio_limit=10.0), 1.0, "mask.any(-1).sum()"),
+    AsOpenRLHF(): (LossConfig(Clip(0.1, 0.3), aggregation="token_mean"), 1.0, None),
+    as_cleanrl: (LossConfig(Clip(0.1, 0.1), aggregation="token_mean", entropy_coef=0.01, **NO_LIMIT), 1.0, None),
+    from_logits: (LossConfig(Clip(), aggregation="token_mean", **NO_LIMIT), 1.0, None),
+    from_a_dict: (LossConfig(Clip(), aggregation="token_mean", **NO_LIMIT), 1.0, None),
+    rloo: (LossConfig(Clip(), level="sequence_product", **NO_LIMIT), 1.0, None),
+    reinforce: (LossConfig(Reinforce(), aggregation="constant", constant_length=64), 1.0, None),
+    on_policy: (LossConfig(Unclipped(), aggregation="token_mean"), 1.0, None),
+    indexing: (LossConfig(Clip(), aggregation="token_mean", **NO_LIMIT), 1.0, None),
+}
+
+
+@pytest.mark.parametrize("loss", KNOWN, ids=lambda loss: getattr(loss, "__name__", type(loss).__name__))
+def test_losses_of_the_wild(loss):
+    config, factor, normalizer = KNOWN[loss]
+    report = match(loss)
+    assert report.matched, str(report)
+    assert report.config == config
+    assert report.factor == factor
+    assert report.normalizer == normalizer
+    assert report.gradient_difference < 1e-11
+    assert report.loss_difference < 1e-11
+    assert str(report).startswith(f"your loss is {source_of(config)}")
+
+
+def test_the_sentence_of_the_first_screen():
+    text = str(match(hand_written))
+    kl = "kl=KL(0.04, limit=(None, None)), log_ratio_limit=None)"
+    first = f'your loss is LossConfig(Clip(0.2, 0.28), aggregation="sequence_mean", {kl}, divided by 4'
+    assert text.splitlines()[0] == first
+    assert (
+        eval(match(hand_written).paste(), {"LossConfig": LossConfig, "Clip": Clip, "KL": KL}) == KNOWN[hand_written][0]
+    )
+
+
+# Whatever a config can say, match reads back
+
+SURROGATES = (Clip(0.2, 0.2), Clip(0.1, 0.3, dual=3.0), Clip(3e-4, 4e-4), Clip(1.0, 5.0), Unclipped(), Reinforce())
+LEVELS = ("token", "sequence", "sequence_product")
+AGGREGATIONS = (
+    {"aggregation": "token_mean"},
+    {"aggregation": "sequence_mean"},
+    {"aggregation": "sequence_sum"},
+    {"aggregation": "constant", "constant_length": 64},
+    {"aggregation": "group_mean", "group_size": 2},
+    {"aggregation": "group_mean", "group_size": 4},
+)
+PENALTIES = (
+    KL(), KL(0.04), KL(0.04, limit=(None, None)), KL(0.1, "k1"), KL(0.1, "k2"), KL(0.5, limit=(20.0, 10.0)),
+    KL(0.04, ratio_weighted=True), KL(0.1, "k1", ratio_weighted=True), KL(0.1, "k2", ratio_weighted=True),
+    KL(0.02, gradient="straight_through_k2"), KL(0.02, "k1", gradient="straight_through_k2"),
+)  # fmt: skip
+
+
+def every_config():
+    """Pruned to what differs: a product of levels and surrogates that have no ratio is refused anyway."""
+    for surrogate, level, aggregation, kl in itertools.product(SURROGATES, LEVELS, AGGREGATIONS, PENALTIES):
+        if surrogate.uses_ratio or (level == "token" and not kl.ratio_weighted):
+            for limit, entropy in ((20.0, 0.0), (None, 0.01), (10.0, 0.0)):
+                limit = limit if surrogate.uses_ratio else 20.0
+                yield LossConfig(surrogate, level, kl=kl, log_ratio_limit=limit, entropy_coef=entropy, **aggregation)
+
+
+def read_back(config, temperature=0.8):
+    def loss(logits, token_ids, advantages, mask, old_log_probs, ref_log_probs):
+        known = {"old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs, "temperature": temperature}
+        return reference.grpo_loss(logits, token_ids, advantages, mask, config=config, **known).loss
+
+    report = match(loss)
+    assert report.matched, str(report)
+    assert source_of(report.config) == source_of(config), str(report)
+    assert report.temperature == temperature
+    assert report.gradient_difference < 1e-9
+
+
+@pytest.mark.parametrize("config", random.Random(0).sample(list(every_config()), 40), ids=source_of)
+def test_configs_are_read_back(config):
+    """The reference is the loss: the search must find the config that it was given."""
+    read_back(config)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("config", random.Random(1).sample(list(every_config()), 600), ids=source_of)
+def test_more_configs_are_read_back(config):
+    read_back(config)
+
+
+# Faults
+
+
+def quotient(lp, old, A, mask):
+    r = lp / old
+    return mean(-torch.minimum(r * A[:, None], r.clamp(0.8, 1.2) * A[:, None]), mask)
+
+
+def inverted(lp, old, A, mask):
+    return mean(clipped(old - lp, A[:, None]), mask)
+
+
+def ascent(lp, old, A, mask):
+    return -mean(clipped(lp - old, A[:, None]), mask)
+
+
+def optimistic(lp, old, A, mask):
+    r = (lp - old).exp()
+    return mean(torch.minimum(-r * A[:, None], -r.clamp(0.8, 1.2) * A[:, None]), mask)
+
+
+def without_min(lp, old, A, mask):
+    return mean(-(lp - old).exp().clamp(0.8, 1.2) * A[:, None], mask)
+
+
+def numerator_only(lp, old, A, mask):
+    return (clipped(lp - old, A[:, None]) * mask).mean()
+
+
+def denominator_only(lp, old, A, mask):
+    return clipped(lp - old, A[:, None]).sum() / mask.sum()
+
+
+def empty_is_nan(lp, old, A, mask):
+    return ((clipped(lp - old, A[:, None]) * mask).sum(-1) / mask.sum(-1)).mean()
+
+
+def shifted_mask(lp, old, A, mask):
+    return mean(clipped(lp - old, A[:, None])[:, :-1], mask[:, 1:])
+
+
+def shifted_old(lp, old, A, mask):
+    return mean(clipped(lp[:, 1:] - old[:, :-1], A[:, None]), mask[:, 1:])
+
+
+def own_tokens(logits, input_ids, old, A, mask):
+    lp = torch.log_softmax(logits[:, :-1], -1).gather(-1, input_ids[:, :-1, None]).squeeze(-1)
+    return mean(clipped(lp - old, A[:, None]), mask[:, 1:])
+
+
+def cold(logits, token_ids, old, A, mask, temperature):
+    lp = torch.log_softmax(logits[:, : token_ids.shape[1]], -1).gather(-1, token_ids[..., None]).squeeze(-1)
+    return mean(clipped(lp - old, A[:, None]), mask)
+
+
+def exchanged_kl(lp, old, ref, A, mask):
+    return mean(clipped(lp - old, A[:, None]) + 0.1 * k3(ref, lp), mask)
+
+
+FAULTS = {
+    quotient: ("quotient of log-probs", True),
+    inverted: ("inverted", True),
+    ascent: ("the sign is wrong", True),
+    optimistic: ("the clip takes the larger", False),
+    without_min: ("clipped without the minimum", False),
+    numerator_only: ("mask in the numerator only", True),
+    denominator_only: ("mask in the denominator only", True),
+    empty_is_nan: ("a sequence without tokens makes the loss", True),
+    shifted_mask: ("tokens shifted by one: the mask at t+1", True),
+    shifted_old: ("tokens shifted by one: the log-prob at t is compared with the old log-prob at t-1", True),
+    own_tokens: ("tokens shifted by one: row t of the logits is scored with its own input token", True),
+    cold: ("missing temperature: the sampler's is 0.7", True),
+    exchanged_kl: ("the KL term has log-probs and reference exchanged", False),
+}
+
+
+@pytest.mark.parametrize("loss", FAULTS, ids=lambda loss: loss.__name__)
+def test_faults_are_named(loss):
+    """And reproduced where ours can be given the same fault, so that the name is proven, not guessed."""
+    said, reproduced = FAULTS[loss]
+    report = match(loss)
+    assert not report
+    assert len(report.faults) == 1, report.faults
+    assert report.faults[0].startswith(said) or said in report.faults[0]
+    assert (report.gradient_difference < 1e-11) == reproduced, str(report)
+    assert report.config.surrogate == Clip(0.2, 0.2), str(report)
+    text = str(report)
+    assert said in text
+    assert text.startswith("your loss has a fault" if reproduced else "no config reproduces your loss")
+
+
+def test_temperature_that_was_said():
+    """A loss on logits without the sampler's temperature is a fault only if the sampler had one."""
+
+    def undivided(logits, input_ids, old_log_probs, advantages, loss_mask):
+        return from_logits(logits, input_ids, old_log_probs, advantages, loss_mask)
+
+    def divided(logits, input_ids, old_log_probs, advantages, loss_mask):
+        return from_logits(logits, input_ids, old_log_probs, advantages, loss_mask, 0.9)
+
+    assert match(divided, temperature=0.9)
+    assert match(divided).temperature == 0.9
+    assert "missing temperature: the sampler's is 0.9" in str(match(undivided, temperature=0.9))
+    assert match(undivided)
+    assert "another temperature" in str(match(divided, temperature=0.8))
+
+
+# The nearest config, and where it parts
+
+
+def test_unknown_surrogate():
+    def capped(lp, old, A, mask):
+        return mean(-(lp - old).exp().clamp(max=5).detach() * A[:, None] * lp, mask)
+
+    report = match(capped)
+    assert not report
+    assert not report.faults
+    assert report.strange[0].startswith("the policy term is none of the surrogates")
+    assert any("ratio > 5.21 and A > 0: your slope is -5·|A|" in region for region in report.regions)
+    assert report.tokens
+    assert all(token.ratio > 5 for token in report.tokens)
+
+
+def test_tokens_that_differ():
+    def dual_too_low(lp, old, A, mask):
+        inside = clipped(lp - old, A[:, None])
+        return mean(torch.where(A[:, None] < 0, torch.minimum(-1.1 * A[:, None], inside), inside) * (1 + 0 * lp), mask)
+
+    report = match(dual_too_low)
+    assert not report
+    assert all(token.ratio > 1.1 and token.advantage < 0 and token.yours == 0 for token in report.tokens)
+    assert any("A < 0: yours is clipped" in region for region in report.regions)
+
+
+def test_kl_with_weights_of_its_own():
+    def loss(lp, old, ref_logprobs, A, mask):
+        return rows(clipped(lp - old, A[:, None]), mask) + 0.05 * mean(k3(lp, ref_logprobs), mask)
+
+    report = match(loss)
+    assert not report
+    assert "aggregation of its own (per token, over tokens)" in report.strange[0]
+    assert report.config.kl.coef == 0.05
+
+
+def test_absolute_difference():
+    def loss(lp, old, ref_logprobs, A, mask):
+        return mean(clipped(lp - old, A[:, None]) + 0.1 * (lp - ref_logprobs).abs(), mask)
+
+    assert "|ℓ - ref|" in str(match(loss))
+
+
+def test_loss_that_rounds():
+    """fp32 inside: found all the same, with the tolerance that rounding asks for, and said."""
+
+    def loss(log_probs, old_log_probs, advantages, mask):
+        return mean(clipped(log_probs.float() - old_log_probs.float(), advantages.float()[:, None]), mask.float())
+
+    report = match(loss)
+    assert report
+    assert report.config.surrogate == Clip(0.2, 0.2)
+    assert any("rounds to fp32" in note for note in report.notes)
+    assert 1e-9 < report.gradient_difference < 1e-4
+
+
+def test_value_without_gradient():
+    """A constant in the loss changes nothing that trains; it is said."""
+
+    def loss(lp, old, A, mask):
+        return mean(clipped(lp - old, A[:, None]), mask) + 3.0
+
+    report = match(loss)
+    assert report
+    assert any("the value is not" in note for note in report.notes)
+
+
+def test_own_batch():
+    """Sizes of the user's own; a loss that knows no others."""
+    torch.manual_seed(0)
+    B, T, V = 4, 5, 11
+    mask = torch.arange(T) < torch.tensor([5, 3, 4, 1])[:, None]
+
+    def loss(logits, token_ids, old_log_probs, advantages, mask):
+        assert logits.shape == (B, T + 1, V)
+        lp = torch.log_softmax(logits[:, :-1], -1).gather(-1, token_ids[..., None]).squeeze(-1)
+        return mean(clipped(lp - old_log_probs, advantages[:, None]), mask)
+
+    batch = {"logits": torch.randn(B, T + 1, V), "token_ids": torch.randint(V, (B, T)), "mask": mask}
+    report = match(loss, batch | {"advantages": torch.tensor([1.0, -1.0, 0.5, 2.0])})
+    assert report, str(report)
+    assert report.config == LossConfig(Clip(), aggregation="token_mean", **NO_LIMIT)
+    assert match(hand_written, {"log_probs": -torch.rand(4, 5), "mask": mask}).factor == 0.25
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({"logprobs": torch.zeros(2, 3)}, "batch= has logprobs; known are logits, log_probs"),
+        ({"mask": torch.ones(3)}, r"shape \(B, T\); got \(3,\)"),
+        ({"logits": torch.zeros(2, 3, 5), "mask": torch.ones(2, 3)}, "has logits and no token_ids"),
+        ({"logits": torch.zeros(2, 5, 5), "token_ids": torch.zeros(2, 3)}, r"logits must be \(2, 3 or 4, V\)"),
+        ({"mask": torch.ones(2, 3), "old_log_probs": torch.ones(2, 4)}, r"old_log_probs must be \(2, 3\)"),
+    ],
+)
+def test_bad_batches(batch, message):
+    with pytest.raises(ValueError, match=message):
+        match(hand_written, batch)
+
+
+# Calling
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [
+        ("per_token_logps", "log_probs"), ("new_logprobs", "log_probs"), ("newlogprob", "log_probs"),
+        ("log_prob", "log_probs"), ("action_log_probs", "log_probs"), ("lp", "log_probs"),
+        ("old_log_prob", "old_log_probs"), ("old_per_token_logps", "old_log_probs"), ("b_logprobs", "old_log_probs"),
+        ("behavior_logprobs", "old_log_probs"), ("prev_logprobs", "old_log_probs"), ("mb_logprobs", "old_log_probs"),
+        ("ref_per_token_logps", "ref_log_probs"), ("base_action_log_probs", "ref_log_probs"),
+        ("log_probs_base", "ref_log_probs"), ("rollout_log_probs", "rollout_log_probs"),
+        ("sampling_per_token_logps", "rollout_log_probs"), ("advantages", "advantages"),
+        ("mb_advantages", "advantages"), ("response_mask", "mask"), ("action_mask", "mask"), ("input_ids", "token_ids"),
+        ("completion_ids", "token_ids"), ("selected_token_ids", "token_ids"), ("num_items_in_batch", "num_items"),
+        ("logits", "logits"), ("entropy", "entropy"), ("entropy_coef", None), ("clip_ratio", None), ("beta", None),
+        ("loss_agg_mode", None), ("config", None), ("kl_weight", None), ("rollout_is_weights", None),
+    ],
+)  # fmt: skip
+def test_names(name, role):
+    assert role_of(name) == role
+
+
+def test_names_that_do_not_tell():
+    def loss(x, y, adv, m):
+        return mean(clipped(x - y, adv[:, None]), m)
+
+    with pytest.raises(ValueError, match=r'parameter .x. .*arguments=\{"x": "old_log_probs"\}'):
+        match(loss)
+    assert match(loss, arguments={"x": "log_probs", "y": "old_log_probs"})
+    with pytest.raises(ValueError, match="arguments= names z; the loss takes x, y, adv, m"):
+        match(loss, arguments={"z": "log_probs"})
+    with pytest.raises(ValueError, match=r"must be one of logits.*Did you mean 'log_probs'"):
+        match(loss, arguments={"x": "logprobs"})
+
+
+def returns(value):
+    def loss(log_probs, advantages):
+        return value(log_probs * advantages[:, None])
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (returns(lambda x: x), r"must return a scalar; got shape \(16, 7\)"),
+        (returns(lambda x: 3.0), "must return a scalar tensor; got float"),
+        (returns(lambda x: x.sum().detach()), "needs no gradient"),
+        (returns(lambda x: x.sum() / 0), "is not finite on plain inputs"),
+        (returns(lambda x: x @ x.sum()), "ran in none of the forms that were tried:\n  log_probs"),
+        (lambda old_log_probs, advantages: None, "neither log-probs nor logits"),
+        (lambda log_probs, logps, advantages: None, "two parameters seem to be log_probs: logps and log_probs"),
+        (lambda log_probs, advantages, beta: None, r"functools.partial\(loss_fn, beta=...\)"),
+        (lambda log_probs, advantages: (0 * log_probs).sum(), "no token gets a gradient"),
+    ],
+)  # fmt: skip
+def test_losses_that_cannot_be_called(loss, message):
+    with pytest.raises(ValueError, match=message):
+        match(loss)
+
+
+def test_not_a_function():
+    with pytest.raises(TypeError, match="match needs a function; got int"):
+        match(3)
+
+
+def test_inputs_are_the_losss_own():
+    """A loss that writes into what it is given finds the same next time."""
+
+    def loss(log_probs, old_log_probs, advantages, mask):
+        old_log_probs.mul_(-1)
+        advantages.add_(1)
+        return mean(clipped(log_probs + old_log_probs, (advantages - 1)[:, None]), mask)
+
+    assert match(loss)
+
+
+# On the command line
+
+
+def test_command(tmp_path, capsys):
+    path = tmp_path / "my_losses.py"
+    path.write_text(
+        "import torch\n"
+        "def good(logps, old_logps, adv, mask):\n"
+        "    r = (logps - old_logps).exp()\n"
+        "    terms = -torch.minimum(r * adv[:, None], r.clamp(0.8, 1.2) * adv[:, None])\n"
+        "    return (terms * mask).sum() / mask.sum()\n"
+        "def bad(logps, old_logps, adv, mask):\n"
+        "    return -good(logps, old_logps, adv, mask)\n"
+        "class Held:\n"
+        "    inner = staticmethod(good)\n"
+    )
+    assert main(["match", f"{path}:good"]) == 0
+    assert capsys.readouterr().out.startswith("your loss is LossConfig(Clip(0.2, 0.2)")
+    assert main(["match", f"{path}:bad"]) == 1
+    assert "! the sign is wrong" in capsys.readouterr().out
+    assert main(["match", f"{path}:Held.inner", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["matched"] is True
+    assert report["config"].startswith("LossConfig(")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "FILE.py:FUNCTION"),
+        (["nowhere.py:loss"], "there is no file nowhere.py"),
+        (["no_such_package.x:loss"], "module no_such_package.x cannot be imported"),
+        (["math:sinn"], "must be one of .*Did you mean 'sin'"),
+        (["math:sin", "--argument", "x"], "NAME=MEANING; got 'x'"),
+    ],
+)
+def test_bad_command(capsys, arguments, message):
+    import re
+
+    assert main(["match", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+
+
+# Shadow
+
+
+def training_batch():
+    torch.manual_seed(0)
+    logits = torch.randn(4, 7, 50).requires_grad_()
+    ids, advantages = torch.randint(50, (4, 6)), torch.tensor([1.0, -1.0, 0.5, 2.0])
+    mask = torch.arange(6) < torch.tensor([6, 3, 5, 1])[:, None]
+    old, ref = -3.9 + 0.3 * torch.randn(2, 4, 6)
+    return logits, ids, advantages, mask, {"old_log_probs": old, "ref_log_probs": ref}
+
+
+def test_shadow():
+    logits, ids, advantages, mask, known = training_batch()
+    config, factor, _ = KNOWN[hand_written]
+    lines = []
+    watched = shadow(hand_written, config, factor=factor, every=3, log=lines.append)
+    for _ in range(7):
+        out = watched(logits, ids, advantages, mask, **known)
+    assert [sighting.call for sighting in watched.history] == [0, 3, 6]
+    assert len(lines) == 3
+    assert all(s.gradient_difference < 1e-5 and s.yours == pytest.approx(s.ours, rel=1e-5) for s in watched.history)
+    assert watched.history[0].ours == pytest.approx(0.25 * out.loss.item())
+    out.loss.backward()
+    assert logits.grad is not None
+
+
+def test_shadow_sees_a_difference():
+    logits, ids, advantages, mask, known = training_batch()
+    watched = shadow(ascent, "grpo", log=lambda line: None)
+    watched(logits, ids, advantages, mask, **known)
+    assert watched.history[0].gradient_difference > 0.5
+
+
+def test_shadow_on_logits_in_place():
+    """The watched call must not see logits that ours has overwritten."""
+    logits, ids, advantages, mask, known = training_batch()
+
+    def loss(logits, token_ids, old_log_probs, advantages, mask):
+        lp = torch.log_softmax(logits[:, :-1], -1).gather(-1, token_ids[..., None]).squeeze(-1)
+        return rows(clipped(lp - old_log_probs, advantages[:, None]), mask)
+
+    watched = shadow(loss, "grpo", log=lambda line: None)
+    out = watched(logits * 1, ids, advantages, mask, old_log_probs=known["old_log_probs"], inplace=True)
+    out.loss.backward()
+    assert watched.history[0].gradient_difference < 1e-5
+
+
+def test_shadow_never_stops_training(caplog):
+    logits, ids, advantages, mask, known = training_batch()
+
+    def loss(log_probs, advantages):
+        raise RuntimeError("out of memory")
+
+    watched = shadow(loss)
+    with caplog.at_level(logging.WARNING, logger="grpo_kernels.shadow"):
+        out = watched(logits, ids, advantages, mask, **known)
+    out.loss.backward()
+    assert "your loss raised RuntimeError: out of memory" in caplog.text
+    assert watched.history == []
+    with pytest.raises(ValueError, match=r"every=...\) must be at least 1"):
+        shadow(loss, every=0)
+
+
+def test_roles_of_a_module():
+    assert Caller(AsOpenRLHF()).roles["action_mask"] == "mask"
