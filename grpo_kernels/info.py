@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import backends
+from . import backends, records
 from .backends import cpu
 from .config import LossConfig
 from .head import cpu_bf16_instructions
@@ -20,7 +20,9 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "trl", "liger-kernel")
 
 def collect() -> dict[str, Any]:
     """Versions, devices, and each backend's state: "usable" or the reason why not."""
-    devices = ["cpu"] + [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    devices = [f"cpu ({records.device_kind('cpu')})"] + [
+        torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+    ]
     return {
         "grpo_kernels": _version("grpo-kernels"),
         "python": platform.python_version(),
@@ -29,6 +31,7 @@ def collect() -> dict[str, Any]:
         "devices": devices,
         "threads": torch.get_num_threads(),
         "backends": {name: _state(name) for name in backends.names()},
+        "verified": records.read(),
         "cpu_library": _library(),
         "cpu_bf16_instructions": list(cpu_bf16_instructions()),
     }
@@ -68,6 +71,21 @@ def presets_table() -> str:
     return "\n".join(lines)
 
 
+def verified(found: list[dict[str, Any]]) -> list[str]:
+    """A line for each remembered run of verify, and one for a GPU that has none."""
+    lines = []
+    for record in found:
+        held = f"{record['checks'] - record['broken']} of {record['checks']} checks hold"
+        lines.append(
+            f"{record['kind']}: {', '.join(record['backends'])}; {held} ({record.get('date')}, grpo_kernels "
+            f"{record.get('grpo_kernels')}, torch {record.get('torch')})"
+        )
+    kinds = {record["kind"] for record in found}
+    names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+    lines += [f"{name}: never; python -m grpo_kernels verify --device cuda" for name in sorted(names - kinds)]
+    return lines or ["nothing yet: python -m grpo_kernels verify"]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.add_argument("--presets", action="store_true", help="the table of presets, as Markdown")
@@ -86,6 +104,8 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"devices    {', '.join(report['devices'])}; {report['threads']} CPU threads")
     for name, state in report["backends"].items():
         print(f"backend    {name:<6} {state}")
+    for line in verified(report["verified"]):
+        print(f"verified   {line}")
     found = ", ".join(report["cpu_bf16_instructions"])
     gemm = f"bf16 ({found})" if found else "fp32, slice by slice of the weight: this CPU has no bf16 instructions"
     print(f"CPU GEMMs  of bf16 heads run in {gemm}")

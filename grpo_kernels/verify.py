@@ -1,11 +1,16 @@
 """Compare every backend x preset x dtype with the float64 reference on this machine: a table and an exit status.
 
 Each figure is the largest error as a share of what the ULP rule allows (tolerance.py); above 1 the rule is broken.
+Beside the errors: whether a second run gives the same bits; whether a sequence has the same bits alone and in its
+batch, and in the no-grad pass for old log-probs; how far backends are from each other; and, from hidden states, the
+gradients' error beside that of eager PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,28 +19,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, records, reference
 from .checks import check_device_name
 from .config import KL, LossConfig, check_name
+from .linear import linear_grpo_loss
 from .log_probs import token_log_probs
 from .loss import grpo_loss
-from .tolerance import Comparison, compare, truth_of
+from .tolerance import Comparison, Truth, compare, truth_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 SEQUENCES = 4
+ALONE = slice(2, 4)
+"""Sequences that are run again by themselves: a whole group of group_mean."""
+HIDDEN = 64
+ALLOWED_OF_EAGER = 2.0
 
 
 @dataclass(frozen=True)
 class Result:
+    """One line of the table."""
+
     backend: str
     preset: str
     dtype: str
     comparison: Comparison
     repeatable: bool
+    invariant: bool
+    """ℓ, entropy and gradient have the same bits alone, in the batch, and in the no-grad pass."""
+    apart: float
+    """Largest distance from a backend before it, as a share of what the rule allows the two together."""
 
     @property
     def passed(self) -> bool:
-        return self.comparison.holds and self.repeatable
+        return self.comparison.holds and self.repeatable and self.invariant and self.apart <= 1
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """From hidden states: relative L2 errors of the gradients, the larger of hidden states' and weight's."""
+
+    backend: str
+    dtype: str
+    error: float
+    eager: float
+    """The error of eager PyTorch that upcasts its logits to fp32."""
+
+    @property
+    def passed(self) -> bool:
+        return math.isfinite(self.error) and self.error <= ALLOWED_OF_EAGER * self.eager + 1e-6
 
 
 @dataclass(frozen=True)
@@ -48,13 +79,30 @@ class Case:
     mask: Tensor
     options: dict[str, Any]
 
+    def alone(self) -> Case:
+        """Some of the sequences as a batch of their own."""
+        known = {k: v[ALONE] if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        return Case(self.logits[ALONE], self.token_ids[ALONE], self.advantages[ALONE], self.mask[ALONE], known)
+
+
+@dataclass(frozen=True)
+class Run:
+    loss: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+    gradient: Tensor
+
 
 def make_case(config: LossConfig, dtype: torch.dtype, vocab: int, tokens: int, seed: int, device: str) -> Case:
     """A padded batch of SEQUENCES ragged sequences, (B, T+1, V) logits, KL on, temperature 0.9."""
     generator = torch.Generator().manual_seed(seed)
-    length = max(1, tokens // SEQUENCES)
+    logits = 3 * torch.randn(SEQUENCES, max(1, tokens // SEQUENCES) + 1, vocab, generator=generator)
+    return case_of(logits.to(device=device, dtype=dtype), config, generator)
+
+
+def case_of(logits: Tensor, config: LossConfig, generator: torch.Generator) -> Case:
+    device, length, vocab = logits.device, logits.shape[1] - 1, logits.shape[2]
     shape = (SEQUENCES, length)
-    logits = (3 * torch.randn(SEQUENCES, length + 1, vocab, generator=generator)).to(device=device, dtype=dtype)
     ids = torch.randint(vocab, shape, generator=generator).to(device)
     mask = (torch.arange(length) < torch.tensor([length, length, (length + 1) // 2, 1])[:, None]).to(device)
     log_probs = token_log_probs(logits.double(), ids, temperature=0.9, backend="torch").log_probs
@@ -69,22 +117,52 @@ def make_case(config: LossConfig, dtype: torch.dtype, vocab: int, tokens: int, s
     return Case(logits, ids, advantages, mask, options)
 
 
-def run_case(case: Case, backend: str) -> tuple[Comparison, bool]:
-    """The comparison, and whether a second run gives the same bits."""
-    truth = truth_of(case.logits, case.token_ids, case.advantages, case.mask, **case.options)
+def _scale(dtype: torch.dtype) -> float:
+    """fp16 gradients need a loss scale, as in training; announcing one is also what lets them take one pass."""
+    return 2.0**12 if dtype == torch.float16 else 1.0
+
+
+def run(case: Case, backend: str, **options: Any) -> Run:
     real = torch.float64 if case.logits.dtype == torch.float64 else torch.float32
-    options: dict[str, Any] = {k: v.to(real) if isinstance(v, Tensor) else v for k, v in case.options.items()}
-    # fp16 gradients need a loss scale, as in training; announcing one is also what lets them take one pass.
-    scale = 2.0**12 if case.logits.dtype == torch.float16 else 1.0
-    runs = []
-    for _ in range(2):
-        leaf = case.logits.clone().requires_grad_()
-        out = grpo_loss(leaf, case.token_ids, case.advantages, case.mask, backend=backend, grad_scale=scale, **options)
-        (out.loss * scale).backward()
-        assert leaf.grad is not None
-        runs.append((out.loss.detach(), out.log_probs, out.entropy, leaf.grad))
-    repeatable = all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-    return compare(truth, *runs[0], grad_scale=scale), repeatable
+    known: dict[str, Any] = {k: v.to(real) if isinstance(v, Tensor) else v for k, v in case.options.items()}
+    scale = _scale(case.logits.dtype)
+    leaf = case.logits.clone().requires_grad_()
+    known |= {"backend": backend, "grad_scale": scale, **options}
+    out = grpo_loss(leaf, case.token_ids, case.advantages, case.mask, **known)
+    (out.loss * scale).backward()
+    assert leaf.grad is not None
+    return Run(out.loss.detach(), out.log_probs, out.entropy, leaf.grad)
+
+
+def truth(case: Case) -> Truth:
+    return truth_of(case.logits, case.token_ids, case.advantages, case.mask, **case.options)
+
+
+def same_bits(a: Run, b: Run) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(dataclasses.astuple(a), dataclasses.astuple(b), strict=True))
+
+
+def batch_invariant(case: Case, backend: str) -> bool:
+    """With one denominator for both, a sequence's figures do not depend on what is beside it."""
+    whole, alone = (run(c, backend, normalizer=7.0) for c in (case, case.alone()))
+    pairs = [(whole.log_probs[ALONE], alone.log_probs), (whole.entropy[ALONE], alone.entropy)]
+    pairs.append((whole.gradient[ALONE], alone.gradient))
+    with torch.no_grad():
+        old_pass = token_log_probs(case.logits, case.token_ids, case.mask, temperature=0.9, backend=backend)
+    pairs += [(whole.log_probs, old_pass.log_probs), (whole.entropy, old_pass.entropy)]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def distance(exact: Truth, a: Run, b: Run) -> float:
+    """How far two runs are apart, as a share of what both may be off."""
+    dtype, rows = a.gradient.dtype, exact.log_probs.shape[1]
+    scale = _scale(dtype)
+    both = 2 * exact.gradient_bound(dtype, scale)
+    apart = (a.gradient.double() - b.gradient.double())[:, :rows].abs() / scale
+    share = torch.where(exact.edge[..., None], 0.0, apart / both)
+    pairs = ((a.log_probs, b.log_probs), (a.entropy, b.entropy))
+    shares = [share, *((x.double() - y.double()).abs() / exact.log_prob_bound(x.dtype) / 2 for x, y in pairs)]
+    return max(float(torch.nan_to_num(s, nan=torch.inf).max()) for s in shares)
 
 
 def complete(name: str, **changes: object) -> LossConfig:
@@ -100,11 +178,66 @@ def complete(name: str, **changes: object) -> LossConfig:
 def verify(
     names: list[str], presets: list[str], dtypes: list[str], vocab: int, tokens: int, seed: int, device: str
 ) -> Iterator[Result]:
-    for backend in names:
-        for dtype in dtypes:
-            for preset in presets:
-                case = make_case(complete(preset), DTYPES[dtype], vocab, tokens, seed, device)
-                yield Result(backend, preset, dtype, *run_case(case, backend))
+    for dtype in dtypes:
+        for preset in presets:
+            case = make_case(complete(preset), DTYPES[dtype], vocab, tokens, seed, device)
+            exact = truth(case)
+            before: list[Run] = []
+            for backend in names:
+                first = run(case, backend)
+                found = compare(exact, **dataclasses.asdict(first), grad_scale=_scale(DTYPES[dtype]))
+                apart = max((distance(exact, first, other) for other in before), default=0.0)
+                repeatable = same_bits(first, run(case, backend))
+                yield Result(backend, preset, dtype, found, repeatable, batch_invariant(case, backend), apart)
+                before.append(first)
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """A case whose logits are hidden states times a weight."""
+
+    hidden: Tensor
+    weight: Tensor
+    rest: Case
+    """Its logits are not read."""
+
+    def gradients(self, dtype: torch.dtype, backend: str | None) -> tuple[Tensor, ...]:
+        """Of hidden states and weight; without a backend eager PyTorch that upcasts its logits to fp32."""
+        leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in (self.hidden, self.weight)]
+        arguments = (self.rest.token_ids, self.rest.advantages, self.rest.mask)
+        if backend is not None:
+            loss = linear_grpo_loss(*leaves, *arguments, backend=backend, **self.rest.options).loss
+        else:
+            logits = torch.nn.functional.linear(*leaves)
+            logits = logits if dtype == torch.float64 else logits.float()
+            loss = reference.grpo_loss(logits, *arguments, **self.rest.options).loss
+        return torch.autograd.grad(loss, leaves)
+
+
+def make_linear_case(dtype: torch.dtype, vocab: int, tokens: int, seed: int, device: str) -> LinearCase:
+    """GRPO with KL, hidden states of size HIDDEN, logits of the spread of make_case's."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(SEQUENCES, tokens // SEQUENCES + 1, HIDDEN, generator=generator)
+    weight = 3 * HIDDEN**-0.5 * torch.randn(vocab, HIDDEN, generator=generator)
+    hidden, weight = (tensor.to(device=device, dtype=dtype) for tensor in (hidden, weight))
+    logits = torch.nn.functional.linear(hidden.double(), weight.double())
+    return LinearCase(hidden, weight, case_of(logits, complete("grpo"), generator))
+
+
+def verify_linear(
+    names: list[str], dtypes: list[str], vocab: int, tokens: int, seed: int, device: str
+) -> Iterator[LinearResult]:
+    for name in dtypes:
+        dtype = DTYPES[name]
+        case = make_linear_case(dtype, vocab, tokens, seed, device)
+        exact = case.gradients(torch.float64, None)
+        eager = _error(case.gradients(dtype, None), exact)
+        for backend in names:
+            yield LinearResult(backend, name, _error(case.gradients(dtype, backend), exact), eager)
+
+
+def _error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,23 +261,49 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.vocab < 1 or arguments.tokens < SEQUENCES:
         raise ValueError(f"--vocab must be at least 1 and --tokens at least {SEQUENCES}.")
     check_device_name("--device", arguments.device)
+    check_memory(arguments.vocab, arguments.tokens, arguments.device)
     usable = _usable(arguments.device, arguments.backend)
     if not usable:
         print("no backend to verify", file=sys.stderr)
         return 1
-    results = list(
-        tqdm(
-            verify(usable, presets, dtypes, arguments.vocab, arguments.tokens, arguments.seed, arguments.device),
-            total=len(usable) * len(presets) * len(dtypes),
-            desc="verify",
-            file=sys.stderr,
-            leave=False,
-        )
-    )
+    what = (dtypes, arguments.vocab, arguments.tokens, arguments.seed, arguments.device)
+    results: list[Result] = []
+    linear: list[LinearResult] = []
+    bar = tqdm(total=len(usable) * len(dtypes) * (len(presets) + 1), desc="verify", file=sys.stderr, leave=False)
+    try:
+        for result in verify(usable, presets, *what):
+            results.append(result)
+            bar.update()
+        for found in verify_linear(usable, *what):
+            linear.append(found)
+            bar.update()
+    except KeyboardInterrupt:
+        bar.close()
+        print(f"{table(results)}\n\ninterrupted after {len(results) + len(linear)} of {bar.total} checks")
+        return 130
+    bar.close()
     print(table(results))
-    broken = [r for r in results if not r.passed]
-    print(f"\n{len(results) - len(broken)} of {len(results)} hold" + (f"; {len(broken)} BROKEN" if broken else ""))
+    print()
+    print(linear_table(linear))
+    everything: list[Result | LinearResult] = [*results, *linear]
+    broken = sum(not r.passed for r in everything)
+    print(f"\n{len(everything) - broken} of {len(everything)} hold" + (f"; {broken} BROKEN" if broken else ""))
+    records.write(arguments.device, sorted({r.backend for r in results}), len(everything), broken)
     return 1 if broken else 0
+
+
+BYTES_PER_ELEMENT = 110
+"""Peak of the float64 comparison; 102 measured with --vocab 151936 --tokens 64 --preset grpo --dtype bf16."""
+
+
+def check_memory(vocab: int, tokens: int, device: str) -> None:
+    """Raise before anything is allocated if the float64 comparison does not fit the device."""
+    need, there = BYTES_PER_ELEMENT * vocab * (tokens + SEQUENCES), records.free_memory(device)
+    if there is not None and need > there:
+        raise ValueError(
+            f"--vocab {vocab} x --tokens {tokens} would take about {need / 1e9:.1f} GB for the float64 comparison; "
+            f"{there / 1e9:.1f} GB are free. --tokens {max(SEQUENCES, int(tokens * there / need / 2))} fits."
+        )
 
 
 def _usable(device: str, asked: list[str] | None) -> list[str]:
@@ -165,15 +324,29 @@ def _usable(device: str, asked: list[str] | None) -> list[str]:
 def table(results: list[Result]) -> str:
     """One line for each backend, preset and dtype; errors as shares of what the rule allows."""
     lines = [
-        "largest error / what the ULP rule allows (> 1: broken); ulps: largest gradient error in last places",
-        f"{'backend':<8} {'preset':<11} {'dtype':<5} {'log-prob':>9} {'entropy':>9} {'loss':>9} {'gradient':>9} "
-        f"{'ulps':>6}  {'same bits':<9}",
+        "largest error / what the ULP rule allows (> 1: broken); ulps: largest gradient error in last places;",
+        "same bits: in a second run / alone, in the batch and in the old pass; apart: from other backends, of twice",
+        "what the rule allows",
+        "",
+        f"{'dtype':<5} {'preset':<11} {'backend':<8} {'log-prob':>8} {'entropy':>8} {'loss':>8} {'gradient':>8} "
+        f"{'ulps':>6}  {'same bits':<9} {'apart':>6}",
     ]
     for r in results:
         c = r.comparison
-        verdict = "yes" if r.repeatable else "NO"
+        bits = f"{'yes' if r.repeatable else 'NO'} / {'yes' if r.invariant else 'NO'}"
         lines.append(
-            f"{r.backend:<8} {r.preset:<11} {r.dtype:<5} {c.log_prob:9.3f} {c.entropy:9.3f} {c.loss:9.3f} "
-            f"{c.gradient:9.3f} {c.gradient_ulps:6.2f}  {verdict:<9}" + ("" if r.passed else " BROKEN")
+            f"{r.dtype:<5} {r.preset:<11} {r.backend:<8} {c.log_prob:8.3f} {c.entropy:8.3f} {c.loss:8.3f} "
+            f"{c.gradient:8.3f} {c.gradient_ulps:6.2f}  {bits:<9} {r.apart:6.3f}" + ("" if r.passed else " BROKEN")
+        )
+    return "\n".join(lines)
+
+
+def linear_table(results: list[LinearResult]) -> str:
+    lines = [f"from hidden states: error of the gradients, of eager PyTorch's, ratio (allowed: {ALLOWED_OF_EAGER:g} x)"]
+    for r in results:
+        share = f"{r.error / r.eager:.2f} x" if r.eager else ""
+        lines.append(
+            f"{r.dtype:<5} {'grpo':<11} {r.backend:<8} {r.error:8.1e} {r.eager:8.1e} {share:>8}"
+            + ("" if r.passed else " BROKEN")
         )
     return "\n".join(lines)

@@ -4,6 +4,7 @@ before it is written shows."""
 from __future__ import annotations
 
 import os
+import tempfile
 
 import hypothesis
 import pytest
@@ -20,6 +21,7 @@ else:
 from grpo_kernels import backends  # noqa: E402
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="grpo_kernels_tests_")  # records of verify are not the user's
 
 hypothesis.settings.register_profile("ci", max_examples=80, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("nightly", max_examples=400, deadline=None, database=None)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
 import pytest
 import torch
-from cases import INTERPRETED
 
-from grpo_kernels import LossConfig, backends
+from grpo_kernels import Clip, LossConfig, backends, verify
 from grpo_kernels.__main__ import main
 from grpo_kernels.backends import cpu
 
@@ -41,33 +41,91 @@ def test_info_says_why_not(capsys, monkeypatch):
 def test_verify(capsys):
     assert main(["verify", "--vocab", "501", "--tokens", "16"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    count = len(backends.names()) * len(LossConfig.presets()) * 4
+    count = len(backends.names()) * (len(LossConfig.presets()) + 1) * 4
     assert lines[-1] == f"{count} of {count} hold"
-    assert sum("fp16" in line for line in lines) == count // 4
+    assert sum(line.startswith("fp16") for line in lines) == count // 4
+    assert sum("yes / yes" in line for line in lines) == len(backends.names()) * len(LossConfig.presets()) * 4
+    assert main(["info"]) == 0
+    assert f"{count} of {count} checks hold" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fault", ["gradient", "log_prob", "nan"])
-def test_verify_finds_a_broken_backend(capsys, monkeypatch, fault):
-    """A gradient off by one part in a thousand, a log-prob off by 1e-3, a lone NaN."""
-    original = cpu.fused_loss
+def broken_kernel(fault, original):
+    """The CPU's one-pass kernel with a fault."""
 
-    def broken(rows, *rest):
-        original(rows, *rest)
+    def kernel(rows, *rest):
         out, log_prob = rest[-1], rest[7]
-        if fault == "gradient":
+        if fault == "last block missing":
+            rows = dataclasses.replace(rows, logits=rows.logits.clone())
+            rows.logits[..., -64:] = float("-inf")
+        if fault == "no temperature":
+            numbers = rows.numbers.clone()
+            numbers[0] = 1
+            rows = dataclasses.replace(rows, numbers=numbers)
+        original(rows, *rest)
+        if fault == "gradient x 0.99":
+            out.mul_(0.99)
+        elif fault == "gradient x 1.001":
             out.mul_(1.001)
-        elif fault == "log_prob":
+        elif fault == "log-prob":
             log_prob += 1e-3 * rows.live
-        else:
-            out[0, 0, 0] = float("nan")
+        elif fault == "one NaN":
+            out[(0,) * out.dim()] = float("nan")
 
-    monkeypatch.setattr(cpu, "fused_loss", broken)
+    return kernel
+
+
+FAULTS = ["gradient x 0.99", "gradient x 1.001", "last block missing", "no temperature", "log-prob", "one NaN"]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_verify_finds_a_broken_backend(capsys, monkeypatch, fault):
+    monkeypatch.setattr(cpu, "fused_loss", broken_kernel(fault, cpu.fused_loss))
     status = main(["verify", "--vocab", "301", "--tokens", "16", "--preset", "grpo", "--dtype", "fp32"])
     text = capsys.readouterr().out
     assert status == 1
-    served = 2 + INTERPRETED
-    assert f"{served - 1} of {served} hold; 1 BROKEN" in text
-    assert next(line for line in text.splitlines() if line.startswith("cpu")).endswith("BROKEN")
+    assert "BROKEN" in text.splitlines()[-1]
+    assert any(re.match(r"fp32 +grpo +cpu .* BROKEN$", line) for line in text.splitlines()), text
+    assert main(["info"]) == 0
+    assert re.search(r"verified .* [0-9] of [0-9] checks hold", capsys.readouterr().out)
+
+
+def test_verify_finds_swapped_bounds(capsys, monkeypatch):
+    """Of an asymmetric clip; the reference forms its bounds itself."""
+    monkeypatch.setattr(Clip, "parameters", lambda self: (1 - self.high, 1 + self.low, float("inf")))
+    arguments = ["--vocab", "301", "--tokens", "64", "--preset", "dapo", "--dtype", "fp32", "--backend", "torch"]
+    assert main(["verify", *arguments]) == 1
+    assert re.search(r"fp32 +dapo +torch .* BROKEN", capsys.readouterr().out)
+
+
+def test_verify_finds_what_depends_on_the_batch(capsys, monkeypatch):
+    original = cpu.fused_loss
+
+    def kernel(rows, *rest):
+        original(rows, *rest)
+        rest[7].mul_(1 + 1e-7 * (len(rows.token_ids) - 1))
+
+    monkeypatch.setattr(cpu, "fused_loss", kernel)
+    arguments = ["--preset", "grpo", "--dtype", "fp32", "--backend", "cpu", "--vocab", "50", "--tokens", "8"]
+    assert main(["verify", *arguments]) == 1
+    assert "yes / NO" in capsys.readouterr().out
+
+
+def test_verify_is_interrupted(capsys, monkeypatch):
+    """What was measured so far is printed."""
+    seen = []
+
+    def interrupted(*rest):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(1)
+        return original(*rest)
+
+    original = verify.batch_invariant
+    monkeypatch.setattr(verify, "batch_invariant", interrupted)
+    assert main(["verify", "--vocab", "50", "--tokens", "8", "--backend", "torch"]) == 130
+    text = capsys.readouterr().out
+    assert "interrupted after 2 of 36 checks" in text
+    assert text.count("torch") == 2
 
 
 def test_verify_finds_unrepeatable_results(capsys, monkeypatch):
@@ -77,7 +135,7 @@ def test_verify_finds_unrepeatable_results(capsys, monkeypatch):
     def wavering(rows, *rest):
         original(rows, *rest)
         calls.append(1)
-        rest[-1][0, 0, 0] *= 1 + 1e-7 * len(calls)
+        rest[-1][(0,) * rest[-1].dim()] *= 1 + 1e-7 * len(calls)
 
     monkeypatch.setattr(cpu, "fused_loss", wavering)
     arguments = ["--preset", "grpo", "--dtype", "fp64", "--backend", "cpu", "--vocab", "50", "--tokens", "8"]
@@ -94,11 +152,10 @@ def test_verify_finds_unrepeatable_results(capsys, monkeypatch):
         (["verify", "--tokens", "1"], "--tokens at least 4"),
         (["verify", "--vocab", "0"], "--vocab must be at least 1"),
         (["verify", "--device", "foo"], "--device foo cannot be used here: "),
+        (["verify", "--vocab", "300000", "--tokens", "100000"], r"would take about 33\d\d.\d GB .*--tokens \d+ fits"),
     ],
 )
 def test_bad_arguments(capsys, arguments, message):
-    import re
-
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
@@ -106,7 +163,7 @@ def test_bad_arguments(capsys, arguments, message):
 
 
 def test_help(capsys):
-    for command in ([], ["info"], ["verify"], ["train"]):
+    for command in ([], ["info"], ["verify"], ["match"], ["train"]):
         with pytest.raises(SystemExit) as caught:
             main([*command, "--help"])
         assert caught.value.code == 0
