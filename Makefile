@@ -31,8 +31,9 @@ test-peers: $(VENV)/peers
 nightly: $(VENV)/peers
 	$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
 
-bench: $(READY)
-	$(RUN) benchmarks/cpu_loss.py $(ARGS)
+# Beside TRL, Liger and PyTorch's own; make bench ARGS="--out DIR" writes tables and plots.
+bench: $(VENV)/peers
+	$(VENV)/bin/python benchmarks/loss.py $(ARGS)
 
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff check .

@@ -99,11 +99,11 @@ def sanitizer(device: str) -> dict[str, Any]:
 
 
 def timing(device: str) -> dict[str, Any]:
-    return gpu_timing.run(device, BUDGETS["timing"])
+    return gpu_timing.run(gpu_timing.logits(device), device, BUDGETS["timing"])
 
 
 def linear(device: str) -> dict[str, Any]:
-    return gpu_timing.run_linear(device, BUDGETS["linear"])
+    return gpu_timing.run(gpu_timing.hidden(device), device, BUDGETS["linear"])
 
 
 PARTS: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -151,10 +151,9 @@ def markdown(results: dict[str, Any]) -> str:
             lines.append(f"- {name}: {'passed' if part['passed'] else '**failed**'} in {part['seconds']:.0f} s")
         elif "skipped" in part:
             lines.append(f"- {name}: skipped, {part['skipped']}")
-    if "rows" in results.get("timing", {}):
-        lines += ["", *gpu_timing.table(results["timing"])]
-    if "rows" in results.get("linear", {}):
-        lines += ["", *gpu_timing.linear_table(results["linear"])]
+    for name in ("timing", "linear"):
+        if "rows" in results.get(name, {}):
+            lines += ["", *gpu_timing.table(results[name])]
     return "\n".join(lines) + "\n"
 
 

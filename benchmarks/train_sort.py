@@ -17,7 +17,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from cpu_loss import environment
+
+from grpo_kernels.bench.report import environment
 
 STEPS, LAST = 900, 50
 
@@ -40,10 +41,10 @@ def mean_reward(records: list[dict], step: int) -> float:
 
 
 def table(runs: dict[int, list[dict]]) -> str:
-    env = environment()
+    env = environment("cpu")
     marks = (100, 300, 600, STEPS)
     lines = [
-        f"{env['cpu']}, {env['threads']} threads, torch {env['torch']}; mean per-position reward over {LAST} steps",
+        f"{env['machine']}, {env['threads']} threads, torch {env['torch']}; mean per-position reward over {LAST} steps",
         "",
         "| seed | " + " | ".join(f"step {mark}" for mark in marks) + " | seconds |",
         "| --- |" + " --- |" * (len(marks) + 1),

@@ -4,7 +4,8 @@
     python benchmarks/trl_step.py --rounds 3 --out DIR
 
 A two-layer Qwen3 with a vocabulary of 151,936 and 512 completion tokens, GRPO with KL, fp32: loss, backward through the
-model, metrics. Providers take turns inside each round, medians; memory is measured in a process for each. Needs TRL.
+model, metrics. Providers take turns inside each round, medians; memory is what PyTorch's allocator hands out beyond the
+model, gradients included. Needs TRL.
 """
 
 from __future__ import annotations
@@ -12,19 +13,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import subprocess
-import sys
+import statistics
 import tempfile
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
-import cpu_loss
 import datasets
 import torch
 import transformers
 import trl
+from tqdm import tqdm
 
+from grpo_kernels.bench import report
+from grpo_kernels.bench.measure import peak_bytes, quiet
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, patched_trl
 
 SIZES = {"vocab_size": 151936, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 32}
@@ -96,48 +98,34 @@ class Step:
         self.trainer.model.zero_grad(set_to_none=True)
 
 
-class _All:
-    """What ``cpu_loss.measure`` restores between runs."""
-
-    def __init__(self, steps: dict[str, Step]) -> None:
-        self.steps = steps
-
-    def restore(self) -> None:
-        for step in self.steps.values():
+def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each; a first round warms up."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for k in tqdm(range(rounds + 1), unit="round"):
+        for name, step in steps.items():
             step.restore()
+            start = time.perf_counter()
+            step.run()
+            if k:
+                samples[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in samples.items()}
 
 
-MEMORY_CODE = """
-import sys
-sys.path.insert(0, {here!r})
-from cpu_loss import peak_growth
-from trl_step import Step
-step = Step({provider!r}, {folder!r})
-step.run()
-step.restore()
-print("bytes", peak_growth(step.run))
-"""
-
-
-def extra_bytes(provider: str, folder: str) -> int | None:
+def extra_bytes(step: Step) -> int:
     """Peak memory of a step beyond the model, its gradients included."""
-    if sys.platform != "linux":
-        return None
-    code = MEMORY_CODE.format(here=str(Path(__file__).resolve().parent), provider=provider, folder=folder)
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return int(result.stdout.split("bytes")[-1])
+    step.run()
+    step.restore()
+    with quiet():
+        return peak_bytes(step.run, "cpu")
 
 
 def table(found: dict[str, Any]) -> str:
-    caption = "{cpu}, {threads} threads, {instruction_set}, torch {torch}, TRL {trl}; median ms of a step".format(
-        **found
-    )
+    caption = f"{report.caption(found)}, TRL {found['trl']}; median ms of a step"
     lines = [caption, "", "| | ms | × TRL | peak memory, MB | of it gradients |", "| --- | --- | --- | --- | --- |"]
     for name, ms in found["ms"].items():
         size = found["bytes"][name]
-        memory = "" if size is None else f"{size / 1e6:.0f}"
         gradients = f"{found['gradient_bytes'] / 1e6:.0f}"
-        lines.append(f"| {name} | {ms:.0f} | {ms / found['ms']['TRL']:.2f} | {memory} | {gradients} |")
+        lines.append(f"| {name} | {ms:.0f} | {ms / found['ms']['TRL']:.2f} | {size / 1e6:.0f} | {gradients} |")
     return "\n".join(lines)
 
 
@@ -148,17 +136,11 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         save_policy(folder, **SIZES)
-        print("memory, in a process for each", flush=True)
-        memory = {name: extra_bytes(name, folder) for name in PROVIDERS}
         steps = {name: Step(name, folder) for name in PROVIDERS}
+        memory = {name: extra_bytes(step) for name, step in steps.items()}
         gradients = sum(p.numel() * p.element_size() for p in steps["TRL"].trainer.model.parameters())
-        print(f"time, {arguments.rounds} rounds", flush=True)
-
-        def running(name: str) -> Callable[[Any], object]:
-            return lambda _: steps[name].run()
-
-        times = cpu_loss.measure(_All(steps), {name: running(name) for name in PROVIDERS}, arguments.rounds)
-    found = {**cpu_loss.environment(), "trl": trl.__version__, "ms": times, "bytes": memory}
+        times = in_turns(steps, arguments.rounds)
+    found = {**report.environment("cpu"), "trl": trl.__version__, "ms": times, "bytes": memory}
     found |= {"gradient_bytes": gradients, "sizes": SIZES, "tokens": SEQUENCES * COMPLETION}
     print(table(found))
     if arguments.out:

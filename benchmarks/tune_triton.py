@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gpu_timing
 import torch
 
-from grpo_kernels import token_log_probs
+from grpo_kernels import grpo_loss, token_log_probs
 from grpo_kernels.backends.triton import blocks
+from grpo_kernels.bench.measure import Clock
+from grpo_kernels.bench.workload import DTYPES, Spec, Workload
 
 CLASSES = {8192: 8192, 32768: 32000, None: 151936}
 """Longest row of a class of entries, and the row it is measured on."""
@@ -36,6 +39,7 @@ WORTHWHILE = 0.9
 """Of the time of the plainer way: two sweeps in one kernel are taken below it."""
 
 Entry = dict[str, Any]
+SHORT = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def changes(columns: int | None, span: int) -> dict[str, list[Entry]]:
@@ -47,16 +51,16 @@ def changes(columns: int | None, span: int) -> dict[str, list[Entry]]:
     return {"sizes": sizes, "stages": [{"stages": stages} for stages in (1, 2, 3, 5)], "passes": ways}
 
 
-def tune(start: Entry, work: gpu_timing.Workload, target: str, device: str) -> Entry:
+def tune(start: Entry, work: Workload, target: str) -> Entry:
     """The best entry found from ``start`` on, with its milliseconds."""
-    best = start | {"ms": milliseconds(start, work, target, device)}
+    best = start | {"ms": milliseconds(start, work, target)}
     if best["ms"] is None:
         raise SystemExit("the table's own entry does not run here: see above")
     print(f"  so far: {describe(best)}: {best['ms']:.3f} ms", flush=True)
     for what, tried in changes(start["columns"], start["span"]).items():
-        for change in tried[: None if device == "cuda" else 2]:
+        for change in tried[: None if work.spec.device == "cuda" else 2]:
             entry = best | change
-            entry["ms"] = milliseconds(entry, work, target, device)
+            entry["ms"] = milliseconds(entry, work, target)
             margin = WORTHWHILE if entry["two_sweeps"] and not best["two_sweeps"] else 1.0
             if entry["ms"] is not None and entry["ms"] < margin * best["ms"]:
                 best = entry
@@ -64,17 +68,42 @@ def tune(start: Entry, work: gpu_timing.Workload, target: str, device: str) -> E
     return best
 
 
-def milliseconds(entry: Entry, work: gpu_timing.Workload, target: str, device: str) -> float | None:
+def milliseconds(entry: Entry, work: Workload, target: str) -> float | None:
     """Forward alone plus loss and gradient in place; None where it does not compile or fit."""
     use(entry, target)
-    steps = {
-        "forward": lambda: token_log_probs(work.kept, work.ids, backend="triton"),
-        "loss": gpu_timing.ours(work, 1.0, inplace=True, backend="triton"),
-    }
-    found = gpu_timing.measure(steps, work, device, seconds=2.0)
-    for name, reason in found["failed"].items():
-        print(f"  {describe(entry)} {name}: {reason[:120]}", flush=True)
-    return None if found["failed"] else sum(found["ms"].values())
+    total = 0.0
+    for name, function in (("forward", forward), ("loss", loss_and_gradient)):
+        try:
+            total += median_ms(function, work)
+        except Exception as error:
+            print(f"  {describe(entry)} {name}: {type(error).__name__}: {str(error)[:120]}", flush=True)
+            return None
+    return total
+
+
+def forward(work: Workload) -> None:
+    token_log_probs(work.kept, work.ids, backend="triton")
+
+
+def loss_and_gradient(work: Workload) -> None:
+    options = {"config": work.config, "inplace": True, "grad_scale": 1.0, "backend": "triton"}
+    out = grpo_loss(work.logits(), work.ids, work.advantages, work.mask, **work.known(), **options)
+    out.loss.backward()
+
+
+def median_ms(function: Callable[[Workload], None], work: Workload) -> float:
+    """Of up to 15 calls in a second, after one that compiles."""
+    samples: list[float] = []
+    for k in range(16):
+        work.restore()
+        clock = Clock(work.spec.device)
+        function(work)
+        clock.mark()
+        if k:
+            samples.append(1e3 * clock.seconds()[0])
+        if sum(samples) > 1e3:
+            break
+    return statistics.median(samples)
 
 
 def use(entry: Entry, target: str) -> None:
@@ -130,11 +159,11 @@ def main() -> int:
             vocab = 300 if rehearsal else vocab
             tokens = 16 if rehearsal else LOGITS_BYTES // (vocab * dtype.itemsize) // 8 * 8
             print(f"{name}, up to {columns or 'any number of'} columns ({tokens} rows of {vocab})", flush=True)
-            work = gpu_timing.Workload(tokens, vocab, arguments.device, dtype)
+            work = Workload(Spec(tokens, vocab, SHORT[dtype], device=arguments.device))
             plain = next(
                 e for e in before["any"] if not e["softcap"] and e["dtype"] is None and e["columns"] == columns
             )
-            found.append(tune(plain | {"dtype": name}, work, target, arguments.device))
+            found.append(tune(plain | {"dtype": name}, work, target))
             measured = {(entry["dtype"], entry["columns"]) for entry in found}
             others = [e for e in before.get(target, []) if (e["dtype"], e["columns"]) not in measured]
             write({**before, target: sorted([*found, *others], key=order)}, arguments.out)

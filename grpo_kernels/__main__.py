@@ -1,4 +1,4 @@
-"""Command line: ``python -m grpo_kernels {info, verify, match, train}``."""
+"""Command line: ``python -m grpo_kernels {info, verify, bench, match, train}``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 def main(argv: list[str] | None = None) -> int:
     """Parse and run; the exit status."""
     from . import info, verify
+    from .bench import command as bench
     from .matching import command as match
     from .training import loop
 
@@ -17,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     for name, module, help_ in (
         ("info", info, "versions, and each backend usable or the reason why not"),
         ("verify", verify, "every backend x preset x dtype against the float64 reference, on this machine"),
+        ("bench", bench, "time and memory beside eager PyTorch and torch.compile, on this machine"),
         ("match", match, "name the LossConfig that a loss of your own is, or its fault"),
         ("train", loop, "a minimal GRPO loop on a small task"),
     ):

@@ -37,13 +37,23 @@ def test_every_block_runs(capsys):
         if block.startswith("# after"):
             assert namespace["out"].loss.item() == pytest.approx(eager[0], rel=1e-5, abs=1e-7)
             torch.testing.assert_close(namespace["logits"].grad, eager[1], rtol=1e-4, atol=1e-8)
+        if block.startswith("from grpo_kernels import match"):
+            printed = str(grpo_kernels.match(namespace["my_loss"])).splitlines()
+            shown = re.search(r"```text\n(your loss is.*?)```", README, re.S)[1].splitlines()
+            assert [line for i, line in enumerate(shown) if i != 1] == [line for i, line in enumerate(printed) if i != 1]
+            assert printed[1].startswith("  largest relative gradient difference")
+        if block.startswith("from grpo_kernels import shadow"):
+            assert namespace["loss_fn"].history[0].gradient_difference < 1e-5
 
 
 def test_presets_table():
     assert section("presets") == presets_table()
 
 
-@pytest.mark.parametrize("name", ["cpu_loss", "linear_loss", "train_sort", "trl_step"])
+FIGURES = ("training_step", "loss_logits_summary", "loss_hidden_summary", "train_sort", "trl_step")
+
+
+@pytest.mark.parametrize("name", FIGURES)
 def test_figures_are_the_committed_results(name):
     """No figure by hand: the table is a results file, whole."""
     assert section(f"figures: {name}") in [p.read_text().strip() for p in ROOT.glob(f"benchmarks/results/*/{name}.md")]

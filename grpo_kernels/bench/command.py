@@ -1,0 +1,168 @@
+"""Time and memory of the loss step on this machine, ours beside eager PyTorch and torch.compile.
+
+    python -m grpo_kernels bench                                   # three shapes, about a minute on two cores
+    python -m grpo_kernels bench --model qwen2.5-7b --lengths 256,1k --dtype bf16 --out results
+    python -m grpo_kernels bench --shapes 512x32000,512x151936     # tokens x vocabulary
+    python -m grpo_kernels bench --model qwen3-0.6b --lengths 128 --linear      # from hidden states
+
+Providers take turns inside each round; figures are medians. Peers' packages (TRL, Liger, ...) are timed beside ours by
+benchmarks/loss.py of the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checks import check_device_name
+from ..config import check_name
+from . import measure, report
+from .models import MODELS
+from .plot import plot
+from .providers import Provider, providers
+from .workload import DTYPES, KINDS, Spec
+
+DEFAULT_SHAPES = {"cpu": "128x32000,512x32000,128x151936", "cuda": "4096x32000,16384x32000,4096x151936"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", action="append", help=f"one of {', '.join(DTYPES)}; repeatable (default: bf16)")
+    parser.add_argument("--shapes", help="tokens x vocabulary, separated by commas: 512x32000,256x151936")
+    parser.add_argument("--model", help="vocabulary and hidden size of a model, e.g. qwen2.5-7b (see --models)")
+    parser.add_argument("--models", action="store_true", help="list the models that --model knows")
+    parser.add_argument("--lengths", help="tokens, with --model: 256,1k,4k (default: 256,1k; on a GPU 4k,16k)")
+    parser.add_argument("--linear", action="store_true", help="from hidden states, with --model")
+    parser.add_argument("--kind", action="append", help=f"one of {', '.join(KINDS)}; repeatable (default: all)")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory", action="store_true", help="peak memory alone, one call of each")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write bench.json, .csv, .md and .png there")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    if arguments.models:
+        print("\n".join(f"{name:<18} vocabulary {m.vocab:>7,}  hidden {m.hidden:>5,}" for name, m in MODELS.items()))
+        return 0
+    if arguments.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1; got {arguments.rounds}.")
+    check_device_name("--device", arguments.device)
+    specs = specs_of(arguments)
+    sinks = Files(arguments.out, "bench", arguments.device)
+    rows, status = collect(specs, providers, arguments.rounds, sinks, timed=not arguments.memory)
+    print(report.caption(report.environment(arguments.device)))
+    print(report.text(rows))
+    if arguments.out:
+        print(f"\nwritten: {', '.join(str(path) for path in sinks.written)}")
+    return status
+
+
+def collect(
+    specs: Sequence[Spec],
+    providers: Callable[[Spec], Sequence[Provider]],
+    rounds: int,
+    sinks: Files,
+    *,
+    timed: bool = True,
+) -> tuple[list[dict[str, Any]], int]:
+    """Rows, and the exit status: 130 when it was interrupted; what was measured until then is kept and written."""
+    from tqdm import tqdm
+
+    rows: list[dict[str, Any]] = []
+    bar = tqdm(total=len(specs), unit="workload", file=sys.stderr, leave=False)
+    try:
+        for row in measure.run(specs, providers, rounds, timed=timed, progress=bar.set_description):
+            rows.append(row)
+            sinks.write(rows)
+            bar.update()
+    except KeyboardInterrupt:
+        bar.close()
+        print(f"interrupted after {len(rows)} of {len(specs)} workloads", file=sys.stderr)
+        return rows, 130
+    bar.close()
+    return rows, 0
+
+
+class Files:
+    """NAME.json, .csv, .md and .png in a folder, written anew after each workload."""
+
+    def __init__(self, folder: Path | None, name: str, device: str) -> None:
+        self.folder, self.name, self.device = folder, name, device
+        self.written: list[Path] = []
+        if folder is None:
+            return
+        try:  # now, not after minutes of measuring
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{name}.json").touch()
+        except OSError as error:
+            raise ValueError(f"--out {folder} cannot be written: {error.strerror or error}.") from error
+
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        if self.folder is None:
+            return
+        environment = report.environment(self.device)
+        texts = {
+            "json": json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n",
+            "csv": report.comma_separated(rows),
+            "md": report.markdown(rows, environment),
+        }
+        self.written = []
+        for ending, text in texts.items():
+            path = self.folder / f"{self.name}.{ending}"
+            path.write_text(text)
+            self.written.append(path)
+        try:
+            drawn = plot(rows, self.folder / f"{self.name}.png", report.caption(environment))
+        except ImportError:
+            drawn = None
+        self.written += [] if drawn is None else [drawn]
+
+
+def specs_of(arguments: argparse.Namespace) -> list[Spec]:
+    dtypes, kinds = arguments.dtype or ["bf16"], arguments.kind or ["all"]
+    for dtype in dtypes:
+        check_name("--dtype", dtype, DTYPES)
+    for kind in kinds:
+        check_name("--kind", kind, KINDS)
+    hidden = None
+    device = torch.device(arguments.device).type
+    if arguments.model:
+        check_name("--model", arguments.model, MODELS)
+        if arguments.shapes:
+            raise ValueError("--shapes and --model exclude each other: a model has its vocabulary, give --lengths.")
+        default = "4k,16k" if device == "cuda" else "256,1k"
+        lengths = [number(text, "--lengths") for text in (arguments.lengths or default).split(",")]
+        shapes = [(length, MODELS[arguments.model].vocab) for length in lengths]
+        hidden = MODELS[arguments.model].hidden if arguments.linear else None
+    else:
+        for name in ("lengths", "linear"):
+            if getattr(arguments, name):
+                raise ValueError(f"--{name} needs --model NAME (see --models).")
+        given = arguments.shapes or DEFAULT_SHAPES.get(device, DEFAULT_SHAPES["cpu"])
+        shapes = [shape(text) for text in given.split(",")]
+    return [
+        Spec(tokens, vocab, dtype, hidden, kind, device=arguments.device)
+        for dtype in dtypes
+        for tokens, vocab in shapes
+        for kind in kinds
+    ]
+
+
+def shape(text: str) -> tuple[int, int]:
+    tokens, cross, vocab = text.lower().partition("x")
+    if not cross:
+        raise ValueError(f"--shapes must be TOKENSxVOCABULARY, separated by commas; got {text!r}.")
+    return number(tokens, "--shapes"), number(vocab, "--shapes")
+
+
+def number(text: str, what: str) -> int:
+    """ "4096" or "4k"; k is 1024."""
+    digits, factor = (text[:-1], 1024) if text.lower().endswith("k") else (text, 1)
+    if not digits.strip().isdigit() or int(digits) < 1:
+        raise ValueError(f"{what}: {text!r} is no positive number such as 512 or 4k.")
+    return int(digits) * factor

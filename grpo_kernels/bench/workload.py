@@ -1,0 +1,140 @@
+"""What is timed: a batch of logits, or of hidden states and a head, with all that a GRPO loss needs beside it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import KL, LossConfig
+from ..linear import linear_token_log_probs
+from ..log_probs import token_log_probs
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BETA = 0.04
+CLIP = 0.2
+SEQUENCES = 8
+KINDS = {
+    "all": "every token live, GRPO with k3 KL",
+    "half masked": "half of the tokens masked, GRPO with k3 KL",
+    "30 % A = 0": "30 % of the sequences with advantage 0, GRPO without KL",
+}
+"""Workloads: what part of a batch there is something to compute for."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One workload, as text and numbers."""
+
+    tokens: int
+    vocab: int
+    dtype: str
+    hidden: int | None = None
+    """From hidden states of this size; None: from logits."""
+    kind: str = "all"
+    upstream: float = 1.0
+    """Factor of the loss before backward; ours is told (``grad_scale``)."""
+    device: str = "cpu"
+
+    @property
+    def shape(self) -> str:
+        hidden = "" if self.hidden is None else f"×{self.hidden}"
+        return f"{self.tokens}{hidden}×{self.vocab}"
+
+    def __str__(self) -> str:
+        kind = "" if self.kind == "all" else f", {self.kind}"
+        upstream = "" if self.upstream == 1 else f", upstream {self.upstream:g}"
+        return f"{self.shape} {self.dtype}{kind}{upstream}"
+
+    @property
+    def logits_bytes(self) -> int:
+        return self.tokens * self.vocab * DTYPES[self.dtype].itemsize
+
+    def bytes(self) -> int:
+        """What the workload itself takes: logits twice (they are restored), or head, hidden states and gradients."""
+        if self.hidden is None:
+            return 2 * self.logits_bytes
+        return 2 * (self.tokens + self.vocab) * self.hidden * DTYPES[self.dtype].itemsize
+
+
+class Workload:
+    """Tensors of a Spec, 8 sequences of one length; old and ref are 0.2 from the policy, so that some ratios clip."""
+
+    def __init__(self, spec: Spec, seed: int = 0) -> None:
+        self.spec = spec
+        B = min(SEQUENCES, spec.tokens)
+        self.shape = B, spec.tokens // B
+        generator = torch.Generator(spec.device).manual_seed(seed)
+        options: dict[str, Any] = {"generator": generator, "device": spec.device}
+        dtype = DTYPES[spec.dtype]
+        self.ids = torch.randint(spec.vocab, self.shape, **options)
+        self.advantages = torch.randn(B, **options)
+        if spec.kind == "30 % A = 0":
+            self.advantages[: round(0.3 * B)] = 0
+        self.mask = torch.rand(self.shape, **options) < (0.5 if spec.kind == "half masked" else 2.0)
+        self.beta = 0.0 if spec.kind == "30 % A = 0" else BETA
+        self.config = LossConfig.preset("grpo", kl=KL(self.beta))
+        self.gradients: tuple[Tensor, ...] = ()
+        """Of the last backward: of the logits, or of hidden states and weight."""
+        with torch.no_grad():
+            if spec.hidden is None:
+                self.kept = (2 * torch.randn(*self.shape, spec.vocab, **options)).to(dtype)
+                self.buffer = self.kept.clone()
+                log_probs = token_log_probs(self.kept, self.ids).log_probs
+            else:
+                # Logits of the same spread, as a trained model's have it.
+                scale = 2 * spec.hidden**-0.5
+                self.hidden = torch.randn(*self.shape, spec.hidden, **options).to(dtype)
+                self.weight = (scale * torch.randn(spec.vocab, spec.hidden, **options)).to(dtype)
+                log_probs = linear_token_log_probs(self.hidden, self.weight, self.ids).log_probs
+        self.old, self.ref = (log_probs + 0.2 * torch.randn(self.shape, **options) for _ in range(2))
+
+    def shortened(self, columns: int = 1) -> Workload:
+        """The same with shorter sequences: a completion length that nothing was compiled for."""
+        other = object.__new__(Workload)
+        other.__dict__ |= self.__dict__
+        T = self.shape[1] - columns
+        other.shape = self.shape[0], T
+        for name in ("ids", "mask", "old", "ref"):
+            setattr(other, name, getattr(self, name)[:, :T].contiguous())
+        for name in ("kept", "buffer", "hidden"):
+            if hasattr(self, name):
+                setattr(other, name, getattr(self, name)[:, :T].contiguous())
+        return other
+
+    def restore(self) -> None:
+        """Bring back the logits that a gradient in place has overwritten."""
+        self.gradients = ()
+        if self.spec.hidden is None:
+            self.buffer.copy_(self.kept)
+
+    def logits(self) -> Tensor:
+        """The buffer as a model would hand it over: not a leaf; its backward takes the gradient and does no work."""
+        handed: Tensor = _Handed.apply(_anchor(self.buffer), self, 0, self.buffer)
+        return handed
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """Hidden states and weight, in the same way."""
+        anchor = _anchor(self.hidden)
+        return _Handed.apply(anchor, self, 0, self.hidden), _Handed.apply(anchor, self, 1, self.weight)
+
+    def known(self) -> dict[str, Any]:
+        return {"old_log_probs": self.old, "ref_log_probs": self.ref}
+
+
+def _anchor(like: Tensor) -> Tensor:
+    return torch.zeros((), device=like.device, requires_grad=True)
+
+
+class _Handed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, work: Workload, place: int, tensor: Tensor) -> Tensor:
+        ctx.work, ctx.place = work, place
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
+        ctx.work.gradients = (*ctx.work.gradients[: ctx.place], gradients[0], *ctx.work.gradients[ctx.place + 1 :])
+        return None, None, None, None

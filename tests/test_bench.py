@@ -1,0 +1,228 @@
+"""python -m grpo_kernels bench, its engine, and the peers' adapters: what is timed is the right thing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_kernels import reference
+from grpo_kernels.__main__ import main
+from grpo_kernels.bench import command, measure, providers, report
+from grpo_kernels.bench.models import MODELS
+from grpo_kernels.bench.workload import DTYPES, KINDS, Spec, Workload
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """torch.compile takes ten seconds a shape; its provider is then the same maths, uncompiled."""
+    monkeypatch.setattr(torch, "compile", lambda body: body)
+
+
+def exact(work):
+    logits = work.kept if work.spec.hidden is None else torch.nn.functional.linear(work.hidden, work.weight)
+    known = {name: value.double() for name, value in work.known().items()}
+    arguments = (work.ids, work.advantages.double(), work.mask)
+    return float(reference.grpo_loss(logits.double(), *arguments, config=work.config, **known).loss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hidden", [None, 16])
+def test_every_provider_computes_the_same(uncompiled, kind, hidden):
+    """A baseline that computes something else is no baseline."""
+    work = Workload(Spec(32, 97, "fp32", hidden, kind))
+    wanted = exact(work)
+    gradients = []
+    for provider in providers.providers(work.spec):
+        work.restore()
+        loss = measure.step(provider, work)
+        assert float(loss.detach()) == pytest.approx(wanted, rel=1e-4, abs=1e-6), provider.name
+        gradients.append(work.gradients[0].clone())
+        assert len(work.gradients) == (1 if hidden is None else 2)
+        torch.testing.assert_close(gradients[-1], gradients[0], rtol=1e-3, atol=1e-7, msg=provider.name)
+    assert gradients[0].abs().max() > 1e-4
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("hidden", [None, 32])
+def test_every_peer_computes_the_same(uncompiled, hidden):
+    import peers
+
+    work = Workload(Spec(64, 1000, "fp32", hidden))
+    wanted = exact(work)
+    names = []
+    for provider in peers.providers(work.spec):
+        work.restore()
+        loss = measure.step(provider, work)
+        names.append(provider.name)
+        assert float(loss.detach()) == pytest.approx(wanted, rel=1e-3, abs=1e-5), provider.name
+        if len(names) == 1:
+            gradient = work.gradients[0].clone()
+        torch.testing.assert_close(work.gradients[0], gradient, rtol=1e-2, atol=1e-6, msg=provider.name)
+    expected = {name for name, (_, takes, devices, *_) in peers.PEERS.items() if "cpu" in devices and (takes == "logits") == (hidden is None)}  # fmt: skip  # noqa: E501
+    assert expected <= set(names)
+    assert peers.missing("cpu") == []
+    assert "quack cross_entropy (yardstick)" in peers.missing("cuda")
+
+
+def test_workloads():
+    """Old log-probs near the policy's, so that some ratios are clipped; sequences without advantage, tokens masked."""
+    work = Workload(Spec(64, 500, "fp32"))
+    ratio = (torch.log_softmax(work.kept, -1).gather(-1, work.ids[..., None]).squeeze(-1) - work.old).exp()
+    clipped = ((ratio > 1.2) | (ratio < 0.8)).double().mean()
+    assert 0.1 < clipped < 0.6
+    assert 0.3 < Workload(Spec(64, 500, "fp32", kind="half masked")).mask.double().mean() < 0.7
+    zero = Workload(Spec(64, 500, "fp32", kind="30 % A = 0"))
+    assert (zero.advantages == 0).sum() == 2
+    assert zero.config.kl.coef == 0
+    shorter = work.shortened()
+    assert shorter.ids.shape == (8, 7)
+    assert shorter.kept.shape == (8, 7, 500)
+
+
+def test_rows_of_the_engine(uncompiled):
+    spec = Spec(32, 300, "bf16", upstream=0.25)
+    row = next(measure.run([spec], providers.providers, rounds=2))
+    assert set(row["providers"]) == {p.name for p in providers.providers(spec)}
+    ours = row["providers"]["ours, in place"]
+    for name in ("forward_ms", "loss_ms", "backward_ms", "step_ms", "step_p20_ms", "step_p80_ms"):
+        assert ours[name] > 0
+    assert ours["step_ms"] == pytest.approx(ours["loss_ms"] + ours["backward_ms"], rel=1.0)
+    assert ours["repeatable"] is True
+    assert ours["gradient_error"] < 5e-3
+    assert ours["loss_error"] < 1e-4
+    assert row["providers"]["ours"]["extra_bytes"] >= spec.logits_bytes
+    assert row["yardstick_ms"] > 0
+    json.dumps(row)
+
+
+def test_errors_are_seen(uncompiled):
+    """A provider that is wrong shows: gradient x 0.99, and a loss off by one per cent."""
+
+    def wrong(work):
+        loss = providers.from_logits(work.spec)[1].loss(work)
+        return 0.99 * loss
+
+    made = [*providers.from_logits(Spec(32, 300, "fp32"))[:1], providers.Provider("wrong", wrong, lambda s: 0)]
+    row = next(measure.run([Spec(32, 300, "fp32")], lambda spec: made, rounds=1))
+    assert row["providers"]["wrong"]["gradient_error"] == pytest.approx(0.01, rel=0.01)
+    assert row["providers"]["wrong"]["loss_error"] == pytest.approx(0.01, rel=0.01)
+    assert row["providers"]["ours, in place"]["gradient_error"] < 1e-5
+
+
+def test_failures_and_what_does_not_fit(uncompiled):
+    """A provider that raises, and one that would not fit, are named; the others go on."""
+
+    def failing(work):
+        raise RuntimeError("no kernel image")
+
+    spec = Spec(32, 300, "fp32")
+    made = [
+        *providers.from_logits(spec)[:1],
+        providers.Provider("failing", failing, lambda s: 0),
+        providers.Provider("huge", failing, lambda s: 1e15),
+    ]
+    row = next(measure.run([spec], lambda _: made, rounds=1))
+    assert row["providers"]["failing"]["failed"] == "RuntimeError: no kernel image"
+    assert row["providers"]["huge"]["skipped"].startswith("needs about 1000000.0 GB")
+    text = report.text([row])
+    assert "failing: RuntimeError: no kernel image" in text
+    assert "step_ms" in row["providers"]["ours, in place"]
+    assert report.markdown([row], report.environment("cpu")).count("\n| 32×300 fp32 |") == 3
+
+
+def test_command(uncompiled, tmp_path, capsys):
+    arguments = ["--shapes", "16x64,32x64,16x128", "--dtype", "fp32", "--rounds", "1", "--out", str(tmp_path / "new")]
+    assert main(["bench", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"32×64 fp32: [\d.]+x (faster|slower) than .*, the fastest with the same outputs", text)
+    found = json.loads((tmp_path / "new" / "bench.json").read_text())
+    assert len(found["rows"]) == 3
+    lines = list(csv.DictReader((tmp_path / "new" / "bench.csv").open()))
+    assert len(lines) == 15
+    assert float(lines[0]["step_ms"]) > 0
+    assert (tmp_path / "new" / "bench.md").read_text().count("| ours, in place |") == 3
+    assert (tmp_path / "new" / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert "bench.png" in text
+
+
+def test_memory_alone(uncompiled, capsys):
+    assert main(["bench", "--shapes", "16x64", "--memory"]) == 0
+    assert "extra memory" in capsys.readouterr().out
+
+
+def test_models_and_hidden_states(uncompiled, monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, "tiny", type(MODELS["phi-4"])(97, 16))
+    assert main(["bench", "--model", "tiny", "--lengths", "16,32", "--linear", "--dtype", "fp32", "--rounds", "1"]) == 0
+    assert "32×16×97 fp32" in capsys.readouterr().out
+    assert main(["bench", "--models"]) == 0
+    assert "qwen2.5-7b" in capsys.readouterr().out
+
+
+def test_interrupted(uncompiled, monkeypatch, tmp_path, capsys):
+    """What was measured is kept, and written."""
+    original = measure._row
+    seen = []
+
+    def row(spec, *rest):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(spec)
+        return original(spec, *rest)
+
+    monkeypatch.setattr(measure, "_row", row)
+    assert main(["bench", "--shapes", "16x64,32x64", "--rounds", "1", "--out", str(tmp_path)]) == 130
+    out = capsys.readouterr()
+    assert "interrupted after 1 of 2 workloads" in out.err
+    assert "16×64 bf16" in out.out
+    assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 1
+
+
+def unwritable(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("")
+    return str(path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "qwen2.5-8b"], r"--model must be one of .*Did you mean 'qwen2.5-[37]b'"),
+        (["--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16"),
+        (["--kind", "masked"], "--kind must be one of .*Did you mean 'half masked'"),
+        (["--shapes", "512"], "TOKENSxVOCABULARY, separated by commas; got '512'"),
+        (["--shapes", "0x512"], "'0' is no positive number"),
+        (["--lengths", "4k"], "--lengths needs --model"),
+        (["--linear"], "--linear needs --model"),
+        (["--model", "phi-4", "--shapes", "1x2"], "exclude each other"),
+        (["--rounds", "0"], "--rounds must be at least 1"),
+        (["--shapes", "10000000x151936"], r"needs about \d+.\d GB and [\d.]+ GB are free on cpu: fewer tokens"),
+        (["--device", "foo"], "--device foo cannot be used here"),
+        (["--out", "UNWRITABLE"], "--out .* cannot be written: "),
+    ],
+)
+def test_bad_arguments(capsys, tmp_path, arguments, message):
+    arguments = [unwritable(tmp_path) if a == "UNWRITABLE" else a for a in arguments]
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+
+
+def test_lengths():
+    assert command.number("4k", "--lengths") == 4096
+    assert command.number(" 512", "--lengths") == 512
+    assert set(DTYPES) == {"fp32", "bf16", "fp16"}
+
+
+def test_summary_names_what_is_missing(uncompiled):
+    row = next(measure.run([Spec(16, 64, "fp32")], providers.providers, rounds=1))
+    text = report.summary([row], report.environment("cpu"), ["eager, fp32 upcast", "Liger"])
+    line = next(line for line in text.splitlines() if line.startswith("| 16×64"))
+    assert re.match(r"\| 16×64 fp32 \| [\d.]+ \| \d+ % \| [\d.]+x \| – \| ", line), line
