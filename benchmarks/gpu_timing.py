@@ -39,12 +39,15 @@ def run(specs: list[Spec], device: str, seconds: float) -> dict[str, Any]:
     for spec in specs:
         if time.perf_counter() > deadline:
             return {**found, "stopped": f"before {spec}"}
-        found["rows"] += measure.run([spec], peers.providers, ROUNDS)
+        try:
+            found["rows"] += measure.run([spec], peers.providers, ROUNDS)
+        except measure.TooLarge as error:
+            found["missing"].append(str(error))
     return found
 
 
 def table(found: dict[str, Any]) -> list[str]:
     lines = [report.markdown(found["rows"], found["environment"])]
     if found["missing"]:
-        lines.append(f"Not installed: {', '.join(found['missing'])}.")
+        lines.append(f"Left out: {'; '.join(found['missing'])}.")
     return lines

@@ -23,7 +23,7 @@ from grpo_kernels.bench.command import Files, collect
 from grpo_kernels.bench.workload import Spec
 
 LOGITS = ((256, 32000), (512, 32000), (256, 151936))
-HIDDEN = ((1024, 32000, 512), (256, 151936, 1024))
+HIDDEN = ((1024, 32000, 512), (128, 151936, 1024))
 
 
 def logits(device: str) -> list[Spec]:
@@ -52,9 +52,10 @@ SHOWN = {
     ),
     "hidden": (
         "eager, fp32 upcast", "torch.compile, fp32 upcast", "TRL ChunkedLogProbFunction + eager loss",
-        "Liger LigerFusedLinearGRPOLoss", "PyTorch linear_cross_entropy + eager loss",
+        "Liger LigerFusedLinearGRPOLoss, not compiled", "PyTorch linear_cross_entropy + eager loss",
     ),
 }  # fmt: skip
+HEADLINED = ("torch.compile, fp32 upcast", "eager, fp32 upcast")
 SHOWN["bf16-head"] = SHOWN["hidden"]
 
 
@@ -73,7 +74,7 @@ def main() -> int:
             SETS[name](arguments.device), peers.providers, arguments.rounds or (5 if name == "logits" else 3), sinks
         )
         print(report.text(rows), flush=True)
-        if arguments.out:
+        if arguments.out and rows:
             installed = {package: version for package, version in peers.versions().items() if version}
             path = arguments.out / f"loss_{name}.json"
             found = json.loads(path.read_text())
@@ -81,6 +82,10 @@ def main() -> int:
             path.write_text(json.dumps(found, indent=1) + "\n")
             summary = report.summary(rows, found["environment"], SHOWN[name])
             (arguments.out / f"loss_{name}_summary.md").write_text(summary)
+            if name == "logits":
+                place = report.caption(found["environment"])
+                text = f"Loss, gradient and metrics of GRPO ({place}): {report.headline(rows, HEADLINED)}.\n"
+                (arguments.out / "loss_headline.md").write_text(text)
         if status:
             return status
     return 0

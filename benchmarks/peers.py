@@ -53,7 +53,7 @@ def liger_triton() -> Loss:
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
     def loss(work: Workload) -> Tensor:
-        logits = torch.nn.functional.pad(work.logits(), (0, 0, 0, 1))  # it wants (B, L+1, V)
+        logits = work.logits(extra_row=True)  # it wants (B, L+1, V), as a causal model returns it
         options = {"temperature": 1.0, "beta": work.beta, "eps_low": CLIP, "eps_high": CLIP, "inplace": False}
         arguments = (work.old, work.ref, work.ids, work.advantages, work.mask)
         return triton_grpo_loss(logits, *arguments, **options, loss_type="grpo", reduce=True)[0]
@@ -129,7 +129,7 @@ PEERS: dict[str, tuple[str, str, tuple[str, ...], Callable[[], Loss], float, boo
     "Liger triton_grpo_loss": ("liger-kernel", "logits", ("cuda",), liger_triton, 2, False),
     "quack cross_entropy (yardstick)": ("quack-kernels", "logits", ("cuda",), quack_yardstick, 1, False),
     "TRL ChunkedLogProbFunction + eager loss": ("trl", "hidden", ("cpu", "cuda"), trl_chunked, 1, True),
-    "Liger LigerFusedLinearGRPOLoss": ("liger-kernel", "hidden", ("cpu", "cuda"), liger_linear, 2, False),
+    "Liger LigerFusedLinearGRPOLoss, not compiled": ("liger-kernel", "hidden", ("cpu", "cuda"), liger_linear, 2, False),
     "PyTorch linear_cross_entropy + eager loss": ("torch", "hidden", ("cpu", "cuda"), torch_linear, 2, False),
     "cut-cross-entropy + eager loss": ("cut-cross-entropy", "hidden", ("cuda",), cut_cross_entropy, 1, False),
 }

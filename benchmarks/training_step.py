@@ -67,8 +67,9 @@ def steps(model: Any, device: str) -> dict[str, Step]:
 
     def logits(length: int) -> None:
         ids, advantages, old = inputs(length)
-        found = model(input_ids=ids).logits
-        grpo_loss(found, ids[:, 1:], advantages, old_log_probs=old, inplace=True, grad_scale=1.0).loss.backward()
+        options = {"old_log_probs": old, "inplace": True, "grad_scale": 1.0}
+        # No name for the logits: they would live on, gradient and all, through the backward pass of the model.
+        grpo_loss(model(input_ids=ids).logits, ids[:, 1:], advantages, **options).loss.backward()
 
     attached = hf.attach(model, "grpo", chunk_bytes=CHUNK_BYTES)
 
@@ -154,9 +155,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
         points = sorted((int(n), p) for n, p in provider["points"].items())
         label = f"{name}: {provider['longest']:,} tokens"
         style = {"marker": "o", "ms": 3.5, "color": COLORS[name]}
-        memory.plot([n for n, _ in points], [p["bytes"] / 1e9 for _, p in points], label=label, **style)
+        memory.plot([n for n, _ in points], [p["bytes"] / 1e9 for _, p in points], **style)
         timed = [(n, p["seconds"]) for n, p in points if "seconds" in p]
-        seconds.plot(*zip(*timed, strict=True), **style)
+        seconds.plot(*zip(*timed, strict=True), label=label, **style)
     limit = found["gigabytes"]
     memory.axhline(limit, color="#b2182b", lw=1, ls="--")
     memory.text(LENGTHS[0], limit * 1.06, f"{limit:g} GB", color="#b2182b", fontsize=8)
@@ -169,7 +170,9 @@ def plot(found: dict[str, Any], path: Path) -> None:
         panel.set_xticks(ticks, [f"{n:,}" for n in ticks])
         panel.set_xlabel("tokens in the sequence")
         panel.grid(alpha=0.3)
-    memory.legend(fontsize=8, frameon=False, title=f"longest sequence in {limit:g} GB", title_fontsize=8)
+    seconds.legend(
+        fontsize=8, frameon=False, title=f"longest sequence in {limit:g} GB", title_fontsize=8, loc="lower right"
+    )
     sizes = found["model"]
     figure.suptitle(
         f"A training step of a Qwen3 with {sizes['layers']} layers of {sizes['hidden']} and 151,936 columns; "

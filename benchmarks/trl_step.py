@@ -102,7 +102,10 @@ def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, float]:
     """Median milliseconds of each; a first round warms up."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for k in tqdm(range(rounds + 1), unit="round"):
-        for name, step in steps.items():
+        names = list(steps)
+        for i in range(len(names)):
+            name = names[(i + k) % len(names)]
+            step = steps[name]
             step.restore()
             start = time.perf_counter()
             step.run()

@@ -16,7 +16,7 @@ from . import __version__
 
 def folder() -> Path:
     """Where records are kept: ``$XDG_CACHE_HOME/grpo_kernels``, by default ``~/.cache/grpo_kernels``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "grpo_kernels"  # noqa: PTH111  never raises
 
 
 def device_kind(device: str) -> str:
@@ -34,7 +34,9 @@ def device_kind(device: str) -> str:
 def free_memory(device: str = "cpu") -> int | None:
     """Bytes that can be had on the device; None where nobody tells."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(torch.device(device))[0]
+        place = torch.device(device)
+        unused = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)  # PyTorch's own cache
+        return torch.cuda.mem_get_info(place)[0] + unused
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
@@ -43,7 +45,7 @@ def free_memory(device: str = "cpu") -> int | None:
 
 
 def write(device: str, backends: list[str], checks: int, broken: int) -> None:
-    """Remember a run of verify; a machine whose home cannot be written has no record."""
+    """Remember a run of verify, in place of a smaller one; a machine whose home cannot be written has no record."""
     record = {
         "kind": device_kind(device),
         "backends": backends,
@@ -53,7 +55,10 @@ def write(device: str, backends: list[str], checks: int, broken: int) -> None:
         "grpo_kernels": __version__,
         "torch": torch.__version__,
     }
-    kept = [r for r in read() if (r["kind"], r["backends"]) != (record["kind"], backends)]
+    same = [r for r in read() if (r["kind"], r["backends"]) == (record["kind"], backends)]
+    if not broken and any(r["checks"] > checks and r.get("grpo_kernels") == __version__ for r in same):
+        return
+    kept = [r for r in read() if r not in same]
     try:
         folder().mkdir(parents=True, exist_ok=True)
         (folder() / "verified.json").write_text(json.dumps([*kept, record], indent=1) + "\n")

@@ -25,6 +25,8 @@ from .config import KL, LossConfig, check_name
 from .linear import linear_grpo_loss
 from .log_probs import token_log_probs
 from .loss import grpo_loss
+from .progress import progress_bar
+from .surrogates import Clip
 from .tolerance import Comparison, Truth, compare, truth_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -47,11 +49,12 @@ class Result:
     invariant: bool
     """ℓ, entropy and gradient have the same bits alone, in the batch, and in the no-grad pass."""
     apart: float
-    """Largest distance from a backend before it, as a share of what the rule allows the two together."""
+    """Largest distance from a backend before it, as a share of what the rule allows the two together; shown only: it
+    follows from the errors, and would lay one backend's fault at another's door."""
 
     @property
     def passed(self) -> bool:
-        return self.comparison.holds and self.repeatable and self.invariant and self.apart <= 1
+        return self.comparison.holds and self.repeatable and self.invariant
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ class LinearResult:
 
     @property
     def passed(self) -> bool:
-        return math.isfinite(self.error) and self.error <= ALLOWED_OF_EAGER * self.eager + 1e-6
+        exact = 64 * torch.finfo(torch.float64).eps if self.dtype == "fp64" else 0.0  # eager is the truth itself there
+        return math.isfinite(self.error) and self.error <= ALLOWED_OF_EAGER * self.eager + exact
 
 
 @dataclass(frozen=True)
@@ -93,26 +97,29 @@ class Run:
     gradient: Tensor
 
 
-def make_case(config: LossConfig, dtype: torch.dtype, vocab: int, tokens: int, seed: int, device: str) -> Case:
+def make_case(
+    config: LossConfig, dtype: torch.dtype, vocab: int, tokens: int, seed: int, device: str, **options: Any
+) -> Case:
     """A padded batch of SEQUENCES ragged sequences, (B, T+1, V) logits, KL on, temperature 0.9."""
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(SEQUENCES, max(1, tokens // SEQUENCES) + 1, vocab, generator=generator)
-    return case_of(logits.to(device=device, dtype=dtype), config, generator)
+    return case_of(logits.to(device=device, dtype=dtype), config, generator, **options)
 
 
-def case_of(logits: Tensor, config: LossConfig, generator: torch.Generator) -> Case:
+def case_of(logits: Tensor, config: LossConfig, generator: torch.Generator, **scaling: Any) -> Case:
     device, length, vocab = logits.device, logits.shape[1] - 1, logits.shape[2]
     shape = (SEQUENCES, length)
     ids = torch.randint(vocab, shape, generator=generator).to(device)
     mask = (torch.arange(length) < torch.tensor([length, length, (length + 1) // 2, 1])[:, None]).to(device)
-    log_probs = token_log_probs(logits.double(), ids, temperature=0.9, backend="torch").log_probs
+    scaling = {"temperature": 0.9, **scaling}
+    log_probs = token_log_probs(logits.double(), ids, backend="torch", **scaling).log_probs
 
     def near() -> Tensor:
         noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
         spread = 0.3 if config.level == "token" else 3e-3
         return log_probs + spread * noise
 
-    options = {"old_log_probs": near(), "ref_log_probs": near(), "temperature": 0.9, "config": config}
+    options = {"old_log_probs": near(), "ref_log_probs": near(), "config": config, **scaling}
     advantages = torch.randn(SEQUENCES, generator=generator).to(device)
     return Case(logits, ids, advantages, mask, options)
 
@@ -148,7 +155,8 @@ def batch_invariant(case: Case, backend: str) -> bool:
     pairs = [(whole.log_probs[ALONE], alone.log_probs), (whole.entropy[ALONE], alone.entropy)]
     pairs.append((whole.gradient[ALONE], alone.gradient))
     with torch.no_grad():
-        old_pass = token_log_probs(case.logits, case.token_ids, case.mask, temperature=0.9, backend=backend)
+        scaling = {name: case.options[name] for name in ("temperature", "logit_softcap") if name in case.options}
+        old_pass = token_log_probs(case.logits, case.token_ids, case.mask, backend=backend, **scaling)
     pairs += [(whole.log_probs, old_pass.log_probs), (whole.entropy, old_pass.entropy)]
     return all(torch.equal(a, b) for a, b in pairs)
 
@@ -162,26 +170,50 @@ def distance(exact: Truth, a: Run, b: Run) -> float:
     share = torch.where(exact.edge[..., None], 0.0, apart / both)
     pairs = ((a.log_probs, b.log_probs), (a.entropy, b.entropy))
     shares = [share, *((x.double() - y.double()).abs() / exact.log_prob_bound(x.dtype) / 2 for x, y in pairs)]
-    return max(float(torch.nan_to_num(s, nan=torch.inf).max()) for s in shares)
+    return max(float(torch.nan_to_num(s, nan=torch.inf, posinf=torch.inf).max()) for s in shares)
 
 
 def complete(name: str, **changes: object) -> LossConfig:
-    """A preset with the lengths and groups that it needs to run on a case, and a KL term."""
-    config = LossConfig.preset(name, kl=KL(0.04), **changes)
+    """A preset with the lengths and groups that it needs to run on a case, a KL term and an entropy bonus."""
+    changes = {"kl": KL(0.04), "entropy_coef": 0.01, **changes}
+    config = LossConfig.preset(name, **changes)
     if config.aggregation == "constant":
-        return LossConfig.preset(name, kl=KL(0.04), constant_length=64, **changes)
+        return LossConfig.preset(name, constant_length=64, **changes)
     if config.aggregation == "group_mean":
-        return LossConfig.preset(name, kl=KL(0.04), group_size=2, **changes)
+        return LossConfig.preset(name, group_size=2, **changes)
     return config
+
+
+LONG = "long rows"
+"""One more line for each dtype: a vocabulary that takes other kernels, and every option that no preset has."""
+LONG_VOCAB, LONG_TOKENS = 40_000, 8
+LONG_CONFIG = LossConfig(
+    Clip(0.2, 0.28, dual=3.0), aggregation="token_mean", kl=KL(0.04, ratio_weighted=True), entropy_coef=0.01
+)
+
+
+def clear_case(
+    config: LossConfig, dtype: torch.dtype, vocab: int, tokens: int, seed: int, device: str, **options: Any
+) -> tuple[Case, Truth]:
+    """A case, and its truth, with no ratio so near a bound that fp32 cannot tell the side."""
+    for attempt in range(20):
+        case = make_case(config, dtype, vocab, tokens, seed + 1000 * attempt, device, **options)
+        exact = truth(case)
+        if not bool(exact.edge.any()):
+            break
+    return case, exact
 
 
 def verify(
     names: list[str], presets: list[str], dtypes: list[str], vocab: int, tokens: int, seed: int, device: str
 ) -> Iterator[Result]:
     for dtype in dtypes:
-        for preset in presets:
-            case = make_case(complete(preset), DTYPES[dtype], vocab, tokens, seed, device)
-            exact = truth(case)
+        for preset in (*presets, LONG):
+            if preset == LONG:
+                long = (LONG_CONFIG, DTYPES[dtype], LONG_VOCAB, LONG_TOKENS, seed, device)
+                case, exact = clear_case(*long, logit_softcap=30.0)
+            else:
+                case, exact = clear_case(complete(preset), DTYPES[dtype], vocab, tokens, seed, device)
             before: list[Run] = []
             for backend in names:
                 first = run(case, backend)
@@ -251,8 +283,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     presets = arguments.preset or list(LossConfig.presets())
     dtypes = arguments.dtype or list(DTYPES)
     for kind, given, allowed in (("--preset", presets, LossConfig.presets()), ("--dtype", dtypes, DTYPES)):
@@ -269,7 +299,8 @@ def main(arguments: argparse.Namespace) -> int:
     what = (dtypes, arguments.vocab, arguments.tokens, arguments.seed, arguments.device)
     results: list[Result] = []
     linear: list[LinearResult] = []
-    bar = tqdm(total=len(usable) * len(dtypes) * (len(presets) + 1), desc="verify", file=sys.stderr, leave=False)
+    total = len(usable) * len(dtypes) * (len(presets) + 2)
+    bar = progress_bar(total, "verify", "check")
     try:
         for result in verify(usable, presets, *what):
             results.append(result)
@@ -279,7 +310,7 @@ def main(arguments: argparse.Namespace) -> int:
             bar.update()
     except KeyboardInterrupt:
         bar.close()
-        print(f"{table(results)}\n\ninterrupted after {len(results) + len(linear)} of {bar.total} checks")
+        print(f"{table(results)}\n\ninterrupted after {len(results) + len(linear)} of {total} checks")
         return 130
     bar.close()
     print(table(results))

@@ -41,10 +41,10 @@ def test_info_says_why_not(capsys, monkeypatch):
 def test_verify(capsys):
     assert main(["verify", "--vocab", "501", "--tokens", "16"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    count = len(backends.names()) * (len(LossConfig.presets()) + 1) * 4
+    count = len(backends.names()) * (len(LossConfig.presets()) + 2) * 4
     assert lines[-1] == f"{count} of {count} hold"
     assert sum(line.startswith("fp16") for line in lines) == count // 4
-    assert sum("yes / yes" in line for line in lines) == len(backends.names()) * len(LossConfig.presets()) * 4
+    assert sum("yes / yes" in line for line in lines) == len(backends.names()) * (len(LossConfig.presets()) + 1) * 4
     assert main(["info"]) == 0
     assert f"{count} of {count} checks hold" in capsys.readouterr().out
 
@@ -80,13 +80,17 @@ FAULTS = ["gradient x 0.99", "gradient x 1.001", "last block missing", "no tempe
 @pytest.mark.parametrize("fault", FAULTS)
 def test_verify_finds_a_broken_backend(capsys, monkeypatch, fault):
     monkeypatch.setattr(cpu, "fused_loss", broken_kernel(fault, cpu.fused_loss))
-    status = main(["verify", "--vocab", "301", "--tokens", "16", "--preset", "grpo", "--dtype", "fp32"])
+    some = ["--preset", "grpo", "--dtype", "fp32", "--backend", "cpu", "--backend", "torch"]
+    status = main(["verify", "--vocab", "301", "--tokens", "16", *some])
     text = capsys.readouterr().out
     assert status == 1
-    assert "BROKEN" in text.splitlines()[-1]
-    assert any(re.match(r"fp32 +grpo +cpu .* BROKEN$", line) for line in text.splitlines()), text
+    broken = [line for line in text.splitlines() if re.match("fp32.* BROKEN$", line)]
+    assert all(re.match(r"fp32 +(grpo|long rows) +cpu ", line) for line in broken), text
+    assert any(re.match(r"fp32 +grpo +cpu ", line) for line in broken), text
+    total = 3 * 2
+    assert text.splitlines()[-1] == f"{total - len(broken)} of {total} hold; {len(broken)} BROKEN"
     assert main(["info"]) == 0
-    assert re.search(r"verified .* [0-9] of [0-9] checks hold", capsys.readouterr().out)
+    assert f"{total - len(broken)} of {total} checks hold" in capsys.readouterr().out
 
 
 def test_verify_finds_swapped_bounds(capsys, monkeypatch):
@@ -124,7 +128,7 @@ def test_verify_is_interrupted(capsys, monkeypatch):
     monkeypatch.setattr(verify, "batch_invariant", interrupted)
     assert main(["verify", "--vocab", "50", "--tokens", "8", "--backend", "torch"]) == 130
     text = capsys.readouterr().out
-    assert "interrupted after 2 of 36 checks" in text
+    assert "interrupted after 2 of 40 checks" in text
     assert text.count("torch") == 2
 
 
@@ -163,7 +167,7 @@ def test_bad_arguments(capsys, arguments, message):
 
 
 def test_help(capsys):
-    for command in ([], ["info"], ["verify"], ["match"], ["train"]):
+    for command in ([], ["info"], ["verify"], ["bench"], ["match"], ["train"]):
         with pytest.raises(SystemExit) as caught:
             main([*command, "--help"])
         assert caught.value.code == 0

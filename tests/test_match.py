@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import logging
@@ -351,6 +352,164 @@ def test_kl_with_weights_of_its_own():
     assert report.config.kl.coef == 0.05
 
 
+def gmpo(lp, old, A, mask):
+    """A clip of tokens inside of the pooled ratio; on tokens that all agree it looks like GSPO."""
+    x, A = lp - old, A[:, None]
+    kept = torch.where(A > 0, torch.minimum(x, x.clamp(-0.4, 0.4)), torch.maximum(x, x.clamp(-0.4, 0.4)))
+    pooled = ((kept * mask).sum(-1) / mask.sum(-1).clamp(min=1)).exp()
+    return -(pooled * A.squeeze(-1) * (mask.sum(-1) > 0)).mean()
+
+
+def by_the_longest(lp, old, A, mask):
+    return (clipped(lp - old, A[:, None]) * mask).sum() / (len(mask) * mask.sum(-1).max())
+
+
+def by_the_root(lp, old, A, mask):
+    return (clipped(lp - old, A[:, None]) * mask).sum() / mask.sum().sqrt()
+
+
+def by_position(lp, old, A, mask):
+    """Later tokens weigh less."""
+    discount = 0.9 ** torch.arange(lp.shape[1])
+    return mean(clipped(lp - old, A[:, None]) * discount, mask)
+
+
+def truncated_weights(lp, old, rollout_log_probs, A, mask):
+    weight = (old - rollout_log_probs).exp().clamp(max=2.0)
+    return mean(clipped(lp - old, A[:, None]) * weight, mask)
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (gmpo, None),
+        (by_the_longest, "the denominator is no count"),
+        (by_the_root, "the denominator is no count"),
+        (by_position, "follow no known aggregation"),
+        (truncated_weights, "weighed by the sampler's log-probs"),
+    ],
+)
+def test_losses_that_only_look_like_one_of_ours(loss, said):
+    report = match(loss)
+    assert not report, str(report)
+    assert str(report).startswith("no config reproduces your loss")
+    if said is not None:
+        assert any(said in reason for reason in report.strange), report.strange
+
+
+@pytest.mark.parametrize("unbiased", [True, False])
+def test_advantages_that_are_normalised_by_group(unbiased):
+    def loss(lp, old, A, mask):
+        groups = A.view(-1, 4)
+        spread = groups.std(-1, keepdim=True, unbiased=unbiased) + 1e-4
+        A = ((groups - groups.mean(-1, keepdim=True)) / spread).flatten()
+        return rows(clipped(lp - old, A[:, None]), mask)
+
+    report = match(loss)
+    assert report, str(report)
+    std = "sample" if unbiased else "population"
+    assert any(f"(A - mean) / (std + 0.0001) over groups of 4, {std} std" in note for note in report.notes)
+
+
+def test_optional_parameters_are_told():
+    def loss(lp, old, A, mask, rollout_log_probs=None):
+        return mean(clipped(lp - old, A[:, None]), mask)
+
+    assert "left at their defaults: rollout_log_probs" in str(match(loss))
+
+
+def test_the_sampler_as_the_old_policy():
+    def loss(lp, generation_logprobs, A, mask):
+        return mean(clipped(lp - generation_logprobs, A[:, None]), mask)
+
+    assert match(loss).config.surrogate == Clip()
+
+
+def test_nan_at_masked_tokens():
+    """0 · inf: old log-probs of -inf where the mask is 0, as samplers leave them."""
+    mask = torch.arange(5) < torch.tensor([5, 3, 4, 1])[:, None]
+
+    def loss(logprobs, old_logprobs, advantages, mask):
+        return mean(clipped(logprobs - old_logprobs, advantages[:, None]), mask)
+
+    old = torch.where(mask, -1.0, -torch.inf)
+    report = match(loss, {"log_probs": -torch.rand(4, 5) - 0.5, "mask": mask, "old_log_probs": old})
+    assert not report
+    assert report.gradient_difference == torch.inf
+
+
+@pytest.mark.parametrize("limit", [2.0, 5.0])
+def test_narrow_limits(limit):
+    def loss(lp, old, A, mask):
+        return mean(clipped((lp - old).clamp(-limit, limit), A[:, None]), mask)
+
+    report = match(loss)
+    assert report, str(report)
+    assert report.config.log_ratio_limit == limit
+    assert report.config.surrogate == Clip()
+
+
+def test_one_sided_kl_clamp():
+    def loss(lp, old, ref_logprobs, A, mask):
+        return mean(clipped(lp - old, A[:, None]) + 0.1 * (lp - ref_logprobs).clamp(min=-10) ** 2, mask)
+
+    assert "clamped on one side" in str(match(loss))
+
+
+def test_one_sequence():
+    mask = torch.ones(1, 6)
+
+    def loss(lp, old, A, mask):
+        assert lp.shape == (1, 6)
+        return mean(clipped(lp - old, A[:, None]), mask)
+
+    report = match(loss, {"mask": mask})
+    assert report.config.surrogate == Clip()
+    assert report.gradient_difference < 1e-11
+
+
+def test_batches_that_tell_nothing_apart():
+    """Without padding of its own the batch is thinned, where the loss takes a mask."""
+    assert match(hand_written, {"log_probs": -torch.rand(4, 5) - 0.1}).config.aggregation == "sequence_mean"
+
+    def unmasked(lp, old, A):
+        return clipped(lp - old, A[:, None]).mean()
+
+    assert any("are the same" in note for note in match(unmasked, {"log_probs": -torch.rand(4, 5) - 0.1}).notes)
+
+
+def test_temperature_as_an_argument():
+    """Given, bound, or of our choosing: what is pasted is the name."""
+    assert "temperature=temperature" in match(from_logits).call()
+    assert match(from_logits, temperature=0.9).temperature == 0.9
+    bound = match(functools.partial(from_logits, temperature=0.8), temperature=0.8)
+    assert bound.temperature == 0.8
+    assert "temperature=0.8" in bound.call()
+
+
+def test_old_log_probs_of_other_tokens():
+    """Logits shifted, old log-probs not."""
+
+    def loss(logits, input_ids, old_log_probs, advantages, loss_mask):
+        lp = torch.log_softmax(logits[:, :-1], -1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+        return mean(clipped(lp[:, 1:] - old_log_probs[:, :-1], advantages[:, None]), loss_mask[:, 2:])
+
+    report = match(loss)
+    assert report.faults == ("tokens shifted by one: the log-prob at t is compared with the old log-prob at t-1",), str(
+        report
+    )
+    assert report.gradient_difference < 1e-11
+
+
+def test_bent_logits():
+    def loss(logits, token_ids, old, A, mask):
+        z = 3 * torch.tanh(logits[:, : token_ids.shape[1]] / 3)
+        lp = torch.log_softmax(z, -1).gather(-1, token_ids[..., None]).squeeze(-1)
+        return mean(clipped(lp - old, A[:, None]), mask)
+
+    assert "bent before the softmax" in str(match(loss))
+
+
 def test_absolute_difference():
     def loss(lp, old, ref_logprobs, A, mask):
         return mean(clipped(lp - old, A[:, None]) + 0.1 * (lp - ref_logprobs).abs(), mask)
@@ -408,6 +567,9 @@ def test_own_batch():
         ({"logits": torch.zeros(2, 3, 5), "mask": torch.ones(2, 3)}, "has logits and no token_ids"),
         ({"logits": torch.zeros(2, 5, 5), "token_ids": torch.zeros(2, 3)}, r"logits must be \(2, 3 or 4, V\)"),
         ({"mask": torch.ones(2, 3), "old_log_probs": torch.ones(2, 4)}, r"old_log_probs must be \(2, 3\)"),
+        ({"mask": torch.ones(2, 3), "advantages": torch.ones(3)}, r"advantages must be \(2,\); got \(3,\)"),
+        ({"mask": torch.ones(3, 3)}, "as many sequences as tokens"),
+        ({"logits": torch.zeros(1).expand(2, 3000, 2000), "token_ids": torch.zeros(2, 3000)}, "smaller batch"),
     ],
 )
 def test_bad_batches(batch, message):
@@ -431,7 +593,8 @@ def test_bad_batches(batch, message):
         ("mb_advantages", "advantages"), ("response_mask", "mask"), ("action_mask", "mask"), ("input_ids", "token_ids"),
         ("completion_ids", "token_ids"), ("selected_token_ids", "token_ids"), ("num_items_in_batch", "num_items"),
         ("logits", "logits"), ("entropy", "entropy"), ("entropy_coef", None), ("clip_ratio", None), ("beta", None),
-        ("loss_agg_mode", None), ("config", None), ("kl_weight", None), ("rollout_is_weights", None),
+        ("loss_agg_mode", None), ("config", None), ("old_logits", None), ("generation_logprobs", "rollout_log_probs"),
+        ("model_logprobs", "log_probs"), ("eps_clip", None), ("kl_weight", None), ("rollout_is_weights", None),
     ],
 )  # fmt: skip
 def test_names(name, role):
@@ -465,8 +628,9 @@ def returns(value):
         (returns(lambda x: 3.0), "must return a scalar tensor; got float"),
         (returns(lambda x: x.sum().detach()), "needs no gradient"),
         (returns(lambda x: x.sum() / 0), "is not finite on plain inputs"),
-        (returns(lambda x: x @ x.sum()), "ran in none of the forms that were tried:\n  log_probs"),
+        (returns(lambda x: x.unknown), "ran in none of the forms that were tried:\n  log_probs"),
         (lambda old_log_probs, advantages: None, "neither log-probs nor logits"),
+        (lambda *tensors: None, r"the loss takes \*tensors: wrap it in a function"),
         (lambda log_probs, logps, advantages: None, "two parameters seem to be log_probs: logps and log_probs"),
         (lambda log_probs, advantages, beta: None, r"functools.partial\(loss_fn, beta=...\)"),
         (lambda log_probs, advantages: (0 * log_probs).sum(), "no token gets a gradient"),

@@ -22,6 +22,7 @@ import torch
 
 from ..checks import check_device_name
 from ..config import check_name
+from ..progress import progress_bar
 from . import measure, report
 from .models import MODELS
 from .plot import plot
@@ -39,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", action="store_true", help="list the models that --model knows")
     parser.add_argument("--lengths", help="tokens, with --model: 256,1k,4k (default: 256,1k; on a GPU 4k,16k)")
     parser.add_argument("--linear", action="store_true", help="from hidden states, with --model")
-    parser.add_argument("--kind", action="append", help=f"one of {', '.join(KINDS)}; repeatable (default: all)")
+    kinds = ", ".join(repr(kind) for kind in KINDS).replace("%", "%%")
+    parser.add_argument("--kind", action="append", help=f"one of {kinds}; repeatable (default: 'all')")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true", help="peak memory alone, one call of each")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write bench.json, .csv, .md and .png there")
@@ -71,10 +73,8 @@ def collect(
     timed: bool = True,
 ) -> tuple[list[dict[str, Any]], int]:
     """Rows, and the exit status: 130 when it was interrupted; what was measured until then is kept and written."""
-    from tqdm import tqdm
-
     rows: list[dict[str, Any]] = []
-    bar = tqdm(total=len(specs), unit="workload", file=sys.stderr, leave=False)
+    bar = progress_bar(len(specs), "bench", "workload")
     try:
         for row in measure.run(specs, providers, rounds, timed=timed, progress=bar.set_description):
             rows.append(row)

@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import records, reference
 from ..config import LossConfig
 from .providers import Provider
-from .workload import Spec, Workload
+from .workload import SEQUENCES, Spec, Workload
 
 FLUSH_BYTES = 256 << 20
 """Written between samples on a GPU: more than its second-level cache."""
@@ -45,14 +45,23 @@ def run(
         check_fits(spec)
     for spec in specs:
         progress(f"{spec}: preparing")
-        yield _row(spec, providers(spec), rounds, timed, progress)
+        with _current(spec.device):
+            row = _row(spec, providers(spec), rounds, timed, progress)
+        yield row
         gc.collect()
+
+
+def _current(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Events and statistics are the current device's."""
+    return torch.cuda.device(device) if torch.device(device).type == "cuda" else contextlib.nullcontext()
 
 
 def check_fits(spec: Spec) -> None:
     """Raise TooLarge where not even the workload and ours fit."""
     there = records.free_memory(spec.device)
-    need = spec.bytes() + (1.1 * spec.logits_bytes if spec.hidden is None else min(2**30, 2 * spec.logits_bytes))
+    # Ours beside the workload; a sequence in float64 with its gradient, softmax and copies; fp32 noise to draw from.
+    ours = 1.1 * spec.logits_bytes if spec.hidden is None else min(2**30, 2 * spec.logits_bytes)
+    need = spec.bytes() + ours + max(48 * spec.tokens * spec.vocab // SEQUENCES, 4 * spec.tokens * spec.vocab)
     if there is not None and need > there:
         raise TooLarge(
             f"{spec} needs about {need / 1e9:.1f} GB and {there / 1e9:.1f} GB are free on {spec.device}: fewer tokens "
@@ -66,7 +75,7 @@ def _row(
     work = Workload(spec)
     found: dict[str, dict[str, Any]] = {}
     alive: list[Provider] = []
-    exact: list[Exact] = []
+    exact = Exact(work) if timed else None
     for provider in providers:
         progress(f"{spec}: {provider.name}")
         free = records.free_memory(spec.device)
@@ -76,7 +85,7 @@ def _row(
             }
             continue
         try:
-            found[provider.name] = _alone(provider, work, exact, timed)
+            found[provider.name] = _alone(provider, work, exact)
             alive.append(provider)
         except Exception as error:  # a peer may raise anything; the others go on
             found[provider.name] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
@@ -84,7 +93,11 @@ def _row(
         for name, numbers in _in_turns(work, alive, rounds, lambda k: progress(f"{spec}: round {k} of {rounds}")):
             found.setdefault(name, {}).update(numbers)
         for provider in alive:
-            found[provider.name] |= _new_length(provider, work)
+            progress(f"{spec}: {provider.name}, another length")
+            try:
+                found[provider.name] |= _new_length(provider, work)
+            except Exception as error:  # the timing stands
+                found[provider.name]["new_length_failed"] = f"{type(error).__name__}: {str(error)[:200]}"
     yardstick = found.pop(YARDSTICK, {}).get("step_ms")
     for provider in providers:
         found[provider.name] |= {"same_outputs": provider.same_outputs, "ours": provider.ours}
@@ -99,8 +112,8 @@ def _row(
 # One provider by itself
 
 
-def _alone(provider: Provider, work: Workload, exact: list[Exact], timed: bool) -> dict[str, Any]:
-    """First call, peak memory, and beside float64; ``exact`` is made once for all."""
+def _alone(provider: Provider, work: Workload, exact: Exact | None) -> dict[str, Any]:
+    """First call, peak memory, and errors beside float64."""
     work.restore()
     clock = Clock(work.spec.device)
     loss = float(step(provider, work).detach())
@@ -113,11 +126,9 @@ def _alone(provider: Provider, work: Workload, exact: list[Exact], timed: bool) 
     with quiet():
         numbers["extra_bytes"] = peak_bytes(lambda: step(provider, work), work.spec.device)
     numbers["repeatable"] = all(torch.equal(a, b) for a, b in zip(gradients, work.gradients, strict=True))
-    if not timed:
+    if exact is None:
         return numbers
-    if not exact:
-        exact.append(Exact(work))
-    numbers["loss_error"], numbers["gradient_error"] = exact[0].errors(loss, gradients)
+    numbers["loss_error"], numbers["gradient_error"] = exact.errors(loss, gradients)
     with torch.no_grad():
         provider.loss(work)  # compiles what a forward alone needs
     return numbers

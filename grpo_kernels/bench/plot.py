@@ -8,7 +8,7 @@ from typing import Any
 
 from .report import Row
 
-COLORS = {"ours, in place": "#1b7837", "ours": "#5aae61", "ours, chunks of 64 MB": "#a6dba0"}
+COLORS = {"ours, in place": "#1b7837", "ours": "#5aae61", "ours, chunks of 32 MB": "#a6dba0"}
 OTHERS = ("#762a83", "#9970ab", "#2166ac", "#d6604d", "#b2182b", "#878787", "#e08214")
 AXES = {"tokens": "tokens", "vocab": "vocabulary"}
 PANELS = (("step_ms", "loss and gradient, ms", 1.0), ("extra_bytes", "peak beyond the inputs, MB", 1e-6))
@@ -32,9 +32,10 @@ def plot(rows: Sequence[Row], path: Path, heading: str) -> Path | None:
         for line, (key, label, scale) in enumerate(PANELS):
             _draw(panels[line][column], chosen, names, axis, key, scale)
             panels[line][column].set_ylabel(label)
-    panels[0][0].legend(fontsize=8, frameon=False)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, loc="lower center", ncols=min(3, len(labels)))
     figure.suptitle(heading, fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.04 + 0.025 * (len(labels) > 3), 1, 1))
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
     return path

@@ -93,7 +93,7 @@ def _eager(upcast: bool) -> Callable[[Workload], Tensor]:
 
 
 def _compiled(spec: Spec) -> Callable[[Workload], Tensor]:
-    body = _compiled_body(spec.tokens, spec.vocab, spec.dtype, spec.hidden)
+    body = _compiled_body(spec)
 
     def loss(work: Workload) -> Tensor:
         logits = work.logits() if spec.hidden is None else torch.nn.functional.linear(*work.operands())
@@ -103,8 +103,8 @@ def _compiled(spec: Spec) -> Callable[[Workload], Tensor]:
 
 
 @functools.lru_cache(maxsize=1)
-def _compiled_body(*shape: object) -> Callable[..., tuple[Tensor, ...]]:
-    """torch.compile of eager_loss's maths, compiled anew for each shape, or it would be a slower one for all shapes."""
+def _compiled_body(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
+    """torch.compile of eager_loss's maths, anew for each workload, or it would be a slower one for all of them."""
     torch.compiler.reset()
 
     def body(
@@ -147,13 +147,13 @@ def from_logits(spec: Spec) -> list[Provider]:
     ]
 
 
-SMALL_CHUNKS = 2**26
+SMALL_CHUNKS = 2**25
 
 
 def from_hidden(spec: Spec) -> list[Provider]:
     return [
         Provider("ours", _ours_linear(2**30), lambda s: min(2**30, 2 * s.logits_bytes), ours=True),
-        Provider("ours, chunks of 64 MB", _ours_linear(SMALL_CHUNKS), lambda s: SMALL_CHUNKS, ours=True),
+        Provider("ours, chunks of 32 MB", _ours_linear(SMALL_CHUNKS), lambda s: SMALL_CHUNKS, ours=True),
         Provider("eager, fp32 upcast", _eager(True), _fp32_copies(4)),
         Provider("torch.compile, fp32 upcast", _compiled(spec), _fp32_copies(2)),
     ]

@@ -75,13 +75,19 @@ def cells(row: Row, name: str) -> list[str]:
         return [title(row), name, *[""] * 6, memory, _number(p.get("first_call_s"), "{:.2f}"), *[""] * 3, reason or ""]
     best = fastest(row, ours=True)
     share = f"{p['step_ms'] / row['providers'][best]['step_ms']:.2f}" if best else ""
-    moved = f"{2 * row['logits_bytes'] / p['step_ms'] / 1e6:.1f}" if row["hidden"] is None else ""
-    rate = [moved, f"{100 * row['yardstick_ms'] / p['step_ms']:.0f} %"]
+    rate = ["", _of_the_bound(row, p)]
+    if row["hidden"] is None and rate[1]:
+        rate[0] = f"{2 * row['logits_bytes'] / p['step_ms'] / 1e6:.1f}"
     return [
         *(title(row), name, _ms(p["forward_ms"]), _ms(p["step_ms"]), _ms(p["backward_ms"]), share, *rate),
         *(_memory(row, p), *(_number(p.get(key), "{:.2f}") for key in ("first_call_s", "new_length_s"))),
         *(f"{p['loss_error']:.0e}", f"{p['gradient_error']:.0e}", "yes" if p["repeatable"] else "no"),
     ]
+
+
+def _of_the_bound(row: Row, p: dict[str, Any]) -> str:
+    """Nothing where rows are left out: the bound is that of all rows."""
+    return f"{100 * row['yardstick_ms'] / p['step_ms']:.0f} %" if row["kind"] == "all" else ""
 
 
 def _ms(value: float) -> str:
@@ -118,7 +124,8 @@ NOTES = (
     "of ours. GB/s: two times the logits in a step's time. The bound, in the same rounds: reading and writing the "
     "logits once; from hidden states three GEMMs (on a CPU in fp32). "
     "extra memory: peak beyond the inputs, in sizes of the logits (from hidden states: in MB). new length: first call "
-    "with a length that was not seen. Errors: relative, beside float64."
+    "with a length that was not seen (torch.compile may find parts of its work in a cache on disk, as in the first "
+    "call). Errors: relative, beside float64."
 )
 
 
@@ -182,7 +189,7 @@ def summary(rows: Sequence[Row], environment: dict[str, Any], columns: Iterable[
         if best is None:
             continue
         mine = row["providers"][best]
-        line = [title(row), _ms(mine["step_ms"]), f"{100 * row['yardstick_ms'] / mine['step_ms']:.0f} %"]
+        line = [title(row), _ms(mine["step_ms"]), _of_the_bound(row, mine)]
         for name in columns:
             ms = row["providers"].get(name, {}).get("step_ms")
             line.append(f"{ms / mine['step_ms']:.1f}x" if ms else "–")
@@ -190,3 +197,29 @@ def summary(rows: Sequence[Row], environment: dict[str, Any], columns: Iterable[
         least: dict[str, Any] = min(others, key=lambda p: p["extra_bytes"], default={})
         lines.append(f"| {' | '.join([*line, _memory(row, mine), _memory(row, least)])} |")
     return "\n".join(lines) + "\n"
+
+
+def headline(rows: Sequence[Row], names: Iterable[str]) -> str:
+    """One sentence: how many times our time each of ``names`` takes over all workloads, and the memory."""
+    parts = []
+    for name in names:
+        ratios = []
+        for row in rows:
+            best, other = fastest(row, ours=True), row["providers"].get(name, {})
+            if best is not None and "step_ms" in other:
+                ratios.append(other["step_ms"] / row["providers"][best]["step_ms"])
+        if ratios:
+            parts.append(f"**{_range(ratios, '{:.1f}')}x faster** than {name}")
+    shares: dict[bool, list[float]] = {True: [], False: []}
+    for row in rows:
+        mine = fastest(row, ours=True)
+        for provider, p in row["providers"].items():
+            if "extra_bytes" in p and (provider == mine or not p["ours"]):
+                shares[p["ours"]].append(p["extra_bytes"] / row["logits_bytes"])
+    ours, theirs = _range([100 * s for s in shares[True]], "{:.0f}"), _range(shares[False], "{:.1f}")
+    return f"{', '.join(parts)}, with {ours} % extra memory instead of {theirs} copies of the logits"
+
+
+def _range(values: Sequence[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low}-{high}"

@@ -19,7 +19,7 @@ SEQUENCES = 8
 KINDS = {
     "all": "every token live, GRPO with k3 KL",
     "half masked": "half of the tokens masked, GRPO with k3 KL",
-    "30 % A = 0": "30 % of the sequences with advantage 0, GRPO without KL",
+    "30 % A = 0": "30 % of the sequences with advantage 0, GRPO without KL; ours skips those rows",
 }
 """Workloads: what part of a batch there is something to compute for."""
 
@@ -64,7 +64,7 @@ class Workload:
 
     def __init__(self, spec: Spec, seed: int = 0) -> None:
         self.spec = spec
-        B = min(SEQUENCES, spec.tokens)
+        B = max(b for b in range(1, SEQUENCES + 1) if spec.tokens % b == 0)
         self.shape = B, spec.tokens // B
         generator = torch.Generator(spec.device).manual_seed(seed)
         options: dict[str, Any] = {"generator": generator, "device": spec.device}
@@ -76,11 +76,12 @@ class Workload:
         self.mask = torch.rand(self.shape, **options) < (0.5 if spec.kind == "half masked" else 2.0)
         self.beta = 0.0 if spec.kind == "30 % A = 0" else BETA
         self.config = LossConfig.preset("grpo", kl=KL(self.beta))
-        self.gradients: tuple[Tensor, ...] = ()
-        """Of the last backward: of the logits, or of hidden states and weight."""
+        self.longer: Tensor | None = None
+        self.handed: dict[int, Tensor] = {}
+        """Gradients of the last backward by place, in whatever order they came."""
         with torch.no_grad():
             if spec.hidden is None:
-                self.kept = (2 * torch.randn(*self.shape, spec.vocab, **options)).to(dtype)
+                self.kept = torch.randn(*self.shape, spec.vocab, **options).mul_(2).to(dtype)
                 self.buffer = self.kept.clone()
                 log_probs = token_log_probs(self.kept, self.ids).log_probs
             else:
@@ -91,11 +92,12 @@ class Workload:
                 log_probs = linear_token_log_probs(self.hidden, self.weight, self.ids).log_probs
         self.old, self.ref = (log_probs + 0.2 * torch.randn(self.shape, **options) for _ in range(2))
 
-    def shortened(self, columns: int = 1) -> Workload:
-        """The same with shorter sequences: a completion length that nothing was compiled for."""
+    def shortened(self) -> Workload:
+        """The same with sequences shorter by a token: a length that nothing was compiled for."""
         other = object.__new__(Workload)
         other.__dict__ |= self.__dict__
-        T = self.shape[1] - columns
+        other.handed = {}
+        T = self.shape[1] - 1
         other.shape = self.shape[0], T
         for name in ("ids", "mask", "old", "ref"):
             setattr(other, name, getattr(self, name)[:, :T].contiguous())
@@ -106,19 +108,32 @@ class Workload:
 
     def restore(self) -> None:
         """Bring back the logits that a gradient in place has overwritten."""
-        self.gradients = ()
+        self.handed = {}
         if self.spec.hidden is None:
             self.buffer.copy_(self.kept)
 
-    def logits(self) -> Tensor:
-        """The buffer as a model would hand it over: not a leaf; its backward takes the gradient and does no work."""
-        handed: Tensor = _Handed.apply(_anchor(self.buffer), self, 0, self.buffer)
+    def logits(self, extra_row: bool = False) -> Tensor:
+        """The buffer as a model would hand it over: not a leaf; its backward takes the gradient and does no work.
+
+        ``extra_row``: (B, T+1, V) with an unused last row, from a buffer of its own that is made once.
+        """
+        tensor = self.buffer
+        if extra_row:
+            if self.longer is None or self.longer.shape[1] != self.shape[1] + 1:
+                self.longer = torch.cat([self.kept, self.kept[:, :1]], 1)
+            tensor = self.longer
+        handed: Tensor = _Handed.apply(_anchor(tensor), self, 0, tensor)
         return handed
 
     def operands(self) -> tuple[Tensor, Tensor]:
         """Hidden states and weight, in the same way."""
         anchor = _anchor(self.hidden)
         return _Handed.apply(anchor, self, 0, self.hidden), _Handed.apply(anchor, self, 1, self.weight)
+
+    @property
+    def gradients(self) -> tuple[Tensor, ...]:
+        """Of the last backward: of the logits, or of hidden states and weight."""
+        return tuple(self.handed[place] for place in sorted(self.handed))
 
     def known(self) -> dict[str, Any]:
         return {"old_log_probs": self.old, "ref_log_probs": self.ref}
@@ -136,5 +151,5 @@ class _Handed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, ...]:
-        ctx.work.gradients = (*ctx.work.gradients[: ctx.place], gradients[0], *ctx.work.gradients[ctx.place + 1 :])
+        ctx.work.handed[ctx.place] = gradients[0]
         return None, None, None, None

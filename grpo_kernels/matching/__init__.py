@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import standard_batch, users_batch
-from .call import Caller
+from .batch import Batch, standard_batch, users_batch
+from .call import Caller, Response
 from .finding import NORMALIZERS, Finding, Inputs, differences, measured
 from .probe import EXACT, ROUNDED, Probe, describe, start
 from .report import Difference, MatchReport, text_of
@@ -29,6 +30,7 @@ def match(
     *,
     arguments: Mapping[str, str] | None = None,
     temperature: float | None = None,
+    device: torch.device | str | None = None,
 ) -> MatchReport:
     """Find the ``LossConfig`` that is your loss, by calling it in float64 on a small batch made to tell options apart.
 
@@ -46,6 +48,7 @@ def match(
             ``old_log_probs``, ``ref_log_probs`` (B, T). Values are varied; the given ones are compared as well.
         arguments: meaning of parameters whose names do not tell, ``{"x": "log_probs"}``.
         temperature: the sampler's, for a loss on logits: one that does not divide by it is then a fault.
+        device: where your function wants its tensors; by default where those of ``batch`` are.
 
     Returns:
         MatchReport: print it. True in an ``if`` when a config reproduces your gradient and no fault was found.
@@ -54,13 +57,17 @@ def match(
         ValueError: the function cannot be called (unknown parameters, nothing that runs), does not return a
             differentiable scalar, or is not finite on plain inputs; the message says what was tried.
     """
-    caller = Caller(loss_fn, arguments)
+    if device is None:
+        device = next((v.device for v in (batch or {}).values() if isinstance(v, Tensor)), "cpu")
+    caller = Caller(loss_fn, arguments, temperature, device)
     if batch is None:
         chosen = standard_batch()
         if caller.container is None and not caller.takes("mask"):
             chosen = chosen.unmasked()
     else:
         chosen = users_batch(batch)
+        if caller.container is None and not caller.takes("mask"):
+            chosen = chosen.unmasked()
     probe, faults = start(caller, chosen)
     search = Search(probe, temperature)
     search.faults |= {name: {} for name in faults}
@@ -74,12 +81,13 @@ def _report(search: Search, finding: Finding) -> MatchReport:
     worst_gradient, worst_loss, tokens = 0.0, 0.0, []
     for given in inputs:
         (theirs, their_gradient), (ours, our_gradient) = measured(probe, given), finding.predict(probe, given)
-        share = torch.nan_to_num(differences(our_gradient, their_gradient), nan=math.inf)
+        share = torch.nan_to_num(differences(our_gradient, their_gradient), nan=math.inf, posinf=math.inf)
         worst_gradient = max(worst_gradient, float(share.max()))
         size = max(abs(ours), abs(theirs), 1e-3 * abs(finding.factor))
         loss_difference = abs(ours - theirs) / size
-        if loss_difference >= worst_loss:
-            worst_loss, values = loss_difference, {"theirs": theirs, "ours": ours}
+        if not loss_difference <= worst_loss:
+            worst_loss = math.inf if math.isnan(loss_difference) else loss_difference
+            values = {"theirs": theirs, "ours": ours}
         tokens += _tokens(probe, given, our_gradient, their_gradient, share, MATCHED[probe.tolerance])
     reproduced = worst_gradient <= MATCHED[probe.tolerance]
     if reproduced and worst_loss > MATCHED[probe.tolerance]:
@@ -88,11 +96,12 @@ def _report(search: Search, finding: Finding) -> MatchReport:
     form = probe.caller.form
     assert form is not None
     return MatchReport(
-        matched=reproduced and not search.faults,
+        matched=reproduced and not search.faults and not search.strange,
         config=finding.config,
         factor=finding.factor,
         normalizer=NORMALIZERS.get(finding.denominator),
         temperature=probe.temperature,
+        temperature_source="temperature" if probe.caller.takes("temperature") else f"{probe.temperature:g}",
         gradient_difference=worst_gradient,
         loss_difference=worst_loss,
         faults=_said(search.faults),
@@ -114,43 +123,54 @@ def _add_notes(search: Search, finding: Finding) -> None:
     caller = search.probe.caller
     if caller.container is None and not caller.takes("mask") and finding.config.aggregation == "token_mean":
         search.notes["same_without_mask"] = {}
+    elif search.probe.batch.own and len(set(search.probe.live(search.probe.batch).sum(-1).tolist())) < 2:
+        search.notes["one_batch"] = {}
 
 
 def verification(search: Search) -> list[Inputs]:
-    """Inputs on which finding and loss are compared: ratios around every bound that was found; the user's own."""
+    """Inputs on which finding and loss are compared: ratios around every bound that was found; other batches; own."""
     probe = search.probe
-    batch = probe.batch
     generator = torch.Generator().manual_seed(5)
-    log_probs = probe.log_probs(batch)
-    surrogate = search.surrogate.surrogate
-    bounds = [math.log(b) for b in surrogate.parameters() if 0 < b < math.exp(5)]
+    limits = [limit for limit in (search.surrogate.log_ratio_limit, search.kl.limit[0]) if limit and limit < 15]
+    bounds = [math.log(b) for b in search.surrogate.surrogate.parameters() if 0 < b < math.exp(5)] + limits
     points = [e * f for e in bounds for f in (0.5, 1.5)] + [-2.5, -0.6, 0.5, 2.5, 1e-3]
-    found = []
-    for turn in range(4):
-        order = torch.randint(len(points), batch.shape, generator=generator)
-        log_ratio = torch.tensor(points, dtype=torch.float64)[order]
-        if search.level != "token":
-            # The same pooled log-ratio with tokens that differ.
-            log_ratio = log_ratio[:, :1] + 1e-5 * torch.randn(batch.shape, generator=generator).double()
-            if search.level == "sequence_product":
-                log_ratio = log_ratio / probe.live(batch).sum(-1, keepdim=True).clamp(min=1)
-        A = torch.randn(batch.shape[0], generator=generator).double()
-        distance = 0.7 * torch.randn(batch.shape, generator=generator).double()
-        if turn == 3:
-            A = A * (torch.arange(len(A)) % 2)
-        found.append(Inputs(batch, probe.ratio.old(log_probs, log_ratio), log_probs - distance, A))
-    if batch.values:
+    found = [_drawn(search, probe.batch, points, generator) for _ in range(3)]
+    zeros = found[-1].advantages * (torch.arange(len(found[-1].advantages)) % 2)
+    found.append(dataclasses.replace(found[-1], advantages=zeros))
+    for batch in search.batches()[1:]:
+        given = _drawn(search, batch, points, generator)
+        try:
+            measured(probe, given)
+        except Exception:  # a loss may insist on its first batch's sizes
+            continue
+        found.append(given)
+    values = probe.batch.values
+    if values:
         first = found[0]
         drawn = {"old_log_probs": first.old, "ref_log_probs": first.ref, "advantages": first.advantages}
-        found.append(Inputs(batch, *(batch.values.get(name, value) for name, value in drawn.items())))
+        found.append(Inputs(probe.batch, *(values.get(name, value) for name, value in drawn.items())))
     return found
+
+
+def _drawn(search: Search, batch: Batch, points: list[float], generator: torch.Generator) -> Inputs:
+    probe = search.probe
+    log_probs, live = probe.log_probs(batch), probe.live(batch)
+    log_ratio = torch.tensor(points, dtype=torch.float64)[torch.randint(len(points), batch.shape, generator=generator)]
+    if search.level != "token":
+        # A pooled log-ratio from the points, of tokens that differ by far more than any bound.
+        lengths = live.sum(-1, keepdim=True).clamp(min=1)
+        noise = 0.5 * torch.randn(batch.shape, generator=generator).double() * live
+        pooled = log_ratio[:, :1] / (lengths if search.level == "sequence_product" else 1)
+        log_ratio = pooled + noise - noise.sum(-1, keepdim=True) / lengths * live
+    A = torch.randn(batch.shape[0], generator=generator).double()
+    spread = 1.0 if search.kl.limit[0] is None else min(1.0, search.kl.limit[0] / 2)
+    distance = spread * torch.randn(batch.shape, generator=generator).double()
+    return Inputs(batch, probe.ratio.old(log_probs, log_ratio), log_probs - distance, A)
 
 
 def _tokens(
     probe: Probe, inputs: Inputs, ours: Tensor, theirs: Tensor, share: Tensor, allowed: float
 ) -> list[Difference]:
-    from .call import Response
-
     batch = inputs.batch
     log_probs = probe.log_probs(batch)
     slopes = [probe.tokens(batch, Response(0.0, g, None, torch.float64)).slope for g in (theirs, ours)]

@@ -12,6 +12,8 @@ from torch import Tensor
 VOCAB = 13
 LENGTHS = (7, 5, 1, 0, 6, 3, 4, 2, 6, 7, 3, 1, 7, 4, 5, 5)
 """Ragged, one of them empty; groups of 2, 4 and 8 differ in size."""
+LARGEST = 10_000_000
+"""Elements of a user's logits."""
 KEYS = ("logits", "log_probs", "token_ids", "mask", "advantages", "old_log_probs", "ref_log_probs")
 
 
@@ -52,23 +54,27 @@ class Batch:
         mask[:, 0] |= ~mask.any(-1)
         return dataclasses.replace(self, mask=mask)
 
-    def variants(self) -> list[Batch]:
-        """Itself, with more padding, with fewer tokens, with half of the sequences: denominators differ in each."""
+    def variants(self, maskable: bool = True) -> list[Batch]:
+        """Itself, with fewer tokens, with more padding, with half of the sequences: denominators differ in each.
+
+        A user's batch keeps its sizes; ``maskable``: the loss takes a mask.
+        """
+        everything = [self]
+        if maskable:
+            fewer = self.mask.clone()
+            fewer[0, fewer.shape[1] // 2 :] = False
+            fewer[-1, 1:] = False
+            fewer[:, 5:] = False
+            everything.append(dataclasses.replace(self, mask=fewer))
         if self.own:
-            return [self]
-        B = self.shape[0]
+            return everything
         padded = Batch(
             *(torch.cat([self.logits, self.logits[:, :3]], 1), self.first),
             *(torch.cat([self.token_ids, self.token_ids[:, :3].flip(-1)], 1), _pad(self.mask, 3)),
         )
-        fewer = self.mask.clone()
-        fewer[0, 3:] = False
-        fewer[4, 1:] = False
-        everything = [self, dataclasses.replace(self, mask=fewer), padded]
-        if bool(self.mask.all()):
-            everything = [self, padded.unmasked()]
-        half = slice(0, B // 2)
-        return [*everything, Batch(self.logits[half], self.first[half], self.token_ids[half], self.mask[half])]
+        half = slice(0, self.shape[0] // 2)
+        halved = Batch(self.logits[half], self.first[half], self.token_ids[half], self.mask[half])
+        return [*everything, padded if maskable else padded.unmasked(), halved]
 
 
 def _pad(mask: Tensor, columns: int) -> Tensor:
@@ -100,12 +106,27 @@ def users_batch(given: Mapping[str, Tensor]) -> Batch:
     """
     if unknown := sorted(set(given) - set(KEYS)):
         raise ValueError(f"batch= has {', '.join(unknown)}; known are {', '.join(KEYS)}.")
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"batch= {name} must be a tensor; got {type(value).__name__}.")
     values = {name: value.detach().cpu() for name, value in given.items()}
     shaped = next((values[name] for name in ("token_ids", "mask", "log_probs") if name in values), None)
     if shaped is None or shaped.dim() != 2:
         found = "nothing" if shaped is None else tuple(shaped.shape)
         raise ValueError(f"batch= needs token_ids, mask or log_probs of shape (B, T); got {found}.")
     B, T = shaped.shape
+    if B == T:
+        raise ValueError(f"batch= has as many sequences as tokens ({B}): (B,) and (T,) look alike. Give another size.")
+    for name in ("token_ids", "mask", "log_probs", "old_log_probs", "ref_log_probs"):
+        if name in values and values[name].shape != (B, T):
+            raise ValueError(f"batch= {name} must be ({B}, {T}); got {tuple(values[name].shape)}.")
+    if "advantages" in values and values["advantages"].shape != (B,):
+        raise ValueError(f"batch= advantages must be ({B},); got {tuple(values['advantages'].shape)}.")
+    if "logits" in values and values["logits"].numel() > LARGEST:
+        raise ValueError(
+            f"batch= logits have {values['logits'].numel():,} elements, and match calls the loss hundreds of times in "
+            f"float64: give a smaller batch, of at most {LARGEST:,}."
+        )
     generator = torch.Generator().manual_seed(20)
     mask = values["mask"] != 0 if "mask" in values else torch.ones(B, T, dtype=torch.bool)
     if "logits" in values:
@@ -122,9 +143,6 @@ def users_batch(given: Mapping[str, Tensor]) -> Batch:
         logits = torch.randn(B, T + 1, VOCAB, generator=generator, dtype=torch.float64)
         if "log_probs" in values:
             logits[:, :T] = _logits_with(values["log_probs"].double(), ids)
-    for name in ("mask", "old_log_probs", "ref_log_probs"):
-        if name in values and values[name].shape != (B, T):
-            raise ValueError(f"batch= {name} must be ({B}, {T}); got {tuple(values[name].shape)}.")
     kept = {name: values[name].double() for name in KEYS[4:] if name in values}
     first = torch.randint(logits.shape[-1], (B,), generator=generator)
     return Batch(logits, first, ids, mask, True, kept)

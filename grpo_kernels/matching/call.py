@@ -20,14 +20,16 @@ GIVEN_TEMPERATURE = 0.7
 ITEMS_FACTOR = 3
 """Parameters such as num_items_in_batch get this many times the batch's tokens, to be told from a count of its own."""
 
+LOG = "log(?!its)"
 ROLES = {
     "logits": r"logits|(shift|policy|new|curr\w*)_?logits",
     "token_ids": r"(token|input|completion|selected_token|response|action|target|sampled|shift)_?ids|labels|targets?"
     r"|actions|tokens|ids|shift_labels",
     "mask": r"m|\w*mask|mask_\w+",
-    "old_log_probs": r"old|(\w*_)?((old|behaviou?r|prev|previous)_?|(b|mb)_)\w*(log|lp)\w*|\w*log_?p(rob)?s?_old",
-    "ref_log_probs": r"ref|reference|(\w*_)?(ref|reference|base|init|sft)_?\w*(log|lp)\w*|\w*log_?p(rob)?s?_(ref|base)",
-    "rollout_log_probs": r"(rollout|sampl\w*|vllm|infer\w*|gen\w*)_?\w*(log|lp)\w*",
+    "old_log_probs": rf"old|(\w*_)?((old|behaviou?r|prev|previous)_?|(b|mb)_)\w*({LOG}|lp)\w*|\w*log_?p(rob)?s?_old",
+    "ref_log_probs": rf"ref|reference|(\w*_)?(ref|reference|base|init|sft)_?\w*({LOG}|lp)\w*"
+    r"|\w*log_?p(rob)?s?_(ref|base)",
+    "rollout_log_probs": rf"(rollout|sampl\w*|vllm|infer\w*|gen\w*)_?\w*({LOG}|lp)\w*",
     "advantages": r"a|\w*adv(antage)?s?",
     "entropy": r"(\w+_)?entrop(y|ies)",
     "num_items": r"num_items\w*|num_tokens|total_tokens|n_tokens|global_n_tokens|\w*batch_num_tokens|denominator"
@@ -37,7 +39,11 @@ ROLES = {
     "log_probs": r"lp|(\w*_)?(log_?p(rob)?s?|per_token_logps)|new_?log\w*",
 }
 """Whole parameter names, in the order in which they are tried."""
-NUMBERS = r".*(coef|eps|clip|beta|weight|ratio|scale|range|alpha|lambda|mode|type|config|args|reduction).*"
+NUMBERS = (
+    r"(.*_)?(coef|coeff|eps|epsilon|clip|cliprange|beta|weight|ratio|scale|range|alpha|lambda|mode|type|config|args"
+    r"|reduction)s?(_.*)?"
+)
+"""Parameters that are no tensors of a batch, whatever else their names hold."""
 CONTAINERS = ("batch", "inputs", "data", "sample", "samples", "mini_batch", "minibatch", "micro_batch", "experience")
 
 
@@ -96,6 +102,9 @@ class Response:
     dtype: torch.dtype
 
 
+WRAP = "wrap it in a function whose parameters have names, def loss(log_probs, old_log_probs, advantages, mask): ..."
+
+
 class Unusable(ValueError):
     """The loss cannot be called as it is."""
 
@@ -106,12 +115,26 @@ class Caller:
     Args:
         loss_fn: any callable that returns a scalar (or a tuple, dict or object that starts with or names one).
         arguments: meaning of parameters whose names do not tell: ``{"x": "log_probs"}``.
+        temperature: what a parameter of that name is given.
+        device: where its tensors are.
     """
 
-    def __init__(self, loss_fn: Callable[..., Any], arguments: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        loss_fn: Callable[..., Any],
+        arguments: Mapping[str, str] | None = None,
+        temperature: float | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if not callable(loss_fn):
             raise TypeError(f"match needs a function; got {type(loss_fn).__name__}.")
         self.loss_fn = loss_fn
+        self.temperature = GIVEN_TEMPERATURE if temperature is None else temperature
+        self.device = torch.device(device)
+        self.rollout_shift: Tensor | float = 0.0
+        """The sampler's log-probs are the old ones plus this."""
+        self.left_out: list[str] = []
+        """Optional parameters that stay at their default."""
         self.form: Form | None = None
         self.container: str | None = None
         self.roles = self._roles(dict(arguments or {}))
@@ -133,14 +156,20 @@ class Caller:
             self.container = required[0].name
             return {}
         roles: dict[str, str] = {}
+        bound = getattr(self.loss_fn, "keywords", {})
         for parameter in parameters.values():
-            if parameter.kind in variadic:
+            if parameter.name in bound:
                 continue
+            if parameter.kind in (*variadic, parameter.POSITIONAL_ONLY):
+                if parameter.kind in variadic:
+                    continue
+                raise Unusable(f"parameter {parameter.name!r} can only be given by its place: {WRAP}")
             role = arguments.get(parameter.name, role_of(parameter.name))
             optional = parameter.default is not parameter.empty
             if role is None or (role in ("rollout_log_probs", "num_items", "cu_seqlens") and optional):
                 if not optional:
                     raise Unusable(_unknown(parameter.name, list(parameters)))
+                self.left_out += [parameter.name] if role is not None else []
                 continue
             if role in roles.values():
                 raise Unusable(
@@ -149,6 +178,10 @@ class Caller:
                     f'arguments={{"{parameter.name}": ...}}.'
                 )
             roles[parameter.name] = role
+        if "old_log_probs" not in roles.values():  # losses that compare with the sampler alone
+            roles = {n: "old_log_probs" if r == "rollout_log_probs" else r for n, r in roles.items()}
+        if not roles and len(parameters) and all(p.kind in variadic for p in parameters.values()):
+            raise Unusable(f"the loss takes {', '.join(str(p) for p in parameters.values())}: {WRAP}")
         if not {"logits", "log_probs"} & set(roles.values()):
             raise Unusable(
                 f"the loss takes neither log-probs nor logits that could be recognised: {', '.join(parameters)}. "
@@ -165,7 +198,8 @@ class Caller:
         masks = (torch.float64, torch.bool, torch.int64) if self.takes("mask") else (torch.float64,)
         for source in sources:
             for layout, advantages, mask in itertools.product(self._layouts(source), ADVANTAGES, masks):
-                if layout != "flat" or advantages == "token":
+                packed = "cu_seqlens" in self.roles.values() and advantages == "sequence"
+                if layout != "flat" or advantages == "token" or packed:
                     yield Form(source, layout, advantages, mask)
 
     def _source(self) -> str:
@@ -192,9 +226,9 @@ class Caller:
         T = batch.shape[1]
         if leaf is None:
             leaf = batch.logits if form.source == "logits" else batch.scored(batch.token_ids, 1.0)
-        leaf = leaf.detach().clone().requires_grad_()
-        entropy = batch.entropy().requires_grad_()
-        handed = _lay_out(form, batch, leaf, entropy, old, ref, advantages)
+        leaf = leaf.detach().clone().to(self.device).requires_grad_()
+        entropy = batch.entropy().to(self.device).requires_grad_()
+        handed = self._lay_out(form, batch, leaf, entropy, old, ref, advantages)
         with torch.enable_grad():
             if self.container is not None:
                 result = self.loss_fn(Named(handed))
@@ -202,36 +236,40 @@ class Caller:
                 result = self.loss_fn(**{name: handed[role] for name, role in self.roles.items()})
             loss = scalar_of(result)
             gradient, entropy_gradient = torch.autograd.grad(loss, (leaf, entropy), allow_unused=True)
-        gradient = torch.zeros_like(leaf) if gradient is None else gradient
-        return Response(float(loss.detach()), gradient[:, :T].double(), entropy_gradient, loss.dtype)
+        gradient = (torch.zeros_like(leaf) if gradient is None else gradient)[:, :T].double().cpu()
+        entropy_gradient = None if entropy_gradient is None else entropy_gradient.cpu()
+        return Response(float(loss.detach()), gradient, entropy_gradient, loss.dtype)
 
-
-def _lay_out(
-    form: Form, batch: Batch, leaf: Tensor, entropy: Tensor, old: Tensor, ref: Tensor, advantages: Tensor
-) -> dict[str, Any]:
-    """Every role's value; tensors are the loss's own, which it may overwrite."""
-    B, T = batch.shape
-    ids, mask, per_token = batch.token_ids, batch.mask, advantages
-    if form.advantages != "sequence" and advantages.dim() == 1:
-        per_token = advantages[:, None].expand(B, T) if form.advantages == "token" else advantages[:, None]
-    logits = leaf if leaf.dim() == 3 else None
-    if logits is not None and form.layout in ("aligned", "flat"):
-        logits = logits[:, :T]
-    if form.layout == "unshifted":
-        ids = torch.cat([batch.first[:, None], ids], 1)
-        mask = torch.cat([mask.new_zeros(B, 1), mask], 1)
-    handed: dict[str, Any] = {"logits" if leaf.dim() == 3 else "log_probs": leaf if logits is None else logits}
-    handed |= {"token_ids": ids.clone(), "mask": mask.to(form.mask), "advantages": per_token.clone()}
-    handed |= {"old_log_probs": old.clone(), "ref_log_probs": ref.clone(), "rollout_log_probs": old.clone()}
-    handed |= {"entropy": entropy}
-    if form.layout == "flat":
-        handed = {
-            name: value.reshape(-1, value.shape[-1]) if name == "logits" else value.reshape(-1)
-            for name, value in handed.items()
+    def _lay_out(
+        self, form: Form, batch: Batch, leaf: Tensor, entropy: Tensor, old: Tensor, ref: Tensor, advantages: Tensor
+    ) -> dict[str, Any]:
+        """Every role's value; tensors are the loss's own, which it may overwrite."""
+        B, T = batch.shape
+        ids, mask, per_token = batch.token_ids, batch.mask, advantages
+        if form.advantages != "sequence" and advantages.dim() == 1:
+            per_token = advantages[:, None].expand(B, T) if form.advantages == "token" else advantages[:, None]
+        logits = leaf if leaf.dim() == 3 else None
+        if logits is not None and form.layout in ("aligned", "flat"):
+            logits = logits[:, :T]
+        if form.layout == "unshifted":
+            ids = torch.cat([batch.first[:, None], ids], 1)
+            mask = torch.cat([mask.new_zeros(B, 1), mask], 1)
+        handed: dict[str, Any] = {"logits" if leaf.dim() == 3 else "log_probs": leaf if logits is None else logits}
+        handed |= {"token_ids": ids.clone(), "mask": mask.to(form.mask), "advantages": per_token.clone()}
+        handed |= {
+            "old_log_probs": old.clone(),
+            "ref_log_probs": ref.clone(),
+            "rollout_log_probs": old + self.rollout_shift,
         }
-        handed["cu_seqlens"] = torch.arange(B + 1) * T
-    handed |= {"num_items": ITEMS_FACTOR * batch.mask.sum().double(), "temperature": GIVEN_TEMPERATURE}
-    return handed
+        handed |= {"entropy": entropy}
+        if form.layout == "flat":
+            handed = {
+                name: value.reshape(-1, value.shape[-1]) if name == "logits" else value.reshape(-1)
+                for name, value in handed.items()
+            }
+            handed["cu_seqlens"] = torch.arange(B + 1) * T
+        handed |= {"num_items": ITEMS_FACTOR * batch.mask.sum().double(), "temperature": self.temperature}
+        return {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in handed.items()}
 
 
 def scalar_of(result: Any) -> Tensor:

@@ -61,8 +61,10 @@ def load(where: str) -> Callable[..., Any]:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[path.stem] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"{place} cannot be imported: {type(error).__name__}: {error}") from error
     else:
         try:
             module = importlib.import_module(place)
@@ -70,6 +72,7 @@ def load(where: str) -> Callable[..., Any]:
             raise ValueError(f"module {place} cannot be imported: {error}") from error
     found: Any = module
     for part in name.split("."):
-        check_name(f"{place}: the function", part, [n for n in dir(found) if not n.startswith("_")] or ["(nothing)"])
+        if not hasattr(found, part):
+            check_name(f"{place}: the function", part, [n for n in dir(found) if n[:2] != "__"] or ["(nothing)"])
         found = getattr(found, part)
     return found

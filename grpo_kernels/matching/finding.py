@@ -72,13 +72,17 @@ class Finding:
             live,
             old_log_probs=_as_difference(probe, log_probs, inputs.old) if self.with_old else None,
             ref_log_probs=inputs.ref,
-            config=config,
+            config=self._of_length(config, batch.shape[1]),
             normalizer=self._all(batch.mask) if probe.reads_padding else self.normalizer(probe.counted(batch)),
             temperature=probe.temperature,
         )
         out.loss.backward()
         assert leaf.grad is not None
         return self.factor * float(out.loss.detach()), self.factor * leaf.grad
+
+    def _of_length(self, config: LossConfig, length: int) -> LossConfig:
+        """A mean over all positions divides by this batch's length."""
+        return dataclasses.replace(config, constant_length=length) if self.denominator == "positions" else config
 
     def _all(self, mask: Tensor) -> float | None:
         """The denominator of a loss that counts padding in its numerator alone."""
@@ -109,7 +113,10 @@ def measured(probe: Probe, inputs: Inputs) -> tuple[float, Tensor]:
 
 
 def differences(mine: Tensor, theirs: Tensor) -> Tensor:
-    """(B, T): distance of a token's gradient rows over the larger of them; 0 where both are next to nothing."""
+    """(B, T): distance of a token's gradient rows over the larger of them; 0 where both are next to nothing.
+
+    NaN where a row is not finite.
+    """
     size = torch.maximum(mine.norm(dim=-1), theirs.norm(dim=-1))
-    largest = float(size.max()) if size.numel() else 0.0
-    return torch.where(size > 1e-12 * largest, (mine - theirs).norm(dim=-1) / size.clamp(min=1e-300), 0.0)
+    largest = float(size.nan_to_num(0.0, posinf=0.0).max()) if size.numel() else 0.0
+    return torch.where(size <= 1e-12 * largest, 0.0, (mine - theirs).norm(dim=-1) / size)

@@ -110,7 +110,9 @@ def from_edges(positive: Edges, negative: Edges, tolerance: float) -> Surrogates
     faults: list[str] = []
     notes: list[str] = []
     low, high, dual = negative.low, positive.high, negative.high
-    if positive.low is not None and positive.low > -4.9:
+    if dual is not None and positive.low is not None and abs(positive.low + dual) < 1e-3:
+        limit = plain(dual, 1e-6)  # both signs stop there: a clamp of the log-ratio, however narrow
+    elif positive.low is not None and positive.low > -4.9:
         if low is None and high is None and dual is not None:
             low, high, dual = positive.low, negative.high, None
             faults.append("optimistic_clip")
@@ -202,6 +204,8 @@ def fit_kl(
         else:
             estimator, gradient = _behind_k2(value, coef)
     limit = _kl_limit(lambda x: curve(x) / coef, shape, estimator, gradient, tolerance)
+    if limit is None:
+        return KLFit(KL(coef, estimator, gradient, weighted, (None, None)), "kl_limit", error)
     return KLFit(KL(coef, estimator, gradient, weighted, limit), "", error)
 
 
@@ -216,8 +220,8 @@ def _behind_k2(value: Callable[[float], float], coef: float) -> tuple[str, str]:
 
 def _kl_limit(
     curve: KLCurve, shape: KLCurve, estimator: str, gradient: str, tolerance: float
-) -> tuple[float | None, float | None]:
-    """(input, output) clamps, from where the slope leaves its shape."""
+) -> tuple[float | None, float | None] | None:
+    """(input, output) clamps, from where the slope leaves its shape; None where that is no clamp of ours."""
 
     def follows(x: Tensor, _: int) -> Tensor:
         """In the form that ``find_edge`` reads: 0 where the slope is not the shape's."""
@@ -228,11 +232,13 @@ def _kl_limit(
     low, high = (find_edge(follows, 1, direction, tolerance) for direction in (-1, 1))
     if low is None and high is None:
         return None, None
-    symmetric = high is not None and (low is None or abs(low + high) < 1e-3 * high)
-    if symmetric or gradient != "pathwise":
-        assert high is not None
-        return plain(high, 1e-6), None
+    if high is not None and (abs(low + high) < 1e-3 * high if low is not None else tolerance > 1e-6):
+        return plain(high, 1e-6), None  # a loss that rounds does not show its lower end
+    if estimator != "k3" or gradient != "pathwise":
+        return None
     one_side = low if low is not None else high
     assert one_side is not None
-    output = math.exp(-one_side) + one_side - 1 if estimator == "k3" else one_side * one_side / 2
+    output = math.exp(-one_side) + one_side - 1
+    if low is None or high is None or abs(math.exp(-high) + high - 1 - output) > 1e-3 * output:
+        return None
     return 20.0, plain(output, 1e-6)  # an input clamp behind it cannot be seen

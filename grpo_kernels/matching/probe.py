@@ -41,8 +41,6 @@ class Slopes:
     """∂loss/∂ℓ."""
     entropy: Tensor
     """∂loss/∂H."""
-    unexplained: float
-    """Largest share of a row's gradient that is a function of neither ℓ nor H."""
 
 
 class Probe:
@@ -100,16 +98,14 @@ class Probe:
         zero = torch.zeros(batch.shape, dtype=torch.float64)
         if response.gradient.dim() == 2:
             entropy = zero if response.entropy_gradient is None else response.entropy_gradient.double()
-            return Slopes(response.loss, response.gradient, entropy, 0.0)
+            return Slopes(response.loss, response.gradient, entropy)
         toward, spread = directions(batch, self.ids(batch), self.temperature)
         d = response.gradient
         aa, bb, ab = (toward * toward).sum(-1), (spread * spread).sum(-1), (toward * spread).sum(-1)
         ad, bd = (toward * d).sum(-1), (spread * d).sum(-1)
         determinant = aa * bb - ab * ab
         slope, entropy = (bb * ad - ab * bd) / determinant, (aa * bd - ab * ad) / determinant
-        rest = (d - slope[..., None] * toward - entropy[..., None] * spread).norm(dim=-1)
-        share = torch.where(d.norm(dim=-1) > 0, rest / d.norm(dim=-1).clamp(min=1e-300), 0.0)
-        return Slopes(response.loss, slope, entropy, float(share.max()))
+        return Slopes(response.loss, slope, entropy)
 
     def at(
         self, log_ratio: Tensor | float, advantages: Tensor, x: Tensor | float = 0.0, batch: Batch | None = None
@@ -153,12 +149,14 @@ def start(caller: Caller, batch: Batch) -> tuple[Probe, list[str]]:
     """
     errors: list[str] = []
     not_finite = None
+    unusable: Unusable | None = None
     for form in caller.forms():
         for candidate, faults in ((batch, []), (batch.without_empty(), ["empty_sequence"])):
             try:
                 response = _first(caller, form, candidate)
-            except Unusable:
-                raise
+            except Unusable as error:  # it ran, and gave something else than a loss; another form may suit it
+                unusable = unusable or error
+                break
             except Exception as error:  # whatever the loss raises tells that it wants another form
                 errors.append(f"{describe(form, candidate)}: {type(error).__name__}: {str(error)[:200]}")
                 break
@@ -170,6 +168,8 @@ def start(caller: Caller, batch: Batch) -> tuple[Probe, list[str]]:
             not_finite = not_finite or form
     if not_finite is not None:
         raise Unusable(f"the loss or its gradient is not finite on plain inputs ({describe(not_finite, batch)}).")
+    if unusable is not None:
+        raise unusable
     raise Unusable("the loss ran in none of the forms that were tried:\n  " + "\n  ".join(errors))
 
 

@@ -42,6 +42,10 @@ TEXTS: dict[str, str] = {
     "unknown_kl": "the KL term is none of k1, k2, k3 (off by {error:.1%})",
     "kl_abs": "the KL term is |ℓ - ref|, which grpo_kernels has not",
     "kl_aggregation": "the KL term has an aggregation of its own ({name}); ours has that of the policy term",
+    "kl_limit": "the KL term is clamped on one side, or where no limit of ours is",
+    "rollout_weights": "tokens are weighed by the sampler's log-probs: give those weights as token_weights=",
+    "denominator": "the denominator is no count of tokens or sequences that match knows",
+    "whitening_unknown": "the loss centres or scales the advantages itself, in no way that match knows",
     "unknown_entropy": "the entropy bonus has weights that follow no known aggregation",
     # notes
     "whitening": "the loss changes the advantages first: {text}. Pass them so",
@@ -52,6 +56,8 @@ TEXTS: dict[str, str] = {
     "is next to 0",
     "dual_below_high": "the dual clip lies below 1 + high, where grpo_kernels has none",
     "rounded": "your loss rounds to fp32 on the way: differences below 1e-4 count as none",
+    "left_out": "left at their defaults: {names}",
+    "one_batch": "aggregations that are the same on your batch cannot be told apart: give one with ragged lengths",
     "no_limit": "your loss does not bound log-ratios; our default of 20 would change nothing below that and keep exp() "
     "finite beyond",
     "same_without_mask": "without a mask, means over tokens and over sequences are the same",
@@ -99,7 +105,7 @@ class MatchReport:
         config: the LossConfig that reproduces the loss, or the nearest.
         factor: the loss is this times ours; put it into ``grad_scale`` or keep it outside.
         normalizer: what to give as ``normalizer=``, as text; None: nothing.
-        temperature: of the logits, where the loss takes logits.
+        temperature: of the logits, where the loss takes logits; ``temperature_source`` what to write for it.
         gradient_difference: largest relative difference of a token's gradient on the batch.
         loss_difference: relative difference of the value.
         faults: what is wrong with the loss, in sentences.
@@ -115,6 +121,7 @@ class MatchReport:
     factor: float
     normalizer: str | None
     temperature: float
+    temperature_source: str
     gradient_difference: float
     loss_difference: float
     faults: tuple[str, ...]
@@ -137,7 +144,7 @@ class MatchReport:
         if self.normalizer is not None:
             arguments.append(f"normalizer={self.normalizer}")
         if self.temperature != 1.0:
-            arguments.append(f"temperature={self.temperature:g}")
+            arguments.append(f"temperature={self.temperature_source}")
         return ", ".join(arguments)
 
     def __str__(self) -> str:

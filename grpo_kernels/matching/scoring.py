@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import fit
-from .call import GIVEN_TEMPERATURE, Unusable
+from .call import Unusable
 
 if TYPE_CHECKING:
     from .search import Search
@@ -33,11 +34,9 @@ def find_scored_tokens(search: Search) -> None:
     pair = [probe.run(batch, log_probs, log_probs, s * probe.signs()).gradient for s in (1, -1)]
     offsets, slopes, bends = [], [], []
     everything = torch.cat([batch.first[:, None], batch.token_ids], 1)
-    rows = (pair[0] - pair[1])[batch.mask | (pair[0] - pair[1]).abs().amax(-1).gt(0)]
-    places = (batch.mask | (pair[0] - pair[1]).abs().amax(-1).gt(0)).nonzero().tolist()
-    for row, (i, t) in zip(rows, places, strict=True):
-        if float(row.abs().max()) == 0:
-            continue
+    difference = pair[0] - pair[1]
+    for i, t in (difference.abs().amax(-1) > 0).nonzero().tolist():
+        row = difference[i, t]
         chosen = int((row * row.sign().sum().sign()).argmin())
         near = [o for o in (1, 0, 2) if t + o < everything.shape[1] and int(everything[i, t + o]) == chosen]
         offsets.append(near[0] if near else None)
@@ -58,6 +57,7 @@ def find_scored_tokens(search: Search) -> None:
         search.strange["bent_logits"] = {}
         return
     probe.temperature = fit.plain(1 / float(torch.tensor(slopes).double().median()), max(1e-7, probe.tolerance))
+    _find_pairing(search)
     _check_temperature(search)
 
 
@@ -67,12 +67,16 @@ def _find_pairing(search: Search) -> None:
     if not probe.caller.takes("old_log_probs"):
         return
     batch = probe.batch
-    level = torch.full(batch.shape, -1.3, dtype=torch.float64)
+    leaf = level = torch.full(batch.shape, -1.3, dtype=torch.float64)
+    if probe.caller.form is not None and probe.caller.form.source == "logits":
+        leaf = torch.zeros_like(batch.logits)
+        level = torch.full(batch.shape, -math.log(leaf.shape[-1]), dtype=torch.float64)
     sign = probe.signs()[:, None]
 
     def slopes(old: Tensor) -> Tensor:
-        pair = [probe.run(batch, old, level, a * probe.signs(), leaf=level).gradient for a in (1.0, 0.0)]
-        return pair[0] - torch.nan_to_num(pair[1])
+        pair = [probe.run(batch, old, level, a * probe.signs(), leaf=leaf).gradient for a in (1.0, 0.0)]
+        difference = pair[0] - torch.nan_to_num(pair[1])
+        return difference if difference.dim() == 2 else difference.norm(dim=-1)
 
     at_rest = slopes(level)
     offsets = []
@@ -90,7 +94,7 @@ def _find_pairing(search: Search) -> None:
 def _check_temperature(search: Search) -> None:
     found, asked = search.probe.temperature, search.temperature
     if asked is None and search.probe.caller.takes("temperature") and search.probe.caller.container is None:
-        asked = GIVEN_TEMPERATURE
+        asked = search.probe.caller.temperature
     if asked is None or abs(found - asked) < 1e-4 * asked:
         return
     key = "no_temperature" if abs(found - 1) < 1e-6 else "other_temperature"

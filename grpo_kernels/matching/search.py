@@ -50,6 +50,7 @@ class Search:
         self.find_surrogate()
         self.find_kl()
         self.find_entropy()
+        self.find_rollout_weights()
         return self.finding()
 
     # How advantages and tokens are weighed
@@ -64,7 +65,7 @@ class Search:
             return
         scaled = bool(((doubled - plain).abs() <= near).all())
         best: tuple[bool, float, Whitening] = (True, math.inf, probe.whitening)
-        for candidate in whitenings(scaled):
+        for candidate in whitenings(scaled, len(A)):
             probe.whitening = candidate
             try:
                 weights = fit_weights(lambda b: self._weights_at(b, A), [probe.batch], probe.tolerance)
@@ -74,8 +75,17 @@ class Search:
             off = weights.spread if unfit else off_plain(weights.factor)
             if (unfit, off) < best[:2]:
                 best = unfit, off, candidate
+        if best[0]:
+            probe.whitening = Whitening()
+            self.strange["whitening_unknown"] = {}
+            return
         probe.whitening = best[2]
         self.notes["whitening"] = {"text": best[2].text}
+
+    def batches(self) -> list[Batch]:
+        """The batch and others that the loss may be called on."""
+        caller = self.probe.caller
+        return self.probe.batch.variants(caller.container is not None or caller.takes("mask"))
 
     def _weights_at(self, batch: Batch, advantages: Tensor | None = None) -> Measured:
         """On-policy slopes over -A. A product of ratios hands every token the weight of its whole sequence."""
@@ -91,7 +101,9 @@ class Search:
     def find_weights(self) -> None:
         """Pattern and denominator; and, since it shows here, what a log-prob is compared with."""
         probe = self.probe
-        batches = [probe.batch, *probe.batch.variants()[1:]]
+        for key in ("no_pattern", "denominator"):  # of an earlier try, before the level was known
+            self.strange.pop(key, None)
+        batches = self.batches()
         weights = fit_weights(self._weights_at, batches, probe.tolerance)
         if weights.spread > 100 * probe.tolerance:
             probe.ratio = QUOTIENT
@@ -103,6 +115,8 @@ class Search:
             probe.ratio = DIFFERENCE
             self.strange["no_pattern"] = {"spread": weights.spread}
         self.weights = weights
+        if weights.spread <= 100 * probe.tolerance < 1e-3 < weights.apart:
+            self.strange["denominator"] = {}
         if weights.denominator == "positions":
             self.faults["mask_in_numerator"] = {"positions": probe.batch.mask.numel()}
 
@@ -175,8 +189,8 @@ class Search:
 
     def find_surrogate(self) -> None:
         if not self.uses_ratio:
-            ratio = self.probe.caller.takes("old_log_probs") or not self._value_is_a_ratio()
-            self.surrogate = fit.Surrogates(Reinforce() if ratio else Unclipped(), LossConfig().log_ratio_limit)
+            plain = self.probe.caller.takes("old_log_probs") or not self._value_is_a_ratio()
+            self.surrogate = fit.Surrogates(Reinforce() if plain else Unclipped(), LossConfig().log_ratio_limit)
             return
         self.surrogate = fit.fit_surrogate(self.curve, self.probe.tolerance)
         for key in self.surrogate.faults:
@@ -204,7 +218,10 @@ class Search:
         weights, live, _ = self.at_rest()
         product = self.level == "sequence_product"
         lengths = live.sum(-1) if product else torch.ones(len(live))
-        effective = probe.effective(probe.signs())
+        A = probe.signs()
+        if not bool((live.any(-1) & (probe.effective(A).sign() == sign)).any()):
+            A = -A  # one sequence, or every live one of the same sign
+        effective = probe.effective(A)
         rows = [i for i in range(len(live)) if bool(live[i].any()) and float(effective[i].sign()) == sign]
         places = [int(live[i].nonzero()[0]) for i in rows]
         found = []
@@ -212,7 +229,7 @@ class Search:
             log_ratio = torch.zeros(len(live), 1, dtype=torch.float64)
             for value, i in zip(chunk, rows, strict=False):
                 log_ratio[i] = value / lengths[i]
-            slopes = probe.policy(log_ratio, probe.signs())
+            slopes = probe.policy(log_ratio, A)
             found += [
                 slopes[i, t] / (weights[i, t] * lengths[i] * effective[i].abs())
                 for _, i, t in zip(chunk, rows, places, strict=False)
@@ -244,7 +261,7 @@ class Search:
         near = self.kl_slopes(0.5)
         share = near[live] / weights[live]
         if float((share - share.mean()).abs().max()) > 1e3 * probe.tolerance * float(share.abs().mean()):
-            own = fit_weights(self._kl_weights, probe.batch.variants(), probe.tolerance)
+            own = fit_weights(self._kl_weights, self.batches(), probe.tolerance)
             self.strange["kl_aggregation"] = {"name": f"per {own.pattern}, over {own.denominator}"}
             weights = near / own.factor
         rows = [i for i in range(len(live)) if bool(live[i].any())]
@@ -295,6 +312,24 @@ class Search:
         self.entropy_coef, self.entropy_aggregation = fit.plain(float(own.mean()), digits), "token_mean"
         if float((own - own.mean()).abs().max()) > 100 * probe.tolerance * float(own.abs().mean()):
             self.strange["unknown_entropy"] = {}
+
+    def find_rollout_weights(self) -> None:
+        """Whether the sampler's log-probs, equal to the old ones so far, change anything."""
+        probe, caller = self.probe, self.probe.caller
+        if caller.left_out:
+            self.notes["left_out"] = {"names": ", ".join(caller.left_out)}
+        if not caller.takes("rollout_log_probs"):
+            return
+        log_probs, A = probe.log_probs(probe.batch), probe.signs()
+        equal = probe.run(probe.batch, log_probs, log_probs, A).gradient
+        generator = torch.Generator().manual_seed(3)
+        caller.rollout_shift = 0.3 * torch.randn(log_probs.shape, generator=generator).double()
+        if caller.form is not None and caller.form.layout == "flat":
+            caller.rollout_shift = caller.rollout_shift.flatten()
+        moved = probe.run(probe.batch, log_probs, log_probs, A).gradient
+        caller.rollout_shift = 0.0
+        if float((moved - equal).abs().max()) > 10 * probe.tolerance * float(equal.abs().max()):
+            self.strange["rollout_weights"] = {}
 
     # All of it
 

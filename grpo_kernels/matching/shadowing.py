@@ -36,13 +36,21 @@ class Sighting(NamedTuple):
         )
 
 
-class shadow:  # a function to its users
+def shadow(
+    loss_fn: Callable[..., Any],
+    config: LossConfig | str = "grpo",
+    *,
+    factor: float = 1.0,
+    every: int = 50,
+    log: Callable[[str], Any] | None = None,
+    arguments: Mapping[str, str] | None = None,
+) -> Shadow:
     """``grpo_loss`` with your loss run beside it on every ``every``-th call; differences are logged.
 
-    Call it as you would call ``grpo_loss``; what trains is ours. On a watched call your function gets copies of the
-    same tensors in their own precision (the log-probs by ``token_log_probs``), so the difference is what your training
-    would see: 1e-6 in fp32, 1e-2 in bf16 are rounding. That call holds two more copies of the logits. An error in your
-    function is logged and training goes on.
+    Call what it returns as you would call ``grpo_loss``; what trains is ours. On a watched call your function gets
+    copies of the same tensors in their own precision (the log-probs by ``token_log_probs``), so the difference is what
+    your training would see: 1e-6 in fp32, 1e-2 in bf16 are rounding. Such a call holds several more tensors of the
+    logits' size. An error in your function is logged and training goes on.
 
     Args:
         loss_fn: as for ``match``; it gets the tensors as they are handed to this call, in their shapes.
@@ -52,25 +60,26 @@ class shadow:  # a function to its users
         log: gets a line of text; default: the logger ``grpo_kernels.shadow`` at level INFO.
         arguments: as for ``match``.
 
-    Attributes:
-        history: list of ``Sighting(call, yours, ours, gradient_difference)``.
+    Returns:
+        A callable; its ``history`` is a list of ``Sighting(call, yours, ours, gradient_difference)``.
+
+    Raises:
+        ValueError: ``every`` below 1, or parameters of the loss that are not understood.
     """
+    if every < 1:
+        raise ValueError(f"shadow(every=...) must be at least 1; got {every!r}.")
+    return Shadow(Caller(loss_fn, arguments), config, factor, every, LOG.info if log is None else log)
+
+
+class Shadow:
+    """What ``shadow`` returns."""
 
     def __init__(
-        self,
-        loss_fn: Callable[..., Any],
-        config: LossConfig | str = "grpo",
-        *,
-        factor: float = 1.0,
-        every: int = 50,
-        log: Callable[[str], Any] | None = None,
-        arguments: Mapping[str, str] | None = None,
+        self, caller: Caller, config: LossConfig | str, factor: float, every: int, log: Callable[[str], Any]
     ) -> None:
-        if every < 1:
-            raise ValueError(f"shadow(every=...) must be at least 1; got {every!r}.")
-        self.caller = Caller(loss_fn, arguments)
+        self.caller = caller
         self.config, self.factor, self.every = config, factor, every
-        self.log = LOG.info if log is None else log
+        self.log = log
         self.history: list[Sighting] = []
         self.calls = 0
 

@@ -43,6 +43,8 @@ class Weights:
     factor: float
     spread: float
     """Largest relative distance of a token from the pattern; above the tolerance, nothing fits."""
+    apart: float
+    """How far the factors of different batches are from each other: whether the denominator is that."""
 
 
 def patterns(live: Tensor) -> dict[tuple[str, int | None], Tensor]:
@@ -77,38 +79,42 @@ def fit_weights(measure: Callable[[Batch], Measured], batches: list[Batch], tole
         measure: the weights of a batch, and what the loss's denominators count.
         batches: the first decides about the pattern; a denominator must explain all of them.
     """
-    weights, live, _ = measure(batches[0])
-    best: tuple[float, str, int | None] = (math.inf, "token", None)
-    for (name, size), pattern in patterns(live).items():
-        shares = weights[live] / pattern[live]
-        spread = float((shares - shares.mean()).abs().max() / shares.abs().mean().clamp(min=1e-300))
-        if spread < best[0] * 0.999 - tolerance:  # the first of equals
-            best = (spread, name, size)
-    spread, name, size = best
-    scales: list[float] = []
-    counted: list[Tensor] = []
+    measured = []
     for batch in batches:
         try:
-            weights, live, counts = measure(batch)
+            measured.append(measure(batch))
         except Exception:  # a loss may insist on its first batch's sizes
-            continue
-        mine = patterns(live).get((name, size))
-        if mine is not None and bool(live.any()):
-            scales.append(float((weights[live] / mine[live]).mean()))
-            counted.append(counts)
-    chosen, factor = _denominator(denominators(name, size), scales, counted)
-    return Weights(name, size, chosen, factor, spread)
+            if batch is batches[0]:
+                raise
+    spreads = {key: _spread(key, measured) for key in patterns(measured[0][1])}
+    name, size = min(spreads, key=lambda key: round(spreads[key] / max(tolerance, 1e-12)))  # the first of equals
+    factors = {
+        denominator: torch.tensor(_scales((name, size), measured, count), dtype=torch.float64)
+        for denominator, count in denominators(name, size).items()
+    }
+    apart = {key: float((f.max() - f.min()) / f.abs().mean().clamp(min=1e-300)) for key, f in factors.items()}
+    order = list(factors)
+    chosen = min(order, key=lambda d: (round(apart[d], 3), plainness(float(factors[d][0])), order.index(d)))
+    return Weights(name, size, chosen, float(factors[chosen][0]), spreads[name, size], apart[chosen])
 
 
-def _denominator(choices: dict[str, Counts], scales: list[float], counted: list[Tensor]) -> tuple[str, float]:
-    """That whose factor varies least over the batches; of equals, the one with the plainest factor."""
-    ranked = []
-    for place, (name, count) in enumerate(choices.items()):
-        factors = torch.tensor([s * count(live) for s, live in zip(scales, counted, strict=True)], dtype=torch.float64)
-        spread = float((factors.max() - factors.min()) / factors.abs().mean().clamp(min=1e-300))
-        ranked.append((round(spread, 3), plainness(float(factors[0])), place, name, float(factors[0])))
-    *_, name, factor = min(ranked)
-    return name, factor
+def _shares(key: tuple[str, int | None], measured: Measured) -> Tensor | None:
+    """Weights over the pattern at the tokens that have one; None where the batch cannot have this pattern."""
+    weights, live, _ = measured
+    pattern = patterns(live).get(key)
+    return None if pattern is None or not bool(live.any()) else weights[live] / pattern[live]
+
+
+def _spread(key: tuple[str, int | None], measured: list[Measured]) -> float:
+    """Largest relative distance of a token's share from the mean of its batch."""
+    found = [shares for m in measured if (shares := _shares(key, m)) is not None]
+    return max(float((s - s.mean()).abs().max() / s.abs().mean().clamp(min=1e-300)) for s in found)
+
+
+def _scales(key: tuple[str, int | None], measured: list[Measured], count: Counts) -> list[float]:
+    """The factor of each batch with this denominator."""
+    found = [(shares, m[2]) for m in measured if (shares := _shares(key, m)) is not None]
+    return [float(shares.mean()) * count(counted) for shares, counted in found]
 
 
 def plainness(factor: float) -> int:

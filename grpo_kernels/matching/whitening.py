@@ -23,9 +23,10 @@ class Whitening:
     apply: Callable[[Tensor, Tensor], Tensor] = _same
 
 
-def whitenings(scaled: bool) -> Iterator[Whitening]:
+def whitenings(scaled: bool, sequences: int) -> Iterator[Whitening]:
     """What losses do to the advantages of a batch, by what they average over."""
-    for where in ("sequences", "tokens", "positions"):
+    groups = [f"groups of {size}" for size in range(2, sequences) if sequences % size == 0]
+    for where in ("sequences", "tokens", "positions", *groups):
         if not scaled:
             yield Whitening(f"A - mean over {where}", functools.partial(_centre, where=where))
             continue
@@ -35,6 +36,11 @@ def whitenings(scaled: bool) -> Iterator[Whitening]:
 
 
 def _moments(A: Tensor, live: Tensor, where: str, ddof: int) -> tuple[Tensor, Tensor]:
+    if where.startswith("groups"):
+        groups = A.view(-1, int(where.split()[-1]))
+        centred = groups - groups.mean(-1, keepdim=True)
+        variance = (centred**2).sum(-1, keepdim=True) / (groups.shape[1] - ddof)
+        return groups.mean(-1, keepdim=True).expand_as(groups).flatten(), variance.expand_as(groups).flatten()
     count = torch.ones_like(A)
     if where != "sequences":
         count = live.sum(-1).double() if where == "tokens" else torch.full_like(A, live.shape[1])
