@@ -198,6 +198,8 @@ def unwritable(tmp_path):
         (["--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16"),
         (["--kind", "masked"], "--kind must be one of .*Did you mean 'half masked'"),
         (["--shapes", "512"], "TOKENSxVOCABULARY, separated by commas; got '512'"),
+        (["--shapes", ""], "TOKENSxVOCABULARY, separated by commas; got ''"),
+        (["--model", ""], "--model must be one of"),
         (["--shapes", "0x512"], "'0' is no positive number"),
         (["--lengths", "4k"], "--lengths needs --model"),
         (["--linear"], "--linear needs --model"),

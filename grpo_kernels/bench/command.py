@@ -131,19 +131,22 @@ def specs_of(arguments: argparse.Namespace) -> list[Spec]:
         check_name("--kind", kind, KINDS)
     hidden = None
     device = torch.device(arguments.device).type
-    if arguments.model:
+    if arguments.model is not None:
         check_name("--model", arguments.model, MODELS)
-        if arguments.shapes:
+        if arguments.shapes is not None:
             raise ValueError("--shapes and --model exclude each other: a model has its vocabulary, give --lengths.")
         default = "4k,16k" if device == "cuda" else "256,1k"
-        lengths = [number(text, "--lengths") for text in (arguments.lengths or default).split(",")]
+        lengths = [
+            number(text, "--lengths")
+            for text in (default if arguments.lengths is None else arguments.lengths).split(",")
+        ]
         shapes = [(length, MODELS[arguments.model].vocab) for length in lengths]
         hidden = MODELS[arguments.model].hidden if arguments.linear else None
     else:
         for name in ("lengths", "linear"):
             if getattr(arguments, name):
                 raise ValueError(f"--{name} needs --model NAME (see --models).")
-        given = arguments.shapes or DEFAULT_SHAPES.get(device, DEFAULT_SHAPES["cpu"])
+        given = DEFAULT_SHAPES.get(device, DEFAULT_SHAPES["cpu"]) if arguments.shapes is None else arguments.shapes
         shapes = [shape(text) for text in given.split(",")]
     return [
         Spec(tokens, vocab, dtype, hidden, kind, device=arguments.device)

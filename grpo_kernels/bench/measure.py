@@ -22,7 +22,7 @@ from .workload import SEQUENCES, Spec, Workload
 
 FLUSH_BYTES = 256 << 20
 """Written between samples on a GPU: more than its second-level cache."""
-ENOUGH = 60.0
+ENOUGH = 20.0
 """Seconds of samples of one provider in one workload; it is left out of further rounds."""
 CHECKED_ROWS = 64
 """Rows of the gradient that are compared with float64."""

@@ -34,7 +34,7 @@ def match(
 ) -> MatchReport:
     """Find the ``LossConfig`` that is your loss, by calling it in float64 on a small batch made to tell options apart.
 
-    Your function is called a few hundred times with ragged sequences (one of them empty), ratios on both sides of
+    Your function is called some hundred times with ragged sequences (one of them empty), ratios on both sides of
     every bound, advantages of both signs and distances from the reference; its slopes are read off, and the result is
     compared with ``grpo_loss``, value and gradient.
 
@@ -62,11 +62,11 @@ def match(
     caller = Caller(loss_fn, arguments, temperature, device)
     if batch is None:
         chosen = standard_batch()
-        if caller.container is None and not caller.takes("mask"):
+        if not caller.masks:
             chosen = chosen.unmasked()
     else:
         chosen = users_batch(batch)
-        if caller.container is None and not caller.takes("mask"):
+        if not caller.masks:
             chosen = chosen.unmasked()
     probe, faults = start(caller, chosen)
     search = Search(probe, temperature)
@@ -121,7 +121,7 @@ def _add_notes(search: Search, finding: Finding) -> None:
     if finding.config.log_ratio_limit is None and search.uses_ratio:
         search.notes["no_limit"] = {}
     caller = search.probe.caller
-    if caller.container is None and not caller.takes("mask") and finding.config.aggregation == "token_mean":
+    if not caller.masks and finding.config.aggregation == "token_mean":
         search.notes["same_without_mask"] = {}
     elif search.probe.batch.own and len(set(search.probe.live(search.probe.batch).sum(-1).tolist())) < 2:
         search.notes["one_batch"] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ class Caller:
     ) -> None:
         if not callable(loss_fn):
             raise TypeError(f"match needs a function; got {type(loss_fn).__name__}.")
+        if temperature is not None and not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be a finite number > 0; got {temperature!r}.")
         self.loss_fn = loss_fn
         self.temperature = GIVEN_TEMPERATURE if temperature is None else temperature
         self.device = torch.device(device)
@@ -138,11 +141,16 @@ class Caller:
         self.form: Form | None = None
         self.container: str | None = None
         self.roles = self._roles(dict(arguments or {}))
+        names = [name.lower() for name, role in self.roles.items() if role == "token_ids"]
+        self.labelled = not self.takes("mask") and any("label" in name or "target" in name for name in names)
+        """Masked tokens are -100 in its ids, and it has no other mask."""
 
     def _roles(self, arguments: dict[str, str]) -> dict[str, str]:
         """Parameter to role."""
         for name, meaning in arguments.items():
             check_name(f"arguments[{name!r}]", meaning, ROLES)
+        if inspect.isclass(self.loss_fn):
+            raise Unusable(f"{self.loss_fn.__name__} is a class: give an instance of it, or a function.")
         target = self.loss_fn.forward if isinstance(self.loss_fn, torch.nn.Module) else self.loss_fn
         try:
             parameters = inspect.signature(target).parameters
@@ -188,6 +196,11 @@ class Caller:
                 'Say which it is: arguments={"name": "log_probs"}.'
             )
         return roles
+
+    @property
+    def masks(self) -> bool:
+        """Whether it knows which tokens count."""
+        return self.takes("mask") or self.labelled
 
     def takes(self, role: str) -> bool:
         return self.container is not None or role in self.roles.values()
@@ -246,13 +259,16 @@ class Caller:
         """Every role's value; tensors are the loss's own, which it may overwrite."""
         B, T = batch.shape
         ids, mask, per_token = batch.token_ids, batch.mask, advantages
+        first = batch.first
+        if self.labelled:
+            ids, first = torch.where(mask, ids, -100), torch.full_like(first, -100)
         if form.advantages != "sequence" and advantages.dim() == 1:
             per_token = advantages[:, None].expand(B, T) if form.advantages == "token" else advantages[:, None]
         logits = leaf if leaf.dim() == 3 else None
         if logits is not None and form.layout in ("aligned", "flat"):
             logits = logits[:, :T]
         if form.layout == "unshifted":
-            ids = torch.cat([batch.first[:, None], ids], 1)
+            ids = torch.cat([first[:, None], ids], 1)
             mask = torch.cat([mask.new_zeros(B, 1), mask], 1)
         handed: dict[str, Any] = {"logits" if leaf.dim() == 3 else "log_probs": leaf if logits is None else logits}
         handed |= {"token_ids": ids.clone(), "mask": mask.to(form.mask), "advantages": per_token.clone()}

@@ -11,6 +11,7 @@ could not be called.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -41,7 +42,8 @@ def main(arguments: argparse.Namespace) -> int:
         if not equals:
             raise ValueError(f"--argument must be NAME=MEANING; got {given!r}.")
         meanings[name] = meaning
-    report = match(load(arguments.loss), arguments=meanings, temperature=arguments.temperature)
+    with contextlib.redirect_stdout(sys.stderr):  # what the loss prints is not the report
+        report = match(load(arguments.loss), arguments=meanings, temperature=arguments.temperature)
     print(json.dumps(report.as_dict(), indent=2) if arguments.json else report)
     return 0 if report else 1
 

@@ -184,6 +184,8 @@ def fit_kl(
     """
     x = torch.tensor([-2.0, -1.0, -0.5, -0.1, 0.1, 0.4, 1.0, 1.7], dtype=torch.float64)
     slopes = curve(x)
+    if not bool(slopes.isfinite().all()):
+        return KLFit(KL(), "kl_elsewhere")
     if float(slopes.abs().max()) < max(1e-9, 0.1 * tolerance):
         return None
     errors = {}

@@ -170,6 +170,9 @@ def start(caller: Caller, batch: Batch) -> tuple[Probe, list[str]]:
         raise Unusable(f"the loss or its gradient is not finite on plain inputs ({describe(not_finite, batch)}).")
     if unusable is not None:
         raise unusable
+    reasons = {error.partition(": ")[2] for error in errors}
+    if len(reasons) == 1:
+        raise Unusable(f"the loss raised {reasons.pop()} in every form that was tried.")
     raise Unusable("the loss ran in none of the forms that were tried:\n  " + "\n  ".join(errors))
 
 

@@ -33,7 +33,14 @@ TEXTS: dict[str, str] = {
     "clip_without_min": "the ratio is clipped without the minimum with the unclipped term: tokens that left the trust "
     "region in the wrong direction get no gradient to come back",
     "kl_reversed": "the KL term has log-probs and reference exchanged: k3 is exp(ref - ℓ) - (ref - ℓ) - 1",
+    "dropped": "the {columns} column of the batch is left out: log-probs that are aligned already lose a token",
+    "old_ignored": "old_log_probs have no effect on the gradient: without a ratio to them nothing is ever clipped",
+    "kl_sign": "the sign of the KL term is wrong: it rewards distance from the reference",
+    "kl_unmasked": "the KL term is not masked: masked tokens get a gradient from it",
+    "entropy_unmasked": "the entropy term is not masked: masked tokens get a gradient from it",
     # strange to grpo_kernels
+    "advantages_not_linear": "the loss is not proportional to the advantages (are they clamped?)",
+    "kl_elsewhere": "the reference enters elsewhere than in a KL term (the advantages?)",
     "bent_logits": "the logits are bent before the softmax (a softcap?), or something else than log-prob and entropy "
     "of a token enters the loss",
     "other_tokens": "{missing} tokens of the mask get no gradient (as {places}), {extra} outside of it do",
@@ -50,12 +57,12 @@ TEXTS: dict[str, str] = {
     # notes
     "whitening": "the loss changes the advantages first: {text}. Pass them so",
     "temperature_unseen": "on log-probs the temperature cannot be seen: it is in the call that makes them",
-    "dropped": "the {columns} column of the batch is left out",
     "on_policy": "your loss has no old log-probs: leave old_log_probs out",
     "one_sided_limit": "your log-ratios are clamped at {limit:g} from above only; ours on both sides, where the ratio "
     "is next to 0",
     "dual_below_high": "the dual clip lies below 1 + high, where grpo_kernels has none",
     "rounded": "your loss rounds to fp32 on the way: differences below 1e-4 count as none",
+    "entropy_penalty": "your loss penalises entropy; a bonus has the other sign",
     "left_out": "left at their defaults: {names}",
     "one_batch": "aggregations that are the same on your batch cannot be told apart: give one with ragged lengths",
     "no_limit": "your loss does not bound log-ratios; our default of 20 would change nothing below that and keep exp() "
@@ -103,7 +110,7 @@ class MatchReport:
     Attributes:
         matched: the config reproduces the gradient, and there is no fault.
         config: the LossConfig that reproduces the loss, or the nearest.
-        factor: the loss is this times ours; put it into ``grad_scale`` or keep it outside.
+        factor: the loss is this times ours.
         normalizer: what to give as ``normalizer=``, as text; None: nothing.
         temperature: of the logits, where the loss takes logits; ``temperature_source`` what to write for it.
         gradient_difference: largest relative difference of a token's gradient on the batch.
@@ -145,6 +152,8 @@ class MatchReport:
             arguments.append(f"normalizer={self.normalizer}")
         if self.temperature != 1.0:
             arguments.append(f"temperature={self.temperature_source}")
+        if self.factor != 1.0:
+            arguments.append(f"grad_scale={self.factor:g}")
         return ", ".join(arguments)
 
     def __str__(self) -> str:
@@ -164,7 +173,9 @@ class MatchReport:
         if len(self.tokens) > 6:
             lines.append(f"  ... and {len(self.tokens) - 6} more tokens")
         lines += [f"  - {note}" for note in self.notes]
-        lines += ["", f"grpo_loss(logits, token_ids, advantages, mask, ..., {self.call()})"]
+        if self.gradient_difference < 1e-3:
+            factor = "" if self.factor == 1 else f" * {self.factor:g}"
+            lines += ["", f"loss = grpo_loss(logits, token_ids, advantages, mask, ..., {self.call()}).loss{factor}"]
         return "\n".join(lines)
 
     def _scale(self) -> str:

@@ -108,7 +108,10 @@ def find_mask(search: Search) -> None:
     reached = slopes.abs() > 1e-9 * slopes.abs().max()
     mask = probe.batch.mask
     if not bool(reached.any()):
-        raise Unusable("no token gets a gradient from the advantages: is the loss multiplied by them?")
+        raise Unusable(
+            "no token gets a gradient from the advantages: is the loss multiplied by them, or do (B,) and (B, 1) meet "
+            "in it and make (B, B)?"
+        )
     if bool((reached == mask).all()):
         return
     if bool(reached.all()):
@@ -121,7 +124,7 @@ def find_mask(search: Search) -> None:
                 if shift:
                     search.faults["shifted_mask"] = {"shift": shift}
                 elif not probe.old_shift:
-                    search.notes["dropped"] = {"columns": " and ".join(("first", "last")[c] for c in dropped)}
+                    search.faults["dropped"] = {"columns": " and ".join(("first", "last")[c] for c in dropped)}
                 return
         probe.mask_shift, probe.dropped = 0, ()
         missing = mask & ~reached

@@ -62,6 +62,9 @@ class Search:
         plain, moved, doubled = (probe.policy(0.0, a) for a in (A, A + 0.5, 2 * A))
         near = max(1e-3, probe.tolerance) * plain.abs().max()
         if bool(((moved - plain).abs() > near).any()):
+            large = probe.policy(0.0, 50 * A) / 50
+            if bool(((large - plain).abs() > near).any()):
+                self.strange["advantages_not_linear"] = {}
             return
         scaled = bool(((doubled - plain).abs() <= near).all())
         best: tuple[bool, float, Whitening] = (True, math.inf, probe.whitening)
@@ -85,7 +88,7 @@ class Search:
     def batches(self) -> list[Batch]:
         """The batch and others that the loss may be called on."""
         caller = self.probe.caller
-        return self.probe.batch.variants(caller.container is not None or caller.takes("mask"))
+        return self.probe.batch.variants(caller.masks)
 
     def _weights_at(self, batch: Batch, advantages: Tensor | None = None) -> Measured:
         """On-policy slopes over -A. A product of ratios hands every token the weight of its whole sequence."""
@@ -136,6 +139,9 @@ class Search:
         live = probe.live(probe.batch) & (at_rest != 0)
         if not bool(live.any()) or float(growth[live].abs().max()) < 0.05:
             self.uses_ratio = False
+            if "old_log_probs" in probe.caller.roles.values():
+                kind = self.faults if self._value_is_a_ratio() else self.notes
+                kind["old_ignored"] = {}
             return
         if float(growth[live].mean()) < 0 and probe.ratio is not INVERTED:
             probe.ratio = INVERTED
@@ -189,8 +195,8 @@ class Search:
 
     def find_surrogate(self) -> None:
         if not self.uses_ratio:
-            plain = self.probe.caller.takes("old_log_probs") or not self._value_is_a_ratio()
-            self.surrogate = fit.Surrogates(Reinforce() if plain else Unclipped(), LossConfig().log_ratio_limit)
+            surrogate = Unclipped() if self._value_is_a_ratio() else Reinforce()
+            self.surrogate = fit.Surrogates(surrogate, LossConfig().log_ratio_limit)
             return
         self.surrogate = fit.fit_surrogate(self.curve, self.probe.tolerance)
         for key in self.surrogate.faults:
@@ -202,7 +208,7 @@ class Search:
             self.strange["unknown_surrogate"] = {"error": error}
 
     def _value_is_a_ratio(self) -> bool:
-        """Without old log-probs: -A·exp(ℓ - sg(ℓ)) has the slope of -A·ℓ and the value -A."""
+        """Where old log-probs change nothing: -A·exp(ℓ - sg(ℓ)) has the slope of -A·ℓ and the value -A."""
         probe = self.probe
         assert self.weights is not None
         A = probe.signs()
@@ -259,6 +265,8 @@ class Search:
         if self.level == "sequence_product" and bool((live.sum(-1) == 1).any()):
             live = live & (live.sum(-1, keepdim=True) == 1)  # a ratio that weighs the KL couples the other tokens
         near = self.kl_slopes(0.5)
+        if float(near[~probe.live(probe.batch)].abs().sum()) > 0:
+            self.faults["kl_unmasked"] = {}
         share = near[live] / weights[live]
         if float((share - share.mean()).abs().max()) > 1e3 * probe.tolerance * float(share.abs().mean()):
             own = fit_weights(self._kl_weights, self.batches(), probe.tolerance)
@@ -288,6 +296,8 @@ class Search:
         if found is None:
             return
         self.kl = found.kl
+        if found.kl.coef < 0:
+            self.faults["kl_sign"] = {}
         if found.strange:
             (self.faults if found.strange == "kl_reversed" else self.strange)[found.strange] = {}
         elif found.error > 1e3 * probe.tolerance:
@@ -303,12 +313,19 @@ class Search:
         largest = float(weights.abs().max())
         if float(slopes.abs().max()) < max(1e-9, probe.tolerance) * 10 * largest:
             return
+        if float(slopes[~live & ~probe.live(probe.batch)].abs().sum()) > 0:
+            self.faults["entropy_unmasked"] = {}
         share = -slopes[live] / weights[live]
         digits = max(1e-8, 10 * probe.tolerance)
         if float((share - share.mean()).abs().max()) <= 100 * probe.tolerance * float(share.abs().mean()):
             self.entropy_coef = fit.plain(float(share.mean()), digits)
+            if self.entropy_coef < 0:
+                self.notes["entropy_penalty"] = {}
             return
         own = -slopes[live] * float(live.sum()) / self.weights.factor
+        if not bool(own.isfinite().all()):
+            self.strange["unknown_entropy"] = {}
+            return
         self.entropy_coef, self.entropy_aggregation = fit.plain(float(own.mean()), digits), "token_mean"
         if float((own - own.mean()).abs().max()) > 100 * probe.tolerance * float(own.abs().mean()):
             self.strange["unknown_entropy"] = {}
