@@ -35,7 +35,7 @@ def trl_eager() -> Loss:
         log_probs = selective_log_softmax(logits, work.ids)
         with torch.no_grad():
             entropy_from_logits(logits)
-        return loss_of_log_probs(log_probs.float(), work)[0]
+        return loss_of_log_probs(log_probs.float(), *work.rest())[0]
 
     return loss
 
@@ -44,7 +44,7 @@ def trl_kernel() -> Loss:
     from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
 
     def loss(work: Workload) -> Tensor:
-        return loss_of_log_probs(selective_log_softmax_and_entropy(work.logits(), work.ids)[0], work)[0]
+        return loss_of_log_probs(selective_log_softmax_and_entropy(work.logits(), work.ids)[0], *work.rest())[0]
 
     return loss
 
@@ -83,7 +83,7 @@ def trl_chunked() -> Loss:
         tile = min(32768, weight.shape[0])
         arguments = (weight, None, work.ids.flatten(), 1.0, tile, None, 1.0, ("entropy",))
         log_probs = ChunkedLogProbFunction.apply(hidden.flatten(0, 1), *arguments)[0].view(work.ids.shape)
-        return loss_of_log_probs(log_probs, work)[0]
+        return loss_of_log_probs(log_probs, *work.rest())[0]
 
     return loss
 
@@ -108,7 +108,7 @@ def torch_linear() -> Loss:
     def loss(work: Workload) -> Tensor:
         hidden, weight = work.operands()
         nll = linear_cross_entropy(hidden.flatten(0, 1), weight, work.ids.flatten(), reduction="none", options=options)
-        return loss_of_log_probs(-nll.view(work.ids.shape), work)[0]
+        return loss_of_log_probs(-nll.view(work.ids.shape), *work.rest())[0]
 
     return loss
 
@@ -118,7 +118,9 @@ def cut_cross_entropy() -> Loss:
 
     def loss(work: Workload) -> Tensor:
         hidden, weight = work.operands()
-        return loss_of_log_probs(-linear_cross_entropy(hidden, weight, work.ids, reduction="none").float(), work)[0]
+        return loss_of_log_probs(
+            -linear_cross_entropy(hidden, weight, work.ids, reduction="none").float(), *work.rest()
+        )[0]
 
     return loss
 

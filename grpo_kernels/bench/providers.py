@@ -29,34 +29,38 @@ class Provider:
     ours: bool = False
 
 
-def loss_of_log_probs(log_probs: Tensor, work: Workload) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T) log-probs to loss, ratios and k3 KL, in eager PyTorch as short as it gets."""
-    ratio, A = (log_probs - work.old).exp(), work.advantages[:, None]
+def loss_of_log_probs(
+    log_probs: Tensor, advantages: Tensor, mask: Tensor, old: Tensor, ref: Tensor, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T) log-probs to loss, ratios and k3 KL, in eager PyTorch as short as it gets; see ``Workload.rest``."""
+    ratio, A = (log_probs - old).exp(), advantages[:, None]
     terms = -torch.minimum(ratio * A, ratio.clamp(1 - CLIP, 1 + CLIP) * A)
-    u = work.ref - log_probs
+    u = ref - log_probs
     kl = u.exp() - u - 1
-    if work.beta:
-        terms = terms + work.beta * kl
-    lengths = work.mask.sum(-1).clamp(min=1)
-    return ((terms * work.mask).sum(-1) / lengths).mean(), ratio, kl
+    if beta:
+        terms = terms + beta * kl
+    lengths = mask.sum(-1).clamp(min=1)
+    return ((terms * mask).sum(-1) / lengths).mean(), ratio, kl
 
 
-def eager_loss(logits: Tensor, work: Workload, upcast: bool) -> Tensor:
-    """What people write today, with entropy and clip metrics; it makes no pass over the logits that it does not need.
+def eager_loss(
+    logits: Tensor, ids: Tensor, advantages: Tensor, mask: Tensor, old: Tensor, ref: Tensor, beta: float, upcast: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss and metrics as people write them today, entropy among them; no pass over the logits that it does not need.
 
     ``upcast`` does the softmax in fp32.
     """
     log_p = torch.log_softmax(logits.float() if upcast else logits, -1)
-    log_probs = log_p.gather(-1, work.ids[..., None]).squeeze(-1).float()
+    log_probs = log_p.gather(-1, ids[..., None]).squeeze(-1).float()
     with torch.no_grad():
         entropy = -(log_p.exp() * log_p).sum(-1).float()
-    loss, ratio, kl = loss_of_log_probs(log_probs, work)
+    loss, ratio, kl = loss_of_log_probs(log_probs, advantages, mask, old, ref, beta)
     with torch.no_grad():
-        tokens, A = work.mask.sum(), work.advantages[:, None]
+        tokens, A = mask.sum(), advantages[:, None]
         low, high = (ratio < 1 - CLIP) & (A < 0), (ratio > 1 + CLIP) & (A > 0)
-        columns = torch.stack([kl, entropy, ratio, low, high, log_probs - work.old])
-        (columns * work.mask).sum((-1, -2)) / tokens  # the metrics that a training loop logs
-    return loss
+        columns = torch.stack([kl, entropy, ratio, low, high, log_probs - old])
+        metrics = (columns * mask).sum((-1, -2)) / tokens
+    return loss, metrics
 
 
 def _ours(inplace: bool) -> Callable[[Workload], Tensor]:
@@ -83,46 +87,24 @@ def _ours_linear(chunk_bytes: int) -> Callable[[Workload], Tensor]:
     return loss
 
 
-def _eager(upcast: bool) -> Callable[[Workload], Tensor]:
-    def loss(work: Workload) -> Tensor:
-        if work.spec.hidden is None:
-            return eager_loss(work.logits(), work, upcast)
-        return eager_loss(torch.nn.functional.linear(*work.operands()), work, upcast)
+def _logits(work: Workload) -> Tensor:
+    return work.logits() if work.spec.hidden is None else torch.nn.functional.linear(*work.operands())
 
-    return loss
+
+def _eager(upcast: bool) -> Callable[[Workload], Tensor]:
+    return lambda work: eager_loss(_logits(work), work.ids, *work.rest(), upcast)[0]
 
 
 def _compiled(spec: Spec) -> Callable[[Workload], Tensor]:
-    body = _compiled_body(spec)
-
-    def loss(work: Workload) -> Tensor:
-        logits = work.logits() if spec.hidden is None else torch.nn.functional.linear(*work.operands())
-        return body(logits, work.ids, work.advantages, work.mask, work.old, work.ref, work.beta)[0]
-
-    return loss
+    compiled = _compiled_loss(spec)
+    return lambda work: compiled(_logits(work), work.ids, *work.rest(), True)[0]
 
 
 @functools.lru_cache(maxsize=1)
-def _compiled_body(spec: Spec) -> Callable[..., tuple[Tensor, ...]]:
-    """torch.compile of eager_loss's maths, anew for each workload, or it would be a slower one for all of them."""
+def _compiled_loss(spec: Spec) -> Callable[..., tuple[Tensor, Tensor]]:
+    """torch.compile of eager_loss, anew for each workload, or it would be a slower one for all of them."""
     torch.compiler.reset()
-
-    def body(
-        logits: Tensor, ids: Tensor, advantages: Tensor, mask: Tensor, old: Tensor, ref: Tensor, beta: float
-    ) -> tuple[Tensor, ...]:
-        log_p = torch.log_softmax(logits.float(), -1)
-        log_probs = log_p.gather(-1, ids[..., None]).squeeze(-1)
-        entropy = -(log_p.detach().exp() * log_p.detach()).sum(-1)
-        ratio, A = (log_probs - old).exp(), advantages[:, None]
-        terms = -torch.minimum(ratio * A, ratio.clamp(1 - CLIP, 1 + CLIP) * A)
-        u = ref - log_probs
-        kl = u.exp() - u - 1
-        loss = (((terms + beta * kl) * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
-        low, high = (ratio < 1 - CLIP) & (A < 0), (ratio > 1 + CLIP) & (A > 0)
-        columns = torch.stack([kl, entropy, ratio, low, high, log_probs - old]).detach()
-        return loss, (columns * mask).sum((-1, -2)) / mask.sum()
-
-    compiled: Callable[..., tuple[Tensor, ...]] = torch.compile(body)
+    compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(eager_loss)
     return compiled
 
 

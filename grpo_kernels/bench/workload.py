@@ -135,6 +135,10 @@ class Workload:
         """Of the last backward: of the logits, or of hidden states and weight."""
         return tuple(self.handed[place] for place in sorted(self.handed))
 
+    def rest(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+        """What a loss takes beside log-probs: advantages, mask, old and reference log-probs, the KL's coefficient."""
+        return self.advantages, self.mask, self.old, self.ref, self.beta
+
     def known(self) -> dict[str, Any]:
         return {"old_log_probs": self.old, "ref_log_probs": self.ref}
 

@@ -60,14 +60,9 @@ def match(
     if device is None:
         device = next((v.device for v in (batch or {}).values() if isinstance(v, Tensor)), "cpu")
     caller = Caller(loss_fn, arguments, temperature, device)
-    if batch is None:
-        chosen = standard_batch()
-        if not caller.masks:
-            chosen = chosen.unmasked()
-    else:
-        chosen = users_batch(batch)
-        if not caller.masks:
-            chosen = chosen.unmasked()
+    chosen = standard_batch() if batch is None else users_batch(batch)
+    if not caller.masks:
+        chosen = chosen.unmasked()
     probe, faults = start(caller, chosen)
     search = Search(probe, temperature)
     search.faults |= {name: {} for name in faults}

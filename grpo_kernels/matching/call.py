@@ -243,15 +243,17 @@ class Caller:
         entropy = batch.entropy().to(self.device).requires_grad_()
         handed = self._lay_out(form, batch, leaf, entropy, old, ref, advantages)
         with torch.enable_grad():
-            if self.container is not None:
-                result = self.loss_fn(Named(handed))
-            else:
-                result = self.loss_fn(**{name: handed[role] for name, role in self.roles.items()})
-            loss = scalar_of(result)
+            loss = self.loss_of(handed)
             gradient, entropy_gradient = torch.autograd.grad(loss, (leaf, entropy), allow_unused=True)
         gradient = (torch.zeros_like(leaf) if gradient is None else gradient)[:, :T].double().cpu()
         entropy_gradient = None if entropy_gradient is None else entropy_gradient.cpu()
         return Response(float(loss.detach()), gradient, entropy_gradient, loss.dtype)
+
+    def loss_of(self, handed: dict[str, Any]) -> Tensor:
+        """The scalar that the function returns when every role has this value."""
+        if self.container is not None:
+            return _scalar_of(self.loss_fn(Named(handed)))
+        return _scalar_of(self.loss_fn(**{name: handed[role] for name, role in self.roles.items()}))
 
     def _lay_out(
         self, form: Form, batch: Batch, leaf: Tensor, entropy: Tensor, old: Tensor, ref: Tensor, advantages: Tensor
@@ -288,7 +290,7 @@ class Caller:
         return {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in handed.items()}
 
 
-def scalar_of(result: Any) -> Tensor:
+def _scalar_of(result: Any) -> Tensor:
     """The loss among whatever came back."""
     found = result
     if isinstance(result, Mapping):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -222,25 +223,19 @@ class Search:
         """Slopes over weight and |A| at pooled log-ratios: ``fit.Curve``."""
         probe = self.probe
         weights, live, _ = self.at_rest()
-        product = self.level == "sequence_product"
-        lengths = live.sum(-1) if product else torch.ones(len(live))
+        lengths = live.sum(-1, keepdim=True).clamp(min=1).double()
+        if self.level != "sequence_product":
+            lengths = torch.ones_like(lengths)
         A = probe.signs()
         if not bool((live.any(-1) & (probe.effective(A).sign() == sign)).any()):
             A = -A  # one sequence, or every live one of the same sign
-        effective = probe.effective(A)
-        rows = [i for i in range(len(live)) if bool(live[i].any()) and float(effective[i].sign()) == sign]
-        places = [int(live[i].nonzero()[0]) for i in rows]
-        found = []
-        for chunk in log_ratios.split(len(rows)):
-            log_ratio = torch.zeros(len(live), 1, dtype=torch.float64)
-            for value, i in zip(chunk, rows, strict=False):
-                log_ratio[i] = value / lengths[i]
-            slopes = probe.policy(log_ratio, A)
-            found += [
-                slopes[i, t] / (weights[i, t] * lengths[i] * effective[i].abs())
-                for _, i, t in zip(chunk, rows, places, strict=False)
-            ]
-        return torch.nan_to_num(torch.stack(found))
+        effective = probe.effective(A)[:, None]
+        sizes = weights * lengths * effective.abs()
+
+        def slopes(log_ratio: Tensor) -> Tensor:
+            return probe.policy(log_ratio / lengths, A)
+
+        return torch.nan_to_num(_at_points(log_ratios, live & (effective.sign() == sign), slopes, sizes))
 
     def at_rest(self) -> Measured:
         """The weights, measured once they are understood."""
@@ -272,18 +267,9 @@ class Search:
             own = fit_weights(self._kl_weights, self.batches(), probe.tolerance)
             self.strange["kl_aggregation"] = {"name": f"per {own.pattern}, over {own.denominator}"}
             weights = near / own.factor
-        rows = [i for i in range(len(live)) if bool(live[i].any())]
-        places = [int(live[i].nonzero()[0]) for i in rows]
 
         def curve(x: Tensor) -> Tensor:
-            found = []
-            for chunk in x.split(len(rows)):
-                distance = torch.zeros(len(live), 1, dtype=torch.float64)
-                for value, i in zip(chunk, rows, strict=False):
-                    distance[i] = value
-                slopes = self.kl_slopes(distance)
-                found += [slopes[i, t] / weights[i, t] for _, i, t in zip(chunk, rows, places, strict=False)]
-            return torch.stack(found)
+            return _at_points(x, live, self.kl_slopes, weights)
 
         def value(x: float) -> float:
             zero = torch.zeros(probe.batch.shape[0], dtype=torch.float64)
@@ -377,10 +363,26 @@ class Search:
         factor = fit.plain(factor, max(1e-7, self.probe.tolerance))
         if factor < 0:
             self.faults["sign"] = {}
-        rounded = self.probe.tolerance == ROUNDED
-        if rounded:
+        if self.probe.tolerance == ROUNDED:
             self.notes["rounded"] = {}
         if not self.probe.caller.takes("old_log_probs") and surrogate.uses_ratio:
             self.notes["on_policy"] = {}
         with_old = self.probe.caller.takes("old_log_probs") and self.uses_ratio
         return Finding(config, factor, w.denominator, with_old)
+
+
+def _at_points(points: Tensor, live: Tensor, slopes: Callable[[Tensor], Tensor], sizes: Tensor) -> Tensor:
+    """(n,) slopes over sizes at n points: a point to each row that is live, read at its first token.
+
+    ``slopes`` takes one point for each sequence, (B, 1), and gives (B, T), as ``sizes`` is.
+    """
+    rows = [i for i in range(len(live)) if bool(live[i].any())]
+    places = [int(live[i].nonzero()[0]) for i in rows]
+    found = []
+    for chunk in points.split(len(rows)):
+        at = torch.zeros(len(live), 1, dtype=torch.float64)
+        for value, i in zip(chunk, rows, strict=False):
+            at[i] = value
+        measured = slopes(at) / sizes
+        found += [measured[i, t] for _, i, t in zip(chunk, rows, places, strict=False)]
+    return torch.stack(found)

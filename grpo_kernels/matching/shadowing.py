@@ -13,7 +13,7 @@ from ..config import LossConfig
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..outputs import LossOutput
-from .call import Caller, Named, scalar_of
+from .call import Caller
 
 LOGITS_OPTIONS = ("temperature", "logit_scale", "logit_softcap")
 LOG = logging.getLogger("grpo_kernels.shadow")
@@ -123,6 +123,4 @@ class Shadow:
         handed["num_items"] = options.get("normalizer") or mask.sum()
         handed |= {name: options.get(name) for name in ("old_log_probs", "ref_log_probs", "rollout_log_probs")}
         handed["cu_seqlens"] = options.get("cu_seqlens")
-        if self.caller.container is not None:
-            return scalar_of(self.caller.loss_fn(Named(handed)))
-        return scalar_of(self.caller.loss_fn(**{name: handed[role] for name, role in self.caller.roles.items()}))
+        return self.caller.loss_of(handed)

@@ -14,22 +14,21 @@ from .call import ITEMS_FACTOR
 
 Counts = Callable[[Tensor], float]
 
-DENOMINATORS: dict[str, dict[str, Counts]] = {
-    "token": {
-        "tokens": lambda live: float(live.sum()),
-        "sequences": lambda live: float(live.shape[0]),
-        "num_items": lambda live: ITEMS_FACTOR * float(live.sum()),
-        "positions": lambda live: float(live.numel()),
-        "sequences with tokens": lambda live: float(live.any(-1).sum()),
-        "nothing": lambda live: 1.0,
-    },
-    "sequence": {
-        "sequences": lambda live: float(live.shape[0]),
-        "sequences with tokens": lambda live: float(live.any(-1).sum()),
-        "nothing": lambda live: 1.0,
-    },
+SEQUENCES: dict[str, Counts] = {
+    "sequences": lambda live: float(live.shape[0]),
+    "sequences with tokens": lambda live: float(live.any(-1).sum()),
+    "nothing": lambda live: 1.0,
 }
-"""By what a pattern is divided; the mask is that of the loss."""
+TOKENS: dict[str, Counts] = {
+    "tokens": lambda live: float(live.sum()),
+    "sequences": SEQUENCES["sequences"],
+    "num_items": lambda live: ITEMS_FACTOR * float(live.sum()),
+    "positions": lambda live: float(live.numel()),
+    "sequences with tokens": SEQUENCES["sequences with tokens"],
+    "nothing": SEQUENCES["nothing"],
+}
+DENOMINATORS = {"token": TOKENS, "sequence": SEQUENCES}
+"""By what a pattern is divided, the likeliest first; the mask is that of the loss."""
 
 
 @dataclass(frozen=True)
