@@ -3,31 +3,49 @@
 from . import advantages, hf, reference
 from .advantages import value_loss
 from .aggregation import normalizer
-from .config import KL, LossConfig
+from .config import LossConfig
+from .kl import KL
 from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
 from .loss import GRPOLoss, grpo_loss
 from .matching import MatchReport, match, shadow
 from .metrics import Metrics
 from .outputs import LossOutput, TokenLogProbs
+from .registration import register_surrogate
+from .rollout import MaskedIS, OffPolicyMask, Rejection, TruncatedIS
 from .rows import align
-from .surrogates import Clip, Reinforce, Surrogate, Unclipped
+from .support import MinP, TopK, TopP
+from .surrogates import Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, Reinforce, Sapo, Surrogate, Unclipped, Vespo
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KL",
+    "Cispo",
     "Clip",
+    "DppoKL",
+    "DppoTV",
+    "Dro",
     "GRPOLoss",
+    "Gmpo",
     "LinearGRPOLoss",
     "LossConfig",
     "LossOutput",
+    "MaskedIS",
     "MatchReport",
     "Metrics",
+    "MinP",
+    "OffPolicyMask",
     "Reinforce",
+    "Rejection",
+    "Sapo",
     "Surrogate",
     "TokenLogProbs",
+    "TopK",
+    "TopP",
+    "TruncatedIS",
     "Unclipped",
+    "Vespo",
     "advantages",
     "align",
     "grpo_loss",
@@ -37,6 +55,7 @@ __all__ = [
     "match",
     "normalizer",
     "reference",
+    "register_surrogate",
     "shadow",
     "token_log_probs",
     "value_loss",

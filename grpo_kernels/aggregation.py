@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checks import fail
-from .config import AGGREGATIONS, PRESETS, LossConfig, check_name, resolve_config
+from .checks import check_name, fail
+from .config import AGGREGATIONS, LossConfig
 from .ops import accumulate_dtype
+from .presets import PRESETS, resolve_config
 from .rows import Sequences
 
 if TYPE_CHECKING:

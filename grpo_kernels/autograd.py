@@ -36,13 +36,13 @@ class _Final(torch.autograd.Function):
         raise RuntimeError("grpo_kernels: the gradient in the logits cannot be differentiated a second time.")
 
 
-def _once(backward: Callable[..., Any]) -> Any:
+def once(backward: Callable[..., Any]) -> Any:
     """``once_differentiable`` whose result refuses a second derivative also where nothing upstream requires grad."""
-    once = once_differentiable(backward)
+    differentiable = once_differentiable(backward)
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = once(ctx, *upstream)
+        gradients = differentiable(ctx, *upstream)
         if not torch.is_grad_enabled():
             return gradients
         return tuple(None if g is None else _Final.apply(g.detach().requires_grad_()) for g in gradients)
@@ -72,7 +72,7 @@ class KnownGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             alternative = ctx.function.replace("grpo_loss", "token_log_probs")
@@ -111,7 +111,7 @@ class LossGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         logits, token_ids, live, numbers, log_prob, entropy, lse, slope, entropy_slope = ctx.saved_tensors
         slope = slope * upstream
@@ -119,6 +119,23 @@ class LossGradient(torch.autograd.Function):
         rows = Rows(logits, token_ids, live, numbers, ctx.softcap)
         gradient = backward_rows(rows, log_prob, entropy, lse, slope, entropy_slope, ctx.backend, ctx.inplace)
         return gradient, *(None,) * 12
+
+
+class LossOfLogProbs(torch.autograd.Function):
+    """A loss whose slopes in log-prob and entropy are known, of log-probs that make their own gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, log_prob: Tensor, entropy: Tensor, loss: Tensor, slope: Tensor, entropy_slope: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(slope, entropy_slope)
+        return loss.clone()
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        slope, entropy_slope = ctx.saved_tensors
+        return slope * upstream, None if entropy_slope is None else entropy_slope * upstream, None, None, None
 
 
 class LogProbs(torch.autograd.Function):
@@ -142,7 +159,7 @@ class LogProbs(torch.autograd.Function):
         return log_prob, entropy
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_log_prob is None and grad_entropy is None:
             return (None,) * 7
@@ -165,7 +182,7 @@ class LinearLogProbs(torch.autograd.Function):
         return sweep.live_rows.scatter(log_prob), sweep.live_rows.scatter(entropy)
 
     @staticmethod
-    @_once
+    @once
     def backward(ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_log_prob is None and grad_entropy is None:
             return (None,) * 4

@@ -6,9 +6,10 @@ nothing (CPU) or with ``check=True`` / ``GRPO_KERNELS_CHECK=1``.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NoReturn
 
 import torch
@@ -136,6 +137,32 @@ def _overlaps_itself(tensor: Tensor) -> bool:
             return True
         reach = stride * (size - 1) + reach
     return False
+
+
+def check_name(kind: str, name: object, allowed: Iterable[str]) -> None:
+    """Raise a ValueError with the nearest valid name unless ``name`` is one of ``allowed``."""
+    names = list(allowed)
+    if name in names:
+        return
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
+    raise ValueError(f"{kind} must be one of {', '.join(names)}; got {name!r}. Did you mean {near[0]!r}?")
+
+
+def check_limit(what: str, value: float | None) -> None:
+    """A clamp of a config: a finite number > 0, or None."""
+    if value is not None and not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
+        raise ValueError(f"{what} must be a finite number > 0, or None for no limit; got {value!r}.")
+
+
+def check_number(
+    what: str, value: float, at_least: float = -math.inf, above: float = -math.inf, infinite: bool = False
+) -> None:
+    """A number of a config: finite (or perhaps infinite), inside its bounds."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and value >= at_least and value > above and (math.isfinite(value) or (infinite and value > 0)):
+        return
+    bound = f" >= {at_least:g}" if at_least > -math.inf else f" > {above:g}" if above > -math.inf else ""
+    raise ValueError(f"{what} must be a {'' if infinite else 'finite '}number{bound}; got {value!r}.")
 
 
 def check_positive(function: str, name: str, value: float | Tensor) -> None:

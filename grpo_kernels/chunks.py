@@ -25,6 +25,10 @@ _GPU_MULTIPLE = 128
 """Rows of a GEMM on a GPU are padded to this with dead ones."""
 
 
+_PER_TOKEN = ("masked_in", "advantages", "old", "ref", "rollout", "policy_weight", "kl_weight", "entropy_weight")
+"""What a chunk needs of a ``TokenBatch`` beside ``live``."""
+
+
 def chunk_rows(tokens: Tokens, operands: torch.dtype, chunk_bytes: int) -> int:
     """How many rows' logits, hidden states and their gradients fit ``chunk_bytes``."""
     kind = head_kind(tokens.states.device.type, operands, tokens.dtype)
@@ -122,16 +126,13 @@ class LiveRows:
 
     def batch(self, batch: TokenBatch) -> TokenBatch:
         """Of the live tokens alone, (1, n); ``narrow`` says which sequences a part of it holds."""
-        per_token = ("masked_in", "advantages", "old", "ref", "rollout", "policy_weight", "kl_weight", "entropy_weight")
-        taken: dict[str, Any] = {name: self.take(getattr(batch, name)) for name in per_token}
-        return dataclasses.replace(batch, live=self.live, **taken)
+        taken: dict[str, Any] = {name: self.take(getattr(batch, name)) for name in _PER_TOKEN}
+        return dataclasses.replace(batch, live=self.live, rollout_weight=None, **taken)
 
     def narrow(self, batch: TokenBatch, first: int, last: int) -> TokenBatch:
         """Tokens [first, last) of ``batch``'s result; without ``bounds`` one sequence, for the maths of tokens."""
-        fields = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-        cut: dict[str, Any] = {
-            name: value[:, first:last] for name, value in fields.items() if isinstance(value, Tensor)
-        }
+        fields = {name: getattr(batch, name) for name in ("live", *_PER_TOKEN)}
+        cut: dict[str, Any] = {name: value[:, first:last] for name, value in fields.items() if value is not None}
         sequences: Sequences = Padded(1)
         if self.bounds is not None:
             sequences = Packed.of(self.bounds.clamp(first, last) - first, last - first)

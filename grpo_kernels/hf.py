@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .checks import fail
-from .config import LossConfig, check_name, resolve_config
+from .checks import check_name
+from .config import LossConfig
+from .presets import resolve_config
 from .linear import linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
 from .loss import grpo_loss

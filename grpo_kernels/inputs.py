@@ -27,9 +27,10 @@ from .checks import (
 )
 from .config import LossConfig
 from .head import operand_dtype
+from .maths import times
 from .objective import TokenBatch
 from .rows import Packed, Padded, Rows, Sequences
-from .spec import LogitArgs, numbers_vector
+from .spec import LogitArgs, in_kernel, numbers_vector
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,23 @@ class Tokens:
         return value.detach().to(self.real).reshape(self.token_ids.shape).contiguous()
 
     def numbers(
-        self, logit_args: LogitArgs, grad_scale: float | Tensor = 1.0, config: LossConfig | None = None
+        self,
+        logit_args: LogitArgs,
+        grad_scale: float | Tensor = 1.0,
+        config: LossConfig | None = None,
+        entropy_threshold: float | Tensor | None = None,
     ) -> Tensor:
-        return numbers_vector(logit_args, grad_scale, config, self.real, self.states.device)
+        return numbers_vector(logit_args, grad_scale, config, self.real, self.states.device, entropy_threshold)
 
-    def rows(self, logit_args: LogitArgs, grad_scale: float | Tensor = 1.0, config: LossConfig | None = None) -> Rows:
+    def rows(
+        self,
+        logit_args: LogitArgs,
+        grad_scale: float | Tensor = 1.0,
+        config: LossConfig | None = None,
+        entropy_threshold: float | Tensor | None = None,
+    ) -> Rows:
         """Where the states are the logits."""
-        numbers = self.numbers(logit_args, grad_scale, config)
+        numbers = self.numbers(logit_args, grad_scale, config, entropy_threshold)
         return Rows(self.states, self.token_ids, self.live, numbers, logit_args.logit_softcap is not None)
 
 
@@ -213,6 +224,7 @@ class LossInputs:
     entropy_coef: float | Tensor | None = None
     skip_zero_advantage: bool = False
     check: bool | None = None
+    entropy_threshold: float | Tensor | None = None
 
     @property
     def tensors(self) -> dict[str, object]:
@@ -239,6 +251,11 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
             tokens.tensors,
             "kl=KL(0.0) and no kl_coef= leaves it out",
         )
+    if config.schemes and given.rollout is None:
+        expected = f"rollout_log_probs (the sampler's) for {', '.join(map(repr, config.schemes))}"
+        fail(function, expected, "none", tokens.tensors, "rollout=() leaves the correction out")
+    if given.entropy_threshold is not None:
+        check_scalar(function, "entropy_threshold", given.entropy_threshold)
     if given.skip_zero_advantage:
         _check_skip(tokens, config, kl_coef is None and entropy_coef is None, per_sequence)
         tokens = _replace_live(tokens, tokens.live & (advantages != 0))
@@ -262,7 +279,7 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
         name: None if value is None else _read_log_probs(tokens, f"{name}_log_probs", value, given.check)
         for name, value in (("old", given.old), ("ref", given.ref), ("rollout", given.rollout))
     }
-    return tokens, TokenBatch(
+    batch = TokenBatch(
         live=tokens.live,
         masked_in=masked_in,
         sequences=sequences,
@@ -270,8 +287,25 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
         policy_weight=policy_weight,
         kl_weight=_scaled(token_weight, kl_coef),
         entropy_weight=_scaled(entropy_weight, entropy_coef),
+        schemes=config.schemes,
+        entropy_threshold=given.entropy_threshold,
         **per_token,
     )
+    return tokens, _apply_known(config, batch)
+
+
+def _apply_known(config: LossConfig, batch: TokenBatch) -> TokenBatch:
+    """With the rollout factors in the weights that follow from old log-probs, unless a kernel applies them: so the
+    one-pass loss stays one pass."""
+    if batch.old is None or config.surrogate.takes_rollout or in_kernel(batch.schemes):
+        return batch
+    known = tuple(scheme for scheme in batch.schemes if not scheme.of_policy)
+    if not known:
+        return batch
+    factors = torch.where(batch.live, batch.factors(config, batch.old, known), 0.0)
+    left = tuple(scheme for scheme in batch.schemes if scheme.of_policy)
+    weight = times(batch.policy_weight, factors)
+    return dataclasses.replace(batch, policy_weight=weight, schemes=left, rollout_weight=factors)
 
 
 def _read_sequences(tokens: Tokens, cu_seqlens: Tensor | None, check: bool | None) -> tuple[Sequences, Tokens]:
@@ -345,8 +379,8 @@ def _check_skip(tokens: Tokens, config: LossConfig, policy_only: bool, per_seque
         reason = "a KL term or an entropy bonus, whose gradient is not 0 at A = 0"
     elif not config.surrogate.flat_at_zero_advantage:
         reason = f"{config.surrogate!r}, whose slope is not 0 at A = 0"
-    elif config.level != "token" and not per_sequence:
-        reason = f'level="{config.level}" with an advantage per token: the ratio needs every token of its sequence'
+    elif (config.level != "token" or any(scheme.pooled for scheme in config.schemes)) and not per_sequence:
+        reason = "ratios pooled over sequences with an advantage per token: they need every token of their sequence"
     if reason:
         expected = "skip_zero_advantage=True with a loss that ignores tokens of A = 0"
         fail(tokens.function, expected, reason, tokens.tensors)

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import autograd, ops
 from .checks import check_scalar, checks_enabled
 from .chunks import CHUNK_BYTES, LiveRows, chunk_rows
-from .config import LossConfig, resolve_config
+from .config import LossConfig
 from .head import Wants, head_kind, operand_dtype
 from .inputs import (
     LossInputs,
@@ -34,8 +34,9 @@ from .inputs import (
 from .loss import announced_scale, one_pass_spec
 from .metrics import Metrics
 from .modules import LossModule
-from .objective import Records, TokenBatch, fast_token_terms, reduce_records
+from .objective import Records, TokenBatch, fast_token_terms, pools, reduce_records
 from .outputs import LossOutput, TokenLogProbs
+from .presets import resolve_config
 from .rows import Rows, Sequences
 from .spec import NUMBERS, LogitArgs, ObjectiveSpec
 
@@ -64,6 +65,7 @@ def linear_grpo_loss(
     grad_scale: float | Tensor | None = None,
     kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
+    entropy_threshold: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_scale: float | Tensor = 1.0,
     logit_softcap: float | Tensor | None = None,
@@ -102,7 +104,7 @@ def linear_grpo_loss(
     config = resolve_config(config)
     given = LossInputs(
         *(advantages, old_log_probs, ref_log_probs, rollout_log_probs, token_weights, cu_seqlens, normalizer),
-        *(kl_coef, entropy_coef, skip_zero_advantage, check),
+        *(kl_coef, entropy_coef, skip_zero_advantage, check, entropy_threshold),
     )
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_grpo_loss", logit_args)
@@ -114,9 +116,9 @@ def linear_grpo_loss(
     wide = grad_scale is None and operand_dtype(hidden) == torch.float16
     if wide:
         grad_scale = _fp16_scale(batch)
-    numbers = tokens.numbers(logit_args, announced_scale("linear_grpo_loss", grad_scale), config)
+    numbers = tokens.numbers(logit_args, announced_scale("linear_grpo_loss", grad_scale), config, entropy_threshold)
     spec = one_pass_spec(config, batch, given)
-    pooled = batch.sequences if spec is None and config.level != "token" and any(wants) else None
+    pooled = batch.sequences if spec is None and pools(config, batch) and any(wants) else None
     sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check, pooled, wide)
     with torch.no_grad():
         route = _Loss(config, batch, sweep, spec, fuses)
@@ -337,45 +339,50 @@ class _Loss:
     @property
     def _of_rows(self) -> bool:
         """Every row's slope follows from the row."""
-        return self.spec is not None or self.config.level == "token"
+        return self.spec is not None or not pools(self.config, self.batch)
 
     def _one_sweep(self, wants: Wants, head: HeadTensors) -> tuple[Records, Gradients]:
         """Every row's slope follows from the rows of its chunk."""
         sweep = self.sweep
         mine = sweep.live_rows.batch(self.batch)
-        dtypes = (*(sweep.numbers.dtype,) * 4, torch.uint8)
-        records = [torch.zeros_like(sweep.token_ids, dtype=dtype) for dtype in dtypes]
+        real = torch.zeros_like(sweep.token_ids, dtype=sweep.numbers.dtype)
+        flags = torch.zeros_like(real, dtype=torch.uint8)
+        weight = torch.zeros_like(real) if self.batch.schemes else real.new_empty(0)
+        records = [*(torch.zeros_like(real) for _ in range(4)), flags, weight]
 
         def visit(rows: Rows, first: int, last: int) -> None:
             part = sweep.live_rows.narrow(mine, first, last)
             found = self._fused(rows, part) if self.spec and self.fuses else self._two_passes(rows, part)
             for total, values in zip(records, found, strict=True):
-                total[:, first:last] = values
+                if total.dim() > 1:
+                    total[:, first:last] = values
 
         gradients = sweep.run(visit, wants, *head)
-        return Records(*map(sweep.live_rows.scatter, records)), gradients
+        scatter = sweep.live_rows.scatter
+        return Records(*(scatter(total) if total.dim() > 1 else total for total in records)), gradients
 
     def _fused(self, rows: Rows, part: TokenBatch) -> Records:
         assert self.spec is not None
-        inputs = (part.advantages, part.policy_weight, part.old, part.ref, part.kl_weight, part.entropy_weight)
-        return Records(*ops.fused_loss_(rows.logits, *rows.arguments, *inputs, list(self.spec), self.sweep.backend))
+        inputs = (part.advantages, part.policy_weight, part.old, part.ref, part.rollout, part.kl_weight)
+        choices = (list(self.spec), self.sweep.backend)
+        return Records(*ops.fused_loss_(rows.logits, *rows.arguments, *inputs, part.entropy_weight, *choices))
 
     def _two_passes(self, rows: Rows, part: TokenBatch) -> Records:
         backend = self.sweep.backend
         log_prob, entropy, lse = ops.log_probs(rows.logits, *rows.arguments, backend)
         # On-policy, what pools can be the token's own.
         config = dataclasses.replace(self.config, level="token") if self._of_rows else self.config
-        policy, kl, flags, slope = fast_token_terms(config, part, log_prob, rows.numbers, backend)
+        records, slope = fast_token_terms(config, part, log_prob, entropy, rows.numbers, backend)
         slopes = self._announce(slope, part.entropy_weight)
         ops.log_probs_backward_(rows.logits, *rows.arguments, log_prob, entropy, lse, *slopes, backend)
-        return Records(log_prob, entropy, policy, kl, flags)
+        return records
 
     def _terms(self, log_prob: Tensor, entropy: Tensor) -> tuple[Records, tuple[Tensor, Tensor | None]]:
         """From (1, n): records and announced slopes, (B, T)."""
         log_prob, entropy = (self.sweep.live_rows.scatter(values) for values in (log_prob, entropy))
         numbers, backend = self.sweep.numbers, self.sweep.backend
-        policy, kl, flags, slope = fast_token_terms(self.config, self.batch, log_prob, numbers, backend)
-        return Records(log_prob, entropy, policy, kl, flags), self._announce(slope, self.batch.entropy_weight)
+        records, slope = fast_token_terms(self.config, self.batch, log_prob, entropy, numbers, backend)
+        return records, self._announce(slope, self.batch.entropy_weight)
 
     def _announce(self, slope: Tensor, entropy_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
         scale = self.sweep.announced

@@ -10,6 +10,7 @@ from .checks import check_inplace
 from .inputs import check_contents, check_logit_args, choose_backend, read_tokens
 from .outputs import TokenLogProbs
 from .spec import LogitArgs
+from .support import Support, check_not_inplace, supported_log_probs
 
 
 def token_log_probs(
@@ -21,6 +22,7 @@ def token_log_probs(
     logit_scale: float | Tensor = 1.0,
     logit_softcap: float | Tensor | None = None,
     inplace: bool = False,
+    support: Support | None = None,
     check: bool | None = None,
     backend: str | None = None,
 ) -> TokenLogProbs:
@@ -35,6 +37,9 @@ def token_log_probs(
         mask: shape of token_ids, bool or numbers; masked rows are not read, their outputs and gradient are 0.
         temperature, logit_scale, logit_softcap: numbers or 0-d tensors > 0.
         inplace: backward writes the gradient over the logits.
+        support: the tokens that the sampler could draw: ``TopK(k)``, ``TopP(p)``, ``MinP(p)``, a tuple of them in the
+            sampler's order, or a bool mask of the logits' shape. Log-probs and entropies are then those of the
+            distribution renormalised over it, the drawn token always included; logits are copied, some rows at a time.
         check, backend: as for ``grpo_loss``.
 
     Returns:
@@ -52,6 +57,10 @@ def token_log_probs(
         check_inplace("token_log_probs", logits, tokens.tensors)
     chosen, _ = choose_backend(tokens, backend, logit_args)
     check_contents(tokens, chosen, logit_args, check)
+    if support is not None:
+        check_not_inplace("token_log_probs", inplace, tokens.tensors)
+        found = supported_log_probs(logits, tokens, support, logit_args, chosen)
+        return TokenLogProbs(*(output.view(tokens.shape) for output in found))
     rows = tokens.rows(logit_args)
     if needs_gradient:
         outputs = autograd.LogProbs.apply(logits, *rows.arguments, chosen, inplace)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import autograd, ops
 from .checks import check_inplace, check_scalar, fail
-from .config import LossConfig, resolve_config
+from .config import LossConfig
 from .inputs import (
     LossInputs,
     advantages_per_sequence,
@@ -24,8 +24,10 @@ from .metrics import Metrics
 from .modules import LossModule
 from .objective import Records, TokenBatch, fast_token_terms, reduce_records
 from .outputs import LossOutput
+from .presets import resolve_config
 from .rows import Rows
 from .spec import NUMBERS, LogitArgs, ObjectiveSpec, objective_spec
+from .support import Support, check_not_inplace, supported_log_probs
 
 
 def grpo_loss(
@@ -44,19 +46,22 @@ def grpo_loss(
     grad_scale: float | Tensor | None = None,
     kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
+    entropy_threshold: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_scale: float | Tensor = 1.0,
     logit_softcap: float | Tensor | None = None,
     inplace: bool = False,
+    support: Support | None = None,
     skip_zero_advantage: bool = False,
     check: bool | None = None,
     backend: str | None = None,
 ) -> LossOutput:
     """The GRPO-family loss of ``config``, its gradient in the logits and its metrics.
 
-    loss = Σ_t w_t·( u_t·f(ℓ_t, r_t, A_t) + kl_coef·k(ℓ_t - ref_t) ) - entropy_coef·Σ_t w'_t·H_t, with ℓ_t the
-    log-softmax of softcap(logits·logit_scale)/temperature at the token, r_t = exp(ℓ_t - old_t), f the surrogate,
-    w the aggregation and u the ``token_weights`` (Shao et al. 2024, arXiv:2402.03300, and the presets' papers).
+    loss = Σ_t w_t·( u_t·ρ_t·f(ℓ_t, r_t, A_t) + kl_coef·k(ℓ_t - ref_t) ) - entropy_coef·Σ_t w'_t·H_t, with ℓ_t the
+    log-softmax of softcap(logits·logit_scale)/temperature at the token, r_t = exp(ℓ_t - old_t), f the surrogate, w the
+    aggregation, u the ``token_weights`` and ρ the rollout correction (Shao et al. 2024, arXiv:2402.03300, and the
+    presets' papers).
 
     Args:
         logits: (B, T, V), or (B, T+1, V) as a causal model returns it (the last row is unused), or packed (N, V) or
@@ -67,7 +72,7 @@ def grpo_loss(
         mask: shape of token_ids, bool or numbers, non-zero where live. A masked row is never read.
         old_log_probs: of the policy that the batch is compared with; None: on-policy, ratio 1, differentiable.
         ref_log_probs: of the reference policy; needed by a KL term.
-        rollout_log_probs: of the sampler, NaN where unknown; for metrics.
+        rollout_log_probs: of the sampler, NaN where unknown; for metrics and the config's rollout correction.
         token_weights: u, factors of the policy term (not of the KL).
         cu_seqlens: (S+1,) bounds of packed sequences; rows past the last count as masked.
         config: a LossConfig or a preset's name.
@@ -76,8 +81,12 @@ def grpo_loss(
             gradient scaler's scale. The gradient is written already multiplied by it; ``loss`` is not. Announced, it
             costs nothing; unannounced, a read and write of the gradient.
         kl_coef, entropy_coef: replace the config's, for annealing; numbers or 0-d device tensors.
+        entropy_threshold: tokens whose entropy (nats) is lower have no policy term; they stay in the denominators. A
+            quantile of ``token_log_probs(...).entropy`` keeps the rest (Wang et al. 2025, arXiv:2506.01939).
         temperature, logit_scale, logit_softcap: how logits become log-probs, > 0; numbers or 0-d tensors.
         inplace: the gradient overwrites the logits, which are unusable after the call.
+        support: the tokens that the sampler could draw, as for ``token_log_probs``; give old and reference log-probs
+            over their own. Two passes.
         skip_zero_advantage: rows with A = 0 are not read; their outputs are 0.
         check: also check contents (ids in range, ids not shifted), which waits for the device. None: the
             environment's GRPO_KERNELS_CHECK.
@@ -94,7 +103,7 @@ def grpo_loss(
     config = resolve_config(config)
     given = LossInputs(
         *(advantages, old_log_probs, ref_log_probs, rollout_log_probs, token_weights, cu_seqlens, normalizer),
-        *(kl_coef, entropy_coef, skip_zero_advantage, check),
+        *(kl_coef, entropy_coef, skip_zero_advantage, check, entropy_threshold),
     )
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("grpo_loss", logit_args)
@@ -106,10 +115,13 @@ def grpo_loss(
     backend, fuses = choose_backend(tokens, backend, logit_args, wants_one_pass)
     tokens, batch = read_batch(tokens, config, given)
     check_contents(tokens, backend, logit_args, check)
-    rows = tokens.rows(logit_args, announced_scale("grpo_loss", grad_scale), config)
+    rows = tokens.rows(logit_args, announced_scale("grpo_loss", grad_scale), config, entropy_threshold)
     call = _Call(config, rows, batch, backend, inplace)
 
-    if not needs_gradient:
+    if support is not None:
+        check_not_inplace("grpo_loss", inplace, tokens.tensors)
+        loss, metrics, records = call.of(supported_log_probs(logits, tokens, support, logit_args, backend))
+    elif not needs_gradient:
         loss, metrics, records = call.forward_only()
     elif fuses and (spec := one_pass_spec(config, batch, given)) is not None:
         loss, metrics, records = call.one_pass(spec)
@@ -132,16 +144,19 @@ def one_pass_spec(config: LossConfig, batch: TokenBatch, given: LossInputs) -> O
     """What to tell the one-pass kernel; None where a row's slope is not known from that row alone.
 
     It is at token level; on-policy also at the sequence levels, if the mean of the slopes over a sequence is each of
-    them (one advantage, one weight), but not for the sum ("sequence_product").
+    them (one advantage, one weight), but not for the sum ("sequence_product"). Rollout factors of a token's own are.
     """
+    if config.kl.level_beside(config.level) != config.level:
+        return None
     if config.level != "token":
         own = config.level == "sequence_token"
         uniform = config.level == "sequence" and given.token_weights is None
         uniform &= advantages_per_sequence(batch.sequences, given.advantages)
         uniform &= batch.kl_weight is None or not config.kl.ratio_weighted
+        uniform &= not config.schemes and given.entropy_threshold is None
         if batch.old is not None or not (own or uniform):
             return None
-    return objective_spec(config, batch.kl_weight is not None)
+    return objective_spec(config, batch.kl_weight is not None, batch.schemes)
 
 
 @dataclass(frozen=True)
@@ -164,7 +179,7 @@ class _Call:
     def one_pass(self, spec: ObjectiveSpec) -> tuple[Tensor, Metrics, Records]:
         rows, batch = self.rows, self.batch
         arguments = (
-            *(*rows.arguments, batch.advantages, batch.policy_weight, batch.old, batch.ref),
+            *(*rows.arguments, batch.advantages, batch.policy_weight, batch.old, batch.ref, batch.rollout),
             *(batch.kl_weight, batch.entropy_weight, list(spec), self.backend),
         )
         with torch.no_grad():
@@ -190,10 +205,17 @@ class _Call:
         loss = autograd.LossGradient.apply(rows.logits, value, *rows.arguments, *stats, self.backend, self.inplace)
         return loss, metrics, records
 
+    def of(self, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Metrics, Records]:
+        """From log-probs and entropies that make their own gradient."""
+        with torch.no_grad():
+            records, slope = self._terms(*(values.detach() for values in found))
+            value, metrics = reduce_records(self.config, self.batch, records, self.backend)
+        entropy_weight = self.batch.entropy_weight
+        entropy_slope = None if entropy_weight is None else -entropy_weight
+        return autograd.LossOfLogProbs.apply(*found, value, slope, entropy_slope), metrics, records
+
     def _terms(self, log_prob: Tensor, entropy: Tensor) -> tuple[Records, Tensor]:
-        terms = fast_token_terms(self.config, self.batch, log_prob, self.rows.numbers, self.backend)
-        policy, kl, flags, slope = terms
-        return Records(log_prob, entropy, policy, kl, flags), slope
+        return fast_token_terms(self.config, self.batch, log_prob, entropy, self.rows.numbers, self.backend)
 
 
 class GRPOLoss(LossModule):

@@ -19,13 +19,14 @@ TOKEN_SUMS = (
     *("policy_loss", "kl_loss", "entropy_loss"),
     *("tokens", "skipped_tokens", "impossible_tokens", "entropy_sum"),
     *("kl_sum", "kl_count", "k1_old_sum", "k3_old_sum"),
-    *("k1_rollout_sum", "k3_rollout_sum", "rollout_count", "rollout_weight_sum", "rollout_weight_square_sum"),
+    *("k1_rollout_sum", "k3_rollout_sum", "rollout_count", "rollout_ratio_sum", "rollout_ratio_square_sum"),
+    *("rollout_weight_sum", "rollout_weight_square_sum", "rollout_rejected_count"),
 )
 """Sums over tokens."""
 RATIO_SUMS = ("ratio_sum", "ratio_count", "clipped_low", "clipped_high", "clipped_dual")
 """Sums over tokens, or over sequences at the sequence levels."""
 SUMS = (*TOKEN_SUMS, "sequences", *RATIO_SUMS)
-EXTREMES = ("ratio_min", "ratio_max")
+EXTREMES = ("ratio_min", "ratio_max", "rollout_ratio_max", "rollout_weight_max")
 FIELDS = SUMS + EXTREMES
 """What the vector of a ``Metrics`` holds, in order (csrc/cpu/token_sums.h has the same)."""
 
@@ -42,15 +43,21 @@ REPORTED: Mapping[str, str] = {
     "k3_old": "mean of exp(old - ℓ) - (old - ℓ) - 1",
     "k1_rollout": "mean of ℓ - rollout, over tokens whose rollout log-prob is known",
     "k3_rollout": "mean of exp(rollout - ℓ) - (rollout - ℓ) - 1, over the same",
-    "rollout_effective_sample_size": "(Σw)² / (n·Σw²), w = exp(old - rollout), over the same; 0 without rollout",
+    "rollout_ratio_mean": "mean of ρ = exp(old - rollout) as it is, over the same; 0 without rollout",
+    "rollout_ratio_max": "largest such ρ",
+    "rollout_effective_sample_size": "(Σρ)² / (n·Σρ²), over the same",
+    "rollout_weight_mean": "mean of the factor that the config's rollout correction makes of it (1 without one)",
+    "rollout_weight_max": "largest such factor",
+    "rollout_weight_effective_sample_size": "(Σw)² / (n·Σw²) of these factors",
+    "rollout_rejected": "fraction of factors that are 0",
     "entropy": "mean entropy, nats",
     "ratio_mean": "mean ratio to the old policy, over tokens (sequences at sequence levels), unsaturated",
     "ratio_min": "smallest such ratio",
     "ratio_max": "largest such ratio",
-    "clip_low": "fraction clipped at 1 - low",
-    "clip_high": "fraction clipped at 1 + high",
-    "clip_dual": "fraction clipped at dual",
-    "clip_fraction": "low + high + dual: fraction whose policy slope is 0 by clipping (a sequence may count twice)",
+    "clip_low": "fraction bounded from below: clipped at 1 - low (or the surrogate's own lower bound)",
+    "clip_high": "fraction bounded from above: clipped at 1 + high, capped",
+    "clip_dual": "fraction bounded at dual (DPPO: at its cap)",
+    "clip_fraction": "low + high + dual: fraction at a bound (a sequence may count twice)",
 }
 """What ``as_dict`` holds, and its meaning."""
 
@@ -58,6 +65,9 @@ _RATIOS = {
     "kl": ("kl_sum", "kl_count"),
     "k1_rollout": ("k1_rollout_sum", "rollout_count"),
     "k3_rollout": ("k3_rollout_sum", "rollout_count"),
+    "rollout_ratio_mean": ("rollout_ratio_sum", "rollout_count"),
+    "rollout_weight_mean": ("rollout_weight_sum", "rollout_count"),
+    "rollout_rejected": ("rollout_rejected_count", "rollout_count"),
     "ratio_mean": ("ratio_sum", "ratio_count"),
     "clip_low": ("clipped_low", "ratio_count"),
     "clip_high": ("clipped_high", "ratio_count"),
@@ -103,8 +113,8 @@ class Metrics:
 
     def __getattr__(self, name: str) -> Tensor:
         if name in EXTREMES:
-            value = self._field(name)
-            return torch.where(self._field("ratio_count") > 0, value, 0.0)
+            count = "rollout_count" if name.startswith("rollout") else "ratio_count"
+            return torch.where(self._field(count) > 0, self._field(name), 0.0)
         if name in _RATIOS:
             total, count = _RATIOS[name]
             return _ratio(self._field(total), self._field(count))
@@ -120,8 +130,15 @@ class Metrics:
 
     @property
     def rollout_effective_sample_size(self) -> Tensor:
-        squares = self._field("rollout_count") * self._field("rollout_weight_square_sum")
-        return _ratio(self._field("rollout_weight_sum") ** 2, squares)
+        return self._effective_sample_size("rollout_ratio")
+
+    @property
+    def rollout_weight_effective_sample_size(self) -> Tensor:
+        return self._effective_sample_size("rollout_weight")
+
+    def _effective_sample_size(self, name: str) -> Tensor:
+        squares = self._field("rollout_count") * self._field(f"{name}_square_sum")
+        return _ratio(self._field(f"{name}_sum") ** 2, squares)
 
     def as_dict(self) -> dict[str, Tensor]:
         """Every reported metric by name, 0-d tensors."""
@@ -145,5 +162,5 @@ def _merge(vectors: Tensor) -> Tensor:
     for vector in vectors[1:]:
         sums = sums + vector[: len(SUMS)]
     smallest = vectors[:, FIELDS.index("ratio_min")].amin(0)
-    largest = vectors[:, FIELDS.index("ratio_max")].amax(0)
-    return torch.cat([sums, smallest[None], largest[None]])
+    largest = vectors[:, FIELDS.index("ratio_max") :].amax(0)
+    return torch.cat([sums, smallest[None], largest])

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from .config import LossConfig, check_name, resolve_config
+from .checks import check_name
+from .config import LossConfig
+from .presets import resolve_config
 
 
 class LossModule(nn.Module):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,21 +14,14 @@ from torch import Tensor
 
 from . import backends, ops
 from .config import LossConfig
+from .kl import ESTIMATORS, KLTerms, kl_terms
+from .maths import clamp, log_ratio_of, times, within
 from .metrics import FIELDS, Metrics
 from .ops import accumulate_dtype
+from .rollout import Rollout, rollout_weights
 from .rows import Sequences
 from .spec import objective_spec
-from .surrogates import (
-    CLIPPED_DUAL,
-    CLIPPED_HIGH,
-    CLIPPED_LOW,
-    ESTIMATORS,
-    clamp,
-    kl_terms,
-    log_ratio_of,
-    times,
-    within,
-)
+from .surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, Point
 
 
 @dataclass(frozen=True)
@@ -44,9 +38,33 @@ class TokenBatch:
     ref: Tensor | None
     rollout: Tensor | None
     policy_weight: Tensor
-    """The aggregation's weight and the token's own; this and the next two are 0 where ``masked_in`` is not."""
+    """The aggregation's weight, the token's own and that of rollout schemes already applied; this and the next two are
+    0 where ``masked_in`` is not."""
     kl_weight: Tensor | None
     entropy_weight: Tensor | None
+    schemes: tuple[Rollout, ...] = ()
+    """Rollout schemes that are still to be applied."""
+    rollout_weight: Tensor | None = None
+    """The factors of those already applied, for the metrics."""
+    entropy_threshold: Tensor | float | None = None
+    """Tokens of less entropy have no policy term."""
+
+    def pool(self, values: Tensor, mean: bool) -> Tensor:
+        """Sums or means over each sequence's live tokens, at every token."""
+        live = torch.where(self.live, values, 0.0)
+        return self.sequences.expand(_per_sequence(mean, live, self)).expand_as(values)
+
+    def factors(self, config: LossConfig, log_prob: Tensor, schemes: tuple[Rollout, ...]) -> Tensor:
+        """Of these rollout schemes."""
+        assert self.rollout is not None
+        others = (self.old, self.rollout, self.advantages, config.log_ratio_limit)
+        return rollout_weights(schemes, log_prob, *others, self.pool)
+
+
+def pools(config: LossConfig, batch: TokenBatch) -> bool:
+    """Whether a token's slope needs the other tokens of its sequence."""
+    levels = (config.level, config.kl.level_beside(config.level))
+    return levels != ("token", "token") or any(scheme.pooled for scheme in batch.schemes)
 
 
 class Records(NamedTuple):
@@ -55,80 +73,108 @@ class Records(NamedTuple):
     log_prob: Tensor
     entropy: Tensor
     policy: Tensor
-    """The surrogate's value, unweighted."""
+    """The surrogate's value times the rollout weight, otherwise unweighted."""
     kl: Tensor
     """The KL term's value, unweighted, ratio included."""
     flags: Tensor
     """uint8, CLIPPED_* of surrogates.py."""
+    rollout_weight: Tensor
+    """The factor in ``policy``; empty (0,) where no scheme was left to apply."""
 
 
 def fast_token_terms(
-    config: LossConfig, batch: TokenBatch, log_prob: Tensor, numbers: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor, numbers: Tensor, backend: str
+) -> tuple[Records, Tensor]:
     """``token_terms`` by the backend's kernel where it has one for them: on a GPU one launch in place of sixty."""
-    spec = objective_spec(config, batch.kl_weight is not None) if config.level == "token" else None
+    by_token = not pools(config, batch)
+    spec = objective_spec(config, batch.kl_weight is not None, batch.schemes) if by_token else None
     if spec is None or not backends.has_token_terms(backend):
-        return token_terms(config, batch, log_prob)
-    inputs = (batch.advantages, batch.policy_weight, batch.old, batch.ref, batch.kl_weight, list(spec))
-    return ops.token_terms(log_prob, batch.live, numbers, *inputs, backend)
+        return token_terms(config, batch, log_prob, entropy)
+    inputs = (batch.advantages, batch.policy_weight, batch.old, batch.ref, batch.rollout, batch.kl_weight, list(spec))
+    *terms, slope = ops.token_terms(log_prob, entropy, batch.live, numbers, *inputs, backend)
+    return Records(log_prob, entropy, *terms), slope
 
 
-def token_terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Policy value, KL value, flags and d loss / d log_prob of every token, weights included in the last."""
-    live = batch.live
-    raw = log_ratio_of(log_prob, log_prob if batch.old is None else batch.old)  # NaN stays NaN
-    raw = _pool(config.level, torch.where(live, raw, 0.0), batch)
+def token_terms(
+    config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor | None = None
+) -> tuple[Records, Tensor]:
+    """The records of every token and d loss / d log_prob, weights included in the last.
+
+    ``entropy`` is needed with a threshold alone.
+    """
+    live, surrogate = batch.live, config.surrogate
+    old = log_prob if batch.old is None else batch.old
+    own = torch.where(live, log_ratio_of(log_prob, old), 0.0)  # NaN stays NaN
+    raw, free, own_flags = surrogate.clip_log_ratios(own, batch.advantages)
+    weight = batch.factors(config, log_prob, batch.schemes) if batch.schemes else None
+    if weight is not None and surrogate.takes_rollout:
+        raw = raw + torch.where(live, weight.clamp(*_FOLDED).log(), 0.0)
+    raw = raw if config.level == "token" else batch.pool(raw, config.level != "sequence_product")
     possible = log_prob != float("-inf")  # a token of probability 0 has no direction to give: it saturates
     inside = within(raw, config.log_ratio_limit)
-    ratio = clamp(raw, config.log_ratio_limit).exp()
+    log_ratio = clamp(raw, config.log_ratio_limit)
+    ratio = log_ratio.exp()
 
-    policy = config.surrogate.terms(log_prob, ratio, batch.advantages)
-    slope = torch.where(inside, policy.slope, 0.0) if config.surrogate.uses_ratio else policy.slope
-    slope = _distribute(config.level, times(batch.policy_weight, slope), batch)
-    if config.surrogate.uses_ratio:
-        slope = torch.where(possible, slope, 0.0)
+    policy = surrogate.terms(Point(log_prob, log_ratio, ratio, batch.advantages, old))
+    policy_weight, value = batch.policy_weight, policy.value
+    if weight is not None and not surrogate.takes_rollout:
+        policy_weight, value = times(policy_weight, weight), times(weight, value)
+    if batch.entropy_threshold is not None:
+        assert entropy is not None
+        low = entropy < batch.entropy_threshold
+        policy_weight, value = torch.where(low, 0.0, policy_weight), torch.where(low, 0.0, value)
+    slope = _distribute(config.level, times(policy_weight, torch.where(inside, policy.slope, 0.0)), batch)
+    passes = possible if free is None else possible & free
+    slope = torch.where(passes, slope, 0.0) + times(policy_weight, policy.direct)
     kl_value = torch.zeros_like(log_prob)
     if batch.kl_weight is not None and batch.ref is not None:
-        kl = kl_terms(config.kl, log_ratio_of(log_prob, batch.ref))
+        kl_level = config.kl.level_beside(config.level)
+        if kl_level != config.level or free is not None or surrogate.takes_rollout:  # its ratio is π/π_old as it is
+            raw = own if kl_level == "token" else batch.pool(own, kl_level != "sequence_product")
+            inside, passes = within(raw, config.log_ratio_limit), possible
+            ratio = clamp(raw, config.log_ratio_limit).exp()
+        kl = kl_terms(config.kl, log_ratio_of(log_prob, batch.ref), ratio)
         kl = kl._replace(slope=torch.where(possible, kl.slope, 0.0))
         kl_value, kl_slope = kl.value, times(batch.kl_weight, kl.slope)
         if config.kl.ratio_weighted:
             kl_value = times(ratio, kl.value)
-            kl_slope = _ratio_weighted_slope(config.level, ratio, inside & possible, kl, batch)
+            kl_slope = _ratio_weighted_slope(kl_level, ratio, inside, passes, kl, batch)
         slope = slope + kl_slope
     dead = torch.zeros_like(log_prob)
-    return (
-        torch.where(live, policy.value, dead),
+    flags = policy.flags if own_flags is None else policy.flags | own_flags
+    records = Records(
+        log_prob,
+        dead if entropy is None else entropy,
+        torch.where(live, value, dead),
         torch.where(live, kl_value, dead),
-        torch.where(live, policy.flags, 0),
-        torch.where(live, slope, dead),
+        torch.where(live, flags, 0),
+        log_prob.new_empty(0) if weight is None else torch.where(live, weight, dead),
     )
+    return records, torch.where(live, slope, dead)
 
 
-def _ratio_weighted_slope(level: str, ratio: Tensor, inside: Tensor, kl: NamedTuple, batch: TokenBatch) -> Tensor:
+_FOLDED = (1e-8, math.exp(20.0))
+"""Bounds of a rollout weight that is part of the ratio (TRL's of VESPO)."""
+
+
+def _ratio_weighted_slope(
+    level: str, ratio: Tensor, inside: Tensor, passes: Tensor, kl: KLTerms, batch: TokenBatch
+) -> Tensor:
     """Of weight * ratio * k: through k by every token alone, through the ratio as the level spreads it."""
     value, slope, slope_with_ratio = kl
     assert batch.kl_weight is not None
     if level in ("token", "sequence_token"):
-        return times(batch.kl_weight, times(ratio, torch.where(inside, slope_with_ratio, slope)))
+        return times(batch.kl_weight, times(ratio, torch.where(inside & passes, slope_with_ratio, slope)))
     weighted = times(batch.kl_weight, times(ratio, value))
     through_ratio = _distribute(level, torch.where(inside, weighted, 0.0), batch)
-    return times(batch.kl_weight, times(ratio, slope)) + through_ratio
-
-
-def _pool(level: str, log_ratio: Tensor, batch: TokenBatch) -> Tensor:
-    """Log-ratios as the level pools them, at every token."""
-    if level == "token":
-        return log_ratio
-    return batch.sequences.expand(_per_sequence(level != "sequence_product", log_ratio, batch)).expand_as(log_ratio)
+    return times(batch.kl_weight, times(ratio, slope)) + torch.where(passes, through_ratio, 0.0)
 
 
 def _distribute(level: str, slope: Tensor, batch: TokenBatch) -> Tensor:
     """d loss / d (pooled log-ratio) of every token -> d loss / d log_prob of every token."""
     if level in ("token", "sequence_token"):
         return slope
-    slope = torch.where(batch.live, slope, 0.0)
-    return batch.sequences.expand(_per_sequence(level == "sequence", slope, batch)).expand_as(slope)
+    return batch.pool(slope, level == "sequence")
 
 
 def _per_sequence(mean: bool, values: Tensor, batch: TokenBatch) -> Tensor:
@@ -142,20 +188,25 @@ def _per_sequence(mean: bool, values: Tensor, batch: TokenBatch) -> Tensor:
 
 def reduce_records(config: LossConfig, batch: TokenBatch, records: Records, backend: str) -> tuple[Tensor, Metrics]:
     """The loss (0-d, the records' dtype) and its metrics: the one place where records are summed."""
+    applied = batch.rollout_weight
+    if batch.schemes:
+        applied = records.rollout_weight if applied is None else records.rollout_weight * applied
     loss, vector = ops.token_sums(
-        *records,
+        *records[:5],
         *(batch.live, batch.masked_in, batch.policy_weight, batch.kl_weight, batch.entropy_weight),
-        *(batch.old, batch.ref, batch.rollout),
+        *(batch.old, batch.ref, batch.rollout, applied),
         *(ESTIMATORS.index(config.kl.estimator) + 1, batch.sequences.count, backend),
     )
     if config.level != "token":
         ratios = _sequence_ratios(config, batch, records)
-        vector = torch.cat([vector[: len(FIELDS) - len(ratios)], ratios])
+        first = FIELDS.index("ratio_sum")
+        vector = torch.cat([vector[:first], ratios, vector[first + len(ratios) :]])
     return loss, Metrics(vector)
 
 
 def _sequence_ratios(config: LossConfig, batch: TokenBatch, records: Records) -> Tensor:
-    """metrics.RATIO_SUMS and EXTREMES over non-empty sequences. One counts as clipped where one of its tokens does."""
+    """metrics.RATIO_SUMS and extremes of the ratio over non-empty sequences. One counts as clipped where one of its
+    tokens does."""
     dtype = accumulate_dtype(records.log_prob.device)
     live = batch.sequences.sum(batch.live.to(dtype)) > 0
     ratio = torch.ones(live.shape, dtype=dtype, device=live.device)
@@ -168,7 +219,7 @@ def _sequence_ratios(config: LossConfig, batch: TokenBatch, records: Records) ->
 
 
 def reduce_ratios(ratio: Tensor, counted: Tensor, clipped: list[Tensor]) -> Tensor:
-    """metrics.RATIO_SUMS and EXTREMES of flat tensors, in the ratio's dtype."""
+    """metrics.RATIO_SUMS and extremes of the ratio, of flat tensors, in the ratio's dtype."""
     sums = torch.stack([torch.where(counted, ratio, 0.0), counted, *clipped]).to(ratio.dtype).sum(-1)
     bounds = torch.stack([torch.where(counted, ratio, float("inf")), torch.where(counted, -ratio, float("inf"))])
     infinity = torch.full((2, 1), float("inf"), dtype=ratio.dtype, device=ratio.device)

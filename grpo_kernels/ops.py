@@ -21,17 +21,17 @@ _LIBRARY = torch.library.Library("grpo_kernels", "DEF")
 _ROWS = "Tensor token_ids, Tensor live, Tensor numbers, bool softcap"
 _BACKWARD = f"{_ROWS}, Tensor log_prob, Tensor entropy, Tensor lse, Tensor? grad_log_prob, Tensor? grad_entropy"
 _FUSED = (
-    f"{_ROWS}, Tensor advantage, Tensor policy_weight, Tensor? old, Tensor? ref, Tensor? kl_weight, "
-    "Tensor? entropy_weight, int[] spec"
+    f"{_ROWS}, Tensor advantage, Tensor policy_weight, Tensor? old, Tensor? ref, Tensor? rollout, "
+    "Tensor? kl_weight, Tensor? entropy_weight, int[] spec"
 )
 _TERMS = (
-    "Tensor log_prob, Tensor live, Tensor numbers, Tensor advantage, Tensor policy_weight, Tensor? old, Tensor? ref, "
-    "Tensor? kl_weight, int[] spec"
+    "Tensor log_prob, Tensor entropy, Tensor live, Tensor numbers, Tensor advantage, Tensor policy_weight, "
+    "Tensor? old, Tensor? ref, Tensor? rollout, Tensor? kl_weight, int[] spec"
 )
 _SUMMED = (
     "Tensor log_prob, Tensor entropy, Tensor policy, Tensor kl, Tensor flags, Tensor live, Tensor masked_in, "
     "Tensor policy_weight, Tensor? kl_weight, Tensor? entropy_weight, Tensor? old, Tensor? ref, Tensor? rollout, "
-    "int kl_estimator, int sequences"
+    "Tensor? rollout_weight, int kl_estimator, int sequences"
 )
 
 
@@ -56,6 +56,11 @@ def accumulate_dtype(device: torch.device) -> torch.dtype:
 def _per_row(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, ...]:
     dtype = real_dtype(logits.dtype)
     return tuple(torch.empty(token_ids.shape, dtype=dtype, device=logits.device) for _ in range(count))
+
+
+def _rollout_weight_like(log_prob: Tensor, spec: list[int]) -> Tensor:
+    """Empty where the kernel applies no rollout scheme: the last number of an ``ObjectiveSpec``."""
+    return torch.empty_like(log_prob) if spec[-1] else log_prob.new_empty(0)
 
 
 def _gradient_like_fake(logits: Tensor) -> Tensor:
@@ -121,9 +126,10 @@ def _fused_into(out: Tensor, logits: Tensor, token_ids: Tensor, *rest: Any) -> A
     log_prob, entropy, lse, policy, kl = _per_row(logits, token_ids, 5)
     flags = torch.empty(token_ids.shape, dtype=torch.uint8, device=logits.device)
     rows = _rows(logits, token_ids, live, numbers, softcap)
-    _backend(backend).fused_loss(rows, *inputs, spec, log_prob, entropy, lse, policy, kl, flags, out)
+    weight = _rollout_weight_like(log_prob, spec)
+    _backend(backend).fused_loss(rows, *inputs, spec, log_prob, entropy, lse, policy, kl, flags, weight, out)
     _zero_unused_rows(out, token_ids)
-    return log_prob, entropy, policy, kl, flags
+    return log_prob, entropy, policy, kl, flags, weight
 
 
 def _fused_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -138,23 +144,25 @@ def _fused_loss_(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def _fused_loss_fake_(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return (*_per_row(logits, token_ids, 4), torch.empty(token_ids.shape, dtype=torch.uint8, device=logits.device))
+    log_prob, *others = _per_row(logits, token_ids, 4)
+    flags = torch.empty(token_ids.shape, dtype=torch.uint8, device=logits.device)
+    return log_prob, *others, flags, _rollout_weight_like(log_prob, rest[-2])
 
 
 def _fused_loss_fake(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return (*_fused_loss_fake_(logits, token_ids), _gradient_like_fake(logits))
+    return (*_fused_loss_fake_(logits, token_ids, *rest), _gradient_like_fake(logits))
 
 
 def _token_terms(log_prob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *inputs, backend = rest
-    outputs = _token_terms_fake(log_prob)
+    outputs = _token_terms_fake(log_prob, *rest)
     _backend(backend).token_terms(log_prob, *inputs, *outputs)
     return outputs
 
 
 def _token_terms_fake(log_prob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     policy, kl, slope = (torch.empty_like(log_prob) for _ in range(3))
-    return policy, kl, torch.empty_like(log_prob, dtype=torch.uint8), slope
+    return policy, kl, torch.empty_like(log_prob, dtype=torch.uint8), _rollout_weight_like(log_prob, rest[-2]), slope
 
 
 def _token_sums(log_prob: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -188,9 +196,9 @@ def _sequence_sum_fake(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 _THREE = "(Tensor, Tensor, Tensor)"
-_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 log_probs = _define(f"log_probs(Tensor logits, {_ROWS}, str backend) -> {_THREE}", _log_probs, _log_probs_fake)
 log_probs_backward = _define(
@@ -203,11 +211,11 @@ log_probs_backward_ = _define(
     _log_probs_backward_,
     lambda logits, *rest: None,
 )
-fused_loss = _define(f"fused_loss(Tensor logits, {_FUSED}, str backend) -> {_SIX}", _fused_loss, _fused_loss_fake)
+fused_loss = _define(f"fused_loss(Tensor logits, {_FUSED}, str backend) -> {_SEVEN}", _fused_loss, _fused_loss_fake)
 fused_loss_ = _define(
-    f"fused_loss_(Tensor(a!) logits, {_FUSED}, str backend) -> {_FIVE}", _fused_loss_, _fused_loss_fake_
+    f"fused_loss_(Tensor(a!) logits, {_FUSED}, str backend) -> {_SIX}", _fused_loss_, _fused_loss_fake_
 )
-token_terms = _define(f"token_terms({_TERMS}, str backend) -> {_FOUR}", _token_terms, _token_terms_fake)
+token_terms = _define(f"token_terms({_TERMS}, str backend) -> {_FIVE}", _token_terms, _token_terms_fake)
 token_sums = _define(f"token_sums({_SUMMED}, str backend) -> (Tensor, Tensor)", _token_sums, _token_sums_fake)
 rescale_ = _define(
     "rescale_(Tensor(a!) gradient, Tensor token_ids, Tensor upstream, Tensor announced, str backend) -> ()",

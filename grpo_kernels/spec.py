@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .config import LossConfig
-from .surrogates import ESTIMATORS
+from .kl import ESTIMATORS, GRADIENTS
+from .rollout import Rollout
 
 NUMBERS = (
     "temperature",
@@ -26,6 +27,10 @@ NUMBERS = (
     "log_ratio_limit",  # inf: none
     "kl_input_limit",  # inf: none
     "kl_output_limit",  # inf: none
+    "kl_ratio_cap",
+    "rollout_low",
+    "rollout_high",
+    "entropy_threshold",  # -inf: none
 )
 """Order of the vector; up to eight parameters of the surrogate follow (csrc/common/surrogates.h)."""
 SURROGATE_PARAMETERS = 8
@@ -37,17 +42,26 @@ class ObjectiveSpec(NamedTuple):
     surrogate: int
     kl_estimator: int
     """0: no KL term, else 1 + its place in ESTIMATORS."""
-    kl_straight_through: int
+    kl_gradient: int
+    """Its place in GRADIENTS."""
     kl_ratio_weighted: int
+    rollout: int
+    """0: no rollout correction in the kernel, else the ``kernel_id`` of the scheme."""
 
 
-def objective_spec(config: LossConfig, with_kl: bool) -> ObjectiveSpec | None:
-    """None: the surrogate has no one-pass arm."""
-    if config.surrogate.kernel_id is None:
+def objective_spec(config: LossConfig, with_kl: bool, schemes: tuple[Rollout, ...] = ()) -> ObjectiveSpec | None:
+    """None: the surrogate, or the rollout ``schemes`` that are still to be applied, have no one-pass arm."""
+    kl, surrogate = config.kl, config.surrogate.kernel_id
+    if surrogate is None or not (schemes == () or in_kernel(schemes)):
         return None
-    estimator = 1 + ESTIMATORS.index(config.kl.estimator) if with_kl else 0
-    straight_through = int(config.kl.gradient == "straight_through_k2")
-    return ObjectiveSpec(config.surrogate.kernel_id, estimator, straight_through, int(config.kl.ratio_weighted))
+    estimator = 1 + ESTIMATORS.index(kl.estimator) if with_kl else 0
+    rollout = schemes[0].kernel_id if schemes else 0
+    return ObjectiveSpec(surrogate, estimator, GRADIENTS.index(kl.gradient), int(kl.ratio_weighted), rollout)
+
+
+def in_kernel(schemes: tuple[Rollout, ...]) -> bool:
+    """Whether a kernel applies these schemes: a single one, of a token's own ratio."""
+    return len(schemes) == 1 and schemes[0].kernel_id != 0 and not schemes[0].pooled
 
 
 class LogitArgs(NamedTuple):
@@ -64,6 +78,7 @@ def numbers_vector(
     config: LossConfig | None,
     dtype: torch.dtype,
     device: torch.device,
+    entropy_threshold: float | Tensor | None = None,
 ) -> Tensor:
     """The vector of NUMBERS and the surrogate's parameters, ``dtype`` on ``device``.
 
@@ -74,7 +89,10 @@ def numbers_vector(
     if config is not None:
         limits = (config.log_ratio_limit, *config.kl.limit)
         values += [math.inf if limit is None else float(limit) for limit in limits]
-        values += config.surrogate.parameters()
+        values += [config.kl.ratio_cap, *(config.schemes[0].bounds() if in_kernel(config.schemes) else (0.0, math.inf))]
+        values.append(-math.inf if entropy_threshold is None else entropy_threshold)
+        if config.surrogate.kernel_id is not None:
+            values += config.surrogate.parameters()
     values += [0.0] * (len(NUMBERS) + SURROGATE_PARAMETERS - len(values))
     if any(isinstance(value, Tensor) for value in values):
         return _mixed(values, dtype, device)

@@ -20,7 +20,7 @@ from .config import LossConfig
 from .inputs import LossInputs, read_batch, read_tokens
 from .objective import TokenBatch, token_terms
 from .reference import grpo_loss as reference_loss
-from .surrogates import Clip, log_ratio_of
+from .maths import log_ratio_of, times
 
 C = 4.0
 UNIT = 2.0**-24
@@ -95,7 +95,7 @@ def _batch(
     given = LossInputs(
         *(advantages, o.get("old_log_probs"), o.get("ref_log_probs"), o.get("rollout_log_probs")),
         *(o.get("token_weights"), o.get("cu_seqlens"), o.get("normalizer"), o.get("kl_coef"), o.get("entropy_coef")),
-        *(bool(o.get("skip_zero_advantage")), None),
+        *(bool(o.get("skip_zero_advantage")), None, o.get("entropy_threshold")),
     )
     return read_batch(tokens, config, given)[1]
 
@@ -131,28 +131,36 @@ def _sizes(
     finite = torch.where(z.isinf(), 0.0, z)
     sizes = finite.abs().amax(-1) + torch.logsumexp(z, -1).abs() + torch.where(log_prob.isinf(), 0.0, log_prob).abs()
     sizes = 1 + sizes + torch.where(live, known(batch.old) + known(batch.ref), 0.0)
+    if config.schemes and batch.rollout is not None:
+        sizes = sizes + torch.where(live, batch.rollout.nan_to_num(nan=0.0).abs(), 0.0)
 
     kl_size = torch.zeros_like(log_prob)
     if batch.kl_weight is not None and batch.ref is not None:
         u = torch.where(live, log_ratio_of(batch.ref, log_prob), 0.0).clamp(max=50)
-        kl_size = batch.kl_weight.abs() * (u.exp() + u.abs() + 1)
-        if config.kl.ratio_weighted and batch.old is not None:
+        kl_size = batch.kl_weight.abs() * (u.exp() + u.abs() + (u * u / 2 if config.kl.estimator == "k2" else 0) + 1)
+        if (config.kl.ratio_weighted or config.kl.gradient == "weighted_k2") and batch.old is not None:
             kl_size = kl_size * torch.where(live, log_ratio_of(log_prob, batch.old), 0.0).clamp(max=20).exp()
     plain = dataclasses.replace(batch, kl_weight=None)
-    policy, _, _, policy_slope = token_terms(config, plain, log_prob)
-    slope_size = policy_slope.abs() + kl_size
+    records, policy_slope = token_terms(config, plain, log_prob, entropy)
+    ahead, behind = (token_terms(config, plain, log_prob + step, entropy) for step in (_STEP, -_STEP))
+    # What a surrogate makes of an error in its ratio may be larger than its slope: SAPO's gate, DRO's spring.
+    growth = (ahead[1] - behind[1]).abs() / (2 * _STEP)
+    value_growth = batch.policy_weight.abs() * (ahead[0].policy - behind[0].policy).abs() / (2 * _STEP)
+    policy_slope = torch.maximum(policy_slope.abs(), growth.nan_to_num(nan=0.0, posinf=0.0))
+    value_growth = torch.maximum(policy_slope, value_growth.nan_to_num(nan=0.0, posinf=0.0))
+    slope_size = policy_slope + kl_size
     if config.level != "token":  # a pooled slope errs with the whole sequence
-        pooled = batch.sequences.sum(kl_size + policy_slope.abs())
+        pooled = batch.sequences.sum(kl_size + policy_slope)
         slope_size = torch.maximum(slope_size, batch.sequences.expand(pooled).expand(shape) * (kl_size > 0))
     h_size = known(batch.entropy_weight)
     element = (slope_size[..., None] + h_size[..., None] * (log_p.clamp(min=-700).abs() + entropy[..., None] + 1)) * p
     own = slope_size + h_size * p.gather(-1, _safe(ids, live)[..., None]).squeeze(-1) * (1 + log_prob.abs() + entropy)
     element = element.scatter(-1, _safe(ids, live)[..., None], own[..., None]) * derivative.abs()
-    policy_size = (batch.policy_weight * policy).abs()
+    policy_size = times(batch.policy_weight, records.policy).abs()
     kl_term = torch.zeros_like(policy_size) if batch.kl_weight is None else kl_size
-    term = ((policy_size + policy_slope.abs() + kl_term + h_size * (1 + entropy)) * sizes)[live].sum()
+    term = ((policy_size + value_growth + kl_term + h_size * (1 + entropy)) * sizes)[live].sum()
     metrics = {name: value.double() for name, value in out.metrics.as_dict().items()}
-    edge = _edges(config, batch, log_prob, sizes)
+    edge = _edges(config, batch, log_prob, entropy, sizes)
     underflow = -math.log(torch.finfo(torch.float32).tiny)
     coefficient = (slope_size + h_size * (underflow + entropy)) * derivative.abs().amax(-1)
     return Truth(
@@ -165,22 +173,28 @@ def _safe(ids: Tensor, live: Tensor) -> Tensor:
     return torch.where(live, ids, 0).long()
 
 
-def _edges(config: LossConfig, batch: TokenBatch, log_prob: Tensor, sizes: Tensor) -> Tensor:
-    """Rows whose ratio lies within 16 units of a bound, in log space."""
-    if batch.old is None or not isinstance(config.surrogate, Clip):
-        return torch.zeros_like(batch.live)
-    difference = torch.where(batch.live, log_ratio_of(log_prob, batch.old), 0.0)
-    width = 16 * UNIT * sizes
-    if config.level != "token":
-        live = batch.live.double()
-        lengths = batch.sequences.sum(live).clamp(min=1) if config.level != "sequence_product" else 1.0
-        difference = batch.sequences.expand(batch.sequences.sum(difference) / lengths).expand(batch.live.shape)
-        width = batch.sequences.expand(batch.sequences.sum(width * live) / lengths).expand(batch.live.shape)
-    bounds = [b for b in config.surrogate.parameters() if 0 < b < float("inf")]
-    near = torch.zeros_like(batch.live)
-    for bound in bounds:
-        near |= (difference - torch.tensor(bound, dtype=torch.float64).log()).abs() < width
-    return near & batch.live
+_STEP = 1e-7
+"""Nats, of a derivative in float64: smaller than the width of an edge."""
+
+
+def _edges(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor, sizes: Tensor) -> Tensor:
+    """Rows at which 16 units decide on which side of a bound a token lies: a clip's, a rollout scheme's, a threshold's."""
+    width = torch.where(batch.live, 16 * UNIT * sizes, 0.0)
+    edge = torch.zeros_like(batch.live)
+    if batch.old is not None or batch.schemes:
+        below, above = (token_terms(config, batch, log_prob + w, entropy)[0] for w in (-width, width))
+        edge |= below.flags != above.flags
+        if batch.schemes:
+            edge |= (below.rollout_weight == 0) != (above.rollout_weight == 0)
+    if batch.old is not None and batch.rollout is not None and config.schemes:
+        shifted = [dataclasses.replace(batch, old=batch.old + w) for w in (-width, width)]
+        kept_below, kept_above = (moved.factors(config, log_prob, config.schemes) == 0 for moved in shifted)
+        edge |= kept_below != kept_above
+    if batch.entropy_threshold is not None:
+        edge |= (entropy - batch.entropy_threshold).abs() < width
+    if batch.ref is not None and config.kl.estimator == "abs":
+        edge |= log_ratio_of(log_prob, batch.ref).abs() < width
+    return edge & batch.live
 
 
 @dataclass(frozen=True)

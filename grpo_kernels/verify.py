@@ -21,7 +21,9 @@ from torch import Tensor
 
 from . import backends, records, reference
 from .checks import check_device_name
-from .config import KL, LossConfig, check_name
+from .checks import check_name
+from .config import LossConfig
+from .kl import KL
 from .linear import linear_grpo_loss
 from .log_probs import token_log_probs
 from .loss import grpo_loss

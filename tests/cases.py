@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels import KL, Clip, LossConfig, LossOutput, Reinforce, Unclipped, grpo_loss, reference
+from grpo_kernels import (
+    KL, Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, LossConfig, LossOutput, MaskedIS, OffPolicyMask, Reinforce, Rejection,
+    Sapo, TruncatedIS, Unclipped, Vespo, grpo_loss, reference,
+)  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's kernels run in its interpreter (conftest.py)."""
@@ -107,7 +111,12 @@ def exact_log_probs(
     return torch.log_softmax(z / temperature, -1).gather(-1, ids[..., None]).squeeze(-1)
 
 
-SURROGATES = (Reinforce(), Unclipped(), Clip(0.2, 0.28), Clip(0.2, 0.2, dual=2.0))
+SURROGATES = (
+    *(Reinforce(), Unclipped(), Clip(0.2, 0.28), Clip(0.2, 0.2, dual=2.0)),
+    *(Cispo(cap=1.1), Cispo(low=0.1, high=0.2), Sapo(1.0, 1.7), Dro(0.3), Vespo(), Gmpo(0.1, 0.15)),
+    *(DppoTV(0.01, 0.02), DppoTV(0.01, 0.02, cap=1.2), DppoKL(2e-3, 1e-3), DppoKL(2e-3, 1e-3, cap=1.2)),
+)
+ONE_PASS = tuple(surrogate for surrogate in SURROGATES if surrogate.kernel_id is not None)
 KLS = (
     KL(),
     KL(0.1),
@@ -117,9 +126,23 @@ KLS = (
     KL(0.1, "k1", ratio_weighted=True),
     KL(0.1, "k2", ratio_weighted=True),
     KL(0.1, "k3", gradient="straight_through_k2"),
+    KL(0.1, "abs"),
+    KL(0.1, "abs", ratio_weighted=True),
+    KL(0.1, "k1", gradient="weighted_k2", ratio_cap=1.1),
+    KL(0.1, gradient="score_function"),
+    KL(0.1, "k2", gradient="score_function", limit=(0.25, 0.02)),
     KL(0.1, limit=(0.25, 0.02)),
     KL(0.1, ratio_weighted=True, limit=(0.25, 0.02)),
 )
+
+
+ROLLOUTS = (
+    *(TruncatedIS(1.1), TruncatedIS(1.2, 0.9), MaskedIS(0.8, 1.2), Rejection(0.8, 1.2)),
+    *(TruncatedIS(1.1, level="sequence"), MaskedIS(0, 1.3, "sequence"), MaskedIS(0.9, 1.1, "geometric")),
+    *(OffPolicyMask(0.02), (TruncatedIS(math.inf), Rejection(0.9, 1.1, "geometric"))),
+    (MaskedIS(0.5, 2.0), MaskedIS(0.5, 2.0, "sequence"), OffPolicyMask(0.05)),
+)
+"""Every rollout scheme and level, and several at once."""
 
 
 def configs() -> list[LossConfig]:
@@ -154,7 +177,7 @@ def label(config: LossConfig) -> str:
     kl = config.kl
     parts = [repr(config.surrogate), config.level, config.aggregation]
     if kl.coef:
-        parts.append(f"{kl.estimator}{'-r' * kl.ratio_weighted}{'-st' * (kl.gradient != 'pathwise')}")
+        parts.append(f"{kl.estimator}{'-r' * kl.ratio_weighted}{f'-{kl.gradient}' * (kl.gradient != 'pathwise')}")
         parts += ["limits"] if kl.limit != KL().limit else []
     parts += ["entropy" + (config.entropy_aggregation or "")] if config.entropy_coef else []
     return "-".join(parts).replace(" ", "")

@@ -2,7 +2,7 @@
 
 It checks ``grpo_kernels.reference``, which checks everything else. Gradients are central differences of the value
 at a step of 1e-15: no slope is written down here. Stop-gradients (the frozen part of GSPO-token's ratio, the old policy
-when none is given, the straight-through KL) are values taken at the point where the derivative is wanted.
+when none is given, CISPO's weights, rollout weights) are values taken at the point where the derivative is wanted.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Problem:
     sequences: list
     old: list | None = None
     ref: list | None = None
+    rollout: list | None = None  # None where unknown
     token_weights: list | None = None
     surrogate: tuple = ("clip", 0.2, 0.2, None)
     level: str = "token"
@@ -34,9 +35,13 @@ class Problem:
     normalizer: float | None = None
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
-    kl_straight_through: bool = False
+    kl_gradient: str = "pathwise"
     kl_ratio_weighted: bool = False
+    kl_ratio_cap: float = 10.0
+    kl_level: str | None = None
     kl_limit: tuple = (None, None)
+    schemes: tuple = ()  # (kind, numbers by name)
+    entropy_threshold: float | None = None
     entropy_coef: float = 0.0
     entropy_token_mean: bool = False
     log_ratio_limit: float | None = None
@@ -64,20 +69,91 @@ def _clamp(x, limit):
     return max(-mpf(limit), min(mpf(limit), x))
 
 
-def _surrogate(problem: Problem, log_prob, ratio, advantage):
+@dataclass(frozen=True)
+class Token:
+    """What a surrogate sees; ``sg_`` values are those at the point where stop-gradients are taken."""
+
+    log_prob: object
+    old: object
+    sg_log_prob: object
+    log_ratio: object
+    sg_log_ratio: object
+    advantage: object
+
+
+def _own_ratio(problem: Problem, log_ratio, advantage):
+    """A token's log-ratio before pooling."""
     name, *numbers = problem.surrogate
+    if name != "gmpo":
+        return log_ratio
+    low, high = numbers
+    clipped = _between(-mpf(low), log_ratio, mpf(high))
+    return min(log_ratio, clipped) if advantage > 0 else max(log_ratio, clipped) if advantage < 0 else log_ratio
+
+
+def _between(low, x, high):
+    return max(low, min(high, x))
+
+
+def _surrogate(problem: Problem, t: Token):
+    name, *numbers = problem.surrogate
+    A, ratio, sg_ratio = t.advantage, mp.exp(t.log_ratio), mp.exp(t.sg_log_ratio)
     if name == "reinforce":
-        return -advantage * log_prob
-    if name == "unclipped":
-        return -ratio * advantage
-    low, high, dual = numbers
-    first = (ratio if dual is None else min(ratio, mpf(dual))) * advantage
-    second = max(1 - mpf(low), min(1 + mpf(high), ratio)) * advantage
-    return -min(first, second)
+        return -A * t.log_prob
+    if name in ("unclipped", "gmpo"):
+        return -ratio * A
+    if name == "clip":
+        low, high, dual = numbers
+        first = (ratio if dual is None else min(ratio, mpf(dual))) * A
+        return -min(first, _between(1 - mpf(low), ratio, 1 + mpf(high)) * A)
+    if name == "cispo":
+        cap, low, high = numbers
+        weight = min(sg_ratio, mpf(cap)) if cap is not None else _between(1 - mpf(low), sg_ratio, 1 + mpf(high))
+        return -weight * A * t.log_prob
+    if name == "sapo":
+        tau = mpf(numbers[0] if A > 0 else numbers[1])
+        return -A * 4 / tau / (1 + mp.exp(-tau * (ratio - 1)))
+    if name == "dro":
+        return -A * t.log_prob + mpf(numbers[0]) / 2 * t.log_ratio**2
+    if name == "vespo":
+        k, lam = (mpf(x) for x in (numbers[:2] if A >= 0 else numbers[2:]))
+        log_w = _between(mp.log(mpf("1e-8")), t.sg_log_ratio, mpf(20))
+        return -mp.exp(lam + k * log_w - lam * mp.exp(log_w)) * A * t.log_prob
+    low, high, cap = numbers
+    p, q = mp.exp(t.sg_log_prob), mp.exp(t.old)
+    moved = p - q
+    if name == "dppo_kl":
+        moved = (q * mp.log(q / p) + (1 - q) * mp.log((1 - q) / (1 - p))) * (1 if p > q else -1)
+    if (A > 0 and moved > mpf(high)) or (A < 0 and moved < -mpf(low)):
+        return mpf(0)
+    return -ratio * A if cap is None else -min(sg_ratio, mpf(cap)) * A * t.log_prob
+
+
+def _rollout_factor(problem: Problem, sequence: list, place: tuple, own: dict, behind: dict, advantage):
+    """``own``: log rho of each known token (else 0); ``behind``: rollout - log-prob, likewise."""
+    known = problem.rollout[place[0]][place[1]] is not None
+    total = mpf(1)
+    for kind, numbers in problem.schemes:
+        if kind == "OffPolicyMask":
+            mean = sum(behind[bt] for bt in sequence) / len(sequence)
+            total *= 1 if advantage >= 0 or mean <= mpf(numbers["threshold"]) else 0
+            continue
+        level = numbers["level"]
+        if level == "token" and not known:
+            continue
+        log_rho = own[place] if level == "token" else sum(own[bt] for bt in sequence)
+        log_rho = log_rho / len(sequence) if level == "geometric" else log_rho
+        rho = mp.exp(_clamp(log_rho, problem.log_ratio_limit))
+        low, high = mpf(numbers["low"]), mpf(numbers["high"])
+        if kind == "TruncatedIS":
+            total *= _between(low, rho, high)
+        else:
+            total *= 0 if rho < low or rho > high else rho if kind == "MaskedIS" else 1
+    return total
 
 
 def _estimate(name: str, x):
-    return {"k1": x, "k2": x * x / 2, "k3": mp.exp(-x) + x - 1}[name]
+    return {"k1": x, "k2": x * x / 2, "k3": mp.exp(-x) + x - 1, "abs": abs(x)}[name]
 
 
 def log_probs(problem: Problem) -> dict:
@@ -113,7 +189,7 @@ def _weight(problem: Problem, sequence_index: int) -> object:
 def loss(problem: Problem, frozen: dict | None = None, derivative: bool = False):
     """The loss; ``frozen`` are ``log_probs`` at the point that stop-gradients refer to (default: here).
 
-    With ``derivative`` the value is one whose *derivative* is the gradient (it differs for straight-through KL only).
+    With ``derivative`` the value is one whose *derivative* is the gradient (it differs for some KL gradients only).
     """
     now = log_probs(problem)
     frozen = now if frozen is None else frozen
@@ -123,29 +199,62 @@ def loss(problem: Problem, frozen: dict | None = None, derivative: bool = False)
         if not sequence:
             continue
         w = _weight(problem, i)
+        advantages = {(b, t): mpf(problem.advantages[b][t]) for b, t in sequence}
         old = {bt: frozen[bt][0] if problem.old is None else mpf(problem.old[bt[0]][bt[1]]) for bt in sequence}
-        pooled = sum(now[bt][0] - old[bt] for bt in sequence)
-        frozen_mean = sum(frozen[bt][0] - old[bt] for bt in sequence) / len(sequence)
+        plain = {bt: now[bt][0] - old[bt] for bt in sequence}
+        sg_plain = {bt: frozen[bt][0] - old[bt] for bt in sequence}
+        own = {bt: _own_ratio(problem, plain[bt], advantages[bt]) for bt in sequence}
+        sg_own = {bt: _own_ratio(problem, sg_plain[bt], advantages[bt]) for bt in sequence}
+        factors = dict.fromkeys(sequence, mpf(1))
+        if problem.schemes:
+            sampled = {(b, t): problem.rollout[b][t] for b, t in sequence}
+            rho = {bt: mpf(0) if x is None else old[bt] - mpf(x) for bt, x in sampled.items()}
+            behind = {bt: mpf(0) if x is None else mpf(x) - frozen[bt][0] for bt, x in sampled.items()}
+            for bt in sequence:
+                factors[bt] = _rollout_factor(problem, sequence, bt, rho, behind, advantages[bt])
+            if problem.surrogate[0] == "vespo":
+                for bt in sequence:
+                    extra = mp.log(_between(mpf("1e-8"), factors[bt], mp.exp(20)))
+                    own[bt], sg_own[bt], factors[bt] = own[bt] + extra, sg_own[bt] + extra, mpf(1)
+
+        def pooled(each, frozen_each, bt, level=problem.level, sequence=sequence):
+            mean = sum(each.values()) / len(sequence)
+            frozen_mean = sum(frozen_each.values()) / len(sequence)
+            log_ratio = {
+                "token": each[bt],
+                "sequence": mean,
+                "sequence_token": frozen_mean + each[bt] - frozen_each[bt],
+                "sequence_product": mean * len(sequence),
+            }[level]
+            return _clamp(log_ratio, problem.log_ratio_limit)
+
         for b, t in sequence:
             log_prob, entropy = now[b, t]
-            log_ratio = {
-                "token": log_prob - old[b, t],
-                "sequence": pooled / len(sequence),
-                "sequence_token": frozen_mean + log_prob - frozen[b, t][0],
-                "sequence_product": pooled,
-            }[problem.level]
-            ratio = mp.exp(_clamp(log_ratio, problem.log_ratio_limit))
+            log_ratio, sg_log_ratio = pooled(own, sg_own, (b, t)), pooled(sg_own, sg_own, (b, t))
+            token = Token(log_prob, old[b, t], frozen[b, t][0], log_ratio, sg_log_ratio, advantages[b, t])
             u = mpf(1) if problem.token_weights is None else mpf(problem.token_weights[b][t])
-            total += w * u * _surrogate(problem, log_prob, ratio, mpf(problem.advantages[b][t]))
+            if problem.entropy_threshold is not None and frozen[b, t][1] < mpf(problem.entropy_threshold):
+                u = mpf(0)
+            total += w * u * factors[b, t] * _surrogate(problem, token)
             if problem.kl_coef:
-                x = _clamp(log_prob - mpf(problem.ref[b][t]), problem.kl_limit[0])
-                k = _clamp(_estimate(problem.kl_estimator, x), problem.kl_limit[1])
-                if derivative and problem.kl_straight_through:
-                    k = x * x / 2
-                total += w * mpf(problem.kl_coef) * k * (ratio if problem.kl_ratio_weighted else 1)
-            own = 1 / mpf(max(tokens, 1)) if problem.entropy_token_mean else w
-            total -= own * mpf(problem.entropy_coef) * entropy
+                level = problem.kl_level or problem.level
+                kl_ratio, sg_ratio = (pooled(each, sg_plain, (b, t), level) for each in (plain, sg_plain))
+                penalty = _penalty(problem, log_prob, frozen[b, t][0], mpf(problem.ref[b][t]), sg_ratio, derivative)
+                total += w * mpf(problem.kl_coef) * penalty * (mp.exp(kl_ratio) if problem.kl_ratio_weighted else 1)
+            own_weight = 1 / mpf(max(tokens, 1)) if problem.entropy_token_mean else w
+            total -= own_weight * mpf(problem.entropy_coef) * entropy
     return total
+
+
+def _penalty(problem: Problem, log_prob, sg_log_prob, ref, sg_log_ratio, derivative: bool):
+    x = _clamp(log_prob - ref, problem.kl_limit[0])
+    k = _clamp(_estimate(problem.kl_estimator, x), problem.kl_limit[1])
+    if not derivative or problem.kl_gradient == "pathwise":
+        return k
+    if problem.kl_gradient == "score_function":
+        return k * mp.exp(log_prob - sg_log_prob)
+    weight = 1 if problem.kl_gradient == "straight_through_k2" else min(mp.exp(sg_log_ratio), mpf(problem.kl_ratio_cap))
+    return weight * x * x / 2
 
 
 def gradient(problem: Problem) -> list:

@@ -7,9 +7,15 @@ import math
 
 import pytest
 
-from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped
-from grpo_kernels.config import AGGREGATIONS, LEVELS, PRESETS
-from grpo_kernels.surrogates import SURROGATES
+from cases import SURROGATES
+
+from grpo_kernels import (
+    KL, Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, LossConfig, MaskedIS, OffPolicyMask, Reinforce, Sapo, TruncatedIS,
+    Unclipped, Vespo,
+)  # fmt: skip
+from grpo_kernels.config import AGGREGATIONS, LEVELS
+from grpo_kernels.presets import PRESETS
+from grpo_kernels.surrogates import BUILT_IN
 
 
 def test_is_a_value():
@@ -26,7 +32,7 @@ def test_presets(name):
     preset = LossConfig.presets()[name]
     assert LossConfig.preset(name) == preset.config
     assert preset.config.kl.coef == preset.config.entropy_coef == 0
-    assert any(year in preset.paper for year in ("1992", "2017", "2024", "2025"))
+    assert any(year in preset.paper for year in ("1992", "2017", "2024", "2025", "2026"))
     assert preset.coefficients
     changed = LossConfig.preset(name, kl=KL(0.04))
     assert changed.kl == KL(0.04)
@@ -45,6 +51,18 @@ def test_presets_are_the_papers():
         "dr_grpo": (clip, "token", "constant"),
         "bnpo": (clip, "token", "token_mean"),
         "gspo": (Clip(3e-4, 4e-4), "sequence", "sequence_mean"),
+        "luspo": (Clip(3e-4, 4e-4), "sequence", "sequence_sum"),
+        "gmpo": (Gmpo(0.4, 0.4), "sequence", "sequence_mean"),
+        "rloo": (clip, "sequence_product", "sequence_mean"),
+        "gpg": (Reinforce(), "token", "token_mean"),
+        "cispo": (Cispo(cap=5.0), "token", "token_mean"),
+        "sapo": (Sapo(1.0, 1.05), "token", "sequence_mean"),
+        "vespo": (Vespo(2.0, 3.0, 3.0, 2.0), "sequence_product", "token_mean"),
+        "dppo_tv": (DppoTV(0.2, 0.2, cap=20.0), "token", "token_mean"),
+        "dppo_kl": (DppoKL(0.2, 0.2, cap=20.0), "token", "token_mean"),
+        "prime": (DppoTV(0.2, 0.2), "token", "token_mean"),
+        "intellect2": (Clip(0.2, 0.2, dual=4.0), "token", "token_mean"),
+        "dro": (Dro(0.1), "token", "token_mean"),
     }
 
 
@@ -73,12 +91,24 @@ def test_equation_names_every_part(level, aggregation):
     assert len(equations) == len(LEVELS) * len(AGGREGATIONS)
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES.values())
+def test_every_surrogate_has_a_case():
+    assert {type(surrogate) for surrogate in SURROGATES} == set(BUILT_IN)
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=str)
 def test_every_surrogate_has_its_papers(surrogate):
-    assert surrogate.equation
+    assert surrogate.equation and surrogate.slope_equation and surrogate.found_in and type(surrogate).__doc__
     assert any(digit.isdigit() for digit in surrogate.paper)
-    assert len(surrogate().parameters()) <= 8
-    assert repr(surrogate()) in repr(LossConfig(surrogate()))
+    assert len(surrogate.parameters()) <= 8
+    assert repr(surrogate) in repr(LossConfig(surrogate))
+    assert surrogate.written() in LossConfig(surrogate).equation()
+
+
+def test_rollout_schemes():
+    one = LossConfig(rollout=TruncatedIS(2.0))
+    assert one == LossConfig(rollout=(TruncatedIS(2.0),)) and hash(one) == hash(LossConfig(rollout=(TruncatedIS(2.0),)))
+    assert "clip(ρ, low, high)" in one.equation() and "rollout=(TruncatedIS(high=2.0" in repr(one)
+    assert Cispo() == Cispo(cap=5.0) != Cispo(low=1.0, high=4.0)
 
 
 BAD = [
@@ -90,7 +120,7 @@ BAD = [
         r"preset\('grpo', ...\): the field must be .*Did you mean 'level'",
     ),
     (lambda: LossConfig(entropy_aggregation="mean"), r"entropy_aggregation must be one of token_mean"),
-    (lambda: KL(0.1, "k4"), r"KL\(estimator=...\) must be one of k1, k2, k3; got 'k4'"),
+    (lambda: KL(0.1, "k4"), r"KL\(estimator=...\) must be one of k1, k2, k3, abs; got 'k4'"),
     (lambda: KL(0.1, gradient="path"), r"KL\(gradient=...\).*Did you mean 'pathwise'"),
     (lambda: KL(math.nan), r"KL\(coef=...\) must be a finite number; got nan"),
     (lambda: KL(limit=(-1.0, None)), r"the input limit must be a finite number > 0, or None.*-1.0"),
@@ -104,6 +134,21 @@ BAD = [
     (lambda: Clip(1.5), r"Clip\(low=...\) must be at most 1"),
     (lambda: Clip(0.2, math.nan), r"Clip\(high=...\) must be a finite number"),
     (lambda: Clip(0.2, 0.28, dual=1.1), r"Clip\(dual=...\) must be finite and at least 1 \+ high = 1.28.*1.1"),
+    (lambda: Cispo(cap=5.0, high=0.2), "takes a cap, or low and high, not both"),
+    (lambda: Cispo(high=0.2), "band needs both low and high"),
+    (lambda: Cispo(cap=0.0), r"Cispo\(cap=...\) must be a finite number > 0; got 0.0"),
+    (lambda: Sapo(tau_neg=-1.0), r"Sapo\(tau_neg=...\) must be a finite number > 0"),
+    (lambda: Dro(beta=0), r"Dro\(beta=...\) must be a finite number > 0"),
+    (lambda: DppoTV(-0.1), r"DppoTV\(low=...\) must be a finite number >= 0"),
+    (lambda: DppoKL(0.1, 0.1, math.inf), r"DppoKL\(cap=...\) must be a finite number > 0"),
+    (lambda: Vespo(lam_neg=0), r"Vespo\(lam_neg=...\) must be a finite number >= 0.0001"),
+    (lambda: Gmpo(high=math.nan), r"Gmpo\(high=...\) must be a finite number >= 0; got nan"),
+    (lambda: TruncatedIS(0.5, low=0.6), "TruncatedIS: high must be at least low"),
+    (lambda: MaskedIS(level="tokens"), r"MaskedIS\(level=...\) must be one of .*Did you mean 'token'"),
+    (lambda: MaskedIS(-1.0), r"MaskedIS\(low=...\) must be a finite number >= 0"),
+    (lambda: OffPolicyMask(-1.0), r"OffPolicyMask\(threshold=...\)"),
+    (lambda: LossConfig(Vespo(), rollout=MaskedIS(0, 3, "sequence")), 'Use level="token", as in TruncatedIS'),
+    (lambda: KL(ratio_cap=0), r"KL\(ratio_cap=...\) must be a number > 0"),
     (lambda: LossConfig(Reinforce(), level="sequence"), r'level="sequence" pools ratios, and Reinforce\(\) has none'),
 ]
 
@@ -119,6 +164,8 @@ def test_wrong_types():
         LossConfig("clip")
     with pytest.raises(TypeError, match=r"must be a KL such as KL\(0.04\); got 0.04"):
         LossConfig(kl=0.04)
+    with pytest.raises(TypeError, match=r"schemes such as TruncatedIS\(2.0\); got 2.0"):
+        LossConfig(rollout=2.0)
 
 
 def test_levels_accept_ratio_surrogates():

@@ -14,12 +14,24 @@ from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss as TheirLinearLos
 from liger_kernel.transformers.grpo_loss import triton_grpo_loss as their_loss  # noqa: E402
 
 from grpo_kernels.integrations import liger  # noqa: E402
-from grpo_kernels.integrations.objectives import AGGREGATIONS  # noqa: E402
+from grpo_kernels.integrations.objectives import AGGREGATIONS, UNBOUNDED  # noqa: E402
 
 pytestmark = pytest.mark.peers
 B, L, H, V = 5, 9, 16, 65
 LEVELS = ("token", "sequence")
-CASES = [*itertools.product(AGGREGATIONS, LEVELS, (0.0, 0.1), (False, True))]
+CASES = [
+    case
+    for case in itertools.product(AGGREGATIONS, LEVELS, (0.0, 0.1), (False, True))
+    if case[0] not in UNBOUNDED or case[1] == "token"
+]
+BOUNDS = {"cispo": {"eps_high": 1.2}, "sapo": {"sapo_temperature_pos": 0.8, "sapo_temperature_neg": 1.3}}
+BOUNDS["vespo"] = {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.0}
+
+
+def bounds(loss_type, delta, linear=False):
+    """What bounds the ratios of each objective."""
+    chosen = BOUNDS.get(loss_type, {"delta": delta})
+    return {name.replace("eps_high", "epsilon_high") if linear else name: value for name, value in chosen.items()}
 
 
 class Batch:
@@ -37,7 +49,7 @@ class Batch:
         self.logits = logits
         log_probs = (logits[:, :-1] / temperature).log_softmax(-1).gather(-1, self.ids[..., None]).squeeze(-1)
         self.old, self.ref = (log_probs + 0.4 * torch.randn(B, L) for _ in range(2))
-        self.rollout = 2 * torch.rand(B, L)
+        self.rollout = torch.where(self.mask != 0, 2 * torch.rand(B, L), 1.0)  # Liger's VESPO adds padding's as well
         self.items = self.mask.sum().float() * 3
 
     def call(self, function, options, rollout, upstream=None):
@@ -49,8 +61,9 @@ class Batch:
         return result, torch.autograd.grad(loss, logits)[0]
 
 
-def assert_close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+def assert_close(a, b, loss_type=""):
+    """VESPO's weight is the exponential of k·log W - λ·W: two orders of summing W were 1.2e-5 apart."""
+    torch.testing.assert_close(a, b, rtol=4e-5 if loss_type == "vespo" else 1e-5, atol=1e-6)
 
 
 def test_signatures():
@@ -72,7 +85,7 @@ def test_signatures():
 def test_reduced_loss(loss_type, level, beta, corrected, rollout):
     batch = Batch()
     options = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta, "reduce": True}
-    options |= {"use_bias_correction_kl": corrected, "delta": 1.7, "num_items_in_batch": batch.items}
+    options |= {"use_bias_correction_kl": corrected, "num_items_in_batch": batch.items, **bounds(loss_type, 1.7)}
     weights = {None: None, "sequence": batch.rollout[:, 0].contiguous(), "token": batch.rollout}[rollout]
     (loss, metrics), gradient = batch.call(liger.triton_grpo_loss, options, weights)
     if loss_type == "luspo":  # Liger's value is wrong: padding counts in the mean, lengths count twice
@@ -93,16 +106,16 @@ def test_per_token_loss(loss_type, level, beta, corrected, rollout):
     """Under weights of one's own, as the default ``reduce=False`` is used."""
     batch = Batch(seed=1)
     options = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta}
-    options |= {"use_bias_correction_kl": corrected, "eps_high": 0.3}
+    options |= {"use_bias_correction_kl": corrected, "eps_high": 0.3, **BOUNDS.get(loss_type, {})}
     weights = batch.rollout if rollout else None
     upstream = batch.mask / batch.mask.sum()  # Liger's sequence gradient is right for equal weights alone
     mine, gradient = batch.call(liger.triton_grpo_loss, options, weights, upstream)
     theirs, wanted = batch.call(their_loss, options, weights, upstream)
-    assert_close(gradient, wanted)
+    assert_close(gradient, wanted, loss_type)
     for a, b in zip(mine, theirs, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
-            assert_close(a, b)
+            assert_close(a, b, loss_type)
 
 
 @pytest.mark.parametrize(("loss_type", "level", "beta", "corrected"), CASES)
@@ -110,7 +123,7 @@ def test_per_token_loss(loss_type, level, beta, corrected, rollout):
 def test_linear_loss(loss_type, level, beta, corrected, own_reference):
     batch = Batch(temperature=1.3, seed=2)
     options = {"beta": beta, "loss_type": loss_type, "importance_sampling_level": level, "temperature": 1.3}
-    options |= {"use_bias_correction_kl": corrected, "max_completion_length": 12, "delta": 1.6}
+    options |= {"use_bias_correction_kl": corrected, "max_completion_length": 12, **bounds(loss_type, 1.6, linear=True)}
     found = []
     for kind in (liger.LigerFusedLinearGRPOLoss, TheirLinearLoss):
         leaves = [t.clone().requires_grad_() for t in (batch.hidden[:, :-1], batch.weight, batch.bias)]
@@ -229,8 +242,15 @@ def test_two_references():
 
 def test_refused_by_name():
     batch = Batch()
-    with pytest.raises(ValueError, match="cispo"):
-        batch.call(liger.triton_grpo_loss, {"loss_type": "cispo"}, None)
+    with pytest.raises(ValueError, match="Did you mean 'cispo'"):
+        batch.call(liger.triton_grpo_loss, {"loss_type": "cispos"}, None)
+    for options in ({"delta": 3.0}, {"importance_sampling_level": "sequence"}):
+        with pytest.raises(ValueError, match="'sapo' takes importance_sampling_level='token' and no delta"):
+            batch.call(liger.triton_grpo_loss, {"loss_type": "sapo", **options}, None)
+    old, batch.old = batch.old, None
+    with pytest.raises(ValueError, match="needs old log-probs"):
+        batch.call(liger.triton_grpo_loss, {"loss_type": "vespo"}, batch.rollout)
+    batch.old = old
     with pytest.raises(ValueError, match="max_completion_length"):
         liger.LigerFusedLinearGRPOLoss(loss_type="dr_grpo")
     batch.ref = None

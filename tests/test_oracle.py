@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import ast
 import inspect
+import math
+from dataclasses import fields, replace
 
 import oracle
 import pytest
 import torch
-from cases import configs, label, make
+from cases import ROLLOUTS, configs, exact_log_probs, label, make
 
-from grpo_kernels import LossConfig, reference
-from grpo_kernels.surrogates import SURROGATES, Clip
+from grpo_kernels import KL, Cispo, Gmpo, LossConfig, MaskedIS, OffPolicyMask, TruncatedIS, Vespo, reference
+from grpo_kernels.surrogates import BUILT_IN, Clip
 
 
 def problem_of(case, config: LossConfig, **changes) -> oracle.Problem:
     """A padded case in the oracle's words."""
     batch, length = case.token_ids.shape
-    surrogate = (config.surrogate.name,)
-    if isinstance(config.surrogate, Clip):
-        surrogate += (config.surrogate.low, config.surrogate.high, config.surrogate.dual)
+    surrogate = (config.surrogate.name, *(getattr(config.surrogate, f.name) for f in fields(config.surrogate)))
     options = case.options
-    fields = dict(
+    rollout = options.get("rollout_log_probs")
+    if rollout is not None:
+        rollout = [[None if math.isnan(x) else x for x in row] for row in rollout.tolist()]
+    given = dict(
         logits=case.logits[:, :length].tolist(),
         ids=case.token_ids.tolist(),
         advantages=case.advantages[:, None].expand(batch, length).tolist(),
@@ -35,9 +38,14 @@ def problem_of(case, config: LossConfig, **changes) -> oracle.Problem:
         group_size=config.group_size,
         kl_coef=config.kl.coef,
         kl_estimator=config.kl.estimator,
-        kl_straight_through=config.kl.gradient != "pathwise",
+        kl_gradient=config.kl.gradient,
         kl_ratio_weighted=config.kl.ratio_weighted,
+        kl_ratio_cap=config.kl.ratio_cap,
+        kl_level=config.kl.level,
         kl_limit=config.kl.limit,
+        schemes=tuple((type(scheme).__name__, vars(scheme)) for scheme in config.schemes),
+        entropy_threshold=options.get("entropy_threshold"),
+        rollout=rollout,
         entropy_coef=config.entropy_coef,
         entropy_token_mean=config.entropy_aggregation == "token_mean",
         log_ratio_limit=config.log_ratio_limit,
@@ -45,7 +53,7 @@ def problem_of(case, config: LossConfig, **changes) -> oracle.Problem:
         logit_scale=options.get("logit_scale", 1.0),
         logit_softcap=options.get("logit_softcap"),
     )
-    return oracle.Problem(**{**fields, **changes})
+    return oracle.Problem(**{**given, **changes})
 
 
 def assert_same(case, config: LossConfig, problem: oracle.Problem) -> None:
@@ -104,8 +112,65 @@ def test_reference_shares_no_maths():
     """It may import its options and the containers of its results, nothing else of the package."""
     tree = ast.parse(inspect.getsource(reference))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
-    assert imported == {"config", "metrics", "outputs"}
+    assert imported == {"config", "kl", "metrics", "outputs", "presets", "surrogates"}
+    names = {n.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level for n in node.names}
+    assert names == {"KL", "LossConfig", "LossOutput", "Metrics", "Point", "resolve_config"}
 
 
 def test_reference_knows_every_surrogate():
-    assert reference.VALUES.keys() == SURROGATES.keys()
+    assert reference.VALUES.keys() == {cls.name for cls in BUILT_IN}
+
+
+@pytest.mark.parametrize("schemes", ROLLOUTS, ids=str)
+@pytest.mark.parametrize("old", [True, False])
+def test_rollout_correction(schemes, old):
+    case = sampled(old_log_probs=None) if not old else sampled()
+    config = LossConfig(Clip(), rollout=schemes)
+    assert_same(case, config, problem_of(case, config))
+
+
+@pytest.mark.parametrize("level", ["sequence", "sequence_product"])
+@pytest.mark.parametrize("scheme", [TruncatedIS(1.1), MaskedIS(0.8, 1.3), OffPolicyMask(0.05)], ids=str)
+def test_rollout_correction_of_pooled_ratios(scheme, level):
+    case = sampled()
+    config = LossConfig(Clip(), level=level, rollout=scheme)
+    assert_same(case, config, problem_of(case, config))
+
+
+@pytest.mark.parametrize("scheme", [TruncatedIS(1.1), MaskedIS(0.8, 1.3)], ids=str)
+def test_vespo_multiplies_rollout_weights_into_its_ratio(scheme):
+    case = sampled()
+    config = LossConfig(Vespo(), level="sequence_product", rollout=scheme)
+    assert_same(case, config, problem_of(case, config))
+
+
+@pytest.mark.parametrize("kl_level", ["token", "sequence", "sequence_product", "sequence_token"])
+@pytest.mark.parametrize(
+    ("surrogate", "level"), [(Vespo(), "sequence_product"), (Gmpo(0.1, 0.1), "sequence"), (Clip(), "token")]
+)
+@pytest.mark.parametrize("kl", [KL(0.1, ratio_weighted=True), KL(0.1, "k1", "weighted_k2", ratio_cap=1.1)], ids=str)
+def test_a_kl_has_a_level_of_its_own(surrogate, level, kl, kl_level):
+    case = sampled()
+    config = LossConfig(surrogate, level=level, kl=replace(kl, level=kl_level), rollout=TruncatedIS(1.1))
+    assert_same(case, config, problem_of(case, config))
+
+
+@pytest.mark.parametrize("surrogate", [Clip(), Cispo()], ids=str)
+def test_entropy_threshold(surrogate):
+    case = small()
+    entropy = case.reference(config="grpo")[0].entropy[case.mask]
+    case.options["entropy_threshold"] = float(entropy.median() + 1e-3)
+    config = LossConfig(surrogate, kl=KL(0.1))
+    assert_same(case, config, problem_of(case, config))
+
+
+def sampled(**options):
+    """A small case with the sampler's log-probs, one of them unknown."""
+    case = small(**options)
+    near = exact_log_probs(case.logits[:, :3], case.token_ids)
+    noise = torch.randn(near.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    rollout = near + 0.25 * noise
+    b, t = case.mask.nonzero()[1].tolist()
+    rollout[b, t] = math.nan
+    case.options["rollout_log_probs"] = rollout
+    return case

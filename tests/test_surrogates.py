@@ -6,13 +6,17 @@ import math
 
 import pytest
 import torch
-from cases import KLS, SURROGATES
+from cases import KLS, ONE_PASS, SURROGATES
 
-from grpo_kernels import KL, Clip, LossConfig, backends, reference
+from grpo_kernels import (
+    KL, Cispo, Clip, DppoTV, LossConfig, MaskedIS, Rejection, TruncatedIS, backends, reference,
+)  # fmt: skip
+from grpo_kernels.kl import kl_terms
+from grpo_kernels.maths import k3_of, times
 from grpo_kernels.objective import TokenBatch, token_terms
 from grpo_kernels.rows import Padded
 from grpo_kernels.spec import LogitArgs, numbers_vector, objective_spec
-from grpo_kernels.surrogates import k3_of, kl_terms, times
+from grpo_kernels.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, Point
 
 
 def grid(dtype: torch.dtype = torch.float64, count: int = 20000) -> tuple[torch.Tensor, ...]:
@@ -28,43 +32,78 @@ def grid(dtype: torch.dtype = torch.float64, count: int = 20000) -> tuple[torch.
     return tuple(x.to(dtype) for x in (log_prob, old, ref, advantages))
 
 
+def steepness(surrogate, ratio):
+    """How much larger the relative error of a slope is than that of its ratio, where that is not 1: the exponents of
+    SAPO's gate and VESPO's weight are multiples of the ratio."""
+    return 1 + 3 * ratio if surrogate.name in ("sapo", "vespo") else 1.0
+
+
+def reference_value(surrogate, log_prob, old, advantages):
+    """The reference's value and flags, one token a sequence."""
+    count = len(log_prob)
+    places = (torch.arange(count), count, LossConfig(surrogate), None)
+    return reference.VALUES[surrogate.name](
+        surrogate, reference.Inputs(log_prob, old, advantages, log_prob - old, *places)
+    )
+
+
+def batch_of(log_prob, old, ref, advantages, **weights) -> TokenBatch:
+    """A batch of one live sequence."""
+    everything = torch.ones(1, len(log_prob), dtype=torch.bool)
+    rest = {"policy_weight": torch.ones_like(log_prob), "kl_weight": None, "rollout": None, **weights}
+    rest = {name: value[None] if isinstance(value, torch.Tensor) else value for name, value in rest.items()}
+    old, ref = (None if other is None else other[None] for other in (old, ref))
+    common = {"sequences": Padded(1), "advantages": advantages[None], "entropy_weight": None}
+    return TokenBatch(live=everything, masked_in=everything, old=old, ref=ref, **common, **rest)
+
+
+def python_terms(config, log_prob, old, ref, advantages, entropy=None, **weights):
+    """objective.token_terms on one sequence: (n,) policy, KL, flags, rollout weight and slope."""
+    batch = batch_of(log_prob, old, ref, advantages, **weights)
+    records, slope = token_terms(config, batch, log_prob[None], None if entropy is None else entropy[None])
+    return [x[0] if x.numel() else x for x in (*records[2:], slope)]
+
+
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=str)
 def test_slope_is_the_derivative(surrogate):
     log_prob, old, _, advantages = grid()
-    difference = (log_prob - old).clamp(-20, 20)
     leaf = log_prob.clone().requires_grad_()
-    ratio = (difference + (leaf - leaf.detach())).exp()
-    value = torch.where(
-        surrogate.terms(leaf, ratio, advantages).flags > 0, 0.0, surrogate.terms(leaf, ratio, advantages).value
-    )
+    value, _ = reference_value(surrogate, leaf, old, advantages)
     (slope,) = torch.autograd.grad(value.sum(), leaf)
-    torch.testing.assert_close(surrogate.terms(log_prob, ratio.detach(), advantages).slope, slope, rtol=1e-12, atol=0)
+    got = python_terms(LossConfig(surrogate), log_prob, old, None, advantages)[-1]
+    ratio = (log_prob - old).clamp(-20, 20).exp()
+    # SAPO: σ(1 - σ) cancels in autograd's way of computing it, where σ is nearly 1; ours does not.
+    floor = 1e-12 * advantages.abs() * ratio if surrogate.name == "sapo" else 1e-300
+    assert ((got - slope).abs() <= 1e-12 * steepness(surrogate, ratio) * slope.abs() + floor).all()
+    assert (slope != 0).sum() > 1000
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=str)
 def test_value_is_the_references(surrogate):
     log_prob, old, _, advantages = grid()
-    difference = (log_prob - old).clamp(-20, 20)
-    expected, clipped = reference.VALUES[surrogate.name](surrogate, log_prob, difference, advantages)
-    terms = surrogate.terms(log_prob, difference.exp(), advantages)
-    torch.testing.assert_close(terms.value, expected, rtol=1e-13, atol=0)
-    if clipped is not None:
-        flags = sum(clipped[i].to(torch.uint8) << i for i in range(3))
-        assert torch.equal(flags, terms.flags)
+    expected, bounded = reference_value(surrogate, log_prob, old, advantages)
+    value, _, flags, _, _ = python_terms(LossConfig(surrogate), log_prob, old, None, advantages)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-300)
+    if bounded is not None:
+        assert torch.equal(sum(bounded[i].to(torch.uint8) << i for i in range(3)), flags)
+        assert 100 < (flags != 0).sum() < len(flags) - 100
 
 
 @pytest.mark.parametrize("kl", KLS[1:], ids=str)
 def test_kl_slopes_are_derivatives(kl):
     log_prob, old, ref, _ = grid()
     leaf = log_prob.clone().requires_grad_()
-    value = reference._kl(kl, leaf - ref)
+    ratio = (log_prob - old).clamp(-20, 20).exp()
+    value = reference._kl(kl, leaf - ref, ratio)
     (slope,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
-    terms = kl_terms(kl, log_prob - ref)
+    terms = kl_terms(kl, log_prob - ref, ratio)
     torch.testing.assert_close(terms.value, value.detach(), rtol=1e-11, atol=1e-14)
-    torch.testing.assert_close(terms.slope, slope, rtol=1e-11, atol=1e-14)
+    # score function: k and its slope cancel in autograd's sum of them
+    size = slope.abs() + (terms.value.abs() if kl.gradient == "score_function" else 0)
+    assert ((terms.slope - slope).abs() <= 1e-11 * size + 1e-14).all()
     if kl.gradient == "pathwise":
         ratio = (leaf - old).clamp(-20, 20).exp()
-        (slope,) = torch.autograd.grad((ratio * reference._kl(kl, leaf - ref)).sum(), leaf)
+        (slope,) = torch.autograd.grad((ratio * reference._kl(kl, leaf - ref, ratio)).sum(), leaf)
         inside = (log_prob - old).abs() <= 20
         got = ratio.detach() * torch.where(inside, terms.slope_with_ratio, terms.slope)
         # the sum k + k' cancels in autograd's way of computing it; ours does not
@@ -72,12 +111,18 @@ def test_kl_slopes_are_derivatives(kl):
         assert ((got - slope).abs() <= 1e-12 * size + 1e-12 * slope.abs()).all()
 
 
+def point(ratio, advantage) -> Point:
+    """Tokens of probability ½ at these ratios."""
+    log_prob = torch.full_like(ratio, -0.6931)
+    return Point(log_prob, ratio.log(), ratio, advantage, log_prob - ratio.log())
+
+
 def test_clip_table():
     """The 2 x 2 table of the min-clip: which side of the band, which sign of the advantage."""
     clip = Clip(0.2, 0.3, dual=3.0)
     ratio = torch.tensor([0.5, 0.5, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0], dtype=torch.float64)
     advantage = torch.tensor([1.0, -1.0] * 4, dtype=torch.float64)
-    terms = clip.terms(ratio.log(), ratio, advantage)
+    terms = clip.terms(point(ratio, advantage))
     assert terms.value.tolist() == [-0.5, 0.8, -1.0, 1.0, -1.3, 2.0, -1.3, 3.0]
     assert terms.slope.tolist() == [-0.5, 0.0, -1.0, 1.0, 0.0, 2.0, 0.0, 0.0]
     assert terms.flags.tolist() == [0, 1, 0, 0, 2, 0, 2, 4]
@@ -90,15 +135,15 @@ def test_bounds_are_inclusive(dtype):
     low, high, _ = (torch.tensor(x, dtype=dtype) for x in clip.parameters())
     beyond = torch.stack([torch.nextafter(low, low * 0), torch.nextafter(high, high * 2)])
     one = torch.tensor([-1.0, 1.0], dtype=dtype)
-    assert (clip.terms(one, torch.stack([low, high]), one).flags == 0).all()
-    assert clip.terms(one, beyond, one).flags.tolist() == [1, 2]
-    assert (clip.terms(one, beyond, one).slope == 0).all()
+    assert (clip.terms(point(torch.stack([low, high]), one)).flags == 0).all()
+    assert clip.terms(point(beyond, one)).flags.tolist() == [1, 2]
+    assert (clip.terms(point(beyond, one)).slope == 0).all()
 
 
 def test_infinite_ratio_is_selected_not_masked():
     ratio = torch.tensor([math.inf, math.inf, math.inf])
     advantage = torch.tensor([1.0, 0.0, -1.0])
-    terms = Clip(0.2, 0.2).terms(ratio, ratio, advantage)
+    terms = Clip(0.2, 0.2).terms(point(ratio, advantage))
     assert terms.value.tolist()[:2] == [pytest.approx(-1.2), 0.0]
     assert terms.slope.tolist()[:2] == [0.0, 0.0]
     assert terms.value[2] == math.inf
@@ -113,54 +158,104 @@ def test_k3_is_accurate_for_small_differences(size):
     torch.testing.assert_close(k3_of(u).double(), torch.tensor(exact, dtype=torch.float64), rtol=6e-7, atol=0)
 
 
-def kernel_terms(backend, config: LossConfig, log_prob, old, ref, advantages, policy_weight, kl_weight):
+def kernel_terms(backend, config: LossConfig, log_prob, old, ref, advantages, rollout, entropy, threshold, weights):
     """csrc/common/surrogates.h, or Triton's twin, on the same numbers."""
-    numbers = numbers_vector(LogitArgs(), 1.0, config, log_prob.dtype, log_prob.device)
-    outputs = {name: torch.empty_like(log_prob) for name in ("policy", "kl", "slope")}
+    numbers = numbers_vector(LogitArgs(), 1.0, config, log_prob.dtype, log_prob.device, threshold)
+    spec = list(objective_spec(config, True, config.schemes))
+    policy, kl, slope = (torch.empty_like(log_prob) for _ in range(3))
     flags = torch.empty_like(log_prob, dtype=torch.uint8)
+    rollout_weight = torch.empty_like(log_prob) if config.schemes else log_prob.new_empty(0)
     live = torch.ones(log_prob.shape, dtype=torch.bool)
-    inputs = (log_prob, live, numbers, advantages, policy_weight, old, ref, kl_weight)
-    spec = list(objective_spec(config, with_kl=True))
-    results = (outputs["policy"], outputs["kl"], flags, outputs["slope"])
-    backends.get(backend).token_terms(*inputs, spec, *results)
-    return outputs["policy"], outputs["kl"], flags, outputs["slope"]
+    policy_weight, kl_weight = weights
+    inputs = (log_prob, entropy, live, numbers, advantages, policy_weight, old, ref, rollout, kl_weight, spec)
+    backends.get(backend).token_terms(*inputs, policy, kl, flags, rollout_weight, slope)
+    return policy, kl, flags, rollout_weight, slope
 
 
-@pytest.mark.parametrize("kl", KLS[1:], ids=str)
-@pytest.mark.parametrize("surrogate", SURROGATES, ids=str)
+def assert_twins_agree(twin, config, dtype, with_old, threshold=None):
+    """The languages on one grid: 4 ULP of the terms that are added; flags but for a bound's edge."""
+    log_prob, old, ref, advantages = grid(dtype, 20000 if twin == "cpu" else 4096)  # the interpreter is slow
+    log_prob[5], old[5], log_prob[6], ref[7] = -math.inf, -math.inf, -math.inf, -math.inf
+    old = old if with_old else None
+    rollout = (log_prob if old is None else old).roll(1).maximum(log_prob - 0.3)
+    rollout[::40] = math.nan
+    entropy = torch.linspace(0, 3, len(log_prob), dtype=dtype)
+    weights = (torch.full_like(log_prob, 0.37), torch.full_like(log_prob, 0.11))
+    options = {"policy_weight": weights[0], "kl_weight": weights[1], "rollout": rollout, "schemes": config.schemes}
+    options["entropy_threshold"] = threshold
+    expected = python_terms(config, log_prob, old, ref, advantages, entropy, **options)
+    got = kernel_terms(twin, config, log_prob, old, ref, advantages, rollout, entropy, threshold, weights)
+    eps = torch.finfo(dtype).eps
+    same_side = got[2] == expected[2]
+    if config.schemes:
+        same_side &= (got[3] == 0) == (expected[3] == 0)
+    assert (~same_side).sum() <= 2  # exp of the two languages may differ in the last place, on a bound
+    ratio = 1.0 if old is None else (log_prob - old).clamp(-20, 20).exp().nan_to_num(nan=1.0)
+    steep = steepness(config.surrogate, ratio)
+    for name, a, b in zip(("policy", "kl", "flags", "rollout_weight", "slope"), got, expected, strict=True):
+        if name == "flags" or not a.numel():
+            continue
+        size = b.abs() * (steep if name == "slope" else 1)
+        if name == "slope":
+            size = size + weights[1] * (expected[1].abs() + 1) + weights[0] * advantages.abs()
+        close = (a == b) | ((a - b).abs() <= 4 * eps * size) | (a.isnan() & b.isnan())
+        assert close[same_side].all(), (name, a[~close][:3], b[~close][:3])
+    return got
+
+
+CLIP = Clip(0.2, 0.2, dual=2.0)
+FORMS = [(surrogate, KL(0.1, ratio_weighted=True)) for surrogate in ONE_PASS] + [(CLIP, kl) for kl in KLS[1:]]
+
+
+@pytest.mark.parametrize(("surrogate", "kl"), FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("with_old", [True, False])
 @pytest.mark.parametrize("twin", ["cpu", "triton"])
 def test_twins_are_python(twin, surrogate, kl, dtype, with_old):
-    """The languages on one grid: 4 ULP of the terms that are added; flags but for the clip's edge."""
-    log_prob, old, ref, advantages = grid(dtype)
-    log_prob[5], old[5], log_prob[6], ref[7] = -math.inf, -math.inf, -math.inf, -math.inf
-    old = old if with_old else None
-    config = LossConfig(surrogate, kl=kl)
-    policy_weight, kl_weight = torch.full_like(log_prob, 0.37), torch.full_like(log_prob, 0.11)
-    batch = TokenBatch(
-        live=torch.ones(1, len(log_prob), dtype=torch.bool),
-        masked_in=torch.ones(1, len(log_prob), dtype=torch.bool),
-        sequences=Padded(1),
-        advantages=advantages[None],
-        old=None if old is None else old[None],
-        ref=ref[None],
-        rollout=None,
-        policy_weight=policy_weight[None],
-        kl_weight=kl_weight[None],
-        entropy_weight=None,
-    )
-    expected = [x[0] for x in token_terms(config, batch, log_prob[None])]
-    got = kernel_terms(twin, config, log_prob, old, ref, advantages, policy_weight, kl_weight)
-    same_side = got[2] == expected[2]
-    assert (~same_side).sum() <= 2  # exp of the two languages may differ in the last place, on a bound
-    eps = torch.finfo(dtype).eps
-    for name, a, b in zip(("policy", "kl", "flags", "slope"), got, expected, strict=True):
-        if name == "flags":
-            continue
-        size = b.abs() if name != "slope" else b.abs() + (kl_weight * expected[1]).abs() + kl_weight
-        close = (a == b) | ((a - b).abs() <= 4 * eps * size) | (a.isnan() & b.isnan())
-        assert close[same_side].all(), (name, a[~close][:3], b[~close][:3])
+    """Surrogate and KL meet in the ratio alone: each KL with the clip, each surrogate with a KL that has it."""
+    assert_twins_agree(twin, LossConfig(surrogate, kl=kl), dtype, with_old)
+
+
+@pytest.mark.parametrize("scheme", [TruncatedIS(1.2, 0.9), MaskedIS(0.8, 1.2), Rejection(0.8, 1.2)], ids=str)
+@pytest.mark.parametrize("surrogate", [CLIP, Cispo()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("with_old", [True, False])
+@pytest.mark.parametrize("twin", ["cpu", "triton"])
+def test_twins_weigh_and_drop_tokens_alike(twin, surrogate, scheme, dtype, with_old):
+    config = LossConfig(surrogate, kl=KL(0.1), rollout=scheme)
+    *_, weight, _ = assert_twins_agree(twin, config, dtype, with_old, threshold=1.0)
+    assert 0.02 < ((weight != 1) & (weight != 0)).double().mean() or isinstance(scheme, Rejection)
+    assert (weight[::40] == 1).all()
+
+
+def test_flags_of_surrogates_that_bound_without_stopping():
+    ratio = torch.tensor([0.5, 0.5, 0.5, 1.0, 3.0, 3.0, 3.0], dtype=torch.float64)
+    advantage = torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
+    low, high = CLIPPED_LOW, CLIPPED_HIGH
+    band = Cispo(low=0.2, high=0.2).terms(point(ratio, advantage))
+    assert band.flags.tolist() == [low, low, 0, 0, high, high, 0]
+    assert band.direct.tolist() == pytest.approx([-0.8, 0.8, 0.0, -1.0, -1.2, 1.2, 0.0])
+    assert Cispo(cap=2.0).terms(point(ratio, advantage)).flags.tolist() == [0, 0, 0, 0, high, high, 0]
+    capped = DppoTV(1.0, 1.0, cap=2.0).terms(point(ratio, advantage))
+    assert capped.flags.tolist() == [0, 0, 0, 0, CLIPPED_DUAL, CLIPPED_DUAL, 0]
+
+
+@pytest.mark.parametrize("surrogate", SURROGATES, ids=str)
+def test_infinities_stay_where_they_are(surrogate):
+    """No limit on the log-ratio: an infinite ratio, a token of probability 0, A = 0."""
+    log_prob = torch.tensor([-1.0, -1.0, -1.0, -math.inf, -math.inf, -1.0], dtype=torch.float64)
+    old = torch.tensor([-math.inf, -math.inf, -math.inf, -1.0, -math.inf, math.nan], dtype=torch.float64)
+    advantages = torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0, 1.0], dtype=torch.float64)
+    config = LossConfig(surrogate, log_ratio_limit=None)
+    value, *_, slope = python_terms(config, log_prob, old, None, advantages)
+    if surrogate.flat_at_zero_advantage:
+        assert value[2] == slope[2] == 0
+    bounded = surrogate.name in ("cispo", "sapo", "vespo")
+    if bounded:
+        assert value[:3].isfinite().all()
+    assert not slope[:5].isnan().any()
+    if surrogate.uses_ratio and surrogate.name != "gmpo":
+        assert value[5].isnan()
 
 
 def test_reference_kl_is_the_exact_divergence():
@@ -171,9 +266,10 @@ def test_reference_kl_is_the_exact_divergence():
     exact = (log_p.exp() * (log_p - log_q)).sum()
     p = log_p.exp().detach()
     for estimator in ("k1", "k3"):
-        value = kl_terms(KL(1.0, estimator, limit=(None, None)), log_p.detach() - log_q).value
+        value = kl_terms(KL(1.0, estimator, limit=(None, None)), log_p.detach() - log_q, torch.ones(7)).value
         torch.testing.assert_close((p * value).sum(), exact.detach())
     (exact_gradient,) = torch.autograd.grad(exact, logits, retain_graph=True)
-    through = (p * kl_terms(KL(1.0, "k3", "straight_through_k2"), log_p.detach() - log_q).slope * log_p).sum()
-    (estimated,) = torch.autograd.grad(through, logits)
-    torch.testing.assert_close(estimated, exact_gradient)
+    for kl in (KL(1.0, "k3", "straight_through_k2"), KL(1.0, "k3", "score_function"), KL(1.0, "k1", "score_function")):
+        slope = kl_terms(kl, log_p.detach() - log_q, torch.ones(7)).slope
+        (estimated,) = torch.autograd.grad((p * slope * log_p).sum(), logits, retain_graph=True)
+        torch.testing.assert_close(estimated, exact_gradient)

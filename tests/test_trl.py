@@ -55,7 +55,8 @@ def batch(seed=0, sampled=False, tools=False):
     inputs |= {"completion_mask": mask, "advantages": torch.tensor([1.2, -0.8, 0.0, 0.5, -1.5])}
     inputs["noise"] = torch.randn(3, B, L, generator=generator)
     if sampled:
-        inputs["importance_sampling_ratio"] = torch.rand(B, L, generator=generator) * 2
+        ratio = torch.rand(B, L, generator=generator) * 2
+        inputs["importance_sampling_ratio"] = torch.where(mask != 0, ratio, 1.0)  # TRL's are 1 at padding
     if tools:
         inputs["tool_mask"] = (torch.rand(B, L, generator=generator) < 0.7).long()
     live = mask * inputs.get("tool_mask", 1)
@@ -122,9 +123,13 @@ def make(folder, tmp_path):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", AGGREGATIONS)
 def test_one_batch(make, loss_type, level, beta, accumulation, from_logits):
-    options = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta}
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta, **BOUNDS.get(loss_type, {})}
     subject, plain = make(options | {"gradient_accumulation_steps": accumulation}, from_logits=from_logits)
     assert_same(subject, plain, batch(seed=accumulation))
+
+
+BOUNDS = {"cispo": {"epsilon_high": 1.2}, "sapo": {"sapo_temperature_pos": 0.8, "sapo_temperature_neg": 1.3}}
+BOUNDS["vespo"] = {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.0}
 
 
 OPTIONS = {
@@ -138,6 +143,9 @@ OPTIONS = {
     "entropy bonus of a window": {"entropy_coef": 0.05, "gradient_accumulation_steps": 4, "loss_type": "dr_grpo"},
     "adaptive entropy": {"use_adaptive_entropy": True, "entropy_coef": 0.05, "entropy_target": 9.0},
     "temperature": {"temperature": 0.7},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.1, "beta": 0.1, "delta": 1.5},
+    "sapo": {"loss_type": "sapo", "entropy_coef": 0.05, "off_policy_mask_threshold": 0.05},
+    "vespo": {"loss_type": "vespo", "top_entropy_quantile": 0.4, "beta": 0.1},
 }
 
 
@@ -158,7 +166,8 @@ def test_options(make, name, level, tools, on_policy):
 @pytest.mark.parametrize("loss_type", AGGREGATIONS)
 def test_rollout_weights(make, loss_type, level, per_token):
     """vLLM's correction, without vLLM: the weights are in the batch."""
-    subject, plain = make({"loss_type": loss_type, "importance_sampling_level": level, "beta": 0.04})
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "beta": 0.04, **BOUNDS.get(loss_type, {})}
+    subject, plain = make(options)
     inputs = batch(sampled=True)
     if not per_token:
         inputs["importance_sampling_ratio"] = inputs["importance_sampling_ratio"][:, :1]
@@ -178,6 +187,7 @@ TRAINED = [
     *itertools.product(AGGREGATIONS, LEVELS, (0.0, 0.04), (1, 4)),
 ]
 SAMPLED = (("grpo", "token", 0.04, 1), ("dapo", "token", 0.0, 4), ("luspo", "sequence", 0.04, 4))
+SAMPLED += (("cispo", "token", 0.0, 4), ("vespo", "token", 0.04, 1))
 
 
 @pytest.mark.parametrize(
@@ -307,9 +317,8 @@ def test_log_probs_of_a_subclass_are_not_ignored(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_type": "cispo"}, "cispo"),
         ({"importance_sampling_level": "sequence_token"}, "sequence_token"),
-        ({"loss_type": "vespo"}, "vespo"),
+        ({"loss_type": "rpo"}, "rpo"),
         ({"delta": 0.9}, "delta"),
         ({"cast_lm_head_to_fp32": True}, "cast_lm_head_to_fp32"),
         ({"entropy_coef": 0.1, "top_entropy_quantile": 0.5}, "top_entropy_quantile"),

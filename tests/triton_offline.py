@@ -31,7 +31,7 @@ POINTERS = {"token_ids": "i64", "live": "i1", "masked_in": "i1", "flags": "u8", 
 STRIDES = ("batch_stride", "row_stride", "out_batch_stride", "out_row_stride")
 LENGTHS = ("length", "vocab", "parts", "blocks", "spans", "rows", "count", "chunks", "sequences")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-GRPO = {"SURROGATE": 2, "KL_ESTIMATOR": 3, "KL_STRAIGHT_THROUGH": 0, "KL_RATIO_WEIGHTED": 0}
+GRPO = {"SURROGATE": 2, "KL_ESTIMATOR": 3, "KL_GRADIENT": 0, "KL_RATIO_WEIGHTED": 0, "ROLLOUT": 0}
 
 
 def target_of(name: str) -> GPUTarget:
@@ -123,15 +123,20 @@ def plain(target: str) -> None:
 
 def variants(target: str) -> None:
     """Every surrogate, KL form and flag at one size, held and walked twice."""
-    forms = [(0, 0, 0), *((k, 0, w) for k in (1, 2, 3) for w in (0, 1)), (3, 1, 0)]
-    for surrogate in (0, 1, 2):
-        for estimator, through, weighted in forms:
-            spec = dict(zip(GRPO, (surrogate, estimator, through, weighted), strict=True))
-            absent = ("old",) if surrogate == 0 else ()
-            absent += () if estimator else ("ref", "kl_weight")
-            report(one_pass.token_terms_kernel, torch.float32, 32000, target, absent, **spec, BLOCK=256)
-            if surrogate == 2 or estimator == 0:
-                _one_pass(target, 32000, absent + (() if weighted else ("entropy_weight",)), False, spec)
+    forms = [(0, 0, 0), *((k, 0, w) for k in (1, 2, 3, 4) for w in (0, 1)), *((3, g, 0) for g in (1, 2, 3))]
+    clip = 2
+    chosen = [(clip, *form, 0) for form in forms] + [(clip, 3, 0, 0, scheme) for scheme in (1, 2, 3)]
+    for surrogate in (cls.kernel_id for cls in SURROGATES.values()):
+        if surrogate not in (None, clip):
+            chosen += [(surrogate, 0, 0, 0, 0), (surrogate, 3, 0, 1, 1)]
+    for choices in chosen:
+        surrogate, estimator, _, weighted, scheme = choices
+        spec = dict(zip(GRPO, choices, strict=True))
+        absent = ("old",) if surrogate == 0 else ()
+        absent += () if estimator else ("ref", "kl_weight")
+        absent += () if scheme else ("rollout",)
+        report(one_pass.token_terms_kernel, torch.float32, 32000, target, absent, **spec, BLOCK=256)
+        _one_pass(target, 32000, absent + (() if weighted else ("entropy_weight",)), False, spec)
     for vocab in (32000, 151936):
         _one_pass(target, vocab, (), True, GRPO)
 

@@ -22,28 +22,37 @@ enum Number {
   kLogitScale,
   kLogitSoftcap,  // 0: none
   kGradScale,
-  kLogRatioLimit,   // inf: none
-  kKLInputLimit,    // inf: none
-  kKLOutputLimit,   // inf: none
-  kSurrogateFirst,  // up to eight parameters of the surrogate
+  kLogRatioLimit,  // inf: none
+  kKLInputLimit,   // inf: none
+  kKLOutputLimit,  // inf: none
+  kKLRatioCap,
+  kRolloutLow,
+  kRolloutHigh,
+  kEntropyThreshold,  // -inf: none
+  kSurrogateFirst,    // up to eight parameters of the surrogate
   kNumbers = kSurrogateFirst + 8
 };
 
-enum SurrogateId { kReinforce, kUnclipped, kClip };
-enum EstimatorId { kNoKL, kK1, kK2, kK3 };
+enum SurrogateId { kReinforce, kUnclipped, kClip, kCispo, kSapo, kDppoTV, kDppoKL, kDro };
+enum EstimatorId { kNoKL, kK1, kK2, kK3, kAbs };
+enum KLGradient { kPathwise, kStraightThroughK2, kWeightedK2, kScoreFunction };
+enum RolloutScheme { kNoRollout, kTruncatedIS, kMaskedIS, kRejection };
 enum ClipFlag { kClippedLow = 1, kClippedHigh = 2, kClippedDual = 4 };
 
 struct ObjectiveSpec {
   int surrogate;
   int kl_estimator;
-  int kl_straight_through;
+  int kl_gradient;
   int kl_ratio_weighted;
+  int rollout;
 };
 
 GRPO_FN float exp_of(float x) { return expf(x); }
 GRPO_FN double exp_of(double x) { return exp(x); }
 GRPO_FN float expm1_of(float x) { return expm1f(x); }
 GRPO_FN double expm1_of(double x) { return expm1(x); }
+GRPO_FN float log_of(float x) { return logf(x); }
+GRPO_FN double log_of(double x) { return log(x); }
 GRPO_FN int series_terms(float) { return 11; }
 GRPO_FN int series_terms(double) { return 18; }
 
@@ -79,41 +88,110 @@ GRPO_FN real k3_of(real u) {
   return u * u / 2 * sum;
 }
 
+// What a surrogate is a function of.
+template <class real>
+struct Point {
+  real log_prob;
+  real log_ratio;  // to the old policy, saturated
+  real ratio;
+  real advantage;
+  real old_log_prob;  // log_prob on-policy
+};
+
 template <class real>
 struct Surrogate {
   real value;
-  real slope;  // with respect to the log-prob, or to the (pooled) log-ratio
+  real slope;   // with respect to the log-ratio
+  real direct;  // with respect to the log-prob at a fixed ratio
   int flags;
 };
 
 // -A * log_prob
 template <class real>
-GRPO_FN Surrogate<real> reinforce(real log_prob, real advantage) {
-  return {times(-advantage, log_prob), -advantage, 0};
+GRPO_FN Surrogate<real> reinforce(const Point<real>& t) {
+  return {times(-t.advantage, t.log_prob), real(0), -t.advantage, 0};
 }
 
 // -r * A
 template <class real>
-GRPO_FN Surrogate<real> unclipped(real ratio, real advantage) {
-  real value = times(-advantage, ratio);
-  return {value, value, 0};
+GRPO_FN Surrogate<real> unclipped(const Point<real>& t) {
+  const real value = times(-t.advantage, t.ratio);
+  return {value, value, real(0), 0};
 }
 
 // -min(min(r, dual) * A, clip(r, low, high) * A)
 template <class real>
-GRPO_FN Surrogate<real> clip(real ratio, real advantage, real low, real high, real dual) {
-  if (advantage > 0 && ratio > high) return {-advantage * high, real(0), kClippedHigh};
-  if (advantage < 0 && ratio < low) return {-advantage * low, real(0), kClippedLow};
-  if (advantage < 0 && ratio > dual) return {-advantage * dual, real(0), kClippedDual};
-  return unclipped(ratio, advantage);
+GRPO_FN Surrogate<real> clip(const Point<real>& t, real low, real high, real dual) {
+  if (t.advantage > 0 && t.ratio > high) return {-t.advantage * high, real(0), real(0), kClippedHigh};
+  if (t.advantage < 0 && t.ratio < low) return {-t.advantage * low, real(0), real(0), kClippedLow};
+  if (t.advantage < 0 && t.ratio > dual) return {-t.advantage * dual, real(0), real(0), kClippedDual};
+  return unclipped(t);
+}
+
+// -sg(clip(r, low, high)) * A * log_prob
+template <class real>
+GRPO_FN Surrogate<real> cispo(const Point<real>& t, real low, real high) {
+  const bool below = t.ratio<low, above = t.ratio> high, acts = t.advantage != 0;
+  const real weighted = -(above ? high : below ? low : t.ratio) * t.advantage;
+  const int flags = (below && acts ? kClippedLow : 0) | (above && acts ? kClippedHigh : 0);
+  return {times(weighted, t.log_prob), real(0), weighted, flags};
+}
+
+// -A * sigmoid(tau * (r - 1)) * 4 / tau
+template <class real>
+GRPO_FN Surrogate<real> sapo(const Point<real>& t, real tau_pos, real tau_neg) {
+  const real tau = t.advantage > 0 ? tau_pos : tau_neg;
+  const real x = tau * (t.ratio - 1);
+  const real e = exp_of(x < 0 ? x : -x);  // of the smaller side: exact where the gate closes
+  const real gate = (x < 0 ? e : real(1)) / (1 + e);
+  const real slope = times(4 * e / ((1 + e) * (1 + e)), t.ratio);
+  return {-t.advantage * gate * 4 / tau, times(-t.advantage, slope), real(0), 0};
+}
+
+// A trust region in probabilities: -M * r * A, or -M * sg(min(r, cap)) * A * log_prob.
+template <class real>
+GRPO_FN Surrogate<real> dppo(const Point<real>& t, bool fallen, bool risen, real cap) {
+  if (fallen && t.advantage < 0) return {real(0), real(0), real(0), kClippedLow};
+  if (risen && t.advantage > 0) return {real(0), real(0), real(0), kClippedHigh};
+  if (cap == real(INFINITY)) return unclipped(t);
+  const bool truncated = t.ratio > cap;
+  const real direct = -(truncated ? cap : t.ratio) * t.advantage;
+  return {times(direct, t.log_prob), real(0), direct, truncated && t.advantage != 0 ? kClippedDual : 0};
 }
 
 template <class real>
-GRPO_FN Surrogate<real> surrogate_terms(int surrogate, const real* p, real log_prob, real ratio, real advantage) {
+GRPO_FN Surrogate<real> dppo_tv(const Point<real>& t, real low, real high, real cap) {
+  const real rise = exp_of(t.log_prob) - exp_of(t.old_log_prob);
+  return dppo(t, rise<-low, rise> high, cap);
+}
+
+template <class real>
+GRPO_FN Surrogate<real> dppo_kl(const Point<real>& t, real low, real high, real cap) {
+  const real fall = log_ratio_of(t.old_log_prob, t.log_prob);
+  const real others = -expm1_of(t.log_prob), old_others = -expm1_of(t.old_log_prob);
+  const real away = old_others > 0 ? old_others * log_of(old_others / others) : real(0);
+  const real divergence = times(exp_of(t.old_log_prob), fall) + away;
+  return dppo(t, divergence > low && fall > 0, divergence > high && fall < 0, cap);
+}
+
+// -A * log_prob + beta / 2 * log_ratio^2
+template <class real>
+GRPO_FN Surrogate<real> dro(const Point<real>& t, real beta) {
+  const real pull = beta * t.log_ratio;
+  return {times(-t.advantage, t.log_prob) + pull * t.log_ratio / 2, pull, -t.advantage, 0};
+}
+
+template <class real>
+GRPO_FN Surrogate<real> surrogate_terms(int surrogate, const real* p, const Point<real>& t) {
   switch (surrogate) {
-    case kReinforce: return reinforce(log_prob, advantage);
-    case kUnclipped: return unclipped(ratio, advantage);
-    default: return clip(ratio, advantage, p[0], p[1], p[2]);
+    case kReinforce: return reinforce(t);
+    case kUnclipped: return unclipped(t);
+    case kClip: return clip(t, p[0], p[1], p[2]);
+    case kCispo: return cispo(t, p[0], p[1]);
+    case kSapo: return sapo(t, p[0], p[1]);
+    case kDppoTV: return dppo_tv(t, p[0], p[1], p[2]);
+    case kDppoKL: return dppo_kl(t, p[0], p[1], p[2]);
+    default: return dro(t, p[0]);
   }
 }
 
@@ -126,13 +204,19 @@ struct KL {
 
 // One KL estimator of x = log_prob - ref, its input and its value clamped.
 template <class real>
-GRPO_FN KL<real> kl_terms(const ObjectiveSpec& spec, real difference, real input_limit, real output_limit) {
+GRPO_FN KL<real> kl_terms(const ObjectiveSpec& spec, const real* numbers, real difference, real ratio) {
+  const real input_limit = numbers[kKLInputLimit], output_limit = numbers[kKLOutputLimit];
   const bool inside = within(difference, input_limit);
   const real x = clamp(difference, input_limit);
   KL<real> kl;
   switch (spec.kl_estimator) {
     case kK1: kl = {x, real(1), 1 + x}; break;
     case kK2: kl = {x * x / 2, x, x + x * x / 2}; break;
+    case kAbs: {
+      const real sign = x > 0 ? real(1) : x < 0 ? real(-1) : x;  // 0, or NaN
+      kl = {x < 0 ? -x : x, sign, sign + (x < 0 ? -x : x)};
+      break;
+    }
     default: kl = {k3_of(-x), -expm1_of(-x), x};  // k3 + its slope is x, exactly
   }
   if (!inside || !within(kl.value, output_limit)) {
@@ -140,15 +224,38 @@ GRPO_FN KL<real> kl_terms(const ObjectiveSpec& spec, real difference, real input
     kl.slope = 0;
     kl.slope_with_ratio = kl.value;
   }
-  if (spec.kl_straight_through) kl.slope = inside ? x : real(0);
+  switch (spec.kl_gradient) {
+    case kStraightThroughK2: kl.slope = inside ? x : real(0); break;
+    case kWeightedK2: {
+      const real cap = numbers[kKLRatioCap];
+      kl.slope = inside ? times(ratio > cap ? cap : ratio, x) : real(0);
+      break;
+    }
+    case kScoreFunction: kl.slope = kl.slope_with_ratio; break;
+    default: break;
+  }
   return kl;
+}
+
+// The rollout correction's factor of a token: of rho = exp(log_prob - rollout), 1 where the sampler's is unknown.
+template <class real>
+GRPO_FN real rollout_weight(int scheme, const real* numbers, real log_prob, real rollout) {
+  if (rollout != rollout) return 1;
+  const real low = numbers[kRolloutLow], high = numbers[kRolloutHigh];
+  const real rho = exp_of(clamp(log_ratio_of(log_prob, rollout), numbers[kLogRatioLimit]));
+  if (scheme == kTruncatedIS) return rho > high ? high : rho < low ? low : rho;
+  const bool outside = rho < low || rho > high;
+  if (scheme == kMaskedIS) return outside ? real(0) : rho;
+  return outside ? real(0) : real(1);
 }
 
 template <class real>
 struct Token {
   real log_prob;
-  const real* old;  // null: on-policy, ratio exactly 1
-  const real* ref;  // null: no KL
+  real entropy;
+  const real* old;      // null: on-policy, ratio exactly 1
+  const real* ref;      // null: no KL
+  const real* rollout;  // null: no rollout correction
   real advantage;
   real policy_weight;
   real kl_weight;
@@ -156,33 +263,41 @@ struct Token {
 
 template <class real>
 struct TokenTerms {
-  real policy;  // the surrogate's value, unweighted
+  real policy;  // the surrogate's value times the rollout weight, otherwise unweighted
   real kl;      // the KL term's value, unweighted
   real slope;   // d loss / d log_prob, weighted
   int flags;
+  real rollout_weight;
 };
 
 template <class real>
 GRPO_FN TokenTerms<real> token_terms(const ObjectiveSpec& spec, const real* numbers, const Token<real>& token) {
-  const real limit = numbers[kLogRatioLimit];
-  const real raw = log_ratio_of(token.log_prob, token.old ? *token.old : token.log_prob);  // NaN stays NaN
+  const real limit = numbers[kLogRatioLimit], log_prob = token.log_prob;
+  const real old = token.old ? *token.old : log_prob;
+  const real raw = log_ratio_of(log_prob, old);  // NaN stays NaN
   // A token of probability 0 has no direction to give: it saturates, whatever it is compared with.
-  const bool inside = within(raw, limit) && token.log_prob != -real(INFINITY);
-  const real ratio = exp_of(clamp(raw, limit));
+  const bool inside = within(raw, limit) && log_prob != -real(INFINITY);
+  const real log_ratio = clamp(raw, limit), ratio = exp_of(log_ratio);
 
-  Surrogate<real> policy =
-      surrogate_terms(spec.surrogate, numbers + kSurrogateFirst, token.log_prob, ratio, token.advantage);
-  if (!inside && spec.surrogate != kReinforce) policy.slope = 0;
-  TokenTerms<real> out{policy.value, 0, times(token.policy_weight, policy.slope), policy.flags};
+  const Point<real> point{log_prob, log_ratio, ratio, token.advantage, old};
+  const Surrogate<real> policy = surrogate_terms(spec.surrogate, numbers + kSurrogateFirst, point);
+  TokenTerms<real> out{policy.value, 0, 0, policy.flags, 1};
+  real weight = token.policy_weight;
+  if (spec.rollout != kNoRollout) {
+    out.rollout_weight = rollout_weight(spec.rollout, numbers, old, *token.rollout);
+    weight = times(weight, out.rollout_weight);
+    out.policy = times(out.rollout_weight, out.policy);
+  }
+  if (token.entropy < numbers[kEntropyThreshold]) weight = out.policy = 0;
+  out.slope = times(weight, inside ? policy.slope : real(0)) + times(weight, policy.direct);
 
   if (token.ref && spec.kl_estimator != kNoKL) {
-    KL<real> kl =
-        kl_terms(spec, log_ratio_of(token.log_prob, *token.ref), numbers[kKLInputLimit], numbers[kKLOutputLimit]);
+    KL<real> kl = kl_terms(spec, numbers, log_ratio_of(log_prob, *token.ref), ratio);
     if (spec.kl_ratio_weighted) {
       kl.slope = times(ratio, inside ? kl.slope_with_ratio : kl.slope);
       kl.value = times(ratio, kl.value);
     }
-    if (token.log_prob == -real(INFINITY)) kl.slope = 0;
+    if (log_prob == -real(INFINITY)) kl.slope = 0;
     out.kl = kl.value;
     out.slope += times(token.kl_weight, kl.slope);
   }

@@ -6,7 +6,7 @@
 
 extern "C" {
 
-#define GRPO_CPU_ABI_VERSION 1
+#define GRPO_CPU_ABI_VERSION 2
 
 typedef enum { kFloat32, kFloat64, kBFloat16, kFloat16 } GrpoDtype;
 typedef enum { kGeneric, kAVX2, kAVX512, kInstructionSets } GrpoInstructionSet;
@@ -18,8 +18,7 @@ typedef struct {
   int32_t dtype;
   int32_t instruction_set;
   int32_t threads;
-  int32_t surrogate, kl_estimator, kl_straight_through, kl_ratio_weighted;  // fused_loss, token_terms
-  int32_t reserved;
+  int32_t surrogate, kl_estimator, kl_gradient, kl_ratio_weighted, rollout_scheme;  // fused_loss, token_terms
   int64_t rows, length, vocab;
   const void* logits;
   int64_t batch_stride, row_stride;
@@ -36,24 +35,25 @@ typedef struct {
   // real[rows]: d loss / d log_prob (an output of token_terms) and d loss / d entropy, inputs of log_probs_backward
   void* grad_log_prob;
   const void* grad_entropy;
-  // real[rows]: inputs of fused_loss and token_terms; old, ref and the last two may be null
-  const void *advantage, *policy_weight, *old, *ref, *kl_weight, *entropy_weight;
-  // their outputs: real[rows] twice, and flags
+  // real[rows]: inputs of fused_loss and token_terms; old, ref and the last three may be null
+  const void *advantage, *policy_weight, *old, *ref, *kl_weight, *entropy_weight, *rollout;
+  // their outputs: real[rows] twice, flags, and real[rows] with a rollout scheme
   void *policy, *kl;
   uint8_t* flags;
+  void* rollout_weight;
   int64_t bad_row;  // out: a row whose token id is out of range
 } GrpoCpuParams;
 
 // The records of rows and the tensors that they are weighted and compared with, real[rows]; ref, old, rollout,
-// kl_weight and entropy_weight may be null.
+// rollout_weight, kl_weight and entropy_weight may be null.
 typedef struct {
   int32_t dtype, threads, kl_estimator, reserved;
   int64_t rows, sequences;
   const uint8_t *live, *masked_in, *flags;
   const void *log_prob, *entropy, *policy, *kl;
-  const void *policy_weight, *kl_weight, *entropy_weight, *old, *ref, *rollout;
-  double* partials;  // [ceil(rows / 512)][24]
-  double* sums;      // [24], the fields of grpo_kernels/metrics.py
+  const void *policy_weight, *kl_weight, *entropy_weight, *old, *ref, *rollout, *rollout_weight;
+  double* partials;  // [ceil(rows / 512)][29]
+  double* sums;      // [29], the fields of grpo_kernels/metrics.py
   void* loss;        // real
 } GrpoCpuTokenSums;
 

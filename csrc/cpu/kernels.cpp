@@ -4,14 +4,13 @@
 #include "../common/surrogates.h"
 #include "api.h"
 #include "row.h"
+#include "terms.h"
 
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 namespace {
-
-using grpo::ObjectiveSpec;
 
 // Typed view of the parameters: T is the logits' element, V the vectors that compute on it.
 template <class T, class V>
@@ -114,25 +113,15 @@ struct FusedLoss : Call<T, V> {
 
   void dead(int64_t r) const {
     this->put_stats(r, {0, 0, 0, 0, 0});
-    this->put(this->p->policy, r, 0);
-    this->put(this->p->kl, r, 0);
-    this->p->flags[r] = 0;
+    put_terms<scalar>(*this->p, r, {});
     if (this->p->out) this->fill(r, 0);
   }
 
   // Writes the token's terms; returns d loss / d log_prob.
   scalar slope(int64_t r) const {
     const GrpoCpuParams& p = *this->p;
-    const scalar* old = static_cast<const scalar*>(p.old);
-    const scalar* ref = static_cast<const scalar*>(p.ref);
-    const grpo::Token<scalar> token{this->at(p.log_prob, r),      old ? old + r : nullptr,
-                                    ref ? ref + r : nullptr,      this->at(p.advantage, r),
-                                    this->at(p.policy_weight, r), p.kl_weight ? this->at(p.kl_weight, r) : scalar(0)};
-    const ObjectiveSpec spec{p.surrogate, p.kl_estimator, p.kl_straight_through, p.kl_ratio_weighted};
-    const grpo::TokenTerms<scalar> terms = grpo::token_terms(spec, this->numbers(), token);
-    this->put(p.policy, r, terms.policy);
-    this->put(p.kl, r, terms.kl);
-    p.flags[r] = uint8_t(terms.flags);
+    const grpo::TokenTerms<scalar> terms = row_terms<scalar>(p, r);
+    put_terms<scalar>(p, r, terms);
     return terms.slope;
   }
 };

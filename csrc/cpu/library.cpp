@@ -2,6 +2,7 @@
 #include "../common/surrogates.h"
 #include "api.h"
 #include "row.h"
+#include "terms.h"
 #include "token_sums.h"
 
 extern const GrpoCpuKernels grpo_cpu_kernels_generic;
@@ -27,25 +28,12 @@ const GrpoCpuKernels* kernels_of(const GrpoCpuParams* p) {
 }
 
 template <class real>
-void token_terms(GrpoCpuParams* p) {
-  const auto at = [](const void* values, int64_t r) { return static_cast<const real*>(values)[r]; };
-  const real *old = static_cast<const real*>(p->old), *ref = static_cast<const real*>(p->ref);
-  const grpo::ObjectiveSpec spec{p->surrogate, p->kl_estimator, p->kl_straight_through, p->kl_ratio_weighted};
-  const auto put = [p](int64_t r, const grpo::TokenTerms<real>& terms) {
-    static_cast<real*>(p->policy)[r] = terms.policy;
-    static_cast<real*>(p->kl)[r] = terms.kl;
-    static_cast<real*>(p->grad_log_prob)[r] = terms.slope;
-    p->flags[r] = uint8_t(terms.flags);
-  };
-  for (int64_t r = 0; r < p->rows; ++r) {
-    if (p->live && !p->live[r]) {
-      put(r, {});
-      continue;
-    }
-    const grpo::Token<real> token{at(p->log_prob, r),      old ? old + r : nullptr,
-                                  ref ? ref + r : nullptr, at(p->advantage, r),
-                                  at(p->policy_weight, r), p->kl_weight ? at(p->kl_weight, r) : real(0)};
-    put(r, grpo::token_terms(spec, static_cast<const real*>(p->numbers), token));
+void token_terms(const GrpoCpuParams& p) {
+  for (int64_t r = 0; r < p.rows; ++r) {
+    const bool live = !p.live || p.live[r];
+    const grpo::TokenTerms<real> terms = live ? row_terms<real>(p, r) : grpo::TokenTerms<real>{};
+    put_terms(p, r, terms);
+    static_cast<real*>(p.grad_log_prob)[r] = terms.slope;
   }
 }
 
@@ -97,9 +85,9 @@ int32_t grpo_cpu_fused_loss(GrpoCpuParams* p) {
 
 int32_t grpo_cpu_token_terms(GrpoCpuParams* p) {
   if (p->dtype == kFloat64) {
-    token_terms<double>(p);
+    token_terms<double>(*p);
   } else {
-    token_terms<float>(p);
+    token_terms<float>(*p);
   }
   return kOk;
 }

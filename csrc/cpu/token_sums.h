@@ -22,8 +22,11 @@ enum SumField {
   kK1RolloutSum,
   kK3RolloutSum,
   kRolloutCount,
+  kRolloutRatioSum,
+  kRolloutRatioSquareSum,
   kRolloutWeightSum,
   kRolloutWeightSquareSum,
+  kRolloutRejectedCount,
   kSequences,
   kRatioSum,
   kRatioCount,
@@ -33,6 +36,8 @@ enum SumField {
   kSumFields,
   kRatioMin = kSumFields,
   kRatioMax,
+  kRolloutRatioMax,
+  kRolloutWeightMax,
   kFields
 };
 
@@ -46,10 +51,12 @@ inline double weighted(const void* weight, const void* value, int64_t r) {
   return w == 0 ? 0 : double(w * static_cast<const real*>(value)[r]);
 }
 
-// A NaN ratio is both extremes, as in torch.
-inline void add_extremes(double smallest, double largest, double* s) {
-  if (s[kRatioMin] == s[kRatioMin] && !(smallest >= s[kRatioMin])) s[kRatioMin] = smallest;
-  if (s[kRatioMax] == s[kRatioMax] && !(largest <= s[kRatioMax])) s[kRatioMax] = largest;
+// A NaN is an extreme, as in torch.
+inline void add_smallest(double x, double* smallest) {
+  if (*smallest == *smallest && !(x >= *smallest)) *smallest = x;
+}
+inline void add_largest(double x, double* largest) {
+  if (*largest == *largest && !(x <= *largest)) *largest = x;
 }
 
 template <class real>
@@ -73,7 +80,12 @@ void add_token(const GrpoCpuTokenSums& p, int64_t r, double* s) {
     return difference == -INFINITY ? INFINITY : ::expm1(-difference) + difference;
   };
   if (p.ref) {
-    s[kKLSum] += p.kl_estimator == grpo::kK1 ? to_ref : p.kl_estimator == grpo::kK2 ? to_ref * to_ref / 2 : k3(to_ref);
+    switch (p.kl_estimator) {
+      case grpo::kK1: s[kKLSum] += to_ref; break;
+      case grpo::kK2: s[kKLSum] += to_ref * to_ref / 2; break;
+      case grpo::kAbs: s[kKLSum] += ::fabs(to_ref); break;
+      default: s[kKLSum] += k3(to_ref);
+    }
     s[kKLCount] += 1;
   }
   if (p.old) {
@@ -83,12 +95,18 @@ void add_token(const GrpoCpuTokenSums& p, int64_t r, double* s) {
   if (p.rollout && at(p.rollout) == at(p.rollout)) {
     const real rollout = at(p.rollout);
     const double to_rollout = grpo::log_ratio_of(log_prob, rollout);
-    const double weight = ::exp(p.old ? grpo::log_ratio_of(at(p.old), rollout) : to_rollout);
+    const double ratio = ::exp(p.old ? grpo::log_ratio_of(at(p.old), rollout) : to_rollout);
+    const double weight = p.rollout_weight ? at(p.rollout_weight) : 1;
     s[kK1RolloutSum] += to_rollout;
     s[kK3RolloutSum] += k3(to_rollout);
     s[kRolloutCount] += 1;
+    s[kRolloutRatioSum] += ratio;
+    s[kRolloutRatioSquareSum] += ratio * ratio;
     s[kRolloutWeightSum] += weight;
     s[kRolloutWeightSquareSum] += weight * weight;
+    s[kRolloutRejectedCount] += weight == 0;
+    add_largest(ratio, s + kRolloutRatioMax);
+    add_largest(weight, s + kRolloutWeightMax);
   }
   const double ratio = p.old ? ::exp(to_old) : 1;
   s[kRatioSum] += ratio;
@@ -96,13 +114,14 @@ void add_token(const GrpoCpuTokenSums& p, int64_t r, double* s) {
   s[kClippedLowCount] += (p.flags[r] & grpo::kClippedLow) != 0;
   s[kClippedHighCount] += (p.flags[r] & grpo::kClippedHigh) != 0;
   s[kClippedDualCount] += (p.flags[r] & grpo::kClippedDual) != 0;
-  add_extremes(ratio, ratio, s);
+  add_smallest(ratio, s + kRatioMin);
+  add_largest(ratio, s + kRatioMax);
 }
 
 inline void clear(double* sums) {
   for (int i = 0; i < kSumFields; ++i) sums[i] = 0;
   sums[kRatioMin] = INFINITY;
-  sums[kRatioMax] = -INFINITY;
+  for (int i = kRatioMax; i < kFields; ++i) sums[i] = -INFINITY;
 }
 
 template <class real>
@@ -122,7 +141,8 @@ void token_sums(const GrpoCpuTokenSums& p) {
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const double* sums = p.partials + chunk * kFields;
     for (int i = 0; i < kSumFields; ++i) p.sums[i] += sums[i];
-    add_extremes(sums[kRatioMin], sums[kRatioMax], p.sums);
+    add_smallest(sums[kRatioMin], p.sums + kRatioMin);
+    for (int i = kRatioMax; i < kFields; ++i) add_largest(sums[i], p.sums + i);
   }
   p.sums[kSequences] = double(p.sequences);
   *static_cast<real*>(p.loss) = real(p.sums[kPolicyLoss] + p.sums[kKLLoss] + p.sums[kEntropyLoss]);

@@ -7,16 +7,16 @@ tensors that the caller allocated, (B, T) fp32 or fp64 like ``rows.numbers``; on
 
     log_probs(rows, log_prob, entropy, lse)
     log_probs_backward(rows, log_prob, entropy, lse, grad_log_prob, grad_entropy, out)
-    fused_loss(rows, advantage, policy_weight, old, ref, kl_weight, entropy_weight, spec,
-               log_prob, entropy, lse, policy, kl, flags, out)
+    fused_loss(rows, advantage, policy_weight, old, ref, rollout, kl_weight, entropy_weight, spec,
+               log_prob, entropy, lse, policy, kl, flags, rollout_weight, out)
     token_sums(log_prob, entropy, policy, kl, flags, live, masked_in, policy_weight, kl_weight, entropy_weight,
-               old, ref, rollout, kl_estimator, sequences, loss, sums)
-    token_terms(log_prob, live, numbers, advantage, policy_weight, old, ref, kl_weight, spec,
-                policy, kl, flags, slope)
+               old, ref, rollout, rollout_weight, kl_estimator, sequences, loss, sums)
+    token_terms(log_prob, entropy, live, numbers, advantage, policy_weight, old, ref, rollout, kl_weight, spec,
+                policy, kl, flags, rollout_weight, slope)
     rescale(gradient, upstream, announced)       # gradient *= upstream / announced, unless they are equal
 
 ``out`` is shaped like the logits and may be the logits. A dead row's outputs are 0, its gradient is 0 and
-its logits are not looked at. A new backend is one module and one line in ``_MODULES``.
+its logits are not looked at. ``rollout_weight`` is empty unless ``spec`` has a rollout scheme. A new backend is one module and one line in ``_MODULES``.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from types import ModuleType
 
 import torch as pytorch  # this package's own torch.py takes the plain name here once it is imported
 
-from ..checks import fail
-from ..config import check_name
+from ..checks import check_name, fail
 
 _MODULES = {"cpu": "cpu", "triton": "triton", "torch": "torch"}
 """Backends in the order of automatic choice, and their modules here."""

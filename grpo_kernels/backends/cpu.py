@@ -20,7 +20,7 @@ from .torch import token_id_message
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _OK, _TOKEN_ID_OUT_OF_RANGE = 0, 1
 _TOKENS_PER_CHUNK = 512
 
@@ -29,13 +29,16 @@ BUILD_RECORD = LIBRARY.with_name("build.json")
 """What setup.py wrote about the build: compiler, sources' hash, or why there is no library."""
 
 
+_SPEC = ("surrogate", "kl_estimator", "kl_gradient", "kl_ratio_weighted", "rollout_scheme")
+"""spec.ObjectiveSpec, as the struct names it."""
+
+
 class _Params(ctypes.Structure):
     """GrpoCpuParams of csrc/cpu/api.h, field by field."""
 
     _fields_ = [
         *((name, c_int32) for name in ("dtype", "instruction_set", "threads")),
-        *((name, c_int32) for name in ("surrogate", "kl_estimator", "kl_straight_through", "kl_ratio_weighted")),
-        ("reserved", c_int32),
+        *((name, c_int32) for name in _SPEC),
         *((name, c_int64) for name in ("rows", "length", "vocab")),
         ("logits", c_void_p),
         *((name, c_int64) for name in ("batch_stride", "row_stride")),
@@ -45,7 +48,7 @@ class _Params(ctypes.Structure):
         ("scratch_stride", c_int64),
         *((name, c_void_p) for name in ("log_prob", "entropy", "lse", "grad_log_prob", "grad_entropy")),
         *((name, c_void_p) for name in ("advantage", "policy_weight", "old", "ref", "kl_weight", "entropy_weight")),
-        *((name, c_void_p) for name in ("policy", "kl", "flags")),
+        *((name, c_void_p) for name in ("rollout", "policy", "kl", "flags", "rollout_weight")),
         ("bad_row", c_int64),
     ]
 
@@ -58,6 +61,7 @@ class _TokenSums(ctypes.Structure):
         *((name, c_int64) for name in ("rows", "sequences")),
         *((name, c_void_p) for name in ("live", "masked_in", "flags", "log_prob", "entropy", "policy", "kl")),
         *((name, c_void_p) for name in ("policy_weight", "kl_weight", "entropy_weight", "old", "ref", "rollout")),
+        ("rollout_weight", c_void_p),
         *((name, c_void_p) for name in ("partials", "sums", "loss")),
     ]
 
@@ -153,6 +157,7 @@ def fused_loss(
     policy_weight: Tensor,
     old: Tensor | None,
     ref: Tensor | None,
+    rollout: Tensor | None,
     kl_weight: Tensor | None,
     entropy_weight: Tensor | None,
     spec: list[int],
@@ -162,11 +167,13 @@ def fused_loss(
     policy: Tensor,
     kl: Tensor,
     flags: Tensor,
+    rollout_weight: Tensor,
     out: Tensor,
 ) -> None:
     outputs = {"log_prob": log_prob, "entropy": entropy, "lse": lse, "policy": policy, "kl": kl, "flags": flags}
+    outputs["rollout_weight"] = rollout_weight
     weights = {"policy_weight": policy_weight, "kl_weight": kl_weight, "entropy_weight": entropy_weight}
-    per_row = {"advantage": advantage, "old": old, "ref": ref, **weights, **outputs}
+    per_row = {"advantage": advantage, "old": old, "ref": ref, "rollout": rollout, **weights, **outputs}
     _call("grpo_cpu_fused_loss", rows, per_row, spec=spec, out=out)
 
 
@@ -184,6 +191,7 @@ def token_sums(
     old: Tensor | None,
     ref: Tensor | None,
     rollout: Tensor | None,
+    rollout_weight: Tensor | None,
     kl_estimator: int,
     sequences: int,
     loss: Tensor,
@@ -194,6 +202,7 @@ def token_sums(
     params = _TokenSums(_DTYPES[log_prob.dtype], torch.get_num_threads(), kl_estimator, 0, tokens, sequences)
     records = {"log_prob": log_prob, "entropy": entropy, "policy": policy, "kl": kl, "flags": flags}
     masks = {"live": live, "masked_in": masked_in, "old": old, "ref": ref, "rollout": rollout}
+    masks["rollout_weight"] = rollout_weight
     weights = {"policy_weight": policy_weight, "kl_weight": kl_weight, "entropy_weight": entropy_weight}
     _point(params, {**records, **masks, **weights, "partials": partials, "sums": sums, "loss": loss})
     library().grpo_cpu_token_sums(ctypes.byref(params))
@@ -201,28 +210,33 @@ def token_sums(
 
 def token_terms(
     log_prob: Tensor,
+    entropy: Tensor,
     live: Tensor,
     numbers: Tensor,
     advantage: Tensor,
     policy_weight: Tensor,
     old: Tensor | None,
     ref: Tensor | None,
+    rollout: Tensor | None,
     kl_weight: Tensor | None,
     spec: list[int],
     policy: Tensor,
     kl: Tensor,
     flags: Tensor,
+    rollout_weight: Tensor,
     slope: Tensor,
 ) -> None:
     params = _Params(rows=log_prob.numel(), dtype=_DTYPES[numbers.dtype], numbers=numbers.data_ptr())
     inputs: dict[str, Tensor | None] = {
         "log_prob": log_prob,
+        "entropy": entropy,
         "live": live,
         "advantage": advantage,
         "policy_weight": policy_weight,
     }
-    inputs |= {"old": old, "ref": ref, "kl_weight": kl_weight}
-    _fill(params, spec, {**inputs, "policy": policy, "kl": kl, "flags": flags, "grad_log_prob": slope})
+    inputs |= {"old": old, "ref": ref, "rollout": rollout, "kl_weight": kl_weight}
+    outputs = {"policy": policy, "kl": kl, "flags": flags, "rollout_weight": rollout_weight, "grad_log_prob": slope}
+    _fill(params, spec, {**inputs, **outputs})
     library().grpo_cpu_token_terms(ctypes.byref(params))
 
 
@@ -268,7 +282,8 @@ def _call(
 
 def _fill(params: _Params, spec: list[int] | None, per_row: Mapping[str, Tensor | None]) -> None:
     if spec is not None:
-        params.surrogate, params.kl_estimator, params.kl_straight_through, params.kl_ratio_weighted = spec
+        for name, value in zip(_SPEC, spec, strict=True):
+            setattr(params, name, value)
     _point(params, per_row)
 
 

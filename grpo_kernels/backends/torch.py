@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..maths import log_ratio_of
 from ..objective import reduce_ratios
 from ..rows import Rows
-from ..surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, log_ratio_of
+from ..surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW
 from . import Request
 
 CHUNK_ELEMENTS = 1 << 21
@@ -146,6 +147,7 @@ def token_sums(
     old: Tensor | None,
     ref: Tensor | None,
     rollout: Tensor | None,
+    rollout_weight: Tensor | None,
     kl_estimator: int,
     sequences: int,
     loss: Tensor,
@@ -166,18 +168,22 @@ def token_sums(
     differences = torch.where(ignored, 0.0, log_ratio_of(log_prob, others)).to(sums.dtype)
     k3 = torch.expm1(-differences) + torch.where(differences == -math.inf, 0.0, differences)  # fp64: no series needed
     to_ref, to_old, to_rollout = differences
-    plain = (to_ref, to_ref * to_ref / 2, k3[0])[kl_estimator - 1]
+    plain = (to_ref, to_ref * to_ref / 2, k3[0], to_ref.abs())[kl_estimator - 1]
     known = torch.zeros_like(live) if rollout is None else live & ~unknown
     old_to_rollout = log_ratio_of(log_prob if old is None else old, others[2]).to(sums.dtype)
-    weight = torch.where(known, old_to_rollout.exp(), 0.0)
+    rho = torch.where(known, old_to_rollout.exp(), 0.0)
+    applied = torch.where(known, 1.0 if rollout_weight is None else rollout_weight.to(sums.dtype), 0.0).to(sums.dtype)
     compared = torch.zeros_like(live) if ref is None else live
-    divergences = (plain, compared, to_old, k3[1], to_rollout, k3[2], known, weight, weight * weight)
-    columns = torch.stack([column.flatten() for column in (*terms, *counts, *divergences)]).to(sums.dtype)
+    divergences = (plain, compared, to_old, k3[1], to_rollout, k3[2], known)
+    factors = (rho, rho * rho, applied, applied * applied, known & (applied == 0))
+    columns = torch.stack([column.flatten() for column in (*terms, *counts, *divergences, *factors)]).to(sums.dtype)
     token = columns.sum(-1)
     clipped = [((flags & bit) != 0).flatten() for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
     ratios = reduce_ratios(to_old.exp().flatten(), live.flatten(), clipped)
     count = torch.full((1,), sequences, dtype=sums.dtype, device=sums.device)
-    sums.copy_(torch.cat([token, count, ratios]))
+    lowest = torch.full((2, 1), -math.inf, dtype=sums.dtype, device=sums.device)
+    largest = torch.where(known, torch.stack([rho, applied]), -math.inf).flatten(1)
+    sums.copy_(torch.cat([token, count, ratios, torch.cat([largest, lowest], 1).amax(1)]))
     loss.copy_(token[:3].sum())
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import KL, LossConfig
+from ..config import LossConfig
+from ..kl import KL
 from ..linear import linear_token_log_probs
 from ..log_probs import token_log_probs
 

@@ -27,9 +27,10 @@ from ..inputs import LossInputs, read_batch, read_linear_tokens, read_tokens
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
+from ..maths import times
 from ..objective import TokenBatch, token_terms
-from ..surrogates import times
-from .objectives import objective
+from ..surrogates import Cispo
+from .objectives import OVER_ITEMS, UNBOUNDED, Objective, sampler_log_probs
 
 
 def triton_grpo_loss(
@@ -74,11 +75,17 @@ def triton_grpo_loss(
     """
     function = "triton_grpo_loss"
     length = max_completion_length or completion_ids.shape[1]
-    band, options = (loss_type, importance_sampling_level, eps_low, eps_high), (beta, use_bias_correction_kl, length)
-    config, counting = objective(*band, delta, *options), objective(*band, None, *options)
+    asked = Objective(
+        *(loss_type, importance_sampling_level, eps_low, eps_high, delta, beta, use_bias_correction_kl, length),
+        sapo=(sapo_temperature_pos, sapo_temperature_neg),
+        vespo=(vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg),
+    )
+    _check(asked)
     weights = _rollout_weights(function, vllm_is_ratio, completion_ids)
+    rollout, weights = _folded(function, asked, old_logp, weights, vllm_is_ratio, completion_mask)
+    config, counting = asked.config(rollout is not None), dataclasses.replace(asked, delta=None).config()
     normalizer, ref = _normalizer(loss_type, num_items_in_batch), ref_logp if beta != 0 else None
-    given = LossInputs(advantages, old_logp, ref, token_weights=weights, normalizer=normalizer)
+    given = LossInputs(advantages, old_logp, ref, rollout, weights, normalizer=normalizer)
     tokens = read_tokens(function, logits, completion_ids, completion_mask, given.tensors)
     _, batch = read_batch(tokens, config, given)
     if reduce and not inplace:
@@ -86,6 +93,7 @@ def triton_grpo_loss(
             *(logits, completion_ids, advantages, completion_mask),
             old_log_probs=old_logp,
             ref_log_probs=ref,
+            rollout_log_probs=rollout,
             token_weights=weights,
             config=config,
             normalizer=normalizer,
@@ -95,12 +103,11 @@ def triton_grpo_loss(
     rows: dict[str, Any] = {"temperature": temperature, "inplace": inplace and not logits.is_leaf}
     log_probs = token_log_probs(logits, completion_ids, completion_mask, **rows).log_probs
     alone = _each_counts_once(batch, weights, beta)
-    policy, kl, _, _ = token_terms(config, alone, log_probs.detach())
-    value = times(policy, alone.policy_weight) + beta * kl
+    records, _ = token_terms(config, alone, log_probs.detach())
+    value, kl = times(records.policy, alone.policy_weight) + beta * records.kl, records.kl
     losses = _PerToken.apply(log_probs, config, alone, value)
     if not reduce:
-        flags = token_terms(counting, batch, log_probs.detach())[2]
-        return losses, kl if beta != 0 else None, (flags != 0).float()
+        return losses, kl if beta != 0 else None, _bounded(counting, batch, log_probs).float()
     aggregation = (config.aggregation, batch.masked_in, batch.sequences, normalizer, config.constant_length)
     share = on_tokens(sequence_weights(*aggregation), batch.masked_in, batch.sequences, losses.dtype)
     return (losses * share).sum(), _metrics(counting, batch, log_probs)
@@ -138,16 +145,24 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         self.epsilon_low, self.epsilon_high, self.delta = epsilon_low, epsilon_high, delta
         self.loss_type, self.importance_sampling_level = loss_type, importance_sampling_level
         self.max_completion_length, self.temperature = max_completion_length, temperature
-        self._config(delta)
+        self.sapo_temperature_pos, self.sapo_temperature_neg = sapo_temperature_pos, sapo_temperature_neg
+        self.vespo_k_pos, self.vespo_lambda_pos = vespo_k_pos, vespo_lambda_pos
+        self.vespo_k_neg, self.vespo_lambda_neg = vespo_k_neg, vespo_lambda_neg
+        self._objective().config()
 
-    def _config(self, delta: float | None) -> LossConfig:
+    def _objective(self) -> Objective:
         """Of the attributes as they are now. Without a reference model the policy is its own: a KL of 0."""
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError("max_completion_length must be provided for loss_type 'dr_grpo'.")
         beta = self.beta if self.use_ref_model else 0.0
-        clip = (self.epsilon_low, self.epsilon_high, delta)
-        options = (beta, self.use_bias_correction_kl, self.max_completion_length)
-        return objective(self.loss_type, self.importance_sampling_level, *clip, *options)
+        asked = Objective(
+            *(self.loss_type, self.importance_sampling_level, self.epsilon_low, self.epsilon_high, self.delta),
+            *(beta, self.use_bias_correction_kl, self.max_completion_length),
+            sapo=(self.sapo_temperature_pos, self.sapo_temperature_neg),
+            vespo=(self.vespo_k_pos, self.vespo_lambda_pos, self.vespo_k_neg, self.vespo_lambda_neg),
+        )
+        _check(asked)
+        return asked
 
     def forward(
         self,
@@ -166,7 +181,10 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         num_items_in_batch: float | Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See the class; ``ref_input`` and ``ref_weight`` stand in for ``ref_per_token_logps``."""
-        function, ids, config = "LigerFusedLinearGRPOLoss", selected_token_ids, self._config(self.delta)
+        function, ids, asked = "LigerFusedLinearGRPOLoss", selected_token_ids, self._objective()
+        weights = _rollout_weights(function, vllm_is_ratio, ids)
+        rollout, weights = _folded(function, asked, old_per_token_logps, weights, vllm_is_ratio, attention_mask)
+        config = asked.config(rollout is not None)
         if ref_per_token_logps is not None and ref_input is not None:
             warnings.warn(f"{function}: both references were given. Using ref_per_token_logps.", stacklevel=2)
         if config.kl.coef == 0:
@@ -176,10 +194,9 @@ class LigerFusedLinearGRPOLoss(nn.Module):
                 options: dict[str, Any] = {"bias": ref_bias, "temperature": self.temperature}
                 out = linear_token_log_probs(ref_input, ref_weight, ids, attention_mask, **options)
                 ref_per_token_logps = out.log_probs
-        weights = _rollout_weights(function, vllm_is_ratio, ids)
         normalizer = _normalizer(self.loss_type, num_items_in_batch)
         known = (advantages, old_per_token_logps, ref_per_token_logps)
-        given = LossInputs(*known, token_weights=weights, normalizer=normalizer)
+        given = LossInputs(*known, rollout, weights, normalizer=normalizer)
         head = (_input, lin_weight, bias)
         tokens = read_linear_tokens(function, *head, ids, attention_mask, None, given.tensors)
         _, batch = read_batch(tokens, config, given)
@@ -188,12 +205,13 @@ class LigerFusedLinearGRPOLoss(nn.Module):
             bias=bias,
             old_log_probs=old_per_token_logps,
             ref_log_probs=ref_per_token_logps,
+            rollout_log_probs=rollout,
             token_weights=weights,
             config=config,
             normalizer=normalizer,
             temperature=self.temperature,
         )
-        metrics = _metrics(self._config(None), batch, loss.log_probs)
+        metrics = _metrics(dataclasses.replace(asked, delta=None).config(), batch, loss.log_probs)
         if self.beta != 0 and config.kl.coef == 0:
             metrics.insert(0, torch.zeros_like(metrics[0]))
         return loss.loss, tuple(metrics)
@@ -208,9 +226,36 @@ def _rollout_weights(function: str, ratio: Tensor | None, ids: Tensor) -> Tensor
     return (ratio.unsqueeze(-1) if ratio.dim() == 1 else ratio).expand(ids.shape)
 
 
+def _check(asked: Objective) -> None:
+    """What Liger refuses, and why ours has nothing else to offer there."""
+    if asked.loss_type in UNBOUNDED and (asked.delta is not None or asked.level != "token"):
+        raise ValueError(
+            f"loss_type={asked.loss_type!r} takes importance_sampling_level='token' and no delta, as in Liger; got "
+            f"{asked.level!r} and delta={asked.delta!r}. grpo_loss has every surrogate at every level."
+        )
+
+
+def _folded(
+    function: str,
+    asked: Objective,
+    old: Tensor | None,
+    weights: Tensor | None,
+    given: Tensor | None,
+    mask: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """VESPO's rollout weights are part of its ratio: the sampler's log-probs that say so, and factors of the tokens."""
+    if asked.loss_type != "vespo" or weights is None or given is None:
+        return None, weights
+    if old is None:
+        raise ValueError(f"{function}: loss_type='vespo' with vllm_is_ratio needs old log-probs to apply it to.")
+    per_sequence = given.dim() == 1 or given.shape[1] == 1
+    live = torch.ones_like(weights) if mask is None else mask
+    return sampler_log_probs(old, weights[:, :1] if per_sequence else weights, live), None
+
+
 def _normalizer(loss_type: str, items: float | Tensor | None) -> float | Tensor | None:
     """Of the whole batch: gradients are averaged over ranks, so each takes its share of the tokens."""
-    if items is None or loss_type != "dapo":
+    if items is None or loss_type not in OVER_ITEMS:
         return None
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     return items.clamp(min=1) / ranks if isinstance(items, Tensor) else max(items, 1) / ranks
@@ -224,13 +269,22 @@ def _each_counts_once(batch: TokenBatch, weights: Tensor | None, beta: float) ->
 
 
 @torch.no_grad()
+def _bounded(counting: LossConfig, batch: TokenBatch, log_probs: Tensor) -> Tensor:
+    """(B, L) bool. Liger counts tokens outside of the band, so ``counting`` is the objective without delta; of CISPO's
+    capped ones those of A > 0."""
+    flags = token_terms(counting, dataclasses.replace(batch, schemes=()), log_probs.detach())[0].flags
+    return (flags != 0) & (batch.advantages > 0) if isinstance(counting.surrogate, Cispo) else flags != 0
+
+
+@torch.no_grad()
 def _metrics(counting: LossConfig, batch: TokenBatch, log_probs: Tensor) -> list[Tensor]:
-    """Means over live tokens: the KL (its ratio included) where there is one, and how many are clipped. Liger counts
-    those outside of the band, so ``counting`` is the objective without delta."""
-    _, kl, flags, _ = token_terms(counting, batch, log_probs.detach())
+    """Means over live tokens: the KL (its ratio included) where there is one, and how many are bounded."""
     count = batch.live.sum().clamp(min=1)
-    clipped = (flags != 0).sum() / count
-    return [clipped] if batch.kl_weight is None else [kl.sum() / count, clipped]
+    clipped = _bounded(counting, batch, log_probs).sum() / count
+    if batch.kl_weight is None:
+        return [clipped]
+    records, _ = token_terms(counting, dataclasses.replace(batch, schemes=()), log_probs.detach())
+    return [records.kl.sum() / count, clipped]
 
 
 class _PerToken(torch.autograd.Function):
@@ -250,5 +304,5 @@ class _PerToken(torch.autograd.Function):
             "policy_weight": ctx.batch.policy_weight * upstream,
             "kl_weight": None if kl is None else kl * upstream,
         }
-        slope = token_terms(ctx.config, dataclasses.replace(ctx.batch, **weights), log_probs)[3]
+        slope = token_terms(ctx.config, dataclasses.replace(ctx.batch, **weights), log_probs)[1]
         return slope, None, None, None

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from ..config import KL, LossConfig, check_name
-from ..surrogates import Clip
+import torch
+from torch import Tensor
+
+from ..checks import check_name
+from ..config import LossConfig
+from ..kl import KL
+from ..rollout import TruncatedIS
+from ..surrogates import Cispo, Clip, Sapo, Surrogate, Vespo
 
 AGGREGATIONS = {
     "grpo": "sequence_mean",
@@ -13,33 +20,62 @@ AGGREGATIONS = {
     "dr_grpo": "constant",
     "dapo": "token_mean",
     "luspo": "sequence_sum",
+    "cispo": "token_mean",
+    "sapo": "sequence_mean",
+    "vespo": "token_mean",
 }
-"""Of each ``loss_type`` that the fused loss has."""
+"""Of each ``loss_type``."""
+OVER_ITEMS = ("dapo", "cispo", "vespo")
+"""Whose denominator is ``num_items_in_batch``."""
+UNBOUNDED = ("cispo", "sapo", "vespo")
+"""Which have no band and no delta."""
 LEVELS = ("token", "sequence")
 
 
-def objective(
-    loss_type: str,
-    level: str,
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None,
-    beta: float,
-    bias_correction: bool,
-    constant_length: int | None,
-) -> LossConfig:
-    """Neither package clamps log-ratios or the KL, so no limit is set. An entropy bonus is a mean over tokens."""
-    check_name("loss_type", loss_type, AGGREGATIONS)
-    check_name("importance_sampling_level", level, LEVELS)
-    return LossConfig(
-        _clip(epsilon_low, epsilon_high, delta),
-        level=level,  # type: ignore[arg-type]
-        aggregation=AGGREGATIONS[loss_type],  # type: ignore[arg-type]
-        kl=KL(beta, ratio_weighted=bias_correction, limit=(None, None)),
-        entropy_aggregation="token_mean",
-        log_ratio_limit=None,
-        constant_length=constant_length if loss_type == "dr_grpo" else None,
-    )
+@dataclass(frozen=True)
+class Objective:
+    """An objective in their words; ``vespo`` is (k_pos, lambda_pos, k_neg, lambda_neg), ``sapo`` (pos, neg)."""
+
+    loss_type: str
+    level: str
+    epsilon_low: float
+    epsilon_high: float
+    delta: float | None
+    beta: float
+    bias_correction: bool
+    constant_length: int | None
+    sapo: tuple[float, float]
+    vespo: tuple[float, float, float, float]
+
+    def config(self, correct_rollout: bool = False) -> LossConfig:
+        """Neither package clamps log-ratios or the KL, so no limit is set. An entropy bonus is a mean over tokens.
+
+        Args:
+            correct_rollout: rollout weights are part of the ratio, as VESPO's are: ``sampler_log_probs`` brings them.
+        """
+        check_name("loss_type", self.loss_type, AGGREGATIONS)
+        check_name("importance_sampling_level", self.level, LEVELS)
+        vespo = self.loss_type == "vespo"
+        return LossConfig(
+            self._surrogate(),
+            level="sequence_product" if vespo else self.level,  # type: ignore[arg-type]
+            aggregation=AGGREGATIONS[self.loss_type],  # type: ignore[arg-type]
+            kl=KL(self.beta, ratio_weighted=self.bias_correction, limit=(None, None), level=self.level),
+            rollout=TruncatedIS(high=math.inf) if correct_rollout else (),
+            entropy_aggregation="token_mean",
+            log_ratio_limit=None,
+            constant_length=self.constant_length if self.loss_type == "dr_grpo" else None,
+        )
+
+    def _surrogate(self) -> Surrogate:
+        if self.loss_type == "cispo":
+            return Cispo(cap=self.epsilon_high)
+        if self.loss_type == "sapo":
+            return Sapo(*self.sapo)
+        if self.loss_type == "vespo":
+            k_pos, lam_pos, k_neg, lam_neg = self.vespo
+            return Vespo(k_pos, max(lam_pos, 1e-4), k_neg, max(lam_neg, 1e-4))
+        return _clip(self.epsilon_low, self.epsilon_high, self.delta)
 
 
 def _clip(low: float, high: float, delta: float | None) -> Clip:
@@ -52,3 +88,12 @@ def _clip(low: float, high: float, delta: float | None) -> Clip:
     if delta < 1:
         raise ValueError(f"delta must be at least 1: below it on-policy tokens are bounded as well; got {delta!r}.")
     return Clip(low, delta - 1, dual=1 + high)
+
+
+def sampler_log_probs(old: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """Log-probs (B, T) of a sampler whose ratios to ``old`` are these weights: (B, T), or (B, 1) spread evenly."""
+    bounds = (math.log(1e-8), 20.0)  # theirs
+    log_weights = weights.to(old).log().clamp(*bounds)
+    if weights.shape[1] == 1:
+        log_weights = log_weights / (mask != 0).sum(-1, keepdim=True).clamp(min=1)
+    return torch.where(mask != 0, old - log_weights, 0.0)

@@ -18,7 +18,8 @@ from torch import Tensor
 from .. import hf
 from ..linear import linear_token_log_probs
 from ..outputs import LossOutput, TokenLogProbs
-from .trl_options import check_arguments, check_trainer, loss_config
+from .objectives import OVER_ITEMS, UNBOUNDED, sampler_log_probs
+from .trl_options import check_arguments, check_trainer, objective_of
 
 try:
     import trl
@@ -72,7 +73,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         check_trainer(self)
         options = {"temperature": self.temperature, **({"inplace": True} if from_logits else {})}
         # Whatever forward is: TRL's fused head, perhaps over the forward of an earlier trainer.
-        hf.bind(hf.causal_model(self.model, "FusedGRPOTrainer"), loss_config(self), from_logits, options)
+        hf.bind(hf.causal_model(self.model, "FusedGRPOTrainer"), objective_of(self).config(), from_logits, options)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -110,7 +111,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         )
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         scale, normalizer = 1 / accumulated, None
-        if self.loss_type == "dapo":
+        if self.loss_type in OVER_ITEMS:
             # The count spans the generation batch: this window's share, as TRL takes it; no further division.
             normalizer = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             if mode == "train":
@@ -128,9 +129,13 @@ class FusedGRPOTrainer(GRPOTrainer):
             "entropy_coef": entropy_coef,
             "grad_scale": scale,
         }
+        folded = self.loss_type == "vespo" and self._corrects_rollout
+        if folded:
+            weights = inputs["importance_sampling_ratio"]
+            grpo["rollout_log_probs"] = sampler_log_probs(inputs["old_per_token_logps"], weights, mask)
         given = {name: inputs[name] for name in _VISION if inputs.get(name) is not None}
         given |= {"input_ids": ids, "attention_mask": attention, "logits_to_keep": mask.shape[1] + 1}
-        returned, out = self._call(model, given, {**grpo, "config": loss_config(self)})
+        returned, out = self._call(model, given, {**grpo, "config": objective_of(self).config(folded)})
         self._log_step(mode, inputs, mask, out, entropy_coef)
         loss: Tensor = returned.loss * scale
         return loss
@@ -151,10 +156,14 @@ class FusedGRPOTrainer(GRPOTrainer):
             return 0.0
         return float(self.entropy_coef)
 
+    @property
+    def _corrects_rollout(self) -> bool:
+        return bool(self.use_vllm and self.vllm_importance_sampling_correction)
+
     def _token_weights(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | Callable[[TokenLogProbs], Tensor] | None:
         """Factors of the policy term: rollout weights, and masks that follow from the current policy's log-probs."""
         known = None
-        if self.use_vllm and self.vllm_importance_sampling_correction:
+        if self._corrects_rollout and self.loss_type != "vespo":  # VESPO's are part of its ratio
             known = inputs["importance_sampling_ratio"].expand(mask.shape)
         if self.top_entropy_quantile >= 1.0 and self.off_policy_mask_threshold is None:
             return known
@@ -192,6 +201,36 @@ class FusedGRPOTrainer(GRPOTrainer):
             kl = torch.exp(behind) - behind - 1
             metrics["kl"].append(self._mean(kl * ratio if self.args.use_bias_correction_kl else kl, mask))
         metrics["entropy"].append(self._mean(out.entropy, mask))
+        self._log_bounds(metrics, inputs, mask, ratio, advantages, out)
+        if self._entropy_bonus_enabled:
+            bonus = (out.entropy * mask).sum() / mask.sum().clamp(min=1.0)
+            policy_loss = self.accelerator.gather(out.loss + entropy_coef * bonus)
+            metrics["policy_loss"].append(policy_loss.nanmean().item())
+            self._control_entropy(mode, out.entropy, mask)
+
+    def _log_bounds(
+        self,
+        metrics: dict[str, list[float]],
+        inputs: dict[str, Any],
+        mask: Tensor,
+        ratio: Tensor,
+        advantages: Tensor,
+        out: LossOutput,
+    ) -> None:
+        """What bounded the ratios: TRL has another metric for each kind of loss."""
+        if self.loss_type == "cispo":
+            capped = (ratio > self.epsilon_high) & (advantages > 0)
+            metrics["cispo_clip_ratio"].append(self._mean(capped.float(), mask))
+        if self.loss_type == "vespo":
+            old = inputs.get("old_per_token_logps")
+            own = out.log_probs - (out.log_probs if old is None else old)
+            weights = inputs["importance_sampling_ratio"] if self._corrects_rollout else None
+            args = self.args
+            gamma = (args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg)
+            phi = self.get_gamma_weights(advantages, own, mask, weights, *gamma)
+            metrics["vespo/phi_seq_mean"].append(self._mean(phi, mask))
+        if self.loss_type in UNBOUNDED:
+            return
         if self.args.delta is not None:
             ratio = ratio.clamp(max=self.args.delta)
         low = ((ratio < 1 - self.epsilon_low) & (advantages < 0)).float()
@@ -201,11 +240,6 @@ class FusedGRPOTrainer(GRPOTrainer):
         for name, clipped, extreme in (("low_min", low, trl_utils.nanmin), ("high_max", high, trl_utils.nanmax)):
             each = clipped.squeeze(1) if clipped.shape[1] == 1 else (clipped * mask).sum(-1) / mask.sum(-1)
             metrics[f"clip_ratio/{name}"].append(extreme(self.accelerator.gather(each)).item())
-        if self._entropy_bonus_enabled:
-            bonus = (out.entropy * mask).sum() / mask.sum().clamp(min=1.0)
-            policy_loss = self.accelerator.gather(out.loss + entropy_coef * bonus)
-            metrics["policy_loss"].append(policy_loss.nanmean().item())
-            self._control_entropy(mode, out.entropy, mask)
 
     def _mean(self, values: Tensor, mask: Tensor) -> float:
         """Over the live tokens of every rank; over sequences where there is one value for each."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import LossConfig
-from .objectives import AGGREGATIONS, LEVELS, objective
+from .objectives import AGGREGATIONS, LEVELS, UNBOUNDED, Objective
 
 
 def check_arguments(args: Any) -> None:
@@ -16,7 +15,7 @@ def check_arguments(args: Any) -> None:
         _refuse("cast_lm_head_to_fp32=True", "model_init_kwargs={'dtype': 'float32'}")
     if args.importance_sampling_level not in LEVELS:
         _refuse(f'importance_sampling_level="{args.importance_sampling_level}"', " and ".join(LEVELS))
-    if args.delta is not None and args.delta < 1:
+    if args.delta is not None and args.delta < 1 and args.loss_type not in UNBOUNDED:
         _refuse(f"delta={args.delta}, which bounds ratios below 1", "delta >= 1")
     bonus = args.entropy_coef != 0 or args.use_adaptive_entropy
     if bonus and args.top_entropy_quantile < 1.0:
@@ -36,9 +35,11 @@ def _refuse(option: str, supported: str) -> None:
     )
 
 
-def loss_config(trainer: Any) -> LossConfig:
+def objective_of(trainer: Any) -> Objective:
     """The objective that the trainer's attributes describe, now: callbacks may have changed them."""
     args = trainer.args
     clip = (trainer.epsilon_low, trainer.epsilon_high, args.delta)
     options = (trainer.beta, args.use_bias_correction_kl, trainer.max_completion_length)
-    return objective(trainer.loss_type, trainer.importance_sampling_level, *clip, *options)
+    sapo = (args.sapo_temperature_pos, args.sapo_temperature_neg)
+    vespo = (args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg)
+    return Objective(trainer.loss_type, trainer.importance_sampling_level, *clip, *options, sapo, vespo)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import KL
-from ..surrogates import Clip, Reinforce, Surrogate, Unclipped
+from ..kl import KL
+from ..surrogates import Clip, Point, Reinforce, Surrogate, Unclipped
 
 Curve = Callable[[Tensor, int], Tensor]
 """(n,) log-ratios and the sign of the advantage to (n,) slopes over weight and |A|: -r·sign for an unclipped ratio."""
@@ -97,11 +97,19 @@ def misfit(curve: Curve, found: Surrogates, tolerance: float) -> float:
     clear = torch.stack([(points - b).abs() > 1e-6 + 10 * tolerance for b in bounds] or [points.isfinite()]).all(0)
     worst = 0.0
     for sign in (1, -1):
-        ours = found.surrogate.terms(torch.zeros_like(points), points.exp(), torch.full_like(points, sign)).slope
+        ours = slopes(found.surrogate, points, sign)
         theirs = curve(points, sign)
         size = torch.maximum(theirs.abs(), ours.abs()).clamp(min=1e-300)
         worst = max(worst, float(((theirs - ours).abs() / size)[clear & (size > 1e-8)].max()))
     return worst
+
+
+def slopes(surrogate: Surrogate, log_ratio: Tensor, sign: int) -> Tensor:
+    """∂f/∂ℓ at a token of probability ½, over |A|."""
+    log_prob = torch.full_like(log_ratio, math.log(0.5))
+    point = Point(log_prob, log_ratio, log_ratio.exp(), torch.full_like(log_ratio, sign), log_prob - log_ratio)
+    terms = surrogate.terms(point)
+    return terms.slope + terms.direct
 
 
 def from_edges(positive: Edges, negative: Edges, tolerance: float) -> Surrogates:
@@ -159,6 +167,7 @@ SHAPES: dict[tuple[str, str], Callable[[Tensor], Tensor]] = {
     ("k1", "ratio_weighted"): lambda x: 1 + x,
     ("k2", "ratio_weighted"): lambda x: x + x * x / 2,
     ("abs", "pathwise"): torch.sign,
+    ("abs", "ratio_weighted"): lambda x: torch.sign(x) + x.abs(),
     ("k3", "reversed"): torch.expm1,
 }
 """Slopes at a ratio of 1, by what makes them; x alone is k2, or k3 with a ratio, or straight through."""
@@ -197,24 +206,30 @@ def fit_kl(
     if error > 100 * tolerance and estimator == "abs":
         (estimator, kind), (error, coef) = ("k3", "pathwise"), errors["k3", "pathwise"]
     coef = plain(coef, max(1e-8, 10 * tolerance))
-    if kind == "reversed" or estimator == "abs":
-        return KLFit(KL(coef), "kl_reversed" if kind == "reversed" else "kl_abs", error)
-    gradient, weighted, shape = "pathwise", kind == "ratio_weighted", SHAPES[estimator, kind]
+    if kind == "reversed":
+        return KLFit(KL(coef), "kl_reversed", error)
+    gradient, weighted, shape, cap = "pathwise", kind == "ratio_weighted", SHAPES[estimator, kind], KL().ratio_cap
+    grows = abs(with_ratio(1.05) - 1.05) < 1e-3
     if (estimator, kind) == ("k2", "pathwise"):
-        if abs(with_ratio(1.05) - 1.05) < 1e-3:
+        if grows and (ceiling := with_ratio(1e3)) < 500:
+            estimator, _ = _behind_k2(value, coef)
+            gradient, cap = "weighted_k2", plain(ceiling, max(1e-6, 10 * tolerance))
+        elif grows:
             estimator, weighted = "k3", True
         else:
             estimator, gradient = _behind_k2(value, coef)
+    elif weighted and not grows:
+        gradient, weighted = "score_function", False
     limit = _kl_limit(lambda x: curve(x) / coef, shape, estimator, gradient, tolerance)
     if limit is None:
-        return KLFit(KL(coef, estimator, gradient, weighted, (None, None)), "kl_limit", error)
-    return KLFit(KL(coef, estimator, gradient, weighted, limit), "", error)
+        return KLFit(KL(coef, estimator, gradient, weighted, (None, None), cap), "kl_limit", error)
+    return KLFit(KL(coef, estimator, gradient, weighted, limit, cap), "", error)
 
 
 def _behind_k2(value: Callable[[float], float], coef: float) -> tuple[str, str]:
     """The slope of k2 with the value of k2, or with another one's."""
     x = 0.8
-    values = {"k2": x * x / 2, "k3": math.exp(-x) + x - 1, "k1": x}
+    values = {"k2": x * x / 2, "k3": math.exp(-x) + x - 1, "k1": x, "abs": x}
     found = value(x) / coef
     estimator = min(values, key=lambda name: abs(values[name] - found))
     return estimator, "pathwise" if estimator == "k2" else "straight_through_k2"

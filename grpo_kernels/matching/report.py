@@ -46,8 +46,7 @@ TEXTS: dict[str, str] = {
     "other_tokens": "{missing} tokens of the mask get no gradient (as {places}), {extra} outside of it do",
     "no_pattern": "the tokens' weights follow no known aggregation (off by {spread:.1%})",
     "unknown_surrogate": "the policy term is none of the surrogates of grpo_kernels (off by {error:.1%})",
-    "unknown_kl": "the KL term is none of k1, k2, k3 (off by {error:.1%})",
-    "kl_abs": "the KL term is |ℓ - ref|, which grpo_kernels has not",
+    "unknown_kl": "the KL term is none of k1, k2, k3, |x| (off by {error:.1%})",
     "kl_aggregation": "the KL term has an aggregation of its own ({name}); ours has that of the policy term",
     "kl_limit": "the KL term is clamped on one side, or where no limit of ours is",
     "rollout_weights": "tokens are weighed by the sampler's log-probs: give those weights as token_weights=",
@@ -61,6 +60,8 @@ TEXTS: dict[str, str] = {
     "one_sided_limit": "your log-ratios are clamped at {limit:g} from above only; ours on both sides, where the ratio "
     "is next to 0",
     "dual_below_high": "the dual clip lies below 1 + high, where grpo_kernels has none",
+    "cap_below_one": "the cap of the ratio is {cap:g}, below 1: every token that is at least as likely as before has "
+    "that weight. TRL's and Liger's epsilon_high is the cap itself with loss_type='cispo' (ScaleRL: 5)",
     "rounded": "your loss rounds to fp32 on the way: differences below 1e-4 count as none",
     "entropy_penalty": "your loss penalises entropy; a bonus has the other sign",
     "left_out": "left at their defaults: {names}",

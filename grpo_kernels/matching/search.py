@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import KL, Level, LossConfig
-from ..surrogates import Reinforce, Surrogate, Unclipped
-from . import fit
+from ..config import Level, LossConfig
+from ..kl import KL
+from ..surrogates import Cispo, Clip, Dro, Gmpo, Reinforce, Surrogate, Unclipped
+from . import fit, soft
 from .batch import Batch
 from .finding import Finding
 from .probe import DIFFERENCE, INVERTED, QUOTIENT, ROUNDED, Probe
@@ -40,6 +41,10 @@ class Search:
     entropy_coef: float = 0.0
     entropy_aggregation: Literal["token_mean"] | None = None
     uses_ratio: bool = True
+    cap: float = 1.0
+    """What bounds the ratio already where it is 1: on-policy weights are this times the loss's."""
+    detached: bool = False
+    """The ratio is a weight without gradient of its own: a token's slope is not its sequence's."""
     _at_rest: Measured | None = None
 
     def run(self) -> Finding:
@@ -92,15 +97,16 @@ class Search:
         return self.probe.batch.variants(caller.masks)
 
     def _weights_at(self, batch: Batch, advantages: Tensor | None = None) -> Measured:
-        """On-policy slopes over -A. A product of ratios hands every token the weight of its whole sequence."""
+        """On-policy slopes over -A. A product of ratios hands every token the weight of its whole sequence, unless it
+        is detached."""
         probe = self.probe
         A = probe.signs(batch) if advantages is None else advantages
         effective = probe.effective(A, batch)[:, None]
         live = probe.live(batch) & (effective != 0)
         weights = torch.where(live, -probe.policy(0.0, A, batch=batch) / effective, 0.0)
-        if self.level == "sequence_product":
+        if self.level == "sequence_product" and not self.detached:
             weights = weights / live.sum(-1, keepdim=True).clamp(min=1)
-        return weights, live, probe.counted(batch)
+        return weights / self.cap, live, probe.counted(batch)
 
     def find_weights(self) -> None:
         """Pattern and denominator; and, since it shows here, what a log-prob is compared with."""
@@ -139,12 +145,16 @@ class Search:
         growth = uniform / (-STEP * sign)
         live = probe.live(probe.batch) & (at_rest != 0)
         if not bool(live.any()) or float(growth[live].abs().max()) < 0.05:
+            if self._find_cap(at_rest, live):
+                return
             self.uses_ratio = False
             if "old_log_probs" in probe.caller.roles.values():
                 kind = self.faults if self._value_is_a_ratio() else self.notes
                 kind["old_ignored"] = {}
             return
-        if float(growth[live].mean()) < 0 and probe.ratio is not INVERTED:
+        grown = [growth[live & (sign == one)] for one in (1.0, -1.0)]
+        falls = [float(part.mean()) < 0 for part in grown if part.numel()]
+        if all(falls) and probe.ratio is not INVERTED:
             probe.ratio = INVERTED
             self.faults["inverted"] = {}
             self.find_weights()
@@ -155,11 +165,39 @@ class Search:
         moved = self._moved(at_rest, sign)
         if sum(moved) <= len(moved) * 1.5:
             return
-        if bool((growth.abs() - lengths)[several].abs().mean() < (growth.abs() - 1)[several].abs().mean()):
+        if self._grows_with_length(growth.abs(), lengths, several, sign):
             self.level = "sequence_product"
+            per_token = growth / lengths  # 1 where the ratio carries the gradient
+            self.detached = bool(((per_token - 1).abs()[several] > 0.05).any())
             self.find_weights()
         else:
             self.level = self._own_slopes()
+
+    def _find_cap(self, at_rest: Tensor, live: Tensor) -> bool:
+        """CISPO with a cap below 1: on-policy every weight is the cap, and far below it is the ratio."""
+        if not bool(live.any()):
+            return False
+        shares = [(self.probe.policy(x, self.probe.signs()) / at_rest)[live] for x in (-8.0, -7.0)]
+        cap = math.exp(-8.0) / float(shares[0].mean())
+        level = [(share - math.exp(x) / cap).abs().max() for share, x in zip(shares, (-8.0, -7.0), strict=True)]
+        if not 2e-3 < cap < 1 - 1e-3 or float(max(level)) > 1e-4:
+            return False
+        self.cap = fit.plain(cap, max(1e-8, 100 * self.probe.tolerance))
+        self.notes["cap_below_one"] = {"cap": self.cap}
+        self.find_weights()
+        return True
+
+    def _grows_with_length(self, growth: Tensor, lengths: Tensor, several: Tensor, sign: Tensor) -> bool:
+        """A product of ratios moves by the length of a sequence, a mean by 1; whatever becomes of it, by sign."""
+
+        def spread(values: Tensor) -> float:
+            parts = (values[several & (sign == one)] for one in (1.0, -1.0))
+            return sum(float(part.std() / part.mean()) for part in parts if part.numel() > 1)
+
+        by_product, by_mean = spread(growth / lengths), spread(growth)
+        if abs(by_product - by_mean) > 1e-3:
+            return by_product < by_mean
+        return bool((growth - lengths)[several].abs().mean() < (growth - 1)[several].abs().mean())
 
     def _changes(self, slopes: Tensor, at_rest: Tensor) -> Tensor:
         return torch.where(at_rest != 0, slopes / at_rest - 1, 0.0)
@@ -195,18 +233,94 @@ class Search:
     # The surrogate, the KL term, the entropy bonus
 
     def find_surrogate(self) -> None:
-        if not self.uses_ratio:
-            surrogate = Unclipped() if self._value_is_a_ratio() else Reinforce()
-            self.surrogate = fit.Surrogates(surrogate, LossConfig().log_ratio_limit)
+        limit = LossConfig().log_ratio_limit
+        if self.cap != 1.0:
+            self.surrogate = fit.Surrogates(Cispo(cap=self.cap), limit)
             return
-        self.surrogate = fit.fit_surrogate(self.curve, self.probe.tolerance)
+        spring = self._spring() if self.probe.caller.takes("old_log_probs") else None
+        if not self.uses_ratio:
+            surrogate = Unclipped() if self._value_is_a_ratio() else spring or Reinforce()
+            if spring is not None:
+                self.uses_ratio = True
+                self.faults.pop("old_ignored", None)
+                self.notes.pop("old_ignored", None)
+            self.surrogate = fit.Surrogates(surrogate, limit)
+            return
+        tolerance = self.probe.tolerance
+        other = soft.soft(self.curve, tolerance, self.level == "sequence_product")
+        if other is not None:
+            self.surrogate = fit.Surrogates(other, limit)
+            return
+        self.surrogate = fit.fit_surrogate(self.curve, tolerance)
+        error = fit.misfit(self.curve, self.surrogate, tolerance)
+        other = self._other_surrogate(error > 1e3 * tolerance)
+        if other is not None:
+            self.surrogate = fit.Surrogates(other, self.surrogate.log_ratio_limit if error <= 1e3 * tolerance else limit)
+            return
         for key in self.surrogate.faults:
             self.faults[key] = {}
         for key in self.surrogate.notes:
             self.notes[key] = {"limit": self.surrogate.log_ratio_limit}
-        error = fit.misfit(self.curve, self.surrogate, self.probe.tolerance)
-        if error > 1e3 * self.probe.tolerance and not self.surrogate.faults:
+        if error > 1e3 * tolerance and not self.surrogate.faults:
             self.strange["unknown_surrogate"] = {"error": error}
+
+    def _other_surrogate(self, misfit: bool) -> Surrogate | None:
+        """What bounds of the pooled ratio do not describe, or describe as well."""
+        probe, found = self.probe, self.surrogate.surrogate
+        if misfit and self.level == "token":
+            log_probs = probe.log_probs(probe.batch)
+            return soft.dppo(self._factors, log_probs, self._signs() > 0, probe.tolerance)
+        if self.level == "sequence" and isinstance(found, Clip) and found.dual is None and found.low < 1:
+            return self._bounds_before_the_mean(found)
+        return None
+
+    def _signs(self) -> Tensor:
+        """(B, T) of the effective advantages of ``probe.signs``."""
+        probe = self.probe
+        return probe.effective(probe.signs())[:, None].expand(probe.batch.shape)
+
+    def _factors(self, log_ratio: Tensor) -> Tensor:
+        """``soft.Everywhere``"""
+        probe = self.probe
+        weights, live, _ = self.at_rest()
+        slopes = -probe.policy(log_ratio, probe.signs()) / (weights * self._signs())
+        return torch.where(live & (weights != 0), slopes, torch.nan)
+
+    def _bounds_before_the_mean(self, clip: Clip) -> Surrogate | None:
+        """GMPO: a token that is far out on its own has no slope, although the mean of its sequence is not."""
+        probe = self.probe
+        low, high = -math.log1p(-clip.low), math.log1p(clip.high)
+        weights, live, _ = self.at_rest()
+        lengths = live.sum(-1)
+        sign = self._signs().sign()
+        row = next((i for i in torch.argsort(-lengths).tolist() if sign[i, 0] > 0 and lengths[i] > 2), None)
+        if row is None:
+            return None
+        place = int(live[row].nonzero()[0])
+        moved = torch.zeros(probe.batch.shape, dtype=torch.float64)
+        moved[row, place] = 1.5 * high
+        factor = -probe.policy(moved, probe.signs())[row] / (weights[row] * sign[row])
+        others = [t for t in live[row].nonzero().flatten().tolist() if t != place]
+        if abs(float(factor[place])) > 1e-6 or float(factor[others].min()) < 0.5:
+            return None
+        digits = max(1e-7, 10 * probe.tolerance)
+        return Gmpo(fit.plain(low, digits), fit.plain(high, digits))
+
+    def _spring(self) -> Surrogate | None:
+        """DRO: without an advantage, a pull towards the old policy that is proportional to the log-ratio."""
+        probe = self.probe
+        weights, live, _ = self.at_rest()
+        zero = torch.zeros(probe.batch.shape[0], dtype=torch.float64)
+        at = (-1.0, 0.0, 0.5, 2.0)
+        pulls = [(probe.at(x, zero).slope / weights)[live] for x in at]
+        if not all(bool(pull.isfinite().all()) for pull in pulls):
+            return None
+        strengths = [(pull - pulls[1]) / x for pull, x in zip(pulls, at, strict=True) if x]
+        beta = float(strengths[0].mean())
+        apart = max(float((strength - beta).abs().max()) for strength in strengths)
+        if beta < 1e-6 or apart > 1e3 * probe.tolerance * beta:
+            return None
+        return Dro(fit.plain(beta, max(1e-9, 10 * probe.tolerance)))
 
     def _value_is_a_ratio(self) -> bool:
         """Where old log-probs change nothing: -A·exp(ℓ - sg(ℓ)) has the slope of -A·ℓ and the value -A."""
@@ -226,11 +340,12 @@ class Search:
         lengths = live.sum(-1, keepdim=True).clamp(min=1).double()
         if self.level != "sequence_product":
             lengths = torch.ones_like(lengths)
+        handed = torch.ones_like(lengths) if self.detached else lengths
         A = probe.signs()
         if not bool((live.any(-1) & (probe.effective(A).sign() == sign)).any()):
             A = -A  # one sequence, or every live one of the same sign
         effective = probe.effective(A)[:, None]
-        sizes = weights * lengths * effective.abs()
+        sizes = weights * handed * effective.abs()
 
         def slopes(log_ratio: Tensor) -> Tensor:
             return probe.policy(log_ratio / lengths, A)

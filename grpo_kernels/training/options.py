@@ -10,7 +10,9 @@ from typing import Any
 
 from .. import backends
 from ..checks import check_device_name
-from ..config import KL, LossConfig, check_name
+from ..checks import check_name
+from ..config import LossConfig
+from ..kl import KL
 
 
 @dataclass(frozen=True)

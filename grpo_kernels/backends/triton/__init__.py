@@ -103,6 +103,7 @@ def fused_loss(
     policy_weight: Tensor,
     old: Tensor | None,
     ref: Tensor | None,
+    rollout: Tensor | None,
     kl_weight: Tensor | None,
     entropy_weight: Tensor | None,
     spec: list[int],
@@ -112,13 +113,14 @@ def fused_loss(
     policy: Tensor,
     kl: Tensor,
     flags: Tensor,
+    rollout_weight: Tensor,
     out: Tensor,
 ) -> None:
     from . import launch, one_pass
 
     blocks = launch.blocks_of(rows)
-    per_row = (advantage, policy_weight, old, ref, kl_weight, entropy_weight)
-    outputs = (log_prob, entropy, lse, policy, kl, flags)
+    per_row = (advantage, policy_weight, old, ref, rollout, kl_weight, entropy_weight)
+    outputs = (log_prob, entropy, lse, policy, kl, flags, rollout_weight)
     arguments = (*launch.row_arguments(rows), *per_row, *outputs, *launch.out_arguments(out))
     sizes = (rows.token_ids.shape[1], rows.vocab)
     constants = launch.row_constants(rows, blocks) | _spec_constants(spec) | {"HELD": blocks.held(rows.vocab)}
@@ -155,14 +157,14 @@ def token_terms(log_prob: Tensor, *rest: Any) -> None:
     """``rest`` as in backends/cpu.py."""
     from . import launch, one_pass
 
-    *inputs, spec, policy, kl, flags, slope = rest
+    *inputs, spec, policy, kl, flags, rollout_weight, slope = rest
     count, device = log_prob.numel(), log_prob.device
     constants = {**_spec_constants(spec), "BLOCK": one_pass.TOKENS_PER_PROGRAM}
     programs = -(-count // one_pass.TOKENS_PER_PROGRAM)
-    outputs = (policy, kl, flags, slope)
+    outputs = (policy, kl, flags, rollout_weight, slope)
     launch.launch(one_pass.token_terms_kernel, programs, device, log_prob, *inputs, *outputs, count, **constants)
 
 
 def _spec_constants(spec: list[int]) -> dict[str, int]:
-    names = ("SURROGATE", "KL_ESTIMATOR", "KL_STRAIGHT_THROUGH", "KL_RATIO_WEIGHTED")
+    names = ("SURROGATE", "KL_ESTIMATOR", "KL_GRADIENT", "KL_RATIO_WEIGHTED", "ROLLOUT")
     return dict(zip(names, spec, strict=True))

@@ -23,7 +23,7 @@ from .rows import (
     sampled,
     unrounded,
 )
-from .surrogates import GRAD_SCALE, NO_KL, token_terms
+from .surrogates import GRAD_SCALE, NO_KL, NO_ROLLOUT, token_terms
 
 TOKENS_PER_PROGRAM = 256
 """Of the per-token maths alone."""
@@ -66,45 +66,57 @@ def row_terms(
     row_index,
     inside,
     row_log_prob,
+    row_entropy,
     numbers,
     advantage,
     policy_weight,
     old,
     ref,
+    rollout,
     kl_weight,
     policy,
     kl,
     flags,
+    rollout_weight,
     SURROGATE: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
-    KL_STRAIGHT_THROUGH: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
+    ROLLOUT: tl.constexpr,
 ):
     """Write a row's terms (or those of several, ``inside`` a mask); d loss / d log_prob."""
     row_old = row_log_prob
     row_ref = row_log_prob
+    row_rollout = row_log_prob
     weight = row_log_prob
     if old is not None:
         row_old = tl.load(old + row_index, mask=inside)
     if KL_ESTIMATOR != NO_KL:
         row_ref = tl.load(ref + row_index, mask=inside)
         weight = tl.load(kl_weight + row_index, mask=inside)
-    policy_value, kl_value, slope, row_flags = token_terms(
+    if ROLLOUT != NO_ROLLOUT:
+        row_rollout = tl.load(rollout + row_index, mask=inside)
+    policy_value, kl_value, slope, row_flags, row_weight = token_terms(
         numbers,
         row_log_prob,
+        row_entropy,
         row_old,
         row_ref,
+        row_rollout,
         tl.load(advantage + row_index, mask=inside),
         tl.load(policy_weight + row_index, mask=inside),
         weight,
         SURROGATE,
         KL_ESTIMATOR,
-        KL_STRAIGHT_THROUGH,
+        KL_GRADIENT,
         KL_RATIO_WEIGHTED,
+        ROLLOUT,
     )
     tl.store(policy + row_index, policy_value, mask=inside)
     tl.store(kl + row_index, kl_value, mask=inside)
     tl.store(flags + row_index, row_flags.to(tl.uint8), mask=inside)
+    if ROLLOUT != NO_ROLLOUT:
+        tl.store(rollout_weight + row_index, row_weight, mask=inside)
     return slope
 
 
@@ -120,6 +132,7 @@ def one_pass_kernel(
     policy_weight,
     old,
     ref,
+    rollout,
     kl_weight,
     entropy_weight,
     log_prob,
@@ -128,6 +141,7 @@ def one_pass_kernel(
     policy,
     kl,
     flags,
+    rollout_weight,
     out,
     out_batch_stride: tl.int64,
     out_row_stride,
@@ -140,8 +154,9 @@ def one_pass_kernel(
     SOFTCAP: tl.constexpr,
     SURROGATE: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
-    KL_STRAIGHT_THROUGH: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
+    ROLLOUT: tl.constexpr,
 ):
     """One program a row: its log-prob, the terms of its loss, its gradient. ``out`` may be the logits.
 
@@ -155,6 +170,8 @@ def one_pass_kernel(
         tl.store(policy + row_index, zero)
         tl.store(kl + row_index, zero)
         tl.store(flags + row_index, zero.to(tl.uint8))
+        if ROLLOUT != NO_ROLLOUT:
+            tl.store(rollout_weight + row_index, zero)
         fill(out, zero, 0, tl.cdiv(vocab, BLOCK), vocab, BLOCK)
         return
     mapping = logit_map(numbers, SOFTCAP)
@@ -184,19 +201,23 @@ def one_pass_kernel(
         row_index,
         None,
         row_log_prob,
+        row_entropy,
         numbers,
         advantage,
         policy_weight,
         old,
         ref,
+        rollout,
         kl_weight,
         policy,
         kl,
         flags,
+        rollout_weight,
         SURROGATE,
         KL_ESTIMATOR,
-        KL_STRAIGHT_THROUGH,
+        KL_GRADIENT,
         KL_RATIO_WEIGHTED,
+        ROLLOUT,
     )
     h = zero
     HAS_H: tl.constexpr = entropy_weight is not None
@@ -224,22 +245,26 @@ def one_pass_kernel(
 @triton.jit(do_not_specialize=["count"])
 def token_terms_kernel(
     log_prob,
+    entropy,
     live,
     numbers,
     advantage,
     policy_weight,
     old,
     ref,
+    rollout,
     kl_weight,
     policy,
     kl,
     flags,
+    rollout_weight,
     slope,
     count,
     SURROGATE: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
-    KL_STRAIGHT_THROUGH: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
+    ROLLOUT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The per-token maths alone, between the two passes."""
@@ -250,22 +275,28 @@ def token_terms_kernel(
         at,
         alive,
         tl.load(log_prob + at, mask=alive),
+        tl.load(entropy + at, mask=alive),
         numbers,
         advantage,
         policy_weight,
         old,
         ref,
+        rollout,
         kl_weight,
         policy,
         kl,
         flags,
+        rollout_weight,
         SURROGATE,
         KL_ESTIMATOR,
-        KL_STRAIGHT_THROUGH,
+        KL_GRADIENT,
         KL_RATIO_WEIGHTED,
+        ROLLOUT,
     )
     dead = inside & (alive == 0)
     tl.store(policy + at, 0, mask=dead)
     tl.store(kl + at, 0, mask=dead)
     tl.store(flags + at, 0, mask=dead)
+    if ROLLOUT != NO_ROLLOUT:
+        tl.store(rollout_weight + at, 0, mask=dead)
     tl.store(slope + at, tl.where(alive, row_slope, 0), mask=inside)

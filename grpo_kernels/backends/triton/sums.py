@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ...metrics import FIELDS, SUMS
 from .maths import expm1
-from .surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, K1, K2, log_ratio_of
+from .surrogates import ABS, CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, K1, K2, log_ratio_of
 
 TOKENS_PER_CHUNK = 512
 CHUNKS_AT_ONCE = 16
@@ -58,6 +58,7 @@ def chunk_sums_kernel(
     old,
     ref,
     rollout,
+    rollout_weight,
     chunk_records,
     count,
     KL_ESTIMATOR: tl.constexpr,
@@ -86,13 +87,15 @@ def chunk_sums_kernel(
         kl_sum = to_ref
     elif KL_ESTIMATOR == K2:
         kl_sum = to_ref * to_ref / 2
+    elif KL_ESTIMATOR == ABS:
+        kl_sum = tl.abs(to_ref)
     else:
         kl_sum = k3_ref
     to_old, k3_old, ratio = zero, zero, one
     if old is not None:
         to_old, k3_old = divergence(p, old, at, counted)
         ratio = tl.where(counted, tl.exp(to_old), 0)
-    to_rollout, k3_rollout, known, weight = zero, zero, zero, zero
+    to_rollout, k3_rollout, known, rho, weight = zero, zero, zero, zero, zero
     if rollout is not None:
         sampler = tl.load(rollout + at, mask=counted, other=float("nan"))
         recorded = sampler == sampler
@@ -101,7 +104,10 @@ def chunk_sums_kernel(
         from_rollout = to_rollout
         if old is not None:
             from_rollout = log_ratio_of(tl.load(old + at, mask=counted, other=0), sampler).to(tl.float64)
-        weight = tl.where(recorded, tl.exp(from_rollout), 0)
+        rho = tl.where(recorded, tl.exp(from_rollout), 0)
+        weight = known
+        if rollout_weight is not None:
+            weight = tl.where(recorded, tl.load(rollout_weight + at, mask=counted, other=0), 0).to(tl.float64)
     row_flags = tl.load(flags + at, mask=counted, other=0)
 
     columns = (
@@ -119,8 +125,11 @@ def chunk_sums_kernel(
         to_rollout,
         k3_rollout,
         known,
+        rho,
+        rho * rho,
         weight,
         weight * weight,
+        known * (weight == 0).to(tl.float64),
         zero,
         ratio,
         one,
@@ -132,6 +141,8 @@ def chunk_sums_kernel(
         tl.store(chunk_records + i, tl.sum(columns[i], 0))
     tl.store(chunk_records + _RATIO_MIN, tl.min(tl.where(counted, ratio, float("inf")), 0))
     tl.store(chunk_records + _RATIO_MAX, tl.max(tl.where(counted, ratio, -float("inf")), 0))
+    tl.store(chunk_records + _RATIO_MAX + 1, tl.max(tl.where(known != 0, rho, -float("inf")), 0))
+    tl.store(chunk_records + _RATIO_MAX + 2, tl.max(tl.where(known != 0, weight, -float("inf")), 0))
 
 
 @triton.jit(do_not_specialize=["chunks", "sequences"])
@@ -154,5 +165,6 @@ def merge_chunks_kernel(chunk_records, loss, sums, chunks, sequences, AT_ONCE: t
     unknown = ratio_sum != ratio_sum  # a NaN ratio is both extremes, as in torch
     result = tl.where(field == _RATIO_MIN, tl.where(unknown, ratio_sum, tl.min(smallest, 0)), result)
     result = tl.where(field == _RATIO_MAX, tl.where(unknown, ratio_sum, tl.max(largest, 0)), result)
+    result = tl.where(field > _RATIO_MAX, tl.max(largest, 0), result)
     tl.store(sums + field, result, mask=field < _FIELDS)
     tl.store(loss, tl.sum(tl.where(field < TERMS, result, 0), 0).to(loss.dtype.element_ty))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .maths import exp_of, expm1
+from .maths import divide, exp_of, expm1
 
 # Where each hyper-parameter sits in the vector of numbers (grpo_kernels/spec.py).
 TEMPERATURE = tl.constexpr(0)
@@ -19,13 +19,29 @@ GRAD_SCALE = tl.constexpr(3)
 LOG_RATIO_LIMIT = tl.constexpr(4)
 KL_INPUT_LIMIT = tl.constexpr(5)
 KL_OUTPUT_LIMIT = tl.constexpr(6)
-SURROGATE_FIRST = tl.constexpr(7)
+KL_RATIO_CAP = tl.constexpr(7)
+ROLLOUT_LOW = tl.constexpr(8)
+ROLLOUT_HIGH = tl.constexpr(9)
+ENTROPY_THRESHOLD = tl.constexpr(10)
+SURROGATE_FIRST = tl.constexpr(11)
 
 REINFORCE = tl.constexpr(0)
 UNCLIPPED = tl.constexpr(1)
+CLIP = tl.constexpr(2)
+CISPO = tl.constexpr(3)
+SAPO = tl.constexpr(4)
+DPPO_TV = tl.constexpr(5)
+DPPO_KL = tl.constexpr(6)
 NO_KL = tl.constexpr(0)
 K1 = tl.constexpr(1)
 K2 = tl.constexpr(2)
+ABS = tl.constexpr(4)
+STRAIGHT_THROUGH_K2 = tl.constexpr(1)
+WEIGHTED_K2 = tl.constexpr(2)
+SCORE_FUNCTION = tl.constexpr(3)
+NO_ROLLOUT = tl.constexpr(0)
+TRUNCATED_IS = tl.constexpr(1)
+MASKED_IS = tl.constexpr(2)
 CLIPPED_LOW = tl.constexpr(1)
 CLIPPED_HIGH = tl.constexpr(2)
 CLIPPED_DUAL = tl.constexpr(4)
@@ -77,16 +93,21 @@ def no_flags(x):
 
 
 @triton.jit
+def nothing(x):
+    return (x == x).to(x.dtype) * 0
+
+
+@triton.jit
 def reinforce(log_prob, advantage):
     """-A * log_prob"""
-    return times(-advantage, log_prob), -advantage, no_flags(advantage)
+    return times(-advantage, log_prob), nothing(advantage), -advantage, no_flags(advantage)
 
 
 @triton.jit
 def unclipped(ratio, advantage):
     """-r * A"""
     value = times(-advantage, ratio)
-    return value, value, no_flags(advantage)
+    return value, value, nothing(advantage), no_flags(advantage)
 
 
 @triton.jit
@@ -95,64 +116,168 @@ def clip(ratio, advantage, low, high, dual):
     clipped_high = (advantage > 0) & (ratio > high)
     clipped_low = (advantage < 0) & (ratio < low)
     clipped_dual = (advantage < 0) & (ratio > dual)
-    value, slope, _ = unclipped(ratio, advantage)
+    value, slope, direct, _ = unclipped(ratio, advantage)
     value = tl.where(clipped_high, -advantage * high, value)
     value = tl.where(clipped_low, -advantage * low, value)
     value = tl.where(clipped_dual, -advantage * dual, value)
     slope = tl.where(clipped_high | clipped_low | clipped_dual, 0, slope)
     flags = tl.where(clipped_low, CLIPPED_LOW, tl.where(clipped_high, CLIPPED_HIGH, 0))
-    return value, slope, tl.where(clipped_dual, CLIPPED_DUAL, flags)
+    return value, slope, direct, tl.where(clipped_dual, CLIPPED_DUAL, flags)
 
 
 @triton.jit
-def surrogate_terms(SURROGATE: tl.constexpr, numbers, log_prob, ratio, advantage):
-    """Value, slope with respect to the log-prob or the log-ratio, flags."""
+def cispo(log_prob, ratio, advantage, low, high):
+    """-sg(clip(r, low, high)) * A * log_prob"""
+    below = ratio < low
+    above = ratio > high
+    weighted = -tl.where(above, high, tl.where(below, low, ratio)) * advantage
+    flags = tl.where(below, CLIPPED_LOW, tl.where(above, CLIPPED_HIGH, 0))
+    return times(weighted, log_prob), nothing(advantage), weighted, tl.where(advantage != 0, flags, 0)
+
+
+@triton.jit
+def sapo(ratio, advantage, tau_pos, tau_neg):
+    """-A * sigmoid(tau * (r - 1)) * 4 / tau"""
+    tau = tl.where(advantage > 0, tau_pos, tau_neg)
+    x = tau * (ratio - 1)
+    e = exp_of(tl.where(x < 0, x, -x))  # of the smaller side: exact where the gate closes
+    gate = divide(tl.where(x < 0, e, e * 0 + 1), 1 + e)
+    slope = times(divide(4 * e, (1 + e) * (1 + e)), ratio)
+    return divide(-advantage * gate * 4, tau), times(-advantage, slope), nothing(advantage), no_flags(advantage)
+
+
+@triton.jit
+def dppo(log_prob, ratio, advantage, fallen, risen, cap):
+    """A trust region in probabilities: -M * r * A, or -M * sg(min(r, cap)) * A * log_prob."""
+    low = fallen & (advantage < 0)
+    high = risen & (advantage > 0)
+    out = low | high
+    uncapped = cap == float("inf")
+    truncated = ratio > cap
+    weighted = -tl.where(truncated, cap, ratio) * advantage
+    whole = times(-advantage, ratio)
+    value = tl.where(out, 0, tl.where(uncapped, whole, times(weighted, log_prob)))
+    slope = tl.where(out, 0, tl.where(uncapped, whole, 0))
+    direct = tl.where(out, 0, tl.where(uncapped, 0, weighted))
+    flags = tl.where(truncated & (advantage != 0), CLIPPED_DUAL, 0)
+    return value, slope, direct, tl.where(low, CLIPPED_LOW, tl.where(high, CLIPPED_HIGH, flags))
+
+
+@triton.jit
+def dppo_tv(log_prob, old_log_prob, ratio, advantage, low, high, cap):
+    rise = exp_of(log_prob) - exp_of(old_log_prob)
+    return dppo(log_prob, ratio, advantage, rise < -low, rise > high, cap)
+
+
+@triton.jit
+def dppo_kl(log_prob, old_log_prob, ratio, advantage, low, high, cap):
+    fall = log_ratio_of(old_log_prob, log_prob)
+    others = -expm1(log_prob)
+    old_others = -expm1(old_log_prob)
+    possible = old_others > 0
+    safe = tl.where(possible, old_others, 1)
+    away = tl.where(possible, old_others * tl.log(divide(safe, others)), 0)
+    divergence = times(exp_of(old_log_prob), fall) + away
+    fallen = (divergence > low) & (fall > 0)
+    return dppo(log_prob, ratio, advantage, fallen, (divergence > high) & (fall < 0), cap)
+
+
+@triton.jit
+def dro(log_prob, log_ratio, advantage, beta):
+    """-A * log_prob + beta / 2 * log_ratio^2"""
+    pull = beta * log_ratio
+    return times(-advantage, log_prob) + pull * log_ratio / 2, pull, -advantage, no_flags(advantage)
+
+
+@triton.jit
+def surrogate_terms(SURROGATE: tl.constexpr, numbers, log_prob, old_log_prob, log_ratio, ratio, advantage):
+    """Value, slope with respect to the log-ratio, and to the log-prob at a fixed ratio, flags."""
+    first = tl.load(numbers + SURROGATE_FIRST)
+    second = tl.load(numbers + SURROGATE_FIRST + 1)
+    third = tl.load(numbers + SURROGATE_FIRST + 2)
     if SURROGATE == REINFORCE:
         return reinforce(log_prob, advantage)
     elif SURROGATE == UNCLIPPED:
         return unclipped(ratio, advantage)
+    elif SURROGATE == CLIP:
+        return clip(ratio, advantage, first, second, third)
+    elif SURROGATE == CISPO:
+        return cispo(log_prob, ratio, advantage, first, second)
+    elif SURROGATE == SAPO:
+        return sapo(ratio, advantage, first, second)
+    elif SURROGATE == DPPO_TV:
+        return dppo_tv(log_prob, old_log_prob, ratio, advantage, first, second, third)
+    elif SURROGATE == DPPO_KL:
+        return dppo_kl(log_prob, old_log_prob, ratio, advantage, first, second, third)
     else:
-        low = tl.load(numbers + SURROGATE_FIRST)
-        high = tl.load(numbers + SURROGATE_FIRST + 1)
-        dual = tl.load(numbers + SURROGATE_FIRST + 2)
-        return clip(ratio, advantage, low, high, dual)
+        return dro(log_prob, log_ratio, advantage, first)
 
 
 @triton.jit
-def kl_terms(KL_ESTIMATOR: tl.constexpr, KL_STRAIGHT_THROUGH: tl.constexpr, difference, input_limit, output_limit):
+def kl_terms(KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr, numbers, difference, ratio):
     """One KL estimator of x = log_prob - ref, clamped: value, slope, slope of value * ratio divided by the ratio."""
+    input_limit = tl.load(numbers + KL_INPUT_LIMIT)
+    output_limit = tl.load(numbers + KL_OUTPUT_LIMIT)
     inside = within(difference, input_limit)
     x = clamp(difference, input_limit)
     if KL_ESTIMATOR == K1:
         value, slope, slope_with_ratio = x, inside.to(x.dtype) * 0 + 1, 1 + x
     elif KL_ESTIMATOR == K2:
         value, slope, slope_with_ratio = x * x / 2, x, x + x * x / 2
+    elif KL_ESTIMATOR == ABS:
+        sign = tl.where(x > 0, 1, tl.where(x < 0, -1, x))  # 0, or NaN
+        value, slope, slope_with_ratio = tl.abs(x), sign, sign + tl.abs(x)
     else:
         value, slope, slope_with_ratio = k3_of(-x), -expm1(-x), x  # k3 + its slope is x, exactly
     free = inside & within(value, output_limit)
     value = clamp(value, output_limit)
     slope = tl.where(free, slope, 0)
     slope_with_ratio = tl.where(free, slope_with_ratio, value)
-    if KL_STRAIGHT_THROUGH:
+    if KL_GRADIENT == STRAIGHT_THROUGH_K2:
         slope = tl.where(inside, x, 0)
+    elif KL_GRADIENT == WEIGHTED_K2:
+        cap = tl.load(numbers + KL_RATIO_CAP)
+        slope = tl.where(inside, times(tl.where(ratio > cap, cap, ratio), x), 0)
+    elif KL_GRADIENT == SCORE_FUNCTION:
+        slope = slope_with_ratio
     return value, slope, slope_with_ratio
+
+
+@triton.jit
+def rollout_weight(ROLLOUT: tl.constexpr, numbers, log_prob, rollout):
+    """The rollout correction's factor, of rho = exp(log_prob - rollout); 1 where the sampler's is unknown."""
+    low = tl.load(numbers + ROLLOUT_LOW)
+    high = tl.load(numbers + ROLLOUT_HIGH)
+    rho = exp_of(clamp(log_ratio_of(log_prob, rollout), tl.load(numbers + LOG_RATIO_LIMIT)))
+    outside = (rho < low) | (rho > high)
+    if ROLLOUT == TRUNCATED_IS:
+        weight = tl.where(rho > high, high, tl.where(rho < low, low, rho))
+    elif ROLLOUT == MASKED_IS:
+        weight = tl.where(outside, 0, rho)
+    else:
+        weight = tl.where(outside, 0, rho * 0 + 1)
+    return tl.where(rollout == rollout, weight, 1)
 
 
 @triton.jit
 def token_terms(
     numbers,
     log_prob,
+    entropy,
     old,
     ref,
+    rollout,
     advantage,
     policy_weight,
     kl_weight,
     SURROGATE: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
-    KL_STRAIGHT_THROUGH: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
+    ROLLOUT: tl.constexpr,
 ):
-    """Policy value, KL value, both unweighted, d loss / d log_prob with the weights in it, flags.
+    """Policy value, KL value, both unweighted but for the rollout weight in the first, d loss / d log_prob with the
+    weights in it, flags, rollout weight.
 
     ``old`` is ``log_prob`` itself on-policy: then the ratio is 1, and NaN for a NaN.
     """
@@ -161,20 +286,26 @@ def token_terms(
     # A token of probability 0 has no direction to give: it saturates, whatever it is compared with.
     possible = log_prob != -float("inf")
     inside = within(raw, limit) & possible
-    ratio = exp_of(clamp(raw, limit))
+    log_ratio = clamp(raw, limit)
+    ratio = exp_of(log_ratio)
 
-    policy, policy_slope, flags = surrogate_terms(SURROGATE, numbers, log_prob, ratio, advantage)
-    if SURROGATE != REINFORCE:
-        policy_slope = tl.where(inside, policy_slope, 0)
-    slope = times(policy_weight, policy_slope)
+    policy, through_ratio, direct, flags = surrogate_terms(
+        SURROGATE, numbers, log_prob, old, log_ratio, ratio, advantage
+    )
+    weight = possible.to(log_prob.dtype) * 0 + 1
+    if ROLLOUT != NO_ROLLOUT:
+        weight = rollout_weight(ROLLOUT, numbers, old, rollout)
+        policy_weight = times(policy_weight, weight)
+        policy = times(weight, policy)
+    below = entropy < tl.load(numbers + ENTROPY_THRESHOLD)
+    policy = tl.where(below, 0, policy)
+    policy_weight = tl.where(below, 0, policy_weight)
+    slope = times(policy_weight, tl.where(inside, through_ratio, 0)) + times(policy_weight, direct)
     kl = possible.to(log_prob.dtype) * 0
     if KL_ESTIMATOR != NO_KL:
-        input_limit = tl.load(numbers + KL_INPUT_LIMIT)
-        output_limit = tl.load(numbers + KL_OUTPUT_LIMIT)
-        difference = log_ratio_of(log_prob, ref)
-        kl, kl_slope, with_ratio = kl_terms(KL_ESTIMATOR, KL_STRAIGHT_THROUGH, difference, input_limit, output_limit)
+        kl, kl_slope, with_ratio = kl_terms(KL_ESTIMATOR, KL_GRADIENT, numbers, log_ratio_of(log_prob, ref), ratio)
         if KL_RATIO_WEIGHTED:
             kl_slope = times(ratio, tl.where(inside, with_ratio, kl_slope))
             kl = times(ratio, kl)
         slope += times(kl_weight, tl.where(possible, kl_slope, 0))
-    return policy, kl, slope, flags
+    return policy, kl, slope, flags, weight

@@ -1,0 +1,119 @@
+"""The penalty towards the reference policy: its options, value and slope.
+
+The per-token maths is twinned in ``csrc/common/surrogates.h`` and ``backends/triton/surrogates.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import check_limit, check_name, check_number
+from .maths import clamp, k3_of, times, within
+
+ESTIMATORS = ("k1", "k2", "k3", "abs")
+LEVELS: Mapping[str, str] = MappingProxyType(
+    {
+        "token": "r = exp(ℓ - old), every token by itself",
+        "sequence": "s = exp(mean over live tokens of ℓ - old), gradient through the mean (GSPO)",
+        "sequence_token": "the value of s, the gradient of each token alone (GSPO-token)",
+        "sequence_product": "s = exp(sum over live tokens of ℓ - old) = π(y)/π_old(y)",
+    }
+)
+"""How log-ratios are pooled, of the policy term and of the KL's ratio."""
+GRADIENTS = ("pathwise", "straight_through_k2", "weighted_k2", "score_function")
+
+
+@dataclass(frozen=True)
+class KL:
+    """A penalty on the divergence from the reference policy, with x = log_prob - ref_log_prob.
+
+    Args:
+        coef: its factor in the loss; 0 leaves the term out. Can be given per call (``kl_coef=``) instead.
+        estimator: "k1" x, "k2" x²/2, "k3" exp(-x) + x - 1 (Schulman 2020, "Approximating KL divergence"), "abs" |x|.
+        gradient: the value is the estimator's in any case; its slope is
+
+            - "pathwise": that of the estimator;
+            - "straight_through_k2": x, that of the KL itself on-policy (verl's ``k1+``, ``k3+``);
+            - "weighted_k2": min(r, ratio_cap)·x, that of the KL on samples of the old policy, r the detached ratio
+              (OpenRLHF's ``unbiased_gradient``);
+            - "score_function": estimator + its slope, that of k·exp(ℓ - sg(ℓ)) (NeMo-RL's default).
+        ratio_weighted: multiply by the (differentiable) ratio to the old policy, as TRL's
+            ``use_bias_correction_kl`` and DeepSeek-V3.2 do; needs "pathwise". On-policy it changes the
+            gradient of k3 from 1 - exp(-x) to x, not the value.
+        limit: (input, output) clamps: x to ±input before the estimator, its value to ±output after; the slope
+            is 0 where a clamp bites. None: no clamp. verl uses (20, 10), TRL none.
+        ratio_cap: of "weighted_k2" (OpenRLHF: 10).
+        level: how log-ratios are pooled into the ratio that weighs the KL; None: as those of the policy term.
+    """
+
+    coef: float = 0.0
+    estimator: str = "k3"
+    gradient: str = "pathwise"
+    ratio_weighted: bool = False
+    limit: tuple[float | None, float | None] = (20.0, None)
+    ratio_cap: float = 10.0
+    level: str | None = None
+
+    def __post_init__(self) -> None:
+        check_number("KL(coef=...)", self.coef)
+        check_name("KL(estimator=...)", self.estimator, ESTIMATORS)
+        check_name("KL(gradient=...)", self.gradient, GRADIENTS)
+        if not (isinstance(self.limit, tuple) and len(self.limit) == 2):
+            raise ValueError(f"KL(limit=...) must be a pair (input, output) of limits; got {self.limit!r}.")
+        for name, value in zip(("input", "output"), self.limit, strict=True):
+            check_limit(f"KL(limit=...): the {name} limit", value)
+        check_number("KL(ratio_cap=...)", self.ratio_cap, above=0, infinite=True)
+        if self.level is not None:
+            check_name("KL(level=...)", self.level, LEVELS)
+        if self.ratio_weighted and self.gradient != "pathwise":
+            raise ValueError(
+                'KL(ratio_weighted=True) needs gradient="pathwise": the ratio carries gradient itself. With a detached '
+                'ratio, the gradient is "weighted_k2".'
+            )
+
+    def level_beside(self, policy: str) -> str:
+        """Of its ratio, where the policy term's is ``policy``: the same where it has none."""
+        uses_ratio = self.ratio_weighted or self.gradient == "weighted_k2"
+        return policy if self.level is None or not uses_ratio else self.level
+
+
+class KLTerms(NamedTuple):
+    value: Tensor
+    slope: Tensor
+    slope_with_ratio: Tensor
+    """Slope of value * exp(log_prob - const), divided by that ratio."""
+
+
+def kl_terms(kl: KL, difference: Tensor, ratio: Tensor) -> KLTerms:
+    """One KL estimator of ``difference`` = log_prob - ref, with its clamps; ``ratio`` to the old policy."""
+    input_limit, output_limit = kl.limit
+    inside = within(difference, input_limit)
+    x = clamp(difference, input_limit)
+    value, slope, slope_with_ratio = _estimate(kl.estimator, x)
+    free = inside & within(value, output_limit)
+    value = clamp(value, output_limit)
+    slope = torch.where(free, slope, 0.0)
+    slope_with_ratio = torch.where(free, slope_with_ratio, value)
+    if kl.gradient == "straight_through_k2":
+        slope = torch.where(inside, x, 0.0)
+    elif kl.gradient == "weighted_k2":
+        slope = torch.where(inside, times(ratio.clamp(max=kl.ratio_cap), x), 0.0)
+    elif kl.gradient == "score_function":
+        slope = slope_with_ratio
+    return KLTerms(value, slope, slope_with_ratio)
+
+
+def _estimate(estimator: str, x: Tensor) -> KLTerms:
+    if estimator == "k1":
+        return KLTerms(x, torch.ones_like(x), 1 + x)
+    if estimator == "k2":
+        return KLTerms(x * x / 2, x, x + x * x / 2)
+    if estimator == "abs":
+        return KLTerms(x.abs(), x.sign(), x.sign() + x.abs())
+    return KLTerms(k3_of(-x), -torch.expm1(-x), x)  # k3 + its slope is x, exactly

@@ -1,0 +1,189 @@
+"""Rollout correction: factors of the policy term that undo the mismatch of the sampler and the trained policy.
+
+ρ = π_old / π_rollout (π / π_rollout where there is no old policy), detached. A scheme is one small class;
+``LossConfig(rollout=...)`` takes one, or several whose factors multiply. Where the sampler's log-prob is NaN it is
+unknown: such a token's own factor is 1, and it adds nothing to a pooled log ρ. Factors are not applied to the KL, and
+rejected tokens stay in the denominators, as in TRL, Liger and AReaL.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .checks import check_name, check_number
+
+RolloutLevel = Literal["token", "sequence", "geometric"]
+ROLLOUT_LEVELS = {
+    "token": "ρ of every token by itself",
+    "sequence": "the product of a sequence's ρ",
+    "geometric": "their geometric mean",
+}
+Pool = Callable[[Tensor, bool], Tensor]
+"""(B, T) values to their sums over each sequence's live tokens, or means if the flag says so, at every token."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One scheme: a factor of each token."""
+
+    equation: ClassVar[str]
+    paper: ClassVar[str]
+    kernel_id: ClassVar[int] = 0
+    """Its number in csrc/common/surrogates.h at level "token"; 0: [tokens]-sized maths in PyTorch."""
+    of_policy: ClassVar[bool] = False
+    """Follows from the current policy even where there is an old one."""
+
+    @property
+    def pooled(self) -> bool:
+        """Needs the other tokens of its sequence."""
+        return True
+
+    def bounds(self) -> tuple[float, float]:
+        """What a kernel is told."""
+        return 0.0, math.inf
+
+
+class _Band(Rollout):
+    """A scheme of ρ and two bounds; the fields are its subclasses', in their own order."""
+
+    low: float
+    high: float
+    level: RolloutLevel
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        check_number(f"{kind}(low=...)", self.low, at_least=0)
+        check_number(f"{kind}(high=...)", self.high, above=0, infinite=True)
+        if self.high < self.low:
+            raise ValueError(f"{kind}: high must be at least low; got low={self.low!r}, high={self.high!r}.")
+        check_name(f"{kind}(level=...)", self.level, ROLLOUT_LEVELS)
+
+    @property
+    def pooled(self) -> bool:
+        return self.level != "token"
+
+    def bounds(self) -> tuple[float, float]:
+        return self.low, self.high
+
+    def factor(self, rho: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def inside(self, rho: Tensor) -> Tensor:
+        return ~((rho < self.low) | (rho > self.high))
+
+
+@dataclass(frozen=True)
+class TruncatedIS(_Band):
+    """clip(ρ, low, high): truncated importance sampling. At level "sequence" TRL's ``sequence_truncate``."""
+
+    high: float = 2.0
+    low: float = 0.0
+    level: RolloutLevel = "token"
+
+    equation = "clip(ρ, low, high)"
+    paper = "TIS: Yao et al. 2025, Your Efficient RL Framework Secretly Brings You Off-Policy RL Training"
+    kernel_id = 1
+
+    def factor(self, rho: Tensor) -> Tensor:
+        return rho.clamp(self.low, self.high)
+
+
+@dataclass(frozen=True)
+class MaskedIS(_Band):
+    """ρ where low <= ρ <= high, else 0: MIS, IcePop. ``MaskedIS(0, 3, "sequence")`` is TRL's default, its
+    ``sequence_mask``."""
+
+    low: float = 0.5
+    high: float = 5.0
+    level: RolloutLevel = "token"
+
+    equation = "ρ·1[low <= ρ <= high]"
+    paper = "IcePop: Ling team 2025, Small leak can sink a great ship; bounds of OpenRLHF and verl"
+    kernel_id = 2
+
+    def factor(self, rho: Tensor) -> Tensor:
+        return torch.where(self.inside(rho), rho, 0.0)
+
+
+@dataclass(frozen=True)
+class Rejection(_Band):
+    """1 where low <= ρ <= high, else 0: drops what is too far away and weighs the rest evenly.
+
+    With ``TruncatedIS(high=inf)`` beside it, kept tokens have weight ρ: NeMo-RL's ``seq-mask-tis`` and OpenRLHF's
+    ``seq`` masks are ``(TruncatedIS(high=inf), Rejection(0.999, 1.002, "geometric"))``.
+    """
+
+    low: float = 0.5
+    high: float = 5.0
+    level: RolloutLevel = "token"
+
+    equation = "1[low <= ρ <= high]"
+    paper = "verl's rollout_rs (seq_mean_k1 is level geometric); NeMo-RL"
+    kernel_id = 3
+
+    def factor(self, rho: Tensor) -> Tensor:
+        return self.inside(rho).to(rho.dtype)
+
+
+@dataclass(frozen=True)
+class OffPolicyMask(Rollout):
+    """0 for sequences of A < 0 that the policy left: 1[A >= 0 or mean_t(rollout - ℓ) <= threshold], else 1.
+
+    Of the current policy, whatever the old one is. With advantages by token, tokens of A >= 0 are kept.
+    """
+
+    threshold: float
+
+    equation = "1[A >= 0 or mean(rollout - ℓ) <= threshold]"
+    paper = "DeepSeek-V3.2 2025, arXiv:2512.02556"
+    of_policy = True
+
+    def __post_init__(self) -> None:
+        check_number("OffPolicyMask(threshold=...)", self.threshold, at_least=0)
+
+    def factor(self, advantages: Tensor, mean_fall: Tensor) -> Tensor:
+        return ((advantages >= 0) | ~(mean_fall > self.threshold)).to(advantages.dtype)
+
+
+SCHEMES = (TruncatedIS, MaskedIS, Rejection, OffPolicyMask)
+
+
+def rollout_weights(
+    schemes: tuple[Rollout, ...],
+    log_prob: Tensor,
+    old: Tensor | None,
+    rollout: Tensor,
+    advantages: Tensor,
+    limit: float | None,
+    pool: Pool,
+) -> Tensor:
+    """The product of the schemes' factors, (B, T); anything where a token is not live.
+
+    Args:
+        log_prob, old, rollout, advantages: (B, T); ``old`` None: the policy's own log-probs.
+        limit: log ρ saturates there, after pooling.
+        pool: how to pool over sequences.
+    """
+    known = ~rollout.isnan()
+    weight = torch.ones_like(log_prob)
+
+    def behind(values: Tensor) -> Tensor:
+        return torch.where(known & (values != rollout), values - rollout, 0.0)
+
+    for scheme in schemes:
+        if isinstance(scheme, OffPolicyMask):
+            weight = weight * scheme.factor(advantages, -pool(behind(log_prob), True))
+            continue
+        assert isinstance(scheme, _Band)
+        log_rho = behind(log_prob if old is None else old)
+        if scheme.pooled:
+            log_rho = pool(log_rho, scheme.level == "geometric")
+        factor = scheme.factor((log_rho if limit is None else log_rho.clamp(-limit, limit)).exp())
+        weight = weight * (factor if scheme.pooled else torch.where(known, factor, 1.0))
+    return weight

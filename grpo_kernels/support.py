@@ -1,0 +1,195 @@
+"""Truncated support: log-probs renormalised over the tokens that a sampler could draw.
+
+A sampler with top-k, top-p or min-p draws from p restricted to a set S and renormalised. Its log-prob of a token is
+ℓ - log Σ_{j∈S} p_j; compared with a policy's ℓ over the whole vocabulary, every ratio is off by the kept mass. Here
+log-probs, entropies and gradients are those of the renormalised distribution, exactly. Rows are copied some at a time,
+with -inf outside of S, and handed to the kernels: two passes, and no second tensor of the logits' size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .autograd import once
+from .checks import check_shape, fail
+from .inputs import Tokens
+from .rows import Rows
+from .spec import LogitArgs
+
+CHUNK_ELEMENTS = 1 << 22
+"""Logits copied at a time."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k most likely tokens; ties with the last of them stay, as in vLLM and transformers."""
+
+    k: int
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1):
+            raise ValueError(f"TopK(k) must be an integer >= 1; got {self.k!r}.")
+
+    def lowest(self, z: Tensor) -> Tensor:
+        """(n, 1): the smallest of each row that is kept, of z (n, V)."""
+        return z.topk(min(self.k, z.shape[-1]), -1).values[:, -1:]
+
+
+@dataclass(frozen=True)
+class TopP:
+    """The smallest set of the most likely tokens whose probability is at least p; ties with the last stay."""
+
+    p: float
+
+    def __post_init__(self) -> None:
+        _check_share(self)
+
+    def lowest(self, z: Tensor) -> Tensor:
+        ordered = z.sort(-1, descending=True).values
+        p = torch.softmax(ordered, -1)
+        before = p.cumsum(-1) - p
+        last = ((before < self.p) & (p > 0)).sum(-1, keepdim=True).clamp(min=1) - 1
+        return ordered.gather(-1, last)
+
+
+@dataclass(frozen=True)
+class MinP:
+    """Tokens at least p times as likely as the most likely one."""
+
+    p: float
+
+    def __post_init__(self) -> None:
+        _check_share(self)
+
+    def lowest(self, z: Tensor) -> Tensor:
+        largest = z.amax(-1, keepdim=True)
+        return torch.minimum(largest, largest + torch.tensor(self.p, dtype=z.dtype, device=z.device).log())
+
+
+def _check_share(support: TopP | MinP) -> None:
+    if not (isinstance(support.p, (int, float)) and 0 < support.p <= 1):
+        raise ValueError(f"{type(support).__name__}(p) must be in (0, 1]; got {support.p!r}.")
+
+
+Filter: TypeAlias = TopK | TopP | MinP
+Support: TypeAlias = Filter | tuple[Filter, ...] | Tensor
+"""One filter, several in the sampler's order (each renormalises what the one before left), or a bool mask."""
+
+
+def check_not_inplace(function: str, inplace: bool, tensors: Mapping[str, object]) -> None:
+    if inplace:
+        fail(function, "inplace=False with support=, whose gradient is made of copies", "inplace=True", tensors)
+
+
+@dataclass(frozen=True)
+class Supported:
+    """Rows, and which columns of them count. The drawn token always does: the sampler had it in its set."""
+
+    rows: Rows
+    filters: tuple[Filter, ...]
+    mask: Tensor | None
+    """(B·T, V)"""
+
+    @classmethod
+    def of(cls, tokens: Tokens, support: Support, logit_args: LogitArgs) -> Supported:
+        rows = tokens.rows(logit_args)
+        if isinstance(support, Tensor):
+            shape = (*tokens.shape, tokens.vocab)
+            check_shape(tokens.function, "support", support, (shape,), {**tokens.tensors, "support": support})
+            return cls(rows, (), (support != 0).reshape(-1, tokens.vocab))
+        filters = support if isinstance(support, tuple) else (support,)
+        if not filters or not all(isinstance(one, (TopK, TopP, MinP)) for one in filters):
+            expected = "support=TopK(k), TopP(p), MinP(p), a tuple of them, or a bool mask of the logits' shape"
+            fail(tokens.function, expected, repr(support), tokens.tensors, error=TypeError)
+        return cls(rows, filters, None)
+
+    def log_probs(self, backend: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
+        """log_prob, entropy, lse (B, T) of the renormalised distribution, which temperature is part of."""
+        rows = self.rows
+        outputs = [torch.zeros(rows.token_ids.shape, dtype=rows.numbers.dtype, device=rows.logits.device) for _ in "123"]
+        for part, first, last in self._parts():
+            found = [torch.empty_like(part.token_ids, dtype=rows.numbers.dtype) for _ in outputs]
+            backend.log_probs(part, *found)
+            for output, values in zip(outputs, found, strict=True):
+                output.view(-1)[first:last] = values[0]
+        return outputs[0], outputs[1], outputs[2]
+
+    def gradient(self, backend: ModuleType, stats: tuple[Tensor, ...], g: Tensor | None, h: Tensor | None) -> Tensor:
+        """In the logits, from slopes in log-prob and entropy, (B, T)."""
+        rows = self.rows
+        out = torch.zeros_like(rows.logits, memory_format=torch.contiguous_format)
+        target, length = rows.row_view(out), rows.token_ids.shape[1]
+        for part, first, last in self._parts():
+            mine = (None if x is None else x.reshape(1, -1)[:, first:last].contiguous() for x in (*stats, g, h))
+            backend.log_probs_backward(part, *mine, part.logits)
+            index = torch.arange(first, last, device=out.device)
+            target[index // length, index % length] = part.logits[0]
+        return out
+
+    def _parts(self) -> Iterator[tuple[Rows, int, int]]:
+        """Some rows at a time, copied, -inf outside of the support."""
+        rows = self.rows
+        whole, length, count = rows.row_view(rows.logits), rows.token_ids.shape[1], rows.token_ids.numel()
+        size = max(1, CHUNK_ELEMENTS // max(rows.vocab, 1))
+        for first in range(0, count, size):
+            last = min(first + size, count)
+            index = torch.arange(first, last, device=rows.logits.device)
+            logits = whole[index // length, index % length]
+            ids, live = (x.reshape(1, -1)[:, first:last].contiguous() for x in (rows.token_ids, rows.live))
+            kept = self._kept(logits) if self.mask is None else self.mask[first:last].clone()
+            safe = torch.where((ids >= 0) & (ids < rows.vocab), ids, 0)
+            kept.scatter_(1, safe.view(-1, 1), True)
+            logits = logits.masked_fill_(~kept, float("-inf"))[None]
+            yield Rows(logits, ids, live, rows.numbers, rows.softcap), first, last
+
+    def _kept(self, logits: Tensor) -> Tensor:
+        """(n, V) bool"""
+        temperature, scale, cap = self.rows.numbers[:3].unbind()
+        z = logits.to(self.rows.numbers.dtype) * scale
+        if self.rows.softcap:
+            z = cap * torch.tanh(z / cap)
+        z = z / temperature
+        for one in self.filters:
+            z = z.masked_fill(z < one.lowest(z), float("-inf"))
+        return z != float("-inf")  # NaN stays: it is to be seen
+
+
+class SupportedLogProbs(torch.autograd.Function):
+    """Log-probs and entropies over a truncated support, differentiable in both."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, supported: Supported, backend: ModuleType) -> tuple[Tensor, Tensor]:
+        log_prob, entropy, lse = supported.log_probs(backend)
+        ctx.save_for_backward(logits, log_prob, entropy, lse)
+        ctx.set_materialize_grads(False)
+        ctx.supported, ctx.backend = supported, backend
+        return log_prob, entropy
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None and h is None:
+            return None, None, None
+        _, *stats = ctx.saved_tensors  # the logits: so that a write to them in between is noticed
+        return ctx.supported.gradient(ctx.backend, tuple(stats), g, h), None, None
+
+
+@torch.compiler.disable
+def supported_log_probs(
+    logits: Tensor, tokens: Tokens, support: Support, logit_args: LogitArgs, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(B, T) log-probs and entropies, differentiable in ``logits`` where gradients are on."""
+    supported = Supported.of(tokens, support, logit_args)
+    module = backends.get(backend)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        found: tuple[Tensor, Tensor] = SupportedLogProbs.apply(logits, supported, module)
+        return found
+    with torch.no_grad():
+        return supported.log_probs(module)[:2]

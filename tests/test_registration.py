@@ -1,0 +1,188 @@
+"""Surrogates of a user's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from cases import make
+
+from grpo_kernels import Clip, LossConfig, Surrogate, Unclipped, linear_grpo_loss, register_surrogate
+from grpo_kernels.surrogates import SURROGATES
+from grpo_kernels.tolerance import compare, truth_of
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    before = dict(SURROGATES)
+    yield
+    SURROGATES.clear()
+    SURROGATES.update(before)
+
+
+def power_class():
+    @register_surrogate
+    class Power(Surrogate):
+        """-A·r^k/k: ratios tempered by a power."""
+
+        k: float = 0.5
+
+        name = "power"
+        equation = "-A·r^k/k"
+
+        def value(self, t):
+            return -t.advantage * (self.k * t.log_ratio).exp() / self.k
+
+        def slopes(self, t):
+            return -t.advantage * (self.k * t.log_ratio).exp(), torch.zeros_like(t.log_prob)
+
+    return Power
+
+
+def by_autograd_class():
+    @register_surrogate
+    class Squared(Surrogate):
+        """-A·sg(r)·ℓ + (ℓ - old)²/10."""
+
+        def value(self, t):
+            return -t.advantage * t.ratio.detach() * t.log_prob + t.log_ratio**2 / 10
+
+        flat_at_zero_advantage = False
+
+    return Squared
+
+
+@pytest.mark.parametrize("kind", [power_class, by_autograd_class])
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token", "sequence_product"])
+def test_on_every_backend_and_level(backend, kind, level):
+    surrogate = kind()()
+    case = make(config=LossConfig(surrogate, level=level), kl_coef=0.05)
+    out, gradient = case.run(backend=backend)
+    truth = truth_of(case.logits, *case.arguments, **case.options)
+    result = compare(truth, out.loss, out.log_probs, out.entropy, gradient)
+    assert result.holds, result
+    assert float(gradient.abs().max()) > 1e-3
+
+
+def test_from_hidden_states():
+    surrogate = by_autograd_class()()
+    case = make(extra_row=False)
+    weight = torch.eye(case.logits.shape[-1])
+    leaf = case.logits.clone().requires_grad_()
+    config = LossConfig(surrogate)
+    linear_grpo_loss(leaf, weight, *case.arguments, config=config, **case.options).loss.backward()
+    _, expected = case.run(config=config)
+    torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_a_frozen_value_with_its_equation():
+    Power = power_class()
+    assert Power(0.25) == Power(0.25) and hash(Power(0.25)) == hash(Power(0.25))
+    assert repr(Power()) == "Power(k=0.5)"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Power().k = 1.0
+    assert "-A·r^k/k, k = 0.5" in LossConfig(Power()).equation()
+    again = power_class()  # as a notebook's cell that runs twice
+    assert LossConfig(again()).surrogate == again()
+
+
+def test_r_to_the_first_is_unclipped(backend):
+    case = make()
+    mine, gradient = case.run(backend=backend, config=LossConfig(power_class()(1.0)))
+    plain, expected = case.run(backend=backend, config=LossConfig(Unclipped()))
+    torch.testing.assert_close(mine.loss, plain.loss)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_no_grad_and_inference_mode(backend):
+    case = make(config=LossConfig(by_autograd_class()()))
+    with torch.no_grad():
+        plain = case.run  # the forward pass alone
+    expected = plain(backend=backend)[0].loss
+    from grpo_kernels import grpo_loss
+
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            out = grpo_loss(case.logits, *case.arguments, backend=backend, **case.options)
+        torch.testing.assert_close(out.loss, expected)
+
+
+def test_wrong_slopes_are_refused_with_the_worst_point():
+    with pytest.raises(ValueError, match=r"Wrong\(\): slopes\(\) is not the derivative of value\(\): ∂f/∂log_ratio") as e:
+
+        @register_surrogate
+        class Wrong(Surrogate):
+            def value(self, t):
+                return -t.advantage * t.ratio
+
+            def slopes(self, t):
+                return torch.where(t.ratio > 50, 0.0, -t.advantage * t.ratio), torch.zeros_like(t.ratio)
+
+    assert "ratio=" in str(e.value) and "advantage=" in str(e.value)
+    ratio = float(str(e.value).split("ratio=")[2].split(",")[0])
+    assert ratio > 50
+    assert "wrong" not in SURROGATES
+
+    @register_surrogate
+    class Needs(Surrogate):
+        k: float
+
+        def value(self, t):
+            return -t.advantage * (self.k * t.log_ratio).exp()
+
+        def slopes(self, t):
+            return -t.advantage * (self.k * t.log_ratio).exp(), torch.zeros_like(t.ratio)  # right for k = 1 alone
+
+    assert LossConfig(Needs(1.0)).surrogate.k == 1.0
+    with pytest.raises(ValueError, match=r"Needs\(k=0.5\): slopes"):
+        LossConfig(Needs(0.5))
+
+
+def test_a_wrong_direct_slope_and_nan_are_refused():
+    with pytest.raises(ValueError, match="∂f/∂log_prob should be"):
+
+        @register_surrogate
+        class Undetached(Surrogate):
+            def value(self, t):
+                return -t.advantage * t.ratio.detach() * t.log_prob
+
+            def slopes(self, t):
+                return torch.zeros_like(t.ratio), -t.advantage
+
+    with pytest.raises(ValueError, match="is nan at"):
+
+        @register_surrogate
+        class NaN(Surrogate):
+            def value(self, t):
+                return -t.advantage * t.ratio
+
+            def slopes(self, t):
+                return -t.advantage * t.ratio * math.nan, torch.zeros_like(t.ratio)
+
+
+def test_refused():
+    with pytest.raises(TypeError, match="derives from Surrogate; got 3"):
+        register_surrogate(3)
+    with pytest.raises(TypeError, match=r"Empty needs value\(self, t\)"):
+
+        @register_surrogate
+        class Empty(Surrogate):
+            pass
+
+    with pytest.raises(ValueError, match="named 'clip' exists already"):
+
+        @register_surrogate
+        class Mine(Surrogate):
+            name = "clip"
+
+            def value(self, t):
+                return t.ratio
+
+    @dataclasses.dataclass(frozen=True, repr=False)
+    class Unregistered(Clip):
+        pass
+
+    with pytest.raises(TypeError, match="Unregistered is not registered: decorate it with @register_surrogate"):
+        LossConfig(Unregistered())
