@@ -11,11 +11,11 @@ from .loss import GRPOLoss, grpo_loss
 from .matching import MatchReport, match, shadow
 from .metrics import Metrics
 from .outputs import LossOutput, TokenLogProbs
-from .registration import register_surrogate
 from .rollout import MaskedIS, OffPolicyMask, Rejection, TruncatedIS
 from .rows import align
 from .support import MinP, TopK, TopP
 from .surrogates import Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, Reinforce, Sapo, Surrogate, Unclipped, Vespo
+from .surrogates.registration import register_surrogate
 
 __version__ = "0.1.0"
 

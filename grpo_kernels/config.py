@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .checks import check_limit, check_name, check_number
 from .kl import KL, LEVELS
-from .registration import check_surrogate
 from .rollout import Rollout
 from .surrogates import Clip, Surrogate
+from .surrogates.registration import check_surrogate
 
 if TYPE_CHECKING:
     from .presets import Preset

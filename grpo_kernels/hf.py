@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import fail
-from .checks import check_name
+from .checks import check_name, fail
 from .config import LossConfig
-from .presets import resolve_config
 from .linear import linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
 from .loss import grpo_loss
 from .outputs import LossOutput, TokenLogProbs
+from .presets import resolve_config
 from .rows import Packed
 
 _PLAIN = (

@@ -14,6 +14,7 @@ from . import backends, records
 from .backends import cpu
 from .config import LossConfig
 from .head import cpu_bf16_instructions
+from .surrogates import BUILT_IN
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "trl", "liger-kernel")
 
@@ -71,6 +72,21 @@ def presets_table() -> str:
     return "\n".join(lines)
 
 
+def surrogates_table() -> str:
+    """Every surrogate: a row of a Markdown table each."""
+    lines = [
+        "| surrogate | f | ∂f/∂ℓ of a token | passes | presets | paper | as others have it |",
+        "| --- |" + " --- |" * 6,
+    ]
+    for cls in BUILT_IN:
+        presets = (name for name, preset in LossConfig.presets().items() if type(preset.config.surrogate) is cls)
+        names = ", ".join(f"`{name}`" for name in presets)
+        passes = "two" if cls.kernel_id is None else "one"
+        cells = [f"`{cls.__name__}`", cls.equation, cls.slope_equation, passes, names, cls.paper, cls.found_in]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def verified(found: list[dict[str, Any]]) -> list[str]:
     """A line for each remembered run of verify, and one for a GPU that has none."""
     lines = []
@@ -89,11 +105,15 @@ def verified(found: list[dict[str, Any]]) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.add_argument("--presets", action="store_true", help="the table of presets, as Markdown")
+    parser.add_argument("--surrogates", action="store_true", help="the table of surrogates, as Markdown")
 
 
 def main(arguments: argparse.Namespace) -> int:
     if arguments.presets:
         print(presets_table())
+        return 0
+    if arguments.surrogates:
+        print(surrogates_table())
         return 0
     report = collect()
     if arguments.json:

@@ -300,7 +300,7 @@ def _apply_known(config: LossConfig, batch: TokenBatch) -> TokenBatch:
     if batch.old is None or config.surrogate.takes_rollout or in_kernel(batch.schemes):
         return batch
     known = tuple(scheme for scheme in batch.schemes if not scheme.of_policy)
-    if not known:
+    if len(known) == 0:
         return batch
     factors = torch.where(batch.live, batch.factors(config, batch.old, known), 0.0)
     left = tuple(scheme for scheme in batch.schemes if scheme.of_policy)

@@ -77,7 +77,7 @@ class Records(NamedTuple):
     kl: Tensor
     """The KL term's value, unweighted, ratio included."""
     flags: Tensor
-    """uint8, CLIPPED_* of surrogates.py."""
+    """uint8, CLIPPED_* of surrogates/base.py."""
     rollout_weight: Tensor
     """The factor in ``policy``; empty (0,) where no scheme was left to apply."""
 

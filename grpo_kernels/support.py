@@ -113,7 +113,9 @@ class Supported:
     def log_probs(self, backend: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
         """log_prob, entropy, lse (B, T) of the renormalised distribution, which temperature is part of."""
         rows = self.rows
-        outputs = [torch.zeros(rows.token_ids.shape, dtype=rows.numbers.dtype, device=rows.logits.device) for _ in "123"]
+        outputs = [
+            torch.zeros(rows.token_ids.shape, dtype=rows.numbers.dtype, device=rows.logits.device) for _ in "123"
+        ]
         for part, first, last in self._parts():
             found = [torch.empty_like(part.token_ids, dtype=rows.numbers.dtype) for _ in outputs]
             backend.log_probs(part, *found)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .config import LossConfig
 from .inputs import LossInputs, read_batch, read_tokens
+from .maths import log_ratio_of, times
 from .objective import TokenBatch, token_terms
 from .reference import grpo_loss as reference_loss
-from .maths import log_ratio_of, times
 
 C = 4.0
 UNIT = 2.0**-24
@@ -178,7 +178,8 @@ _STEP = 1e-7
 
 
 def _edges(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor, sizes: Tensor) -> Tensor:
-    """Rows at which 16 units decide on which side of a bound a token lies: a clip's, a rollout scheme's, a threshold's."""
+    """Rows at which 16 units decide on which side of a bound a token lies: a clip's, a rollout scheme's, a
+    threshold's."""
     width = torch.where(batch.live, 16 * UNIT * sizes, 0.0)
     edge = torch.zeros_like(batch.live)
     if batch.old is not None or batch.schemes:

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backends, records, reference
-from .checks import check_device_name
-from .checks import check_name
+from .checks import check_device_name, check_name
 from .config import LossConfig
 from .kl import KL
 from .linear import linear_grpo_loss

@@ -11,8 +11,25 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import (
-    KL, Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, LossConfig, LossOutput, MaskedIS, OffPolicyMask, Reinforce, Rejection,
-    Sapo, TruncatedIS, Unclipped, Vespo, grpo_loss, reference,
+    KL,
+    Cispo,
+    Clip,
+    DppoKL,
+    DppoTV,
+    Dro,
+    Gmpo,
+    LossConfig,
+    LossOutput,
+    MaskedIS,
+    OffPolicyMask,
+    Reinforce,
+    Rejection,
+    Sapo,
+    TruncatedIS,
+    Unclipped,
+    Vespo,
+    grpo_loss,
+    reference,
 )  # fmt: skip
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -136,6 +153,7 @@ KLS = (
 )
 
 
+LEVELS = ("token", "sequence", "sequence_token", "sequence_product")
 ROLLOUTS = (
     *(TruncatedIS(1.1), TruncatedIS(1.2, 0.9), MaskedIS(0.8, 1.2), Rejection(0.8, 1.2)),
     *(TruncatedIS(1.1, level="sequence"), MaskedIS(0, 1.3, "sequence"), MaskedIS(0.9, 1.1, "geometric")),
@@ -153,10 +171,10 @@ def configs() -> list[LossConfig]:
     """
     out = []
     for surrogate in SURROGATES:
-        for level in ("token", "sequence", "sequence_token", "sequence_product"):
+        for level in LEVELS:
             if level == "token" or surrogate.uses_ratio:
                 out.append(LossConfig(surrogate, level=level))
-    for level in ("token", "sequence", "sequence_token", "sequence_product"):
+    for level in LEVELS:
         out += [LossConfig(Clip(0.2, 0.28), level=level, kl=kl) for kl in KLS]
         for aggregation in ("token_mean", "sequence_sum", "constant", "group_mean"):
             lengths = {"constant_length": 11, "group_size": 2}
@@ -172,6 +190,30 @@ def configs() -> list[LossConfig]:
     return list(dict.fromkeys(mixed))
 
 
+def one_of_each() -> list[LossConfig]:
+    """Each surrogate at its own level, each level, aggregation and kind of rollout scheme once."""
+    own = {"vespo": "sequence_product", "gmpo": "sequence"}
+    out = [LossConfig(surrogate, level=own.get(surrogate.name, "token")) for surrogate in SURROGATES]
+    lengths = {"constant_length": 11, "group_size": 2, "entropy_coef": 0.05}
+    for i, level in enumerate(LEVELS):
+        aggregation = ("token_mean", "sequence_sum", "constant", "group_mean")[i]
+        kl = KL(0.1, ratio_weighted=True)
+        out.append(LossConfig(Clip(0.2, 0.28), level=level, aggregation=aggregation, kl=kl, **lengths))
+    out += [LossConfig(Clip(0.2, 0.28), rollout=scheme, kl=KL(0.05)) for scheme in ROLLOUTS[2::2]]
+    return [*out, LossConfig(Vespo(), level="sequence_product", kl=KL(0.1, ratio_weighted=True, level="token"))]
+
+
+def sampler(case: Case, scale: float = 0.25) -> Tensor:
+    """The sampler's log-probs near the case's own, one of them unknown."""
+    g = torch.Generator().manual_seed(7)
+    options = {k: case.options[k] for k in ("temperature", "logit_scale", "logit_softcap") if k in case.options}
+    near = exact_log_probs(case.logits[:, : case.token_ids.shape[1]].cpu(), case.token_ids.cpu(), **options)
+    out = near + scale * torch.randn(near.shape, generator=g, dtype=torch.float64)
+    b, t = case.mask.nonzero()[1].tolist()
+    out[b, t] = math.nan
+    return _on_device(out.to(torch.float64 if case.logits.dtype == torch.float64 else torch.float32))
+
+
 def label(config: LossConfig) -> str:
     """A short, unique test id."""
     kl = config.kl
@@ -179,5 +221,6 @@ def label(config: LossConfig) -> str:
     if kl.coef:
         parts.append(f"{kl.estimator}{'-r' * kl.ratio_weighted}{f'-{kl.gradient}' * (kl.gradient != 'pathwise')}")
         parts += ["limits"] if kl.limit != KL().limit else []
+    parts += [repr(scheme) for scheme in config.schemes]
     parts += ["entropy" + (config.entropy_aggregation or "")] if config.entropy_coef else []
     return "-".join(parts).replace(" ", "")

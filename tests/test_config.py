@@ -6,12 +6,24 @@ import dataclasses
 import math
 
 import pytest
-
 from cases import SURROGATES
 
 from grpo_kernels import (
-    KL, Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, LossConfig, MaskedIS, OffPolicyMask, Reinforce, Sapo, TruncatedIS,
-    Unclipped, Vespo,
+    KL,
+    Cispo,
+    Clip,
+    DppoKL,
+    DppoTV,
+    Dro,
+    Gmpo,
+    LossConfig,
+    MaskedIS,
+    OffPolicyMask,
+    Reinforce,
+    Sapo,
+    TruncatedIS,
+    Unclipped,
+    Vespo,
 )  # fmt: skip
 from grpo_kernels.config import AGGREGATIONS, LEVELS
 from grpo_kernels.presets import PRESETS
@@ -97,7 +109,7 @@ def test_every_surrogate_has_a_case():
 
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=str)
 def test_every_surrogate_has_its_papers(surrogate):
-    assert surrogate.equation and surrogate.slope_equation and surrogate.found_in and type(surrogate).__doc__
+    assert all((surrogate.equation, surrogate.slope_equation, surrogate.found_in, type(surrogate).__doc__))
     assert any(digit.isdigit() for digit in surrogate.paper)
     assert len(surrogate.parameters()) <= 8
     assert repr(surrogate) in repr(LossConfig(surrogate))
@@ -106,8 +118,10 @@ def test_every_surrogate_has_its_papers(surrogate):
 
 def test_rollout_schemes():
     one = LossConfig(rollout=TruncatedIS(2.0))
-    assert one == LossConfig(rollout=(TruncatedIS(2.0),)) and hash(one) == hash(LossConfig(rollout=(TruncatedIS(2.0),)))
-    assert "clip(ρ, low, high)" in one.equation() and "rollout=(TruncatedIS(high=2.0" in repr(one)
+    assert one == LossConfig(rollout=(TruncatedIS(2.0),))
+    assert hash(one) == hash(LossConfig(rollout=(TruncatedIS(2.0),)))
+    assert "clip(ρ, low, high)" in one.equation()
+    assert "rollout=(TruncatedIS(high=2.0" in repr(one)
     assert Cispo() == Cispo(cap=5.0) != Cispo(low=1.0, high=4.0)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import grpo_kernels
-from grpo_kernels.info import presets_table
+from grpo_kernels.info import presets_table, surrogates_table
 from grpo_kernels.metrics import REPORTED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +49,10 @@ def test_every_block_runs(capsys):
 
 def test_presets_table():
     assert section("presets") == presets_table()
+
+
+def test_surrogates_table():
+    assert section("surrogates") == surrogates_table()
 
 
 FIGURES = ("training_step", "loss_headline", "loss_logits_summary", "loss_hidden_summary", "train_sort", "trl_step")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import make
+from cases import label, make, one_of_each, sampler
 
 from grpo_kernels import KL, Clip, LossConfig, align, grpo_loss, reference, token_log_probs
 from grpo_kernels.tolerance import compare, truth_of
@@ -118,6 +118,30 @@ def test_packed_is_padded(backend, level, aggregation, leading):
         assert out.log_probs.shape == logits.shape[:-1]
         for name, value in out.metrics.as_dict().items():
             assert value.item() == pytest.approx(expected.metrics.as_dict()[name].item(), rel=1e-6, abs=1e-7), name
+
+
+@pytest.mark.parametrize("config", one_of_each(), ids=label)
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_every_objective_packs(backend, config, on_policy):
+    """The same numbers as padded, and the same bits twice: sums over a sequence have an order of their own."""
+    case = make(extra_row=False, empty=True, length=8)
+    case.options["rollout_log_probs"] = sampler(case)
+    if on_policy:
+        case.options["old_log_probs"] = None
+    expected, expected_gradient = case.run(backend, config=config)
+    bounds, pack, unpack = packed_of(case)
+    options = {name: None if value is None else pack(value) for name, value in case.options.items()}
+    arguments = (pack(case.token_ids), case.advantages, pack(case.mask, fill=1))
+    found = []
+    for _ in range(2):
+        logits = pack(case.logits).requires_grad_()
+        out = grpo_loss(logits, *arguments, cu_seqlens=bounds, config=config, backend=backend, **options)
+        out.loss.backward()
+        found.append((out.loss, logits.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][0], expected.loss, rtol=2e-6, atol=1e-7)
+    torch.testing.assert_close(unpack(found[0][1]), expected_gradient, rtol=2e-5, atol=1e-8)
 
 
 def test_packed_reference_is_padded_reference():

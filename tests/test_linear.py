@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import configs
+from cases import one_of_each
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_kernels import (
@@ -41,8 +41,9 @@ class Problem:
         with torch.no_grad():
             log_probs = reference_log_probs(self)
         real = torch.float64 if dtype == torch.float64 else torch.float32
-        near = (log_probs + 0.3 * torch.randn(batch, length) for _ in range(2))
-        self.options = dict(zip(("old_log_probs", "ref_log_probs"), (x.to(real) for x in near), strict=True))
+        near = (log_probs + 0.3 * torch.randn(batch, length) for _ in range(3))
+        names = ("old_log_probs", "ref_log_probs", "rollout_log_probs")
+        self.options = dict(zip(names, (x.to(real) for x in near), strict=True))
 
     @property
     def leaves(self) -> tuple[torch.Tensor, ...]:
@@ -81,8 +82,9 @@ def room(problem: Problem, rows: int) -> int:
 
 def routes() -> list:
     """Every objective in one chunk and in several; where ratios are pooled, of whole sequences and of cut ones."""
-    found = [(config, rows) for config in configs() for rows in (MANY, 5)]
-    return found + [(config, 7) for config in configs() if config.level != "token"]
+    found = [(config, rows) for config in one_of_each() for rows in (MANY, 5)]
+    pooled = [c for c in one_of_each() if c.level != "token" or any(scheme.pooled for scheme in c.schemes)]
+    return found + [(config, 7) for config in pooled]
 
 
 @pytest.mark.parametrize(("config", "rows"), routes(), ids=str)

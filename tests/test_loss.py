@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from cases import DTYPES, configs, label, make
+from cases import DTYPES, ROLLOUTS, SURROGATES, configs, label, make, one_of_each, sampler
 
-from grpo_kernels import KL, Clip, GRPOLoss, LossConfig, Reinforce, Unclipped, grpo_loss, token_log_probs
+from grpo_kernels import (
+    KL,
+    Cispo,
+    Clip,
+    GRPOLoss,
+    LossConfig,
+    MaskedIS,
+    OffPolicyMask,
+    Reinforce,
+    TruncatedIS,
+    Unclipped,
+    grpo_loss,
+    ops,
+    token_log_probs,
+)  # fmt: skip
 from grpo_kernels.tolerance import compare, truth_of
 from grpo_kernels.verify import complete
 
@@ -32,16 +48,108 @@ def check(case, backend: str, announced: bool = True, **options) -> None:
             assert value.item() == pytest.approx(truth.metrics[name].item(), rel=tolerance, abs=tolerance), name
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("config", configs(), ids=label)
 def test_every_config(backend, config, dtype):
     noise = 0.3 if config.level == "token" else 0.2
     check(make(dtype=dtype, noise=noise), backend, config=config)
 
 
-@pytest.mark.parametrize("config", configs()[:40:3], ids=label)
-def test_every_config_on_policy(backend, config):
-    check(make(old_log_probs=None), backend, config=config)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", one_of_each(), ids=label)
+def test_half_precision(backend, config, dtype):
+    """The maths of tokens is in fp32 as well; what differs is what is read and written."""
+    case = make(dtype=dtype, noise=0.2)
+    check(case, backend, config=config, rollout_log_probs=sampler(case))
+
+
+@pytest.mark.parametrize("config", one_of_each(), ids=label)
+def test_on_policy(backend, config):
+    case = make(old_log_probs=None)
+    check(case, backend, config=config, rollout_log_probs=sampler(case))
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("scheme", ROLLOUTS, ids=str)
+@pytest.mark.parametrize("surrogate", [Clip(0.2, 0.28), Cispo(cap=1.1)], ids=str)
+def test_rollout_correction(backend, surrogate, scheme, old):
+    """Every scheme and several at once, with old log-probs and strictly on-policy; factors are not all the same."""
+    case = make(batch=12, noise=0.3, entropy_coef=0.02, kl_coef=0.05)
+    options = {"config": LossConfig(surrogate, rollout=scheme), "rollout_log_probs": sampler(case)}
+    options |= {} if old else {"old_log_probs": None}
+    check(case, backend, **options)
+    out, gradient = case.run(backend=backend, **options)
+    _, plain = case.run(backend=backend, **options | {"config": LossConfig(surrogate)})
+    assert (gradient - plain).abs().max() > 1e-3 * plain.abs().max()
+    if not isinstance(scheme, TruncatedIS):
+        assert 0 < float(out.metrics.rollout_rejected) < 1
+
+
+@pytest.mark.parametrize("level", ["sequence", "sequence_token", "sequence_product"])
+@pytest.mark.parametrize("scheme", [TruncatedIS(1.1), MaskedIS(0, 1.3, "sequence"), OffPolicyMask(0.02)], ids=str)
+def test_rollout_correction_of_pooled_ratios(backend, scheme, level):
+    for old in (True, False):
+        case = make(noise=0.2, **({} if old else {"old_log_probs": None}))
+        check(case, backend, config=LossConfig(level=level, rollout=scheme), rollout_log_probs=sampler(case))
+
+
+def test_unknown_samplers_weigh_one(backend):
+    case = make()
+    unknown = torch.full(case.token_ids.shape, math.nan)
+    plain, expected = case.run(backend=backend)
+    for scheme in ROLLOUTS:
+        if not isinstance(scheme, tuple):
+            out, gradient = case.run(backend=backend, config=LossConfig(rollout=scheme), rollout_log_probs=unknown)
+            torch.testing.assert_close(out.loss, plain.loss)
+            torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("config", [LossConfig(), LossConfig(Cispo()), LossConfig(level="sequence")], ids=label)
+def test_entropy_threshold(backend, config):
+    """High-entropy tokens alone have a policy term; a number and a tensor are the same."""
+    case = make(kl_coef=0.05, noise=0.1)
+    threshold = float(case.run()[0].entropy[case.mask].quantile(0.7))
+    check(case, backend, config=config, entropy_threshold=threshold)
+    out, gradient = case.run(backend=backend, config=config, entropy_threshold=torch.tensor(threshold))
+    number, same = case.run(backend=backend, config=config, entropy_threshold=threshold)
+    assert torch.equal(gradient, same)
+    assert torch.equal(out.loss, number.loss)
+    assert (gradient - case.run(backend=backend, config=config)[1]).abs().max() > 0
+
+
+def test_one_pass_serves_what_needs_no_other_token(monkeypatch):
+    """Surrogates with an arm, a token's own rollout factor, and factors that follow from old log-probs."""
+    calls = []
+    original = ops.fused_loss
+    monkeypatch.setattr(ops, "fused_loss", lambda *rest: calls.append(1) or original(*rest))
+    case = make()
+    rollout = sampler(case)
+
+    def passes(config, **options) -> bool:
+        calls.clear()
+        case.run(backend="cpu", config=config, rollout_log_probs=rollout, **options)
+        return bool(calls)
+
+    for surrogate in SURROGATES:
+        assert passes(LossConfig(surrogate)) == (surrogate.kernel_id is not None)
+    assert passes(LossConfig(rollout=TruncatedIS(2.0)), old_log_probs=None)
+    assert passes(LossConfig(rollout=MaskedIS(0, 3, "sequence")))
+    assert not passes(LossConfig(rollout=MaskedIS(0, 3, "sequence")), old_log_probs=None)
+    assert not passes(LossConfig(rollout=OffPolicyMask(0.1)))
+    assert passes(LossConfig(), entropy_threshold=1.0)
+
+
+def test_rollout_correction_needs_a_sampler():
+    case = make()
+    with pytest.raises(ValueError, match=r"expected rollout_log_probs \(the sampler's\) for TruncatedIS"):
+        case.run(config=LossConfig(rollout=TruncatedIS(2.0)))
+    with pytest.raises(ValueError, match="pooled over sequences with an advantage per token"):
+        per_token = case.advantages[:, None].expand(6, 9)
+        options = {"config": LossConfig(rollout=MaskedIS(0, 3, "sequence")), "rollout_log_probs": sampler(case)}
+        grpo_loss(
+            case.logits, case.token_ids, per_token, case.mask, skip_zero_advantage=True,
+            old_log_probs=case.options["old_log_probs"], **options,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,17 +6,19 @@ import pytest
 import torch
 from cases import make
 
-from grpo_kernels import KL, Clip, LossConfig, Metrics, backends
+from grpo_kernels import KL, Clip, LossConfig, MaskedIS, Metrics, backends
 from grpo_kernels.metrics import FIELDS, REPORTED
 
 
-def test_against_their_definitions(backend):
+@pytest.mark.parametrize("scheme", [False, True])
+def test_against_their_definitions(backend, scheme):
     """By hand, from the outputs of the call."""
     case = make(batch=16, length=12)
     old, ref = case.options["old_log_probs"], case.options["ref_log_probs"]
     rollout = old + 0.1 * torch.randn(old.shape)
     rollout[0, 1] = float("nan")
-    config = LossConfig(Clip(0.2, 0.28), aggregation="token_mean", kl=KL(0.1), entropy_coef=0.05)
+    rho = MaskedIS(0.9, 1.1) if scheme else ()
+    config = LossConfig(Clip(0.2, 0.28), aggregation="token_mean", kl=KL(0.1), entropy_coef=0.05, rollout=rho)
     out, _ = case.run(backend, config=config, rollout_log_probs=rollout)
     m, live = out.metrics, case.mask
     log_probs, entropy = out.log_probs.double(), out.entropy.double()
@@ -25,6 +27,9 @@ def test_against_their_definitions(backend):
     u = (ref - log_probs)[live]
     k3 = u.exp() - u - 1
     policy = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.28) * A)
+    if scheme:
+        factor = (old - rollout).double().exp()[live].nan_to_num(nan=1.0)
+        policy = policy * torch.where((factor < 0.9) | (factor > 1.1), 0.0, factor)
     expected = {
         "tokens": live.sum(),
         "sequences": 16,
@@ -49,7 +54,13 @@ def test_against_their_definitions(backend):
     weight = (old - rollout).double().exp()[known]
     expected["k1_rollout"] = x.mean()
     expected["k3_rollout"] = ((-x).exp() + x - 1).mean()
+    expected["rollout_ratio_mean"], expected["rollout_ratio_max"] = weight.mean(), weight.max()
     expected["rollout_effective_sample_size"] = weight.sum() ** 2 / (known.sum() * (weight**2).sum())
+    applied = torch.where((weight < 0.9) | (weight > 1.1), 0.0, weight) if scheme else torch.ones_like(weight)
+    expected["rollout_weight_mean"], expected["rollout_weight_max"] = applied.mean(), applied.max()
+    ess = applied.sum() ** 2 / (known.sum() * (applied**2).sum())
+    expected["rollout_weight_effective_sample_size"] = ess
+    expected["rollout_rejected"] = (applied == 0).double().mean()
     expected["clip_fraction"] = expected["clip_low"] + expected["clip_high"]
     got = m.as_dict()
     assert got.keys() == REPORTED.keys() == expected.keys()
@@ -147,7 +158,7 @@ def test_unknown_metric():
 def test_sums_are_pytorchs(backend, missing, dtype):
     """token_sums of C++ and Triton against backends/torch.py: fp64 sums of the same terms in another order."""
     for tokens in (0, 1, 511, 512, 513, 40_000):
-        for estimator in (1, 2, 3):
+        for estimator in (1, 2, 3, 4):
             inputs = token_records(tokens, missing, dtype)
             (loss_a, sums_a), (loss_b, sums_b) = (
                 sums_of(backends.get(name), inputs, estimator, dtype) for name in (backend, "torch")
@@ -174,6 +185,7 @@ def token_records(tokens: int, missing: str, dtype: torch.dtype) -> list:
     for i, name in enumerate(("old", "ref", "rollout")):
         if missing in (name, "all"):
             others[i] = None
+    factors = real().abs() * (torch.rand(1, tokens) < 0.7)
     if others[2] is not None and tokens:
         others[2][0, 0] = float("nan")
     if tokens > 5:
@@ -182,7 +194,7 @@ def token_records(tokens: int, missing: str, dtype: torch.dtype) -> list:
             others[0][0, 5] = float("-inf")
     for record in records:
         record[~live] = 0
-    return [*records, live, masked_in, *weights, *others]
+    return [*records, live, masked_in, *weights, *others, None if missing in ("old", "all") else factors]
 
 
 def sums_of(backend, inputs: list, estimator: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

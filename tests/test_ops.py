@@ -6,7 +6,19 @@ import pytest
 import torch
 from cases import make
 
-from grpo_kernels import Clip, GRPOLoss, LossConfig, grpo_loss, ops, token_log_probs
+from grpo_kernels import (
+    Cispo,
+    Clip,
+    GRPOLoss,
+    LossConfig,
+    MaskedIS,
+    OffPolicyMask,
+    Sapo,
+    TruncatedIS,
+    grpo_loss,
+    ops,
+    token_log_probs,
+)  # fmt: skip
 from grpo_kernels.metrics import FIELDS
 from grpo_kernels.spec import LogitArgs, numbers_vector, objective_spec
 from grpo_kernels.verify import complete
@@ -18,12 +30,12 @@ def rows_of(case, config=None) -> tuple[torch.Tensor, ...]:
 
 
 def op_calls(backend: str) -> dict:
-    case, config = make(batch=3, length=4, vocab=37), complete("dapo")
+    case, config = make(batch=3, length=4, vocab=37), complete("dapo", rollout=TruncatedIS(2.0))
     rows = rows_of(case, config)
     per_row = [torch.randn(3, 4) for _ in range(5)]
     stats = ops.log_probs(case.logits, *rows, backend)
     old, ref = case.options["old_log_probs"], case.options["ref_log_probs"]
-    weights = (per_row[0], per_row[1].abs(), old, ref, per_row[2].abs(), None)
+    weights = (per_row[0], per_row[1].abs(), old, ref, old, per_row[2].abs(), None)
     flags = torch.zeros(3, 4, dtype=torch.uint8)
     calls = {
         "log_probs": (case.logits, *rows, backend),
@@ -31,17 +43,27 @@ def op_calls(backend: str) -> dict:
         "log_probs_backward_": (case.logits.clone(), *rows, *stats, per_row[3], per_row[4], backend),
         "token_sums": (
             *(per_row[0], per_row[1], per_row[2], per_row[3], flags, case.mask, case.mask),
-            *(per_row[4], None, None, old, ref, None, 3, 3, backend),
+            *(per_row[4], None, None, old, ref, None, None, 3, 3, backend),
         ),
     }
     if backend != "torch":
-        spec = list(objective_spec(config, with_kl=True))
+        spec = list(objective_spec(config, True, config.schemes))
+        inputs = (case.mask, rows[2], *weights[:-1], spec, backend)
+        calls["token_terms"] = (stats[0], stats[1], *inputs)
         calls["fused_loss"] = (case.logits, *rows, *weights, spec, backend)
         calls["fused_loss_"] = (case.logits.clone(), *rows, *weights, spec, backend)
     return calls
 
 
-NAMES = ("log_probs", "log_probs_backward", "log_probs_backward_", "fused_loss", "fused_loss_", "token_sums")
+NAMES = (
+    "log_probs",
+    "log_probs_backward",
+    "log_probs_backward_",
+    "fused_loss",
+    "fused_loss_",
+    "token_terms",
+    "token_sums",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -106,6 +128,14 @@ CALLS = {
     "weights": {"token_weights": torch.full((6, 9), 0.5), "normalizer": torch.tensor(3.0), "config": "dapo"},
     "skipping": {"skip_zero_advantage": True, "ref_log_probs": None},
     "group mean": {"config": LossConfig(Clip(), aggregation="group_mean", group_size=2)},
+    "correction": {"rollout_log_probs": torch.full((6, 9), -4.0), "config": LossConfig(rollout=TruncatedIS(1.5))},
+    "pooled correction": {
+        "rollout_log_probs": torch.full((6, 9), -4.0),
+        "config": LossConfig(Cispo(), level="sequence", rollout=(MaskedIS(0, 3, "sequence"), OffPolicyMask(0.1))),
+    },
+    "entropy threshold": {"entropy_threshold": torch.tensor(3.0), "config": LossConfig(Sapo())},
+    "vespo": {"config": "vespo"},
+    "gmpo": {"config": "gmpo"},
     "rollout": {"rollout_log_probs": torch.full((6, 9), -4.0), "old_log_probs": None},
 }
 
@@ -226,7 +256,7 @@ BAD = {
         bad(skip_zero_advantage=True, kl_coef=0.1), ValueError, "skip_zero_advantage=True .*got a KL term or an",
     ),
     "skipping tokens of a pooled ratio": (
-        bad(skip_zero_advantage=True, config="gspo", advantages=torch.zeros(3, 4)), ValueError, "needs every token",
+        bad(skip_zero_advantage=True, config="gspo", advantages=torch.zeros(3, 4)), ValueError, "need every token",
     ),
 }  # fmt: skip
 

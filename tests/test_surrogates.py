@@ -9,7 +9,16 @@ import torch
 from cases import KLS, ONE_PASS, SURROGATES
 
 from grpo_kernels import (
-    KL, Cispo, Clip, DppoTV, LossConfig, MaskedIS, Rejection, TruncatedIS, backends, reference,
+    KL,
+    Cispo,
+    Clip,
+    DppoTV,
+    LossConfig,
+    MaskedIS,
+    Rejection,
+    TruncatedIS,
+    backends,
+    reference,
 )  # fmt: skip
 from grpo_kernels.kl import kl_terms
 from grpo_kernels.maths import k3_of, times
@@ -94,7 +103,7 @@ def test_kl_slopes_are_derivatives(kl):
     log_prob, old, ref, _ = grid()
     leaf = log_prob.clone().requires_grad_()
     ratio = (log_prob - old).clamp(-20, 20).exp()
-    value = reference._kl(kl, leaf - ref, ratio)
+    value = reference.kl_penalty(kl, leaf - ref, ratio)
     (slope,) = torch.autograd.grad(value.sum(), leaf, retain_graph=True)
     terms = kl_terms(kl, log_prob - ref, ratio)
     torch.testing.assert_close(terms.value, value.detach(), rtol=1e-11, atol=1e-14)
@@ -103,7 +112,7 @@ def test_kl_slopes_are_derivatives(kl):
     assert ((terms.slope - slope).abs() <= 1e-11 * size + 1e-14).all()
     if kl.gradient == "pathwise":
         ratio = (leaf - old).clamp(-20, 20).exp()
-        (slope,) = torch.autograd.grad((ratio * reference._kl(kl, leaf - ref, ratio)).sum(), leaf)
+        (slope,) = torch.autograd.grad((ratio * reference.kl_penalty(kl, leaf - ref, ratio)).sum(), leaf)
         inside = (log_prob - old).abs() <= 20
         got = ratio.detach() * torch.where(inside, terms.slope_with_ratio, terms.slope)
         # the sum k + k' cancels in autograd's way of computing it; ours does not
@@ -224,7 +233,7 @@ def test_twins_are_python(twin, surrogate, kl, dtype, with_old):
 def test_twins_weigh_and_drop_tokens_alike(twin, surrogate, scheme, dtype, with_old):
     config = LossConfig(surrogate, kl=KL(0.1), rollout=scheme)
     *_, weight, _ = assert_twins_agree(twin, config, dtype, with_old, threshold=1.0)
-    assert 0.02 < ((weight != 1) & (weight != 0)).double().mean() or isinstance(scheme, Rejection)
+    assert ((weight != 1) & (weight != 0)).double().mean() > 0.02 or isinstance(scheme, Rejection)
     assert (weight[::40] == 1).all()
 
 

@@ -25,6 +25,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from grpo_kernels.backends.triton import forward, gradient, one_pass, sums
 from grpo_kernels.backends.triton.blocks import blocks_for
+from grpo_kernels.surrogates import BUILT_IN
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 POINTERS = {"token_ids": "i64", "live": "i1", "masked_in": "i1", "flags": "u8", "chunk_records": "fp64", "sums": "fp64"}
@@ -126,7 +127,7 @@ def variants(target: str) -> None:
     forms = [(0, 0, 0), *((k, 0, w) for k in (1, 2, 3, 4) for w in (0, 1)), *((3, g, 0) for g in (1, 2, 3))]
     clip = 2
     chosen = [(clip, *form, 0) for form in forms] + [(clip, 3, 0, 0, scheme) for scheme in (1, 2, 3)]
-    for surrogate in (cls.kernel_id for cls in SURROGATES.values()):
+    for surrogate in (cls.kernel_id for cls in BUILT_IN):
         if surrogate not in (None, clip):
             chosen += [(surrogate, 0, 0, 0, 0), (surrogate, 3, 0, 1, 1)]
     for choices in chosen:

@@ -15,8 +15,9 @@ tensors that the caller allocated, (B, T) fp32 or fp64 like ``rows.numbers``; on
                 policy, kl, flags, rollout_weight, slope)
     rescale(gradient, upstream, announced)       # gradient *= upstream / announced, unless they are equal
 
-``out`` is shaped like the logits and may be the logits. A dead row's outputs are 0, its gradient is 0 and
-its logits are not looked at. ``rollout_weight`` is empty unless ``spec`` has a rollout scheme. A new backend is one module and one line in ``_MODULES``.
+``out`` is shaped like the logits and may be the logits. A dead row's outputs are 0, its gradient is 0 and its
+logits are not looked at. ``rollout_weight`` is empty unless ``spec`` has a rollout scheme. A new backend is one module
+and one line in ``_MODULES``.
 """
 
 from __future__ import annotations

@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from ..checks import check_device_name
-from ..checks import check_name
+from ..checks import check_device_name, check_name
 from ..progress import progress_bar
 from . import measure, report
 from .models import MODELS

@@ -255,7 +255,9 @@ class Search:
         error = fit.misfit(self.curve, self.surrogate, tolerance)
         other = self._other_surrogate(error > 1e3 * tolerance)
         if other is not None:
-            self.surrogate = fit.Surrogates(other, self.surrogate.log_ratio_limit if error <= 1e3 * tolerance else limit)
+            self.surrogate = fit.Surrogates(
+                other, self.surrogate.log_ratio_limit if error <= 1e3 * tolerance else limit
+            )
             return
         for key in self.surrogate.faults:
             self.faults[key] = {}

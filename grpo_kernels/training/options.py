@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import backends
-from ..checks import check_device_name
-from ..checks import check_name
+from ..checks import check_device_name, check_name
 from ..config import LossConfig
 from ..kl import KL
 

@@ -1,4 +1,5 @@
-"""The per-token maths of the loss for Triton: twin of ``grpo_kernels/surrogates.py`` and csrc/common/surrogates.h.
+"""The per-token maths of the loss for Triton: twin of ``grpo_kernels/surrogates/token.py`` and ``kl.py``, and of
+csrc/common/surrogates.h.
 
 The same names in the same order; a parity test holds the three together. Slopes are selected branch by branch, never
 multiplied by a 0/1 mask: 0 * inf is NaN. Everything is a scalar or a tensor of tokens, fp32 or fp64.

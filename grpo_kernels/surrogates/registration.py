@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .surrogates import BUILT_IN, SURROGATES, Point, Surrogate, Terms
+from . import BUILT_IN, SURROGATES, Point, Surrogate, Terms
 
 _RTOL = 1e-6
 _Class = TypeVar("_Class", bound=type)

@@ -1,138 +1,21 @@
-"""The per-token maths of the policy term, once for Python: every surrogate, its value and its slopes.
+"""Surrogates of a token by itself: those that kernels compute in one pass.
 
-``csrc/common/surrogates.h`` is the same maths for C++ and CUDA, with the same names in the same order; a
-parity test holds them together. Slopes are *selected* branch by branch, never multiplied by a 0/1 mask: 0 * inf is
-NaN.
-
-A new surrogate is one class here (value and slopes) and its value in ``reference.py``; CONTRIBUTING.md
-tells how to make it one-pass as well. A class of a user's own is ``register_surrogate``'s.
+``csrc/common/surrogates.h`` and ``backends/triton/surrogates.py`` are the same maths, with the same names in the same
+order; a parity test holds them together. Slopes are *selected* branch by branch, never multiplied by a 0/1 mask:
+0 * inf is NaN.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .checks import check_number
-from .maths import log_ratio_of, times
-
-CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL = 1, 2, 4
-"""Flags of a token at which a bound took effect: its slope is 0, or its weight is not its ratio."""
-
-
-class Point(NamedTuple):
-    """What a surrogate is a function of, at every token; all of one shape."""
-
-    log_prob: Tensor
-    log_ratio: Tensor
-    """To the old policy, pooled as the level says, saturated at the config's limit."""
-    ratio: Tensor
-    """exp(log_ratio)"""
-    advantage: Tensor
-    old_log_prob: Tensor
-    """Of the token itself, whatever the level; log_prob on-policy."""
-
-
-class Terms(NamedTuple):
-    """A surrogate f at every token."""
-
-    value: Tensor
-    slope: Tensor
-    """∂f/∂log_ratio: pooled levels spread it over the sequence, and it is 0 where the log-ratio saturates."""
-    direct: Tensor
-    """∂f/∂log_prob at a fixed ratio, the token's own at every level."""
-    flags: Tensor
-    """uint8, CLIPPED_* bits."""
-
-
-class Clipped(NamedTuple):
-    """Log-ratios bounded token by token, before they are pooled."""
-
-    log_ratio: Tensor
-    free: Tensor | None
-    """bool: where the slope passes; None: everywhere."""
-    flags: Tensor | None
-
-
-def _none(x: Tensor) -> Tensor:
-    return torch.zeros_like(x)
-
-
-def _chosen(condition: Tensor, one: float, other: float, like: Tensor) -> Tensor:
-    """One of two numbers; torch.where on two of them would round both to fp32."""
-    return torch.where(condition, one, torch.full_like(like, other))
-
-
-def _flags(low: Tensor, high: Tensor, dual: Tensor | bool = False) -> Tensor:
-    return (low * CLIPPED_LOW + high * CLIPPED_HIGH + dual * CLIPPED_DUAL).to(torch.uint8)
-
-
-def _no_flags(x: Tensor) -> Tensor:
-    return torch.zeros_like(x, dtype=torch.uint8)
-
-
-@dataclass(frozen=True)
-class Surrogate:
-    """An objective's per-token function f(log_prob, ratio, advantage).
-
-    A subclass is a frozen dataclass of its own parameters with the class attributes below and ``terms``; or, if it is
-    registered with ``register_surrogate``, with ``value`` and perhaps ``slopes``. At most eight numbers reach a kernel
-    (``parameters``).
-    """
-
-    name: ClassVar[str]
-    equation: ClassVar[str]
-    slope_equation: ClassVar[str]
-    """∂f/∂ℓ of a token by itself."""
-    paper: ClassVar[str]
-    found_in: ClassVar[str]
-    """Which training systems have it, by their names for it."""
-    kernel_id: ClassVar[int | None] = None
-    """Its number in csrc/common/surrogates.h; None: no one-pass arm, the two-pass route serves it."""
-    uses_ratio: ClassVar[bool] = True
-    """False: a function of the log-prob alone, so old log-probs and levels do not concern it."""
-    flat_at_zero_advantage: ClassVar[bool] = True
-    """Value and slope are 0 where the advantage is 0."""
-    takes_rollout: ClassVar[bool] = False
-    """Rollout weights are part of its ratio, not factors of its value."""
-
-    def terms(self, t: Point) -> Terms:
-        """Value, slopes and flags."""
-        raise NotImplementedError(f"{type(self).__name__} has no terms: register it with @register_surrogate.")
-
-    def clip_log_ratios(self, log_ratio: Tensor, advantage: Tensor) -> Clipped:
-        """Bounds of a token's own log-ratio, before pooling; most have none."""
-        return Clipped(log_ratio, None, None)
-
-    def parameters(self) -> tuple[float, ...]:
-        """What a kernel is told: formed in float64, rounded once."""
-        return ()
-
-    def written(self) -> str:
-        """The equation with this instance's numbers."""
-        numbers = ", ".join(f"{f.name} = {getattr(self, f.name):g}" for f in fields(self) if getattr(self, f.name))
-        return f"{self.equation}, {numbers}" if numbers else self.equation
-
-    def __repr__(self) -> str:
-        given = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) is not None)
-        return f"{type(self).__name__}({', '.join(given)})"
-
-
-def _check(surrogate: Surrogate, name: str, at_least: float = 0.0) -> None:
-    check_number(f"{type(surrogate).__name__}({name}=...)", getattr(surrogate, name), at_least=at_least)
-
-
-def _check_band(surrogate: Surrogate, low: float, high: float) -> None:
-    """Bounds 1 - low and 1 + high of a ratio."""
-    kind = type(surrogate).__name__
-    check_number(f"{kind}(low=...)", low, at_least=0)
-    check_number(f"{kind}(high=...)", high, at_least=0)
-    if low > 1:
-        raise ValueError(f"{kind}(low=...) must be at most 1 (the bound is 1 - low); got {low!r}.")
+from ..checks import check_number
+from ..maths import log_ratio_of, times
+from .base import Point, Surrogate, Terms, as_flags, check_band, check_field, chosen, no_flags, nothing
 
 
 @dataclass(frozen=True, repr=False)
@@ -152,7 +35,7 @@ class Reinforce(Surrogate):
 
     def terms(self, t: Point) -> Terms:
         A = t.advantage
-        return Terms(times(-A, t.log_prob), _none(A), -A, _no_flags(A))
+        return Terms(times(-A, t.log_prob), nothing(A), -A, no_flags(A))
 
 
 @dataclass(frozen=True, repr=False)
@@ -171,7 +54,7 @@ class Unclipped(Surrogate):
 
     def terms(self, t: Point) -> Terms:
         value = times(-t.advantage, t.ratio)
-        return Terms(value, value, _none(value), _no_flags(value))
+        return Terms(value, value, nothing(value), no_flags(value))
 
 
 @dataclass(frozen=True, repr=False)
@@ -195,7 +78,7 @@ class Clip(Surrogate):
     kernel_id = 2
 
     def __post_init__(self) -> None:
-        _check_band(self, self.low, self.high)
+        check_band(self, self.low, self.high)
         if self.dual is not None and not (math.isfinite(self.dual) and self.dual >= 1 + self.high):
             raise ValueError(
                 f"Clip(dual=...) must be finite and at least 1 + high = {1 + self.high:g}, where it only bounds "
@@ -222,7 +105,7 @@ class Clip(Surrogate):
         if self.dual is not None:
             value = torch.where(clipped_dual, -advantage * dual, value)
         slope = torch.where(clipped_high | clipped_low | clipped_dual, 0.0, inside)
-        return Terms(value, slope, _none(value), _flags(clipped_low, clipped_high, clipped_dual))
+        return Terms(value, slope, nothing(value), as_flags(clipped_low, clipped_high, clipped_dual))
 
 
 @dataclass(frozen=True, repr=False)
@@ -257,7 +140,7 @@ class Cispo(Surrogate):
             return
         if self.low is None or self.high is None:
             raise ValueError(f"Cispo's band needs both low and high (low=1 for no lower bound); got {self!r}.")
-        _check_band(self, self.low, self.high)
+        check_band(self, self.low, self.high)
 
     def parameters(self) -> tuple[float, ...]:
         if self.low is None or self.high is None:
@@ -273,8 +156,8 @@ class Cispo(Surrogate):
         low, high = self.parameters()
         weighted = -t.ratio.clamp(low, high) * t.advantage
         acts = t.advantage != 0
-        flags = _flags((t.ratio < low) & acts, (t.ratio > high) & acts)
-        return Terms(times(weighted, t.log_prob), _none(weighted), weighted, flags)
+        flags = as_flags((t.ratio < low) & acts, (t.ratio > high) & acts)
+        return Terms(times(weighted, t.log_prob), nothing(weighted), weighted, flags)
 
 
 @dataclass(frozen=True, repr=False)
@@ -302,13 +185,13 @@ class Sapo(Surrogate):
         return (self.tau_pos, self.tau_neg)
 
     def terms(self, t: Point) -> Terms:
-        tau = _chosen(t.advantage > 0, self.tau_pos, self.tau_neg, t.ratio)
+        tau = chosen(t.advantage > 0, self.tau_pos, self.tau_neg, t.ratio)
         x = tau * (t.ratio - 1)
         e = torch.exp(-x.abs())  # of the smaller side: exact where the gate closes
         gate = torch.where(x < 0, e, 1.0) / (1 + e)
         slope = times(4 * e / ((1 + e) * (1 + e)), t.ratio)
         value = -t.advantage * gate * 4 / tau
-        return Terms(value, times(-t.advantage, slope), _none(value), _no_flags(value))
+        return Terms(value, times(-t.advantage, slope), nothing(value), no_flags(value))
 
 
 @dataclass(frozen=True, repr=False)
@@ -320,8 +203,8 @@ class _Dppo(Surrogate):
     cap: float | None = None
 
     def __post_init__(self) -> None:
-        _check(self, "low")
-        _check(self, "high")
+        check_field(self, "low")
+        check_field(self, "high")
         if self.cap is not None:
             check_number(f"{type(self).__name__}(cap=...)", self.cap, above=0)
 
@@ -338,10 +221,10 @@ class _Dppo(Surrogate):
         kept = ~(low | high)
         if self.cap is None:
             slope = torch.where(kept, times(-t.advantage, t.ratio), 0.0)
-            return Terms(slope, slope, _none(slope), _flags(low, high))
+            return Terms(slope, slope, nothing(slope), as_flags(low, high))
         direct = torch.where(kept, -t.ratio.clamp(max=self.cap) * t.advantage, 0.0)
         truncated = kept & (t.ratio > self.cap) & (t.advantage != 0)
-        return Terms(times(direct, t.log_prob), _none(direct), direct, _flags(low, high, truncated))
+        return Terms(times(direct, t.log_prob), nothing(direct), direct, as_flags(low, high, truncated))
 
 
 @dataclass(frozen=True, repr=False)
@@ -355,7 +238,7 @@ class DppoTV(_Dppo):
     """
 
     name = "dppo_tv"
-    equation = "-M·r·A, M = 0 where A·(p - p_old) > 0 and |p - p_old| > low or high; with cap -M·sg(min(r, cap))·A·ℓ"
+    equation = "-M·r·A, M = 0 where A·(p - p_old) > 0 and abs(p - p_old) > low or high; with cap -M·sg(min(r, cap))·A·ℓ"
     slope_equation = "-M·min(r, cap)·A"
     paper = "Qi et al. 2026 (DPPO), arXiv:2602.04879"
     found_in = "verl (cap), SkyRL, prime-rl"
@@ -414,79 +297,4 @@ class Dro(Surrogate):
     def terms(self, t: Point) -> Terms:
         pull = self.beta * t.log_ratio
         value = times(-t.advantage, t.log_prob) + pull * t.log_ratio / 2
-        return Terms(value, pull, -t.advantage, _no_flags(value))
-
-
-_VESPO_LOWEST, _VESPO_HIGHEST = math.log(1e-8), 20.0
-
-
-@dataclass(frozen=True, repr=False)
-class Vespo(Surrogate):
-    """-phi(W) * A * log_prob, phi(W) = exp(lam) * W^k * exp(-lam * W), detached, phi(1) = 1; by the advantage's sign.
-
-    W is the product of a sequence's ratios (``level="sequence_product"``), rollout weights among them, log W bounded
-    to [log 1e-8, 20]. Drops the gradient through W: a sequence far from the policy fades out.
-    """
-
-    k_pos: float = 2.0
-    lam_pos: float = 3.0
-    k_neg: float = 3.0
-    lam_neg: float = 2.0
-
-    name = "vespo"
-    equation = "-sg(φ(W))·A·ℓ, φ(W) = exp(λ + k·log W - λ·W), (k, λ) by the sign of A"
-    slope_equation = "-φ(W)·A"
-    paper = "Shen et al. 2026 (VESPO), arXiv:2602.10693"
-    found_in = "TRL, Liger, Unsloth"
-    takes_rollout = True
-
-    def __post_init__(self) -> None:
-        for name in ("k_pos", "k_neg"):
-            _check(self, name)
-        for name in ("lam_pos", "lam_neg"):
-            _check(self, name, at_least=1e-4)
-
-    def terms(self, t: Point) -> Terms:
-        log_w = t.log_ratio.clamp(_VESPO_LOWEST, _VESPO_HIGHEST)
-        positive = t.advantage >= 0
-        k = _chosen(positive, self.k_pos, self.k_neg, log_w)
-        lam = _chosen(positive, self.lam_pos, self.lam_neg, log_w)
-        weighted = -torch.exp(lam + k * log_w - lam * log_w.exp()) * t.advantage
-        return Terms(times(weighted, t.log_prob), _none(weighted), weighted, _no_flags(weighted))
-
-
-@dataclass(frozen=True, repr=False)
-class Gmpo(Surrogate):
-    """-r * A with log-ratios clipped token by token, before they are pooled: at level "sequence" r is a geometric mean.
-
-    Bounds are log-ratios, low and high around 0. Drops the gradient of tokens that left the band in the direction of
-    their advantage; their bounded ratios stay in the mean.
-    """
-
-    low: float = 0.4
-    high: float = 0.4
-
-    name = "gmpo"
-    equation = "-r·A, r of log-ratios clipped to [-low, high] on the side that A pushes to"
-    slope_equation = "-r·A, 0 where clipped"
-    paper = "Zhao et al. 2025 (GMPO), arXiv:2507.20673"
-    found_in = "TRL (experimental), verl geo_mean"
-
-    def __post_init__(self) -> None:
-        _check(self, "low")
-        _check(self, "high")
-
-    def clip_log_ratios(self, log_ratio: Tensor, advantage: Tensor) -> Clipped:
-        high = (advantage > 0) & (log_ratio > self.high)
-        low = (advantage < 0) & (log_ratio < -self.low)
-        bounded = torch.where(high, self.high, torch.where(low, -self.low, log_ratio))
-        return Clipped(bounded, ~(low | high), _flags(low, high))
-
-    def terms(self, t: Point) -> Terms:
-        value = times(-t.advantage, t.ratio)
-        return Terms(value, value, _none(value), _no_flags(value))
-
-
-BUILT_IN = (Reinforce, Unclipped, Clip, Cispo, Sapo, DppoTV, DppoKL, Dro, Vespo, Gmpo)
-SURROGATES: dict[str, type[Surrogate]] = {cls.name: cls for cls in BUILT_IN}
-"""Every surrogate by name, registered ones as well; tests, tables and the CLI enumerate it."""
+        return Terms(value, pull, -t.advantage, no_flags(value))

@@ -1,0 +1,125 @@
+"""What a surrogate is: a function of a token's log-prob, its ratio and its advantage, and the two slopes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_number
+
+CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL = 1, 2, 4
+"""Flags of a token at which a bound took effect: its slope is 0, or its weight is not its ratio."""
+
+
+class Point(NamedTuple):
+    """What a surrogate is a function of, at every token; all of one shape."""
+
+    log_prob: Tensor
+    log_ratio: Tensor
+    """To the old policy, pooled as the level says, saturated at the config's limit."""
+    ratio: Tensor
+    """exp(log_ratio)"""
+    advantage: Tensor
+    old_log_prob: Tensor
+    """Of the token itself, whatever the level; log_prob on-policy."""
+
+
+class Terms(NamedTuple):
+    """A surrogate f at every token."""
+
+    value: Tensor
+    slope: Tensor
+    """∂f/∂log_ratio: pooled levels spread it over the sequence, and it is 0 where the log-ratio saturates."""
+    direct: Tensor
+    """∂f/∂log_prob at a fixed ratio, the token's own at every level."""
+    flags: Tensor
+    """uint8, CLIPPED_* bits."""
+
+
+class Clipped(NamedTuple):
+    """Log-ratios bounded token by token, before they are pooled."""
+
+    log_ratio: Tensor
+    free: Tensor | None
+    """bool: where the slope passes; None: everywhere."""
+    flags: Tensor | None
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """An objective's per-token function f(log_prob, ratio, advantage).
+
+    A subclass is a frozen dataclass of its own parameters with the class attributes below and ``terms``; or, if it is
+    registered with ``register_surrogate``, with ``value`` and perhaps ``slopes``. At most eight numbers reach a kernel
+    (``parameters``).
+    """
+
+    name: ClassVar[str]
+    equation: ClassVar[str]
+    slope_equation: ClassVar[str]
+    """∂f/∂ℓ of a token by itself."""
+    paper: ClassVar[str]
+    found_in: ClassVar[str]
+    """Which training systems have it, by their names for it."""
+    kernel_id: ClassVar[int | None] = None
+    """Its number in csrc/common/surrogates.h; None: no one-pass arm, the two-pass route serves it."""
+    uses_ratio: ClassVar[bool] = True
+    """False: a function of the log-prob alone, so old log-probs and levels do not concern it."""
+    flat_at_zero_advantage: ClassVar[bool] = True
+    """Value and slope are 0 where the advantage is 0."""
+    takes_rollout: ClassVar[bool] = False
+    """Rollout weights are part of its ratio, not factors of its value."""
+
+    def terms(self, t: Point) -> Terms:
+        """Value, slopes and flags."""
+        raise NotImplementedError(f"{type(self).__name__} has no terms: register it with @register_surrogate.")
+
+    def clip_log_ratios(self, log_ratio: Tensor, advantage: Tensor) -> Clipped:
+        """Bounds of a token's own log-ratio, before pooling; most have none."""
+        return Clipped(log_ratio, None, None)
+
+    def parameters(self) -> tuple[float, ...]:
+        """What a kernel is told: formed in float64, rounded once."""
+        return ()
+
+    def written(self) -> str:
+        """The equation with this instance's numbers."""
+        numbers = ", ".join(f"{f.name} = {getattr(self, f.name):g}" for f in fields(self) if getattr(self, f.name))
+        return f"{self.equation}, {numbers}" if numbers else self.equation
+
+    def __repr__(self) -> str:
+        given = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) is not None)
+        return f"{type(self).__name__}({', '.join(given)})"
+
+
+def nothing(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def chosen(condition: Tensor, one: float, other: float, like: Tensor) -> Tensor:
+    """One of two numbers; torch.where on two of them would round both to fp32."""
+    return torch.where(condition, one, torch.full_like(like, other))
+
+
+def as_flags(low: Tensor, high: Tensor, dual: Tensor | bool = False) -> Tensor:
+    return (low * CLIPPED_LOW + high * CLIPPED_HIGH + dual * CLIPPED_DUAL).to(torch.uint8)
+
+
+def no_flags(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, dtype=torch.uint8)
+
+
+def check_field(surrogate: Surrogate, name: str, at_least: float = 0.0) -> None:
+    check_number(f"{type(surrogate).__name__}({name}=...)", getattr(surrogate, name), at_least=at_least)
+
+
+def check_band(surrogate: Surrogate, low: float, high: float) -> None:
+    """Bounds 1 - low and 1 + high of a ratio."""
+    kind = type(surrogate).__name__
+    check_number(f"{kind}(low=...)", low, at_least=0)
+    check_number(f"{kind}(high=...)", high, at_least=0)
+    if low > 1:
+        raise ValueError(f"{kind}(low=...) must be at most 1 (the bound is 1 - low); got {low!r}.")
