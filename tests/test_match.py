@@ -11,7 +11,9 @@ import random
 import pytest
 import torch
 
-from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped, match, reference, shadow
+from grpo_kernels import (
+    KL, Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, LossConfig, Reinforce, Sapo, Unclipped, Vespo, match, reference, shadow,
+)  # fmt: skip
 from grpo_kernels.__main__ import main
 from grpo_kernels.matching.call import Caller, role_of
 from grpo_kernels.matching.report import source_of
@@ -206,6 +208,47 @@ def test_configs_are_read_back(config):
 @pytest.mark.parametrize("config", random.Random(1).sample(list(every_config()), 600), ids=source_of)
 def test_more_configs_are_read_back(config):
     read_back(config)
+
+
+OTHERS = (
+    *((Cispo(5.0), "token"), (Cispo(0.2), "token"), (Cispo(low=0.2, high=0.28), "token"), (Cispo(3.0), "sequence")),
+    *((Sapo(), "token"), (Sapo(0.7, 2.0), "sequence"), (Vespo(), "sequence_product"), (Dro(0.01), "token")),
+    *((Vespo(1.5, 2.0, 2.5, 1.0), "sequence_product"), (Gmpo(), "sequence"), (Gmpo(0.1, 0.2), "sequence")),
+    *((DppoTV(0.2, 0.15), "token"), (DppoTV(0.1, 0.05, cap=3.0), "token"), (DppoKL(0.05, 0.02, cap=20.0), "token")),
+)
+
+
+@pytest.mark.parametrize(("surrogate", "level"), OTHERS, ids=str)
+def test_other_surrogates_are_read_back(surrogate, level):
+    """Curves that do not just stop at a bound of the ratio."""
+    aggregation = "token_mean" if level == "token" else "sequence_mean"
+    read_back(LossConfig(surrogate, level, aggregation, KL(0.04, limit=FREE)), temperature=1.0)
+
+
+@pytest.mark.parametrize(
+    "kl",
+    [
+        KL(0.1, "abs", limit=FREE), KL(0.1, "abs", ratio_weighted=True, limit=FREE),
+        KL(0.1, "k1", "score_function", limit=FREE), KL(0.1, "k2", "score_function", limit=FREE),
+        KL(0.1, "k1", "weighted_k2", limit=FREE), KL(0.1, "k3", "weighted_k2", limit=FREE, ratio_cap=5.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_kl_gradients_are_read_back(kl):
+    read_back(LossConfig(kl=kl, log_ratio_limit=None))
+
+
+def test_a_cap_below_one_is_told():
+    """TRL's loss_type="cispo" with the default of epsilon_high."""
+    config = LossConfig(Cispo(0.2), aggregation="token_mean")
+
+    def loss(logits, token_ids, advantages, mask, old_log_probs):
+        given = {"old_log_probs": old_log_probs, "config": config}
+        return reference.grpo_loss(logits, token_ids, advantages, mask, **given).loss
+
+    report = match(loss)
+    assert report.matched
+    assert any("the cap of the ratio is 0.2, below 1" in note for note in report.notes)
 
 
 # Faults
@@ -569,7 +612,9 @@ def test_absolute_difference():
     def loss(lp, old, ref_logprobs, A, mask):
         return mean(clipped(lp - old, A[:, None]) + 0.1 * (lp - ref_logprobs).abs(), mask)
 
-    assert "|ℓ - ref|" in str(match(loss))
+    report = match(loss)
+    assert report.matched
+    assert report.config.kl == KL(0.1, "abs", limit=FREE)
 
 
 def test_loss_that_rounds():

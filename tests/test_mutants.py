@@ -158,8 +158,8 @@ MUTANTS = {
     "gae: decay": ("advantages.py", "discount * lam)", "discount)"),
     "reference: mask": ("reference/__init__.py", "mask != 0", "mask != 2"),
 }
-SAMPLED = ("clip: slope kept", "second backward", "triton: old ignored")
-"""In every run; the others nightly."""
+SAMPLED = {"clip: slope kept": "surrogates", "second backward": "autograd", "rollout: unknown": "oracle"}
+"""In every run, and the test file that notices each soonest; the others are nightly."""
 TESTS = (
     "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages "
     "test_numerics test_linear test_triton test_support"
@@ -176,7 +176,8 @@ def test_mutant_is_noticed(tmp_path, name):
     text = source.read_text()
     assert old in text, f"{file} has changed: write this mutant anew"
     source.write_text(text.replace(old, new, 1))
-    tests = [f"tests/{test}.py" for test in TESTS.split()]
+    first = [f"test_{SAMPLED[name]}"] if name in SAMPLED else []
+    tests = [f"tests/{test}.py" for test in dict.fromkeys([*first, *TESTS.split()])]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-m", "not nightly", *tests]
     command += ["-k", "triton" if name.startswith("triton") else "not triton"]  # interpreted kernels are slow
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -8,10 +8,12 @@ import torch
 pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
 
 from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty
-from verl.workers.config import ActorConfig
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
+from verl.workers.config import ActorConfig, PolicyLossConfig
 
-from grpo_kernels import KL, LossConfig, grpo_loss
-from grpo_kernels.surrogates import Clip
+from grpo_kernels import (
+    KL, Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, LossConfig, MaskedIS, Reinforce, Sapo, TruncatedIS, grpo_loss,
+)  # fmt: skip
 
 pytestmark = pytest.mark.peers
 B, T, V = 5, 9, 60
@@ -91,6 +93,7 @@ def test_gspo(mode):
         ("low_var_kl", KL(0.3, limit=(20.0, 10.0))),
         ("kl", KL(0.3, "k1", limit=(None, None))),
         ("mse", KL(0.3, "k2", limit=(None, None))),
+        ("abs", KL(0.3, "abs", limit=(None, None))),
         ("k3+", KL(0.3, gradient="straight_through_k2", limit=(20.0, 10.0))),
     ],
 )
@@ -102,3 +105,79 @@ def test_kl(kind, kl, spread):
     batch.advantages.zero_()
     options = {"old_log_probs": batch.old, "ref_log_probs": batch.ref}
     assert_same(batch, theirs, mode=MODES["token-mean"], config={"kl": kl}, **options)
+
+
+def our_presets():
+    cispo = {"surrogate": Cispo(low=0.1, high=0.2)}
+    yield "cispo", {"clip_ratio_low": 0.1, "clip_ratio_high": 0.2}, cispo, {}
+    for name, kind in (("dppo_tv", DppoTV), ("dppo_kl", DppoKL)):
+        for cap in (3.0, 1.2):
+            options = {"clip_ratio_low": 0.02, "clip_ratio_high": 0.03, "clip_ratio_c": cap}
+            yield name, options, {"surrogate": kind(0.02, 0.03, cap=cap)}, {}
+    yield "gpg", {}, {"surrogate": Reinforce()}, {}
+    dro = {"policy_loss": PolicyLossConfig(loss_mode="dro", dro_beta=0.3)}
+    yield "dro", dro, {"surrogate": Dro(0.3), "log_ratio_limit": None}, {}
+
+
+@pytest.mark.parametrize(("name", "options", "config", "more"), list(our_presets()), ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_other_losses(name, options, config, more, mode, weighted):
+    batch = Batch()
+    weights = batch.weights if weighted else None
+    arguments = (batch.old, batch.log_probs(), batch.advantages, batch.mask, mode, config_of(**options))
+    theirs, metrics = get_policy_loss_fn(name)(*arguments, weights)
+    found = {"old_log_probs": batch.old, "token_weights": weights, **more}
+    out = assert_same(batch, theirs, mode=MODES[mode], config=config, **found)
+    if name.startswith("dppo"):
+        clipped = float(out.metrics.clip_low + out.metrics.clip_high)
+        assert metrics["actor/pg_clipfrac"] == pytest.approx(clipped, abs=1e-6)
+        assert metrics["actor/pg_clipfrac_lower"] == pytest.approx(float(out.metrics.clip_dual), abs=1e-6)
+    if name == "cispo":
+        assert metrics["actor/pg_clipfrac"] == pytest.approx(float(out.metrics.clip_fraction), abs=1e-6)
+
+
+def test_sapo():
+    """verl's is a mean over tokens of each sequence, whatever the mode."""
+    batch = Batch()
+    theirs, _ = get_policy_loss_fn("sapo")(
+        batch.old, batch.log_probs(), batch.advantages, batch.mask, "seq-mean-token-mean",
+        config_of(tau_pos=0.8, tau_neg=1.3),
+    )  # fmt: skip
+    mode = MODES["seq-mean-token-mean"]
+    assert_same(batch, theirs, mode=mode, config={"surrogate": Sapo(0.8, 1.3)}, old_log_probs=batch.old)
+
+
+def test_gmpo():
+    batch = Batch()
+    batch.advantages = batch.advantages[:, :1].expand(B, T).contiguous()
+    theirs, _ = get_policy_loss_fn("geo_mean")(
+        batch.old, batch.log_probs(), batch.advantages, batch.mask, "token-mean",
+        config_of(clip_ratio_low=0.3, clip_ratio_high=0.4),
+    )  # fmt: skip
+    config = {"surrogate": Gmpo(0.3, 0.4), "level": "sequence"}
+    assert_same(batch, theirs, mode=MODES["seq-mean-token-mean"], config=config, old_log_probs=batch.old)
+
+
+@pytest.mark.parametrize(
+    ("level", "threshold", "scheme"),
+    [
+        ("token", 1.2, TruncatedIS(1.2)),
+        ("token", "0.8_1.3", MaskedIS(0.8, 1.3)),
+        ("sequence", 1.2, TruncatedIS(1.2, level="sequence")),
+        ("sequence", "0.7_1.5", MaskedIS(0.7, 1.5, "sequence")),
+    ],
+)
+def test_rollout_correction(level, threshold, scheme):
+    batch = Batch()
+    rollout = batch.old + 0.2 * torch.randn(B, T)
+    weights, metrics = compute_rollout_correction_weights(batch.old - rollout, batch.mask, level, threshold)
+    theirs, _ = get_policy_loss_fn("vanilla")(
+        batch.old, batch.log_probs(), batch.advantages, batch.mask, "token-mean",
+        config_of(clip_ratio_low=0.2, clip_ratio_high=0.28), weights,
+    )  # fmt: skip
+    config = {"surrogate": Clip(0.2, 0.28, dual=3.0), "rollout": scheme}
+    options = {"old_log_probs": batch.old, "rollout_log_probs": rollout}
+    out = assert_same(batch, theirs, mode=MODES["token-mean"], config=config, **options)
+    if level == "token":
+        assert metrics["rollout_is_max"] == pytest.approx(float(out.metrics.rollout_weight_max), rel=1e-4)
