@@ -12,7 +12,21 @@ import pytest
 import torch
 
 from grpo_kernels import (
-    KL, Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, LossConfig, Reinforce, Sapo, Unclipped, Vespo, match, reference, shadow,
+    KL,
+    Cispo,
+    Clip,
+    DppoKL,
+    DppoTV,
+    Dro,
+    Gmpo,
+    LossConfig,
+    Reinforce,
+    Sapo,
+    Unclipped,
+    Vespo,
+    match,
+    reference,
+    shadow,
 )  # fmt: skip
 from grpo_kernels.__main__ import main
 from grpo_kernels.matching.call import Caller, role_of

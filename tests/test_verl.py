@@ -12,7 +12,19 @@ from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weig
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from grpo_kernels import (
-    KL, Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, LossConfig, MaskedIS, Reinforce, Sapo, TruncatedIS, grpo_loss,
+    KL,
+    Cispo,
+    Clip,
+    DppoKL,
+    DppoTV,
+    Dro,
+    Gmpo,
+    LossConfig,
+    MaskedIS,
+    Reinforce,
+    Sapo,
+    TruncatedIS,
+    grpo_loss,
 )  # fmt: skip
 
 pytestmark = pytest.mark.peers
