@@ -8,6 +8,7 @@ with -inf outside of S, and handed to the kernels: two passes, and no second ten
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -70,7 +71,7 @@ class MinP:
 
     def lowest(self, z: Tensor) -> Tensor:
         largest = z.amax(-1, keepdim=True)
-        return torch.minimum(largest, largest + torch.tensor(self.p, dtype=z.dtype, device=z.device).log())
+        return largest + math.log(self.p)
 
 
 def _check_share(support: TopP | MinP) -> None:

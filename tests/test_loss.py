@@ -17,6 +17,7 @@ from grpo_kernels import (
     MaskedIS,
     OffPolicyMask,
     Reinforce,
+    Rejection,
     TruncatedIS,
     Unclipped,
     grpo_loss,
@@ -97,7 +98,7 @@ def test_unknown_samplers_weigh_one(backend):
     case = make()
     unknown = torch.full(case.token_ids.shape, math.nan)
     plain, expected = case.run(backend=backend)
-    for scheme in ROLLOUTS:
+    for scheme in (*ROLLOUTS, MaskedIS(1.1, 1.5), Rejection(1.1, 1.5)):  # the last two would drop a ratio of 1
         if not isinstance(scheme, tuple):
             out, gradient = case.run(backend=backend, config=LossConfig(rollout=scheme), rollout_log_probs=unknown)
             torch.testing.assert_close(out.loss, plain.loss)

@@ -158,7 +158,7 @@ MUTANTS = {
     "gae: decay": ("advantages.py", "discount * lam)", "discount)"),
     "reference: mask": ("reference/__init__.py", "mask != 0", "mask != 2"),
 }
-SAMPLED = {"clip: slope kept": "surrogates", "second backward": "autograd", "rollout: unknown": "oracle"}
+SAMPLED = {"clip: slope kept": "surrogates", "second backward": "autograd", "direct slope dropped": "surrogates"}
 """In every run, and the test file that notices each soonest; the others are nightly."""
 TESTS = (
     "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages "

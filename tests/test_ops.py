@@ -128,13 +128,15 @@ CALLS = {
     "weights": {"token_weights": torch.full((6, 9), 0.5), "normalizer": torch.tensor(3.0), "config": "dapo"},
     "skipping": {"skip_zero_advantage": True, "ref_log_probs": None},
     "group mean": {"config": LossConfig(Clip(), aggregation="group_mean", group_size=2)},
-    "correction": {"rollout_log_probs": torch.full((6, 9), -4.0), "config": LossConfig(rollout=TruncatedIS(1.5))},
     "pooled correction": {
         "rollout_log_probs": torch.full((6, 9), -4.0),
         "config": LossConfig(Cispo(), level="sequence", rollout=(MaskedIS(0, 3, "sequence"), OffPolicyMask(0.1))),
     },
-    "entropy threshold": {"entropy_threshold": torch.tensor(3.0), "config": LossConfig(Sapo())},
-    "vespo": {"config": "vespo"},
+    "entropy threshold": {
+        "rollout_log_probs": torch.full((6, 9), -4.0),
+        "entropy_threshold": torch.tensor(3.0),
+        "config": LossConfig(Sapo(), rollout=TruncatedIS(1.5)),
+    },
     "gmpo": {"config": "gmpo"},
     "rollout": {"rollout_log_probs": torch.full((6, 9), -4.0), "old_log_probs": None},
 }

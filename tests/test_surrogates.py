@@ -183,7 +183,7 @@ def kernel_terms(backend, config: LossConfig, log_prob, old, ref, advantages, ro
 
 def assert_twins_agree(twin, config, dtype, with_old, threshold=None):
     """The languages on one grid: 4 ULP of the terms that are added; flags but for a bound's edge."""
-    log_prob, old, ref, advantages = grid(dtype, 20000 if twin == "cpu" else 4096)  # the interpreter is slow
+    log_prob, old, ref, advantages = grid(dtype, 20000 if twin == "cpu" else 2048)  # the interpreter is slow
     log_prob[5], old[5], log_prob[6], ref[7] = -math.inf, -math.inf, -math.inf, -math.inf
     old = old if with_old else None
     rollout = (log_prob if old is None else old).roll(1).maximum(log_prob - 0.3)
@@ -213,13 +213,15 @@ def assert_twins_agree(twin, config, dtype, with_old, threshold=None):
 
 
 CLIP = Clip(0.2, 0.2, dual=2.0)
+TWINS = ("cpu", pytest.param("triton", marks=pytest.mark.nightly))
+"""The interpreter takes half a second for each of these; ``test_triton_is_python`` is its sample."""
 FORMS = [(surrogate, KL(0.1, ratio_weighted=True)) for surrogate in ONE_PASS] + [(CLIP, kl) for kl in KLS[1:]]
 
 
 @pytest.mark.parametrize(("surrogate", "kl"), FORMS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("with_old", [True, False])
-@pytest.mark.parametrize("twin", ["cpu", "triton"])
+@pytest.mark.parametrize("twin", TWINS)
 def test_twins_are_python(twin, surrogate, kl, dtype, with_old):
     """Surrogate and KL meet in the ratio alone: each KL with the clip, each surrogate with a KL that has it."""
     assert_twins_agree(twin, LossConfig(surrogate, kl=kl), dtype, with_old)
@@ -229,12 +231,21 @@ def test_twins_are_python(twin, surrogate, kl, dtype, with_old):
 @pytest.mark.parametrize("surrogate", [CLIP, Cispo()], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("with_old", [True, False])
-@pytest.mark.parametrize("twin", ["cpu", "triton"])
+@pytest.mark.parametrize("twin", TWINS)
 def test_twins_weigh_and_drop_tokens_alike(twin, surrogate, scheme, dtype, with_old):
     config = LossConfig(surrogate, kl=KL(0.1), rollout=scheme)
     *_, weight, _ = assert_twins_agree(twin, config, dtype, with_old, threshold=1.0)
     assert ((weight != 1) & (weight != 0)).double().mean() > 0.02 or isinstance(scheme, Rejection)
     assert (weight[::40] == 1).all()
+
+
+@pytest.mark.parametrize("surrogate", ONE_PASS, ids=str)
+def test_triton_is_python(surrogate):
+    """Every arm, with a KL and a scheme in turn."""
+    i = ONE_PASS.index(surrogate)
+    kl, scheme = KLS[1 + i % (len(KLS) - 1)], (TruncatedIS(1.2, 0.9), MaskedIS(0.8, 1.2), Rejection(0.8, 1.2))[i % 3]
+    config = LossConfig(surrogate, kl=kl, rollout=scheme)
+    assert_twins_agree("triton", config, torch.float64 if i % 4 == 0 else torch.float32, i % 5 != 0, threshold=1.0)
 
 
 def test_flags_of_surrogates_that_bound_without_stopping():
