@@ -34,7 +34,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 def provider(name: str) -> Provider:
     def loss(work: Workload) -> Tensor:
         config: LossConfig = dataclasses.replace(work.config, **CHANGES[name])
-        known = {**work.known(), "rollout_log_probs": work.old - 0.01}
+        known = {**work.known(), "rollout_log_probs": work.ref}
         inplace = torch.is_grad_enabled()
         arguments = (work.logits(), work.ids, work.advantages, work.mask)
         return grpo_loss(*arguments, **known, config=config, inplace=inplace, grad_scale=work.spec.upstream).loss

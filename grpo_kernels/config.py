@@ -95,7 +95,7 @@ class LossConfig:
         for scheme in self.schemes:
             if not isinstance(scheme, Rollout):
                 raise TypeError(f"LossConfig(rollout=...) takes schemes such as TruncatedIS(2.0); got {scheme!r}.")
-            if self.surrogate.takes_rollout and scheme.pooled:
+            if self.surrogate.takes_rollout and scheme.pooled and not scheme.of_policy:
                 raise ValueError(
                     f"{self.surrogate!r} multiplies token weights into its ratio, and {scheme!r} weighs sequences. "
                     'Use level="token", as in TruncatedIS(2.0) or MaskedIS(0.5, 5.0).'
@@ -126,15 +126,17 @@ class LossConfig:
 
     def equation(self) -> str:
         """The objective as one line of maths (ℓ log-prob, A advantage, m mask, f the bracket)."""
-        rho = "".join(f"[{scheme.equation}]·" for scheme in self.schemes)
-        terms = [f"{rho}({self.surrogate.written()})" if rho else self.surrogate.written()]
+        folded = [s.written() for s in self.schemes if self.surrogate.takes_rollout and not s.of_policy]
+        factors = [s.written() for s in self.schemes if not (self.surrogate.takes_rollout and not s.of_policy)]
+        term = self.surrogate.written()
+        terms = ["·".join([*(f"[{factor}]" for factor in factors), f"({term})"]) if factors else term]
         if self.kl.coef:
-            ratio = "r·" if self.kl.ratio_weighted else ""
-            terms.append(f"{self.kl.coef:g}·{ratio}{self.kl.estimator}(ℓ - ref)")
+            terms.append(f"{self.kl.coef:g}·{self.kl.written()}")
         pooled = {"token": "r = exp(ℓ - old)", "sequence": "r = exp(mean_t(ℓ - old))"}
         pooled["sequence_token"] = "r = exp(sg(mean_t(ℓ - old)) + ℓ - sg(ℓ))"
         pooled["sequence_product"] = "r = exp(Σ_t(ℓ - old))"
         where = f", {pooled[self.level]}" if self.surrogate.uses_ratio else ""
+        where += "".join(f", r of ratios times {factor}" for factor in folded)
         entropy = f" - {self.entropy_coef:g}·entropy" if self.entropy_coef else ""
         aggregation = AGGREGATIONS[self.aggregation]
         if self.constant_length:

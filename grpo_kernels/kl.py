@@ -46,10 +46,12 @@ class KL:
         ratio_weighted: multiply by the (differentiable) ratio to the old policy, as TRL's
             ``use_bias_correction_kl`` and DeepSeek-V3.2 do; needs "pathwise". On-policy it changes the
             gradient of k3 from 1 - exp(-x) to x, not the value.
-        limit: (input, output) clamps: x to ±input before the estimator, its value to ±output after; the slope
-            is 0 where a clamp bites. None: no clamp. verl uses (20, 10), TRL none.
+        limit: (input, output) clamps: x to ±input before the estimator, its value to ±output after; the pathwise slope
+            is 0 where a clamp bites, those through k2 where the input's does, that of the score function keeps the
+            value. None: no clamp. verl uses (20, 10), TRL none.
         ratio_cap: of "weighted_k2" (OpenRLHF: 10).
-        level: how log-ratios are pooled into the ratio that weighs the KL; None: as those of the policy term.
+        level: how log-ratios are pooled into the ratio that weighs the KL; None: as those of the policy term. Without a
+            ratio (``ratio_weighted``, "weighted_k2") it has no effect.
     """
 
     coef: float = 0.0
@@ -76,6 +78,13 @@ class KL:
                 'KL(ratio_weighted=True) needs gradient="pathwise": the ratio carries gradient itself. With a detached '
                 'ratio, the gradient is "weighted_k2".'
             )
+
+    def written(self) -> str:
+        """The penalty of a token as maths."""
+        at = "" if self.level is None else f" at level {self.level}"
+        ratio = f"r{at}·" if self.ratio_weighted else ""
+        slope = "" if self.gradient == "pathwise" else f" [slope: {self.gradient}]"
+        return f"{ratio}{self.estimator}(ℓ - ref){slope}"
 
     def level_beside(self, policy: str) -> str:
         """Of its ratio, where the policy term's is ``policy``: the same where it has none."""

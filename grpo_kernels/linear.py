@@ -115,7 +115,7 @@ def linear_grpo_loss(
     _check_contents(tokens, hidden, weight, bias, logit_args, check)
     wide = grad_scale is None and operand_dtype(hidden) == torch.float16
     if wide:
-        grad_scale = _fp16_scale(batch)
+        grad_scale = _fp16_scale(batch, config)
     numbers = tokens.numbers(logit_args, announced_scale("linear_grpo_loss", grad_scale), config, entropy_threshold)
     spec = one_pass_spec(config, batch, given)
     pooled = batch.sequences if spec is None and pools(config, batch) and any(wants) else None
@@ -183,12 +183,15 @@ def _check_contents(
     check_shift(tokens, log_probs)
 
 
-def _fp16_scale(batch: TokenBatch) -> Tensor:
+def _fp16_scale(batch: TokenBatch, config: LossConfig) -> Tensor:
     """A power of two that brings the largest factor of a token near 2⁻⁶: 2²² below what fp16 overflows at, for ratios,
     and 2¹⁸ above its smallest number, for probabilities."""
     if batch.policy_weight.numel() == 0:
         return torch.ones((), device=batch.policy_weight.device)
-    factors = (batch.policy_weight * batch.advantages, batch.kl_weight, batch.entropy_weight)
+    sizes = batch.advantages.abs()
+    if not config.surrogate.flat_at_zero_advantage:
+        sizes = sizes.clamp(min=64)  # a slope of its own: DRO's spring at 20 nats
+    factors = (batch.policy_weight * sizes, batch.kl_weight, batch.entropy_weight)
     largest = torch.stack([values.abs().amax() for values in factors if values is not None]).amax()
     return torch.exp2(-largest.clamp(min=2**-24).log2().floor() - 6)
 

@@ -38,8 +38,9 @@ def token_log_probs(
         temperature, logit_scale, logit_softcap: numbers or 0-d tensors > 0.
         inplace: backward writes the gradient over the logits.
         support: the tokens that the sampler could draw: ``TopK(k)``, ``TopP(p)``, ``MinP(p)``, a tuple of them in the
-            sampler's order, or a bool mask of the logits' shape. Log-probs and entropies are then those of the
-            distribution renormalised over it, the drawn token always included; logits are copied, some rows at a time.
+            sampler's order, or a bool mask (*token_ids.shape, V). Log-probs and entropies are then those of the
+            distribution renormalised over it, the drawn token always included. Rows are copied some at a time, masked
+            ones too; not inside a compiled graph.
         check, backend: as for ``grpo_loss``.
 
     Returns:

@@ -144,7 +144,7 @@ def one_pass_spec(config: LossConfig, batch: TokenBatch, given: LossInputs) -> O
     """What to tell the one-pass kernel; None where a row's slope is not known from that row alone.
 
     It is at token level; on-policy also at the sequence levels, if the mean of the slopes over a sequence is each of
-    them (one advantage, one weight), but not for the sum ("sequence_product"). Rollout factors of a token's own are.
+    them (one advantage, one weight), but not for the sum ("sequence_product").
     """
     if config.kl.level_beside(config.level) != config.level:
         return None
@@ -153,7 +153,7 @@ def one_pass_spec(config: LossConfig, batch: TokenBatch, given: LossInputs) -> O
         uniform = config.level == "sequence" and given.token_weights is None
         uniform &= advantages_per_sequence(batch.sequences, given.advantages)
         uniform &= batch.kl_weight is None or not config.kl.ratio_weighted
-        uniform &= not config.schemes and given.entropy_threshold is None
+        uniform &= len(config.schemes) == 0 and given.entropy_threshold is None
         if batch.old is not None or not (own or uniform):
             return None
     return objective_spec(config, batch.kl_weight is not None, batch.schemes)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +17,7 @@ from .kl import ESTIMATORS, KLTerms, kl_terms
 from .maths import clamp, log_ratio_of, times, within
 from .metrics import FIELDS, Metrics
 from .ops import accumulate_dtype
-from .rollout import Rollout, rollout_weights
+from .rollout import FOLDED, Rollout, rollout_weights
 from .rows import Sequences
 from .spec import objective_spec
 from .surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, Point
@@ -106,9 +105,14 @@ def token_terms(
     old = log_prob if batch.old is None else batch.old
     own = torch.where(live, log_ratio_of(log_prob, old), 0.0)  # NaN stays NaN
     raw, free, own_flags = surrogate.clip_log_ratios(own, batch.advantages)
-    weight = batch.factors(config, log_prob, batch.schemes) if batch.schemes else None
-    if weight is not None and surrogate.takes_rollout:
-        raw = raw + torch.where(live, weight.clamp(*_FOLDED).log(), 0.0)
+    folded = tuple(scheme for scheme in batch.schemes if surrogate.takes_rollout and not scheme.of_policy)
+    weight = applied = None
+    if rest := tuple(scheme for scheme in batch.schemes if scheme not in folded):
+        weight = applied = batch.factors(config, log_prob, rest)
+    if folded:  # part of the ratio
+        factors = batch.factors(config, log_prob, folded)
+        raw = raw + torch.where(live, factors.log().clamp(*FOLDED), 0.0)
+        applied = factors if weight is None else times(weight, factors)
     raw = raw if config.level == "token" else batch.pool(raw, config.level != "sequence_product")
     possible = log_prob != float("-inf")  # a token of probability 0 has no direction to give: it saturates
     inside = within(raw, config.log_ratio_limit)
@@ -117,7 +121,7 @@ def token_terms(
 
     policy = surrogate.terms(Point(log_prob, log_ratio, ratio, batch.advantages, old))
     policy_weight, value = batch.policy_weight, policy.value
-    if weight is not None and not surrogate.takes_rollout:
+    if weight is not None:
         policy_weight, value = times(policy_weight, weight), times(weight, value)
     if batch.entropy_threshold is not None:
         assert entropy is not None
@@ -148,13 +152,9 @@ def token_terms(
         torch.where(live, value, dead),
         torch.where(live, kl_value, dead),
         torch.where(live, flags, 0),
-        log_prob.new_empty(0) if weight is None else torch.where(live, weight, dead),
+        log_prob.new_empty(0) if applied is None else torch.where(live, applied, dead),
     )
     return records, torch.where(live, slope, dead)
-
-
-_FOLDED = (1e-8, math.exp(20.0))
-"""Bounds of a rollout weight that is part of the ratio (TRL's of VESPO)."""
 
 
 def _ratio_weighted_slope(
@@ -190,7 +190,7 @@ def reduce_records(config: LossConfig, batch: TokenBatch, records: Records, back
     """The loss (0-d, the records' dtype) and its metrics: the one place where records are summed."""
     applied = batch.rollout_weight
     if batch.schemes:
-        applied = records.rollout_weight if applied is None else records.rollout_weight * applied
+        applied = records.rollout_weight if applied is None else times(records.rollout_weight, applied)
     loss, vector = ops.token_sums(
         *records[:5],
         *(batch.live, batch.masked_in, batch.policy_weight, batch.kl_weight, batch.entropy_weight),

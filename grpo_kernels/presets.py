@@ -96,13 +96,13 @@ PRESETS: dict[str, Preset] = {
     ),
     "dppo_tv": Preset(
         LossConfig(DppoTV(0.2, 0.2, cap=20.0), aggregation="token_mean"),
-        "Qi et al. 2026 (DPPO), arXiv:2602.04879, as verl has it",
-        "threshold 0.2 (verl's default), ratio truncated at 20",
+        "Qi et al. 2026 (DPPO), arXiv:2602.04879, with the truncated ratio of verl",
+        "threshold 0.2 (verl's default); ratio truncated at 20 (verl's code; its configuration sets 3)",
     ),
     "dppo_kl": Preset(
         LossConfig(DppoKL(0.2, 0.2, cap=20.0), aggregation="token_mean"),
-        "Qi et al. 2026 (DPPO), arXiv:2602.04879, as verl has it",
-        "threshold 0.2 (verl's default), ratio truncated at 20",
+        "Qi et al. 2026 (DPPO), arXiv:2602.04879, with the truncated ratio of verl",
+        "threshold 0.2 (verl's default); ratio truncated at 20 (verl's code; its configuration sets 3)",
     ),
     "prime": Preset(
         LossConfig(DppoTV(0.2, 0.2), aggregation="token_mean"),

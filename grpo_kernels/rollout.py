@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_name, check_number
+from .maths import times
 
 RolloutLevel = Literal["token", "sequence", "geometric"]
 ROLLOUT_LEVELS = {
@@ -24,6 +25,8 @@ ROLLOUT_LEVELS = {
     "sequence": "the product of a sequence's ρ",
     "geometric": "their geometric mean",
 }
+FOLDED = (math.log(1e-8), 20.0)
+"""Bounds of the logarithm of a factor that is part of a ratio, and of that ratio's (TRL's, of VESPO)."""
 Pool = Callable[[Tensor, bool], Tensor]
 """(B, T) values to their sums over each sequence's live tokens, or means if the flag says so, at every token."""
 
@@ -48,6 +51,10 @@ class Rollout:
         """What a kernel is told."""
         return 0.0, math.inf
 
+    def written(self) -> str:
+        """The equation with this instance's numbers."""
+        raise NotImplementedError
+
 
 class _Band(Rollout):
     """A scheme of ρ and two bounds; the fields are its subclasses', in their own order."""
@@ -70,6 +77,11 @@ class _Band(Rollout):
 
     def bounds(self) -> tuple[float, float]:
         return self.low, self.high
+
+    def written(self) -> str:
+        rho = {"token": "ρ", "sequence": "Πρ", "geometric": "mean ρ"}[self.level]
+        text = self.equation.replace("low", f"{self.low:g}").replace("high", f"{self.high:g}")
+        return text.replace("ρ", rho)
 
     def factor(self, rho: Tensor) -> Tensor:
         raise NotImplementedError
@@ -147,6 +159,9 @@ class OffPolicyMask(Rollout):
     def __post_init__(self) -> None:
         check_number("OffPolicyMask(threshold=...)", self.threshold, at_least=0)
 
+    def written(self) -> str:
+        return self.equation.replace("threshold", f"{self.threshold:g}")
+
     def factor(self, advantages: Tensor, mean_fall: Tensor) -> Tensor:
         return ((advantages >= 0) | ~(mean_fall > self.threshold)).to(advantages.dtype)
 
@@ -178,12 +193,12 @@ def rollout_weights(
 
     for scheme in schemes:
         if isinstance(scheme, OffPolicyMask):
-            weight = weight * scheme.factor(advantages, -pool(behind(log_prob), True))
+            weight = times(weight, scheme.factor(advantages, -pool(behind(log_prob), True)))
             continue
         assert isinstance(scheme, _Band)
         log_rho = behind(log_prob if old is None else old)
         if scheme.pooled:
             log_rho = pool(log_rho, scheme.level == "geometric")
         factor = scheme.factor((log_rho if limit is None else log_rho.clamp(-limit, limit)).exp())
-        weight = weight * (factor if scheme.pooled else torch.where(known, factor, 1.0))
+        weight = times(weight, factor if scheme.pooled else torch.where(known, factor, 1.0))
     return weight

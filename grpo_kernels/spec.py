@@ -1,4 +1,4 @@
-"""What a kernel is told about an objective: four compile-time choices and one vector of numbers.
+"""What a kernel is told about an objective: five compile-time choices and one vector of numbers.
 
 Numbers travel in memory, on the device: annealing one recompiles nothing and a captured CUDA graph
 replays with new values.

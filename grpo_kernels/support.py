@@ -19,8 +19,8 @@ from torch import Tensor
 
 from . import backends
 from .autograd import once
-from .checks import check_shape, fail
-from .inputs import Tokens
+from .checks import check_device, check_shape, fail
+from .inputs import Tokens, check_ids
 from .rows import Rows
 from .spec import LogitArgs
 
@@ -101,13 +101,15 @@ class Supported:
     @classmethod
     def of(cls, tokens: Tokens, support: Support, logit_args: LogitArgs) -> Supported:
         rows = tokens.rows(logit_args)
+        check_ids(tokens, True if rows.logits.device.type == "cpu" else None)  # rows are numbered anew below
         if isinstance(support, Tensor):
-            shape = (*tokens.shape, tokens.vocab)
-            check_shape(tokens.function, "support", support, (shape,), {**tokens.tensors, "support": support})
+            shape, named = (*tokens.shape, tokens.vocab), {**tokens.tensors, "support": support}
+            check_shape(tokens.function, "support", support, (shape,), named)
+            check_device(tokens.function, named)
             return cls(rows, (), (support != 0).reshape(-1, tokens.vocab))
         filters = support if isinstance(support, tuple) else (support,)
         if not filters or not all(isinstance(one, (TopK, TopP, MinP)) for one in filters):
-            expected = "support=TopK(k), TopP(p), MinP(p), a tuple of them, or a bool mask of the logits' shape"
+            expected = "support=TopK(k), TopP(p), MinP(p), a tuple of them, or a bool mask (*token_ids.shape, V)"
             fail(tokens.function, expected, repr(support), tokens.tensors, error=TypeError)
         return cls(rows, filters, None)
 

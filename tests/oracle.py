@@ -129,11 +129,11 @@ def _surrogate(problem: Problem, t: Token):
     return -ratio * A if cap is None else -min(sg_ratio, mpf(cap)) * A * t.log_prob
 
 
-def _rollout_factor(problem: Problem, sequence: list, place: tuple, own: dict, behind: dict, advantage):
+def _rollout_factor(problem: Problem, schemes: list, sequence: list, place: tuple, own: dict, behind: dict, advantage):
     """``own``: log rho of each known token (else 0); ``behind``: rollout - log-prob, likewise."""
     known = problem.rollout[place[0]][place[1]] is not None
     total = mpf(1)
-    for kind, numbers in problem.schemes:
+    for kind, numbers in schemes:
         if kind == "OffPolicyMask":
             mean = sum(behind[bt] for bt in sequence) / len(sequence)
             total *= 1 if advantage >= 0 or mean <= mpf(numbers["threshold"]) else 0
@@ -210,12 +210,14 @@ def loss(problem: Problem, frozen: dict | None = None, derivative: bool = False)
             sampled = {(b, t): problem.rollout[b][t] for b, t in sequence}
             rho = {bt: mpf(0) if x is None else old[bt] - mpf(x) for bt, x in sampled.items()}
             behind = {bt: mpf(0) if x is None else mpf(x) - frozen[bt][0] for bt, x in sampled.items()}
+            in_ratio = [s for s in problem.schemes if problem.surrogate[0] == "vespo" and s[0] != "OffPolicyMask"]
+            rest = [s for s in problem.schemes if s not in in_ratio]
             for bt in sequence:
-                factors[bt] = _rollout_factor(problem, sequence, bt, rho, behind, advantages[bt])
-            if problem.surrogate[0] == "vespo":
-                for bt in sequence:
-                    extra = mp.log(_between(mpf("1e-8"), factors[bt], mp.exp(20)))
-                    own[bt], sg_own[bt], factors[bt] = own[bt] + extra, sg_own[bt] + extra, mpf(1)
+                factors[bt] = _rollout_factor(problem, rest, sequence, bt, rho, behind, advantages[bt])
+                if in_ratio:
+                    folded = _rollout_factor(problem, in_ratio, sequence, bt, rho, behind, advantages[bt])
+                    extra = mp.log(_between(mpf("1e-8"), folded, mp.exp(20)))
+                    own[bt], sg_own[bt] = own[bt] + extra, sg_own[bt] + extra
 
         def pooled(each, frozen_each, bt, level=problem.level, sequence=sequence):
             mean = sum(each.values()) / len(sequence)

@@ -55,7 +55,15 @@ def test_surrogates_table():
     assert section("surrogates") == surrogates_table()
 
 
-FIGURES = ("training_step", "loss_headline", "loss_logits_summary", "loss_hidden_summary", "train_sort", "trl_step")
+FIGURES = (
+    "training_step",
+    "loss_headline",
+    "loss_logits_summary",
+    "loss_hidden_summary",
+    "train_sort",
+    "trl_step",
+    "surrogates",
+)
 
 
 @pytest.mark.parametrize("name", FIGURES)

@@ -140,6 +140,26 @@ def test_one_pass_serves_what_needs_no_other_token(monkeypatch):
     assert passes(LossConfig(), entropy_threshold=1.0)
 
 
+def test_a_rejected_token_has_no_part_whatever_its_ratio(backend):
+    """An infinite ratio that is rejected: 0 wins."""
+    case = make()
+    options = {"rollout_log_probs": case.options["old_log_probs"] - 100.0, "old_log_probs": None}
+    for schemes in ((TruncatedIS(math.inf), Rejection(0.9, 1.1, "geometric")), (MaskedIS(0, 3, "sequence"),)):
+        config = LossConfig(rollout=schemes, log_ratio_limit=None)
+        out, gradient = case.run(backend=backend, config=config, **options)
+        assert out.loss == 0
+        assert (gradient == 0).all()
+        assert case.reference(config=config, **options)[0].loss == 0
+
+
+def test_a_threshold_hides_no_nan(backend):
+    case = make(entropy_threshold=0.1)
+    b, t = case.mask.nonzero()[0].tolist()
+    case.logits[b, t, 3] = math.nan
+    assert case.run(backend=backend)[0].loss.isnan()
+    assert case.reference()[0].loss.isnan()
+
+
 def test_rollout_correction_needs_a_sampler():
     case = make()
     with pytest.raises(ValueError, match=r"expected rollout_log_probs \(the sampler's\) for TruncatedIS"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -126,6 +127,18 @@ def indexing(logprobs, old_logprobs, advantages, action_mask):
     return clipped(logprobs - old_logprobs, advantages[:, None].expand_as(logprobs))[action_mask].mean()
 
 
+def gmpo(lp, old, A, mask):
+    """A clip of tokens inside of the pooled ratio; on tokens that all agree it is GSPO."""
+    x, A = lp - old, A[:, None]
+    kept = torch.where(A > 0, torch.minimum(x, x.clamp(-0.4, 0.4)), torch.maximum(x, x.clamp(-0.4, 0.4)))
+    pooled = ((kept * mask).sum(-1) / mask.sum(-1).clamp(min=1)).exp()
+    return -(pooled * A.squeeze(-1) * (mask.sum(-1) > 0)).mean()
+
+
+def as_trl_cispo(lp, old, A, mask):
+    return mean(-(lp - old).exp().clamp(max=5).detach() * A[:, None] * lp, mask)
+
+
 NO_LIMIT = {"log_ratio_limit": None}
 FREE = (None, None)
 KNOWN = {
@@ -142,6 +155,8 @@ KNOWN = {
     as_cleanrl: (LossConfig(Clip(0.1, 0.1), aggregation="token_mean", entropy_coef=0.01, **NO_LIMIT), 1.0, None),
     from_logits: (LossConfig(Clip(), aggregation="token_mean", **NO_LIMIT), 1.0, None),
     from_a_dict: (LossConfig(Clip(), aggregation="token_mean", **NO_LIMIT), 1.0, None),
+    gmpo: (LossConfig(Gmpo(0.4, 0.4), level="sequence", **NO_LIMIT), 1.0, None),
+    as_trl_cispo: (LossConfig(Cispo(5.0), aggregation="token_mean"), 1.0, None),
     rloo: (LossConfig(Clip(), level="sequence_product", **NO_LIMIT), 1.0, None),
     reinforce: (LossConfig(Reinforce(), aggregation="constant", constant_length=64), 1.0, None),
     on_policy: (LossConfig(Unclipped(), aggregation="token_mean"), 1.0, None),
@@ -262,7 +277,17 @@ def test_a_cap_below_one_is_told():
 
     report = match(loss)
     assert report.matched
+    config = dataclasses.replace(config, level="sequence", aggregation="sequence_mean")
+    assert match(loss).config.level == "sequence"
     assert any("the cap of the ratio is 0.2, below 1" in note for note in report.notes)
+
+
+def test_a_weight_that_stops_on_both_sides_is_no_crash():
+    def loss(lp, old, A, mask):
+        ratio = (lp - old).exp().detach()
+        return -(A[:, None] * lp * ((ratio > 0.5) & (ratio < 2)) * mask).sum() / mask.sum()
+
+    assert not match(loss)
 
 
 # Faults
@@ -401,14 +426,15 @@ def test_temperature_that_was_said():
 
 
 def test_unknown_surrogate():
-    def capped(lp, old, A, mask):
-        return mean(-(lp - old).exp().clamp(max=5).detach() * A[:, None] * lp, mask)
+    def halved(lp, old, A, mask):
+        ratio = (lp - old).exp().detach()
+        return mean(-torch.where(ratio > 5, 2.5, ratio) * A[:, None] * lp, mask)
 
-    report = match(capped)
+    report = match(halved)
     assert not report
     assert not report.faults
     assert report.strange[0].startswith("the policy term is none of the surrogates")
-    assert any("ratio > 5.21 and A > 0: your slope is -5·|A|" in region for region in report.regions)
+    assert any("ratio > 5.21 and A > 0: your slope is -2.5·|A|" in region for region in report.regions)
     assert report.tokens
     assert all(token.ratio > 5 for token in report.tokens)
 
@@ -434,14 +460,6 @@ def test_kl_with_weights_of_its_own():
     assert report.config.kl.coef == 0.05
 
 
-def gmpo(lp, old, A, mask):
-    """A clip of tokens inside of the pooled ratio; on tokens that all agree it looks like GSPO."""
-    x, A = lp - old, A[:, None]
-    kept = torch.where(A > 0, torch.minimum(x, x.clamp(-0.4, 0.4)), torch.maximum(x, x.clamp(-0.4, 0.4)))
-    pooled = ((kept * mask).sum(-1) / mask.sum(-1).clamp(min=1)).exp()
-    return -(pooled * A.squeeze(-1) * (mask.sum(-1) > 0)).mean()
-
-
 def by_the_longest(lp, old, A, mask):
     return (clipped(lp - old, A[:, None]) * mask).sum() / (len(mask) * mask.sum(-1).max())
 
@@ -464,7 +482,6 @@ def truncated_weights(lp, old, rollout_log_probs, A, mask):
 @pytest.mark.parametrize(
     ("loss", "said"),
     [
-        (gmpo, None),
         (by_the_longest, "the denominator is no count"),
         (by_the_root, "the denominator is no count"),
         (by_position, "follow no known aggregation"),

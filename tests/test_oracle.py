@@ -138,10 +138,12 @@ def test_rollout_correction_of_pooled_ratios(scheme, level):
     assert_same(case, config, problem_of(case, config))
 
 
-@pytest.mark.parametrize("scheme", [TruncatedIS(1.1), MaskedIS(0.8, 1.3)], ids=str)
-def test_vespo_multiplies_rollout_weights_into_its_ratio(scheme):
+@pytest.mark.parametrize(
+    "schemes", [TruncatedIS(1.1), MaskedIS(0.8, 1.3), (TruncatedIS(1.1), OffPolicyMask(0.02))], ids=str
+)
+def test_vespo_multiplies_rollout_weights_into_its_ratio(schemes):
     case = sampled()
-    config = LossConfig(Vespo(), level="sequence_product", rollout=scheme)
+    config = LossConfig(Vespo(), level="sequence_product", rollout=schemes)
     assert_same(case, config, problem_of(case, config))
 
 

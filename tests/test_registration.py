@@ -189,3 +189,50 @@ def test_refused():
 
     with pytest.raises(TypeError, match="Unregistered is not registered: decorate it with @register_surrogate"):
         LossConfig(Unregistered())
+
+
+def test_what_a_class_says_of_itself_is_checked():
+    with pytest.raises(ValueError, match="say flat_at_zero_advantage = False"):
+
+        @register_surrogate
+        class Pulled(Surrogate):
+            def value(self, t):
+                return -t.advantage * t.ratio + t.log_ratio**2 / 2
+
+    with pytest.raises(ValueError, match="leave uses_ratio = False out"):
+
+        @register_surrogate
+        class Ratio(Surrogate):
+            uses_ratio = False
+
+            def value(self, t):
+                return -t.advantage * t.ratio
+
+    with pytest.raises(TypeError, match="takes_rollout and clip_log_ratios are for surrogates of the package"):
+
+        @register_surrogate
+        class Folding(Surrogate):
+            takes_rollout = True
+
+            def value(self, t):
+                return -t.advantage * t.ratio
+
+
+def test_a_subclass_of_a_built_in_runs_its_own_value(backend):
+    @register_surrogate
+    class Sharper(Clip):
+        name = "sharper"
+        mode: str = "hard"
+
+        def value(self, t):
+            return -t.advantage * t.ratio * 3
+
+        def slopes(self, t):
+            return -t.advantage * t.ratio * 3, 0.0
+
+    case = make()
+    mine, gradient = case.run(backend=backend, config=LossConfig(Sharper()))
+    plain, expected = case.run(backend=backend, config=LossConfig(Unclipped()))
+    torch.testing.assert_close(mine.loss, 3 * plain.loss)
+    torch.testing.assert_close(gradient, 3 * expected)
+    assert "mode = 'hard'" in LossConfig(Sharper()).equation()

@@ -84,6 +84,11 @@ def test_packed_and_many_parts(backend, monkeypatch):
     packed = token_log_probs(case.logits[0], case.token_ids[0], support=TopK(7), backend=backend)
     assert torch.equal(whole.log_probs[0], packed.log_probs)
     options = {"old_log_probs": case.options["old_log_probs"][0], "cu_seqlens": torch.tensor([0, 5, 12])}
+    wrong = case.token_ids.clone()
+    b, t = case.mask.nonzero()[3].tolist()
+    wrong[b, t] = 97
+    with pytest.raises(IndexError, match=rf"token_ids\[{b}, {t}\] = 97"):
+        token_log_probs(case.logits, wrong, case.mask, support=TopK(3))
     leaf = case.logits[0].clone().requires_grad_()
     out = grpo_loss(leaf, case.token_ids[0], torch.tensor([1.0, -1.0]), support=TopK(7), backend=backend, **options)
     out.loss.backward()
@@ -115,6 +120,11 @@ def test_refused():
         token_log_probs(case.logits, case.token_ids, support=0.9)
     with pytest.raises(ValueError, match="support of shape"):
         token_log_probs(case.logits, case.token_ids, support=torch.ones(3, 4, dtype=torch.bool))
+    wrong = case.token_ids.clone()
+    b, t = case.mask.nonzero()[3].tolist()
+    wrong[b, t] = 97
+    with pytest.raises(IndexError, match=rf"token_ids\[{b}, {t}\] = 97"):
+        token_log_probs(case.logits, wrong, case.mask, support=TopK(3))
     leaf = case.logits.clone().requires_grad_() * 1.0
     with pytest.raises(ValueError, match="inplace=False with support="):
         grpo_loss(leaf, *case.arguments, support=TopK(3), inplace=True)

@@ -7,6 +7,7 @@ Arguments, defaults and results are Liger's; Liger itself is not needed. Where t
 - ``dapo`` without ``num_items_in_batch`` divides by this call's tokens: no hidden all-reduce over all ranks.
 - ratios and log-probs that are infinite give no NaN to other tokens.
 - ``delta`` below 1 + eps_high has the gradient of its value (Liger's Triton loss has 0 there); below 1 it is refused.
+- VESPO's rollout ratios of masked tokens do not count (Liger adds their logarithms too).
 - shapes are checked: nothing broadcasts by accident. Hidden states and weight have one dtype, or autocast.
 - ``compiled`` and ``chunk_size`` are accepted and have no meaning here.
 """
@@ -71,7 +72,7 @@ def triton_grpo_loss(
     are a leaf; ``reduce=True, inplace=False`` is the one pass of ``grpo_loss``, for the memory of a second tensor.
 
     Raises:
-        ValueError: a ``loss_type`` that is not here yet, a KL term without ``ref_logp``, shapes that do not fit.
+        ValueError: an unknown ``loss_type``, a KL term without ``ref_logp``, shapes that do not fit.
     """
     function = "triton_grpo_loss"
     length = max_completion_length or completion_ids.shape[1]

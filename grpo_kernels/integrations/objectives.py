@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_name
 from ..config import LossConfig
 from ..kl import KL
-from ..rollout import TruncatedIS
+from ..rollout import FOLDED, TruncatedIS
 from ..surrogates import Cispo, Clip, Sapo, Surrogate, Vespo
 
 AGGREGATIONS = {
@@ -92,8 +92,8 @@ def _clip(low: float, high: float, delta: float | None) -> Clip:
 
 def sampler_log_probs(old: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     """Log-probs (B, T) of a sampler whose ratios to ``old`` are these weights: (B, T), or (B, 1) spread evenly."""
-    bounds = (math.log(1e-8), 20.0)  # theirs
-    log_weights = weights.to(old).log().clamp(*bounds)
+    old = old.to(torch.promote_types(old.dtype, torch.float32))  # bf16 log-probs would round the weights away
+    log_weights = weights.to(old).log().clamp(*FOLDED)
     if weights.shape[1] == 1:
         log_weights = log_weights / (mask != 0).sum(-1, keepdim=True).clamp(min=1)
     return torch.where(mask != 0, old - log_weights, 0.0)

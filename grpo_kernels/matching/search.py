@@ -132,20 +132,21 @@ class Search:
 
     # How ratios are pooled
 
-    def find_level(self) -> None:
-        """Which log-ratios move which slopes: a token's own, a neighbour's, or all of its sequence's."""
+    def find_level(self, base: float = 0.0) -> None:
+        """Which log-ratios move which slopes, around ``base``: a token's own, a neighbour's, all of its sequence's."""
         probe = self.probe
         assert self.weights is not None
         if not probe.caller.takes("old_log_probs"):
             self.uses_ratio = False
             return
         sign = probe.effective(probe.signs()).sign()[:, None]
-        at_rest = probe.policy(0.0, probe.signs())
-        uniform = self._changes(probe.policy(-STEP * sign, probe.signs()), at_rest)
+        at_rest = probe.policy(base, probe.signs())
+        uniform = self._changes(probe.policy(base - STEP * sign, probe.signs()), at_rest)
         growth = uniform / (-STEP * sign)
         live = probe.live(probe.batch) & (at_rest != 0)
         if not bool(live.any()) or float(growth[live].abs().max()) < 0.05:
-            if self._find_cap(at_rest, live):
+            if base == 0 and self._find_cap(at_rest, live):
+                self.find_level(math.log(self.cap) - 1)
                 return
             self.uses_ratio = False
             if "old_log_probs" in probe.caller.roles.values():
@@ -162,7 +163,7 @@ class Search:
             return
         lengths = live.sum(-1, keepdim=True).expand_as(live)
         several = live & (lengths > 1)
-        moved = self._moved(at_rest, sign)
+        moved = self._moved(at_rest, sign, base)
         if sum(moved) <= len(moved) * 1.5:
             return
         if self._grows_with_length(growth.abs(), lengths, several, sign):
@@ -178,7 +179,10 @@ class Search:
         if not bool(live.any()):
             return False
         shares = [(self.probe.policy(x, self.probe.signs()) / at_rest)[live] for x in (-8.0, -7.0)]
-        cap = math.exp(-8.0) / float(shares[0].mean())
+        share = float(shares[0].mean())
+        if not share > 0 or not math.isfinite(share):
+            return False
+        cap = math.exp(-8.0) / share
         level = [(share - math.exp(x) / cap).abs().max() for share, x in zip(shares, (-8.0, -7.0), strict=True)]
         if not 2e-3 < cap < 1 - 1e-3 or float(max(level)) > 1e-4:
             return False
@@ -202,7 +206,7 @@ class Search:
     def _changes(self, slopes: Tensor, at_rest: Tensor) -> Tensor:
         return torch.where(at_rest != 0, slopes / at_rest - 1, 0.0)
 
-    def _moved(self, at_rest: Tensor, sign: Tensor) -> list[int]:
+    def _moved(self, at_rest: Tensor, sign: Tensor, base: float) -> list[int]:
         """For each token whose old log-prob is moved alone: how many slopes of its sequence change."""
         probe = self.probe
         found = []
@@ -210,7 +214,7 @@ class Search:
         for t in range(live.shape[1]):
             moved = torch.zeros_like(at_rest)
             moved[:, t] = -STEP
-            changed = self._changes(probe.policy(moved * sign, probe.signs()), at_rest).abs() > 0.01 * STEP
+            changed = self._changes(probe.policy(base + moved * sign, probe.signs()), at_rest).abs() > 0.01 * STEP
             found += [int(row.sum()) for row, own in zip(changed, live, strict=True) if own.sum() > 1 and row.any()]
         return found
 

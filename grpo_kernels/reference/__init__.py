@@ -82,14 +82,16 @@ def grpo_loss(
 
     own = difference(log_prob, old)
     log_ratio = pool(config.level, own, sequence, sequences)
-    rho = rollout_weights(config, log_prob.detach(), old, rollout, A, sequence, sequences)
-    inputs = Inputs(log_prob, old, A, own, sequence, sequences, config, rho)
+    sampled = (log_prob.detach(), old, rollout, A, sequence, sequences, config.log_ratio_limit)
+    in_ratio = [s for s in config.schemes if config.surrogate.takes_rollout and type(s).__name__ != "OffPolicyMask"]
+    rho = rollout_weights([s for s in config.schemes if s not in in_ratio], *sampled)
+    folded = rollout_weights(in_ratio, *sampled)
+    inputs = Inputs(log_prob, old, A, own, sequence, sequences, config, folded)
     policy, clipped = VALUES.get(config.surrogate.name, registered)(config.surrogate, inputs)
     u = torch.ones_like(policy) if token_weights is None else token_weights.detach().reshape(-1)[live].to(real)
-    if rho is not None and not config.surrogate.takes_rollout:
-        u = u * rho
+    u = torch.where(rho == 0, 0.0, u * rho)
     if entropy_threshold is not None:
-        u = u * (entropy.detach() >= entropy_threshold)
+        u = u * ~(entropy.detach() < entropy_threshold)
     policy_loss = torch.where(u == 0, 0.0, weight * u * torch.where(u == 0, 0.0, policy)).sum()
     loss = policy_loss
     kl_loss = entropy_loss = torch.zeros_like(loss)
@@ -110,7 +112,7 @@ def grpo_loss(
         terms |= {"entropy_loss": entropy_loss}
         terms |= {"tokens": float(len(counted)), "sequences": float(sequences)}
         terms["skipped_tokens"] = float(len(counted) - len(live))
-        others = (old, ref, rollout, rho)
+        others = (old, ref, rollout, torch.where(rho == 0, 0.0, rho * folded))
         metrics = metrics_of(config, terms, log_prob, entropy, log_ratio, clipped, *others, sequence, sequences)
     return LossOutput(loss, metrics, _scatter(log_prob, live, shape), _scatter(entropy, live, shape))
 

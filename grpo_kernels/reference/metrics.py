@@ -20,7 +20,7 @@ def metrics_of(
     old: Tensor | None,
     ref: Tensor | None,
     rollout: Tensor | None,
-    rho: Tensor | None,
+    rho: Tensor,
     sequence: Tensor,
     sequences: int,
 ) -> Metrics:
@@ -43,7 +43,7 @@ def metrics_of(
     ratios = weights = log_prob.new_zeros(0).double()
     if known is not None:
         ratios = difference(log_prob if old is None else old, rollout)[known].double().exp()
-        weights = torch.ones_like(ratios) if rho is None else rho[known].double()
+        weights = rho[known].double()
     sums["rollout_count"] = float(len(ratios))
     for name, values in (("rollout_ratio", ratios), ("rollout_weight", weights)):
         sums[f"{name}_sum"], sums[f"{name}_square_sum"] = values.sum(), (values * values).sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,16 +52,18 @@ def sum_by(index: Tensor, values: Tensor, count: int) -> Tensor:
 
 
 def rollout_weights(
-    config: LossConfig,
+    schemes: Sequence[Any],
     log_prob: Tensor,
     old: Tensor | None,
     rollout: Tensor | None,
     A: Tensor,
     sequence: Tensor,
     sequences: int,
-) -> Tensor | None:
-    if not config.schemes:
-        return None
+    limit: float | None,
+) -> Tensor:
+    """Of each token; 0 wins over infinity."""
+    if not schemes:
+        return torch.ones_like(log_prob)
     assert rollout is not None, "a rollout correction needs rollout_log_probs"
     unknown = rollout.isnan()
 
@@ -69,15 +71,15 @@ def rollout_weights(
         return torch.where(unknown, 0.0, difference(a, torch.where(unknown, 0.0, rollout)))
 
     total = torch.ones_like(log_prob)
-    for scheme in config.schemes:
+    for scheme in schemes:
         kind, options = type(scheme).__name__, vars(scheme)
         if kind == "OffPolicyMask":
             behind = -pool("sequence", known_difference(log_prob), sequence, sequences)
-            total = total * ((A >= 0) | ~(behind > options["threshold"]))
+            total = torch.where((A >= 0) | ~(behind > options["threshold"]), total, 0.0)
             continue
         level = {"token": "token", "sequence": "sequence_product", "geometric": "sequence"}[options["level"]]
         log_rho = pool(level, known_difference(log_prob if old is None else old), sequence, sequences)
-        rho = clamp(log_rho, config.log_ratio_limit).exp()
+        rho = clamp(log_rho, limit).exp()
         low, high = options["low"], options["high"]
         kept = (rho >= low) & (rho <= high)
         factor = {
@@ -85,7 +87,8 @@ def rollout_weights(
             "MaskedIS": torch.where(kept, rho, 0.0),
             "Rejection": kept.to(rho),
         }[kind]
-        total = total * (torch.where(unknown, 1.0, factor) if level == "token" else factor)
+        factor = torch.where(unknown, 1.0, factor) if level == "token" else factor
+        total = torch.where((total == 0) | (factor == 0), 0.0, total * factor)
     return total
 
 
@@ -104,7 +107,8 @@ class Inputs:
     sequence: Tensor
     sequences: int
     config: LossConfig
-    rho: Tensor | None
+    folded: Tensor
+    """Rollout factors that are part of the ratio."""
 
     def log_ratio(self, own: Tensor | None = None, level: str | None = None) -> Tensor:
         """Pooled as the level says, saturated; of other log-ratios than the tokens' own if they are given."""
@@ -182,9 +186,7 @@ def _dro(surrogate: Any, t: Inputs) -> tuple[Tensor, Tensor | None]:
 
 
 def _vespo(surrogate: Any, t: Inputs) -> tuple[Tensor, Tensor | None]:
-    own = t.own.detach()
-    if t.rho is not None:
-        own = own + t.rho.clamp(1e-8, math.exp(20)).log()
+    own = t.own.detach() + t.folded.clamp(1e-8, math.exp(20)).log()
     log_w = t.log_ratio(own).clamp(math.log(1e-8), 20)
     k = torch.where(t.A >= 0, surrogate.k_pos, torch.full_like(own, surrogate.k_neg))
     lam = torch.where(t.A >= 0, surrogate.lam_pos, torch.full_like(own, surrogate.lam_neg))

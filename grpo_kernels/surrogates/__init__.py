@@ -25,4 +25,4 @@ from .token import Unclipped as Unclipped
 
 BUILT_IN = (Reinforce, Unclipped, Clip, Cispo, Sapo, DppoTV, DppoKL, Dro, Vespo, Gmpo)
 SURROGATES: dict[str, type[Surrogate]] = {cls.name: cls for cls in BUILT_IN}
-"""Every surrogate by name, registered ones as well; tests, tables and the CLI enumerate it."""
+"""Every surrogate by name, registered ones as well. Tables and tests enumerate ``BUILT_IN``."""

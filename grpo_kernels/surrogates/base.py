@@ -87,7 +87,9 @@ class Surrogate:
 
     def written(self) -> str:
         """The equation with this instance's numbers."""
-        numbers = ", ".join(f"{f.name} = {getattr(self, f.name):g}" for f in fields(self) if getattr(self, f.name))
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        shown = (f"{name} = {x:g}" if isinstance(x, (int, float)) else f"{name} = {x!r}" for name, x in given.items())
+        numbers = ", ".join(shown)
         return f"{self.equation}, {numbers}" if numbers else self.equation
 
     def __repr__(self) -> str:

@@ -46,7 +46,9 @@ def register_surrogate(cls: _Class) -> _Class:
     taken = SURROGATES.get(made.name)
     if taken is not None and (taken in BUILT_IN or taken.__qualname__ != made.__qualname__):
         raise ValueError(f"a surrogate named {made.name!r} exists already ({taken.__qualname__}): choose another name.")
-    made.terms = _terms
+    made.terms, made.kernel_id = _terms, None
+    if made.takes_rollout or made.clip_log_ratios is not Surrogate.clip_log_ratios:
+        raise TypeError(f"{cls.__name__}: takes_rollout and clip_log_ratios are for surrogates of the package alone.")
     if not any(field.default is field.default_factory is dataclasses.MISSING for field in dataclasses.fields(made)):
         check_slopes(made())
     SURROGATES[made.name] = made
@@ -68,10 +70,15 @@ def _terms(surrogate: Any, t: Point) -> Terms:
     """``Surrogate.terms`` of a registered class."""
     flags = torch.zeros_like(t.log_prob, dtype=torch.uint8)
     if hasattr(surrogate, "slopes"):
-        slope, direct = (part.expand_as(t.log_prob) for part in surrogate.slopes(t))
-        return Terms(surrogate.value(t).expand_as(t.log_prob), slope, direct, flags)
+        return Terms(surrogate.value(t).expand_as(t.log_prob), *_slopes(surrogate, t), flags)
     value, (slope, direct) = by_autograd(surrogate, t)
     return Terms(value, slope, direct, flags)
+
+
+def _slopes(surrogate: Any, t: Point) -> tuple[Tensor, Tensor]:
+    """What ``slopes`` returns; numbers stand for every token."""
+    slope, direct = (torch.as_tensor(part).to(t.log_prob).expand_as(t.log_prob) for part in surrogate.slopes(t))
+    return slope, direct
 
 
 def by_autograd(surrogate: Any, t: Point) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -89,12 +96,18 @@ def by_autograd(surrogate: Any, t: Point) -> tuple[Tensor, tuple[Tensor, Tensor]
 
 @functools.lru_cache(maxsize=256)
 def check_slopes(surrogate: Any) -> None:
-    """Compare ``slopes`` with autograd's of ``value``, on a grid away from round numbers, where bounds lie."""
+    """Compare ``slopes`` with autograd's of ``value``, on a grid away from round numbers, where bounds lie; and check
+    what the class says of itself: flat at A = 0, a function of the ratio."""
+    t = _grid()
+    value, wanted = by_autograd(surrogate, t)
+    idle = t.advantage == 0
+    if surrogate.flat_at_zero_advantage and any(bool((part[idle] != 0).any()) for part in (value, *wanted)):
+        raise ValueError(f"{surrogate!r}: its value is not 0 at advantages of 0: say flat_at_zero_advantage = False.")
+    if not surrogate.uses_ratio and bool((wanted[0] != 0).any()):
+        raise ValueError(f"{surrogate!r}: its value has a slope in the ratio: leave uses_ratio = False out.")
     if not hasattr(surrogate, "slopes"):
         return
-    t = _grid()
-    found = [part.expand_as(t.log_prob) for part in surrogate.slopes(t)]
-    _, wanted = by_autograd(surrogate, t)
+    found = _slopes(surrogate, t)
     for what, mine, theirs in zip(("log_ratio", "log_prob"), found, wanted, strict=True):
         size = torch.maximum(mine.abs(), theirs.abs()).clamp(min=1e-9)
         error = torch.where(mine == theirs, 0.0, (mine - theirs).abs() / size).nan_to_num(nan=math.inf)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..maths import times
+from ..rollout import FOLDED
 from .base import Clipped, Point, Surrogate, Terms, as_flags, check_field, chosen, no_flags, nothing
-
-_VESPO_LOWEST, _VESPO_HIGHEST = math.log(1e-8), 20.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,7 +39,7 @@ class Vespo(Surrogate):
             check_field(self, name, at_least=1e-4)
 
     def terms(self, t: Point) -> Terms:
-        log_w = t.log_ratio.clamp(_VESPO_LOWEST, _VESPO_HIGHEST)
+        log_w = t.log_ratio.clamp(*FOLDED)
         positive = t.advantage >= 0
         k = chosen(positive, self.k_pos, self.k_neg, log_w)
         lam = chosen(positive, self.lam_pos, self.lam_neg, log_w)

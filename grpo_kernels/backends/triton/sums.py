@@ -20,6 +20,7 @@ WIDTH = tl.constexpr(triton.next_power_of_2(len(FIELDS)))
 
 TERMS = tl.constexpr(3)  # policy, KL and entropy loss come first
 _SEQUENCES = tl.constexpr(FIELDS.index("sequences"))
+_ROLLOUT_SUM = tl.constexpr(FIELDS.index("rollout_ratio_sum"))  # its square, that of the factors, and its square
 _RATIO_SUM = tl.constexpr(FIELDS.index("ratio_sum"))
 _RATIO_MIN = tl.constexpr(FIELDS.index("ratio_min"))
 _RATIO_MAX = tl.constexpr(FIELDS.index("ratio_max"))
@@ -166,5 +167,9 @@ def merge_chunks_kernel(chunk_records, loss, sums, chunks, sequences, AT_ONCE: t
     result = tl.where(field == _RATIO_MIN, tl.where(unknown, ratio_sum, tl.min(smallest, 0)), result)
     result = tl.where(field == _RATIO_MAX, tl.where(unknown, ratio_sum, tl.max(largest, 0)), result)
     result = tl.where(field > _RATIO_MAX, tl.max(largest, 0), result)
+    for i in tl.static_range(2):  # the sampler's ratios and factors likewise
+        total_i = tl.sum(tl.where(field == _ROLLOUT_SUM + 2 * i, result, 0), 0)
+        kept = tl.where(total_i != total_i, total_i, result)
+        result = tl.where(field == _RATIO_MAX + 1 + i, kept, result)
     tl.store(sums + field, result, mask=field < _FIELDS)
     tl.store(loss, tl.sum(tl.where(field < TERMS, result, 0), 0).to(loss.dtype.element_ty))
