@@ -104,46 +104,29 @@ def token_terms(
     live, surrogate = batch.live, config.surrogate
     old = log_prob if batch.old is None else batch.old
     own = torch.where(live, log_ratio_of(log_prob, old), 0.0)  # NaN stays NaN
-    raw, free, own_flags = surrogate.clip_log_ratios(own, batch.advantages)
-    folded = tuple(scheme for scheme in batch.schemes if surrogate.takes_rollout and not scheme.of_policy)
-    weight = applied = None
-    if rest := tuple(scheme for scheme in batch.schemes if scheme not in folded):
-        weight = applied = batch.factors(config, log_prob, rest)
-    if folded:  # part of the ratio
-        factors = batch.factors(config, log_prob, folded)
-        raw = raw + torch.where(live, factors.log().clamp(*FOLDED), 0.0)
-        applied = factors if weight is None else times(weight, factors)
-    raw = raw if config.level == "token" else batch.pool(raw, config.level != "sequence_product")
+    bounded, free, own_flags = surrogate.clip_log_ratios(own, batch.advantages)
+    in_ratio, in_value, applied = _rollout_factors(config, batch, log_prob)
+    if in_ratio is not None:
+        bounded = bounded + torch.where(live, in_ratio.log().clamp(*FOLDED), 0.0)
+    pooled = _Ratio.of(config.level, bounded, config.log_ratio_limit, batch)
     possible = log_prob != float("-inf")  # a token of probability 0 has no direction to give: it saturates
-    inside = within(raw, config.log_ratio_limit)
-    log_ratio = clamp(raw, config.log_ratio_limit)
-    ratio = log_ratio.exp()
 
-    policy = surrogate.terms(Point(log_prob, log_ratio, ratio, batch.advantages, old))
-    policy_weight, value = batch.policy_weight, policy.value
-    if weight is not None:
-        policy_weight, value = times(policy_weight, weight), times(weight, value)
+    policy = surrogate.terms(Point(log_prob, pooled.log, pooled.ratio, batch.advantages, old))
+    weight, value = batch.policy_weight, policy.value
+    if in_value is not None:
+        weight, value = times(weight, in_value), times(in_value, value)
     if batch.entropy_threshold is not None:
         assert entropy is not None
         low = entropy < batch.entropy_threshold
-        policy_weight, value = torch.where(low, 0.0, policy_weight), torch.where(low, 0.0, value)
-    slope = _distribute(config.level, times(policy_weight, torch.where(inside, policy.slope, 0.0)), batch)
+        weight, value = torch.where(low, 0.0, weight), torch.where(low, 0.0, value)
+    slope = _distribute(config.level, times(weight, torch.where(pooled.inside, policy.slope, 0.0)), batch)
     passes = possible if free is None else possible & free
-    slope = torch.where(passes, slope, 0.0) + times(policy_weight, policy.direct)
-    kl_value = torch.zeros_like(log_prob)
-    if batch.kl_weight is not None and batch.ref is not None:
-        kl_level = config.kl.level_beside(config.level)
-        if kl_level != config.level or free is not None or surrogate.takes_rollout:  # its ratio is π/π_old as it is
-            raw = own if kl_level == "token" else batch.pool(own, kl_level != "sequence_product")
-            inside, passes = within(raw, config.log_ratio_limit), possible
-            ratio = clamp(raw, config.log_ratio_limit).exp()
-        kl = kl_terms(config.kl, log_ratio_of(log_prob, batch.ref), ratio)
-        kl = kl._replace(slope=torch.where(possible, kl.slope, 0.0))
-        kl_value, kl_slope = kl.value, times(batch.kl_weight, kl.slope)
-        if config.kl.ratio_weighted:
-            kl_value = times(ratio, kl.value)
-            kl_slope = _ratio_weighted_slope(kl_level, ratio, inside, passes, kl, batch)
-        slope = slope + kl_slope
+    slope = torch.where(passes, slope, 0.0) + times(weight, policy.direct)
+
+    kl_level = config.kl.level_beside(config.level)
+    if kl_level != config.level or bounded is not own:  # the KL's ratio is π/π_old as it is
+        pooled = _Ratio.of(kl_level, own, config.log_ratio_limit, batch)
+    kl_value, kl_slope = _kl_part(config, kl_level, batch, log_prob, pooled, possible)
     dead = torch.zeros_like(log_prob)
     flags = policy.flags if own_flags is None else policy.flags | own_flags
     records = Records(
@@ -154,7 +137,51 @@ def token_terms(
         torch.where(live, flags, 0),
         log_prob.new_empty(0) if applied is None else torch.where(live, applied, dead),
     )
-    return records, torch.where(live, slope, dead)
+    return records, torch.where(live, slope + kl_slope, dead)
+
+
+class _Ratio(NamedTuple):
+    """Pooled and saturated, at every token."""
+
+    log: Tensor
+    ratio: Tensor
+    inside: Tensor
+    """bool: where it does not saturate."""
+
+    @classmethod
+    def of(cls, level: str, own: Tensor, limit: float | None, batch: TokenBatch) -> _Ratio:
+        raw = own if level == "token" else batch.pool(own, level != "sequence_product")
+        log_ratio = clamp(raw, limit)
+        return cls(log_ratio, log_ratio.exp(), within(raw, limit))
+
+
+def _rollout_factors(
+    config: LossConfig, batch: TokenBatch, log_prob: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those that are part of the ratio, those of the value, and all of them; None where there are none."""
+    in_ratio = tuple(s for s in batch.schemes if config.surrogate.takes_rollout and not s.of_policy)
+    in_value = tuple(s for s in batch.schemes if s not in in_ratio)
+    ratio, value = (
+        batch.factors(config, log_prob, schemes) if len(schemes) else None for schemes in (in_ratio, in_value)
+    )
+    if ratio is None or value is None:
+        return ratio, value, value if ratio is None else ratio
+    return ratio, value, times(ratio, value)
+
+
+def _kl_part(
+    config: LossConfig, level: str, batch: TokenBatch, log_prob: Tensor, pooled: _Ratio, possible: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The KL's value, unweighted, and its part of the slope."""
+    if batch.kl_weight is None or batch.ref is None:
+        zero = torch.zeros_like(log_prob)
+        return zero, zero
+    kl = kl_terms(config.kl, log_ratio_of(log_prob, batch.ref), pooled.ratio)
+    kl = kl._replace(slope=torch.where(possible, kl.slope, 0.0))
+    if not config.kl.ratio_weighted:
+        return kl.value, times(batch.kl_weight, kl.slope)
+    slope = _ratio_weighted_slope(level, pooled.ratio, pooled.inside, possible, kl, batch)
+    return times(pooled.ratio, kl.value), slope
 
 
 def _ratio_weighted_slope(

@@ -120,7 +120,7 @@ def test_rollout_schemes():
     one = LossConfig(rollout=TruncatedIS(2.0))
     assert one == LossConfig(rollout=(TruncatedIS(2.0),))
     assert hash(one) == hash(LossConfig(rollout=(TruncatedIS(2.0),)))
-    assert "clip(ρ, low, high)" in one.equation()
+    assert "[clip(ρ, 0, 2)]·" in one.equation()
     assert "rollout=(TruncatedIS(high=2.0" in repr(one)
     assert Cispo() == Cispo(cap=5.0) != Cispo(low=1.0, high=4.0)
 

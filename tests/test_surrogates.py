@@ -50,7 +50,7 @@ def steepness(surrogate, ratio):
 def reference_value(surrogate, log_prob, old, advantages):
     """The reference's value and flags, one token a sequence."""
     count = len(log_prob)
-    places = (torch.arange(count), count, LossConfig(surrogate), None)
+    places = (torch.arange(count), count, LossConfig(surrogate), torch.ones_like(log_prob))
     return reference.VALUES[surrogate.name](
         surrogate, reference.Inputs(log_prob, old, advantages, log_prob - old, *places)
     )

@@ -40,9 +40,10 @@ def register_surrogate(cls: _Class) -> _Class:
         raise TypeError(f"{cls.__name__} needs value(self, t), the surrogate at every token of a Point.")
     made: Any = cls if "__dataclass_fields__" in vars(cls) else dataclasses.dataclass(frozen=True, repr=False)(cls)
     made.name = getattr(made, "name", cls.__name__.lower())
-    made.equation = getattr(made, "equation", f"{cls.__name__}(ℓ, r, A)")
-    made.slope_equation = getattr(made, "slope_equation", "by autograd")
-    made.paper, made.found_in = getattr(made, "paper", "registered"), "registered"
+    own = {"equation": f"{cls.__name__}(ℓ, r, A)", "slope_equation": "by autograd", "paper": "registered"}
+    for attribute, default in own.items():  # not those of a base class, which is another objective
+        setattr(made, attribute, vars(cls).get(attribute, default))
+    made.found_in, made.written = "registered", Surrogate.written
     taken = SURROGATES.get(made.name)
     if taken is not None and (taken in BUILT_IN or taken.__qualname__ != made.__qualname__):
         raise ValueError(f"a surrogate named {made.name!r} exists already ({taken.__qualname__}): choose another name.")
