@@ -95,7 +95,7 @@ class LossConfig:
         for scheme in self.schemes:
             if not isinstance(scheme, Rollout):
                 raise TypeError(f"LossConfig(rollout=...) takes schemes such as TruncatedIS(2.0); got {scheme!r}.")
-            if self.surrogate.takes_rollout and scheme.pooled and not scheme.of_policy:
+            if self.surrogate.folds(scheme) and scheme.pooled:
                 raise ValueError(
                     f"{self.surrogate!r} multiplies token weights into its ratio, and {scheme!r} weighs sequences. "
                     'Use level="token", as in TruncatedIS(2.0) or MaskedIS(0.5, 5.0).'
@@ -126,8 +126,8 @@ class LossConfig:
 
     def equation(self) -> str:
         """The objective as one line of maths (ℓ log-prob, A advantage, m mask, f the bracket)."""
-        folded = [s.written() for s in self.schemes if self.surrogate.takes_rollout and not s.of_policy]
-        factors = [s.written() for s in self.schemes if not (self.surrogate.takes_rollout and not s.of_policy)]
+        folded = [s.written() for s in self.schemes if self.surrogate.folds(s)]
+        factors = [s.written() for s in self.schemes if not self.surrogate.folds(s)]
         term = self.surrogate.written()
         terms = ["·".join([*(f"[{factor}]" for factor in factors), f"({term})"]) if factors else term]
         if self.kl.coef:

@@ -120,7 +120,7 @@ def grpo_loss(
 
     if support is not None:
         check_not_inplace("grpo_loss", inplace, tokens.tensors)
-        loss, metrics, records = call.of(supported_log_probs(logits, tokens, support, logit_args, backend))
+        loss, metrics, records = call.of_log_probs(*supported_log_probs(logits, tokens, support, logit_args, backend))
     elif not needs_gradient:
         loss, metrics, records = call.forward_only()
     elif fuses and (spec := one_pass_spec(config, batch, given)) is not None:
@@ -173,8 +173,8 @@ class _Call:
         rows = self.rows
         with torch.no_grad():
             log_prob, entropy, _ = ops.log_probs(rows.logits, *rows.arguments, self.backend)
-            records, _ = self._terms(log_prob, entropy)
-            return (*reduce_records(self.config, self.batch, records, self.backend), records)
+            loss, metrics, records, _ = self._settle(log_prob, entropy)
+        return loss, metrics, records
 
     def one_pass(self, spec: ObjectiveSpec) -> tuple[Tensor, Metrics, Records]:
         rows, batch = self.rows, self.batch
@@ -195,27 +195,28 @@ class _Call:
         return autograd.KnownGradients.apply(value, *known, rows.logits, gradient), metrics, records
 
     def two_passes(self) -> tuple[Tensor, Metrics, Records]:
-        rows, batch = self.rows, self.batch
+        rows = self.rows
         with torch.no_grad():
             log_prob, entropy, lse = ops.log_probs(rows.logits.detach(), *rows.arguments, self.backend)
-            records, slope = self._terms(log_prob, entropy)
-            value, metrics = reduce_records(self.config, batch, records, self.backend)
-            entropy_slope = None if batch.entropy_weight is None else -batch.entropy_weight
-        stats = (log_prob, entropy, lse, slope, entropy_slope)
+            value, metrics, records, slopes = self._settle(log_prob, entropy)
+        stats = (log_prob, entropy, lse, *slopes)
         loss = autograd.LossGradient.apply(rows.logits, value, *rows.arguments, *stats, self.backend, self.inplace)
         return loss, metrics, records
 
-    def of(self, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Metrics, Records]:
+    def of_log_probs(self, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Metrics, Records]:
         """From log-probs and entropies that make their own gradient."""
         with torch.no_grad():
-            records, slope = self._terms(*(values.detach() for values in found))
-            value, metrics = reduce_records(self.config, self.batch, records, self.backend)
-        entropy_weight = self.batch.entropy_weight
-        entropy_slope = None if entropy_weight is None else -entropy_weight
-        return autograd.LossOfLogProbs.apply(*found, value, slope, entropy_slope), metrics, records
+            value, metrics, records, slopes = self._settle(log_prob.detach(), entropy.detach())
+        return autograd.LossOfLogProbs.apply(log_prob, entropy, value, *slopes), metrics, records
 
-    def _terms(self, log_prob: Tensor, entropy: Tensor) -> tuple[Records, Tensor]:
-        return fast_token_terms(self.config, self.batch, log_prob, entropy, self.rows.numbers, self.backend)
+    def _settle(
+        self, log_prob: Tensor, entropy: Tensor
+    ) -> tuple[Tensor, Metrics, Records, tuple[Tensor, Tensor | None]]:
+        """Loss, metrics and records of log-probs, and its slopes in them and in the entropies."""
+        batch, numbers = self.batch, self.rows.numbers
+        records, slope = fast_token_terms(self.config, batch, log_prob, entropy, numbers, self.backend)
+        value, metrics = reduce_records(self.config, batch, records, self.backend)
+        return value, metrics, records, (slope, None if batch.entropy_weight is None else -batch.entropy_weight)
 
 
 class GRPOLoss(LossModule):

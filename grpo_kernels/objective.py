@@ -159,8 +159,8 @@ def _rollout_factors(
     config: LossConfig, batch: TokenBatch, log_prob: Tensor
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Those that are part of the ratio, those of the value, and all of them; None where there are none."""
-    in_ratio = tuple(s for s in batch.schemes if config.surrogate.takes_rollout and not s.of_policy)
-    in_value = tuple(s for s in batch.schemes if s not in in_ratio)
+    in_ratio = tuple(s for s in batch.schemes if config.surrogate.folds(s))
+    in_value = tuple(s for s in batch.schemes if not config.surrogate.folds(s))
     ratio, value = (
         batch.factors(config, log_prob, schemes) if len(schemes) else None for schemes in (in_ratio, in_value)
     )

@@ -8,6 +8,7 @@ rejected tokens stay in the denominators, as in TRL, Liger and AReaL.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_name, check_number
-from .maths import times
+from .maths import clamp, log_ratio_of, times
 
 RolloutLevel = Literal["token", "sequence", "geometric"]
 ROLLOUT_LEVELS = {
@@ -32,7 +33,7 @@ Pool = Callable[[Tensor, bool], Tensor]
 
 
 @dataclass(frozen=True)
-class Rollout:
+class Rollout(abc.ABC):
     """One scheme: a factor of each token."""
 
     equation: ClassVar[str]
@@ -51,9 +52,9 @@ class Rollout:
         """What a kernel is told."""
         return 0.0, math.inf
 
+    @abc.abstractmethod
     def written(self) -> str:
         """The equation with this instance's numbers."""
-        raise NotImplementedError
 
 
 class _Band(Rollout):
@@ -83,8 +84,9 @@ class _Band(Rollout):
         text = self.equation.replace("low", f"{self.low:g}").replace("high", f"{self.high:g}")
         return text.replace("ρ", rho)
 
+    @abc.abstractmethod
     def factor(self, rho: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of each token, from ρ as the level pools it."""
 
     def inside(self, rho: Tensor) -> Tensor:
         return ~((rho < self.low) | (rho > self.high))
@@ -166,9 +168,6 @@ class OffPolicyMask(Rollout):
         return ((advantages >= 0) | ~(mean_fall > self.threshold)).to(advantages.dtype)
 
 
-SCHEMES = (TruncatedIS, MaskedIS, Rejection, OffPolicyMask)
-
-
 def rollout_weights(
     schemes: tuple[Rollout, ...],
     log_prob: Tensor,
@@ -189,7 +188,7 @@ def rollout_weights(
     weight = torch.ones_like(log_prob)
 
     def behind(values: Tensor) -> Tensor:
-        return torch.where(known & (values != rollout), values - rollout, 0.0)
+        return torch.where(known, log_ratio_of(values, rollout), 0.0)
 
     for scheme in schemes:
         if isinstance(scheme, OffPolicyMask):
@@ -199,6 +198,6 @@ def rollout_weights(
         log_rho = behind(log_prob if old is None else old)
         if scheme.pooled:
             log_rho = pool(log_rho, scheme.level == "geometric")
-        factor = scheme.factor((log_rho if limit is None else log_rho.clamp(-limit, limit)).exp())
+        factor = scheme.factor(clamp(log_rho, limit).exp())
         weight = times(weight, factor if scheme.pooled else torch.where(known, factor, 1.0))
     return weight

@@ -11,13 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from . import backends
+from . import ops
 from .autograd import once
 from .checks import check_device, check_shape, fail
 from .inputs import Tokens, check_ids
@@ -113,46 +112,38 @@ class Supported:
             fail(tokens.function, expected, repr(support), tokens.tensors, error=TypeError)
         return cls(rows, filters, None)
 
-    def log_probs(self, backend: ModuleType) -> tuple[Tensor, Tensor, Tensor]:
+    def log_probs(self, backend: str) -> tuple[Tensor, Tensor, Tensor]:
         """log_prob, entropy, lse (B, T) of the renormalised distribution, which temperature is part of."""
-        rows = self.rows
-        outputs = [
-            torch.zeros(rows.token_ids.shape, dtype=rows.numbers.dtype, device=rows.logits.device) for _ in "123"
-        ]
-        for part, first, last in self._parts():
-            found = [torch.empty_like(part.token_ids, dtype=rows.numbers.dtype) for _ in outputs]
-            backend.log_probs(part, *found)
-            for output, values in zip(outputs, found, strict=True):
-                output.view(-1)[first:last] = values[0]
-        return outputs[0], outputs[1], outputs[2]
+        stats = [torch.zeros_like(self.rows.token_ids, dtype=self.rows.numbers.dtype) for _ in range(3)]
+        for part, index in self._parts():
+            for total, values in zip(stats, ops.log_probs(part.logits, *part.arguments, backend), strict=True):
+                total.view(-1)[index] = values[0]
+        return stats[0], stats[1], stats[2]
 
-    def gradient(self, backend: ModuleType, stats: tuple[Tensor, ...], g: Tensor | None, h: Tensor | None) -> Tensor:
+    def gradient(self, backend: str, stats: tuple[Tensor, ...], g: Tensor | None, h: Tensor | None) -> Tensor:
         """In the logits, from slopes in log-prob and entropy, (B, T)."""
         rows = self.rows
         out = torch.zeros_like(rows.logits, memory_format=torch.contiguous_format)
         target, length = rows.row_view(out), rows.token_ids.shape[1]
-        for part, first, last in self._parts():
-            mine = (None if x is None else x.reshape(1, -1)[:, first:last].contiguous() for x in (*stats, g, h))
-            backend.log_probs_backward(part, *mine, part.logits)
-            index = torch.arange(first, last, device=out.device)
+        for part, index in self._parts():
+            mine = (None if x is None else x.reshape(-1)[index][None] for x in (*stats, g, h))
+            ops.log_probs_backward_(part.logits, *part.arguments, *mine, backend)
             target[index // length, index % length] = part.logits[0]
         return out
 
-    def _parts(self) -> Iterator[tuple[Rows, int, int]]:
-        """Some rows at a time, copied, -inf outside of the support."""
+    def _parts(self) -> Iterator[tuple[Rows, Tensor]]:
+        """Some rows at a time, copied, -inf outside of the support, and their places in the flattened (B, T)."""
         rows = self.rows
         whole, length, count = rows.row_view(rows.logits), rows.token_ids.shape[1], rows.token_ids.numel()
         size = max(1, CHUNK_ELEMENTS // max(rows.vocab, 1))
-        for first in range(0, count, size):
-            last = min(first + size, count)
-            index = torch.arange(first, last, device=rows.logits.device)
+        for index in torch.arange(count, device=rows.logits.device).split(size):
             logits = whole[index // length, index % length]
-            ids, live = (x.reshape(1, -1)[:, first:last].contiguous() for x in (rows.token_ids, rows.live))
-            kept = self._kept(logits) if self.mask is None else self.mask[first:last].clone()
+            ids, live = (x.reshape(-1)[index] for x in (rows.token_ids, rows.live))
+            kept = self._kept(logits) if self.mask is None else self.mask[index]
             safe = torch.where((ids >= 0) & (ids < rows.vocab), ids, 0)
-            kept.scatter_(1, safe.view(-1, 1), True)
+            kept.scatter_(1, safe[:, None], True)
             logits = logits.masked_fill_(~kept, float("-inf"))[None]
-            yield Rows(logits, ids, live, rows.numbers, rows.softcap), first, last
+            yield Rows(logits, ids[None], live[None], rows.numbers, rows.softcap), index
 
     def _kept(self, logits: Tensor) -> Tensor:
         """(n, V) bool"""
@@ -170,7 +161,7 @@ class SupportedLogProbs(torch.autograd.Function):
     """Log-probs and entropies over a truncated support, differentiable in both."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, supported: Supported, backend: ModuleType) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, supported: Supported, backend: str) -> tuple[Tensor, Tensor]:
         log_prob, entropy, lse = supported.log_probs(backend)
         ctx.save_for_backward(logits, log_prob, entropy, lse)
         ctx.set_materialize_grads(False)
@@ -192,9 +183,8 @@ def supported_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """(B, T) log-probs and entropies, differentiable in ``logits`` where gradients are on."""
     supported = Supported.of(tokens, support, logit_args)
-    module = backends.get(backend)
     if torch.is_grad_enabled() and logits.requires_grad:
-        found: tuple[Tensor, Tensor] = SupportedLogProbs.apply(logits, supported, module)
+        found: tuple[Tensor, Tensor] = SupportedLogProbs.apply(logits, supported, backend)
         return found
     with torch.no_grad():
-        return supported.log_probs(module)[:2]
+        return supported.log_probs(backend)[:2]

@@ -82,8 +82,7 @@ def triton_grpo_loss(
         vespo=(vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg),
     )
     _check(asked)
-    weights = _rollout_weights(function, vllm_is_ratio, completion_ids)
-    rollout, weights = _folded(function, asked, old_logp, weights, vllm_is_ratio, completion_mask)
+    rollout, weights = _rollout(function, asked, old_logp, vllm_is_ratio, completion_ids, completion_mask)
     config, counting = asked.config(rollout is not None), dataclasses.replace(asked, delta=None).config()
     normalizer, ref = _normalizer(loss_type, num_items_in_batch), ref_logp if beta != 0 else None
     given = LossInputs(advantages, old_logp, ref, rollout, weights, normalizer=normalizer)
@@ -108,7 +107,7 @@ def triton_grpo_loss(
     value, kl = times(records.policy, alone.policy_weight) + beta * records.kl, records.kl
     losses = _PerToken.apply(log_probs, config, alone, value)
     if not reduce:
-        return losses, kl if beta != 0 else None, _bounded(counting, batch, log_probs).float()
+        return losses, kl if beta != 0 else None, _counted(counting, batch, log_probs)[1].float()
     aggregation = (config.aggregation, batch.masked_in, batch.sequences, normalizer, config.constant_length)
     share = on_tokens(sequence_weights(*aggregation), batch.masked_in, batch.sequences, losses.dtype)
     return (losses * share).sum(), _metrics(counting, batch, log_probs)
@@ -183,8 +182,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See the class; ``ref_input`` and ``ref_weight`` stand in for ``ref_per_token_logps``."""
         function, ids, asked = "LigerFusedLinearGRPOLoss", selected_token_ids, self._objective()
-        weights = _rollout_weights(function, vllm_is_ratio, ids)
-        rollout, weights = _folded(function, asked, old_per_token_logps, weights, vllm_is_ratio, attention_mask)
+        rollout, weights = _rollout(function, asked, old_per_token_logps, vllm_is_ratio, ids, attention_mask)
         config = asked.config(rollout is not None)
         if ref_per_token_logps is not None and ref_input is not None:
             warnings.warn(f"{function}: both references were given. Using ref_per_token_logps.", stacklevel=2)
@@ -218,15 +216,6 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         return loss.loss, tuple(metrics)
 
 
-def _rollout_weights(function: str, ratio: Tensor | None, ids: Tensor) -> Tensor | None:
-    """(B, L) of (B,), (B, 1) or (B, L)."""
-    if ratio is None:
-        return None
-    count, length = ids.shape
-    check_shape(function, "vllm_is_ratio", ratio, ((count,), (count, 1), (count, length)), {"vllm_is_ratio": ratio})
-    return (ratio.unsqueeze(-1) if ratio.dim() == 1 else ratio).expand(ids.shape)
-
-
 def _check(asked: Objective) -> None:
     """What Liger refuses, and why ours has nothing else to offer there."""
     if asked.loss_type in UNBOUNDED and (asked.delta is not None or asked.level != "token"):
@@ -236,22 +225,21 @@ def _check(asked: Objective) -> None:
         )
 
 
-def _folded(
-    function: str,
-    asked: Objective,
-    old: Tensor | None,
-    weights: Tensor | None,
-    given: Tensor | None,
-    mask: Tensor | None,
+def _rollout(
+    function: str, asked: Objective, old: Tensor | None, ratio: Tensor | None, ids: Tensor, mask: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """VESPO's rollout weights are part of its ratio: the sampler's log-probs that say so, and factors of the tokens."""
-    if asked.loss_type != "vespo" or weights is None or given is None:
-        return None, weights
+    """``vllm_is_ratio`` (B,), (B, 1) or (B, L), as log-probs of the sampler where it is part of the ratio (VESPO), or
+    as factors of the tokens."""
+    if ratio is None:
+        return None, None
+    count, length = ids.shape
+    check_shape(function, "vllm_is_ratio", ratio, ((count,), (count, 1), (count, length)), {"vllm_is_ratio": ratio})
+    weights = ratio.unsqueeze(-1) if ratio.dim() == 1 else ratio
+    if asked.loss_type != "vespo":
+        return None, weights.expand(ids.shape)
     if old is None:
         raise ValueError(f"{function}: loss_type='vespo' with vllm_is_ratio needs old log-probs to apply it to.")
-    per_sequence = given.dim() == 1 or given.shape[1] == 1
-    live = torch.ones_like(weights) if mask is None else mask
-    return sampler_log_probs(old, weights[:, :1] if per_sequence else weights, live), None
+    return sampler_log_probs(old, weights, torch.ones_like(ids) if mask is None else mask), None
 
 
 def _normalizer(loss_type: str, items: float | Tensor | None) -> float | Tensor | None:
@@ -270,22 +258,19 @@ def _each_counts_once(batch: TokenBatch, weights: Tensor | None, beta: float) ->
 
 
 @torch.no_grad()
-def _bounded(counting: LossConfig, batch: TokenBatch, log_probs: Tensor) -> Tensor:
-    """(B, L) bool. Liger counts tokens outside of the band, so ``counting`` is the objective without delta; of CISPO's
-    capped ones those of A > 0."""
-    flags = token_terms(counting, dataclasses.replace(batch, schemes=()), log_probs.detach())[0].flags
-    return (flags != 0) & (batch.advantages > 0) if isinstance(counting.surrogate, Cispo) else flags != 0
-
-
-@torch.no_grad()
-def _metrics(counting: LossConfig, batch: TokenBatch, log_probs: Tensor) -> list[Tensor]:
-    """Means over live tokens: the KL (its ratio included) where there is one, and how many are bounded."""
-    count = batch.live.sum().clamp(min=1)
-    clipped = _bounded(counting, batch, log_probs).sum() / count
-    if batch.kl_weight is None:
-        return [clipped]
+def _counted(counting: LossConfig, batch: TokenBatch, log_probs: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, L): the KL (its ratio included), and which tokens are bounded. Liger counts those outside of the band, so
+    ``counting`` is the objective without delta; of CISPO's capped ones those of A > 0."""
     records, _ = token_terms(counting, dataclasses.replace(batch, schemes=()), log_probs.detach())
-    return [records.kl.sum() / count, clipped]
+    bounded = records.flags != 0
+    return records.kl, bounded & (batch.advantages > 0) if isinstance(counting.surrogate, Cispo) else bounded
+
+
+def _metrics(counting: LossConfig, batch: TokenBatch, log_probs: Tensor) -> list[Tensor]:
+    """Means over live tokens: the KL where there is one, and how many are bounded."""
+    count = batch.live.sum().clamp(min=1)
+    kl, bounded = (values.sum() / count for values in _counted(counting, batch, log_probs))
+    return [bounded] if batch.kl_weight is None else [kl, bounded]
 
 
 class _PerToken(torch.autograd.Function):

@@ -192,7 +192,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         metrics = self._metrics[mode]
         advantages = _per_row(inputs["advantages"])
         old = inputs.get("old_per_token_logps")
-        log_ratio = out.log_probs - (out.log_probs if old is None else old)
+        log_ratio = own = out.log_probs - (out.log_probs if old is None else old)
         if self.importance_sampling_level == "sequence":
             log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(1)
         ratio = log_ratio.exp()
@@ -201,7 +201,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             kl = torch.exp(behind) - behind - 1
             metrics["kl"].append(self._mean(kl * ratio if self.args.use_bias_correction_kl else kl, mask))
         metrics["entropy"].append(self._mean(out.entropy, mask))
-        self._log_bounds(metrics, inputs, mask, ratio, advantages, out)
+        self._log_bounds(metrics, inputs, mask, own, ratio, advantages)
         if self._entropy_bonus_enabled:
             bonus = (out.entropy * mask).sum() / mask.sum().clamp(min=1.0)
             policy_loss = self.accelerator.gather(out.loss + entropy_coef * bonus)
@@ -213,21 +213,17 @@ class FusedGRPOTrainer(GRPOTrainer):
         metrics: dict[str, list[float]],
         inputs: dict[str, Any],
         mask: Tensor,
+        own: Tensor,
         ratio: Tensor,
         advantages: Tensor,
-        out: LossOutput,
     ) -> None:
-        """What bounded the ratios: TRL has another metric for each kind of loss."""
+        """What bounded the ratios: TRL has another metric for each kind of loss. ``own`` are the tokens' log-ratios."""
         if self.loss_type == "cispo":
             capped = (ratio > self.epsilon_high) & (advantages > 0)
             metrics["cispo_clip_ratio"].append(self._mean(capped.float(), mask))
         if self.loss_type == "vespo":
-            old = inputs.get("old_per_token_logps")
-            own = out.log_probs - (out.log_probs if old is None else old)
             weights = inputs["importance_sampling_ratio"] if self._corrects_rollout else None
-            args = self.args
-            gamma = (args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg)
-            phi = self.get_gamma_weights(advantages, own, mask, weights, *gamma)
+            phi = self.get_gamma_weights(advantages, own, mask, weights, *objective_of(self).vespo)
             metrics["vespo/phi_seq_mean"].append(self._mean(phi, mask))
         if self.loss_type in UNBOUNDED:
             return

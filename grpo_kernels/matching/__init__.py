@@ -13,7 +13,7 @@ from torch import Tensor
 from .batch import Batch, standard_batch, users_batch
 from .call import Caller, Response
 from .finding import NORMALIZERS, Finding, Inputs, differences, measured
-from .fit import slopes
+from .fit import slopes_of
 from .probe import EXACT, ROUNDED, Probe, describe, start
 from .report import Difference, MatchReport, text_of
 from .search import Search
@@ -188,7 +188,7 @@ def regions(search: Search, finding: Finding) -> list[str]:
     limit = finding.config.log_ratio_limit or math.inf
     for sign in (1, -1):
         theirs = search.curve(points, sign)
-        ours = slopes(finding.config.surrogate, points.clamp(-limit, limit), sign)
+        ours = slopes_of(finding.config.surrogate, points.clamp(-limit, limit), sign)
         apart = ((theirs - ours).abs() > 1e-3 * torch.maximum(theirs.abs(), ours.abs())).tolist()
         begin = None
         for k, differs in enumerate([*apart, False]):

@@ -97,14 +97,14 @@ def misfit(curve: Curve, found: Surrogates, tolerance: float) -> float:
     clear = torch.stack([(points - b).abs() > 1e-6 + 10 * tolerance for b in bounds] or [points.isfinite()]).all(0)
     worst = 0.0
     for sign in (1, -1):
-        ours = slopes(found.surrogate, points, sign)
+        ours = slopes_of(found.surrogate, points, sign)
         theirs = curve(points, sign)
         size = torch.maximum(theirs.abs(), ours.abs()).clamp(min=1e-300)
         worst = max(worst, float(((theirs - ours).abs() / size)[clear & (size > 1e-8)].max()))
     return worst
 
 
-def slopes(surrogate: Surrogate, log_ratio: Tensor, sign: int) -> Tensor:
+def slopes_of(surrogate: Surrogate, log_ratio: Tensor, sign: int) -> Tensor:
     """∂f/∂ℓ at a token of probability ½, over |A|."""
     log_prob = torch.full_like(log_ratio, math.log(0.5))
     point = Point(log_prob, log_ratio, log_ratio.exp(), torch.full_like(log_ratio, sign), log_prob - log_ratio)

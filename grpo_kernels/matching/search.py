@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..config import Level, LossConfig
 from ..kl import KL
-from ..surrogates import Cispo, Clip, Dro, Gmpo, Reinforce, Surrogate, Unclipped
-from . import fit, soft
+from ..surrogates import Surrogate, Unclipped
+from . import fit
 from .batch import Batch
 from .finding import Finding
+from .policy import find_surrogate
 from .probe import DIFFERENCE, INVERTED, QUOTIENT, ROUNDED, Probe
 from .scoring import STEP, find_mask, find_scored_tokens
 from .weights import Measured, Weights, fit_weights, off_plain
@@ -53,7 +54,7 @@ class Search:
         self.find_whitening()
         self.find_weights()
         self.find_level()
-        self.find_surrogate()
+        find_surrogate(self)
         self.find_kl()
         self.find_entropy()
         self.find_rollout_weights()
@@ -150,7 +151,7 @@ class Search:
                 return
             self.uses_ratio = False
             if "old_log_probs" in probe.caller.roles.values():
-                kind = self.faults if self._value_is_a_ratio() else self.notes
+                kind = self.faults if self.value_is_a_ratio() else self.notes
                 kind["old_ignored"] = {}
             return
         grown = [growth[live & (sign == one)] for one in (1.0, -1.0)]
@@ -183,8 +184,8 @@ class Search:
         if not share > 0 or not math.isfinite(share):
             return False
         cap = math.exp(-8.0) / share
-        level = [(share - math.exp(x) / cap).abs().max() for share, x in zip(shares, (-8.0, -7.0), strict=True)]
-        if not 2e-3 < cap < 1 - 1e-3 or float(max(level)) > 1e-4:
+        apart = [(part - math.exp(x) / cap).abs().max() for part, x in zip(shares, (-8.0, -7.0), strict=True)]
+        if not 2e-3 < cap < 1 - 1e-3 or float(max(apart)) > 1e-4:
             return False
         self.cap = fit.plain(cap, max(1e-8, 100 * self.probe.tolerance))
         self.notes["cap_below_one"] = {"cap": self.cap}
@@ -234,101 +235,9 @@ class Search:
             "sequence_token" if float((row - row.mean()).abs().max()) > 1e-3 * float(row.abs().mean()) else "sequence"
         )
 
-    # The surrogate, the KL term, the entropy bonus
+    # What the surrogate is measured by; the KL term, the entropy bonus
 
-    def find_surrogate(self) -> None:
-        limit = LossConfig().log_ratio_limit
-        if self.cap != 1.0:
-            self.surrogate = fit.Surrogates(Cispo(cap=self.cap), limit)
-            return
-        spring = self._spring() if self.probe.caller.takes("old_log_probs") else None
-        if not self.uses_ratio:
-            surrogate = Unclipped() if self._value_is_a_ratio() else spring or Reinforce()
-            if spring is not None:
-                self.uses_ratio = True
-                self.faults.pop("old_ignored", None)
-                self.notes.pop("old_ignored", None)
-            self.surrogate = fit.Surrogates(surrogate, limit)
-            return
-        tolerance = self.probe.tolerance
-        other = soft.soft(self.curve, tolerance, self.level == "sequence_product")
-        if other is not None:
-            self.surrogate = fit.Surrogates(other, limit)
-            return
-        self.surrogate = fit.fit_surrogate(self.curve, tolerance)
-        error = fit.misfit(self.curve, self.surrogate, tolerance)
-        other = self._other_surrogate(error > 1e3 * tolerance)
-        if other is not None:
-            self.surrogate = fit.Surrogates(
-                other, self.surrogate.log_ratio_limit if error <= 1e3 * tolerance else limit
-            )
-            return
-        for key in self.surrogate.faults:
-            self.faults[key] = {}
-        for key in self.surrogate.notes:
-            self.notes[key] = {"limit": self.surrogate.log_ratio_limit}
-        if error > 1e3 * tolerance and not self.surrogate.faults:
-            self.strange["unknown_surrogate"] = {"error": error}
-
-    def _other_surrogate(self, misfit: bool) -> Surrogate | None:
-        """What bounds of the pooled ratio do not describe, or describe as well."""
-        probe, found = self.probe, self.surrogate.surrogate
-        if misfit and self.level == "token":
-            log_probs = probe.log_probs(probe.batch)
-            return soft.dppo(self._factors, log_probs, self._signs() > 0, probe.tolerance)
-        if self.level == "sequence" and isinstance(found, Clip) and found.dual is None and found.low < 1:
-            return self._bounds_before_the_mean(found)
-        return None
-
-    def _signs(self) -> Tensor:
-        """(B, T) of the effective advantages of ``probe.signs``."""
-        probe = self.probe
-        return probe.effective(probe.signs())[:, None].expand(probe.batch.shape)
-
-    def _factors(self, log_ratio: Tensor) -> Tensor:
-        """``soft.Everywhere``"""
-        probe = self.probe
-        weights, live, _ = self.at_rest()
-        slopes = -probe.policy(log_ratio, probe.signs()) / (weights * self._signs())
-        return torch.where(live & (weights != 0), slopes, torch.nan)
-
-    def _bounds_before_the_mean(self, clip: Clip) -> Surrogate | None:
-        """GMPO: a token that is far out on its own has no slope, although the mean of its sequence is not."""
-        probe = self.probe
-        low, high = -math.log1p(-clip.low), math.log1p(clip.high)
-        weights, live, _ = self.at_rest()
-        lengths = live.sum(-1)
-        sign = self._signs().sign()
-        row = next((i for i in torch.argsort(-lengths).tolist() if sign[i, 0] > 0 and lengths[i] > 2), None)
-        if row is None:
-            return None
-        place = int(live[row].nonzero()[0])
-        moved = torch.zeros(probe.batch.shape, dtype=torch.float64)
-        moved[row, place] = 1.5 * high
-        factor = -probe.policy(moved, probe.signs())[row] / (weights[row] * sign[row])
-        others = [t for t in live[row].nonzero().flatten().tolist() if t != place]
-        if abs(float(factor[place])) > 1e-6 or float(factor[others].min()) < 0.5:
-            return None
-        digits = max(1e-7, 10 * probe.tolerance)
-        return Gmpo(fit.plain(low, digits), fit.plain(high, digits))
-
-    def _spring(self) -> Surrogate | None:
-        """DRO: without an advantage, a pull towards the old policy that is proportional to the log-ratio."""
-        probe = self.probe
-        weights, live, _ = self.at_rest()
-        zero = torch.zeros(probe.batch.shape[0], dtype=torch.float64)
-        at = (-1.0, 0.0, 0.5, 2.0)
-        pulls = [(probe.at(x, zero).slope / weights)[live] for x in at]
-        if not all(bool(pull.isfinite().all()) for pull in pulls):
-            return None
-        strengths = [(pull - pulls[1]) / x for pull, x in zip(pulls, at, strict=True) if x]
-        beta = float(strengths[0].mean())
-        apart = max(float((strength - beta).abs().max()) for strength in strengths)
-        if beta < 1e-6 or apart > 1e3 * probe.tolerance * beta:
-            return None
-        return Dro(fit.plain(beta, max(1e-9, 10 * probe.tolerance)))
-
-    def _value_is_a_ratio(self) -> bool:
+    def value_is_a_ratio(self) -> bool:
         """Where old log-probs change nothing: -A·exp(ℓ - sg(ℓ)) has the slope of -A·ℓ and the value -A."""
         probe = self.probe
         assert self.weights is not None

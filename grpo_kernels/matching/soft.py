@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..surrogates import Cispo, DppoKL, DppoTV, Sapo, Surrogate, Vespo
-from .fit import NEAR, Curve, plain, slopes
+from .fit import NEAR, Curve, plain, slopes_of
 
 Everywhere = Callable[[Tensor], Tensor]
 """A log-ratio, 0-d, to the factors of -A in the slopes of all tokens, (B, T), NaN where there is none."""
@@ -31,7 +31,7 @@ def follows(curve: Curve, surrogate: Surrogate, tolerance: float) -> bool:
     """Whether the slopes are the surrogate's where neither is next to nothing."""
     points = torch.cat([-NEAR, NEAR])
     for sign in (1, -1):
-        ours, theirs = slopes(surrogate, points, sign), curve(points, sign)
+        ours, theirs = slopes_of(surrogate, points, sign), curve(points, sign)
         size = torch.maximum(theirs.abs(), ours.abs())
         if bool(((theirs - ours).abs() > 1e3 * tolerance * size.clamp(min=1e-6)).any()):
             return False

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import check_number
+
+if TYPE_CHECKING:
+    from ..rollout import Rollout
 
 CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL = 1, 2, 4
 """Flags of a token at which a bound took effect: its slope is 0, or its weight is not its ratio."""
@@ -71,7 +74,7 @@ class Surrogate:
     flat_at_zero_advantage: ClassVar[bool] = True
     """Value and slope are 0 where the advantage is 0."""
     takes_rollout: ClassVar[bool] = False
-    """Rollout weights are part of its ratio, not factors of its value."""
+    """Rollout weights are part of its ratio, not factors of its value, but for masks of the current policy."""
 
     def terms(self, t: Point) -> Terms:
         """Value, slopes and flags."""
@@ -81,20 +84,27 @@ class Surrogate:
         """Bounds of a token's own log-ratio, before pooling; most have none."""
         return Clipped(log_ratio, None, None)
 
+    def folds(self, scheme: Rollout) -> bool:
+        """Whether the factors of a rollout scheme are part of its ratio."""
+        return self.takes_rollout and not scheme.of_policy
+
     def parameters(self) -> tuple[float, ...]:
         """What a kernel is told: formed in float64, rounded once."""
         return ()
 
     def written(self) -> str:
         """The equation with this instance's numbers."""
-        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        shown = (f"{name} = {x:g}" if isinstance(x, (int, float)) else f"{name} = {x!r}" for name, x in given.items())
+        given = self._given().items()
+        shown = (f"{name} = {x:g}" if isinstance(x, (int, float)) else f"{name} = {x!r}" for name, x in given)
         numbers = ", ".join(shown)
         return f"{self.equation}, {numbers}" if numbers else self.equation
 
     def __repr__(self) -> str:
-        given = (f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) is not None)
-        return f"{type(self).__name__}({', '.join(given)})"
+        return f"{type(self).__name__}({', '.join(f'{name}={x!r}' for name, x in self._given().items())})"
+
+    def _given(self) -> dict[str, Any]:
+        """Its numbers by name, without those that are None."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
 def nothing(x: Tensor) -> Tensor:
@@ -114,14 +124,15 @@ def no_flags(x: Tensor) -> Tensor:
     return torch.zeros_like(x, dtype=torch.uint8)
 
 
-def check_field(surrogate: Surrogate, name: str, at_least: float = 0.0) -> None:
-    check_number(f"{type(surrogate).__name__}({name}=...)", getattr(surrogate, name), at_least=at_least)
+def check_field(surrogate: Surrogate, name: str, **bounds: Any) -> None:
+    """``check_number`` of one of its own numbers."""
+    check_number(f"{type(surrogate).__name__}({name}=...)", getattr(surrogate, name), **bounds)
 
 
-def check_band(surrogate: Surrogate, low: float, high: float) -> None:
-    """Bounds 1 - low and 1 + high of a ratio."""
-    kind = type(surrogate).__name__
-    check_number(f"{kind}(low=...)", low, at_least=0)
-    check_number(f"{kind}(high=...)", high, at_least=0)
+def check_band(surrogate: Surrogate, low: float) -> None:
+    """Of its fields low and high: bounds 1 - low and 1 + high of a ratio."""
+    check_field(surrogate, "low", at_least=0)
+    check_field(surrogate, "high", at_least=0)
     if low > 1:
+        kind = type(surrogate).__name__
         raise ValueError(f"{kind}(low=...) must be at most 1 (the bound is 1 - low); got {low!r}.")

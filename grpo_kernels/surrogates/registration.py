@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import BUILT_IN, SURROGATES, Point, Surrogate, Terms
+from .base import no_flags
 
 _RTOL = 1e-6
 _Class = TypeVar("_Class", bound=type)
@@ -69,7 +70,7 @@ def check_surrogate(surrogate: Surrogate) -> None:
 @torch.compiler.disable
 def _terms(surrogate: Any, t: Point) -> Terms:
     """``Surrogate.terms`` of a registered class."""
-    flags = torch.zeros_like(t.log_prob, dtype=torch.uint8)
+    flags = no_flags(t.log_prob)
     if hasattr(surrogate, "slopes"):
         return Terms(surrogate.value(t).expand_as(t.log_prob), *_slopes(surrogate, t), flags)
     value, (slope, direct) = by_autograd(surrogate, t)

@@ -34,7 +34,7 @@ class Vespo(Surrogate):
 
     def __post_init__(self) -> None:
         for name in ("k_pos", "k_neg"):
-            check_field(self, name)
+            check_field(self, name, at_least=0)
         for name in ("lam_pos", "lam_neg"):
             check_field(self, name, at_least=1e-4)
 
@@ -65,8 +65,8 @@ class Gmpo(Surrogate):
     found_in = "TRL (experimental), verl geo_mean"
 
     def __post_init__(self) -> None:
-        check_field(self, "low")
-        check_field(self, "high")
+        check_field(self, "low", at_least=0)
+        check_field(self, "high", at_least=0)
 
     def clip_log_ratios(self, log_ratio: Tensor, advantage: Tensor) -> Clipped:
         high = (advantage > 0) & (log_ratio > self.high)

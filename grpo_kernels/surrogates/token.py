@@ -7,13 +7,13 @@ order; a parity test holds them together. Slopes are *selected* branch by branch
 
 from __future__ import annotations
 
+import abc
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..checks import check_number
 from ..maths import log_ratio_of, times
 from .base import Point, Surrogate, Terms, as_flags, check_band, check_field, chosen, no_flags, nothing
 
@@ -78,7 +78,7 @@ class Clip(Surrogate):
     kernel_id = 2
 
     def __post_init__(self) -> None:
-        check_band(self, self.low, self.high)
+        check_band(self, self.low)
         if self.dual is not None and not (math.isfinite(self.dual) and self.dual >= 1 + self.high):
             raise ValueError(
                 f"Clip(dual=...) must be finite and at least 1 + high = {1 + self.high:g}, where it only bounds "
@@ -136,11 +136,11 @@ class Cispo(Surrogate):
         if self.cap is None and band == (None, None):
             object.__setattr__(self, "cap", 5.0)
         if self.cap is not None:
-            check_number("Cispo(cap=...)", self.cap, above=0)
+            check_field(self, "cap", above=0)
             return
         if self.low is None or self.high is None:
             raise ValueError(f"Cispo's band needs both low and high (low=1 for no lower bound); got {self!r}.")
-        check_band(self, self.low, self.high)
+        check_band(self, self.low)
 
     def parameters(self) -> tuple[float, ...]:
         if self.low is None or self.high is None:
@@ -178,8 +178,8 @@ class Sapo(Surrogate):
     kernel_id = 4
 
     def __post_init__(self) -> None:
-        check_number("Sapo(tau_pos=...)", self.tau_pos, above=0)
-        check_number("Sapo(tau_neg=...)", self.tau_neg, above=0)
+        check_field(self, "tau_pos", above=0)
+        check_field(self, "tau_neg", above=0)
 
     def parameters(self) -> tuple[float, ...]:
         return (self.tau_pos, self.tau_neg)
@@ -195,7 +195,7 @@ class Sapo(Surrogate):
 
 
 @dataclass(frozen=True, repr=False)
-class _Dppo(Surrogate):
+class _Dppo(Surrogate, abc.ABC):
     """A trust region in probabilities; ``moved_too_far`` is the divergence's own."""
 
     low: float = 0.2
@@ -203,17 +203,17 @@ class _Dppo(Surrogate):
     cap: float | None = None
 
     def __post_init__(self) -> None:
-        check_field(self, "low")
-        check_field(self, "high")
+        check_field(self, "low", at_least=0)
+        check_field(self, "high", at_least=0)
         if self.cap is not None:
-            check_number(f"{type(self).__name__}(cap=...)", self.cap, above=0)
+            check_field(self, "cap", above=0)
 
     def parameters(self) -> tuple[float, ...]:
         return (self.low, self.high, math.inf if self.cap is None else self.cap)
 
+    @abc.abstractmethod
     def moved_too_far(self, t: Point) -> tuple[Tensor, Tensor]:
         """Where the probability fell too far, and where it rose too far."""
-        raise NotImplementedError
 
     def terms(self, t: Point) -> Terms:
         fallen, risen = self.moved_too_far(t)
@@ -289,7 +289,7 @@ class Dro(Surrogate):
     flat_at_zero_advantage = False
 
     def __post_init__(self) -> None:
-        check_number("Dro(beta=...)", self.beta, above=0)
+        check_field(self, "beta", above=0)
 
     def parameters(self) -> tuple[float, ...]:
         return (self.beta,)
