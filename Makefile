@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc -type f) setup.py
 
 ifeq ($(shell [ "$(origin PYTHON)" != file ] && $(PYTHON) -c "import torch" 2>/dev/null && echo yes),yes)
 RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
-READY := grpo_kernels/native/build.json
+READY := grpo_kernels/native/libgrpo_cpu.json
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/installed
@@ -39,7 +39,7 @@ lint: $(VENV)/lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc -name '*.h' -o -name '*.cpp')
+	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -58,7 +58,7 @@ $(VENV)/lint: $(VENV)/installed
 	touch $@
 
 # Without setuptools there is no library; plain PyTorch serves, and `info` says so.
-grpo_kernels/native/build.json: $(SOURCES)
+grpo_kernels/native/libgrpo_cpu.json: $(SOURCES)
 	$(PYTHON) setup.py --quiet build_ext --inplace || echo "no compiled CPU kernels: see python -m grpo_kernels info"
 
 clean:

@@ -1,7 +1,9 @@
-"""Builds csrc/cpu into grpo_kernels/native/libgrpo_cpu.so: a plain C ABI, no PyTorch and no Python inside.
+"""Builds csrc/cpu and, where there is nvcc, csrc/cuda into grpo_kernels/native/libgrpo_{cpu,cuda}.so: a plain C ABI, no
+PyTorch and no Python inside.
 
-A missing or failing compiler never fails the installation: the reason goes to native/build.json, and
-`python -m grpo_kernels info` shows it.
+A missing or failing compiler never fails the installation: the reason goes to a file beside the library
+(native/libgrpo_cpu.json), and `python -m grpo_kernels info` shows it. GRPO_KERNELS_CUDA_ARCHITECTURES names others than
+90,100 ("" for no CUDA library); PTX of the first one serves GPUs that are newer than all of them.
 """
 
 import hashlib
@@ -20,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = ROOT / "csrc"
-LIBRARY = "grpo_kernels/native/libgrpo_cpu.so"
+NATIVE = "grpo_kernels/native"
 
 # -ffp-contract=off: the clip's comparison must be the same in every language; kernels say fma where they mean it.
 FLAGS = [
@@ -33,6 +35,15 @@ FLAGS = [
     "-ffp-contract=off",
     "-fno-math-errno",
 ]
+CUDA_FLAGS = [
+    "-O3",
+    "-std=c++17",
+    "-shared",
+    "--cudart=static",
+    "-fmad=false",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off",
+    "-w",
+]
 INSTRUCTION_SETS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -40,10 +51,10 @@ INSTRUCTION_SETS = {
 }
 
 
-def sources_hash() -> str:
-    """Of every file that the library is made of; a test compares it with the built library's."""
+def sources_hash(folder: str) -> str:
+    """Of every file that a library is made of; a test compares it with the built library's."""
     digest = hashlib.sha256()
-    for path in sorted([*(SOURCES / "cpu").rglob("*"), *(SOURCES / "common").rglob("*")]):
+    for path in sorted([*(SOURCES / folder).rglob("*"), *(SOURCES / "common").rglob("*")]):
         if path.is_file():
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
@@ -51,6 +62,16 @@ def sources_hash() -> str:
 
 class CompileError(RuntimeError):
     pass
+
+
+def run(*command: str) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise CompileError(f"{' '.join(command)}: {error}") from error
+    if result.returncode != 0:
+        raise CompileError(f"{' '.join(command)}: {result.stderr.strip()[-2000:]}")
+    return result.stdout
 
 
 class Compiler:
@@ -65,14 +86,7 @@ class Compiler:
         self.openmp = ["-fopenmp"] if self._takes_openmp() else []
 
     def run(self, *arguments: str) -> str:
-        command = [str(self.path), *arguments]
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise CompileError(f"{' '.join(command)}: {error}") from error
-        if result.returncode != 0:
-            raise CompileError(f"{' '.join(command)}: {result.stderr.strip()[-2000:]}")
-        return result.stdout
+        return run(str(self.path), *arguments)
 
     def _takes_openmp(self) -> bool:
         with tempfile.TemporaryDirectory() as folder:
@@ -85,7 +99,7 @@ class Compiler:
             return True
 
 
-def build_library(target: Path, workspace: Path) -> dict[str, str]:
+def build_cpu(target: Path, workspace: Path) -> dict[str, str]:
     """Compile one object for each instruction set that the compiler knows, link them, describe the build."""
     compiler = Compiler()
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -107,7 +121,6 @@ def build_library(target: Path, workspace: Path) -> dict[str, str]:
     with ThreadPoolExecutor() as pool:
         objects = {name: output for name, output in zip(sets, pool.map(compile_kernels, sets)) if output}
     defines = [f"-DGRPO_HAS_{name.upper()}" for name in objects]
-    target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_suffix(".new")  # never a half-written library, nor one overwritten while loaded
     library_source = str(SOURCES / "cpu" / "library.cpp")
     linked = [str(path) for path in objects.values()]
@@ -118,36 +131,81 @@ def build_library(target: Path, workspace: Path) -> dict[str, str]:
         "flags": " ".join(FLAGS),
         "openmp": "yes" if compiler.openmp else "no: the compiler does not take -fopenmp; one thread",
         "instruction_sets": " ".join(objects),
-        "sources": sources_hash(),
     }
 
 
+def nvcc() -> str:
+    """Its path: NVCC, the search path, or CUDA's usual folder."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    names = [os.environ.get("NVCC") or "nvcc", *(f"{home}/bin/nvcc" for home in [*homes, "/usr/local/cuda"])]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    if found is None:
+        raise CompileError(
+            "no nvcc found: the CUDA toolkit (12.0 or later) builds it; set NVCC or CUDA_HOME to name one"
+        )
+    return found
+
+
+def build_cuda(target: Path, workspace: Path) -> dict[str, str]:
+    """One library for all architectures that nvcc knows of those wanted."""
+    wanted = os.environ.get("GRPO_KERNELS_CUDA_ARCHITECTURES", "90,100").split(",")
+    if wanted == [""]:
+        raise CompileError("not wanted: GRPO_KERNELS_CUDA_ARCHITECTURES is empty")
+    compiler = nvcc()
+    known = run(compiler, "--list-gpu-code").split()
+    architectures = [name for name in wanted if f"sm_{name}" in known]
+    if not architectures:
+        raise CompileError(f"{compiler} knows none of sm_{', sm_'.join(wanted)}; it knows {' '.join(known)}")
+    oldest = architectures[0]  # its PTX is compiled once for all, and serves newer GPUs
+    codes = ",".join([*(f"sm_{name}" for name in architectures), f"compute_{oldest}"])
+    targets = f"-gencode=arch=compute_{oldest},code=[{codes}]"
+    workspace.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_suffix(".new")
+    source = str(SOURCES / "cuda" / "library.cu")
+    run(compiler, *CUDA_FLAGS, targets, f"-t{os.cpu_count()}", source, "-o", str(fresh))
+    fresh.replace(target)
+    version = run(compiler, "--version").strip().splitlines()[-1]
+    return {"compiler": version, "flags": " ".join(CUDA_FLAGS), "architectures": " ".join(architectures)}
+
+
+LIBRARIES = {"cpu": build_cpu, "cuda": build_cuda}
+
+
+def build_library(name: str, folder: Path, workspace: Path) -> dict[str, str]:
+    """Build it, or not; the record of it, which goes beside it."""
+    target = folder / f"libgrpo_{name}.so"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        record = LIBRARIES[name](target, workspace / name)
+    except CompileError as error:
+        target.unlink(missing_ok=True)
+        record = {"error": str(error)}
+    record["sources"] = sources_hash(name)
+    target.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    return record
+
+
 class BuildNative(build_ext):
-    """Setuptools' build_ext with the compiler called directly; the result has no Python ABI in its name."""
+    """Setuptools' build_ext with the compilers called directly; the results have no Python ABI in their names."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        return LIBRARY
+        return fullname.replace(".", "/") + ".so"
 
     def build_extension(self, ext: Extension) -> None:
-        target = Path(self.build_lib) / LIBRARY
-        record: dict[str, str]
-        try:
-            record = build_library(target, Path(self.build_temp))
-        except CompileError as error:
-            target.unlink(missing_ok=True)
-            record = {"error": str(error), "sources": sources_hash()}
-            self.warn(f"no compiled CPU kernels, plain PyTorch serves instead: {error}")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.with_name("build.json").write_text(json.dumps(record, indent=2) + "\n")
+        name = ext.name.rpartition("_")[2]
+        record = build_library(name, Path(self.build_lib, NATIVE), Path(self.build_temp))
+        if "error" in record:
+            self.warn(f"no compiled kernels of csrc/{name}, other backends serve instead: {record['error']}")
 
     def copy_extensions_to_source(self) -> None:
-        """Editable installs: library and record go into the package's folder; a stale library goes away."""
-        built, package = Path(self.build_lib, LIBRARY), ROOT / LIBRARY
-        package.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(built.with_name("build.json"), package.with_name("build.json"))
-        package.unlink(missing_ok=True)
-        if built.exists():
-            shutil.copy2(built, package)
+        """Editable installs: libraries and records go into the package's folder; a stale library goes away."""
+        for name in LIBRARIES:
+            built, package = Path(self.build_lib, NATIVE, f"libgrpo_{name}.so"), ROOT / NATIVE / f"libgrpo_{name}.so"
+            package.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(built.with_suffix(".json"), package.with_suffix(".json"))
+            package.unlink(missing_ok=True)
+            if built.exists():
+                shutil.copy2(built, package)
 
 
 class PlatformWheel(bdist_wheel):
@@ -158,6 +216,6 @@ class PlatformWheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("grpo_kernels.native.libgrpo_cpu", sources=["csrc/cpu/library.cpp"], optional=True)],
+    ext_modules=[Extension(f"grpo_kernels.native.libgrpo_{name}", sources=[], optional=True) for name in LIBRARIES],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import backends, records
-from .backends import cpu
+from .backends import cpu, native
 from .config import LossConfig
 from .head import cpu_bf16_instructions
 from .surrogates import BUILT_IN
@@ -48,16 +48,21 @@ def _version(name: str) -> str | None:
 def _state(name: str) -> str:
     """Usable on some device here, or why not on the best of them."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    reasons = [backends.get(name).unsupported(backends.Request(torch.device(device))) for device in devices]
-    return "usable" if None in reasons else str(reasons[0])
+    reasons = {}
+    for by_name in (False, True):
+        requests = [backends.Request(torch.device(device), by_name=by_name) for device in devices]
+        reasons[by_name] = [backends.get(name).unsupported(request) for request in requests]
+    if None in reasons[False]:
+        return "usable"
+    return f"{'usable by name; ' if None in reasons[True] else ''}{reasons[False][0]}"
 
 
 def _library() -> dict[str, Any]:
-    record: dict[str, Any] = {"path": str(cpu.LIBRARY), "build": cpu.build_record() or None}
+    record: dict[str, Any] = {"path": str(cpu.LIBRARY), "build": native.build_record(cpu.LIBRARY) or None}
     try:
         record["instruction_sets"] = list(cpu.available_instruction_sets())
         record["in_use"] = cpu.instruction_set()
-    except cpu.Unavailable as error:
+    except native.Unavailable as error:
         record["unusable"] = str(error)
     return record
 

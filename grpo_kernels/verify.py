@@ -343,7 +343,7 @@ def _usable(device: str, asked: list[str] | None) -> list[str]:
     usable = []
     for name in asked or backends.names():
         check_name("--backend", name, backends.names())
-        reason = backends.get(name).unsupported(backends.Request(torch.device(device)))
+        reason = backends.get(name).unsupported(backends.Request(torch.device(device), by_name=True))
         if reason is None:
             usable.append(name)
         elif asked:

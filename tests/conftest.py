@@ -17,6 +17,10 @@ if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before anything imports one
+    if "GRPO_KERNELS_CUDA_LIBRARY" not in os.environ:
+        import cuda_emulator
+
+        os.environ["GRPO_KERNELS_CUDA_LIBRARY"] = str(cuda_emulator.build() or "")
 
 from grpo_kernels import backends  # noqa: E402
 
@@ -89,7 +93,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 def usable_backends() -> list[str]:
-    request = backends.Request(torch.device(DEVICE))
+    request = backends.Request(torch.device(DEVICE), by_name=True)
     return [name for name in backends.names() if backends.get(name).unsupported(request) is None]
 
 
@@ -99,8 +103,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", usable_backends())
 
 
-INTERPRETED_SAMPLE = 5
-"""Of each test's cases, as many run on interpreted Triton kernels in CI, evenly spread; the rest are nightly."""
+SAMPLES = {"triton": 5, "cuda": 12}
+"""Of each test's cases, as many run on interpreted Triton kernels and on emulated CUDA kernels in CI, evenly spread; the
+rest are nightly."""
 
 
 def _takes_a_backend(item: pytest.Item) -> bool:
@@ -114,10 +119,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     cases: dict = {}
     for item in items:
-        if _takes_a_backend(item) and item.callspec.params["backend"] == "triton":
-            cases.setdefault((item.path, item.originalname), []).append(item)
-    for mine in cases.values():
-        kept = {round(i * (len(mine) - 1) / (INTERPRETED_SAMPLE - 1)) for i in range(INTERPRETED_SAMPLE)}
+        if _takes_a_backend(item) and (backend := item.callspec.params["backend"]) in SAMPLES:
+            cases.setdefault((item.path, item.originalname, backend), []).append(item)
+    for (_, _, backend), mine in cases.items():
+        sample = SAMPLES[backend]
+        kept = {round(i * (len(mine) - 1) / (sample - 1)) for i in range(sample)}
         for i, item in enumerate(mine):
             if i not in kept:
                 item.add_marker("nightly")

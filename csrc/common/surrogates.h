@@ -253,9 +253,10 @@ template <class real>
 struct Token {
   real log_prob;
   real entropy;
-  const real* old;      // null: on-policy, ratio exactly 1
-  const real* ref;      // null: no KL
-  const real* rollout;  // null: no rollout correction
+  bool on_policy;  // ratio exactly 1, `old` unknown
+  real old;
+  real ref;      // with a KL estimator
+  real rollout;  // with a rollout scheme
   real advantage;
   real policy_weight;
   real kl_weight;
@@ -273,7 +274,7 @@ struct TokenTerms {
 template <class real>
 GRPO_FN TokenTerms<real> token_terms(const ObjectiveSpec& spec, const real* numbers, const Token<real>& token) {
   const real limit = numbers[kLogRatioLimit], log_prob = token.log_prob;
-  const real old = token.old ? *token.old : log_prob;
+  const real old = token.on_policy ? log_prob : token.old;
   const real raw = log_ratio_of(log_prob, old);  // NaN stays NaN
   // A token of probability 0 has no direction to give: it saturates, whatever it is compared with.
   const bool inside = within(raw, limit) && log_prob != -real(INFINITY);
@@ -284,15 +285,15 @@ GRPO_FN TokenTerms<real> token_terms(const ObjectiveSpec& spec, const real* numb
   TokenTerms<real> out{policy.value, 0, 0, policy.flags, 1};
   real weight = token.policy_weight;
   if (spec.rollout != kNoRollout) {
-    out.rollout_weight = rollout_weight(spec.rollout, numbers, old, *token.rollout);
+    out.rollout_weight = rollout_weight(spec.rollout, numbers, old, token.rollout);
     weight = times(weight, out.rollout_weight);
     out.policy = times(out.rollout_weight, out.policy);
   }
   if (token.entropy < numbers[kEntropyThreshold]) weight = out.policy = 0;
   out.slope = times(weight, inside ? policy.slope : real(0)) + times(weight, policy.direct);
 
-  if (token.ref && spec.kl_estimator != kNoKL) {
-    KL<real> kl = kl_terms(spec, numbers, log_ratio_of(log_prob, *token.ref), ratio);
+  if (spec.kl_estimator != kNoKL) {
+    KL<real> kl = kl_terms(spec, numbers, log_ratio_of(log_prob, token.ref), ratio);
     if (spec.kl_ratio_weighted) {
       kl.slope = times(ratio, inside ? kl.slope_with_ratio : kl.slope);
       kl.value = times(ratio, kl.value);

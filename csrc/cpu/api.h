@@ -2,47 +2,22 @@
 // Tensors belong to the caller; nothing is allocated or kept here.
 #pragma once
 
-#include <stdint.h>
+#include "../common/call.h"
 
 extern "C" {
 
-#define GRPO_CPU_ABI_VERSION 2
+#define GRPO_CPU_ABI_VERSION 3
 
-typedef enum { kFloat32, kFloat64, kBFloat16, kFloat16 } GrpoDtype;
 typedef enum { kGeneric, kAVX2, kAVX512, kInstructionSets } GrpoInstructionSet;
 typedef enum { kOk, kTokenIdOutOfRange, kUnsupportedInstructionSet, kUnknownDtype } GrpoStatus;
 
-// Row r is logits + (r / length) * batch_stride + (r % length) * row_stride, in elements; out likewise.
-// [rows] tensors are contiguous, fp32, or fp64 when the logits are ("real" below).
-typedef struct {
-  int32_t dtype;
+struct GrpoCpuParams : GrpoCall {
   int32_t instruction_set;
   int32_t threads;
-  int32_t surrogate, kl_estimator, kl_gradient, kl_ratio_weighted, rollout_scheme;  // fused_loss, token_terms
-  int64_t rows, length, vocab;
-  const void* logits;
-  int64_t batch_stride, row_stride;
-  const int64_t* token_ids;
-  const uint8_t* live;  // null: every row
-  const void* numbers;  // real[kNumbers], common/surrogates.h
-  // Gradient: written to out (which may be the logits), unless null.
-  void* out;
-  int64_t out_batch_stride, out_row_stride;
   void* scratch;  // real[threads][scratch_stride]
   int64_t scratch_stride;
-  // real[rows]: outputs of log_probs and fused_loss, inputs of log_probs_backward
-  void *log_prob, *entropy, *lse;
-  // real[rows]: d loss / d log_prob (an output of token_terms) and d loss / d entropy, inputs of log_probs_backward
-  void* grad_log_prob;
-  const void* grad_entropy;
-  // real[rows]: inputs of fused_loss and token_terms; old, ref and the last three may be null
-  const void *advantage, *policy_weight, *old, *ref, *kl_weight, *entropy_weight, *rollout;
-  // their outputs: real[rows] twice, flags, and real[rows] with a rollout scheme
-  void *policy, *kl;
-  uint8_t* flags;
-  void* rollout_weight;
   int64_t bad_row;  // out: a row whose token id is out of range
-} GrpoCpuParams;
+};
 
 // The records of rows and the tensors that they are weighted and compared with, real[rows]; ref, old, rollout,
 // rollout_weight, kl_weight and entropy_weight may be null.

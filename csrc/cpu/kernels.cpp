@@ -1,10 +1,9 @@
 // The three vocabulary kernels over rows, compiled once for each instruction set (GRPO_ISA_NAME).
 // Everything but the table below has internal linkage: a function shared between the copies would run
 // with whichever instruction set the linker happened to keep.
-#include "../common/surrogates.h"
+#include "../common/terms.h"
 #include "api.h"
 #include "row.h"
-#include "terms.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -19,7 +18,7 @@ struct Call {
   GrpoCpuParams* p;
   LogitMap<V> map;
 
-  explicit Call(GrpoCpuParams* params) : p(params), map(logit_map<V>(numbers())) {}
+  explicit Call(GrpoCpuParams* params) : p(params), map(grpo::logit_map(numbers())) {}
 
   const scalar* numbers() const { return static_cast<const scalar*>(p->numbers); }
   static scalar at(const void* values, int64_t r) { return static_cast<const scalar*>(values)[r]; }
@@ -113,15 +112,15 @@ struct FusedLoss : Call<T, V> {
 
   void dead(int64_t r) const {
     this->put_stats(r, {0, 0, 0, 0, 0});
-    put_terms<scalar>(*this->p, r, {});
+    grpo::put_terms<scalar>(*this->p, r, {});
     if (this->p->out) this->fill(r, 0);
   }
 
   // Writes the token's terms; returns d loss / d log_prob.
   scalar slope(int64_t r) const {
     const GrpoCpuParams& p = *this->p;
-    const grpo::TokenTerms<scalar> terms = row_terms<scalar>(p, r);
-    put_terms<scalar>(p, r, terms);
+    const grpo::TokenTerms<scalar> terms = grpo::terms_at<scalar>(p, r);
+    grpo::put_terms<scalar>(p, r, terms);
     return terms.slope;
   }
 };

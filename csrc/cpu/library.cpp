@@ -1,8 +1,7 @@
 // The library's entry points: which instruction sets run here, and the call handed to the chosen one.
-#include "../common/surrogates.h"
+#include "../common/terms.h"
 #include "api.h"
 #include "row.h"
-#include "terms.h"
 #include "token_sums.h"
 
 extern const GrpoCpuKernels grpo_cpu_kernels_generic;
@@ -31,8 +30,8 @@ template <class real>
 void token_terms(const GrpoCpuParams& p) {
   for (int64_t r = 0; r < p.rows; ++r) {
     const bool live = !p.live || p.live[r];
-    const grpo::TokenTerms<real> terms = live ? row_terms<real>(p, r) : grpo::TokenTerms<real>{};
-    put_terms(p, r, terms);
+    const grpo::TokenTerms<real> terms = live ? grpo::terms_at<real>(p, r) : grpo::TokenTerms<real>{};
+    grpo::put_terms(p, r, terms);
     static_cast<real*>(p.grad_log_prob)[r] = terms.slope;
   }
 }

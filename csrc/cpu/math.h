@@ -1,6 +1,7 @@
 // exp2, tanh and reductions over the vectors of simd/.
 #pragma once
 
+#include "../common/logit_map.h"
 #include "simd/double.h"
 #if defined(GRPO_ISA_AVX512)
 #include "simd/avx512.h"
@@ -12,8 +13,8 @@
 
 namespace {
 
-constexpr double kLn2 = 0.69314718055994530942;
-constexpr double kLog2e = 1.44269504088896340736;
+using grpo::kLn2;
+using grpo::kLog2e;
 
 // The lowest power that exp2_clamped takes: 2^lowest counts as exactly 0.
 inline constexpr float lowest_power(Float*) { return -127.0f; }

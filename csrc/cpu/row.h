@@ -5,6 +5,7 @@
 // same bits wherever and however often it is computed.
 #pragma once
 
+#include "../common/stats.h"
 #include "math.h"
 
 #define GRPO_INLINE inline __attribute__((always_inline))
@@ -33,32 +34,9 @@ struct Lanes {
   }
 };
 
-// z = softcap(logit * scale) / temperature, in powers of two: z * log2(e) = load(logit) * slope.
 template <class V>
-struct LogitMap {
-  typename V::scalar inner, cap;  // softcap only: cap * tanh(logit * inner)
-  typename V::scalar slope;       // log2(e) / temperature, times the scale when there is no softcap
-  double derivative;              // dz / d(load): slope / log2(e)
-  bool softcap;
-};
-
-template <class V>
-LogitMap<V> logit_map(const typename V::scalar* numbers) {
-  const double temperature = numbers[0], scale = numbers[1], cap = numbers[2];
-  LogitMap<V> map;
-  map.softcap = cap > 0;
-  map.inner = map.softcap ? typename V::scalar(scale / cap) : 0;
-  map.cap = typename V::scalar(cap);
-  map.derivative = (map.softcap ? 1.0 : scale) / temperature;
-  map.slope = typename V::scalar(map.derivative * kLog2e);
-  return map;
-}
-
-// What a row's first sweep finds; nats.
-struct RowStats {
-  double log_prob, entropy, lse;
-  double largest, sum;  // value; sum of 2^((value - largest) * slope) over the row
-};
+using LogitMap = grpo::LogitMap<typename V::scalar>;
+using grpo::RowStats;
 
 // A block as the first sweep sees it, -inf past the row's end (tanh(-inf) is not -inf).
 template <class V, bool kSoftcap, class T>
@@ -135,22 +113,6 @@ struct Sums {
     sum = sum * factor;
   }
 };
-
-// From the sums without the sampled column, and that column's power, all relative to the largest value.
-inline RowStats finish_stats(double rest, double entropy_rest, double largest, double slope, double target_power,
-                             bool any_possible) {
-  if (entropy_rest != entropy_rest || !any_possible) return {NAN, NAN, NAN, 0, NAN};
-  const double target = ::exp2(target_power), sum = rest + target, log_sum = ::log(sum);
-  const double weighted = entropy_rest + (target == 0 ? 0 : target * target_power);
-  const double entropy = log_sum - kLn2 * weighted / sum;
-  RowStats out;
-  out.log_prob = target_power == 0 ? -::log1p(rest) : target_power * kLn2 - log_sum;
-  out.entropy = entropy < 0 ? 0 : entropy;  // rounding of a row that is certain
-  out.lse = largest * slope * kLn2 + log_sum;
-  out.largest = largest;
-  out.sum = sum;
-  return out;
-}
 
 template <class V, bool kSoftcap, class T>
 inline typename V::scalar segment_max(const T* segment, int64_t n, const LogitMap<V>& map) {
@@ -251,12 +213,9 @@ inline RowStats row_stats(const T* row, int64_t vocab, int64_t target, const Log
     totals.add(sums);
   }
   const double target_power = (double(target_value) - double(row_max)) * map.slope;
-  return finish_stats(horizontal_sum(totals.sum), horizontal_sum(totals.entropy), row_max, map.slope, target_power,
-                      row_max > -INFINITY);
+  return grpo::finish_stats(horizontal_sum(totals.sum), horizontal_sum(totals.entropy), row_max, map.slope,
+                            target_power, row_max > -INFINITY);
 }
-
-// g * (1 - p_target), relative precision kept where p_target is nearly 1.
-inline double target_slope(double g, double log_prob) { return -g * ::expm1(log_prob); }
 
 // Second sweep of one pass, from the kept exponentials: -g p_j and, in the sampled column, g (1 - p).
 // Segments run backwards: the last one is still in the nearest cache.
@@ -278,7 +237,7 @@ inline void gradient_from_exps(const typename V::scalar* exps, const typename V:
       store_block(out + start, i, count, first * f, second * f);
     }
   }
-  store_one<V>(out + target, scalar(target_slope(g, stats.log_prob) * map.derivative));
+  store_one<V>(out + target, scalar(grpo::target_slope(g, stats.log_prob) * map.derivative));
 }
 
 // Gradient from the logits themselves: p_j is computed again. Serves the two-pass route, the entropy term
@@ -287,9 +246,9 @@ template <class V, bool kSoftcap, class T>
 inline void gradient_from_logits(const T* row, int64_t vocab, int64_t target, const LogitMap<V>& map, double log_prob,
                                  double lse, double entropy, double g, double h, T* out) {
   using scalar = typename V::scalar;
-  const V slope = V::broadcast(map.slope), shift = V::broadcast(scalar(-lse * kLog2e));
-  const V constant = V::broadcast(scalar(-(g + h * entropy) * map.derivative));
-  const V linear = V::broadcast(scalar(-h * kLn2 * map.derivative));
+  const auto terms = grpo::gradient_terms<scalar>(log_prob, entropy, lse, g, h, map.derivative);
+  const V slope = V::broadcast(map.slope), shift = V::broadcast(terms.shift);
+  const V constant = V::broadcast(terms.constant), linear = V::broadcast(terms.linear);
   const auto column = [&](V x, V& derivative) GRPO_LAMBDA {
     if (kSoftcap) {
       V tanh;
@@ -312,9 +271,7 @@ inline void gradient_from_logits(const T* row, int64_t vocab, int64_t target, co
     store_block(out, offset, count, first, second);
   });
 
-  double d = target_slope(g, log_prob);
-  if (h != 0 && log_prob > -INFINITY) d -= h * ::exp(log_prob) * (log_prob + entropy);
-  d *= map.derivative;
+  double d = terms.target;
   if (kSoftcap) {
     V first, second;
     load_pair(target_block, first, second);

@@ -1,23 +1,15 @@
-// Element types of the logits as storage; arithmetic on them goes through the vectors of simd/.
+// Where elements of the logits sit in the vectors of simd/.
 #pragma once
 
-#include <math.h>
-#include <stdint.h>
 #include <string.h>
+
+#include "../common/elements.h"
 
 namespace {
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
-inline BFloat16 minus_infinity(const BFloat16*) { return {0xff80}; }
-inline Float16 minus_infinity(const Float16*) { return {0xfc00}; }
-inline float minus_infinity(const float*) { return -INFINITY; }
-inline double minus_infinity(const double*) { return -INFINITY; }
+using grpo::BFloat16;
+using grpo::Float16;
+using grpo::minus_infinity;
 
 // Where element i of a pair of vectors sits among their lanes, first vector first. bfloat16 is split into even and
 // odd elements, which is how it unpacks in one instruction.

@@ -22,17 +22,20 @@ and one line in ``_MODULES``.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch as pytorch  # this package's own torch.py takes the plain name here once it is imported
 
 from ..checks import check_name, fail
 
-_MODULES = {"cpu": "cpu", "triton": "triton", "torch": "torch"}
+_MODULES = {"cpu": "cpu", "cuda": "cuda", "triton": "triton", "torch": "torch"}
 """Backends in the order of automatic choice, and their modules here."""
 
 
@@ -47,6 +50,8 @@ class Request:
     fused: bool = False
     """The one-pass loss, not log-probs and their backward."""
     softcap: bool = False
+    by_name: bool = False
+    """Not in automatic choice, where a backend also has to be proven on such a device."""
 
 
 def names() -> tuple[str, ...]:
@@ -61,6 +66,11 @@ def has_token_terms(name: str) -> bool:
 @functools.cache
 def get(name: str) -> ModuleType:
     return importlib.import_module(f".{_MODULES[name]}", __package__)
+
+
+def on_device(device: pytorch.device) -> AbstractContextManager[Any]:
+    """Launches go to that GPU."""
+    return pytorch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def choose(function: str, request: Request, name: str | None) -> tuple[str, bool]:
@@ -90,7 +100,7 @@ def _choose(
 ) -> tuple[str, bool, str]:
     """Name ("" for none), whether it fuses, else the reasons why not. torch.compile runs it instead of tracing it."""
     where = pytorch.device(device) if index is None else pytorch.device(device, index)
-    request = Request(where, dtype, vocab, fused, softcap)
+    request = Request(where, dtype, vocab, fused, softcap, by_name=name is not None)
     reasons = {}
     for candidate in _MODULES if name is None else (name,):
         unsupported = get(candidate).unsupported

@@ -24,11 +24,11 @@ def environment(device: str) -> dict[str, Any]:
         "grpo_kernels": __version__,
     }
     if torch.device(device).type == "cpu":
-        from ..backends import cpu
+        from ..backends import cpu, native
 
         try:
             found["instruction_set"] = cpu.instruction_set()
-        except cpu.Unavailable:
+        except native.Unavailable:
             found["instruction_set"] = "no compiled kernels"
         found["threads"] = torch.get_num_threads()
     return found

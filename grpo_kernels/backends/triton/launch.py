@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ...rows import Rows, batch_and_row_stride
+from .. import on_device
 from .blocks import Blocks, blocks_for, target_of
 
 _PROGRAMS_PER_PROCESSOR = 4
@@ -67,7 +66,3 @@ def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, wa
     with on_device(device):
         warps = max(1, warps * 32 // warp_size(device))
         kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,49 @@
+// The C ABI of the CUDA backend: one struct in, one CUDA error out (grpo_kernels/backends/cuda.py mirrors it).
+// Scratch belongs to the caller too; nothing is allocated or kept here, and nothing waits for the device.
+#pragma once
+
+#include "../common/call.h"
+
+extern "C" {
+
+#define GRPO_CUDA_ABI_VERSION 1
+
+struct GrpoCudaParams : GrpoCall {
+  int32_t device;
+  int32_t cluster;   // blocks that share a row
+  int32_t clusters;  // that run at once: the grid
+  int32_t tiles;     // of a block's ring
+  void* stream;
+  int32_t* order;  // [rows + 1] scratch: live rows from the front, dead ones from the back, how many are live
+  void* partials;  // log_probs: real[rows][cluster][4] scratch
+};
+
+// What a device offers, asked of the driver.
+struct GrpoCudaDevice {
+  int32_t major, minor;
+  int32_t driver, runtime;  // versions, 1000 * major + 10 * minor
+  int32_t multiprocessors;
+  int32_t shared_bytes;  // a block may use
+  int32_t l2_bytes;
+  int32_t clusters[5];  // of 1, 2, 4, 8 and 16 blocks that run at once; 0: the device takes no such cluster
+};
+
+// How a row of so many columns is laid out there; cluster is 0 if it does not fit.
+struct GrpoCudaPlan {
+  int32_t cluster, clusters, tiles;
+};
+
+#define GRPO_EXPORT __attribute__((visibility("default")))
+
+// (version << 48) | sizes of params, device and plan, 16 bits each
+GRPO_EXPORT int64_t grpo_cuda_abi(void);
+// 1 if this library runs on the CPU instead (tests/cuda_emulator).
+GRPO_EXPORT int32_t grpo_cuda_emulated(void);
+GRPO_EXPORT const char* grpo_cuda_error(int32_t error);
+GRPO_EXPORT int32_t grpo_cuda_device(int32_t index, GrpoCudaDevice*);
+GRPO_EXPORT void grpo_cuda_plan(const GrpoCudaDevice*, int32_t dtype, int64_t vocab, GrpoCudaPlan*);
+
+GRPO_EXPORT int32_t grpo_cuda_log_probs(const GrpoCudaParams*);
+GRPO_EXPORT int32_t grpo_cuda_log_probs_backward(const GrpoCudaParams*);
+GRPO_EXPORT int32_t grpo_cuda_fused_loss(const GrpoCudaParams*);
+}

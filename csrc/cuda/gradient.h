@@ -1,0 +1,72 @@
+// The second sweep: the gradient of a slice, in place of its logits in shared memory.
+#pragma once
+
+#include "layout.h"
+#include "sums.h"
+#include "vectors.h"
+
+namespace grpo {
+
+template <bool kEntropy, class real>
+GRPO_DEVICE real gradient_of(real value, real slope, const GradientTerms<real>& terms) {
+  real power = port::fma_of(value, slope, terms.shift);
+  power = power > 0 ? real(0) : power;  // of a probability
+  if (!kEntropy) return port::exp2_of(power) * terms.constant;
+  const real kept = power > real(kLowestPower) ? power : real(kLowestPower);
+  return port::exp2_of(power) * port::fma_of(kept, terms.linear, terms.constant);
+}
+
+template <bool kEntropy, class T>
+GRPO_DEVICE void plain_gradient(const Piece<T>& piece, const LogitMap<real_of<T>>& map,
+                                const GradientTerms<real_of<T>>& terms) {
+#pragma unroll
+  for (int k = 0; k < kVectorsPerThread; ++k) {
+    const int v = port::thread_index() + k * kConsumers;
+    real_of<T> x[kWidth<T>];
+    load_plain(piece, v, x);
+#pragma unroll
+    for (int i = 0; i < kWidth<T>; ++i) x[i] = gradient_of<kEntropy>(x[i], map.slope, terms);
+    port::store_words(piece.start + v * kWidth<T>, pack(x, piece.start));
+  }
+}
+
+// Columns of a piece, as sweep_sums shares them out; the sampled one gets what is known of it.
+template <class T>
+GRPO_DEVICE void sweep_gradient(const Piece<T>& piece, const LogitMap<real_of<T>>& map,
+                                const GradientTerms<real_of<T>>& terms) {
+  using real = real_of<T>;
+  const bool zero = terms.constant == 0 && terms.linear == 0 && terms.target == 0, entropy = terms.linear != 0;
+  if (!zero && is_plain(piece, map.softcap)) {
+    if (!entropy) return plain_gradient<false>(piece, map, terms);
+    return plain_gradient<true>(piece, map, terms);
+  }
+#pragma unroll 1
+  for (int v = port::thread_index(); v * kWidth<T> < piece.columns; v += kConsumers) {
+    real x[kWidth<T>];
+    load_vector(piece, v, x);
+#pragma unroll
+    for (int i = 0; i < kWidth<T>; ++i) {
+      const real value = map.softcap ? softcapped(x[i], map) : x[i];
+      const real d = entropy ? gradient_of<true>(value, map.slope, terms) : gradient_of<false>(value, map.slope, terms);
+      const real whole = map.softcap ? d * softcap_slope(x[i], map) : d;
+      x[i] = v * kWidth<T> + i == piece.target ? terms.target : zero ? real(0) : whole;
+    }
+    store_vector(piece, v, x);
+  }
+}
+
+// d loss / d (the row's values) from its statistics and slopes. All 0 where the row gives no gradient; NaN everywhere
+// where something is NaN.
+template <class real>
+GRPO_DEVICE GradientTerms<real> row_gradient(double log_prob, double entropy, double lse, double g, double h,
+                                             double target_logit, const LogitMap<real>& map) {
+  if (g == 0 && h == 0 && lse == lse) return {0, 0, 0, 0};
+  GradientTerms<real> terms = gradient_terms<real>(log_prob, entropy, lse, g, h, map.derivative);
+  if (map.softcap) terms.target *= softcap_slope(real(target_logit), map);
+  const real largest = real(3e38);  // finite: logits of finfo.min have no finite lse
+  terms.shift = terms.shift > largest ? largest : terms.shift < -largest ? -largest : terms.shift;
+  if (lse != lse) terms.constant = terms.target = NAN;
+  return terms;
+}
+
+}  // namespace grpo

@@ -1,0 +1,90 @@
+// A block's part of a call: which rows, which columns, and where they are.
+#pragma once
+
+#include "../common/terms.h"
+#include "gradient.h"
+
+namespace grpo {
+
+enum Mode { kLogProbs, kLogProbsBackward, kFusedLoss };
+
+template <class T, Mode kMode>
+struct Job {
+  using real = real_of<T>;
+  static constexpr bool kSums = kMode != kLogProbsBackward, kGradient = kMode != kLogProbs;
+
+  const GrpoCudaParams& p;
+  LogitMap<real> map;
+  int rank, first_row, live_rows;  // the block's slice; the place of its first row in the order of rows
+  int64_t first_column;
+  int columns, tiles;  // of the slice, which has at least one tile
+  bool ahead;          // two rows fit: one is summed before the gradient of the one before it
+
+  GRPO_DEVICE explicit Job(const GrpoCudaParams& params)
+      : p(params), map(logit_map(static_cast<const real*>(params.numbers))) {
+    rank = port::block_index() % p.cluster;
+    first_row = port::block_index() / p.cluster;
+    live_rows = p.order[p.rows];
+    const int64_t whole = slice_columns(p.vocab, p.cluster, sizeof(T));
+    first_column = rank * whole < p.vocab ? rank * whole : p.vocab;
+    columns = int(p.vocab - first_column < whole ? p.vocab - first_column : whole);
+    tiles = (columns * int(sizeof(T)) + kTileBytes - 1) / kTileBytes;
+    tiles = tiles > 0 ? tiles : 1;
+    ahead = 2 * slice_tiles(p.vocab, p.cluster, sizeof(T)) <= p.tiles;
+  }
+
+  // Live rows that this block's cluster takes.
+  GRPO_DEVICE int count() const { return first_row < live_rows ? (live_rows - first_row - 1) / p.clusters + 1 : 0; }
+  GRPO_DEVICE int row_of(int index) const { return p.order[first_row + index * p.clusters]; }
+
+  GRPO_DEVICE static real at(const void* values, int row) { return static_cast<const real*>(values)[row]; }
+  GRPO_DEVICE static void put(void* values, int row, double x) { static_cast<real*>(values)[row] = real(x); }
+
+  GRPO_DEVICE const T* row(int r) const {
+    const int length = int(p.length);
+    return static_cast<const T*>(p.logits) + r / length * p.batch_stride + r % length * p.row_stride;
+  }
+  GRPO_DEVICE T* out_row(int r) const {
+    const int length = int(p.length);
+    return static_cast<T*>(p.out) + r / length * p.out_batch_stride + r % length * p.out_row_stride;
+  }
+  GRPO_DEVICE const T* slice(int r) const { return row(r) + first_column; }
+  GRPO_DEVICE T* out_slice(int r) const { return out_row(r) + first_column; }
+
+  GRPO_DEVICE int tile_columns(int tile) const {
+    const int left = columns - tile * kTileColumns<T>;
+    return left < kTileColumns<T> ? left : kTileColumns<T>;
+  }
+  // A tile of a row's slice in its place of the ring: its first column is as far from 16 bytes as in global memory.
+  GRPO_DEVICE Piece<T> piece(Shared& shared, int place, const T* slice, int tile, int target) const {
+    const int skew = int(reinterpret_cast<intptr_t>(slice) & 15);
+    T* start = reinterpret_cast<T*>(tile_at(shared, place) + skew);
+    return {start, tile_columns(tile), target - tile * kTileColumns<T>, skew == 0};
+  }
+
+  // The sampled column's logit; NaN for an id outside the vocabulary.
+  GRPO_DEVICE double sampled_logit(int r) const {
+    const int64_t id = p.token_ids[r];
+    return id >= 0 && id < p.vocab ? load_one(row(r) + id) : NAN;
+  }
+  GRPO_DEVICE double value_of(double logit) const { return map.softcap ? softcapped(real(logit), map) : real(logit); }
+
+  GRPO_DEVICE RowInfo info_of(int r) const {
+    RowInfo info;
+    const int64_t id = p.token_ids[r] - first_column;
+    const double logit = sampled_logit(r);
+    info.row = r;
+    info.target = id >= 0 && id < columns ? int(id) : kElsewhere;
+    info.value = value_of(logit);
+    if (kMode == kLogProbsBackward) {
+      const double g = p.grad_log_prob ? at(p.grad_log_prob, r) : 0, h = p.grad_entropy ? at(p.grad_entropy, r) : 0;
+      const GradientTerms<real> terms =
+          row_gradient<real>(at(p.log_prob, r), at(p.entropy, r), at(p.lse, r), g, h, logit, map);
+      info.terms[0] = terms.shift, info.terms[1] = terms.constant;
+      info.terms[2] = terms.linear, info.terms[3] = terms.target;
+    }
+    return info;
+  }
+};
+
+}  // namespace grpo

@@ -1,0 +1,113 @@
+// Where a row lies while a cluster works on it: slices over the blocks, tiles in each block's ring.
+#pragma once
+
+#include "../common/stats.h"
+#include "api.h"
+#include "port.h"
+
+namespace grpo {
+
+constexpr int kConsumerWarps = 8, kConsumers = 32 * kConsumerWarps;                     // they compute
+constexpr int kLoader = kConsumerWarps, kStorer = kLoader + 1, kSettler = kLoader + 2;  // one warp each
+constexpr int kThreads = 32 * (kConsumerWarps + 3);
+
+constexpr int kTileBytes = 16384;
+constexpr int kTilePitch = kTileBytes + 16;  // a tile begins at its place in global memory, modulo 16 bytes
+constexpr int kVectorsPerThread = kTileBytes / 16 / kConsumers;
+template <class T>
+constexpr int kTileColumns = kTileBytes / int(sizeof(T));
+constexpr int kMaxTiles = 16;
+constexpr int kMaxCluster = 16;
+constexpr int kZeroBytes = 4096;
+constexpr int kStoresInFlight = 2;
+
+constexpr int kRowsAhead = 2;  // rows that a block may be between the sums of one and the gradient of another
+
+// Sums of 2^((value_j - reference) * slope), and of these times the power, over some columns but the sampled one.
+template <class real>
+struct alignas(16) Partial {
+  real reference, sum, weighted, unused;
+};
+
+constexpr int kElsewhere = -kTileBytes;
+
+struct RowInfo {
+  int row;
+  int target;       // sampled column, counted from the slice's first, or kElsewhere
+  double value;     // of the sampled column, softcapped; NaN for an id outside the vocabulary
+  double terms[4];  // GradientTerms, where they are known before the row is read
+};
+
+struct alignas(128) Shared {
+  unsigned char zeros[kZeroBytes];
+  RowInfo info[kMaxTiles];                            // of the row whose first tile is in that place
+  Partial<double> warps[kRowsAhead][kConsumerWarps];  // room for either precision
+  Partial<double> slices[kRowsAhead][kMaxCluster];
+  double terms[kRowsAhead][4];        // GradientTerms
+  port::Barrier filled[kMaxTiles];    // a tile has been loaded
+  port::Barrier written[kMaxTiles];   // it holds gradients
+  port::Barrier emptied[kMaxTiles];   // it may be loaded again
+  port::Barrier swept[kRowsAhead];    // the sums of this block's slice are there
+  port::Barrier arrived[kRowsAhead];  // those of the others are
+  port::Barrier settled[kRowsAhead];  // the terms of the gradient are
+  // Followed by the ring.
+};
+
+constexpr int kTilesOffset = int(sizeof(Shared));
+inline int shared_bytes(int tiles) { return kTilesOffset + tiles * kTilePitch; }
+
+GRPO_DEVICE unsigned char* tile_at(Shared& shared, int place) {
+  return reinterpret_cast<unsigned char*>(&shared) + kTilesOffset + place * kTilePitch;
+}
+
+// The ring, tile by tile: all roles walk it in the same order.
+struct Cursor {
+  int place = 0;
+  unsigned lap = 0;
+
+  GRPO_DEVICE void next(int tiles) {
+    if (++place == tiles) {
+      place = 0;
+      lap ^= 1;
+    }
+  }
+};
+
+// A slice is a whole number of 16-byte vectors, but for the last one with columns.
+GRPO_FN int64_t slice_columns(int64_t vocab, int cluster, int element_bytes) {
+  const int64_t width = 16 / element_bytes, vectors = (vocab + width - 1) / width;
+  return (vectors + cluster - 1) / cluster * width;
+}
+GRPO_FN int slice_tiles(int64_t vocab, int cluster, int element_bytes) {
+  const int64_t bytes = slice_columns(vocab, cluster, element_bytes) * element_bytes;
+  return int((bytes + kTileBytes - 1) / kTileBytes);
+}
+
+// The smallest cluster whose blocks hold two rows, so that one is summed while the other waits for its slopes; or
+// the largest, if it holds one.
+inline GrpoCudaPlan plan_of(const GrpoCudaDevice& device, int element_bytes, int64_t vocab) {
+  GrpoCudaPlan plan{0, 0, (device.shared_bytes - kTilesOffset) / kTilePitch};
+  plan.tiles = plan.tiles < kMaxTiles ? plan.tiles : kMaxTiles;
+  for (int i = 0; i < 5; ++i) {
+    const int cluster = 1 << i;
+    if (device.clusters[i] == 0 || slice_tiles(vocab, cluster, element_bytes) > plan.tiles) continue;
+    plan.cluster = cluster;
+    plan.clusters = device.clusters[i];
+    if (2 * slice_tiles(vocab, cluster, element_bytes) <= plan.tiles) break;
+  }
+  return plan;
+}
+
+// Bytes of a contiguous piece before, in and after its 16-byte vectors.
+struct Edges {
+  int head, body, tail;
+
+  GRPO_DEVICE Edges(const void* address, int bytes) {
+    const int before = int(-reinterpret_cast<intptr_t>(address) & 15);
+    head = before < bytes ? before : bytes;
+    body = (bytes - head) & ~15;
+    tail = bytes - head - body;
+  }
+};
+
+}  // namespace grpo

@@ -1,0 +1,80 @@
+// The kernels with a thread for each row: which rows are live, and log-probs from the sums of slices.
+#pragma once
+
+#include "row_kernel.h"
+
+namespace grpo {
+
+constexpr int kOrderThreads = 1024, kOrderWarps = kOrderThreads / 32, kRowsPerThread = 8;
+
+// Whether a row has to be read: it is live, and its gradient is not known to be 0.
+template <class real, Mode kMode>
+GRPO_DEVICE bool has_work(const GrpoCudaParams& p, int64_t r) {
+  if (p.live && !p.live[r]) return false;
+  if (kMode != kLogProbsBackward) return true;
+  const real lse = static_cast<const real*>(p.lse)[r];
+  const real g = p.grad_log_prob ? static_cast<const real*>(p.grad_log_prob)[r] : 0;
+  const real h = p.grad_entropy ? static_cast<const real*>(p.grad_entropy)[r] : 0;
+  return !(g == 0 && h == 0 && lse == lse);
+}
+
+// Live rows from the front of `order`, the others from its back, both in the order of rows. One block.
+template <class real, Mode kMode>
+GRPO_KERNEL GRPO_BOUNDS(kOrderThreads) order_kernel(GRPO_PARAMETERS GrpoCudaParams p) {
+  struct Counts {
+    int warp[kOrderWarps];
+  };
+  Counts& counts = port::shared<Counts>();
+  const int thread = port::thread_index(), lane = thread % 32, warp = thread / 32, rows = int(p.rows);
+  int live_before = 0;  // rows of earlier rounds
+  for (int start = 0; start < rows; start += kOrderThreads * kRowsPerThread) {
+    const int first = start + thread * kRowsPerThread;
+    unsigned mine = 0;
+    int upto = 0;  // live rows of this thread, then of this lane and those before it
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      if (first + i >= rows || !has_work<real, kMode>(p, first + i)) continue;
+      mine |= 1u << i;
+      ++upto;
+    }
+    const int own = upto;
+    for (int step = 1; step < 32; step *= 2) {
+      const int below = port::shuffle(upto, lane >= step ? lane - step : lane);
+      if (lane >= step) upto += below;
+    }
+    if (lane == 31) counts.warp[warp] = upto;
+    port::sync_block();
+    int place = live_before + upto - own;
+    for (int i = 0; i < kOrderWarps; ++i) {
+      if (i < warp) place += counts.warp[i];
+      live_before += counts.warp[i];
+    }
+    port::sync_block();
+    for (int i = 0; i < kRowsPerThread && first + i < rows; ++i) {
+      const int r = first + i;
+      if (mine >> i & 1) {
+        p.order[place++] = r;
+        continue;
+      }
+      p.order[rows - 1 - (r - place)] = r;
+      if (kMode == kFusedLoss) {
+        put_stats<real>(p, r, {0, 0, 0, 0, 0});
+        put_terms<real>(p, r, {});
+      }
+    }
+  }
+  if (thread == 0) p.order[rows] = live_before;
+}
+
+template <class T>
+GRPO_KERNEL GRPO_BOUNDS(kConsumers) finish_kernel(GRPO_PARAMETERS GrpoCudaParams p) {
+  using real = real_of<T>;
+  const int64_t r = int64_t(port::block_index()) * kConsumers + port::thread_index();
+  if (r >= p.rows) return;
+  if (p.live && !p.live[r]) return put_stats<real>(p, r, {0, 0, 0, 0, 0});
+  const Job<T, kLogProbs> job(p);
+  const Partial<real>* slices = static_cast<const Partial<real>*>(p.partials) + r * p.cluster;
+  const double slope = job.map.slope, value = job.value_of(job.sampled_logit(int(r)));
+  put_stats<real>(p, r, row_stats(merged(slices, p.cluster, slope), value, slope));
+}
+
+}  // namespace grpo

@@ -1,0 +1,178 @@
+"""The CUDA C++ kernels of csrc/cuda through their C ABI: a row stays on chip between its one read and its one write.
+
+The [tokens]-sized work is Triton's. GRPO_KERNELS_CUDA_LIBRARY names another library to load; one that was built for
+tests/cuda_emulator serves CPU tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Mapping
+from ctypes import c_char_p, c_int32, c_void_p
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rows import Rows
+from . import Request, native, on_device
+
+_ABI_VERSION = 1
+_OLDEST_CAPABILITY = (9, 0)
+CLUSTERS = (1, 2, 4, 8, 16)
+
+PROVEN: frozenset[str] = frozenset()
+"""Kinds of GPU, as torch.cuda.get_device_name has them, that benchmarks/results/ holds a green run of
+benchmarks/gpu_check.py for. There this backend is the automatic choice."""
+
+
+def library_path() -> Path:
+    return Path(os.environ.get("GRPO_KERNELS_CUDA_LIBRARY") or native.FOLDER / "libgrpo_cuda.so")
+
+
+class _Params(native.Call):
+    """GrpoCudaParams of csrc/cuda/api.h, field by field."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("device", "cluster", "clusters", "tiles")),
+        *((name, c_void_p) for name in ("stream", "order", "partials")),
+    )
+
+
+class Device(ctypes.Structure):
+    """GrpoCudaDevice: what a device offers."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("major", "minor", "driver", "runtime", "multiprocessors")),
+        *((name, c_int32) for name in ("shared_bytes", "l2_bytes")),
+        ("clusters", c_int32 * len(CLUSTERS)),
+    )
+
+
+class Plan(ctypes.Structure):
+    """GrpoCudaPlan: how a row is laid out on a device."""
+
+    _fields_ = tuple((name, c_int32) for name in ("cluster", "clusters", "tiles"))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises native.Unavailable with the reason."""
+    sizes = [ctypes.sizeof(struct) for struct in (_Params, Device, Plan)]
+    loaded = native.load(
+        library_path(), "grpo_cuda_abi", _ABI_VERSION << 48 | sizes[0] << 32 | sizes[1] << 16 | sizes[2]
+    )
+    loaded.grpo_cuda_error.restype = c_char_p
+    return loaded
+
+
+@functools.cache
+def emulated() -> bool:
+    return bool(library().grpo_cuda_emulated())
+
+
+@functools.cache
+def device(index: int) -> Device:
+    """What the GPU offers. Raises native.Unavailable where the driver refuses."""
+    found = Device()
+    error = library().grpo_cuda_device(index, ctypes.byref(found))
+    if error:
+        raise native.Unavailable(f"the CUDA driver refuses: {_text(error)}")
+    return found
+
+
+@functools.cache
+def plan(index: int, dtype: torch.dtype, vocab: int) -> Plan:
+    """The layout of a row; its cluster is 0 if the row does not fit."""
+    found = Plan()
+    arguments = (ctypes.byref(device(index)), native.DTYPES[dtype], ctypes.c_int64(vocab), ctypes.byref(found))
+    library().grpo_cuda_plan(*arguments)
+    return found
+
+
+def _text(error: int) -> str:
+    return f"{library().grpo_cuda_error(error).decode()} (error {error})"
+
+
+def unsupported(request: Request) -> str | None:
+    try:
+        if emulated():
+            return None if request.device.type == "cpu" else "its library is the emulator's, which serves CPU tensors"
+        return _unsupported_on_gpu(request)
+    except native.Unavailable as error:
+        return str(error)
+
+
+def _unsupported_on_gpu(request: Request) -> str | None:
+    if request.device.type != "cuda" or torch.version.hip:
+        return f"it serves NVIDIA GPUs, not {'ROCm' if torch.version.hip else request.device.type}"
+    if not torch.cuda.is_available():
+        return "no GPU driver is active"
+    index = torch.cuda.current_device() if request.device.index is None else request.device.index
+    name, found = torch.cuda.get_device_name(index), device(index)
+    if (found.major, found.minor) < _OLDEST_CAPABILITY:
+        return f"it needs compute capability 9.0; {name} has {found.major}.{found.minor}"
+    if reason := _on_tokens(request.device).unsupported(Request(request.device)):
+        return f"its [tokens]-sized kernels are Triton's: {reason}"
+    if plan(index, request.dtype, request.vocab).cluster == 0:
+        return f"a row of {request.vocab} columns does not fit into the shared memory of a cluster"
+    if not request.by_name and name not in PROVEN:
+        return f"not yet proven on {name}: ask for it by name, backend='cuda'"
+    return None
+
+
+def _on_tokens(where: torch.device) -> ModuleType:
+    """The backend whose [tokens]-sized kernels serve beside these."""
+    if where.type == "cpu":
+        from . import cpu
+
+        return cpu
+    from . import triton
+
+    return triton
+
+
+def token_terms(log_prob: Tensor, *rest: Any) -> None:
+    """``rest`` as in backends/cpu.py."""
+    _on_tokens(log_prob.device).token_terms(log_prob, *rest)
+
+
+def token_sums(log_prob: Tensor, *rest: Any) -> None:
+    """``rest`` as in backends/torch.py."""
+    _on_tokens(log_prob.device).token_sums(log_prob, *rest)
+
+
+def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
+    _on_tokens(gradient.device).rescale(gradient, upstream, announced)
+
+
+def _call(
+    function: str,
+    rows: Rows,
+    per_row: Mapping[str, Tensor | None],
+    spec: list[int] | None = None,
+    out: Tensor | None = None,
+) -> None:
+    where, count = rows.logits.device, rows.token_ids.numel()
+    index = where.index or 0
+    layout = plan(index, rows.logits.dtype, rows.vocab)
+    order = torch.empty(count + 1, dtype=torch.int32, device=where)
+    own = {"device": index, "order": order.data_ptr()}
+    own |= {"cluster": layout.cluster, "clusters": layout.clusters, "tiles": layout.tiles}
+    if out is None:
+        partials = torch.empty(count, layout.cluster, 4, dtype=rows.numbers.dtype, device=where)
+        own["partials"] = partials.data_ptr()
+    if where.type == "cuda":
+        own["stream"] = torch.cuda.current_stream(where).cuda_stream
+    params = native.call_of(_Params, rows, per_row, spec, out, **own)
+    with on_device(where):
+        error = getattr(library(), function)(ctypes.byref(params))
+    if error:
+        raise RuntimeError(f"{function} on {where}: {_text(error)}.")
+
+
+log_probs, log_probs_backward, fused_loss = native.row_functions("grpo_cuda", _call)

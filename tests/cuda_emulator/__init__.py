@@ -1,0 +1,39 @@
+"""Builds csrc/cuda for the CPU: the kernels themselves, over emulator.h."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+FLAGS = [
+    *("-O2", "-std=c++17", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing"),
+    *("-fvisibility=hidden", "-DGRPO_EMULATED", f"-I{HERE}"),
+]
+
+
+def build(sources: Path = ROOT / "csrc", library: Path | None = None) -> Path | None:
+    """The library of these sources, compiled if it is not there yet; None without a C++ compiler."""
+    names = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    compiler = next((path for name in names if name and (path := shutil.which(name))), None)
+    if compiler is None:
+        return None
+    library = library or ROOT / "build" / "cuda_emulator" / f"{_digest(sources)}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        fresh = library.with_suffix(f".{os.getpid()}")
+        command = [compiler, *FLAGS, "-x", "c++", str(sources / "cuda" / "library.cu"), "-o", str(fresh)]
+        subprocess.run(command, check=True)
+        fresh.replace(library)
+    return library
+
+
+def _digest(sources: Path) -> str:
+    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    for path in sorted([*(sources / "cuda").glob("*"), *(sources / "common").glob("*"), HERE / "emulator.h"]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

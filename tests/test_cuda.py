@@ -1,0 +1,475 @@
+"""The CUDA kernels beyond what every backend is tested for: layouts, traffic, schedules, and what compilers make of them.
+
+Without a GPU they run over tests/cuda_emulator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cuda_emulator
+import pytest
+import torch
+from cases import DTYPES, make
+from test_loss import check
+from test_numerics import assert_rule
+
+from grpo_kernels import backends, grpo_loss, token_log_probs
+from grpo_kernels.backends import cuda, native
+from grpo_kernels.verify import complete
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILT = native.FOLDER / "libgrpo_cuda.so"
+H200 = {"major": 9, "minor": 0, "multiprocessors": 132, "shared_bytes": 232448}
+
+
+def _emulated() -> bool:
+    try:
+        return cuda.emulated()
+    except native.Unavailable:
+        return False
+
+
+emulated = pytest.mark.skipif(not _emulated(), reason="looks into the emulator")
+
+
+@pytest.fixture
+def laid_out(monkeypatch):
+    """Calls run with ``laid_out(cluster, clusters, tiles)`` instead of the device's own plan."""
+
+    def use(cluster: int, clusters: int = 3, tiles: int = 13) -> None:
+        monkeypatch.setattr(cuda, "plan", lambda *_: cuda.Plan(cluster, clusters, tiles))
+
+    return use
+
+
+@pytest.fixture
+def traffic():
+    """Bytes that bulk copies read and wrote since the last time, as ``traffic()``."""
+    library = cuda.library()
+    functions = [getattr(library, f"grpo_emulator_bytes_{kind}") for kind in ("loaded", "stored")]
+    for function in functions:
+        function.restype = ctypes.c_int64
+
+    def moved() -> tuple[int, int]:
+        return functions[0](), functions[1]()
+
+    moved()
+    return moved
+
+
+@emulated
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [512, 32000, 151936])
+def test_one_read_one_write(traffic, dtype, vocab):
+    """Loss and gradient: each live row is read once, each row written once, in place too; dead rows are not read."""
+    case = make(batch=1, length=4, vocab=vocab, dtype=dtype, extra_row=False, empty=False)
+    case.mask[:] = torch.tensor([True, False, True, True])
+    row = vocab * case.logits.element_size()
+    leaf = case.logits.requires_grad_()
+    out = token_log_probs(leaf, case.token_ids, case.mask, backend="cuda")
+    assert traffic() == (3 * row, 0)
+    out.log_probs.sum().backward()
+    assert traffic() == (3 * row, 4 * row)
+    for inplace in (False, True):
+        logits = case.logits.detach().clone().requires_grad_()
+        given = logits * 1 if inplace else logits
+        loss = grpo_loss(given, *case.arguments, **case.options, inplace=inplace, grad_scale=1.0, backend="cuda").loss
+        assert traffic() == (3 * row, 4 * row)
+        loss.backward()
+        assert traffic() == (0, 0)
+
+
+@emulated
+def test_rows_without_slope(traffic):
+    """A clipped row and one of A = 0 are read once and get zeros; in the backward of log-probs they are not read."""
+    case = make(batch=1, length=3, vocab=40000, extra_row=False, empty=False, ref_log_probs=None)
+    case.mask[:] = True
+    exact = token_log_probs(case.logits, case.token_ids, backend="torch").log_probs
+    old, row = exact - torch.tensor([[1.0, 0.0, 0.0]]), 4 * 40000
+    advantages = torch.tensor([[1.0, 0.0, 1.0]])
+    for config in ("grpo", "gspo"):
+        leaf = case.logits.clone().requires_grad_()
+        out = grpo_loss(leaf, case.token_ids, advantages, old_log_probs=old, config="grpo", backend="cuda")
+        (gradient,) = torch.autograd.grad(out.loss, leaf)
+        assert traffic() == (3 * row, 3 * row)
+        assert (gradient[0, :2] == 0).all()
+        assert gradient[0, 2].count_nonzero() > 30000
+        del config
+    leaf = case.logits.clone().requires_grad_()
+    out = token_log_probs(leaf, case.token_ids, backend="cuda")
+    traffic()
+    (gradient,) = torch.autograd.grad((out.log_probs * torch.tensor([[0.0, 0.0, 1.0]])).sum(), leaf)
+    assert traffic() == (row, 3 * row)
+    assert (gradient[0, :2] == 0).all()
+
+
+LAYOUTS = [(1, 1), (1, 13), (2, 2), (2, 5), (4, 2), (4, 13), (8, 1), (8, 3), (16, 13)]
+"""Blocks in a cluster, tiles in the ring: rows of 9001 fp32 columns fit once, or twice, or many times."""
+
+
+@emulated
+@pytest.mark.parametrize(("cluster", "tiles"), LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(laid_out, dtype, cluster, tiles):
+    width = 16384 // torch.empty(0, dtype=dtype).element_size()
+    vocab = min(9001, width * cluster * tiles - 5)
+    laid_out(cluster, 3, tiles)
+    for options in ({"config": complete("grpo")}, {"config": "gspo"}, {"entropy_coef": 0.1}):
+        check(make(batch=3, length=4, vocab=vocab, dtype=dtype), "cuda", **options)
+
+
+@emulated
+@pytest.mark.parametrize("vocab", [1, 3, 7, 8, 9, 100])
+def test_slices_without_columns(laid_out, vocab):
+    """Fewer vectors than blocks: some of a cluster have nothing to do but to take part."""
+    laid_out(8)
+    check(make(batch=3, length=4, vocab=vocab, dtype=torch.bfloat16), "cuda", config=complete("dapo"))
+
+
+REAL = [
+    (torch.bfloat16, 32000),
+    (torch.bfloat16, 50257),
+    (torch.bfloat16, 151936),
+    pytest.param(torch.bfloat16, 128256, marks=pytest.mark.nightly),
+    pytest.param(torch.bfloat16, 262144, marks=pytest.mark.nightly),
+    pytest.param(torch.float32, 151936, marks=pytest.mark.nightly),
+    (torch.float32, 262144),
+    pytest.param(torch.float16, 151936, marks=pytest.mark.nightly),
+]
+
+
+@emulated
+@pytest.mark.parametrize(("dtype", "vocab"), REAL, ids=str)
+def test_real_vocabularies(dtype, vocab):
+    """As an H200 lays them out; fp32 at 262144 fits the ring once, the others twice."""
+    layout = cuda.plan(0, dtype, vocab)
+    tiles = math.ceil(vocab / layout.cluster * torch.empty(0, dtype=dtype).element_size() / 16384)
+    assert layout.tiles == 13
+    assert (2 * tiles <= 13) == ((dtype, vocab) != (torch.float32, 262144))
+    case = make(batch=2, length=7, vocab=vocab, dtype=dtype, empty=False)
+    check(case, "cuda", config=complete("grpo"))
+    with torch.no_grad():
+        alone = token_log_probs(case.logits[:1, 2:3], case.token_ids[:1, 2:3], backend="cuda")
+        together = token_log_probs(case.logits, case.token_ids, backend="cuda")
+    assert torch.equal(alone.log_probs[0, 0], together.log_probs[0, 2])
+
+
+def test_plans():
+    """Clusters are no larger than two rows need, and say so where not even one fits."""
+    device = cuda.Device(**H200, clusters=(ctypes.c_int32 * 5)(132, 66, 32, 16, 0))
+
+    def cluster_of(dtype, vocab):
+        plan = cuda.Plan()
+        code = native.DTYPES[dtype]
+        cuda.library().grpo_cuda_plan(ctypes.byref(device), code, ctypes.c_int64(vocab), ctypes.byref(plan))
+        return plan.cluster, plan.clusters, plan.tiles
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert cluster_of(bf16, 32000) == (1, 132, 13)
+    assert [cluster_of(bf16, vocab)[0] for vocab in (1, 128256, 151936, 262144)] == [1, 4, 4, 8]
+    assert [cluster_of(fp32, vocab)[0] for vocab in (32000, 128256, 151936, 262144)] == [2, 8, 8, 8]
+    assert cluster_of(fp32, 425_984)[0] == 8
+    assert cluster_of(fp32, 425_985)[0] == 0
+    device.clusters[4] = 7
+    assert cluster_of(fp32, 262144) == (16, 7, 13)
+    assert cluster_of(fp32, 425_985)[0] == 16
+    device.shared_bytes = 101_376  # a small ring
+    assert cluster_of(bf16, 32000) == (2, 66, 5)
+
+
+@emulated
+def test_alignment_changes_no_bit():
+    """Rows that begin at each possible distance from 16 bytes, into gradients that begin at another."""
+    for dtype in DTYPES:
+        width = 16 // torch.empty(0, dtype=dtype).element_size()
+        vocab = 9001
+        case = make(batch=2, length=3, vocab=vocab, dtype=dtype, extra_row=False, empty=False)
+        found = []
+        for skew in range(width):
+            for stride in (9008, 9009):
+                storage = torch.empty(6 * stride + width, dtype=dtype)
+                logits = storage[skew : skew + 6 * stride].view(2, 3, stride)[..., :vocab].copy_(case.logits)
+                out = grpo_loss(
+                    logits.requires_grad_(), *case.arguments, **case.options, grad_scale=1.0, backend="cuda"
+                )
+                (gradient,) = torch.autograd.grad(out.loss, logits)
+                found.append((out.log_probs, out.entropy, gradient.contiguous()))
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@emulated
+def test_padding_of_the_vocabulary_is_left_alone():
+    """In place, in rows that are longer than the vocabulary: what is behind it stays, whatever it is."""
+    storage = torch.full((2, 3, 1040), math.nan)
+    case = make(batch=2, length=3, vocab=1003, extra_row=False, empty=False)
+    logits = storage[..., :1003].copy_(case.logits)
+    expected, gradient = case.run("cuda", grad_scale=1.0)
+    leaf = torch.zeros((), requires_grad=True)
+    out = grpo_loss(logits + leaf * 0, *case.arguments, **case.options, inplace=True, grad_scale=1.0, backend="cuda")
+    assert torch.equal(out.loss, expected.loss)
+    with torch.no_grad():
+        out = grpo_loss(logits, *case.arguments, **case.options, backend="cuda")
+    view = storage.detach()[..., :1003].requires_grad_()
+    rows = view.view_as(view)
+    out = grpo_loss(rows, *case.arguments, **case.options, inplace=True, grad_scale=1.0, backend="cuda")
+    assert torch.equal(rows.detach(), gradient)
+    assert storage[..., 1003:].isnan().all()
+
+
+@emulated
+def test_schedules_change_no_bit():
+    """Twenty orders of threads, copies and messages; rows of several tiles, live and dead, long rings and short ones."""
+    case = make(batch=3, length=7, vocab=20001, dtype=torch.bfloat16)
+    found = []
+    for seed in range(20):
+        cuda.library().grpo_emulator_seed(ctypes.c_uint64(seed))
+        out, gradient = case.run("cuda", config=complete("grpo"), grad_scale=1.0)
+        two_passes, again = case.run("cuda", config="gspo")
+        found.append((out.loss, out.log_probs, gradient, two_passes.loss, again))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@emulated
+def test_layouts_change_the_gradient_by_rounding_alone(laid_out):
+    """The number of clusters changes no bit; their size changes sums by rounding."""
+    case = make(batch=3, length=5, vocab=9001)
+    found = {}
+    for cluster, clusters in ((1, 1), (1, 7), (4, 1), (4, 3)):
+        laid_out(cluster, clusters)
+        found[cluster, clusters] = case.run("cuda", config=complete("grpo"))[1]
+    assert torch.equal(found[1, 1], found[1, 7])
+    assert torch.equal(found[4, 1], found[4, 3])
+    torch.testing.assert_close(found[1, 1], found[4, 1], rtol=1e-5, atol=1e-9)
+
+
+@emulated
+@pytest.mark.parametrize("live", ["none", "first", "last", "some"])
+def test_the_order_of_rows(live):
+    """More rows than the ordering kernel takes in one round."""
+    mask = torch.zeros(1, 20_000, dtype=torch.bool)
+    places = {
+        "none": [],
+        "first": [0],
+        "last": [19_999],
+        "some": [*range(5, 17), 8191, 8192, 8193, *range(16380, 16390)],
+    }
+    mask[0, places[live]] = True
+    logits, ids = torch.randn(1, 20_000, 5), torch.randint(5, (1, 20_000))
+    out = token_log_probs(logits, ids, mask, backend="cuda")
+    expected = token_log_probs(logits, ids, mask, backend="torch")
+    torch.testing.assert_close(out.log_probs, expected.log_probs, rtol=0, atol=1e-6)
+    assert (out.log_probs[~mask] == 0).all()
+
+
+@emulated
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("entropy", [0.0, 0.1])
+def test_rows_far_from_the_sampled_token(dtype, entropy):
+    """Sums leave the sampled token as their origin: at once, late, in one thread alone, for values of any size."""
+    case = make(batch=1, length=8, vocab=40_000, dtype=dtype, empty=False)
+    case.mask[:] = True
+    logits, ids = case.logits[0], case.token_ids[0]
+    logits[0] += 300 * (torch.arange(40_000) > 20_000)
+    logits[1, 39_999] = 200.0
+    logits[2, :30_000] = -math.inf
+    logits[3, ids[3]] = -math.inf
+    logits[4] = torch.linspace(-500, 500, 40_000)
+    logits[5, 100:200] = torch.finfo(torch.bfloat16).max
+    logits[6, ids[6]] = torch.finfo(torch.bfloat16).min
+    logits[7, 1:] = -math.inf
+    ids[7], ids[1], ids[2] = 0, 3, 35_000
+    case.options = {}
+    assert_rule(case, "cuda", entropy_coef=entropy)
+
+
+@emulated
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_bad_column(value):
+    """In whichever tile it is, the row shows it and no other row does."""
+    for column in (0, 5000, 39_999):
+        case = make(batch=1, length=3, vocab=40_000, empty=False)
+        case.mask[:] = True
+        case.logits[0, 1, column] = value
+        out, gradient = case.run("cuda")
+        assert out.log_probs.isnan().tolist() == [[False, True, False]]
+        assert gradient[0, 1].isnan().all()
+        assert not gradient[0, [0, 2]].isnan().any()
+
+
+def test_where_it_serves(monkeypatch):
+    """An older GPU, a driver that refuses, a row that does not fit, a GPU without a proof: each says so."""
+    found = {"device": cuda.Device(**{**H200, "major": 8}), "name": "NVIDIA A100"}
+    monkeypatch.setattr(cuda, "emulated", lambda: False)
+    monkeypatch.setattr(cuda, "device", lambda index: found["device"])
+    monkeypatch.setattr(cuda, "plan", lambda index, dtype, vocab: cuda.Plan(4 if vocab < 10**6 else 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: found["name"])
+    monkeypatch.setattr(torch.version, "hip", None)
+
+    def reason(**request):
+        return cuda.unsupported(backends.Request(torch.device("cuda", 0), **request))
+
+    assert reason() == "it needs compute capability 9.0; NVIDIA A100 has 8.0"
+    found |= {"device": cuda.Device(**H200), "name": "NVIDIA H200"}
+    assert reason(by_name=True) is None
+    assert reason() == "not yet proven on NVIDIA H200: ask for it by name, backend='cuda'"
+    monkeypatch.setattr(cuda, "PROVEN", frozenset({"NVIDIA H200"}))
+    assert reason() is None
+    assert "2000000 columns does not fit" in reason(vocab=2_000_000)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert reason() == "it serves NVIDIA GPUs, not ROCm"
+
+
+@emulated
+def test_faults_have_a_name(laid_out):
+    """An error of the library arrives with its text: here a ring that does not hold a row."""
+    laid_out(1, 1, 1)
+    logits = torch.randn(1, 2, 9000, requires_grad=True)
+    with pytest.raises(RuntimeError, match="grpo_cuda_fused_loss on cpu: deadlock: .*error 1"):
+        grpo_loss(logits, torch.zeros(1, 2, dtype=torch.long), torch.ones(1), grad_scale=1.0, backend="cuda")
+
+
+built = pytest.mark.skipif(not BUILT.exists(), reason="no nvcc built the CUDA library here")
+
+
+def in_a_process_of_its_own(code: str, library: Path) -> str:
+    environment = {**os.environ, "GRPO_KERNELS_CUDA_LIBRARY": str(library), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@built
+def test_library_loads_without_a_driver():
+    """Its runtime is inside; where there is no driver it says so in CUDA's words."""
+    code = """
+import torch
+from grpo_kernels import grpo_loss
+from grpo_kernels.backends import Request, cuda, native
+print(cuda.emulated())
+try:
+    print(cuda.device(0).multiprocessors)
+except native.Unavailable as error:
+    print(error)
+print(cuda.unsupported(Request(torch.device("cpu"), by_name=True)))
+try:
+    grpo_loss(torch.randn(1, 2, 9), torch.zeros(1, 2, dtype=torch.long), torch.ones(1), backend="cuda")
+except RuntimeError as error:
+    print(error)
+"""
+    real, device, cpu, error = in_a_process_of_its_own(code, BUILT).splitlines()
+    assert real == "False"
+    assert cpu == "it serves NVIDIA GPUs, not cpu"
+    assert "a call that backend='cuda' can serve; got 9 columns of float32 logits on cpu (it serves NVIDIA" in error
+    if not torch.cuda.is_available():
+        assert re.fullmatch(r"the CUDA driver refuses: .+ \(error \d+\)", device)
+
+
+def test_missing_and_foreign_libraries(tmp_path):
+    code = """
+import torch
+from grpo_kernels.backends import Request, cuda
+print(cuda.unsupported(Request(torch.device("cuda"), by_name=True)))
+"""
+    missing = in_a_process_of_its_own(code, tmp_path / "libgrpo_cuda.so")
+    assert "no compiled library (libgrpo_cuda.so): install with `pip install .`" in missing
+    (tmp_path / "libgrpo_cuda.json").write_text(json.dumps({"error": "no nvcc found"}))
+    assert "its compilation failed during installation: no nvcc found" in in_a_process_of_its_own(
+        code, tmp_path / "libgrpo_cuda.so"
+    )
+    if (native.FOLDER / "libgrpo_cpu.so").exists():
+        foreign = in_a_process_of_its_own(code, native.FOLDER / "libgrpo_cpu.so")
+        assert "was built from other sources than this package: reinstall grpo_kernels" in foreign
+
+
+def cuobjdump() -> str | None:
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = pytest.importorskip("triton")
+    bundled = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return str(bundled) if bundled.exists() else None
+
+
+@built
+def test_compiled_kernels_do_not_spill():
+    """Every kernel, for each GPU it was compiled for: no stack, no local memory, registers for 352 threads."""
+    if (tool := cuobjdump()) is None:
+        pytest.skip("no cuobjdump here")
+    record = native.build_record(BUILT)
+    usage = subprocess.run([tool, "--dump-resource-usage", str(BUILT)], capture_output=True, text=True, check=True)
+    targets = re.split(r"^arch = ", usage.stdout, flags=re.M)[1:]
+    assert {target.split()[0] for target in targets} >= {f"sm_{name}" for name in record["architectures"].split()}
+    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout)
+    rows = [kernel for kernel in kernels if "row_kernel" in kernel[0]]
+    assert len(rows) == 12 * len(record["architectures"].split())
+    for name, registers, stack, shared, local in kernels:
+        assert (stack, local) == ("0", "0"), name
+        assert int(shared) <= 1024, name  # the rest is asked for at launch
+        assert int(registers) <= (65536 // 352 // 8 * 8 if "row_kernel" in name else 255), name
+    assert sorted(int(registers) for name, registers, *_ in rows)[-3:][0] <= 128
+
+
+MUTANTS = {
+    "consumers: wait for a tile": ("row_kernel.h", "shared_.filled[summed_.place].wait(summed_.lap);\n      sweep", "sweep"),
+    "consumers: wait for slopes": ("row_kernel.h", "shared_.settled[turn].wait(index / kRowsAhead & 1);", ""),
+    "loader: wait for room": ("loading.h", "shared.emptied[cursor.place].wait(cursor.lap ^ 1);", ""),
+    "storer: wait for gradients": ("loading.h", "shared.written[cursor.place].wait(cursor.lap);", ""),
+    "storer: wait for reading": ("loading.h", "port::bulk_wait_read<kStoresInFlight>();", ""),
+    "storer: all of a row given back": ("loading.h", "(last ? 0 : kStoresInFlight)", "kStoresInFlight"),
+    "settler: wait for the cluster": (
+        "row_kernel.h",
+        "shared.arrived[turn].wait_for_cluster(index / kRowsAhead & 1);",
+        "",
+    ),
+    "settler: one turn for all rows": ("layout.h", "constexpr int kRowsAhead = 2;", "constexpr int kRowsAhead = 1;"),
+    "kernel: no wait before leaving": (
+        "row_kernel.h",
+        "if (kMode == kFusedLoss) port::sync_cluster();  // nobody",
+        "if (false) port::sync_cluster();  // nobody",
+    ),
+    "slices: one vector short": ("layout.h", "(vectors + cluster - 1) / cluster * width", "vectors / cluster * width"),
+    "tail: not loaded": ("loading.h", "copy_elements(advanced(to.start, after), advanced(from, after), edges.tail, lane);", ""),
+    "tail: not padded": ("loading.h", "if (lane < missing)", "if (false)"),
+    "tail: not stored": ("loading.h", "copy_elements(advanced(to, after), advanced(from, after), edges.tail, lane);\n}", "}"),
+    "sums: sampled column counted": ("sums.h", "&& first + i != piece.target", ""),
+    "sums: origin's rounding kept": ("sums.h", "    if (!near) return;\n", "    near = false;\n    return;\n"),
+    "sums: too large": ("sums.h", "if (sum < kLargestSum<real>)", "if (sum == sum)"),
+    "merge: references ignored": ("sums.h", "if (other_reference > reference)", "if (false)"),
+    "order: dead rows from the front": ("token_kernels.h", "p.order[rows - 1 - (r - place)] = r", "p.order[r - place] = r"),
+}  # fmt: skip
+"""One-line faults of csrc/cuda, each of which the tests below must notice."""
+SAMPLED = ("consumers: wait for slopes", "storer: wait for reading")
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_of_this_code(name):
+    file, old, _ = MUTANTS[name]
+    assert old in (ROOT / "csrc" / "cuda" / file).read_text(), f"{file} has changed: write this mutant anew"
+
+
+@emulated
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SAMPLED else pytest.mark.nightly) for n in MUTANTS])
+def test_mutant_is_noticed(tmp_path, name):
+    file, old, new = MUTANTS[name]
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    source = tmp_path / "csrc" / "cuda" / file
+    source.write_text(source.read_text().replace(old, new, 1))
+    library = cuda_emulator.build(sources=tmp_path / "csrc", library=tmp_path / "mutant.so")
+    environment = {**os.environ, "GRPO_KERNELS_CUDA_LIBRARY": str(library)}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", __file__]
+    command += ["-m", "not nightly", "-k", "not mutant and not compiled and not library and not libraries"]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 1, result.stdout[-2000:] + result.stderr[-2000:]
+    assert "stopping after 1 failures" in result.stdout  # a test failed; nothing broke on the way
