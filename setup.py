@@ -164,7 +164,7 @@ def build_cuda(target: Path, workspace: Path) -> dict[str, str]:
     source = str(SOURCES / "cuda" / "library.cu")
     run(compiler, *CUDA_FLAGS, targets, f"-t{os.cpu_count()}", source, "-o", str(fresh))
     fresh.replace(target)
-    version = run(compiler, "--version").strip().splitlines()[-1]
+    version = next(line for line in run(compiler, "--version").splitlines() if "release" in line)
     return {"compiler": version, "flags": " ".join(CUDA_FLAGS), "architectures": " ".join(architectures)}
 
 

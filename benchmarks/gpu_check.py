@@ -1,12 +1,13 @@
-"""Prove and time the GPU kernels on this machine in one command, under nine minutes, without a network.
+"""Prove and time the GPU kernels on this machine in one command, in some twelve minutes, without a network.
 
     python benchmarks/gpu_check.py --out benchmarks/results/h200
     python benchmarks/gpu_check.py --out DIR --only verify,timing
 
 Parts, in order: environment; verify (every preset and dtype against float64); suite (the tests that take a backend, on
-the GPU); large (vocabularies up to 262,144, more than 2^31 elements, more than 65,535 rows); sanitizer (memcheck and
-racecheck); timing, from logits; linear, from hidden states. DIR/gpu_check.json is written after each part, so that a
-killed run keeps what it had.
+the GPU); large (vocabularies up to 262,144, more than 2^31 elements, more than 65,535 rows); sanitizer (memcheck,
+racecheck, synccheck); limits (bandwidths, clusters); timing, from logits; traffic (bytes that kernels move, by ncu);
+linear, from hidden states. All of them cover each GPU backend that is usable, asked for by name. DIR/gpu_check.json is
+written after each part, so that a killed run keeps what it had.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ import grpo_kernels
 from grpo_kernels import token_log_probs
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGETS = {"environment": 10, "verify": 60, "suite": 170, "large": 60, "sanitizer": 60, "timing": 100, "linear": 70}
+BUDGETS = {"environment": 10, "verify": 80, "suite": 240, "large": 80, "sanitizer": 120, "limits": 20}
+BUDGETS |= {"timing": 120, "traffic": 60, "linear": 70}
 """Seconds of each part; a part that runs longer is stopped where it can be."""
 
 
@@ -59,6 +61,9 @@ def suite(device: str) -> dict[str, Any]:
 
 def large(device: str) -> dict[str, Any]:
     """Log-probs of shapes that overflow 32-bit indices or grid limits, against PyTorch on some of their rows."""
+    names = gpu_timing.usable(device)
+    if not names:
+        return {"skipped": "no GPU backend serves this device"}
     shapes = {"vocab 262144": (64, 262144), "vocab 50257": (64, 50257), "70000 rows": (70_000, 3)}
     shapes |= {"2.3e9 elements": (15_200, 151_936)}
     if device == "cpu":
@@ -67,11 +72,12 @@ def large(device: str) -> dict[str, Any]:
     for name, (rows, vocab) in shapes.items():
         logits = torch.randn(1, rows, vocab, dtype=torch.bfloat16, device=device)
         ids = torch.randint(vocab, (1, rows), device=device)
-        out = token_log_probs(logits, ids, backend="triton")
         some = torch.tensor([0, rows // 2, rows - 1], device=device)
         exact = torch.log_softmax(logits[0, some].double(), -1).gather(-1, ids[0, some, None]).squeeze(-1)
-        error = float((out.log_probs[0, some].double() - exact).abs().max())
-        results[name] = {"error": error, "holds": error < 1e-5}
+        for backend in names:
+            out = token_log_probs(logits, ids, backend=backend)
+            error = float((out.log_probs[0, some].double() - exact).abs().max())
+            results[f"{name}, {backend}"] = {"error": error, "holds": error < 1e-5}
         del logits
     return {"shapes": results, "passed": all(result["holds"] for result in results.values())}
 
@@ -81,10 +87,11 @@ import sys
 sys.path.insert(0, "tests")
 from cases import make
 for vocab in (97, 9000, 40000):
-    for options in ({}, {"kl_coef": 0.1, "entropy_coef": 0.01}):
+    for options in ({}, {"kl_coef": 0.1, "entropy_coef": 0.01}, {"config": "gspo"}):
         case = make(batch=3, length=4, vocab=vocab)
-        case.run("triton", **options)
+        case.run(sys.argv[1], **options)
 """
+CHECKS = ("memcheck", "racecheck", "synccheck")
 
 
 def sanitizer(device: str) -> dict[str, Any]:
@@ -92,9 +99,12 @@ def sanitizer(device: str) -> dict[str, Any]:
     if device != "cuda" or not Path(tool).exists():
         return {"skipped": "compute-sanitizer is not here"}
     results = {}
-    for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
-        results[check] = _command(command, BUDGETS["sanitizer"] / 2, {"GRPO_KERNELS_TEST_DEVICE": "cuda"})
+    backends = gpu_timing.usable(device)
+    for backend in backends:
+        for check in CHECKS:
+            command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, backend]
+            seconds = BUDGETS["sanitizer"] / len(CHECKS) / len(backends)
+            results[f"{check}, {backend}"] = _command(command, seconds, {"GRPO_KERNELS_TEST_DEVICE": "cuda"})
     return {**results, "passed": all(result["passed"] for result in results.values())}
 
 
@@ -106,13 +116,48 @@ def linear(device: str) -> dict[str, Any]:
     return gpu_timing.run(gpu_timing.hidden(device), device, BUDGETS["linear"])
 
 
+def limits(device: str) -> dict[str, Any]:
+    return gpu_timing.limits(device)
+
+
+MOVED = """
+import sys, torch
+from grpo_kernels import grpo_loss
+vocab = 151936
+logits = torch.randn(1, 1024, vocab, device="cuda", dtype=torch.bfloat16).requires_grad_()
+ids = torch.randint(vocab, (1, 1024), device="cuda")
+for _ in range(2):
+    loss = grpo_loss(logits, ids, torch.ones(1, device="cuda"), grad_scale=1.0, backend=sys.argv[1]).loss
+    loss.backward()
+    logits.grad = None
+print("units of", logits.numel() * 2, "bytes")
+"""
+
+
+def traffic(device: str) -> dict[str, Any]:
+    """Bytes that each kernel reads from memory and writes to it, as the hardware counts them."""
+    tool = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
+    if device != "cuda" or not Path(tool).exists():
+        return {"skipped": "ncu is not here"}
+    results = {}
+    metrics = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
+    backends = gpu_timing.usable(device)
+    for backend in backends:
+        names = "regex:row_kernel|one_pass|log_probs|gradient"
+        command = [tool, "--csv", "--metrics", metrics, "--kernel-name", names, sys.executable, "-c", MOVED, backend]
+        results[backend] = _command(command, BUDGETS["traffic"] / len(backends))
+    return {**results, "passed": all(result["passed"] for result in results.values())}
+
+
 PARTS: dict[str, Callable[[str], dict[str, Any]]] = {
     "environment": environment,
     "verify": verify,
     "suite": suite,
     "large": large,
     "sanitizer": sanitizer,
+    "limits": limits,
     "timing": timing,
+    "traffic": traffic,
     "linear": linear,
 }
 
@@ -151,6 +196,8 @@ def markdown(results: dict[str, Any]) -> str:
             lines.append(f"- {name}: {'passed' if part['passed'] else '**failed**'} in {part['seconds']:.0f} s")
         elif "skipped" in part:
             lines.append(f"- {name}: skipped, {part['skipped']}")
+    if "copy_gb_per_s" in results.get("limits", {}):
+        lines += ["", *(f"- {name}: {value}" for name, value in results["limits"].items() if name != "seconds")]
     for name in ("timing", "linear"):
         if "rows" in results.get(name, {}):
             lines += ["", *gpu_timing.table(results[name])]

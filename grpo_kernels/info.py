@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import backends, records
-from .backends import cpu, native
+from .backends import cpu, cuda, native
 from .config import LossConfig
 from .head import cpu_bf16_instructions
 from .surrogates import BUILT_IN
@@ -33,7 +33,8 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backends": {name: _state(name) for name in backends.names()},
         "verified": records.read(),
-        "cpu_library": _library(),
+        "cpu_library": _cpu_library(),
+        "cuda_library": _cuda_library(),
         "cpu_bf16_instructions": list(cpu_bf16_instructions()),
     }
 
@@ -57,7 +58,28 @@ def _state(name: str) -> str:
     return f"{'usable by name; ' if None in reasons[True] else ''}{reasons[False][0]}"
 
 
-def _library() -> dict[str, Any]:
+def _cuda_library() -> dict[str, Any]:
+    """Path and build; and on each NVIDIA GPU what the library found: capability, clusters that run at once, driver."""
+    found: dict[str, Any] = {
+        "path": str(cuda.library_path()),
+        "build": native.build_record(cuda.library_path()) or None,
+    }
+    try:
+        cuda.library()
+        for i in range(torch.cuda.device_count()):
+            offered = cuda.device(i)
+            clusters = dict(zip(cuda.CLUSTERS, offered.clusters, strict=True))
+            found[torch.cuda.get_device_name(i)] = {
+                "capability": f"{offered.major}.{offered.minor}",
+                "driver": offered.driver,
+                "clusters_at_once": {size: count for size, count in clusters.items() if count},
+            }
+    except native.Unavailable as error:
+        found["unusable"] = str(error)
+    return found
+
+
+def _cpu_library() -> dict[str, Any]:
     record: dict[str, Any] = {"path": str(cpu.LIBRARY), "build": native.build_record(cpu.LIBRARY) or None}
     try:
         record["instruction_sets"] = list(cpu.available_instruction_sets())
@@ -142,4 +164,15 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"           instruction sets: {', '.join(library['instruction_sets'])}; in use: {library['in_use']}")
     if library["build"] and "error" not in library["build"]:
         print(f"           built by {library['build']['compiler']}; OpenMP: {library['build']['openmp']}")
+    library = report["cuda_library"]
+    print(f"library    {library['path']}")
+    if "unusable" in library:
+        print(f"           unusable: {library['unusable']}")
+    elif library["build"]:
+        targets = ", ".join(f"sm_{name}" for name in library["build"]["architectures"].split())
+        print(f"           for {targets}, PTX for newer ones; built by nvcc: {library['build']['compiler']}")
+    for name in report["devices"]:
+        if name in library:
+            counts = ", ".join(f"{n} of {size}" for size, n in library[name]["clusters_at_once"].items())
+            print(f"           {name}: clusters at once: {counts or 'none'}")
     return 0

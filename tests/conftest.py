@@ -104,8 +104,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 SAMPLES = {"triton": 5, "cuda": 12}
-"""Of each test's cases, as many run on interpreted Triton kernels and on emulated CUDA kernels in CI, evenly spread; the
-rest are nightly."""
+"""Of each test's cases, as many run in CI on interpreted Triton and emulated CUDA kernels, evenly spread; the others
+are nightly."""
 
 
 def _takes_a_backend(item: pytest.Item) -> bool:

@@ -16,17 +16,17 @@ import torch
 
 import grpo_kernels
 from grpo_kernels import backends
-from grpo_kernels.backends import cpu
+from grpo_kernels.backends import cpu, native
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def sources_hash() -> str:
+def sources_hash(folder: str) -> str:
     """As setup.py computes it."""
     import hashlib
 
     digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "csrc" / "cpu").rglob("*"), *(ROOT / "csrc" / "common").rglob("*")]):
+    for path in sorted([*(ROOT / "csrc" / folder).rglob("*"), *(ROOT / "csrc" / "common").rglob("*")]):
         if path.is_file():
             digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
@@ -39,7 +39,21 @@ def test_compiled_backend_is_in_use():
     assert backends.get("cpu").unsupported(backends.Request(torch.device("cpu"))) is None
     assert backends.choose("test", backends.Request(torch.device("cpu"), fused=True), None) == ("cpu", True)
     assert Path(grpo_kernels.__file__).parent == ROOT / "grpo_kernels"
-    assert cpu.build_record()["sources"] == sources_hash(), "the library is stale: make test rebuilds it"
+    assert native.build_record(cpu.LIBRARY)["sources"] == sources_hash("cpu"), (
+        "the library is stale: make test rebuilds it"
+    )
+
+
+def test_cuda_library_is_built_where_there_is_nvcc():
+    """Of these sources, for Hopper and Blackwell; elsewhere the record says why it is not."""
+    record = native.build_record(native.FOLDER / "libgrpo_cuda.so")
+    assert record["sources"] == sources_hash("cuda"), "the library is stale: make test rebuilds it"
+    if shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").exists():
+        assert "error" not in record
+        assert record["architectures"] in ("90", "90 100")
+        assert (native.FOLDER / "libgrpo_cuda.so").exists()
+    else:
+        assert record["error"].startswith("no nvcc found")
 
 
 def test_every_instruction_set_was_compiled():
@@ -47,8 +61,9 @@ def test_every_instruction_set_was_compiled():
 
     if platform.machine() != "x86_64":
         pytest.skip("one instruction set here")
-    assert cpu.build_record()["instruction_sets"].split() == ["generic", "avx2", "avx512"]
-    assert cpu.build_record()["openmp"] == "yes"
+    record = native.build_record(cpu.LIBRARY)
+    assert record["instruction_sets"].split() == ["generic", "avx2", "avx512"]
+    assert record["openmp"] == "yes"
 
 
 def test_versions_agree():
@@ -73,7 +88,9 @@ def isolated_tree(folder: Path) -> Path:
 def build_wheel(tree: Path, **environment: str) -> Path:
     """`pip wheel` in build isolation: torch is not there. Skips where pip cannot fetch setuptools."""
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--wheel-dir", "wheels", "--quiet"]
-    result = subprocess.run(command, cwd=tree, capture_output=True, text=True, env={**os.environ, **environment})
+    without_cuda = {"GRPO_KERNELS_CUDA_ARCHITECTURES": "", "GRPO_KERNELS_CUDA_LIBRARY": ""}  # a minute less
+    environment = {**os.environ, **without_cuda, **environment}
+    result = subprocess.run(command, cwd=tree, capture_output=True, text=True, env=environment)
     if result.returncode and re.search("No matching distribution found for setuptools", result.stderr):
         pytest.skip("pip cannot fetch setuptools here")
     assert result.returncode == 0, result.stderr[-2000:]
@@ -84,7 +101,7 @@ def run_wheel(wheel: Path, folder: Path, code: str) -> str:
     """Code with the wheel's content before everything else."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    environment = {**os.environ, "PYTHONPATH": str(folder), "GRPO_KERNELS_CUDA_LIBRARY": ""}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
@@ -106,6 +123,7 @@ def test_wheel(tmp_path):
     report = json.loads(run_wheel(wheel, tmp_path / "site", REPORT))
     assert report["file"].startswith(str(tmp_path / "site"))
     assert report["backends"]["cpu"] == "usable"
+    assert "not wanted: GRPO_KERNELS_CUDA_ARCHITECTURES is empty" in report["backends"]["cuda"]
     assert report["gradient"] > 0
     names = zipfile.ZipFile(wheel).namelist()
     assert "grpo_kernels/py.typed" in names
@@ -135,7 +153,6 @@ def replaced_library(tmp_path, monkeypatch):
         library = tmp_path / "libgrpo_cpu.so"
         build(library)
         monkeypatch.setattr(cpu, "LIBRARY", library)
-        monkeypatch.setattr(cpu, "BUILD_RECORD", library.with_name("build.json"))
         return cpu.unsupported(backends.Request(torch.device("cpu")))
 
     cpu.library.cache_clear()

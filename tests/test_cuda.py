@@ -1,4 +1,4 @@
-"""The CUDA kernels beyond what every backend is tested for: layouts, traffic, schedules, and what compilers make of them.
+"""The CUDA kernels beyond what every backend is tested for: layouts, traffic, schedules, what compilers make of them.
 
 Without a GPU they run over tests/cuda_emulator.
 """
@@ -19,6 +19,7 @@ import cuda_emulator
 import pytest
 import torch
 from cases import DTYPES, make
+from conftest import DEVICE
 from test_loss import check
 from test_numerics import assert_rule
 
@@ -31,14 +32,13 @@ BUILT = native.FOLDER / "libgrpo_cuda.so"
 H200 = {"major": 9, "minor": 0, "multiprocessors": 132, "shared_bytes": 232448}
 
 
-def _emulated() -> bool:
-    try:
-        return cuda.emulated()
-    except native.Unavailable:
-        return False
+REASON = cuda.unsupported(backends.Request(torch.device(DEVICE), by_name=True))
+emulated = pytest.mark.skipif(REASON is not None or not cuda.emulated(), reason="looks into the emulator")
 
 
-emulated = pytest.mark.skipif(not _emulated(), reason="looks into the emulator")
+def everywhere(test):
+    """On a GPU too."""
+    return pytest.mark.gpu(pytest.mark.skipif(REASON is not None, reason=str(REASON))(test))
 
 
 @pytest.fixture
@@ -96,14 +96,12 @@ def test_rows_without_slope(traffic):
     exact = token_log_probs(case.logits, case.token_ids, backend="torch").log_probs
     old, row = exact - torch.tensor([[1.0, 0.0, 0.0]]), 4 * 40000
     advantages = torch.tensor([[1.0, 0.0, 1.0]])
-    for config in ("grpo", "gspo"):
-        leaf = case.logits.clone().requires_grad_()
-        out = grpo_loss(leaf, case.token_ids, advantages, old_log_probs=old, config="grpo", backend="cuda")
-        (gradient,) = torch.autograd.grad(out.loss, leaf)
-        assert traffic() == (3 * row, 3 * row)
-        assert (gradient[0, :2] == 0).all()
-        assert gradient[0, 2].count_nonzero() > 30000
-        del config
+    leaf = case.logits.clone().requires_grad_()
+    out = grpo_loss(leaf, case.token_ids, advantages, old_log_probs=old, backend="cuda")
+    (gradient,) = torch.autograd.grad(out.loss, leaf)
+    assert traffic() == (3 * row, 3 * row)
+    assert (gradient[0, :2] == 0).all()
+    assert gradient[0, 2].count_nonzero() > 30000
     leaf = case.logits.clone().requires_grad_()
     out = token_log_probs(leaf, case.token_ids, backend="cuda")
     traffic()
@@ -116,10 +114,12 @@ LAYOUTS = [(1, 1), (1, 13), (2, 2), (2, 5), (4, 2), (4, 13), (8, 1), (8, 3), (16
 """Blocks in a cluster, tiles in the ring: rows of 9001 fp32 columns fit once, or twice, or many times."""
 
 
-@emulated
+@everywhere
 @pytest.mark.parametrize(("cluster", "tiles"), LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_layouts(laid_out, dtype, cluster, tiles):
+    if cluster not in cuda.CLUSTERS[:4] and not cuda.emulated() and cuda.device(0).clusters[4] == 0:
+        pytest.skip("the device takes no clusters of 16")
     width = 16384 // torch.empty(0, dtype=dtype).element_size()
     vocab = min(9001, width * cluster * tiles - 5)
     laid_out(cluster, 3, tiles)
@@ -127,7 +127,7 @@ def test_layouts(laid_out, dtype, cluster, tiles):
         check(make(batch=3, length=4, vocab=vocab, dtype=dtype), "cuda", **options)
 
 
-@emulated
+@everywhere
 @pytest.mark.parametrize("vocab", [1, 3, 7, 8, 9, 100])
 def test_slices_without_columns(laid_out, vocab):
     """Fewer vectors than blocks: some of a cluster have nothing to do but to take part."""
@@ -147,14 +147,15 @@ REAL = [
 ]
 
 
-@emulated
+@everywhere
 @pytest.mark.parametrize(("dtype", "vocab"), REAL, ids=str)
 def test_real_vocabularies(dtype, vocab):
     """As an H200 lays them out; fp32 at 262144 fits the ring once, the others twice."""
-    layout = cuda.plan(0, dtype, vocab)
-    tiles = math.ceil(vocab / layout.cluster * torch.empty(0, dtype=dtype).element_size() / 16384)
-    assert layout.tiles == 13
-    assert (2 * tiles <= 13) == ((dtype, vocab) != (torch.float32, 262144))
+    if cuda.emulated():
+        layout = cuda.plan(0, dtype, vocab)
+        tiles = math.ceil(vocab / layout.cluster * torch.empty(0, dtype=dtype).element_size() / 16384)
+        assert layout.tiles == 13
+        assert (2 * tiles <= 13) == ((dtype, vocab) != (torch.float32, 262144))
     case = make(batch=2, length=7, vocab=vocab, dtype=dtype, empty=False)
     check(case, "cuda", config=complete("grpo"))
     with torch.no_grad():
@@ -163,6 +164,7 @@ def test_real_vocabularies(dtype, vocab):
     assert torch.equal(alone.log_probs[0, 0], together.log_probs[0, 2])
 
 
+@pytest.mark.skipif(REASON is not None, reason=str(REASON))
 def test_plans():
     """Clusters are no larger than two rows need, and say so where not even one fits."""
     device = cuda.Device(**H200, clusters=(ctypes.c_int32 * 5)(132, 66, 32, 16, 0))
@@ -186,7 +188,7 @@ def test_plans():
     assert cluster_of(bf16, 32000) == (2, 66, 5)
 
 
-@emulated
+@everywhere
 def test_alignment_changes_no_bit():
     """Rows that begin at each possible distance from 16 bytes, into gradients that begin at another."""
     for dtype in DTYPES:
@@ -207,7 +209,7 @@ def test_alignment_changes_no_bit():
             assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@emulated
+@everywhere
 def test_padding_of_the_vocabulary_is_left_alone():
     """In place, in rows that are longer than the vocabulary: what is behind it stays, whatever it is."""
     storage = torch.full((2, 3, 1040), math.nan)
@@ -228,7 +230,7 @@ def test_padding_of_the_vocabulary_is_left_alone():
 
 @emulated
 def test_schedules_change_no_bit():
-    """Twenty orders of threads, copies and messages; rows of several tiles, live and dead, long rings and short ones."""
+    """Twenty orders of threads, copies and messages, over live and dead rows of several tiles."""
     case = make(batch=3, length=7, vocab=20001, dtype=torch.bfloat16)
     found = []
     for seed in range(20):
@@ -240,7 +242,7 @@ def test_schedules_change_no_bit():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@emulated
+@everywhere
 def test_layouts_change_the_gradient_by_rounding_alone(laid_out):
     """The number of clusters changes no bit; their size changes sums by rounding."""
     case = make(batch=3, length=5, vocab=9001)
@@ -253,7 +255,7 @@ def test_layouts_change_the_gradient_by_rounding_alone(laid_out):
     torch.testing.assert_close(found[1, 1], found[4, 1], rtol=1e-5, atol=1e-9)
 
 
-@emulated
+@everywhere
 @pytest.mark.parametrize("live", ["none", "first", "last", "some"])
 def test_the_order_of_rows(live):
     """More rows than the ordering kernel takes in one round."""
@@ -272,18 +274,18 @@ def test_the_order_of_rows(live):
     assert (out.log_probs[~mask] == 0).all()
 
 
-@emulated
+@everywhere
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("entropy", [0.0, 0.1])
 def test_rows_far_from_the_sampled_token(dtype, entropy):
     """Sums leave the sampled token as their origin: at once, late, in one thread alone, for values of any size."""
-    case = make(batch=1, length=8, vocab=40_000, dtype=dtype, empty=False)
+    case = make(batch=1, length=8, vocab=40_000, dtype=dtype, extra_row=False, empty=False)
     case.mask[:] = True
     logits, ids = case.logits[0], case.token_ids[0]
     logits[0] += 300 * (torch.arange(40_000) > 20_000)
     logits[1, 39_999] = 200.0
     logits[2, :30_000] = -math.inf
-    logits[3, ids[3]] = -math.inf
+    logits[3, ids[3]] = -2000.0
     logits[4] = torch.linspace(-500, 500, 40_000)
     logits[5, 100:200] = torch.finfo(torch.bfloat16).max
     logits[6, ids[6]] = torch.finfo(torch.bfloat16).min
@@ -293,7 +295,17 @@ def test_rows_far_from_the_sampled_token(dtype, entropy):
     assert_rule(case, "cuda", entropy_coef=entropy)
 
 
-@emulated
+@everywhere
+def test_large_logits_lose_nothing():
+    """The origin of powers is rounded, by up to 6e-5 here; the sums are not."""
+    case = make(batch=2, length=5, vocab=20_000, shift=1000.0, empty=False)
+    exact = torch.log_softmax(case.logits[:, :5].double(), -1).gather(-1, case.token_ids[..., None]).squeeze(-1)
+    for found in (token_log_probs(case.logits, case.token_ids, backend="cuda"), case.run("cuda", grad_scale=1.0)[0]):
+        live = found.log_probs != 0
+        assert (found.log_probs - exact)[live].abs().max() < 3e-6
+
+
+@everywhere
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_one_bad_column(value):
     """In whichever tile it is, the row shows it and no other row does."""
@@ -377,20 +389,20 @@ except RuntimeError as error:
         assert re.fullmatch(r"the CUDA driver refuses: .+ \(error \d+\)", device)
 
 
-def test_missing_and_foreign_libraries(tmp_path):
-    code = """
-import torch
-from grpo_kernels.backends import Request, cuda
-print(cuda.unsupported(Request(torch.device("cuda"), by_name=True)))
-"""
-    missing = in_a_process_of_its_own(code, tmp_path / "libgrpo_cuda.so")
-    assert "no compiled library (libgrpo_cuda.so): install with `pip install .`" in missing
-    (tmp_path / "libgrpo_cuda.json").write_text(json.dumps({"error": "no nvcc found"}))
-    assert "its compilation failed during installation: no nvcc found" in in_a_process_of_its_own(
-        code, tmp_path / "libgrpo_cuda.so"
-    )
+def test_missing_and_foreign_libraries(tmp_path, monkeypatch):
+    for cached in ("library", "emulated"):
+        monkeypatch.setattr(cuda, cached, getattr(cuda, cached).__wrapped__)
+
+    def reason(library: Path) -> str:
+        monkeypatch.setenv("GRPO_KERNELS_CUDA_LIBRARY", str(library))
+        return cuda.unsupported(backends.Request(torch.device("cuda"), by_name=True))
+
+    library = tmp_path / "libgrpo_cuda.so"
+    assert "no compiled library (libgrpo_cuda.so): install with `pip install .`" in reason(library)
+    library.with_suffix(".json").write_text(json.dumps({"error": "no nvcc found"}))
+    assert "it was not compiled during installation: no nvcc found" in reason(library)
     if (native.FOLDER / "libgrpo_cpu.so").exists():
-        foreign = in_a_process_of_its_own(code, native.FOLDER / "libgrpo_cpu.so")
+        foreign = reason(native.FOLDER / "libgrpo_cpu.so")
         assert "was built from other sources than this package: reinstall grpo_kernels" in foreign
 
 
@@ -421,34 +433,26 @@ def test_compiled_kernels_do_not_spill():
     assert sorted(int(registers) for name, registers, *_ in rows)[-3:][0] <= 128
 
 
+ROWS, MOVES, SUMS = "row_kernel.h", "loading.h", "sums.h"
 MUTANTS = {
-    "consumers: wait for a tile": ("row_kernel.h", "shared_.filled[summed_.place].wait(summed_.lap);\n      sweep", "sweep"),
-    "consumers: wait for slopes": ("row_kernel.h", "shared_.settled[turn].wait(index / kRowsAhead & 1);", ""),
-    "loader: wait for room": ("loading.h", "shared.emptied[cursor.place].wait(cursor.lap ^ 1);", ""),
-    "storer: wait for gradients": ("loading.h", "shared.written[cursor.place].wait(cursor.lap);", ""),
-    "storer: wait for reading": ("loading.h", "port::bulk_wait_read<kStoresInFlight>();", ""),
-    "storer: all of a row given back": ("loading.h", "(last ? 0 : kStoresInFlight)", "kStoresInFlight"),
-    "settler: wait for the cluster": (
-        "row_kernel.h",
-        "shared.arrived[turn].wait_for_cluster(index / kRowsAhead & 1);",
-        "",
-    ),
+    "consumers: wait for a tile": (ROWS, "shared_.filled[summed_.place].wait(summed_.lap);\n      sweep", "sweep"),
+    "consumers: wait for slopes": (ROWS, "shared_.settled[turn].wait(index / kRowsAhead & 1);", ""),
+    "loader: wait for room": (MOVES, "shared.emptied[cursor.place].wait(cursor.lap ^ 1);", ""),
+    "storer: wait for gradients": (MOVES, "shared.written[cursor", "if (tile == 0) shared.written[cursor"),
+    "storer: wait for reading": (MOVES, "port::bulk_wait_read<kStoresInFlight>();", ""),
+    "storer: all of a row given back": (MOVES, "(last ? 0 : kStoresInFlight)", "kStoresInFlight"),
+    "settler: wait for the cluster": (ROWS, "shared.arrived[turn].wait_for_cluster(index / kRowsAhead & 1);", ""),
     "settler: one turn for all rows": ("layout.h", "constexpr int kRowsAhead = 2;", "constexpr int kRowsAhead = 1;"),
-    "kernel: no wait before leaving": (
-        "row_kernel.h",
-        "if (kMode == kFusedLoss) port::sync_cluster();  // nobody",
-        "if (false) port::sync_cluster();  // nobody",
-    ),
-    "slices: one vector short": ("layout.h", "(vectors + cluster - 1) / cluster * width", "vectors / cluster * width"),
-    "tail: not loaded": ("loading.h", "copy_elements(advanced(to.start, after), advanced(from, after), edges.tail, lane);", ""),
-    "tail: not padded": ("loading.h", "if (lane < missing)", "if (false)"),
-    "tail: not stored": ("loading.h", "copy_elements(advanced(to, after), advanced(from, after), edges.tail, lane);\n}", "}"),
-    "sums: sampled column counted": ("sums.h", "&& first + i != piece.target", ""),
-    "sums: origin's rounding kept": ("sums.h", "    if (!near) return;\n", "    near = false;\n    return;\n"),
-    "sums: too large": ("sums.h", "if (sum < kLargestSum<real>)", "if (sum == sum)"),
-    "merge: references ignored": ("sums.h", "if (other_reference > reference)", "if (false)"),
-    "order: dead rows from the front": ("token_kernels.h", "p.order[rows - 1 - (r - place)] = r", "p.order[r - place] = r"),
-}  # fmt: skip
+    "kernel: no meeting at the start": (ROWS, "port::sync_cluster();  // nobody", ";  // nobody"),
+    "slices: too short": ("layout.h", "(vectors + cluster - 1) / cluster * width", "vectors / cluster * width"),
+    "tail: not loaded": (MOVES, "advanced(from, after), edges.tail, lane);\n    port", "from, 0, lane);\n    port"),
+    "tail: not stored": (MOVES, "advanced(from, after), edges.tail, lane);\n}", "from, 0, lane);\n}"),
+    "sums: sampled column counted": (SUMS, "&& first + i != piece.target", ""),
+    "sums: origin's rounding kept": (SUMS, "    if (!near) return;\n", "    near = false;\n    return;\n"),
+    "sums: too large": (SUMS, "if (sum < kLargestSum<real>)", "if (sum == sum)"),
+    "merge: references ignored": (SUMS, "if (other_reference > reference)", "if (false)"),
+    "order: dead rows forgotten": ("token_kernels.h", "p.order[rows - 1 - (r - place)] = r", "p.order[rows - 1] = r"),
+}
 """One-line faults of csrc/cuda, each of which the tests below must notice."""
 SAMPLED = ("consumers: wait for slopes", "storer: wait for reading")
 
@@ -469,7 +473,7 @@ def test_mutant_is_noticed(tmp_path, name):
     library = cuda_emulator.build(sources=tmp_path / "csrc", library=tmp_path / "mutant.so")
     environment = {**os.environ, "GRPO_KERNELS_CUDA_LIBRARY": str(library)}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", __file__]
-    command += ["-m", "not nightly", "-k", "not mutant and not compiled and not library and not libraries"]
+    command += ["-m", "not nightly", "-k", "not mutant and not compiled and not librar"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 1, result.stdout[-2000:] + result.stderr[-2000:]
+    assert result.returncode != 0, result.stdout[-2000:] + result.stderr[-2000:]
     assert "stopping after 1 failures" in result.stdout  # a test failed; nothing broke on the way

@@ -16,7 +16,7 @@ GRPO_DEVICE T* advanced(T* p, int bytes) {
   return p + bytes / int(sizeof(T));
 }
 
-// A tile of a row into its place, -inf behind the slice's last column up to a whole vector.
+// A tile of a row into its place.
 template <class T>
 GRPO_DEVICE void load_tile(const Piece<T>& to, const T* from, port::Barrier& filled, int lane) {
   const Edges edges(from, to.columns * int(sizeof(T)));
@@ -24,11 +24,10 @@ GRPO_DEVICE void load_tile(const Piece<T>& to, const T* from, port::Barrier& fil
     filled.expect(edges.body);
     port::bulk_load(advanced(to.start, edges.head), advanced(from, edges.head), edges.body, filled);
   }
-  const int after = edges.head + edges.body, missing = -to.columns & (kWidth<T> - 1);
-  if (edges.head + edges.tail + missing > 0) {
+  const int after = edges.head + edges.body;
+  if (edges.head + edges.tail > 0) {
     copy_elements(to.start, from, edges.head, lane);
     copy_elements(advanced(to.start, after), advanced(from, after), edges.tail, lane);
-    if (lane < missing) to.start[to.columns + lane] = minus_infinity(from);
     port::fence_for_bulk();  // before the place is loaded again
   }
   port::sync_warp();

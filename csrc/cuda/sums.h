@@ -118,7 +118,7 @@ struct Sums {
   }
 };
 
-// Values of a vector that count: the sampled column, and what pads the last vector, are -inf.
+// Values of a vector that count: the sampled column, and whatever follows the last one, are -inf.
 template <class T>
 GRPO_DEVICE void counted_values(const Piece<T>& piece, int vector, const LogitMap<real_of<T>>& map,
                                 real_of<T> (&x)[kWidth<T>]) {

@@ -167,7 +167,7 @@ def _why_not_built(path: Path) -> str:
     reason = build_record(path).get("error")
     if reason is None:
         return f"no compiled library ({path.name}): install with `pip install .`, which builds it"
-    return f"its compilation failed during installation: {reason}"
+    return f"it was not compiled during installation: {reason}"
 
 
 def build_record(path: Path) -> dict[str, str]:

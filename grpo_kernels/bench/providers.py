@@ -63,12 +63,13 @@ def eager_loss(
     return loss, metrics
 
 
-def _ours(inplace: bool) -> Callable[[Workload], Tensor]:
+def ours(inplace: bool, backend: str | None = None) -> Callable[[Workload], Tensor]:
     def loss(work: Workload) -> Tensor:
         skip = work.spec.kind == "30 % A = 0"
         out = grpo_loss(
             work.logits(), work.ids, work.advantages, work.mask, **work.known(), config=work.config,
             inplace=inplace and torch.is_grad_enabled(), grad_scale=work.spec.upstream, skip_zero_advantage=skip,
+            backend=backend,
         )  # fmt: skip
         return out.loss
 
@@ -121,8 +122,8 @@ def _fp32_copies(count: float) -> Callable[[Spec], float]:
 def from_logits(spec: Spec) -> list[Provider]:
     """Ours and PyTorch's."""
     return [
-        Provider("ours, in place", _ours(True), lambda s: 0.05 * s.logits_bytes, ours=True),
-        Provider("ours", _ours(False), lambda s: 1.05 * s.logits_bytes, ours=True),
+        Provider("ours, in place", ours(True), lambda s: 0.05 * s.logits_bytes, ours=True),
+        Provider("ours", ours(False), lambda s: 1.05 * s.logits_bytes, ours=True),
         Provider("eager, fp32 upcast", _eager(True), _fp32_copies(4)),
         Provider("eager, logits' dtype", _eager(False), _fp32_copies(3)),
         Provider("torch.compile, fp32 upcast", _compiled(spec), _fp32_copies(2)),

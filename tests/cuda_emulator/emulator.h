@@ -51,6 +51,7 @@ struct Meeting {
 };
 
 struct Block {
+  int asleep = 0;  // rounds in which its fibers do not run
   std::vector<unsigned char> shared;
   Meeting meeting;
   std::vector<Meeting> warps;
@@ -79,6 +80,7 @@ struct Transfer {
   Phase* landed;  // loads and messages
   Fiber* reader;  // stores: who waits for the reading of the source
   int group;
+  int rounds_left;
 };
 
 struct Machine {
@@ -98,6 +100,11 @@ struct Machine {
 inline Machine& machine() {
   static Machine one;
   return one;
+}
+// Mostly few, sometimes many: whoever relies on somebody's being quick is found out.
+inline int some_rounds() {
+  std::mt19937_64& random = machine().random;
+  return int(random() % (1u << random() % 7));
 }
 inline Fiber& self() { return *machine().current; }
 inline Block& block() { return machine().blocks[self().block]; }
@@ -178,27 +185,49 @@ inline std::string who_waits() {
   return text;
 }
 
-// Fibers in a random order, round after round, a few transfers in between.
+// Fibers in a random order, round after round; now and then a block sleeps.
+inline bool run_fibers(std::vector<Fiber*>& left) {
+  Machine& m = machine();
+  bool moved = false;
+  std::shuffle(left.begin(), left.end(), m.random);
+  for (Block& block : m.blocks) {
+    if (block.asleep > 0) {
+      --block.asleep;
+    } else if (m.random() % 16 == 0) {
+      block.asleep = some_rounds();
+    }
+    moved |= block.asleep > 0;
+  }
+  for (Fiber* fiber : left) {
+    if (m.blocks[fiber->block].asleep > 0 || (fiber->may_go && !fiber->may_go(*fiber))) continue;
+    fiber->may_go = nullptr;
+    resume(*fiber);
+    moved = true;
+  }
+  left.erase(std::remove_if(left.begin(), left.end(), [](Fiber* f) { return f->ended; }), left.end());
+  return moved;
+}
+
+inline bool run_transfers() {
+  std::vector<Transfer>& transfers = machine().transfers;
+  const bool any = !transfers.empty();
+  for (size_t i = 0; i < transfers.size();) {
+    if (transfers[i].rounds_left-- > 0) {
+      ++i;
+    } else {
+      carry_out(i);
+    }
+  }
+  return any;
+}
+
 inline void run_cluster() {
   Machine& m = machine();
   std::vector<Fiber*> left;
   for (Fiber& fiber : m.fibers) left.push_back(&fiber);
   while (m.fault.empty() && (!left.empty() || !m.transfers.empty())) {
-    std::shuffle(left.begin(), left.end(), m.random);
-    bool moved = false;
-    for (Fiber* fiber : left) {
-      if (fiber->may_go && !fiber->may_go(*fiber)) continue;
-      fiber->may_go = nullptr;
-      resume(*fiber);
-      moved = true;
-    }
-    left.erase(std::remove_if(left.begin(), left.end(), [](Fiber* f) { return f->ended; }), left.end());
-    const size_t due = m.transfers.empty() ? 0 : m.random() % (m.transfers.size() + 1);
-    for (size_t i = 0; i < due || (!moved && i == 0 && !m.transfers.empty()); ++i) {
-      carry_out(m.random() % m.transfers.size());
-      moved = true;
-    }
-    if (!moved) m.fault = who_waits();
+    const bool moved = run_fibers(left);
+    if (!run_transfers() && !moved) m.fault = who_waits();
   }
 }
 
@@ -304,8 +333,14 @@ inline void bulk_load(void* to, const void* from, int bytes, Barrier& landed) {
   if (all & 15) emulator::machine().fault = "a bulk load that is not aligned to 16 bytes";
   memset(to, 0xff, bytes);
   emulator::machine().bytes_loaded += bytes;
-  emulator::machine().transfers.push_back(
-      {static_cast<unsigned char*>(to), static_cast<const unsigned char*>(from), {}, bytes, &landed.phase, nullptr, 0});
+  emulator::machine().transfers.push_back({static_cast<unsigned char*>(to),
+                                           static_cast<const unsigned char*>(from),
+                                           {},
+                                           bytes,
+                                           &landed.phase,
+                                           nullptr,
+                                           0,
+                                           emulator::some_rounds()});
 }
 inline void bulk_store(void* to, const void* from, int bytes) {
   const intptr_t all = reinterpret_cast<intptr_t>(to) | reinterpret_cast<intptr_t>(from) | bytes;
@@ -319,7 +354,8 @@ inline void bulk_store(void* to, const void* from, int bytes) {
                                            bytes,
                                            nullptr,
                                            &fiber,
-                                           fiber.groups});
+                                           fiber.groups,
+                                           emulator::some_rounds()});
 }
 inline void bulk_commit() { ++emulator::self().groups; }
 template <int kPending>
@@ -338,7 +374,8 @@ inline void send(int rank, void* slot, const uint32_t (&words)[4], Barrier& land
   };
   const unsigned char* bytes = reinterpret_cast<const unsigned char*>(words);
   emulator::Phase* phase = &reinterpret_cast<Barrier*>(there(&landed))->phase;
-  emulator::machine().transfers.push_back({there(slot), nullptr, {bytes, bytes + 16}, 16, phase, nullptr, 0});
+  emulator::machine().transfers.push_back(
+      {there(slot), nullptr, {bytes, bytes + 16}, 16, phase, nullptr, 0, emulator::some_rounds()});
 }
 
 inline float exp2_of(float x) {
