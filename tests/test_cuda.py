@@ -451,7 +451,7 @@ MUTANTS = {
     "sums: origin's rounding kept": (SUMS, "    if (!near) return;\n", "    near = false;\n    return;\n"),
     "sums: too large": (SUMS, "if (sum < kLargestSum<real>)", "if (sum == sum)"),
     "merge: references ignored": (SUMS, "if (other_reference > reference)", "if (false)"),
-    "order: dead rows forgotten": ("token_kernels.h", "p.order[rows - 1 - (r - place)] = r", "p.order[rows - 1] = r"),
+    "order: records of dead rows": ("token_kernels.h", "      put_stats<real>(p, r, {0, 0, 0, 0, 0});\n", ""),
 }
 """One-line faults of csrc/cuda, each of which the tests below must notice."""
 SAMPLED = ("consumers: wait for slopes", "storer: wait for reading")
