@@ -30,29 +30,45 @@ GRPO_DEVICE void plain_gradient(const Piece<T>& piece, const LogitMap<real_of<T>
   }
 }
 
+template <bool kEntropy, class T>
+GRPO_DEVICE void any_gradient(const Piece<T>& piece, const LogitMap<real_of<T>>& map,
+                              const GradientTerms<real_of<T>>& terms) {
+  constexpr int width = kWidth<T>;
+#pragma unroll 1
+  for (int v = port::thread_index(); v * width < piece.columns; v += kConsumers) {
+    real_of<T> x[width];
+    load_vector(piece, v, x);
+    if (map.softcap) {
+#pragma unroll
+      for (int i = 0; i < width; ++i)
+        x[i] = gradient_of<kEntropy>(softcapped(x[i], map), map.slope, terms) * softcap_slope(x[i], map);
+    } else {
+#pragma unroll
+      for (int i = 0; i < width; ++i) x[i] = gradient_of<kEntropy>(x[i], map.slope, terms);
+    }
+    if (unsigned(piece.target - v * width) < unsigned(width)) {
+#pragma unroll
+      for (int i = 0; i < width; ++i) x[i] = v * width + i == piece.target ? terms.target : x[i];
+    }
+    store_vector(piece, v, x);
+  }
+}
+
+template <class T>
+GRPO_DEVICE void zero_gradient(const Piece<T>& piece) {
+  const real_of<T> zeros[kWidth<T>] = {};
+#pragma unroll 1
+  for (int v = port::thread_index(); v * kWidth<T> < piece.columns; v += kConsumers) store_vector(piece, v, zeros);
+}
+
 // Columns of a piece, as sweep_sums shares them out; the sampled one gets what is known of it.
 template <class T>
 GRPO_DEVICE void sweep_gradient(const Piece<T>& piece, const LogitMap<real_of<T>>& map,
                                 const GradientTerms<real_of<T>>& terms) {
-  using real = real_of<T>;
-  const bool zero = terms.constant == 0 && terms.linear == 0 && terms.target == 0, entropy = terms.linear != 0;
-  if (!zero && is_plain(piece, map.softcap)) {
-    if (!entropy) return plain_gradient<false>(piece, map, terms);
-    return plain_gradient<true>(piece, map, terms);
-  }
-#pragma unroll 1
-  for (int v = port::thread_index(); v * kWidth<T> < piece.columns; v += kConsumers) {
-    real x[kWidth<T>];
-    load_vector(piece, v, x);
-#pragma unroll
-    for (int i = 0; i < kWidth<T>; ++i) {
-      const real value = map.softcap ? softcapped(x[i], map) : x[i];
-      const real d = entropy ? gradient_of<true>(value, map.slope, terms) : gradient_of<false>(value, map.slope, terms);
-      const real whole = map.softcap ? d * softcap_slope(x[i], map) : d;
-      x[i] = v * kWidth<T> + i == piece.target ? terms.target : zero ? real(0) : whole;
-    }
-    store_vector(piece, v, x);
-  }
+  const bool plain = is_plain(piece, map.softcap);
+  if (terms.constant == 0 && terms.linear == 0 && terms.target == 0) return zero_gradient(piece);
+  if (terms.linear != 0) return plain ? plain_gradient<true>(piece, map, terms) : any_gradient<true>(piece, map, terms);
+  return plain ? plain_gradient<false>(piece, map, terms) : any_gradient<false>(piece, map, terms);
 }
 
 // d loss / d (the row's values) from its statistics and slopes. All 0 where the row gives no gradient; NaN everywhere

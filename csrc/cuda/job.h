@@ -72,14 +72,17 @@ struct Job {
   GRPO_DEVICE RowInfo info_of(int r) const {
     RowInfo info;
     const int64_t id = p.token_ids[r] - first_column;
-    const double logit = sampled_logit(r);
+    const bool here = id >= 0 && id < columns;
     info.row = r;
-    info.target = id >= 0 && id < columns ? int(id) : kElsewhere;
-    info.value = value_of(logit);
+    info.target = here ? int(id) : kElsewhere;
+    // In a backward the blocks of a row do not wait for each other: another may have overwritten it, in place.
+    const bool needed = kMode != kLogProbsBackward || (here && map.softcap);
+    info.logit = needed ? sampled_logit(r) : 0;
+    info.value = value_of(info.logit);
     if (kMode == kLogProbsBackward) {
       const double g = p.grad_log_prob ? at(p.grad_log_prob, r) : 0, h = p.grad_entropy ? at(p.grad_entropy, r) : 0;
       const GradientTerms<real> terms =
-          row_gradient<real>(at(p.log_prob, r), at(p.entropy, r), at(p.lse, r), g, h, logit, map);
+          row_gradient<real>(at(p.log_prob, r), at(p.entropy, r), at(p.lse, r), g, h, info.logit, map);
       info.terms[0] = terms.shift, info.terms[1] = terms.constant;
       info.terms[2] = terms.linear, info.terms[3] = terms.target;
     }

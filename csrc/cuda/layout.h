@@ -34,7 +34,8 @@ constexpr int kElsewhere = -kTileBytes;
 struct RowInfo {
   int row;
   int target;       // sampled column, counted from the slice's first, or kElsewhere
-  double value;     // of the sampled column, softcapped; NaN for an id outside the vocabulary
+  double logit;     // of the sampled column; NaN for an id outside the vocabulary
+  double value;     // the same, softcapped
   double terms[4];  // GradientTerms, where they are known before the row is read
 };
 

@@ -34,21 +34,37 @@ int fused_loss(const GrpoCudaParams& p) {
   return launch_rows<T, kFusedLoss>(p);
 }
 
+// Before the first launch, which may be inside a CUDA graph's capture.
+template <class T>
+int load_kernels(int ring) {
+  using real = real_of<T>;
+  void (*const rows[])(GrpoCudaParams) = {row_kernel<T, kLogProbs>, row_kernel<T, kLogProbsBackward>,
+                                          row_kernel<T, kFusedLoss>};
+  void (*const others[])(GrpoCudaParams) = {order_kernel<real, kLogProbs>, order_kernel<real, kLogProbsBackward>,
+                                            order_kernel<real, kFusedLoss>, finish_kernel<T>};
+  for (const auto kernel : rows)
+    if (const int error = port::allow(reinterpret_cast<const void*>(kernel), 1, ring)) return error;
+  for (const auto kernel : others)
+    if (const int error = port::allow(reinterpret_cast<const void*>(kernel), 1, 1024)) return error;
+  return 0;
+}
+
+// Calls run(element of the logits).
+template <class Run>
+int dispatch(const GrpoCudaParams* p, Run run) {
+  if (p->rows == 0) return 0;
+  if (const int error = port::use_device(p->device)) return error;
+  switch (p->dtype) {
+    case kFloat32: return run(float());
+    case kFloat64: return run(double());
+    case kBFloat16: return run(grpo::BFloat16());
+    default: return run(grpo::Float16());
+  }
+}
+
 int element_bytes(int32_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
 
 }  // namespace
-
-#define GRPO_DISPATCH(function)                          \
-  if (p->rows == 0) return 0;                            \
-  if (const int error = port::use_device(p->device)) {   \
-    return error;                                        \
-  }                                                      \
-  switch (p->dtype) {                                    \
-    case kFloat32: return function<float>(*p);           \
-    case kFloat64: return function<double>(*p);          \
-    case kBFloat16: return function<grpo::BFloat16>(*p); \
-    default: return function<grpo::Float16>(*p);         \
-  }
 
 extern "C" {
 
@@ -63,11 +79,16 @@ int32_t grpo_cuda_device(int32_t index, GrpoCudaDevice* device) {
   if (const int error = port::describe(index, *device)) return error;
   if (device->major < 9) return 0;  // it has no clusters, and the library no code for it
   if (const int error = port::use_device(index)) return error;
-  const GrpoCudaPlan plan = plan_of(*device, 2, 1);  // the ring is as large for every row
+  const int ring = shared_bytes(plan_of(*device, 2, 1).tiles);  // as large for every row
+  if (const int error = load_kernels<float>(ring)) return error;
+  if (const int error = load_kernels<double>(ring)) return error;
+  if (const int error = load_kernels<grpo::BFloat16>(ring)) return error;
+  if (const int error = load_kernels<grpo::Float16>(ring)) return error;
   for (int i = 0; i < 5; ++i) {
     const int cluster = 1 << i;
-    device->clusters[i] =
-        port::clusters_at_once(row_kernel<grpo::BFloat16, kFusedLoss>, cluster, kThreads, shared_bytes(plan.tiles));
+    const int error =
+        port::clusters_at_once(row_kernel<grpo::BFloat16, kFusedLoss>, cluster, kThreads, ring, device->clusters[i]);
+    if (error && cluster == 1) return error;  // larger ones it need not take
   }
   return 0;
 }
@@ -76,9 +97,13 @@ void grpo_cuda_plan(const GrpoCudaDevice* device, int32_t dtype, int64_t vocab, 
   *plan = plan_of(*device, element_bytes(dtype), vocab);
 }
 
-int32_t grpo_cuda_log_probs(const GrpoCudaParams* p){GRPO_DISPATCH(log_probs)} int32_t
-    grpo_cuda_log_probs_backward(const GrpoCudaParams* p){GRPO_DISPATCH(log_probs_backward)} int32_t
-    grpo_cuda_fused_loss(const GrpoCudaParams* p) {
-  GRPO_DISPATCH(fused_loss)
+int32_t grpo_cuda_log_probs(const GrpoCudaParams* p) {
+  return dispatch(p, [p](auto element) { return log_probs<decltype(element)>(*p); });
+}
+int32_t grpo_cuda_log_probs_backward(const GrpoCudaParams* p) {
+  return dispatch(p, [p](auto element) { return log_probs_backward<decltype(element)>(*p); });
+}
+int32_t grpo_cuda_fused_loss(const GrpoCudaParams* p) {
+  return dispatch(p, [p](auto element) { return fused_loss<decltype(element)>(*p); });
 }
 }

@@ -16,22 +16,18 @@ GRPO_DEVICE T* advanced(T* p, int bytes) {
   return p + bytes / int(sizeof(T));
 }
 
-// A tile of a row into its place.
+// A tile of a row into its place, by whole vectors of 16 bytes: up to 15 bytes at either end are somebody else's, and
+// nobody looks at them.
 template <class T>
-GRPO_DEVICE void load_tile(const Piece<T>& to, const T* from, port::Barrier& filled, int lane) {
-  const Edges edges(from, to.columns * int(sizeof(T)));
-  if (lane == 0 && edges.body > 0) {
-    filled.expect(edges.body);
-    port::bulk_load(advanced(to.start, edges.head), advanced(from, edges.head), edges.body, filled);
+GRPO_DEVICE void load_tile(const Piece<T>& to, const T* from, port::Barrier& filled) {
+  const intptr_t first = reinterpret_cast<intptr_t>(from) & ~intptr_t(15);
+  const intptr_t end = (reinterpret_cast<intptr_t>(from + to.columns) + 15) & ~intptr_t(15);
+  if (to.columns > 0) {
+    void* place = reinterpret_cast<void*>(reinterpret_cast<intptr_t>(to.start) & ~intptr_t(15));
+    filled.expect(int(end - first));
+    port::bulk_load(place, reinterpret_cast<const void*>(first), int(end - first), filled);
   }
-  const int after = edges.head + edges.body;
-  if (edges.head + edges.tail > 0) {
-    copy_elements(to.start, from, edges.head, lane);
-    copy_elements(advanced(to.start, after), advanced(from, after), edges.tail, lane);
-    port::fence_for_bulk();  // before the place is loaded again
-  }
-  port::sync_warp();
-  if (lane == 0) filled.arrive();
+  filled.arrive();
 }
 
 // The block's slice of its cluster's dead rows.
@@ -68,10 +64,11 @@ GRPO_DEVICE void load_rows(const Job<T, kMode>& job, Shared& shared) {
       const T* slice = job.slice(port::shuffle(mine.row, k));
       for (int tile = 0; tile < job.tiles; ++tile) {
         shared.emptied[cursor.place].wait(cursor.lap ^ 1);
-        if (tile == 0 && lane == k) shared.info[cursor.place] = mine;
-        port::sync_warp();
-        load_tile(job.piece(shared, cursor.place, slice, tile, kElsewhere), slice + tile * kTileColumns<T>,
-                  shared.filled[cursor.place], lane);
+        if (lane == k) {
+          if (tile == 0) shared.info[cursor.place] = mine;
+          load_tile(job.piece(shared, cursor.place, slice, tile, kElsewhere), slice + tile * kTileColumns<T>,
+                    shared.filled[cursor.place]);
+        }
         cursor.next(job.p.tiles);
       }
     }

@@ -66,7 +66,8 @@ struct Barrier {
     asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(this)), "r"(bytes)
                  : "memory");
   }
-  // For the end of the phase of that parity.
+  // For the end of the phase of that parity, by all lanes of a warp. They leave together: one that asked again after
+  // another had gone on could find the phase after the next.
   GRPO_DEVICE void wait(unsigned parity) {
     const uint32_t address = shared_address(this);
     uint32_t ended = 0;
@@ -78,6 +79,7 @@ struct Barrier {
           : "r"(address), "r"(parity)
           : "memory");
     }
+    __syncwarp();
   }
   // The same, and what other blocks of the cluster sent is visible.
   GRPO_DEVICE void wait_for_cluster(unsigned parity) {
@@ -91,6 +93,7 @@ struct Barrier {
           : "r"(address), "r"(parity)
           : "memory");
     }
+    __syncwarp();
   }
 };
 
@@ -149,6 +152,9 @@ struct alignas(16) Words {
 GRPO_DEVICE Words load_words(const void* p) { return *static_cast<const Words*>(p); }
 GRPO_DEVICE void store_words(void* p, const Words& words) { *static_cast<Words*>(p) = words; }
 
+// 32 bits from the middle of 64.
+GRPO_DEVICE uint32_t shifted(uint32_t low, uint32_t high, int bits) { return __funnelshift_r(low, high, bits); }
+
 GRPO_DEVICE uint32_t bfloat16_pair(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const uint32_t*>(&pair);
@@ -203,15 +209,17 @@ int launch(void (*kernel)(Parameters), int blocks, int cluster, int threads, int
   return checked(cudaLaunchKernelEx(&config, kernel, parameters));
 }
 
-// How many clusters of such blocks run at once; 0 where the device takes none.
+// How many clusters of such blocks run at once.
 template <class Parameters>
-int clusters_at_once(void (*kernel)(Parameters), int cluster, int threads, int shared_bytes) {
+int clusters_at_once(void (*kernel)(Parameters), int cluster, int threads, int shared_bytes, int32_t& found) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  if (allow(function, cluster, shared_bytes)) return 0;
+  if (const int error = allow(function, cluster, shared_bytes)) return error;
   cudaLaunchAttribute attribute;
   const cudaLaunchConfig_t config = configuration(cluster, cluster, threads, shared_bytes, nullptr, attribute);
-  int found = 0;
-  return checked(cudaOccupancyMaxActiveClusters(&found, function, &config)) ? 0 : found;
+  int count = 0;
+  const int error = checked(cudaOccupancyMaxActiveClusters(&count, function, &config));
+  found = count;
+  return error;
 }
 
 // All of GrpoCudaDevice but its clusters.

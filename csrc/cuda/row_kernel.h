@@ -118,14 +118,22 @@ GRPO_DEVICE void settle_rows(const Job<T, kFusedLoss>& job, Shared& shared) {
   const int lane = port::thread_index() % 32, count = job.count();
   const double grad_scale = job.at(job.p.numbers, kGradScale);
   Cursor first;
+  int row = count > 0 ? job.row_of(0) : 0;
+  Token<real> token{};
+  real entropy_weight = 0;
+  const auto read_token = [&] {
+    token = token_of<real>(job.p, row);
+    entropy_weight = job.p.entropy_weight ? job.at(job.p.entropy_weight, row) : real(0);
+  };
+  if (count > 0) read_token();
   for (int index = 0; index < count; ++index) {
-    const int turn = index % kRowsAhead, row = job.row_of(index);
-    Token<real> token = token_of<real>(job.p, row);  // read before the wait
-    const double h = job.p.entropy_weight ? -grad_scale * job.at(job.p.entropy_weight, row) : 0;
-    const double logit = job.sampled_logit(row);
+    const int turn = index % kRowsAhead, settled_row = row;
+    Token<real> settled = token;
+    const double h = -grad_scale * entropy_weight;
 
     shared.swept[turn].wait(index / kRowsAhead & 1);
-    const double value = shared.info[first.place].value;
+    const RowInfo& info = shared.info[first.place];
+    const double value = info.value, logit = info.logit;
     union {
       Partial<real> sums;
       uint32_t words[pieces][4];
@@ -143,16 +151,20 @@ GRPO_DEVICE void settle_rows(const Job<T, kFusedLoss>& job, Shared& shared) {
         port::send(lane, slot, mine.words[i], shared.arrived[turn]);
       }
     }
+    if (index + 1 < count) {  // while the sums are on their way
+      row = job.row_of(index + 1);
+      read_token();
+    }
     shared.arrived[turn].wait_for_cluster(index / kRowsAhead & 1);
 
     const double slope = job.map.slope;
     const RowStats stats = row_stats(merged(slices, job.p.cluster, slope), value, slope);
-    token.log_prob = real(stats.log_prob);
-    token.entropy = real(stats.entropy);
-    const TokenTerms<real> terms = terms_of(job.p, token);
+    settled.log_prob = real(stats.log_prob);
+    settled.entropy = real(stats.entropy);
+    const TokenTerms<real> terms = terms_of(job.p, settled);
     // From the rounded outputs, so that one pass and two passes write the same bits.
-    const GradientTerms<real> gradient =
-        row_gradient<real>(token.log_prob, token.entropy, real(stats.lse), grad_scale * terms.slope, h, logit, job.map);
+    const GradientTerms<real> gradient = row_gradient<real>(settled.log_prob, settled.entropy, real(stats.lse),
+                                                            grad_scale * terms.slope, h, logit, job.map);
     port::sync_warp();
     for (int tile = 0; tile < job.tiles; ++tile) first.next(job.p.tiles);
     if (lane != 0) continue;
@@ -160,8 +172,8 @@ GRPO_DEVICE void settle_rows(const Job<T, kFusedLoss>& job, Shared& shared) {
     kept[0] = gradient.shift, kept[1] = gradient.constant, kept[2] = gradient.linear, kept[3] = gradient.target;
     shared.settled[turn].arrive();
     if (job.rank == 0) {
-      put_stats<real>(job.p, row, stats);
-      put_terms(job.p, row, terms);
+      put_stats<real>(job.p, settled_row, stats);
+      put_terms(job.p, settled_row, terms);
     }
   }
 }

@@ -124,11 +124,15 @@ GRPO_DEVICE void counted_values(const Piece<T>& piece, int vector, const LogitMa
                                 real_of<T> (&x)[kWidth<T>]) {
   const int first = vector * kWidth<T>;
   load_vector(piece, vector, x);
+  if (map.softcap) {
+#pragma unroll
+    for (int i = 0; i < kWidth<T>; ++i) x[i] = softcapped(x[i], map);
+  }
+  if (first + kWidth<T> <= piece.columns && unsigned(piece.target - first) >= unsigned(kWidth<T>)) return;
 #pragma unroll
   for (int i = 0; i < kWidth<T>; ++i) {
     const bool counts = first + i < piece.columns && first + i != piece.target;
-    const real_of<T> value = map.softcap ? softcapped(x[i], map) : x[i];
-    x[i] = counts ? value : -real_of<T>(INFINITY);
+    x[i] = counts ? x[i] : -real_of<T>(INFINITY);
   }
 }
 

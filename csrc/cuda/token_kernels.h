@@ -31,10 +31,12 @@ GRPO_KERNEL GRPO_BOUNDS(kOrderThreads) order_kernel(GRPO_PARAMETERS GrpoCudaPara
     const int first = start + thread * kRowsPerThread;
     unsigned mine = 0;
     int upto = 0;  // live rows of this thread, then of this lane and those before it
-    for (int i = 0; i < kRowsPerThread; ++i) {
-      if (first + i >= rows || !has_work<real, kMode>(p, first + i)) continue;
-      mine |= 1u << i;
-      ++upto;
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {  // all reads at once
+      const int r = first + i < rows ? first + i : rows - 1;
+      const bool work = has_work<real, kMode>(p, r) && first + i < rows;
+      mine |= unsigned(work) << i;
+      upto += work;
     }
     const int own = upto;
     for (int step = 1; step < 32; step *= 2) {

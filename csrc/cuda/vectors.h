@@ -72,38 +72,46 @@ GRPO_DEVICE void load_plain(const Piece<T>& piece, int vector, real_of<T> (&x)[k
   const T* p = piece.start + vector * kWidth<T>;
   unpack(port::load_words(p), p, x);
 }
+// Otherwise a vector lies in two of 16 bytes, whose other columns may change meanwhile.
 template <class T>
 GRPO_DEVICE void load_vector(const Piece<T>& piece, int vector, real_of<T> (&x)[kWidth<T>]) {
   const T* p = piece.start + vector * kWidth<T>;
-  Words words;
-  if (piece.aligned) {
-    words = port::load_words(p);
-  } else {
-    T elements[kWidth<T>];
+  if (piece.aligned) return unpack(port::load_words(p), p, x);
+  const int skew = int(reinterpret_cast<intptr_t>(p) & 15);
+  const unsigned char* first = reinterpret_cast<const unsigned char*>(p) - skew;
+  const Words low = port::load_words(first), high = port::load_words(first + 16);
+  uint32_t words[8];
 #pragma unroll
-    for (int i = 0; i < kWidth<T>; ++i) elements[i] = p[i];
-    memcpy(&words, elements, sizeof(words));
+  for (int i = 0; i < 4; ++i) {
+    words[i] = low.word[i];
+    words[i + 4] = high.word[i];
   }
-  unpack(words, p, x);
+#pragma unroll
+  for (int step = 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i + step < 8; ++i) words[i] = skew / 4 & step ? words[i + step] : words[i];
+  }
+  Words whole;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) whole.word[i] = port::shifted(words[i], words[i + 1], skew % 4 * 8);
+  unpack(whole, p, x);
 }
 template <class T>
 GRPO_DEVICE void store_vector(const Piece<T>& piece, int vector, const real_of<T> (&x)[kWidth<T>]) {
   T* p = piece.start + vector * kWidth<T>;
   const Words words = pack(x, p);
-  if (piece.aligned) {
-    port::store_words(p, words);
-  } else {
-    T elements[kWidth<T>];
-    memcpy(elements, &words, sizeof(words));
+  if (piece.aligned) return port::store_words(p, words);
+  T elements[kWidth<T>];
+  memcpy(elements, &words, sizeof(words));
 #pragma unroll
-    for (int i = 0; i < kWidth<T>; ++i) p[i] = elements[i];
-  }
+  for (int i = 0; i < kWidth<T>; ++i) p[i] = elements[i];
 }
 
 template <class T>
 GRPO_DEVICE double load_one(const T* p) {
+  const T one = *p;
   Words words{{0, 0, 0, 0}};
-  memcpy(&words, p, sizeof(T));
+  memcpy(&words, &one, sizeof(T));
   real_of<T> x[kWidth<T>];
   unpack(words, p, x);
   return x[0];

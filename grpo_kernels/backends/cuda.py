@@ -79,7 +79,9 @@ def emulated() -> bool:
 def device(index: int) -> Device:
     """What the GPU offers. Raises native.Unavailable where the driver refuses."""
     found = Device()
-    error = library().grpo_cuda_device(index, ctypes.byref(found))
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu", index)
+    with on_device(where):  # the library leaves it current
+        error = library().grpo_cuda_device(index, ctypes.byref(found))
     if error:
         raise native.Unavailable(f"the CUDA driver refuses: {_text(error)}")
     return found

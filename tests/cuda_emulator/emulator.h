@@ -410,6 +410,10 @@ inline void store_words(void* p, const Words& words) {
   memcpy(p, &words, sizeof words);
 }
 
+inline uint32_t shifted(uint32_t low, uint32_t high, int bits) {
+  return uint32_t((uint64_t(high) << 32 | low) >> bits);
+}
+
 inline uint32_t bfloat16_bits(float x) {
   if (x != x) return 0x7fff;
   const uint32_t bits = bits_of(x);
@@ -456,9 +460,11 @@ int launch(void (*kernel)(Parameters), int blocks, int cluster, int threads, int
 
 // An imagined device of the H200's shape, so that a row is laid out as there.
 template <class Parameters>
-int clusters_at_once(void (*)(Parameters), int cluster, int, int) {
-  return cluster == 16 ? 0 : 4 / cluster + 1;
+int clusters_at_once(void (*)(Parameters), int cluster, int, int, int32_t& found) {
+  found = cluster == 16 ? 0 : 4 / cluster + 1;
+  return 0;
 }
+inline int allow(const void*, int, int) { return 0; }
 template <class Device>
 int describe(int, Device& device) {
   device.major = 9;
