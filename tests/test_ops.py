@@ -229,7 +229,7 @@ BAD = {
     "KL without reference": (bad(ref_log_probs=None, kl_coef=0.1), ValueError, "ref_log_probs for the KL"),
     "unknown preset": (bad(config="grop"), ValueError, "Did you mean 'grpo'"),
     "config of another type": (bad(config=0.2), TypeError, "a LossConfig or the name of a preset; got float"),
-    "unknown backend": (bad(backend="tritn"), ValueError, "backend must be one of cpu, cuda, triton, torch; got 'tritn'"),
+    "unknown backend": (bad(backend="tritn"), ValueError, "backend must be one of cpu, cuda, triton, torch"),
     "zero temperature": (bad(temperature=0.0), ValueError, "temperature to be a finite number > 0; got 0.0"),
     "NaN temperature": (bad(temperature=float("nan")), ValueError, "temperature to be a finite number > 0; got nan"),
     "negative softcap": (bad(logit_softcap=-3.0), ValueError, "logit_softcap to be a finite number > 0"),
