@@ -12,6 +12,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -51,13 +52,17 @@ INSTRUCTION_SETS = {
 }
 
 
+def sources_of(*paths: Path) -> str:
+    """A hash of files, names and all."""
+    digest = hashlib.sha256()
+    for path in sorted(filter(Path.is_file, paths)):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def sources_hash(folder: str) -> str:
     """Of every file that a library is made of; a test compares it with the built library's."""
-    digest = hashlib.sha256()
-    for path in sorted([*(SOURCES / folder).rglob("*"), *(SOURCES / "common").rglob("*")]):
-        if path.is_file():
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    return sources_of(*(SOURCES / folder).rglob("*"), *(SOURCES / "common").rglob("*"))
 
 
 class CompileError(RuntimeError):
@@ -135,21 +140,22 @@ def build_cpu(target: Path, workspace: Path) -> dict[str, str]:
 
 
 def nvcc() -> str:
-    """Its path: NVCC, the search path, or CUDA's usual folder."""
+    """Its path: NVCC alone if it is set, else the search path, then CUDA's folders."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    names = [os.environ.get("NVCC") or "nvcc", *(f"{home}/bin/nvcc" for home in [*homes, "/usr/local/cuda"])]
+    names = ["nvcc", *(f"{home}/bin/nvcc" for home in [*homes, "/usr/local/cuda"])]
+    names = [os.environ["NVCC"]] if os.environ.get("NVCC") else names
     found = next((path for name in names if (path := shutil.which(name))), None)
     if found is None:
-        raise CompileError(
-            "no nvcc found: the CUDA toolkit (12.0 or later) builds it; set NVCC or CUDA_HOME to name one"
-        )
+        toolkit = "the CUDA toolkit, 12.1 or later, has it; set NVCC or CUDA_HOME to name one"
+        raise CompileError(f"no nvcc found (looked for {', '.join(names)}): {toolkit}")
     return found
 
 
 def build_cuda(target: Path, workspace: Path) -> dict[str, str]:
     """One library for all architectures that nvcc knows of those wanted."""
-    wanted = os.environ.get("GRPO_KERNELS_CUDA_ARCHITECTURES", "90,100").split(",")
-    if wanted == [""]:
+    named = os.environ.get("GRPO_KERNELS_CUDA_ARCHITECTURES", "90,100").replace(" ", "")
+    wanted = sorted(filter(None, named.split(",")), key=int)
+    if not wanted:
         raise CompileError("not wanted: GRPO_KERNELS_CUDA_ARCHITECTURES is empty")
     compiler = nvcc()
     known = run(compiler, "--list-gpu-code").split()
@@ -164,25 +170,35 @@ def build_cuda(target: Path, workspace: Path) -> dict[str, str]:
     source = str(SOURCES / "cuda" / "library.cu")
     run(compiler, *CUDA_FLAGS, targets, f"-t{os.cpu_count()}", source, "-o", str(fresh))
     fresh.replace(target)
-    version = next(line for line in run(compiler, "--version").splitlines() if "release" in line)
+    version = next((line for line in run(compiler, "--version").splitlines() if "release" in line), "unknown")
     return {"compiler": version, "flags": " ".join(CUDA_FLAGS), "architectures": " ".join(architectures)}
 
 
 LIBRARIES = {"cpu": build_cpu, "cuda": build_cuda}
+CHOICES = ("CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "GRPO_KERNELS_CUDA_ARCHITECTURES")
+"""Variables that choose a compiler or what it makes."""
 
 
-def build_library(name: str, folder: Path, workspace: Path) -> dict[str, str]:
-    """Build it, or not; the record of it, which goes beside it."""
+def build_library(name: str, folder: Path, workspace: Path) -> None:
+    """Build it, or not, and write its record beside it. One of the same making, in the package, is taken over."""
     target = folder / f"libgrpo_{name}.so"
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        record = LIBRARIES[name](target, workspace / name)
-    except CompileError as error:
-        target.unlink(missing_ok=True)
-        record = {"error": str(error)}
-    record["sources"] = sources_hash(name)
-    target.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    return record
+    making = {"sources": sources_hash(name), "made_by": sources_of(Path(__file__))}
+    making["choices"] = " ".join(f"{key}={os.environ[key]}" for key in CHOICES if key in os.environ)
+    present = ROOT / NATIVE / target.name
+    record = json.loads(present.with_suffix(".json").read_text()) if present.exists() else {}
+    if present != target and making.items() <= record.items():
+        shutil.copy2(present, target)
+    else:
+        try:
+            record = LIBRARIES[name](target, workspace / name)
+        except CompileError as error:
+            target.unlink(missing_ok=True)
+            record = {"error": str(error)}
+            print(
+                f"warning: no compiled kernels of csrc/{name}, other backends serve instead: {error}", file=sys.stderr
+            )
+    target.with_suffix(".json").write_text(json.dumps({**record, **making}, indent=2) + "\n")
 
 
 class BuildNative(build_ext):
@@ -193,9 +209,7 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         name = ext.name.rpartition("_")[2]
-        record = build_library(name, Path(self.build_lib, NATIVE), Path(self.build_temp))
-        if "error" in record:
-            self.warn(f"no compiled kernels of csrc/{name}, other backends serve instead: {record['error']}")
+        build_library(name, Path(self.build_lib, NATIVE), Path(self.build_temp))
 
     def copy_extensions_to_source(self) -> None:
         """Editable installs: libraries and records go into the package's folder; a stale library goes away."""

@@ -1,4 +1,4 @@
-"""Prove and time the GPU kernels on this machine in one command, in some twelve minutes, without a network.
+"""Prove and time the GPU kernels on this machine in one command, in at most twenty minutes, without a network.
 
     python benchmarks/gpu_check.py --out benchmarks/results/h200
     python benchmarks/gpu_check.py --out DIR --only verify,timing
@@ -6,19 +6,23 @@
 Parts, in order: environment; verify (every preset and dtype against float64); suite (the tests that take a backend, on
 the GPU); large (vocabularies up to 262,144, more than 2^31 elements, more than 65,535 rows); sanitizer (memcheck,
 racecheck, synccheck); limits (bandwidths, clusters); timing, from logits; traffic (bytes that kernels move, by ncu);
-linear, from hidden states. All of them cover each GPU backend that is usable, asked for by name. DIR/gpu_check.json is
-written after each part, so that a killed run keeps what it had.
+linear, from hidden states. All but limits and linear cover each GPU backend that is usable, asked for by name. Each
+part is a process of its own with a limit of time: one that hangs or faults takes no other with it. DIR/gpu_check.json
+is written after each part, so that a killed run keeps what it had.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,12 +32,14 @@ import gpu_timing
 import torch
 
 import grpo_kernels
-from grpo_kernels import token_log_probs
+from grpo_kernels import grpo_loss, token_log_probs
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGETS = {"environment": 10, "verify": 80, "suite": 240, "large": 80, "sanitizer": 120, "limits": 20}
-BUDGETS |= {"timing": 120, "traffic": 60, "linear": 70}
-"""Seconds of each part; a part that runs longer is stopped where it can be."""
+BUDGETS = {"environment": 20, "verify": 100, "suite": 300, "large": 90, "sanitizer": 300, "limits": 30}
+BUDGETS |= {"timing": 150, "traffic": 90, "linear": 90}
+"""Seconds of each part, after which it is stopped."""
+WORKERS = 6
+"""Processes of the suite: Triton's compilers take most of its time."""
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -55,7 +61,7 @@ def verify(device: str) -> dict[str, Any]:
 
 
 def suite(device: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not nightly", "--timeout", "60", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not nightly", "-n", str(WORKERS), "tests"]
     return _command(command, BUDGETS["suite"], {"GRPO_KERNELS_TEST_DEVICE": device})
 
 
@@ -78,18 +84,27 @@ def large(device: str) -> dict[str, Any]:
             out = token_log_probs(logits, ids, backend=backend)
             error = float((out.log_probs[0, some].double() - exact).abs().max())
             results[f"{name}, {backend}"] = {"error": error, "holds": error < 1e-5}
-        del logits
+        probabilities = torch.softmax(logits[0, some].double(), -1)
+        for backend in names[:1]:  # in place: it leaves no logits for another
+            rows = logits.requires_grad_().view_as(logits)
+            advantages = torch.ones(1, device=device)
+            grpo_loss(rows, ids, advantages, grad_scale=float(rows.shape[1]), inplace=True,
+                      backend=backend)  # fmt: skip
+            wanted = probabilities.scatter_add_(-1, ids[0, some, None], -torch.ones_like(probabilities))
+            error = float((rows.detach()[0, some].double() - wanted).abs().max())
+            results[f"{name}, gradient in place, {backend}"] = {"error": error, "holds": error < 0.01}
+        del logits, rows
     return {"shapes": results, "passed": all(result["holds"] for result in results.values())}
 
 
 SANITIZED = """
-import sys
+import sys, torch
+torch.set_default_device("cuda")
 sys.path.insert(0, "tests")
 from cases import make
-for vocab in (97, 9000, 40000):
-    for options in ({}, {"kl_coef": 0.1, "entropy_coef": 0.01}, {"config": "gspo"}):
-        case = make(batch=3, length=4, vocab=vocab)
-        case.run(sys.argv[1], **options)
+for vocab, options in ((97, {}), (9000, {"kl_coef": 0.1, "entropy_coef": 0.01}), (40000, {"config": "gspo"})):
+    make(batch=3, length=4, vocab=vocab).run(sys.argv[1], **options)
+torch.cuda.synchronize()
 """
 CHECKS = ("memcheck", "racecheck", "synccheck")
 
@@ -103,9 +118,8 @@ def sanitizer(device: str) -> dict[str, Any]:
     for backend in backends:
         for check in CHECKS:
             command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, backend]
-            seconds = BUDGETS["sanitizer"] / len(CHECKS) / len(backends)
-            results[f"{check}, {backend}"] = _command(command, seconds, {"GRPO_KERNELS_TEST_DEVICE": "cuda"})
-    return {**results, "passed": all(result["passed"] for result in results.values())}
+            results[f"{check}, {backend}"] = _command(command, BUDGETS["sanitizer"] / len(CHECKS) / len(backends))
+    return {**results, "passed": bool(results) and all(result["passed"] for result in results.values())}
 
 
 def timing(device: str) -> dict[str, Any]:
@@ -123,30 +137,59 @@ def limits(device: str) -> dict[str, Any]:
 MOVED = """
 import sys, torch
 from grpo_kernels import grpo_loss
-vocab = 151936
-logits = torch.randn(1, 1024, vocab, device="cuda", dtype=torch.bfloat16).requires_grad_()
-ids = torch.randint(vocab, (1, 1024), device="cuda")
-for _ in range(2):
-    loss = grpo_loss(logits, ids, torch.ones(1, device="cuda"), grad_scale=1.0, backend=sys.argv[1]).loss
-    loss.backward()
-    logits.grad = None
-print("units of", logits.numel() * 2, "bytes")
+logits = torch.randn(1, 1024, 151936, device="cuda", dtype=torch.bfloat16).requires_grad_()
+ids = torch.randint(151936, (1, 1024), device="cuda")
+grpo_loss(logits, ids, torch.ones(1, device="cuda"), grad_scale=1.0, backend=sys.argv[1]).loss.backward()
+torch.cuda.synchronize()
 """
+UNIT = 1024 * 151936 * 2
+METRICS = {"dram__bytes_read.sum": "read", "dram__bytes_write.sum": "written"}
 
 
 def traffic(device: str) -> dict[str, Any]:
-    """Bytes that each kernel reads from memory and writes to it, as the hardware counts them."""
+    """What each kernel of a loss and its gradient reads from memory and writes to it, as the hardware counts it, in
+    units of the logits. The CUDA kernels may move one of each."""
     tool = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
-    if device != "cuda" or not Path(tool).exists():
+    backends = gpu_timing.usable(device)
+    if device != "cuda" or not Path(tool).exists() or not backends:
         return {"skipped": "ncu is not here"}
     results = {}
-    metrics = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
-    backends = gpu_timing.usable(device)
     for backend in backends:
-        names = "regex:row_kernel|one_pass|log_probs|gradient"
-        command = [tool, "--csv", "--metrics", metrics, "--kernel-name", names, sys.executable, "-c", MOVED, backend]
+        command = [tool, "--csv", "--print-units", "base", "--clock-control", "none", "--metrics", ",".join(METRICS)]
+        command += [
+            "--kernel-name",
+            "regex:row_kernel|one_pass|log_probs|gradient",
+            sys.executable,
+            "-c",
+            MOVED,
+            backend,
+        ]
         results[backend] = _command(command, BUDGETS["traffic"] / len(backends))
-    return {**results, "passed": all(result["passed"] for result in results.values())}
+        if "ERR_NVGPUCTRPERM" in results[backend]["tail"]:
+            return {"skipped": "this machine forbids the hardware's counters (ERR_NVGPUCTRPERM)"}
+        results[backend]["units"] = units_of(results[backend]["tail"])
+    moved = {name: units_of(result["tail"]) for name, result in results.items()}
+    once = [value for kernel in moved.get("cuda", {}).values() for value in kernel.values()]
+    return {**results, "passed": all(moved.values()) and all(value < 1.05 for value in once)}
+
+
+def units_of(text: str) -> dict[str, dict[str, float]]:
+    """ncu's CSV: for each kernel, bytes read and written over those of the logits."""
+    lines = text.splitlines()
+    header = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    found: dict[str, dict[str, float]] = {}
+    for row in csv.DictReader(lines[header:]):
+        if row.get("Metric Name") in METRICS:
+            kernel = found.setdefault(row["Kernel Name"].split("(")[0], {})
+            name = METRICS[row["Metric Name"]]
+            kernel[name] = kernel.get(name, 0.0) + float(row["Metric Value"].replace(",", "")) / UNIT
+    return found
+
+
+def proves_cuda(results: dict[str, Any]) -> bool:
+    """Whether a run lets the CUDA kernels be the automatic choice on its GPU (PROVEN of backends/cuda.py)."""
+    passed = all(results.get(name, {}).get("passed") is True for name in ("verify", "suite", "large", "sanitizer"))
+    return passed and all(f"{check}, cuda" in results["sanitizer"] for check in CHECKS)
 
 
 PARTS: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -163,17 +206,32 @@ PARTS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 def _command(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run it; the end of what it printed, and whether it passed."""
+    """Run it; the end of what it printed, and whether it passed. Its children end with it."""
     paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    environment = {**os.environ, **paths, **(environment or {})}
     try:
-        environment = {**os.environ, **paths, **(environment or {})}
-        result = subprocess.run(command, capture_output=True, text=True, timeout=seconds, cwd=ROOT, env=environment)
-    except subprocess.TimeoutExpired as stopped:
-        text = stopped.stdout.decode() if isinstance(stopped.stdout, bytes) else stopped.stdout or ""
-        return {"passed": False, "stopped_after": seconds, "tail": text[-6000:]}
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+                                   env=environment, start_new_session=True)  # fmt: skip
     except OSError as error:
         return {"passed": False, "tail": str(error)}
-    return {"passed": result.returncode == 0, "tail": (result.stdout + result.stderr)[-6000:]}
+    try:
+        text, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return {"passed": False, "stopped_after": seconds, "tail": process.communicate()[0][-6000:]}
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return {"passed": process.returncode == 0, "tail": text[-6000:]}
+
+
+def _apart(name: str, device: str) -> dict[str, Any]:
+    """A part in a process of its own: what it found, or how it ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        command = [sys.executable, __file__, "--part", name, "--device", device, "--out", str(result)]
+        ended = _command(command, BUDGETS[name] + 30)
+        return json.loads(result.read_text()) if result.exists() else {**ended, "passed": False}
 
 
 def _output(command: list[str]) -> str:
@@ -198,6 +256,11 @@ def markdown(results: dict[str, Any]) -> str:
             lines.append(f"- {name}: skipped, {part['skipped']}")
     if "copy_gb_per_s" in results.get("limits", {}):
         lines += ["", *(f"- {name}: {value}" for name, value in results["limits"].items() if name != "seconds")]
+    for backend, part in results.get("traffic", {}).items():
+        if isinstance(part, dict):
+            for kernel, moved in part.get("units", {}).items():
+                lines.append(f"- {backend}, {kernel}: {moved} times the logits")
+    lines.append(f"- the CUDA kernels are proven here: {'yes' if proves_cuda(results) else 'no'}")
     for name in ("timing", "linear"):
         if "rows" in results.get(name, {}):
             lines += ["", *gpu_timing.table(results[name])]
@@ -207,9 +270,14 @@ def markdown(results: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json and gpu_check.md")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in this process, to the file --out
     parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal on tiny shapes")
     arguments = parser.parse_args()
+    if arguments.part:
+        found = PARTS[arguments.part](arguments.device)
+        arguments.out.write_text(json.dumps(found))
+        return 0
     names = arguments.only.split(",")
     if unknown := set(names) - set(PARTS):
         parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
@@ -220,10 +288,7 @@ def main() -> int:
     for name in names:
         print(f"{name} (budget {BUDGETS[name]} s) ...", flush=True)
         start = time.perf_counter()
-        try:
-            results[name] = PARTS[name](arguments.device)
-        except Exception as error:  # the next part may still run
-            results[name] = {"passed": False, "tail": f"{type(error).__name__}: {error}"}
+        results[name] = _apart(name, arguments.device)
         results[name]["seconds"] = time.perf_counter() - start
         (arguments.out / "gpu_check.json").write_text(json.dumps(results, indent=1) + "\n")
         (arguments.out / "gpu_check.md").write_text(markdown(results))

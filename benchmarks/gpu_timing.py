@@ -9,11 +9,13 @@ from typing import Any
 
 import peers
 import torch
+import triton
+import triton.language as tl
 
 from grpo_kernels import backends
 from grpo_kernels.backends import cuda
 from grpo_kernels.bench import measure, report
-from grpo_kernels.bench.providers import Provider, ours
+from grpo_kernels.bench.providers import Provider, ours_by_name
 from grpo_kernels.bench.workload import Spec
 
 ROUNDS = 9
@@ -41,60 +43,65 @@ def hidden(device: str) -> list[Spec]:
 def usable(device: str) -> list[str]:
     """Compiled GPU backends that serve it, asked for by name."""
     request = backends.Request(torch.device(device), by_name=True)
-    return [name for name in ("cuda", "triton") if backends.get(name).unsupported(request) is None]
+    return [name for name in ("triton", "cuda") if backends.get(name).unsupported(request) is None]
 
 
 def providers(spec: Spec) -> list[Provider]:
-    """Ours as chosen, ours on each GPU backend by name, PyTorch's, and peers'."""
+    """Ours as chosen, ours on the GPU backends that are not, by name, PyTorch's, and peers'."""
     found = peers.providers(spec)
     if spec.hidden is None:
-        for name in usable(spec.device):
-            for inplace, copies in ((True, 0.05), (False, 1.05)):
-                label = f"ours ({name}){', in place' if inplace else ''}"
-                found.append(Provider(label, ours(inplace, name), lambda s, c=copies: c * s.logits_bytes, ours=True))
+        request = backends.Request(torch.device(spec.device), fused=True)
+        chosen, _ = backends.choose("providers", request, None)
+        found += [other for name in usable(spec.device) if name != chosen for other in ours_by_name(name)]
     return found
 
 
 def limits(device: str) -> dict[str, Any]:
-    """What this device can do: bytes per second of a copy and of reading alone, reading again what fits its
-    second-level cache, and how many clusters of the CUDA kernel run at once."""
-    size = 2**31 if device == "cuda" else 2**24
-    source = torch.zeros(size // 4, device=device)
+    """What this device can do: bytes per second of a copy, of reading alone, and of reading again what its second-level
+    cache may hold; how many clusters of the CUDA kernel run at once."""
+    if device != "cuda":
+        return {"skipped": "a GPU's"}
+    source = torch.zeros(2**29, device=device)
     target = torch.empty_like(source)
-    found: dict[str, Any] = {"copy_gb_per_s": 2 * size / _seconds(lambda: target.copy_(source), device) / 1e9}
-    found["read_gb_per_s"] = size / _seconds(source.sum, device) / 1e9
-    if device == "cuda":
-        sizes = (8, 16, 24, 32, 40, 48, 64, 96)
-        found["reread_gb_per_s"] = {f"{mb} MB": _reread(source[: mb * 2**18]) for mb in sizes}
-        if "cuda" in usable(device):
-            offered = cuda.device(torch.cuda.current_device())
-            found["clusters_at_once"] = dict(zip(map(str, cuda.CLUSTERS), offered.clusters, strict=True))
-            found |= {name: getattr(offered, name) for name in ("driver", "runtime", "shared_bytes", "l2_bytes")}
+    found: dict[str, Any] = {"copy_gb_per_s": 2 * source.nbytes / _seconds(lambda: target.copy_(source)) / 1e9}
+    found["read_gb_per_s"] = _reading(source, 1)
+    sizes = (8, 16, 24, 32, 40, 48, 64, 96, 128)
+    found["reread_gb_per_s"] = {f"{mb} MB": _reading(source[: mb * 2**18], 100) for mb in sizes}
+    if "cuda" in usable(device):
+        offered = cuda.device(torch.cuda.current_device())
+        found["clusters_at_once"] = dict(zip(map(str, cuda.CLUSTERS), offered.clusters, strict=True))
+        found |= {"driver": offered.driver, "shared_bytes": offered.shared_bytes}
     return found
 
 
-def _reread(values: torch.Tensor, times: int = 50) -> float:
-    """GB/s of reading the same memory many times over, in one CUDA graph: no launch is waited for."""
-    values.sum()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            values.sum()
-    return times * 4 * values.numel() / _seconds(graph.replay, "cuda") / 1e9
+@triton.jit
+def reading_kernel(source, out, columns, repeats, BLOCK: tl.constexpr):
+    """Reads everything ``repeats`` times, past the first-level cache."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(repeats):
+        for start in tl.range(tl.program_id(0) * BLOCK, columns, tl.num_programs(0) * BLOCK, num_stages=4):
+            at = start + tl.arange(0, BLOCK)
+            total += tl.load(source + at, mask=at < columns, other=0.0, cache_modifier=".cg")
+    tl.store(out + tl.program_id(0), tl.sum(total, 0))
 
 
-def _seconds(function: Callable[[], object], device: str) -> float:
-    """The median of some calls."""
-    taken = []
-    for _ in range(12):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+def _reading(values: torch.Tensor, repeats: int) -> float:
+    """GB/s."""
+    programs = 8 * torch.cuda.get_device_properties(values.device).multi_processor_count
+    out = torch.empty(programs, device=values.device)
+    arguments = (values, out, values.numel(), repeats)
+    seconds = _seconds(lambda: reading_kernel[(programs,)](*arguments, BLOCK=2048, num_warps=4))
+    return repeats * values.nbytes / seconds / 1e9
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    """The median of some calls, after two to warm up."""
+    function(), function()
+    clock = measure.Clock("cuda")
+    for _ in range(11):
         function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - start)
-    return sorted(taken[2:])[5]
+        clock.mark()
+    return sorted(clock.seconds())[5]
 
 
 def run(specs: list[Spec], device: str, seconds: float) -> dict[str, Any]:

@@ -60,16 +60,14 @@ def _state(name: str) -> str:
 
 def _cuda_library() -> dict[str, Any]:
     """Path and build; and on each NVIDIA GPU what the library found: capability, clusters that run at once, driver."""
-    found: dict[str, Any] = {
-        "path": str(cuda.library_path()),
-        "build": native.build_record(cuda.library_path()) or None,
-    }
+    path = cuda.library_path()
+    found: dict[str, Any] = {"path": str(path), "build": native.build_record(path) or None, "devices": {}}
     try:
         cuda.library()
         for i in range(torch.cuda.device_count()):
             offered = cuda.device(i)
             clusters = dict(zip(cuda.CLUSTERS, offered.clusters, strict=True))
-            found[torch.cuda.get_device_name(i)] = {
+            found["devices"][f"cuda:{i}"] = {
                 "capability": f"{offered.major}.{offered.minor}",
                 "driver": offered.driver,
                 "clusters_at_once": {size: count for size, count in clusters.items() if count},
@@ -171,8 +169,7 @@ def main(arguments: argparse.Namespace) -> int:
     elif library["build"]:
         targets = ", ".join(f"sm_{name}" for name in library["build"]["architectures"].split())
         print(f"           for {targets}, PTX for newer ones; built by nvcc: {library['build']['compiler']}")
-    for name in report["devices"]:
-        if name in library:
-            counts = ", ".join(f"{n} of {size}" for size, n in library[name]["clusters_at_once"].items())
-            print(f"           {name}: clusters at once: {counts or 'none'}")
+    for name, offered in library["devices"].items():
+        counts = ", ".join(f"{n} of {size}" for size, n in offered["clusters_at_once"].items())
+        print(f"           {name}: capability {offered['capability']}, clusters at once: {counts or 'none'}")
     return 0

@@ -90,7 +90,7 @@ def grpo_loss(
         skip_zero_advantage: rows with A = 0 are not read; their outputs are 0.
         check: also check contents (ids in range, ids not shifted), which waits for the device. None: the
             environment's GRPO_KERNELS_CHECK.
-        backend: "cpu", "triton", "torch"; None: the fastest that serves the call.
+        backend: "cpu", "cuda", "triton", "torch"; None: the fastest that serves the call ("cuda" only where proven).
 
     Returns:
         LossOutput(loss, metrics, log_probs, entropy); only ``loss`` is differentiable, in ``logits`` alone.

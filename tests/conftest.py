@@ -103,7 +103,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", usable_backends())
 
 
-SAMPLES = {"triton": 5, "cuda": 12}
+SAMPLES = {"triton": 5, "cuda": 6}
 """Of each test's cases, as many run in CI on interpreted Triton and emulated CUDA kernels, evenly spread; the others
 are nightly."""
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import re
 
 import pytest
 import torch
+from conftest import usable_backends
 
 from grpo_kernels import Clip, LossConfig, backends, verify
 from grpo_kernels.__main__ import main
-from grpo_kernels.backends import cpu
+from grpo_kernels.backends import cpu, cuda
 
 
 def test_info(capsys):
@@ -32,6 +34,17 @@ def test_info_json(capsys):
     assert report["cpu_library"]["in_use"] in report["cpu_library"]["instruction_sets"]
 
 
+def test_info_of_gpus(capsys, monkeypatch):
+    offered = cuda.Device(major=9, driver=13000, clusters=(ctypes.c_int32 * 5)(132, 66, 32, 16, 0))
+    monkeypatch.setattr(cuda, "_loaded", lambda: object())
+    monkeypatch.setattr(cuda, "device", lambda index: offered)
+    for name, value in (("device_count", lambda: 1), ("get_device_name", lambda index: "NVIDIA H200")):
+        monkeypatch.setattr(torch.cuda, name, value)
+    assert main(["info"]) == 0
+    line = "cuda:0: capability 9.0, clusters at once: 132 of 1, 66 of 2, 32 of 4, 16 of 8\n"
+    assert line in capsys.readouterr().out
+
+
 def test_info_says_why_not(capsys, monkeypatch):
     monkeypatch.setenv("GRPO_KERNELS_CPU_ISA", "sse9")
     assert main(["info"]) == 0
@@ -40,9 +53,13 @@ def test_info_says_why_not(capsys, monkeypatch):
 
 def test_verify(capsys):
     sizes = ["--vocab", "501", "--tokens", "16"]
-    some = ["grpo", "gspo", "cispo", "vespo"]  # the interpreter is slow
-    assert main(["verify", *sizes, "--backend", "triton", *(part for name in some for part in ("--preset", name))]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == f"{(len(some) + 2) * 4} of {(len(some) + 2) * 4} hold"
+    some = ["grpo", "gspo", "cispo", "vespo"]  # interpreter and emulator are slow
+    chosen = [part for name in some for part in ("--preset", name)]
+    for backend in backends.names():
+        if backend in ("triton", "cuda") and backend in usable_backends():
+            assert main(["verify", *sizes, "--backend", backend, *chosen]) == 0
+            count = (len(some) + 2) * 4
+            assert capsys.readouterr().out.splitlines()[-1] == f"{count} of {count} hold"
     assert main(["verify", *sizes, "--backend", "cpu", "--backend", "torch"]) == 0
     lines = capsys.readouterr().out.splitlines()
     count = 2 * (len(LossConfig.presets()) + 2) * 4

@@ -38,7 +38,6 @@ struct Job {
   GRPO_DEVICE int row_of(int index) const { return p.order[first_row + index * p.clusters]; }
 
   GRPO_DEVICE static real at(const void* values, int row) { return static_cast<const real*>(values)[row]; }
-  GRPO_DEVICE static void put(void* values, int row, double x) { static_cast<real*>(values)[row] = real(x); }
 
   GRPO_DEVICE const T* row(int r) const {
     const int length = int(p.length);

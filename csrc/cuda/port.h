@@ -232,9 +232,7 @@ int describe(int index, Device& device) {
     int32_t* value;
   } asked[] = {{cudaDevAttrComputeCapabilityMajor, &device.major},
                {cudaDevAttrComputeCapabilityMinor, &device.minor},
-               {cudaDevAttrMultiProcessorCount, &device.multiprocessors},
-               {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device.shared_bytes},
-               {cudaDevAttrL2CacheSize, &device.l2_bytes}};
+               {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device.shared_bytes}};
   for (const auto& one : asked)
     if (const int error = checked(cudaDeviceGetAttribute(one.value, one.attribute, index))) return error;
   return 0;

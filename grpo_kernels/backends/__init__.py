@@ -51,7 +51,7 @@ class Request:
     """The one-pass loss, not log-probs and their backward."""
     softcap: bool = False
     by_name: bool = False
-    """Not in automatic choice, where a backend also has to be proven on such a device."""
+    """Not in automatic choice, where ``cuda`` has to be proven on such a device."""
 
 
 def names() -> tuple[str, ...]:

@@ -47,8 +47,7 @@ class Device(ctypes.Structure):
     """GrpoCudaDevice: what a device offers."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("major", "minor", "driver", "runtime", "multiprocessors")),
-        *((name, c_int32) for name in ("shared_bytes", "l2_bytes")),
+        *((name, c_int32) for name in ("major", "minor", "driver", "runtime", "shared_bytes")),
         ("clusters", c_int32 * len(CLUSTERS)),
     )
 
@@ -60,30 +59,45 @@ class Plan(ctypes.Structure):
 
 
 @functools.cache
+def _loaded() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    sizes = [ctypes.sizeof(struct) for struct in (_Params, Device, Plan)]
+    expected = _ABI_VERSION << 48 | sizes[0] << 32 | sizes[1] << 16 | sizes[2]
+    try:
+        library = native.load(library_path(), "grpo_cuda_abi", expected)
+    except native.Unavailable as error:
+        return str(error)
+    library.grpo_cuda_error.restype = c_char_p
+    return library
+
+
 def library() -> ctypes.CDLL:
     """The loaded library. Raises native.Unavailable with the reason."""
-    sizes = [ctypes.sizeof(struct) for struct in (_Params, Device, Plan)]
-    loaded = native.load(
-        library_path(), "grpo_cuda_abi", _ABI_VERSION << 48 | sizes[0] << 32 | sizes[1] << 16 | sizes[2]
-    )
-    loaded.grpo_cuda_error.restype = c_char_p
-    return loaded
+    if isinstance(found := _loaded(), str):
+        raise native.Unavailable(found)
+    return found
 
 
 @functools.cache
 def emulated() -> bool:
-    return bool(library().grpo_cuda_emulated())
+    """Whether the library is there and runs on the CPU."""
+    found = _loaded()
+    return not isinstance(found, str) and bool(found.grpo_cuda_emulated())
 
 
 @functools.cache
-def device(index: int) -> Device:
-    """What the GPU offers. Raises native.Unavailable where the driver refuses."""
+def _described(index: int) -> Device | str:
     found = Device()
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu", index)
     with on_device(where):  # the library leaves it current
         error = library().grpo_cuda_device(index, ctypes.byref(found))
-    if error:
-        raise native.Unavailable(f"the CUDA driver refuses: {_text(error)}")
+    return f"the CUDA driver refuses: {_text(error)}" if error else found
+
+
+def device(index: int) -> Device:
+    """What the GPU offers. Raises native.Unavailable where the driver refuses."""
+    if isinstance(found := _described(index), str):
+        raise native.Unavailable(found)
     return found
 
 
@@ -101,29 +115,30 @@ def _text(error: int) -> str:
 
 
 def unsupported(request: Request) -> str | None:
-    try:
-        if emulated():
-            return None if request.device.type == "cpu" else "its library is the emulator's, which serves CPU tensors"
-        return _unsupported_on_gpu(request)
-    except native.Unavailable as error:
-        return str(error)
-
-
-def _unsupported_on_gpu(request: Request) -> str | None:
+    if request.device.type == "cpu" and emulated():
+        return None if request.by_name else "emulated: ask for it by name"
     if request.device.type != "cuda" or torch.version.hip:
         return f"it serves NVIDIA GPUs, not {'ROCm' if torch.version.hip else request.device.type}"
     if not torch.cuda.is_available():
         return "no GPU driver is active"
     index = torch.cuda.current_device() if request.device.index is None else request.device.index
-    name, found = torch.cuda.get_device_name(index), device(index)
+    name = torch.cuda.get_device_name(index)
+    if not request.by_name and name not in PROVEN:
+        return f"not yet proven on {name}: ask for it by name, backend='cuda'"
+    try:
+        return _lacking(request, index, name)
+    except native.Unavailable as error:
+        return str(error)
+
+
+def _lacking(request: Request, index: int, name: str) -> str | None:
+    found = device(index)
     if (found.major, found.minor) < _OLDEST_CAPABILITY:
         return f"it needs compute capability 9.0; {name} has {found.major}.{found.minor}"
     if reason := _on_tokens(request.device).unsupported(Request(request.device)):
         return f"its [tokens]-sized kernels are Triton's: {reason}"
     if plan(index, request.dtype, request.vocab).cluster == 0:
         return f"a row of {request.vocab} columns does not fit into the shared memory of a cluster"
-    if not request.by_name and name not in PROVEN:
-        return f"not yet proven on {name}: ask for it by name, backend='cuda'"
     return None
 
 
@@ -174,7 +189,7 @@ def _call(
     with on_device(where):
         error = getattr(library(), function)(ctypes.byref(params))
     if error:
-        raise RuntimeError(f"{function} on {where}: {_text(error)}.")
+        raise RuntimeError(f"{function} on {where}: {_text(error)}. backend='triton' or 'torch' avoids this library.")
 
 
 log_probs, log_probs_backward, fused_loss = native.row_functions("grpo_cuda", _call)

@@ -57,8 +57,8 @@ def call_of(
     params: type[_Params],
     rows: Rows,
     per_row: Mapping[str, Tensor | None],
-    spec: list[int] | None = None,
-    out: Tensor | None = None,
+    spec: list[int] | None,
+    out: Tensor | None,
     **own: Any,
 ) -> _Params:
     """The parameters of a call over rows; ``own`` are the library's."""
@@ -159,14 +159,14 @@ def load(path: Path, abi_function: str, expected: int) -> ctypes.CDLL:
     if abi is not None:
         abi.restype = c_int64
     if abi is None or abi() != expected:
-        raise Unavailable(f"{path.name} was built from other sources than this package: reinstall grpo_kernels")
+        raise Unavailable(f"{path} was built from other sources than this package: reinstall grpo_kernels")
     return loaded
 
 
 def _why_not_built(path: Path) -> str:
     reason = build_record(path).get("error")
     if reason is None:
-        return f"no compiled library ({path.name}): install with `pip install .`, which builds it"
+        return f"no compiled library ({path}): install with `pip install .`, which builds it"
     return f"it was not compiled during installation: {reason}"
 
 

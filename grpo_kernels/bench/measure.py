@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import records, reference
+from ..backends import on_device
 from ..config import LossConfig
 from .providers import Provider
 from .workload import SEQUENCES, Spec, Workload
@@ -45,15 +46,10 @@ def run(
         check_fits(spec)
     for spec in specs:
         progress(f"{spec}: preparing")
-        with _current(spec.device):
+        with on_device(torch.device(spec.device)):
             row = _row(spec, providers(spec), rounds, timed, progress)
         yield row
         gc.collect()
-
-
-def _current(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Events and statistics are the current device's."""
-    return torch.cuda.device(device) if torch.device(device).type == "cuda" else contextlib.nullcontext()
 
 
 def check_fits(spec: Spec) -> None:

@@ -63,7 +63,7 @@ def eager_loss(
     return loss, metrics
 
 
-def ours(inplace: bool, backend: str | None = None) -> Callable[[Workload], Tensor]:
+def _ours(inplace: bool, backend: str | None = None) -> Callable[[Workload], Tensor]:
     def loss(work: Workload) -> Tensor:
         skip = work.spec.kind == "30 % A = 0"
         out = grpo_loss(
@@ -119,11 +119,19 @@ def _fp32_copies(count: float) -> Callable[[Spec], float]:
     return estimate
 
 
+def ours_by_name(backend: str | None = None) -> list[Provider]:
+    """In place and not, on the backend of automatic choice or on another, which summaries leave out."""
+    mine, chosen = f"ours ({backend})" if backend else "ours", backend is None
+    return [
+        Provider(f"{mine}, in place", _ours(True, backend), lambda s: 0.05 * s.logits_bytes, chosen, chosen),
+        Provider(mine, _ours(False, backend), lambda s: 1.05 * s.logits_bytes, chosen, chosen),
+    ]
+
+
 def from_logits(spec: Spec) -> list[Provider]:
     """Ours and PyTorch's."""
     return [
-        Provider("ours, in place", ours(True), lambda s: 0.05 * s.logits_bytes, ours=True),
-        Provider("ours", ours(False), lambda s: 1.05 * s.logits_bytes, ours=True),
+        *ours_by_name(),
         Provider("eager, fp32 upcast", _eager(True), _fp32_copies(4)),
         Provider("eager, logits' dtype", _eager(False), _fp32_copies(3)),
         Provider("torch.compile, fp32 upcast", _compiled(spec), _fp32_copies(2)),

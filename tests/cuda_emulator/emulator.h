@@ -470,9 +470,7 @@ int describe(int, Device& device) {
   device.major = 9;
   device.minor = 0;
   device.driver = device.runtime = 0;
-  device.multiprocessors = 132;
   device.shared_bytes = 232448;
-  device.l2_bytes = 0;
   return 0;
 }
 
