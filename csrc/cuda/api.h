@@ -22,8 +22,8 @@ struct GrpoCudaParams : GrpoCall {
 struct GrpoCudaDevice {
   int32_t major, minor;
   int32_t driver, runtime;  // versions, 1000 * major + 10 * minor
-  int32_t shared_bytes;  // a block may use
-  int32_t clusters[5];  // of 1, 2, 4, 8 and 16 blocks that run at once; 0: the device takes no such cluster
+  int32_t shared_bytes;     // a block may use
+  int32_t clusters[5];      // of 1, 2, 4, 8 and 16 blocks that run at once; 0: the device takes no such cluster
 };
 
 // How a row of so many columns is laid out there; cluster is 0 if it does not fit.
