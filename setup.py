@@ -165,7 +165,6 @@ def build_cuda(target: Path, workspace: Path) -> dict[str, str]:
     oldest = architectures[0]  # its PTX is compiled once for all, and serves newer GPUs
     codes = ",".join([*(f"sm_{name}" for name in architectures), f"compute_{oldest}"])
     targets = f"-gencode=arch=compute_{oldest},code=[{codes}]"
-    workspace.mkdir(parents=True, exist_ok=True)
     fresh = target.with_suffix(".new")
     source = str(SOURCES / "cuda" / "library.cu")
     run(compiler, *CUDA_FLAGS, targets, f"-t{os.cpu_count()}", source, "-o", str(fresh))

@@ -1,6 +1,7 @@
 // Where elements of the logits sit in the vectors of simd/.
 #pragma once
 
+#include <math.h>
 #include <string.h>
 
 #include "../common/elements.h"
@@ -9,7 +10,11 @@ namespace {
 
 using grpo::BFloat16;
 using grpo::Float16;
-using grpo::minus_infinity;
+
+inline BFloat16 minus_infinity(const BFloat16*) { return {0xff80}; }
+inline Float16 minus_infinity(const Float16*) { return {0xfc00}; }
+inline float minus_infinity(const float*) { return -INFINITY; }
+inline double minus_infinity(const double*) { return -INFINITY; }
 
 // Where element i of a pair of vectors sits among their lanes, first vector first. bfloat16 is split into even and
 // odd elements, which is how it unpacks in one instruction.

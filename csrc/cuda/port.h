@@ -24,7 +24,6 @@ constexpr bool kEmulated = false;
 
 GRPO_DEVICE int thread_index() { return threadIdx.x; }
 GRPO_DEVICE int block_index() { return blockIdx.x; }
-GRPO_DEVICE int blocks() { return gridDim.x; }
 
 // A block's shared memory; aligned for bulk copies.
 template <class Layout>
@@ -68,33 +67,31 @@ struct Barrier {
   }
   // For the end of the phase of that parity, by all lanes of a warp. They leave together: one that asked again after
   // another had gone on could find the phase after the next.
-  GRPO_DEVICE void wait(unsigned parity) {
-    const uint32_t address = shared_address(this);
-    uint32_t ended = 0;
-    while (!ended) {
-      asm volatile(
-          "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire.cta.shared::cta.b64 p, [%1], %2;\n\t"
-          "selp.u32 %0, 1, 0, p;\n\t}"
-          : "=r"(ended)
-          : "r"(address), "r"(parity)
-          : "memory");
-    }
-    __syncwarp();
-  }
+  GRPO_DEVICE void wait(unsigned parity) { wait_until<false>(parity); }
   // The same, and what other blocks of the cluster sent is visible.
-  GRPO_DEVICE void wait_for_cluster(unsigned parity) {
+  GRPO_DEVICE void wait_for_cluster(unsigned parity) { wait_until<true>(parity); }
+
+ private:
+#define GRPO_TRY_WAIT(scope)                                                   \
+  asm volatile("{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire." scope \
+               ".shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}"   \
+               : "=r"(ended)                                                   \
+               : "r"(address), "r"(parity)                                     \
+               : "memory")
+  template <bool kCluster>
+  GRPO_DEVICE void wait_until(unsigned parity) {
     const uint32_t address = shared_address(this);
     uint32_t ended = 0;
     while (!ended) {
-      asm volatile(
-          "{\n\t.reg .pred p;\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
-          "selp.u32 %0, 1, 0, p;\n\t}"
-          : "=r"(ended)
-          : "r"(address), "r"(parity)
-          : "memory");
+      if constexpr (kCluster) {
+        GRPO_TRY_WAIT("cluster");
+      } else {
+        GRPO_TRY_WAIT("cta");
+      }
     }
     __syncwarp();
   }
+#undef GRPO_TRY_WAIT
 };
 
 // Makes initialised barriers visible to bulk copies and to the cluster.

@@ -89,7 +89,7 @@ struct Machine {
   std::vector<Block> blocks;
   std::vector<Transfer> transfers;
   Meeting cluster;
-  int first_block = 0, grid = 0, threads = 0;
+  int first_block = 0;
   Fiber* current = nullptr;
   jmp_buf scheduler;
   void (*body)() = nullptr;
@@ -108,6 +108,10 @@ inline int some_rounds() {
 }
 inline Fiber& self() { return *machine().current; }
 inline Block& block() { return machine().blocks[self().block]; }
+
+inline void must_be_aligned(const char* what, intptr_t bits) {
+  if (bits & 15) machine().fault = std::string(what) + ": not aligned to 16 bytes";
+}
 
 inline void yield_until(const char* why, bool (*may_go)(const Fiber&), const void* what, unsigned number) {
   Fiber& fiber = self();
@@ -240,8 +244,6 @@ inline std::mutex& turn() {
 inline void run(int blocks, int cluster, int threads, int shared_bytes, void (*body)()) {
   Machine& m = machine();
   m.body = body;
-  m.grid = blocks;
-  m.threads = threads;
   m.fault.clear();
   for (m.first_block = 0; m.first_block < blocks && m.fault.empty(); m.first_block += cluster) {
     m.transfers.clear();
@@ -279,7 +281,6 @@ constexpr bool kEmulated = true;
 
 inline int thread_index() { return emulator::self().thread; }
 inline int block_index() { return emulator::machine().first_block + emulator::self().block; }
-inline int blocks() { return emulator::machine().grid; }
 
 inline unsigned char* shared_start(emulator::Block& block) {
   return block.shared.data() + (-reinterpret_cast<intptr_t>(block.shared.data()) & 127);
@@ -329,8 +330,7 @@ inline void fence_barriers() {}
 inline void fence_for_bulk() {}
 
 inline void bulk_load(void* to, const void* from, int bytes, Barrier& landed) {
-  const intptr_t all = reinterpret_cast<intptr_t>(to) | reinterpret_cast<intptr_t>(from) | bytes;
-  if (all & 15) emulator::machine().fault = "a bulk load that is not aligned to 16 bytes";
+  emulator::must_be_aligned("a bulk load", reinterpret_cast<intptr_t>(to) | reinterpret_cast<intptr_t>(from) | bytes);
   memset(to, 0xff, bytes);
   emulator::machine().bytes_loaded += bytes;
   emulator::machine().transfers.push_back({static_cast<unsigned char*>(to),
@@ -343,8 +343,7 @@ inline void bulk_load(void* to, const void* from, int bytes, Barrier& landed) {
                                            emulator::some_rounds()});
 }
 inline void bulk_store(void* to, const void* from, int bytes) {
-  const intptr_t all = reinterpret_cast<intptr_t>(to) | reinterpret_cast<intptr_t>(from) | bytes;
-  if (all & 15) emulator::machine().fault = "a bulk store that is not aligned to 16 bytes";
+  emulator::must_be_aligned("a bulk store", reinterpret_cast<intptr_t>(to) | reinterpret_cast<intptr_t>(from) | bytes);
   emulator::Fiber& fiber = emulator::self();
   fiber.unread.push_back(fiber.groups);
   emulator::machine().bytes_stored += bytes;
@@ -400,13 +399,13 @@ struct alignas(16) Words {
   uint32_t word[4];
 };
 inline Words load_words(const void* p) {
-  if (reinterpret_cast<intptr_t>(p) & 15) emulator::machine().fault = "16 bytes read that are not aligned";
+  emulator::must_be_aligned("16 bytes read", reinterpret_cast<intptr_t>(p));
   Words words;
   memcpy(&words, p, sizeof words);
   return words;
 }
 inline void store_words(void* p, const Words& words) {
-  if (reinterpret_cast<intptr_t>(p) & 15) emulator::machine().fault = "16 bytes written that are not aligned";
+  emulator::must_be_aligned("16 bytes written", reinterpret_cast<intptr_t>(p));
   memcpy(p, &words, sizeof words);
 }
 
