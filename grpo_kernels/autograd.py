@@ -100,25 +100,30 @@ class LossGradient(torch.autograd.Function):
         softcap: bool,
         log_prob: Tensor,
         entropy: Tensor,
-        lse: Tensor,
+        anchor: Tensor,
+        log_sum: Tensor,
         slope: Tensor,
         entropy_slope: Tensor | None,
         backend: str,
         inplace: bool,
     ) -> Tensor:
-        ctx.save_for_backward(logits, token_ids, live, numbers, log_prob, entropy, lse, slope, entropy_slope)
+        ctx.save_for_backward(
+            logits, token_ids, live, numbers, log_prob, entropy, anchor, log_sum, slope, entropy_slope
+        )
         ctx.softcap, ctx.backend, ctx.inplace = softcap, backend, inplace
         return loss.clone()
 
     @staticmethod
     @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        logits, token_ids, live, numbers, log_prob, entropy, lse, slope, entropy_slope = ctx.saved_tensors
+        logits, token_ids, live, numbers, log_prob, entropy, anchor, log_sum, slope, entropy_slope = ctx.saved_tensors
         slope = slope * upstream
         entropy_slope = None if entropy_slope is None else entropy_slope * upstream
         rows = Rows(logits, token_ids, live, numbers, ctx.softcap)
-        gradient = backward_rows(rows, log_prob, entropy, lse, slope, entropy_slope, ctx.backend, ctx.inplace)
-        return gradient, *(None,) * 12
+        gradient = backward_rows(
+            rows, log_prob, entropy, anchor, log_sum, slope, entropy_slope, ctx.backend, ctx.inplace
+        )
+        return gradient, *(None,) * 13
 
 
 class LossOfLogProbs(torch.autograd.Function):
@@ -152,8 +157,8 @@ class LogProbs(torch.autograd.Function):
         backend: str,
         inplace: bool,
     ) -> tuple[Tensor, Tensor]:
-        log_prob, entropy, lse = ops.log_probs(logits, token_ids, live, numbers, softcap, backend)
-        ctx.save_for_backward(logits, token_ids, live, numbers, log_prob, entropy, lse)
+        log_prob, entropy, anchor, log_sum = ops.log_probs(logits, token_ids, live, numbers, softcap, backend)
+        ctx.save_for_backward(logits, token_ids, live, numbers, log_prob, entropy, anchor, log_sum)
         ctx.set_materialize_grads(False)
         ctx.softcap, ctx.backend, ctx.inplace = softcap, backend, inplace
         return log_prob, entropy
@@ -163,10 +168,10 @@ class LogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_log_prob is None and grad_entropy is None:
             return (None,) * 7
-        logits, token_ids, live, numbers, log_prob, entropy, lse = ctx.saved_tensors
+        logits, token_ids, live, numbers, log_prob, entropy, anchor, log_sum = ctx.saved_tensors
         rows = Rows(logits, token_ids, live, numbers, ctx.softcap)
         g, h = (None if upstream is None else upstream.contiguous() for upstream in (grad_log_prob, grad_entropy))
-        gradient = backward_rows(rows, log_prob, entropy, lse, g, h, ctx.backend, ctx.inplace)
+        gradient = backward_rows(rows, log_prob, entropy, anchor, log_sum, g, h, ctx.backend, ctx.inplace)
         return gradient, *(None,) * 6
 
 
@@ -175,8 +180,8 @@ class LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, sweep: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_prob, entropy, lse = sweep.log_probs(hidden, weight, bias)
-        ctx.save_for_backward(hidden, weight, bias, log_prob, entropy, lse)
+        log_prob, entropy, anchor, log_sum = sweep.log_probs(hidden, weight, bias)
+        ctx.save_for_backward(hidden, weight, bias, log_prob, entropy, anchor, log_sum)
         ctx.set_materialize_grads(False)
         ctx.sweep = sweep
         return sweep.live_rows.scatter(log_prob), sweep.live_rows.scatter(entropy)
@@ -197,14 +202,15 @@ def backward_rows(
     rows: Rows,
     log_prob: Tensor,
     entropy: Tensor,
-    lse: Tensor,
+    anchor: Tensor,
+    log_sum: Tensor,
     grad_log_prob: Tensor | None,
     grad_entropy: Tensor | None,
     backend: str,
     inplace: bool,
 ) -> Tensor:
     """The logits' gradient, in a tensor of its own or over the logits."""
-    arguments = (*rows.arguments, log_prob, entropy, lse, grad_log_prob, grad_entropy, backend)
+    arguments = (*rows.arguments, log_prob, entropy, anchor, log_sum, grad_log_prob, grad_entropy, backend)
     if not inplace:
         return ops.log_probs_backward(rows.logits, *arguments)
     target = rows.logits.detach()

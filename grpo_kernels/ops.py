@@ -19,7 +19,10 @@ from .metrics import FIELDS
 _LIBRARY = torch.library.Library("grpo_kernels", "DEF")
 
 _ROWS = "Tensor token_ids, Tensor live, Tensor numbers, bool softcap"
-_BACKWARD = f"{_ROWS}, Tensor log_prob, Tensor entropy, Tensor lse, Tensor? grad_log_prob, Tensor? grad_entropy"
+_BACKWARD = (
+    f"{_ROWS}, Tensor log_prob, Tensor entropy, Tensor anchor, Tensor log_sum, "
+    "Tensor? grad_log_prob, Tensor? grad_entropy"
+)
 _FUSED = (
     f"{_ROWS}, Tensor advantage, Tensor policy_weight, Tensor? old, Tensor? ref, Tensor? rollout, "
     "Tensor? kl_weight, Tensor? entropy_weight, int[] spec"
@@ -95,13 +98,13 @@ def _rows(*arguments: Any) -> Any:
 
 def _log_probs(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *row_arguments, backend = rest
-    outputs = _per_row(logits, token_ids, 3)
+    outputs = _per_row(logits, token_ids, 4)
     _backend(backend).log_probs(_rows(logits, token_ids, *row_arguments), *outputs)
     return outputs
 
 
 def _log_probs_fake(logits: Tensor, token_ids: Tensor, *rest: Any) -> Any:
-    return _per_row(logits, token_ids, 3)
+    return _per_row(logits, token_ids, 4)
 
 
 def _backward_into(out: Tensor, logits: Tensor, token_ids: Tensor, *rest: Any) -> None:
@@ -123,11 +126,12 @@ def _log_probs_backward_(logits: Tensor, *rest: Any) -> None:
 
 def _fused_into(out: Tensor, logits: Tensor, token_ids: Tensor, *rest: Any) -> Any:
     live, numbers, softcap, *inputs, spec, backend = rest
-    log_prob, entropy, lse, policy, kl = _per_row(logits, token_ids, 5)
+    *stats, policy, kl = _per_row(logits, token_ids, 6)
+    log_prob, entropy, *_ = stats
     flags = torch.empty(token_ids.shape, dtype=torch.uint8, device=logits.device)
     rows = _rows(logits, token_ids, live, numbers, softcap)
     weight = _rollout_weight_like(log_prob, spec)
-    _backend(backend).fused_loss(rows, *inputs, spec, log_prob, entropy, lse, policy, kl, flags, weight, out)
+    _backend(backend).fused_loss(rows, *inputs, spec, *stats, policy, kl, flags, weight, out)
     _zero_unused_rows(out, token_ids)
     return log_prob, entropy, policy, kl, flags, weight
 
@@ -195,12 +199,12 @@ def _sequence_sum_fake(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return values.new_empty(cu_seqlens.shape[0] - 1)
 
 
-_THREE = "(Tensor, Tensor, Tensor)"
+_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
 _FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 _SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 
-log_probs = _define(f"log_probs(Tensor logits, {_ROWS}, str backend) -> {_THREE}", _log_probs, _log_probs_fake)
+log_probs = _define(f"log_probs(Tensor logits, {_ROWS}, str backend) -> {_FOUR}", _log_probs, _log_probs_fake)
 log_probs_backward = _define(
     f"log_probs_backward(Tensor logits, {_BACKWARD}, str backend) -> Tensor",
     _log_probs_backward,

@@ -1,9 +1,10 @@
 """The ULP rule: how far a result may lie from the float64 truth.
 
 An honest fp32 computation of one gradient element errs by rounding its result once (``u_out``), and by a few units
-of 2^-24 for each quantity of size 1, |z|, |lse|, |ℓ|, |old|, |ref| that it subtracts and exponentiates. The rule
-allows ``C`` = 4 such units; honest kernels need up to 1.4, a gradient off by 1 % needs thousands. It is free of scale:
-small probabilities are checked as strictly as large ones.
+of 2^-24 for each quantity of size 1, |z - R|, |G|, |ℓ|, |old|, |ref| that it subtracts and exponentiates, R the row's
+largest z and G = lse - R: an offset that all logits share costs nothing, since it is subtracted first. A softcap rounds
+z itself, so |z| counts as well there. The rule allows ``C`` = 4 such units; honest kernels need up to 1.4, a gradient
+off by 1 % needs thousands. It is free of scale: small probabilities are checked as strictly as large ones.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Truth:
     """(B, T, V): the rows that predict a token, without the unused last one."""
     metrics: dict[str, Tensor]
     scale: Tensor
-    """(B, T): 1 + |z| + |lse| + |ℓ| + |old| + |ref|, what a row's errors grow with."""
+    """(B, T): 1 + |z - R| + |G| + |ℓ| + |old| + |ref|, what a row's errors grow with; see above."""
     element: Tensor
     """(B, T, V): size of the terms that are added up in each gradient element."""
     coefficient: Tensor
@@ -128,9 +129,13 @@ def _sizes(
     def known(values: Tensor | None) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=live.device) if values is None else values.abs()
 
-    finite = torch.where(z.isinf(), 0.0, z)
-    sizes = finite.abs().amax(-1) + torch.logsumexp(z, -1).abs() + torch.where(log_prob.isinf(), 0.0, log_prob).abs()
-    sizes = 1 + sizes + torch.where(live, known(batch.old) + known(batch.ref), 0.0)
+    largest = z.amax(-1, keepdim=True)
+    below = torch.where(z.isinf(), 0.0, largest - z).amax(-1).clamp(max=_UNDERFLOW)
+    log_sum = (torch.logsumexp(z, -1) - largest.squeeze(-1)).abs()
+    sizes = 1 + below + log_sum + torch.where(log_prob.isinf(), 0.0, log_prob).abs()
+    if cap is not None:
+        sizes = sizes + torch.where(z.isinf(), 0.0, z).abs().amax(-1)
+    sizes = sizes + torch.where(live, known(batch.old) + known(batch.ref), 0.0)
     if config.schemes and batch.rollout is not None:
         sizes = sizes + torch.where(live, batch.rollout.nan_to_num(nan=0.0).abs(), 0.0)
 
@@ -173,6 +178,8 @@ def _safe(ids: Tensor, live: Tensor) -> Tensor:
     return torch.where(live, ids, 0).long()
 
 
+_UNDERFLOW = 746.0
+"""Nats below the largest at which a probability is 0 in float64: such columns round nothing."""
 _STEP = 1e-7
 """Nats, of a derivative in float64: smaller than the width of an edge."""
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import INTERPRETED, make
+from cases import INTERPRETED, exact_log_probs, make
 
 from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped, grpo_loss, token_log_probs
 from grpo_kernels.tolerance import compare, truth_of
@@ -211,6 +211,22 @@ def test_log_probs_do_not_see_an_offset(backend, offset, temperature):
     torch.testing.assert_close(out.entropy.double(), -(exact.exp() * exact).sum(-1), rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize(
+    ("offset", "temperature"), [(1e3, 1.0), (1e5, 0.7), (2.0**20, 1.0), (-(2.0**20), 1.0), (0.0, 0.01)]
+)
+@pytest.mark.parametrize("options", [{}, {"entropy_coef": 0.1}, {"config": "gspo"}], ids=str)
+def test_gradients_do_not_see_an_offset(backend, offset, temperature, options):
+    """One log-sum-exp in fp32 would lose 3e-3 of a gradient at an offset of 1e5, and 8 % at 2^20; it is kept as an
+    anchor and a sum."""
+    case = make(vocab=61, temperature=temperature, ref_log_probs=None)
+    case.logits = ((case.logits * 16).round() / 16) * temperature + offset  # differences are exact at temperature 1
+    exact = exact_log_probs(case.logits[:, :9], case.token_ids, temperature)
+    case.options["old_log_probs"] = (exact + 0.3 * torch.randn(exact.shape)).float()
+    truth = truth_of(case.logits, *case.arguments, **case.options, **options)
+    assert float(truth.scale.amax()) < 40
+    assert_rule(case, backend, **options)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e4, 6e4])
 def test_large_logits(backend, dtype, size):
@@ -225,6 +241,28 @@ def test_large_logits(backend, dtype, size):
     case.options["old_log_probs"] = (exact + 0.05).to(case.options["old_log_probs"].dtype)
     # no clip: rounding of the logits alone moves a ratio by more than its band
     assert_rule(case, backend, ref_log_probs=None, config=LossConfig(Unclipped()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1e7, 2e9, 1e10, 1e12, 1e30, 1.5e38, 3e38])
+def test_logits_of_any_finite_size(backend, dtype, size):
+    """Powers relative to a value of 2e9 are off by hundreds from the rounding of that value times the slope alone."""
+    rows = [[size, 0, 0, 0], [0, size, 0, 0], [size] * 4, [-size] * 4, [-size, 0, 1, -size], [size, -size, 0, size]]
+    logits = torch.tensor(rows, dtype=dtype)[None].requires_grad_()
+    exact = torch.log_softmax(logits.detach().double() * 0.9 / 1.3, -1)
+    for column in range(4):
+        ids = torch.full((1, len(rows)), column)
+        out = token_log_probs(logits, ids, logit_scale=0.9, temperature=1.3, backend=backend)
+        expected = exact[..., column].to(out.log_probs.dtype).double()  # a difference of 6e38 is infinite in fp32
+        torch.testing.assert_close(out.log_probs.double(), expected, rtol=3e-7, atol=3e-7)
+        entropy = -torch.where(exact.exp() == 0, 0.0, exact.exp() * exact).sum(-1)
+        torch.testing.assert_close(out.entropy.double(), entropy, rtol=3e-7, atol=3e-7)
+        (gradient,) = torch.autograd.grad(out.log_probs.sum() + out.entropy.sum(), logits)
+        assert gradient.isfinite().all()
+        p, one = exact.exp(), torch.eye(4, dtype=torch.float64)[column]
+        inner = torch.where(p == 0, 0.0, p * (exact + entropy[..., None]))
+        rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float64: 1e-12}[dtype]
+        torch.testing.assert_close(gradient.double(), (one - p - inner) * 0.9 / 1.3, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("margin", [5.0, 20.0, 40.0, 80.0])

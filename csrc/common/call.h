@@ -20,8 +20,8 @@ struct GrpoCall {
   // Gradient: written to out (which may be the logits), unless null.
   void* out;
   int64_t out_batch_stride, out_row_stride;
-  // real[rows]: outputs of log_probs and fused_loss, inputs of log_probs_backward
-  void *log_prob, *entropy, *lse;
+  // real[rows]: outputs of log_probs and fused_loss, inputs of log_probs_backward (stats.h)
+  void *log_prob, *entropy, *anchor, *log_sum;
   // real[rows]: d loss / d log_prob (an output of token_terms) and d loss / d entropy, inputs of log_probs_backward
   void* grad_log_prob;
   const void* grad_entropy;

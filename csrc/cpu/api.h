@@ -6,7 +6,7 @@
 
 extern "C" {
 
-#define GRPO_CPU_ABI_VERSION 3
+#define GRPO_CPU_ABI_VERSION 4
 
 typedef enum { kGeneric, kAVX2, kAVX512, kInstructionSets } GrpoInstructionSet;
 typedef enum { kOk, kTokenIdOutOfRange, kUnsupportedInstructionSet, kUnknownDtype } GrpoStatus;

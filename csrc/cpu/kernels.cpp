@@ -45,17 +45,18 @@ struct Call {
   void put_stats(int64_t r, const RowStats& stats) const {
     put(p->log_prob, r, stats.log_prob);
     put(p->entropy, r, stats.entropy);
-    put(p->lse, r, stats.lse);
+    put(p->anchor, r, stats.anchor);
+    put(p->log_sum, r, stats.log_sum);
   }
   // From the rounded outputs, so that one pass and two passes write the same bits where both come here.
   void gradient(int64_t r, double g, double h) const {
-    const double log_prob = at(p->log_prob, r), lse = at(p->lse, r), entropy = at(p->entropy, r);
-    if (lse != lse || g != g || h != h) return fill(r, NAN);
     if (g == 0 && h == 0) return fill(r, 0);
+    const RowStats stats{at(p->log_prob, r), at(p->entropy, r), at(p->anchor, r), at(p->log_sum, r), NAN};
+    if (stats.log_sum != stats.log_sum || g != g || h != h) return fill(r, NAN);
     if (map.softcap) {
-      gradient_from_logits<V, true>(row(r), p->vocab, target(r), map, log_prob, lse, entropy, g, h, out_row(r));
+      gradient_from_logits<V, true>(row(r), p->vocab, target(r), map, stats, g, h, out_row(r));
     } else {
-      gradient_from_logits<V, false>(row(r), p->vocab, target(r), map, log_prob, lse, entropy, g, h, out_row(r));
+      gradient_from_logits<V, false>(row(r), p->vocab, target(r), map, stats, g, h, out_row(r));
     }
   }
 };
@@ -103,7 +104,7 @@ struct FusedLoss : Call<T, V> {
     const double g = slope(r), h = p.entropy_weight ? -double(this->at(p.entropy_weight, r)) : 0;
     if (!p.out) return;
     const double scale = this->numbers()[grpo::kGradScale];
-    if (keep && g != 0 && g == g && stats.lse == stats.lse) {
+    if (keep && g != 0 && g == g && stats.log_sum == stats.log_sum) {
       gradient_from_exps<V>(exps, largest, stats, p.vocab, this->target(r), this->map, g * scale, this->out_row(r));
     } else {
       this->gradient(r, g * scale, h * scale);

@@ -213,8 +213,8 @@ inline RowStats row_stats(const T* row, int64_t vocab, int64_t target, const Log
     totals.add(sums);
   }
   const double target_power = (double(target_value) - double(row_max)) * map.slope;
-  return grpo::finish_stats(horizontal_sum(totals.sum), horizontal_sum(totals.entropy), row_max, map.slope,
-                            target_power, row_max > -INFINITY);
+  return grpo::finish_stats(horizontal_sum(totals.sum), horizontal_sum(totals.entropy), row_max, target_power,
+                            row_max > -INFINITY);
 }
 
 // Second sweep of one pass, from the kept exponentials: -g p_j and, in the sampled column, g (1 - p).
@@ -227,8 +227,8 @@ inline void gradient_from_exps(const typename V::scalar* exps, const typename V:
   const double factor = -g * map.derivative / stats.sum;
   for (int64_t k = segments_of(vocab) - 1; k >= 0; --k) {
     const int64_t start = k * kSegment, n = vocab - start < kSegment ? vocab - start : kSegment;
-    const bool last = largest[k] == stats.largest;  // as for most segments
-    const scalar segment_factor = scalar(last ? factor : factor * ::exp2((largest[k] - stats.largest) * map.slope));
+    const bool last = largest[k] == stats.anchor;  // as for most segments
+    const scalar segment_factor = scalar(last ? factor : factor * ::exp2((largest[k] - stats.anchor) * map.slope));
     const V f = V::broadcast(segment_factor);
     for (int64_t i = 0; i < n; i += block) {
       const int64_t count = n - i < block ? n - i : block;
@@ -243,11 +243,12 @@ inline void gradient_from_exps(const typename V::scalar* exps, const typename V:
 // Gradient from the logits themselves: p_j is computed again. Serves the two-pass route, the entropy term
 // -h p_j (log p_j + H) and softcap. out may be the logits.
 template <class V, bool kSoftcap, class T>
-inline void gradient_from_logits(const T* row, int64_t vocab, int64_t target, const LogitMap<V>& map, double log_prob,
-                                 double lse, double entropy, double g, double h, T* out) {
+inline void gradient_from_logits(const T* row, int64_t vocab, int64_t target, const LogitMap<V>& map,
+                                 const RowStats& stats, double g, double h, T* out) {
   using scalar = typename V::scalar;
-  const auto terms = grpo::gradient_terms<scalar>(log_prob, entropy, lse, g, h, map.derivative);
-  const V slope = V::broadcast(map.slope), shift = V::broadcast(terms.shift);
+  const auto terms =
+      grpo::gradient_terms<scalar>(stats.log_prob, stats.entropy, stats.anchor, stats.log_sum, g, h, map.derivative);
+  const V slope = V::broadcast(map.slope), shift = V::broadcast(terms.shift), anchor = V::broadcast(terms.anchor);
   const V constant = V::broadcast(terms.constant), linear = V::broadcast(terms.linear);
   const auto column = [&](V x, V& derivative) GRPO_LAMBDA {
     if (kSoftcap) {
@@ -255,7 +256,7 @@ inline void gradient_from_logits(const T* row, int64_t vocab, int64_t target, co
       tanh_of(x * V::broadcast(map.inner), tanh, derivative);
       x = tanh * V::broadcast(map.cap);
     }
-    const V power = clamp_probability_power(fma(x, slope, shift));
+    const V power = clamp_probability_power(fma(x - anchor, slope, shift));
     const V d = exp2_of_clamped(power) * fma(power, linear, constant);
     return kSoftcap ? d * derivative * V::broadcast(map.inner * map.cap) : d;
   };

@@ -6,7 +6,7 @@
 
 extern "C" {
 
-#define GRPO_CUDA_ABI_VERSION 1
+#define GRPO_CUDA_ABI_VERSION 2
 
 struct GrpoCudaParams : GrpoCall {
   int32_t device;

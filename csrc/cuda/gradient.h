@@ -7,9 +7,20 @@
 
 namespace grpo {
 
+// GradientTerms in shared memory, where the reader knows their precision.
+template <class real>
+GRPO_DEVICE void keep_terms(double* kept, const GradientTerms<real>& terms) {
+  kept[0] = terms.anchor, kept[1] = terms.shift, kept[2] = terms.constant, kept[3] = terms.linear;
+  kept[4] = terms.target;
+}
+template <class real>
+GRPO_DEVICE GradientTerms<real> kept_terms(const double* kept) {
+  return {real(kept[0]), real(kept[1]), real(kept[2]), real(kept[3]), real(kept[4])};
+}
+
 template <bool kEntropy, class real>
 GRPO_DEVICE real gradient_of(real value, real slope, const GradientTerms<real>& terms) {
-  real power = port::fma_of(value, slope, terms.shift);
+  real power = port::fma_of(value - terms.anchor, slope, terms.shift);
   power = power > 0 ? real(0) : power;  // of a probability
   if (!kEntropy) return port::exp2_of(power) * terms.constant;
   const real kept = power > real(kLowestPower) ? power : real(kLowestPower);
@@ -71,17 +82,15 @@ GRPO_DEVICE void sweep_gradient(const Piece<T>& piece, const LogitMap<real_of<T>
   return plain ? plain_gradient<false>(piece, map, terms) : any_gradient<false>(piece, map, terms);
 }
 
-// d loss / d (the row's values) from its statistics and slopes. All 0 where the row gives no gradient; NaN everywhere
-// where something is NaN.
+// d loss / d (the row's values) from its statistics and slopes. All 0 where both slopes are; NaN everywhere where
+// something is NaN.
 template <class real>
-GRPO_DEVICE GradientTerms<real> row_gradient(double log_prob, double entropy, double lse, double g, double h,
-                                             double target_logit, const LogitMap<real>& map) {
-  if (g == 0 && h == 0 && lse == lse) return {0, 0, 0, 0};
-  GradientTerms<real> terms = gradient_terms<real>(log_prob, entropy, lse, g, h, map.derivative);
+GRPO_DEVICE GradientTerms<real> row_gradient(double log_prob, double entropy, double anchor, double log_sum, double g,
+                                             double h, double target_logit, const LogitMap<real>& map) {
+  if (g == 0 && h == 0) return {0, 0, 0, 0, 0};
+  GradientTerms<real> terms = gradient_terms<real>(log_prob, entropy, anchor, log_sum, g, h, map.derivative);
   if (map.softcap) terms.target *= softcap_slope(real(target_logit), map);
-  const real largest = real(3e38);  // finite: logits of finfo.min have no finite lse
-  terms.shift = terms.shift > largest ? largest : terms.shift < -largest ? -largest : terms.shift;
-  if (lse != lse) terms.constant = terms.target = NAN;
+  if (log_sum != log_sum) terms.constant = terms.target = NAN;
   return terms;
 }
 

@@ -80,10 +80,9 @@ struct Job {
     info.value = value_of(info.logit);
     if (kMode == kLogProbsBackward) {
       const double g = p.grad_log_prob ? at(p.grad_log_prob, r) : 0, h = p.grad_entropy ? at(p.grad_entropy, r) : 0;
-      const GradientTerms<real> terms =
-          row_gradient<real>(at(p.log_prob, r), at(p.entropy, r), at(p.lse, r), g, h, info.logit, map);
-      info.terms[0] = terms.shift, info.terms[1] = terms.constant;
-      info.terms[2] = terms.linear, info.terms[3] = terms.target;
+      const GradientTerms<real> terms = row_gradient<real>(at(p.log_prob, r), at(p.entropy, r), at(p.anchor, r),
+                                                           at(p.log_sum, r), g, h, info.logit, map);
+      keep_terms(info.terms, terms);
     }
     return info;
   }

@@ -31,12 +31,14 @@ struct alignas(16) Partial {
 
 constexpr int kElsewhere = -kTileBytes;
 
+constexpr int kTerms = 5;  // of GradientTerms
+
 struct RowInfo {
   int row;
-  int target;       // sampled column, counted from the slice's first, or kElsewhere
-  double logit;     // of the sampled column; NaN for an id outside the vocabulary
-  double value;     // the same, softcapped
-  double terms[4];  // GradientTerms, where they are known before the row is read
+  int target;            // sampled column, counted from the slice's first, or kElsewhere
+  double logit;          // of the sampled column; NaN for an id outside the vocabulary
+  double value;          // the same, softcapped
+  double terms[kTerms];  // GradientTerms, where they are known before the row is read
 };
 
 struct alignas(128) Shared {
@@ -44,7 +46,7 @@ struct alignas(128) Shared {
   RowInfo info[kMaxTiles];                            // of the row whose first tile is in that place
   Partial<double> warps[kRowsAhead][kConsumerWarps];  // room for either precision
   Partial<double> slices[kRowsAhead][kMaxCluster];
-  double terms[kRowsAhead][4];        // GradientTerms
+  double terms[kRowsAhead][kTerms];   // GradientTerms
   port::Barrier filled[kMaxTiles];    // a tile has been loaded
   port::Barrier written[kMaxTiles];   // it holds gradients
   port::Barrier emptied[kMaxTiles];   // it may be loaded again

@@ -58,13 +58,9 @@ class Consumer {
     const RowInfo& info = shared_.info[written_.place];
     const int target = info.target;
     const T* slice = job_.slice(info.row);
-    const double* known = info.terms;
     const int turn = index % kRowsAhead;
-    if (kMode == kFusedLoss) {
-      shared_.settled[turn].wait(index / kRowsAhead & 1);
-      known = shared_.terms[turn];
-    }
-    const GradientTerms<real> terms{real(known[0]), real(known[1]), real(known[2]), real(known[3])};
+    if (kMode == kFusedLoss) shared_.settled[turn].wait(index / kRowsAhead & 1);
+    const GradientTerms<real> terms = kept_terms<real>(kMode == kFusedLoss ? shared_.terms[turn] : info.terms);
     for (int tile = 0; tile < job_.tiles; ++tile, written_.next(job_.p.tiles)) {
       if (kMode == kLogProbsBackward) shared_.filled[written_.place].wait(written_.lap);
       sweep_gradient(job_.piece(shared_, written_.place, slice, tile, target), job_.map, terms);
@@ -107,7 +103,8 @@ template <class real>
 GRPO_DEVICE void put_stats(const GrpoCall& call, int64_t row, const RowStats& stats) {
   static_cast<real*>(call.log_prob)[row] = real(stats.log_prob);
   static_cast<real*>(call.entropy)[row] = real(stats.entropy);
-  static_cast<real*>(call.lse)[row] = real(stats.lse);
+  static_cast<real*>(call.anchor)[row] = real(stats.anchor);
+  static_cast<real*>(call.log_sum)[row] = real(stats.log_sum);
 }
 
 // Sums of all slices -> log-prob, terms of the loss and slopes, the same in each block; one writes them down.
@@ -163,13 +160,13 @@ GRPO_DEVICE void settle_rows(const Job<T, kFusedLoss>& job, Shared& shared) {
     settled.entropy = real(stats.entropy);
     const TokenTerms<real> terms = terms_of(job.p, settled);
     // From the rounded outputs, so that one pass and two passes write the same bits.
-    const GradientTerms<real> gradient = row_gradient<real>(settled.log_prob, settled.entropy, real(stats.lse),
-                                                            grad_scale * terms.slope, h, logit, job.map);
+    const GradientTerms<real> gradient =
+        row_gradient<real>(settled.log_prob, settled.entropy, real(stats.anchor), real(stats.log_sum),
+                           grad_scale * terms.slope, h, logit, job.map);
     port::sync_warp();
     for (int tile = 0; tile < job.tiles; ++tile) first.next(job.p.tiles);
     if (lane != 0) continue;
-    double* kept = shared.terms[turn];
-    kept[0] = gradient.shift, kept[1] = gradient.constant, kept[2] = gradient.linear, kept[3] = gradient.target;
+    keep_terms(shared.terms[turn], gradient);
     shared.settled[turn].arrive();
     if (job.rank == 0) {
       put_stats<real>(job.p, settled_row, stats);

@@ -21,7 +21,8 @@ struct Anchor {
   GRPO_DEVICE Anchor(double sampled, real slope) : value(real(sampled)) {
     origin = -(value * slope);
     residual = port::fma_of(value, slope, origin);
-    holds = value == value && origin - origin == 0;
+    // Past 2^23 the residual alone would let powers underflow or overflow; NaN and infinite values have none.
+    holds = residual <= 1 && residual >= -1;
   }
 };
 
@@ -202,7 +203,7 @@ GRPO_DEVICE Partial<real> merged(const Partial<Stored>* partials, int count, rea
 // A row's statistics from the sums of its slices and its sampled value.
 GRPO_DEVICE RowStats row_stats(const Partial<double>& total, double value, double slope) {
   double reference = total.reference, rest = total.sum, weighted = total.weighted;
-  if (value != value || value == INFINITY || rest != rest) return {NAN, NAN, NAN, 0, NAN};
+  if (value != value || value == INFINITY || rest != rest) return {NAN, NAN, 0, NAN, NAN};
   if (value > reference) {
     Sums<double> sums(Anchor<double>(NAN, slope));
     sums.merge(reference, rest, weighted, slope);
@@ -211,7 +212,7 @@ GRPO_DEVICE RowStats row_stats(const Partial<double>& total, double value, doubl
     rest = sums.sum;
     weighted = sums.weighted;
   }
-  return finish_stats(rest, weighted, reference, slope, (value - reference) * slope, reference > -INFINITY);
+  return finish_stats(rest, weighted, reference, (value - reference) * slope, reference > -INFINITY);
 }
 
 }  // namespace grpo

@@ -12,10 +12,9 @@ template <class real, Mode kMode>
 GRPO_DEVICE bool has_work(const GrpoCudaParams& p, int64_t r) {
   if (p.live && !p.live[r]) return false;
   if (kMode != kLogProbsBackward) return true;
-  const real lse = static_cast<const real*>(p.lse)[r];
   const real g = p.grad_log_prob ? static_cast<const real*>(p.grad_log_prob)[r] : 0;
   const real h = p.grad_entropy ? static_cast<const real*>(p.grad_entropy)[r] : 0;
-  return !(g == 0 && h == 0 && lse == lse);
+  return !(g == 0 && h == 0);
 }
 
 // Live rows from the front of `order`, the others from its back, both in the order of rows. One block.

@@ -17,7 +17,7 @@ from .torch import rescale as rescale
 from .torch import token_id_message
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _OK, _TOKEN_ID_OUT_OF_RANGE = 0, 1
 _TOKENS_PER_CHUNK = 512
 

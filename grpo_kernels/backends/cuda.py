@@ -21,7 +21,7 @@ from torch import Tensor
 from ..rows import Rows
 from . import Request, native, on_device
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _OLDEST_CAPABILITY = (9, 0)
 CLUSTERS = (1, 2, 4, 8, 16)
 

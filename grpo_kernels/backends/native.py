@@ -31,7 +31,7 @@ class Call(ctypes.Structure):
         *((name, c_int64) for name in ("batch_stride", "row_stride")),
         *((name, c_void_p) for name in ("token_ids", "live", "numbers", "out")),
         *((name, c_int64) for name in ("out_batch_stride", "out_row_stride")),
-        *((name, c_void_p) for name in ("log_prob", "entropy", "lse", "grad_log_prob", "grad_entropy")),
+        *((name, c_void_p) for name in ("log_prob", "entropy", "anchor", "log_sum", "grad_log_prob", "grad_entropy")),
         *((name, c_void_p) for name in ("advantage", "policy_weight", "old", "ref", "kl_weight", "entropy_weight")),
         *((name, c_void_p) for name in ("rollout", "policy", "kl", "flags", "rollout_weight")),
     )
@@ -86,19 +86,21 @@ def call_of(
 def row_functions(prefix: str, run: _Run) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
     """``log_probs``, ``log_probs_backward`` and ``fused_loss`` of a backend whose library calls them ``prefix`` ..."""
 
-    def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, lse: Tensor) -> None:
-        run(f"{prefix}_log_probs", rows, {"log_prob": log_prob, "entropy": entropy, "lse": lse})
+    def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, anchor: Tensor, log_sum: Tensor) -> None:
+        stats = {"log_prob": log_prob, "entropy": entropy, "anchor": anchor, "log_sum": log_sum}
+        run(f"{prefix}_log_probs", rows, stats)
 
     def log_probs_backward(
         rows: Rows,
         log_prob: Tensor,
         entropy: Tensor,
-        lse: Tensor,
+        anchor: Tensor,
+        log_sum: Tensor,
         grad_log_prob: Tensor | None,
         grad_entropy: Tensor | None,
         out: Tensor,
     ) -> None:
-        per_row = {"log_prob": log_prob, "entropy": entropy, "lse": lse}
+        per_row = {"log_prob": log_prob, "entropy": entropy, "anchor": anchor, "log_sum": log_sum}
         gradients = {"grad_log_prob": grad_log_prob, "grad_entropy": grad_entropy}
         run(f"{prefix}_log_probs_backward", rows, {**per_row, **gradients}, out=out)
 
@@ -114,15 +116,16 @@ def row_functions(prefix: str, run: _Run) -> tuple[Callable[..., None], Callable
         spec: list[int],
         log_prob: Tensor,
         entropy: Tensor,
-        lse: Tensor,
+        anchor: Tensor,
+        log_sum: Tensor,
         policy: Tensor,
         kl: Tensor,
         flags: Tensor,
         rollout_weight: Tensor,
         out: Tensor,
     ) -> None:
-        outputs = {"log_prob": log_prob, "entropy": entropy, "lse": lse, "policy": policy, "kl": kl, "flags": flags}
-        outputs["rollout_weight"] = rollout_weight
+        outputs = {"log_prob": log_prob, "entropy": entropy, "anchor": anchor, "log_sum": log_sum}
+        outputs |= {"policy": policy, "kl": kl, "flags": flags, "rollout_weight": rollout_weight}
         weights = {"policy_weight": policy_weight, "kl_weight": kl_weight, "entropy_weight": entropy_weight}
         per_row = {"advantage": advantage, "old": old, "ref": ref, "rollout": rollout, **weights, **outputs}
         run(f"{prefix}_fused_loss", rows, per_row, spec=spec, out=out)

@@ -26,8 +26,8 @@ def unsupported(request: Request) -> str | None:
     return "it has no one-pass loss" if request.fused else None
 
 
-def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, lse: Tensor) -> None:
-    outputs = [output.view(-1) for output in (log_prob, entropy, lse)]
+def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, anchor: Tensor, log_sum: Tensor) -> None:
+    outputs = [output.view(-1) for output in (log_prob, entropy, anchor, log_sum)]
     for chunk in _chunks(rows):
         for output, value in zip(outputs, _chunk_log_probs(chunk), strict=True):
             output[chunk.index] = torch.where(chunk.live, value, 0.0)[: chunk.count]
@@ -37,13 +37,14 @@ def log_probs_backward(
     rows: Rows,
     log_prob: Tensor,
     entropy: Tensor,
-    lse: Tensor,
+    anchor: Tensor,
+    log_sum: Tensor,
     grad_log_prob: Tensor | None,
     grad_entropy: Tensor | None,
     out: Tensor,
 ) -> None:
-    zero = torch.zeros((), dtype=lse.dtype, device=lse.device).expand(lse.shape)
-    per_row = [log_prob, entropy, lse]
+    zero = torch.zeros((), dtype=log_prob.dtype, device=log_prob.device).expand(log_prob.shape)
+    per_row = [log_prob, entropy, anchor, log_sum]
     per_row += [zero if gradient is None else gradient for gradient in (grad_log_prob, grad_entropy)]
     flat = [values.reshape(-1) for values in per_row]
     out_rows = rows.row_view(out)
@@ -102,7 +103,7 @@ def _chunks(rows: Rows) -> Iterator[_Chunk]:
         yield _Chunk(rows, logit_rows, start, min(start + size, total))
 
 
-def _chunk_log_probs(chunk: _Chunk) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_log_probs(chunk: _Chunk) -> tuple[Tensor, ...]:
     values, is_target = chunk.values, chunk.is_target()
     largest = values.amax(-1, keepdim=True)
     shifted = (values - torch.where(largest == -math.inf, 0.0, largest)) * chunk.factor  # exact where they are close
@@ -114,14 +115,16 @@ def _chunk_log_probs(chunk: _Chunk) -> tuple[Tensor, Tensor, Tensor]:
     log_prob = torch.where(z_target == 0, -torch.log1p(rest), z_target - log_total)
     weighted = torch.where(exps == 0, 0.0, exps * shifted).sum(-1)
     entropy = (log_total - weighted / total).clamp(min=0)
-    lse = largest.squeeze(-1) * chunk.factor + log_total
-    void = largest.squeeze(-1) == -math.inf  # no column is possible
-    log_prob, entropy, lse = (torch.where(void, math.nan, output) for output in (log_prob, entropy, lse))
-    return log_prob, entropy, lse
+    anchor = largest.squeeze(-1)
+    void = anchor == -math.inf  # no column is possible
+    log_prob, entropy, log_sum = (torch.where(void, math.nan, output) for output in (log_prob, entropy, log_total))
+    return log_prob, entropy, anchor, log_sum
 
 
-def _chunk_gradient(chunk: _Chunk, log_prob: Tensor, entropy: Tensor, lse: Tensor, g: Tensor, h: Tensor) -> Tensor:
-    log_p = chunk.values * chunk.factor - lse[:, None]
+def _chunk_gradient(
+    chunk: _Chunk, log_prob: Tensor, entropy: Tensor, anchor: Tensor, log_sum: Tensor, g: Tensor, h: Tensor
+) -> Tensor:
+    log_p = (chunk.values - anchor[:, None]) * chunk.factor - log_sum[:, None]
     p = log_p.exp()
     inner = torch.where(p == 0, 0.0, log_p + entropy[:, None])
     gradient = -(g[:, None] + h[:, None] * inner) * p
@@ -129,7 +132,7 @@ def _chunk_gradient(chunk: _Chunk, log_prob: Tensor, entropy: Tensor, lse: Tenso
     p_target = log_prob.exp()
     target = target - torch.where(p_target == 0, 0.0, h * p_target * (log_prob + entropy))
     gradient = torch.where(chunk.is_target(), target[:, None], gradient)
-    known_zero = ((g == 0) & (h == 0) & ~lse.isnan())[:, None]
+    known_zero = ((g == 0) & (h == 0))[:, None]
     return torch.where(known_zero, 0.0, gradient * chunk.slope())
 
 

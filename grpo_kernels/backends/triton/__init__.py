@@ -57,13 +57,13 @@ def _interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, lse: Tensor) -> None:
+def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, anchor: Tensor, log_sum: Tensor) -> None:
     from . import forward, launch
 
     count, device = rows.token_ids.numel(), rows.logits.device
     blocks = launch.blocks_of(rows)
     spans = -(-rows.vocab // blocks.span)
-    outputs, sizes = (log_prob, entropy, lse), (rows.token_ids.shape[1], rows.vocab)
+    outputs, sizes = (log_prob, entropy, anchor, log_sum), (rows.token_ids.shape[1], rows.vocab)
     constants = launch.row_constants(rows, blocks)
     row_arguments = launch.row_arguments(rows)
     if spans == 1 or count >= launch.programs_wanted(device):
@@ -80,7 +80,8 @@ def log_probs_backward(
     rows: Rows,
     log_prob: Tensor,
     entropy: Tensor,
-    lse: Tensor,
+    anchor: Tensor,
+    log_sum: Tensor,
     grad_log_prob: Tensor | None,
     grad_entropy: Tensor | None,
     out: Tensor,
@@ -90,7 +91,7 @@ def log_probs_backward(
     count, device = rows.token_ids.numel(), rows.logits.device
     blocks = launch.blocks_of(rows)
     parts, share = launch.gradient_parts(count, rows.vocab, blocks.block, device)
-    per_row = (log_prob, entropy, lse, grad_log_prob, grad_entropy)
+    per_row = (log_prob, entropy, anchor, log_sum, grad_log_prob, grad_entropy)
     arguments = (*launch.row_arguments(rows), *per_row, *launch.out_arguments(out))
     sizes = (rows.token_ids.shape[1], rows.vocab, parts, share)
     constants = {"BLOCK": blocks.block, "SOFTCAP": rows.softcap, "warps": blocks.warps}
@@ -109,7 +110,8 @@ def fused_loss(
     spec: list[int],
     log_prob: Tensor,
     entropy: Tensor,
-    lse: Tensor,
+    anchor: Tensor,
+    log_sum: Tensor,
     policy: Tensor,
     kl: Tensor,
     flags: Tensor,
@@ -120,7 +122,7 @@ def fused_loss(
 
     blocks = launch.blocks_of(rows)
     per_row = (advantage, policy_weight, old, ref, rollout, kl_weight, entropy_weight)
-    outputs = (log_prob, entropy, lse, policy, kl, flags, rollout_weight)
+    outputs = (log_prob, entropy, anchor, log_sum, policy, kl, flags, rollout_weight)
     arguments = (*launch.row_arguments(rows), *per_row, *outputs, *launch.out_arguments(out))
     sizes = (rows.token_ids.shape[1], rows.vocab)
     constants = launch.row_constants(rows, blocks) | _spec_constants(spec) | {"HELD": blocks.held(rows.vocab)}

@@ -24,16 +24,17 @@ from .rows import (
 
 
 @triton.jit
-def store_stats(row_index, log_prob, entropy, lse, stats):
+def store_stats(row_index, log_prob, entropy, anchor, log_sum, stats):
     tl.store(log_prob + row_index, stats[0])
     tl.store(entropy + row_index, stats[1])
-    tl.store(lse + row_index, stats[2])
+    tl.store(anchor + row_index, stats[2])
+    tl.store(log_sum + row_index, stats[3])
 
 
 @triton.jit
-def store_no_stats(row_index, log_prob, entropy, lse):
+def store_no_stats(row_index, log_prob, entropy, anchor, log_sum):
     """Of a dead row."""
-    store_stats(row_index, log_prob, entropy, lse, (0, 0, 0))
+    store_stats(row_index, log_prob, entropy, anchor, log_sum, (0, 0, 0, 0))
 
 
 @triton.jit
@@ -142,7 +143,7 @@ def settle(
     """Statistics from the sums relative to the sampled value, or where those overflowed, to the largest."""
     slope = mapping[3]
     anchored_at = value
-    if hold(total, weighted, origin_of(value, slope)):
+    if hold(total, weighted, value, slope):
         total, weighted = unrounded(total, weighted, value, slope)
     else:
         total, weighted, anchored_at = far_sums(row, target, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
@@ -159,7 +160,8 @@ def log_probs_kernel(
     numbers,
     log_prob,
     entropy,
-    lse,
+    anchor,
+    log_sum,
     length,
     vocab,
     SPAN: tl.constexpr,
@@ -170,7 +172,7 @@ def log_probs_kernel(
     """One program a row."""
     row_index = tl.program_id(0)
     if tl.load(live + row_index) == 0:
-        store_no_stats(row_index, log_prob, entropy, lse)
+        store_no_stats(row_index, log_prob, entropy, anchor, log_sum)
         return
     mapping = logit_map(numbers, SOFTCAP)
     row, target, _, value = sampled(
@@ -179,7 +181,7 @@ def log_probs_kernel(
     origin = origin_of(value, mapping[3])
     total, weighted = row_sums(row, target, origin, vocab, numbers, mapping, SPAN, BLOCK, STAGES, True, SOFTCAP)
     stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
-    store_stats(row_index, log_prob, entropy, lse, stats)
+    store_stats(row_index, log_prob, entropy, anchor, log_sum, stats)
 
 
 @triton.jit(do_not_specialize=["length", "spans"])
@@ -226,7 +228,8 @@ def merge_spans_kernel(
     partial,
     log_prob,
     entropy,
-    lse,
+    anchor,
+    log_sum,
     length,
     vocab,
     spans,
@@ -238,7 +241,7 @@ def merge_spans_kernel(
     """The sums of ``span_sums_kernel``, added left to right as ``log_probs_kernel`` does."""
     row_index = tl.program_id(0)
     if tl.load(live + row_index) == 0:
-        store_no_stats(row_index, log_prob, entropy, lse)
+        store_no_stats(row_index, log_prob, entropy, anchor, log_sum)
         return
     mapping = logit_map(numbers, SOFTCAP)
     row, target, _, value = sampled(
@@ -251,4 +254,4 @@ def merge_spans_kernel(
         total += tl.load(partial + span * 2)
         weighted += tl.load(partial + span * 2 + 1)
     stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
-    store_stats(row_index, log_prob, entropy, lse, stats)
+    store_stats(row_index, log_prob, entropy, anchor, log_sum, stats)

@@ -52,7 +52,8 @@ def gradient_kernel(
     numbers,
     log_prob,
     entropy,
-    lse,
+    anchor,
+    log_sum,
     grad_log_prob,
     grad_entropy,
     out,
@@ -77,8 +78,7 @@ def gradient_kernel(
         g = tl.load(grad_log_prob + row_index)
     if grad_entropy is not None:
         h = tl.load(grad_entropy + row_index)
-    row_lse = tl.load(lse + row_index)
-    if (tl.load(live + row_index) == 0) | ((g == 0) & (h == 0) & (row_lse == row_lse)):
+    if (tl.load(live + row_index) == 0) | ((g == 0) & (h == 0)):
         fill(out, zero, first, last, vocab, BLOCK)
         return
     mapping = logit_map(numbers, SOFTCAP)
@@ -86,17 +86,13 @@ def gradient_kernel(
         logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
     )
     HAS_H: tl.constexpr = grad_entropy is not None
-    terms = gradient_terms(
+    stats = (
         tl.load(log_prob + row_index),
         tl.load(entropy + row_index),
-        row_lse,
-        g,
-        h,
-        target_logit,
-        mapping,
-        SOFTCAP,
-        HAS_H,
+        tl.load(anchor + row_index),
+        tl.load(log_sum + row_index),
     )
+    terms = gradient_terms(stats, g, h, target_logit, mapping, SOFTCAP, HAS_H)
     write_gradient(row, out, first, last, target, vocab, mapping, terms, numbers, BLOCK, SOFTCAP, HAS_H)
 
 

@@ -137,7 +137,8 @@ def one_pass_kernel(
     entropy_weight,
     log_prob,
     entropy,
-    lse,
+    anchor,
+    log_sum,
     policy,
     kl,
     flags,
@@ -166,7 +167,7 @@ def one_pass_kernel(
     out += row_offset(row_index, length, out_batch_stride, out_row_stride)
     zero = tl.load(numbers) * 0
     if tl.load(live + row_index) == 0:
-        store_no_stats(row_index, log_prob, entropy, lse)
+        store_no_stats(row_index, log_prob, entropy, anchor, log_sum)
         tl.store(policy + row_index, zero)
         tl.store(kl + row_index, zero)
         tl.store(flags + row_index, zero.to(tl.uint8))
@@ -187,14 +188,14 @@ def one_pass_kernel(
         held = hold_row(row, vocab, numbers, HELD, BLOCK)
         total, weighted = held_sums(held, target, origin, vocab, numbers, mapping, HELD, BLOCK, SOFTCAP)
         anchored_at = value
-        if hold(total, weighted, origin):
+        if hold(total, weighted, value, mapping[3]):
             total, weighted = unrounded(total, weighted, value, mapping[3])
         else:  # the row is read again, so that its registers are free meanwhile
             total, weighted, anchored_at = far_sums(row, target, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
             held = hold_row(row, vocab, numbers, HELD, BLOCK)
         stats = finish_stats(anchored_at, total, weighted, value, mapping[3])
-    store_stats(row_index, log_prob, entropy, lse, stats)
-    row_log_prob, row_entropy, row_lse = stats
+    store_stats(row_index, log_prob, entropy, anchor, log_sum, stats)
+    row_log_prob, row_entropy, _, _ = stats
 
     grad_scale = tl.load(numbers + GRAD_SCALE)
     g = grad_scale * row_terms(
@@ -223,10 +224,10 @@ def one_pass_kernel(
     HAS_H: tl.constexpr = entropy_weight is not None
     if HAS_H:
         h = -tl.load(entropy_weight + row_index) * grad_scale
-    if (g == 0) & (h == 0) & (row_lse == row_lse):
+    if (g == 0) & (h == 0):
         fill(out, zero, 0, tl.cdiv(vocab, BLOCK), vocab, BLOCK)
         return
-    terms = gradient_terms(row_log_prob, row_entropy, row_lse, g, h, target_logit, mapping, SOFTCAP, HAS_H)
+    terms = gradient_terms(stats, g, h, target_logit, mapping, SOFTCAP, HAS_H)
     if HELD == 0:
         blocks = tl.cdiv(vocab, BLOCK)
         write_gradient(row, out, 0, blocks, target, vocab, mapping, terms, numbers, BLOCK, SOFTCAP, HAS_H)

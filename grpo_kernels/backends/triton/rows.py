@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .maths import LOWEST_POWER, divide, expm1, log1p, tanh, tanh_slope, to_nats, to_power
-from .surrogates import LOGIT_SCALE, LOGIT_SOFTCAP, TEMPERATURE, clamp
+from .surrogates import LOGIT_SCALE, LOGIT_SOFTCAP, TEMPERATURE
 
 
 @triton.jit
@@ -124,15 +124,23 @@ def add_block(
 
 
 @triton.jit
-def hold(total, weighted, origin):
-    """Whether sums relative to the sampled token hold: nothing overflowed."""
-    return (total < float("inf")) & (tl.abs(weighted) < float("inf")) & (tl.abs(origin) < float("inf"))
+def residual_of(value, slope):
+    """By which every power relative to ``value`` is off, exactly: the rounding of its origin."""
+    return tl.fma(value, slope, origin_of(value, slope))
+
+
+@triton.jit
+def hold(total, weighted, value, slope):
+    """Whether sums relative to the sampled value hold: nothing overflowed, and the value is not so large (past 2^23)
+    that the rounding of its origin alone lets powers underflow or overflow."""
+    finite = (total < float("inf")) & (tl.abs(weighted) < float("inf"))
+    return finite & (tl.abs(residual_of(value, slope)) <= 1)
 
 
 @triton.jit
 def unrounded(total, weighted, value, slope):
-    """The sums as if their origin were not rounded: every power is off by the same residual, which is known exactly."""
-    residual = tl.fma(value, slope, origin_of(value, slope))
+    """The sums as if their origin were not rounded."""
+    residual = residual_of(value, slope)
     factor = tl.exp2(-residual)
     return total * factor, tl.fma(-residual, total, weighted) * factor
 
@@ -162,7 +170,7 @@ def sampled(
 
 @triton.jit
 def finish_stats(anchored_at, rest, weighted_rest, value, slope):
-    """From the sums without the sampled column, relative to ``anchored_at``: log_prob, entropy, lse, in nats."""
+    """From the sums without the sampled column, relative to ``anchored_at``: log_prob, entropy, the anchor, log_sum."""
     power = (value - anchored_at) * slope
     certain = value == anchored_at
     power = tl.where(certain, 0, power)
@@ -173,18 +181,18 @@ def finish_stats(anchored_at, rest, weighted_rest, value, slope):
     log_prob = to_nats(power, -log_total)
     entropy = to_nats(-divide(weighted, total), log_total)
     entropy = tl.where(entropy < 0, 0, entropy)  # rounding of a row that is certain
-    lse = to_nats(anchored_at * slope, log_total)
     void = (value != value) | (anchored_at == -float("inf")) | (weighted != weighted)  # NaN, or no column is possible
     nan = float("nan")
-    return tl.where(void, nan, log_prob), tl.where(void, nan, entropy), tl.where(void, nan, lse)
+    return tl.where(void, nan, log_prob), tl.where(void, nan, entropy), anchored_at, tl.where(void, nan, log_total)
 
 
 @triton.jit
-def gradient_terms(log_prob, entropy, lse, g, h, target_logit, mapping, SOFTCAP: tl.constexpr, HAS_H: tl.constexpr):
-    """shift, constant, linear for every column, and the gradient in the sampled logit.
+def gradient_terms(stats, g, h, target_logit, mapping, SOFTCAP: tl.constexpr, HAS_H: tl.constexpr):
+    """anchor, shift, constant, linear for every column, and the gradient in the sampled logit.
 
-    d loss / d value_j = p_j (constant + linear power_j), p_j = 2^power_j, power_j = value_j * slope + shift.
+    d loss / d value_j = p_j (constant + linear power_j), p_j = 2^power_j, power_j = (value_j - anchor) * slope + shift.
     """
+    log_prob, entropy, anchor, log_sum = stats
     inner, cap, derivative, _ = mapping
     constant = -g * derivative
     linear = constant * 0
@@ -196,16 +204,17 @@ def gradient_terms(log_prob, entropy, lse, g, h, target_logit, mapping, SOFTCAP:
     target = target * derivative
     if SOFTCAP:
         target = target * (tanh_slope(target_logit * inner) * (inner * cap))
-    shift = clamp(-to_power(lse), 3e38)  # finite: logits of finfo.min have no finite lse
-    return shift, tl.where(lse == lse, constant, float("nan")), linear, target
+    constant = tl.where(log_sum == log_sum, constant, float("nan"))
+    return anchor, -to_power(log_sum), constant, linear, target
 
 
 @triton.jit
 def gradient_of(logits, columns, target_column, mapping, terms, SOFTCAP: tl.constexpr, HAS_H: tl.constexpr):
     """d loss / d logit of some columns."""
     inner, cap, _, slope = mapping
-    shift, constant, linear, target = terms
-    power = tl.minimum(tl.fma(value_of(logits, inner, cap, SOFTCAP), slope, shift), 0)  # of a probability
+    anchor, shift, constant, linear, target = terms
+    power = tl.fma(value_of(logits, inner, cap, SOFTCAP) - anchor, slope, shift)
+    power = tl.minimum(power, 0)  # of a probability
     if HAS_H:
         power = tl.maximum(power, LOWEST_POWER)
         gradient = tl.exp2(power) * tl.fma(power, linear, constant)
