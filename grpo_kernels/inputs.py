@@ -27,7 +27,7 @@ from .checks import (
 )
 from .config import LossConfig
 from .head import operand_dtype
-from .maths import times
+from .maths import weighed
 from .objective import TokenBatch
 from .rows import Packed, Padded, Rows, Sequences
 from .spec import LogitArgs, in_kernel, numbers_vector
@@ -304,7 +304,7 @@ def _apply_known(config: LossConfig, batch: TokenBatch) -> TokenBatch:
         return batch
     factors = torch.where(batch.live, batch.factors(config, batch.old, known), 0.0)
     left = tuple(scheme for scheme in batch.schemes if scheme.of_policy)
-    weight = times(batch.policy_weight, factors)
+    weight = weighed(batch.policy_weight, factors)
     return dataclasses.replace(batch, policy_weight=weight, schemes=left, rollout_weight=factors)
 
 

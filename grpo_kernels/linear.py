@@ -32,6 +32,7 @@ from .inputs import (
     read_linear_tokens,
 )
 from .loss import announced_scale, one_pass_spec
+from .maths import weighed
 from .metrics import Metrics
 from .modules import LossModule
 from .objective import Records, TokenBatch, fast_token_terms, pools, reduce_records
@@ -116,7 +117,7 @@ def linear_grpo_loss(
     _check_contents(tokens, hidden, weight, bias, logit_args, check)
     wide = grad_scale is None and operand_dtype(hidden) == torch.float16
     if wide:
-        grad_scale = _fp16_scale(batch, config)
+        grad_scale = _fp16_scale(batch, config, logit_args)
     numbers = tokens.numbers(logit_args, announced_scale("linear_grpo_loss", grad_scale), config, entropy_threshold)
     spec = one_pass_spec(config, batch, given)
     pooled = batch.sequences if spec is None and pools(config, batch) and any(wants) else None
@@ -185,17 +186,18 @@ def _check_contents(
     check_shift(tokens, log_probs)
 
 
-def _fp16_scale(batch: TokenBatch, config: LossConfig) -> Tensor:
-    """A power of two that brings the largest factor of a token near 2⁻⁶: 2²² below what fp16 overflows at, for ratios,
-    and 2¹⁸ above its smallest number, for probabilities."""
+def _fp16_scale(batch: TokenBatch, config: LossConfig, logit_args: LogitArgs) -> Tensor:
+    """A power of two that brings the largest slope of a logit near 2⁻⁶: 2²² below what fp16 overflows at, for ratios,
+    and 2¹⁸ above its smallest number, for probabilities. Tokens that weigh nothing have no part in it."""
     if batch.policy_weight.numel() == 0:
         return torch.ones((), device=batch.policy_weight.device)
     sizes = batch.advantages.abs()
     if not config.surrogate.flat_at_zero_advantage:
         sizes = sizes.clamp(min=64)  # a slope of its own: DRO's spring at 20 nats
-    factors = (batch.policy_weight * sizes, batch.kl_weight, batch.entropy_weight)
+    factors = (weighed(batch.policy_weight, sizes), batch.kl_weight, batch.entropy_weight)
     largest = torch.stack([values.abs().amax() for values in factors if values is not None]).amax()
-    return torch.exp2(-largest.clamp(min=2**-24).log2().floor() - 6)
+    largest = largest * logit_args.logit_scale / logit_args.temperature
+    return torch.exp2(-largest.clamp(min=2**-24, max=2.0**100).nan_to_num(nan=1.0).log2().floor() - 6)
 
 
 def _wants(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wants:

@@ -17,6 +17,13 @@ def times(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(zero, 0.0, a * b)
 
 
+def weighed(weight: Tensor, x: Tensor) -> Tensor:
+    """weight * x where a weight of zero wins over anything, NaN as well: what weighs nothing has no part in a loss. A
+    zero of x wins over an infinite weight."""
+    zero = (weight == 0) | ((x == 0) & ~weight.isnan())
+    return torch.where(zero, 0.0, weight * x)
+
+
 def log_ratio_of(a: Tensor, b: Tensor) -> Tensor:
     """a - b; equal log-probs differ by exactly zero, also where both are -inf."""
     return torch.where(a == b, 0.0, a - b)

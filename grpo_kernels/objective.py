@@ -14,7 +14,7 @@ from torch import Tensor
 from . import backends, ops
 from .config import LossConfig
 from .kl import ESTIMATORS, KLTerms, kl_terms
-from .maths import clamp, log_ratio_of, times, within
+from .maths import clamp, log_ratio_of, times, weighed, within
 from .metrics import FIELDS, Metrics
 from .ops import accumulate_dtype
 from .rollout import FOLDED, Rollout, rollout_weights
@@ -114,14 +114,14 @@ def token_terms(
     policy = surrogate.terms(Point(log_prob, pooled.log, pooled.ratio, batch.advantages, old))
     weight, value = batch.policy_weight, policy.value
     if in_value is not None:
-        weight, value = times(weight, in_value), times(in_value, value)
+        weight, value = weighed(weight, in_value), weighed(in_value, value)
     if batch.entropy_threshold is not None:
         assert entropy is not None
         low = entropy < batch.entropy_threshold
         weight, value = torch.where(low, 0.0, weight), torch.where(low, 0.0, value)
-    slope = _distribute(config.level, times(weight, torch.where(pooled.inside, policy.slope, 0.0)), batch)
+    slope = _distribute(config.level, weighed(weight, torch.where(pooled.inside, policy.slope, 0.0)), batch)
     passes = possible if free is None else possible & free
-    slope = torch.where(passes, slope, 0.0) + times(weight, policy.direct)
+    slope = torch.where(passes, slope, 0.0) + weighed(weight, policy.direct)
 
     kl_level = config.kl.level_beside(config.level)
     if kl_level != config.level or bounded is not own:  # the KL's ratio is π/π_old as it is
@@ -179,7 +179,7 @@ def _kl_part(
     kl = kl_terms(config.kl, log_ratio_of(log_prob, batch.ref), pooled.ratio)
     kl = kl._replace(slope=torch.where(possible, kl.slope, 0.0))
     if not config.kl.ratio_weighted:
-        return kl.value, times(batch.kl_weight, kl.slope)
+        return kl.value, weighed(batch.kl_weight, kl.slope)
     slope = _ratio_weighted_slope(level, pooled.ratio, pooled.inside, possible, kl, batch)
     return times(pooled.ratio, kl.value), slope
 
@@ -191,10 +191,10 @@ def _ratio_weighted_slope(
     value, slope, slope_with_ratio = kl
     assert batch.kl_weight is not None
     if level in ("token", "sequence_token"):
-        return times(batch.kl_weight, times(ratio, torch.where(inside & passes, slope_with_ratio, slope)))
-    weighted = times(batch.kl_weight, times(ratio, value))
+        return weighed(batch.kl_weight, times(ratio, torch.where(inside & passes, slope_with_ratio, slope)))
+    weighted = weighed(batch.kl_weight, times(ratio, value))
     through_ratio = _distribute(level, torch.where(inside, weighted, 0.0), batch)
-    return times(batch.kl_weight, times(ratio, slope)) + torch.where(passes, through_ratio, 0.0)
+    return weighed(batch.kl_weight, times(ratio, slope)) + torch.where(passes, through_ratio, 0.0)
 
 
 def _distribute(level: str, slope: Tensor, batch: TokenBatch) -> Tensor:

@@ -62,6 +62,13 @@ GRPO_FN real times(real a, real b) {
   return (a == 0 || b == 0) && a == a && b == b ? real(0) : a * b;
 }
 
+// weight * x where a weight of zero wins over anything, NaN as well: what weighs nothing has no part in a loss. A zero of
+// x wins over an infinite weight.
+template <class real>
+GRPO_FN real weighed(real weight, real x) {
+  return weight == 0 || (x == 0 && weight == weight) ? real(0) : weight * x;
+}
+
 // a - b; equal log-probs differ by exactly zero, also where both are -inf.
 template <class real>
 GRPO_FN real log_ratio_of(real a, real b) {
@@ -286,11 +293,11 @@ GRPO_FN TokenTerms<real> token_terms(const ObjectiveSpec& spec, const real* numb
   real weight = token.policy_weight;
   if (spec.rollout != kNoRollout) {
     out.rollout_weight = rollout_weight(spec.rollout, numbers, old, token.rollout);
-    weight = times(weight, out.rollout_weight);
-    out.policy = times(out.rollout_weight, out.policy);
+    weight = weighed(weight, out.rollout_weight);
+    out.policy = weighed(out.rollout_weight, out.policy);
   }
   if (token.entropy < numbers[kEntropyThreshold]) weight = out.policy = 0;
-  out.slope = times(weight, inside ? policy.slope : real(0)) + times(weight, policy.direct);
+  out.slope = weighed(weight, inside ? policy.slope : real(0)) + weighed(weight, policy.direct);
 
   if (spec.kl_estimator != kNoKL) {
     KL<real> kl = kl_terms(spec, numbers, log_ratio_of(log_prob, token.ref), ratio);
@@ -300,7 +307,7 @@ GRPO_FN TokenTerms<real> token_terms(const ObjectiveSpec& spec, const real* numb
     }
     if (log_prob == -real(INFINITY)) kl.slope = 0;
     out.kl = kl.value;
-    out.slope += times(token.kl_weight, kl.slope);
+    out.slope += weighed(token.kl_weight, kl.slope);
   }
   return out;
 }

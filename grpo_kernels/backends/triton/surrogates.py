@@ -56,6 +56,13 @@ def times(a, b):
 
 
 @triton.jit
+def weighed(weight, x):
+    """weight * x where a weight of zero wins over anything, NaN as well; a zero of x wins over an infinite weight."""
+    zero = (weight == 0) | ((x == 0) & (weight == weight))
+    return tl.where(zero, 0, weight * x)
+
+
+@triton.jit
 def log_ratio_of(a, b):
     """a - b; equal log-probs differ by exactly zero, also where both are -inf."""
     return tl.where(a == b, 0, a - b)
@@ -296,17 +303,17 @@ def token_terms(
     weight = possible.to(log_prob.dtype) * 0 + 1
     if ROLLOUT != NO_ROLLOUT:
         weight = rollout_weight(ROLLOUT, numbers, old, rollout)
-        policy_weight = times(policy_weight, weight)
-        policy = times(weight, policy)
+        policy_weight = weighed(policy_weight, weight)
+        policy = weighed(weight, policy)
     below = entropy < tl.load(numbers + ENTROPY_THRESHOLD)
     policy = tl.where(below, 0, policy)
     policy_weight = tl.where(below, 0, policy_weight)
-    slope = times(policy_weight, tl.where(inside, through_ratio, 0)) + times(policy_weight, direct)
+    slope = weighed(policy_weight, tl.where(inside, through_ratio, 0)) + weighed(policy_weight, direct)
     kl = possible.to(log_prob.dtype) * 0
     if KL_ESTIMATOR != NO_KL:
         kl, kl_slope, with_ratio = kl_terms(KL_ESTIMATOR, KL_GRADIENT, numbers, log_ratio_of(log_prob, ref), ratio)
         if KL_RATIO_WEIGHTED:
             kl_slope = times(ratio, tl.where(inside, with_ratio, kl_slope))
             kl = times(ratio, kl)
-        slope += times(kl_weight, tl.where(possible, kl_slope, 0))
+        slope += weighed(kl_weight, tl.where(possible, kl_slope, 0))
     return policy, kl, slope, flags, weight
