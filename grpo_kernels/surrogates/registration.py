@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from . import BUILT_IN, SURROGATES, Point, Surrogate, Terms
 from .base import no_flags
@@ -83,17 +86,52 @@ def _slopes(surrogate: Any, t: Point) -> tuple[Tensor, Tensor]:
     return slope, direct
 
 
+_IN_PLACE = re.compile(r"__(get|set|setitem|delitem|i\w+)__|[^_].*_")
+"""Attributes and what writes in place: these need the tensor itself."""
+
+
+class _Step(torch.autograd.Function):
+    """What one operation takes of a tensor, whose gradient through that operation is 0 where it is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return torch.where(upstream.isnan(), 0.0, upstream)
+
+
+class _BranchByBranch(TorchFunctionMode):
+    """Derivatives of the chosen branch alone. ``torch.where``, ``minimum`` and ``clamp`` hand a gradient of 0 to what
+    they did not choose, and autograd multiplies it on: where that overflowed, 0·inf is NaN and would spoil the sum.
+    Here every operation's contribution is looked at by itself, so that the others stay."""
+
+    def __torch_function__(
+        self, function: Any, kinds: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        if not _IN_PLACE.fullmatch(getattr(function, "__name__", "__get__")):
+            arguments = tree_map(_step, arguments)
+        return function(*arguments, **(options or {}))
+
+
+def _step(x: Any) -> Any:
+    return _Step.apply(x) if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad else x
+
+
 def by_autograd(surrogate: Any, t: Point) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Value, and its derivatives in log-ratio and log-prob."""
+    """Value, and its derivatives in log-ratio and log-prob: those of the chosen branches, NaN where the value is."""
     with torch.enable_grad(), torch.inference_mode(False):
         log_prob, log_ratio = (x.detach().clone().requires_grad_() for x in (t.log_prob, t.log_ratio))
         others = (x.detach().clone() for x in (t.advantage, t.old_log_prob))
-        value = surrogate.value(Point(log_prob, log_ratio, log_ratio.exp(), *others)).expand_as(log_prob)
+        with _BranchByBranch():
+            value = surrogate.value(Point(log_prob, log_ratio, log_ratio.exp(), *others)).expand_as(log_prob)
         if not value.requires_grad:
             return value.detach(), (torch.zeros_like(value), torch.zeros_like(value))
         inputs = (log_ratio, log_prob)
         slope, direct = torch.autograd.grad(value.sum(), inputs, allow_unused=True, materialize_grads=True)
-    return value.detach(), (slope, direct)
+    unknown = value.detach().isnan()
+    return value.detach(), (slope.masked_fill(unknown, math.nan), direct.masked_fill(unknown, math.nan))
 
 
 @functools.lru_cache(maxsize=256)
