@@ -3,7 +3,8 @@
 A sampler with top-k, top-p or min-p draws from p restricted to a set S and renormalised. Its log-prob of a token is
 ℓ - log Σ_{j∈S} p_j; compared with a policy's ℓ over the whole vocabulary, every ratio is off by the kept mass. Here
 log-probs, entropies and gradients are those of the renormalised distribution, exactly. Rows are copied some at a time,
-with -inf outside of S, and handed to the kernels: two passes, and no second tensor of the logits' size.
+with -inf outside of S, and handed to the kernels: two passes, and no second tensor of the logits' size. A softcap is
+applied to the copies first: it would turn the -inf into -cap, and bring every column back.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from torch import Tensor
 
 from . import ops
 from .autograd import once
-from .checks import check_device, check_shape, fail, read_mask
+from .checks import check_device, check_shape, fail
 from .inputs import Tokens, check_ids
+from .maths import times
 from .rows import Rows
-from .spec import LogitArgs
+from .spec import NUMBERS, LogitArgs
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits copied at a time."""
@@ -105,56 +107,73 @@ class Supported:
             shape, named = (*tokens.shape, tokens.vocab), {**tokens.tensors, "support": support}
             check_shape(tokens.function, "support", support, (shape,), named)
             check_device(tokens.function, named)
-            return cls(rows, (), read_mask(tokens.function, support, named, name="support").reshape(-1, tokens.vocab))
+            return cls(rows, (), (support != 0).reshape(-1, tokens.vocab))
         filters = support if isinstance(support, tuple) else (support,)
         if not filters or not all(isinstance(one, (TopK, TopP, MinP)) for one in filters):
             expected = "support=TopK(k), TopP(p), MinP(p), a tuple of them, or a bool mask (*token_ids.shape, V)"
             fail(tokens.function, expected, repr(support), tokens.tensors, error=TypeError)
         return cls(rows, filters, None)
 
-    def log_probs(self, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-        """log_prob, entropy, lse (B, T) of the renormalised distribution, which temperature is part of."""
-        stats = [torch.zeros_like(self.rows.token_ids, dtype=self.rows.numbers.dtype) for _ in range(3)]
-        for part, index in self._parts():
+    def log_probs(self, backend: str) -> tuple[Tensor, ...]:
+        """log_prob, entropy, anchor, log_sum (B, T) of the renormalised distribution, which temperature is part of."""
+        stats = [torch.zeros_like(self.rows.token_ids, dtype=self.rows.numbers.dtype) for _ in range(4)]
+        for part, index, _ in self._parts():
             for total, values in zip(stats, ops.log_probs(part.logits, *part.arguments, backend), strict=True):
                 total.view(-1)[index] = values[0]
-        return stats[0], stats[1], stats[2]
+        return tuple(stats)
 
     def gradient(self, backend: str, stats: tuple[Tensor, ...], g: Tensor | None, h: Tensor | None) -> Tensor:
         """In the logits, from slopes in log-prob and entropy, (B, T)."""
         rows = self.rows
         out = torch.zeros_like(rows.logits, memory_format=torch.contiguous_format)
         target, length = rows.row_view(out), rows.token_ids.shape[1]
-        for part, index in self._parts():
+        for part, index, slope in self._parts():
             mine = (None if x is None else x.reshape(-1)[index][None] for x in (*stats, g, h))
             ops.log_probs_backward_(part.logits, *part.arguments, *mine, backend)
-            target[index // length, index % length] = part.logits[0]
+            gradient = part.logits[0] if slope is None else times(part.logits[0], slope)
+            target[index // length, index % length] = gradient.to(out.dtype)
         return out
 
-    def _parts(self) -> Iterator[tuple[Rows, Tensor]]:
-        """Some rows at a time, copied, -inf outside of the support, and their places in the flattened (B, T)."""
+    def _parts(self) -> Iterator[tuple[Rows, Tensor, Tensor | None]]:
+        """Some rows at a time, copied, -inf outside of the support; their places in the flattened (B, T); under a
+        softcap the slope of the copied values, which are capped."""
         rows = self.rows
+        numbers = rows.numbers if not rows.softcap else _without_softcap(rows.numbers)
         whole, length, count = rows.row_view(rows.logits), rows.token_ids.shape[1], rows.token_ids.numel()
         size = max(1, CHUNK_ELEMENTS // max(rows.vocab, 1))
         for index in torch.arange(count, device=rows.logits.device).split(size):
             logits = whole[index // length, index % length]
             ids, live = (x.reshape(-1)[index] for x in (rows.token_ids, rows.live))
-            kept = self._kept(logits) if self.mask is None else self.mask[index]
+            values, slope = (logits, None) if not rows.softcap else _capped(logits.to(numbers.dtype), rows.numbers)
+            kept = self._kept(values, numbers) if self.mask is None else self.mask[index]
             safe = torch.where((ids >= 0) & (ids < rows.vocab), ids, 0)
             kept.scatter_(1, safe[:, None], True)
-            logits = logits.masked_fill_(~kept, float("-inf"))[None]
-            yield Rows(logits, ids[None], live[None], rows.numbers, rows.softcap), index
+            values = values.masked_fill_(~kept, float("-inf"))[None]
+            yield Rows(values, ids[None], live[None], numbers, softcap=False), index, slope
 
-    def _kept(self, logits: Tensor) -> Tensor:
-        """(n, V) bool"""
-        temperature, scale, cap = self.rows.numbers[:3].unbind()
-        z = logits.to(self.rows.numbers.dtype) * scale
-        if self.rows.softcap:
-            z = cap * torch.tanh(z / cap)
-        z = z / temperature
+    def _kept(self, values: Tensor, numbers: Tensor) -> Tensor:
+        """(n, V) bool, of logits without a softcap."""
+        temperature, scale, _ = numbers[:3].unbind()
+        z = values.to(numbers.dtype) * scale / temperature
         for one in self.filters:
             z = z.masked_fill(z < one.lowest(z), float("-inf"))
         return z != float("-inf")  # NaN stays: it is to be seen
+
+
+def _without_softcap(numbers: Tensor) -> Tensor:
+    """For values that are scaled and capped already."""
+    numbers = numbers.clone()
+    numbers[NUMBERS.index("logit_scale")], numbers[NUMBERS.index("logit_softcap")] = 1.0, 0.0
+    return numbers
+
+
+def _capped(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """cap·tanh(logit·scale/cap), and its slope in the logit: scale·(1 - tanh²) as 4q/(1+q)², which keeps its precision
+    where tanh is nearly 1."""
+    _, scale, cap = numbers[:3].unbind()
+    inner = logits * (scale / cap)
+    q = torch.exp(-2 * inner.abs())
+    return cap * torch.tanh(inner), 4 * q / (1 + q) ** 2 * scale
 
 
 class SupportedLogProbs(torch.autograd.Function):
@@ -162,11 +181,11 @@ class SupportedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, supported: Supported, backend: str) -> tuple[Tensor, Tensor]:
-        log_prob, entropy, lse = supported.log_probs(backend)
-        ctx.save_for_backward(logits, log_prob, entropy, lse)
+        stats = supported.log_probs(backend)
+        ctx.save_for_backward(logits, *stats)
         ctx.set_materialize_grads(False)
         ctx.supported, ctx.backend = supported, backend
-        return log_prob, entropy
+        return stats[0], stats[1]
 
     @staticmethod
     @once
@@ -187,4 +206,5 @@ def supported_log_probs(
         found: tuple[Tensor, Tensor] = SupportedLogProbs.apply(logits, supported, backend)
         return found
     with torch.no_grad():
-        return supported.log_probs(backend)[:2]
+        log_prob, entropy, *_ = supported.log_probs(backend)
+        return log_prob, entropy

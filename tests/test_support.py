@@ -27,6 +27,32 @@ def test_loss_and_gradient(backend, support, dtype):
     assert (out.log_probs > plain.log_probs + 1e-3).sum() > 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("support", [TopK(5), TopP(0.8), "a mask"], ids=str)
+def test_softcap(backend, support, dtype):
+    """The cap comes before the set: applied after it, tanh(-inf) would bring every column back at -cap."""
+    case = make(dtype=dtype, temperature=2.0, logit_scale=1.5, logit_softcap=4.0, config="dapo", ref_log_probs=None)
+    z = 4.0 * torch.tanh(case.logits[:, :9].double() * 1.5 / 4.0) / 2.0
+    allowed = z >= z.topk(5, -1).values[..., -1:] if support != TopP(0.8) else reference._kept(z.flatten(0, 1), support)
+    kept = allowed.view(z.shape).scatter(-1, case.token_ids[..., None], True)
+    exact = z.masked_fill(~kept, -math.inf).log_softmax(-1).gather(-1, case.token_ids[..., None]).squeeze(-1)
+    case.options["old_log_probs"] = (exact + 0.2 * torch.randn(exact.shape)).to(case.options["old_log_probs"].dtype)
+    out, gradient = case.run(backend=backend, support=allowed.view(z.shape) if support == "a mask" else support)
+    torch.testing.assert_close(
+        out.log_probs[case.mask].double(), exact[case.mask], rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-6
+    )
+    assert (gradient[:, :9][~kept] == 0).all()
+    leaf = case.logits.double().requires_grad_()
+    z = 4.0 * torch.tanh(leaf[:, :9] * 1.5 / 4.0) / 2.0
+    z = z.masked_fill(~kept, -math.inf).log_softmax(-1).gather(-1, case.token_ids[..., None]).squeeze(-1)
+    ratio, A = (z - case.options["old_log_probs"].double()).exp(), case.advantages[:, None].double()
+    losses = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.28) * A)[case.mask]
+    losses.mean().backward()
+    torch.testing.assert_close(out.loss.double(), losses.mean(), rtol=1e-5, atol=1e-6)
+    unit = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(gradient.double(), leaf.grad, rtol=4 * unit, atol=1e-7)
+
+
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
 def test_columns_outside_have_no_gradient(backend, support):
     case = make(support=support, extra_row=False)
