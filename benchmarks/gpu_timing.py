@@ -51,7 +51,7 @@ def providers(spec: Spec) -> list[Provider]:
     found = peers.providers(spec)
     if spec.hidden is None:
         request = backends.Request(torch.device(spec.device), fused=True)
-        chosen, _ = backends.choose("providers", request, None)
+        chosen = backends.choose("providers", request, None).backend
         found += [other for name in usable(spec.device) if name != chosen for other in ours_by_name(name)]
     return found
 

@@ -386,8 +386,8 @@ def _check_skip(tokens: Tokens, config: LossConfig, policy_only: bool, per_seque
         fail(tokens.function, expected, reason, tokens.tensors)
 
 
-def choose_backend(tokens: Tokens, backend: str | None, args: LogitArgs, fused: bool = False) -> tuple[str, bool]:
-    """The backend's name, and whether it serves the one-pass loss where that is wanted (``fused``)."""
+def choose_backend(tokens: Tokens, backend: str | None, args: LogitArgs, fused: bool = False) -> backends.Choice:
+    """The backend, and whether it serves the one-pass loss where that is wanted (``fused``)."""
     softcap = args.logit_softcap is not None
     request = backends.Request(tokens.states.device, tokens.dtype, tokens.vocab, fused, softcap)
     return backends.choose(tokens.function, request, backend)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops
-from .checks import asked_to_look, check_scalar
+from .checks import check_scalar, checks_enabled
 from .chunks import CHUNK_BYTES, LiveRows, chunk_rows
 from .config import LossConfig
 from .head import Wants, head_kind, operand_dtype
@@ -31,13 +31,14 @@ from .inputs import (
     read_batch,
     read_linear_tokens,
 )
-from .loss import announced_scale, one_pass_spec
+from .loss import announced_scale
 from .maths import weighed
 from .metrics import Metrics
 from .modules import LossModule
 from .objective import Records, TokenBatch, fast_token_terms, pools, reduce_records
 from .outputs import LossOutput, TokenLogProbs
 from .presets import resolve_config
+from .routes import Require, check_require, one_pass_spec, route_of
 from .rows import Rows, Sequences
 from .spec import NUMBERS, LogitArgs, ObjectiveSpec
 
@@ -76,6 +77,7 @@ def linear_grpo_loss(
     logits_dtype: torch.dtype | None = None,
     check: bool | None = None,
     backend: str | None = None,
+    require: Require | None = None,
 ) -> LossOutput:
     """``grpo_loss(hidden @ weight.T + bias, ...)`` without its logits: only live rows are computed, a chunk at a time.
 
@@ -109,27 +111,29 @@ def linear_grpo_loss(
     )
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_grpo_loss", logit_args)
-    head = (hidden, weight, bias)
-    tokens = read_linear_tokens("linear_grpo_loss", *head, token_ids, mask, logits_dtype, given.tensors, check)
+    tokens = read_linear_tokens("linear_grpo_loss", hidden, weight, bias, token_ids, mask, logits_dtype, given.tensors)
     wants = _wants(hidden, weight, bias)
-    chosen, fuses = choose_backend(tokens, backend, logit_args, fused=any(wants))
+    choice = choose_backend(tokens, backend, logit_args, fused=any(wants))
     tokens, batch = read_batch(tokens, config, given)
+    spec = one_pass_spec(config, batch, given)
+    route = route_of(choice, spec if isinstance(spec, str) else None, any(wants))
+    check_require(tokens, require, route, any(wants))
+    chosen = choice.backend
     _check_contents(tokens, hidden, weight, bias, logit_args, check)
     wide = grad_scale is None and operand_dtype(hidden) == torch.float16
     if wide:
         grad_scale = _fp16_scale(batch, config, logit_args)
     numbers = tokens.numbers(logit_args, announced_scale("linear_grpo_loss", grad_scale), config, entropy_threshold)
-    spec = one_pass_spec(config, batch, given)
-    pooled = batch.sequences if spec is None and pools(config, batch) and any(wants) else None
+    pooled = batch.sequences if isinstance(spec, str) and pools(config, batch) and any(wants) else None
     sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check, pooled, wide)
     with torch.no_grad():
-        route = _Loss(config, batch, sweep, spec, fuses)
-        loss, metrics, records, gradients = route.run(wants, hidden, weight, bias)
+        call = _Loss(config, batch, sweep, spec, choice.fuses)
+        loss, metrics, records, gradients = call.run(wants, hidden, weight, bias)
     if any(wants):
         known = (sweep.valid(sweep.announced), tokens.token_ids, chosen, "linear_grpo_loss")
         loss = autograd.KnownGradients.apply(loss, *known, hidden, weight, bias, *gradients)
     log_probs, entropy = (sweep.valid(values).view(tokens.shape) for values in (records.log_prob, records.entropy))
-    return LossOutput(sweep.valid(loss), Metrics(sweep.valid(metrics.vector)), log_probs, entropy)
+    return LossOutput(sweep.valid(loss), Metrics(sweep.valid(metrics.vector)), log_probs, entropy, route)
 
 
 @torch.compiler.disable
@@ -148,6 +152,7 @@ def linear_token_log_probs(
     logits_dtype: torch.dtype | None = None,
     check: bool | None = None,
     backend: str | None = None,
+    require: Require | None = None,
 ) -> TokenLogProbs:
     """``token_log_probs(hidden @ weight.T + bias, ...)`` without its logits: for the old and reference pass, and for
     objectives of your own. Backward computes the logits a second time (8·N·H·V FLOPs in all).
@@ -159,9 +164,10 @@ def linear_token_log_probs(
     """
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_token_log_probs", logit_args)
-    head = (hidden, weight, bias)
-    tokens = read_linear_tokens("linear_token_log_probs", *head, token_ids, mask, logits_dtype, {}, check)
-    chosen, _ = choose_backend(tokens, backend, logit_args)
+    tokens = read_linear_tokens("linear_token_log_probs", hidden, weight, bias, token_ids, mask, logits_dtype, {})
+    choice = choose_backend(tokens, backend, logit_args)
+    check_require(tokens, require, route_of(choice, None, wants_gradient=False), wants_gradient=False)
+    chosen = choice.backend
     _check_contents(tokens, hidden, weight, bias, logit_args, check)
     numbers = tokens.numbers(logit_args)
     sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check)
@@ -174,7 +180,7 @@ def _check_contents(
 ) -> None:
     """With checks on: ids in range, and ids that look shifted. On a CPU the range is looked at in any case."""
     check_ids(tokens, True if hidden.device.type == "cpu" else check)
-    if not asked_to_look(hidden, check):
+    if not checks_enabled(check):
         return
     options = {"bias": bias, **logit_args._asdict(), "check": False}
 
@@ -283,8 +289,8 @@ class Sweep:
         return gradient, *head.gradients()
 
     def log_probs(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """log_prob, entropy and lse, (1, n)."""
-        stats = tuple(torch.zeros_like(self.token_ids, dtype=self.numbers.dtype) for _ in range(3))
+        """log_prob, entropy, anchor and log_sum, (1, n)."""
+        stats = tuple(torch.zeros_like(self.token_ids, dtype=self.numbers.dtype) for _ in range(4))
 
         def visit(rows: Rows, first: int, last: int) -> None:
             outputs = ops.log_probs(rows.logits, *rows.arguments, self.backend)
@@ -321,8 +327,8 @@ class _Loss:
     config: LossConfig
     batch: TokenBatch
     sweep: Sweep
-    spec: ObjectiveSpec | None
-    """For a one-pass kernel; None where a row's slope does not follow from the row, or no kernel has the surrogate."""
+    spec: ObjectiveSpec | str
+    """For a one-pass kernel; or why a row's slope does not follow from the row, or no kernel has the surrogate."""
     fuses: bool
     """Whether the backend has that kernel."""
 
@@ -331,7 +337,7 @@ class _Loss:
     ) -> tuple[Tensor, Metrics, Records, Gradients]:
         head = (hidden, weight, bias)
         if not any(wants):
-            log_prob, entropy, _ = self.sweep.log_probs(*head)
+            log_prob, entropy, *_ = self.sweep.log_probs(*head)
             records, _ = self._terms(log_prob, entropy)
             gradients: Gradients = (None, None, None)
         elif self._of_rows or self.sweep.live_rows.bounds is not None:
@@ -346,7 +352,7 @@ class _Loss:
     @property
     def _of_rows(self) -> bool:
         """Every row's slope follows from the row."""
-        return self.spec is not None or not pools(self.config, self.batch)
+        return not isinstance(self.spec, str) or not pools(self.config, self.batch)
 
     def _one_sweep(self, wants: Wants, head: HeadTensors) -> tuple[Records, Gradients]:
         """Every row's slope follows from the rows of its chunk."""
@@ -359,7 +365,8 @@ class _Loss:
 
         def visit(rows: Rows, first: int, last: int) -> None:
             part = sweep.live_rows.narrow(mine, first, last)
-            found = self._fused(rows, part) if self.spec and self.fuses else self._two_passes(rows, part)
+            fused = self.fuses and not isinstance(self.spec, str)
+            found = self._fused(rows, part) if fused else self._two_passes(rows, part)
             for total, values in zip(records, found, strict=True):
                 if total.dim() > 1:
                     total[:, first:last] = values
@@ -369,19 +376,19 @@ class _Loss:
         return Records(*(scatter(total) if total.dim() > 1 else total for total in records)), gradients
 
     def _fused(self, rows: Rows, part: TokenBatch) -> Records:
-        assert self.spec is not None
+        assert not isinstance(self.spec, str)
         inputs = (part.advantages, part.policy_weight, part.old, part.ref, part.rollout, part.kl_weight)
         choices = (list(self.spec), self.sweep.backend)
         return Records(*ops.fused_loss_(rows.logits, *rows.arguments, *inputs, part.entropy_weight, *choices))
 
     def _two_passes(self, rows: Rows, part: TokenBatch) -> Records:
         backend = self.sweep.backend
-        log_prob, entropy, lse = ops.log_probs(rows.logits, *rows.arguments, backend)
+        log_prob, entropy, anchor, log_sum = ops.log_probs(rows.logits, *rows.arguments, backend)
         # On-policy, what pools can be the token's own.
         config = dataclasses.replace(self.config, level="token") if self._of_rows else self.config
         records, slope = fast_token_terms(config, part, log_prob, entropy, rows.numbers, backend)
         slopes = self._announce(slope, part.entropy_weight)
-        ops.log_probs_backward_(rows.logits, *rows.arguments, log_prob, entropy, lse, *slopes, backend)
+        ops.log_probs_backward_(rows.logits, *rows.arguments, log_prob, entropy, anchor, log_sum, *slopes, backend)
         return records
 
     def _terms(self, log_prob: Tensor, entropy: Tensor) -> tuple[Records, tuple[Tensor, Tensor | None]]:

@@ -9,6 +9,7 @@ from . import autograd, ops
 from .checks import check_inplace
 from .inputs import check_contents, check_logit_args, choose_backend, read_tokens
 from .outputs import TokenLogProbs
+from .routes import Require, check_require, route_of
 from .spec import LogitArgs
 from .support import Support, check_not_inplace, supported_log_probs
 
@@ -25,6 +26,7 @@ def token_log_probs(
     support: Support | None = None,
     check: bool | None = None,
     backend: str | None = None,
+    require: Require | None = None,
 ) -> TokenLogProbs:
     """Log-prob of each token and entropy of each row, without a second tensor of the logits' size.
 
@@ -42,6 +44,7 @@ def token_log_probs(
             distribution renormalised over it, the drawn token always included. Rows are copied some at a time, masked
             ones too; not inside a compiled graph.
         check, backend: as for ``grpo_loss``.
+        require: "fused": raise where no compiled kernels would serve the call.
 
     Returns:
         TokenLogProbs(log_probs, entropy), shape of token_ids, fp32 (fp64 for fp64 logits). Two calls on equal rows
@@ -56,7 +59,9 @@ def token_log_probs(
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     if inplace and needs_gradient:
         check_inplace("token_log_probs", logits, tokens.tensors)
-    chosen, _ = choose_backend(tokens, backend, logit_args)
+    choice = choose_backend(tokens, backend, logit_args)
+    check_require(tokens, require, route_of(choice, None, wants_gradient=False), wants_gradient=False)
+    chosen = choice.backend
     check_contents(tokens, chosen, logit_args, check)
     if support is not None:
         check_not_inplace("token_log_probs", inplace, tokens.tensors)

@@ -13,7 +13,6 @@ from .checks import check_inplace, check_scalar, fail
 from .config import LossConfig
 from .inputs import (
     LossInputs,
-    advantages_per_sequence,
     check_contents,
     check_logit_args,
     choose_backend,
@@ -25,8 +24,9 @@ from .modules import LossModule
 from .objective import Records, TokenBatch, fast_token_terms, reduce_records
 from .outputs import LossOutput
 from .presets import resolve_config
+from .routes import Require, check_require, one_pass_spec, route_of
 from .rows import Rows
-from .spec import NUMBERS, LogitArgs, ObjectiveSpec, objective_spec
+from .spec import NUMBERS, LogitArgs, ObjectiveSpec
 from .support import Support, check_not_inplace, supported_log_probs
 
 
@@ -55,6 +55,7 @@ def grpo_loss(
     skip_zero_advantage: bool = False,
     check: bool | None = None,
     backend: str | None = None,
+    require: Require | None = None,
 ) -> LossOutput:
     """The GRPO-family loss of ``config``, its gradient in the logits and its metrics.
 
@@ -69,7 +70,7 @@ def grpo_loss(
         token_ids: integers (B, T), packed (N,) or (1, N): ``token_ids[:, t]`` is the token that row t *predicts*
             (``align`` makes it).
         advantages: (B,), (B, 1) or (B, T); packed (S,) or token-sized ((1, N) where N is S as well).
-        mask: shape of token_ids, bool or numbers >= 0, non-zero where live. A masked row is never read.
+        mask: shape of token_ids, bool or numbers, non-zero where live. A masked row is never read.
         old_log_probs: of the policy that the batch is compared with; None: on-policy, ratio 1, differentiable.
         ref_log_probs: of the reference policy; needed by a KL term.
         rollout_log_probs: of the sampler, NaN where unknown; for metrics and the config's rollout correction.
@@ -88,17 +89,21 @@ def grpo_loss(
         support: the tokens that the sampler could draw, as for ``token_log_probs``; give old and reference log-probs
             over their own. Two passes.
         skip_zero_advantage: rows with A = 0 are not read; their outputs are 0.
-        check: also check contents on a device, which waits for it, and more of them everywhere (ids in range and not
-            shifted, masks without fractions, weights >= 0). None: the environment's GRPO_KERNELS_CHECK.
+        check: also check contents (ids in range, ids not shifted), which waits for the device. None: the
+            environment's GRPO_KERNELS_CHECK.
         backend: "cpu", "cuda", "triton", "torch"; None: the fastest that serves the call ("cuda" only where proven).
+            The environment's GRPO_KERNELS_BACKEND wins over both.
+        require: "fused": raise where compiled kernels would not compute loss and gradient in one pass.
 
     Returns:
-        LossOutput(loss, metrics, log_probs, entropy); only ``loss`` is differentiable, in ``logits`` alone.
+        LossOutput(loss, metrics, log_probs, entropy, route); only ``loss`` is differentiable, in ``logits`` alone.
+        ``route`` says which backend computed it, in how many passes over the logits, and why.
 
     Raises:
         ValueError, TypeError: shapes, dtypes, devices, names or numbers that do not fit, each named.
         IndexError: a token id outside the vocabulary at a live position (CPU; on a GPU that row becomes NaN).
-        RuntimeError: a backend that cannot serve the call, a torch.func transform, a second backward.
+        RuntimeError: a backend that cannot serve the call, or not as required; a torch.func transform; a second
+            backward.
     """
     config = resolve_config(config)
     given = LossInputs(
@@ -107,13 +112,20 @@ def grpo_loss(
     )
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("grpo_loss", logit_args)
-    tokens = read_tokens("grpo_loss", logits, token_ids, mask, given.tensors, check)
+    tokens = read_tokens("grpo_loss", logits, token_ids, mask, given.tensors)
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
-    wants_one_pass = needs_gradient and not (logits.dtype == torch.float16 and grad_scale is None)
     if inplace and needs_gradient:
         check_inplace("grpo_loss", logits, tokens.tensors)
-    backend, fuses = choose_backend(tokens, backend, logit_args, wants_one_pass)
+    choice = choose_backend(tokens, backend, logit_args, needs_gradient)
     tokens, batch = read_batch(tokens, config, given)
+    spec: ObjectiveSpec | str = one_pass_spec(config, batch, given)
+    if support is not None:
+        spec = "support= works on copies of the rows"
+    elif logits.dtype == torch.float16 and grad_scale is None:
+        spec = "an fp16 gradient is written once its factor is known: announce it, grad_scale="
+    route = route_of(choice, spec if isinstance(spec, str) else None, needs_gradient)
+    check_require(tokens, require, route, needs_gradient)
+    backend = choice.backend
     check_contents(tokens, backend, logit_args, check)
     rows = tokens.rows(logit_args, announced_scale("grpo_loss", grad_scale), config, entropy_threshold)
     call = _Call(config, rows, batch, backend, inplace)
@@ -123,11 +135,11 @@ def grpo_loss(
         loss, metrics, records = call.of_log_probs(*supported_log_probs(logits, tokens, support, logit_args, backend))
     elif not needs_gradient:
         loss, metrics, records = call.forward_only()
-    elif fuses and (spec := one_pass_spec(config, batch, given)) is not None:
+    elif route.passes == 1 and not isinstance(spec, str):
         loss, metrics, records = call.one_pass(spec)
     else:
         loss, metrics, records = call.two_passes()
-    return LossOutput(loss, metrics, records.log_prob.view(tokens.shape), records.entropy.view(tokens.shape))
+    return LossOutput(loss, metrics, records.log_prob.view(tokens.shape), records.entropy.view(tokens.shape), route)
 
 
 def announced_scale(function: str, grad_scale: float | Tensor | None) -> float | Tensor:
@@ -138,25 +150,6 @@ def announced_scale(function: str, grad_scale: float | Tensor | None) -> float |
     if not isinstance(grad_scale, Tensor) and grad_scale <= 0:
         fail(function, "grad_scale > 0", repr(grad_scale))
     return grad_scale
-
-
-def one_pass_spec(config: LossConfig, batch: TokenBatch, given: LossInputs) -> ObjectiveSpec | None:
-    """What to tell the one-pass kernel; None where a row's slope is not known from that row alone.
-
-    It is at token level; on-policy also at the sequence levels, if the mean of the slopes over a sequence is each of
-    them (one advantage, one weight), but not for the sum ("sequence_product").
-    """
-    if config.kl.level_beside(config.level) != config.level:
-        return None
-    if config.level != "token":
-        own = config.level == "sequence_token"
-        uniform = config.level == "sequence" and given.token_weights is None
-        uniform &= advantages_per_sequence(batch.sequences, given.advantages)
-        uniform &= batch.kl_weight is None or not config.kl.ratio_weighted
-        uniform &= len(config.schemes) == 0 and given.entropy_threshold is None
-        if batch.old is not None or not (own or uniform):
-            return None
-    return objective_spec(config, batch.kl_weight is not None, batch.schemes)
 
 
 @dataclass(frozen=True)
@@ -172,7 +165,7 @@ class _Call:
     def forward_only(self) -> tuple[Tensor, Metrics, Records]:
         rows = self.rows
         with torch.no_grad():
-            log_prob, entropy, _ = ops.log_probs(rows.logits, *rows.arguments, self.backend)
+            log_prob, entropy, *_ = ops.log_probs(rows.logits, *rows.arguments, self.backend)
             loss, metrics, records, _ = self._settle(log_prob, entropy)
         return loss, metrics, records
 
@@ -197,9 +190,9 @@ class _Call:
     def two_passes(self) -> tuple[Tensor, Metrics, Records]:
         rows = self.rows
         with torch.no_grad():
-            log_prob, entropy, lse = ops.log_probs(rows.logits.detach(), *rows.arguments, self.backend)
+            log_prob, entropy, anchor, log_sum = ops.log_probs(rows.logits.detach(), *rows.arguments, self.backend)
             value, metrics, records, slopes = self._settle(log_prob, entropy)
-        stats = (log_prob, entropy, lse, *slopes)
+        stats = (log_prob, entropy, anchor, log_sum, *slopes)
         loss = autograd.LossGradient.apply(rows.logits, value, *rows.arguments, *stats, self.backend, self.inplace)
         return loss, metrics, records
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .metrics import Metrics
+from .routes import Route
 
 
 class LossOutput(NamedTuple):
@@ -17,6 +18,8 @@ class LossOutput(NamedTuple):
     """Shape of token_ids, detached; 0 at masked positions."""
     entropy: Tensor
     """Shape of token_ids, nats, detached; 0 at masked positions."""
+    route: Route | None = None
+    """Backend, passes and the reason for them; None of the reference."""
 
 
 class TokenLogProbs(NamedTuple):

@@ -1,0 +1,128 @@
+"""Which route a call took, what it may be required to take, and the switch that stops every kernel."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import make
+
+from grpo_kernels import (
+    KL,
+    Clip,
+    Gmpo,
+    GRPOLoss,
+    LossConfig,
+    MaskedIS,
+    Rejection,
+    TopK,
+    Vespo,
+    backends,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_log_probs,
+    reference,
+    token_log_probs,
+)
+
+TWO_PASSES = {
+    "pooled ratios": ({"config": "gspo"}, "level 'sequence' pools the ratios"),
+    "the KL's level": (
+        {"config": LossConfig(Clip(), level="sequence", kl=KL(0.1, ratio_weighted=True, level="token"))},
+        "the KL's ratio is pooled at level 'token', the policy's at 'sequence'",
+    ),
+    "on-policy, weights": (
+        {"config": "gspo", "old_log_probs": None, "token_weights": torch.full((6, 9), 0.5)},
+        "level 'sequence' spreads the slopes",
+    ),
+    "no arm": ({"config": LossConfig(Vespo(), level="sequence_product")}, "pools the ratios"),
+    "no arm for tokens": ({"config": LossConfig(Gmpo())}, "Gmpo has no one-pass kernel"),
+    "several schemes": (
+        {"config": LossConfig(rollout=(MaskedIS(), Rejection())), "old_log_probs": None},
+        "no one-pass kernel applies MaskedIS",
+    ),
+    "support": ({"support": TopK(5)}, "support= works on copies"),
+}
+
+
+@pytest.mark.parametrize(("options", "reason"), TWO_PASSES.values(), ids=TWO_PASSES)
+def test_two_passes_say_why(options, reason):
+    case = make()
+    if "rollout" in repr(options):
+        case.options["rollout_log_probs"] = case.options["old_log_probs"]
+    out, _ = case.run("cpu", **options)
+    assert out.route.backend == "cpu"
+    assert out.route.passes == 2
+    assert reason in out.route.reason
+    with pytest.raises(
+        RuntimeError, match=r"in one pass \(require='fused'\); got 2 passes of backend 'cpu': "
+    ) as error:
+        case.run("cpu", require="fused", **options)
+    assert reason in str(error.value)
+
+
+def test_fp16_without_an_announced_factor():
+    case = make(dtype=torch.float16)
+    out, _ = case.run("cpu")
+    assert (out.route.passes, "grad_scale=" in out.route.reason) == (2, True)
+    assert case.run("cpu", grad_scale=1.0, require="fused")[0].route.passes == 1
+
+
+def test_one_pass(backend):
+    case = make()
+    out, _ = case.run(backend)
+    assert out.route.backend == backend
+    fuses = backends.choose("test", backends.Request(case.logits.device, vocab=97, fused=True), backend).fuses
+    assert out.route.passes == (1 if fuses else 2)
+    if fuses:
+        assert case.run(backend, require="fused")[0].route == out.route
+    else:
+        with pytest.raises(RuntimeError, match="it has no one-pass loss"):
+            case.run(backend, require="fused")
+    without = grpo_loss(case.logits, *case.arguments, backend=backend, **case.options)
+    assert without.route.passes == 1
+    assert "no gradient is wanted" in without.route.reason
+
+
+def test_every_function_takes_it():
+    case = make(vocab=31)
+    hidden, weight = torch.randn(6, 9, 8, requires_grad=True), torch.randn(31, 8)
+    options = {"config": "dapo", "require": "fused"}
+    assert linear_grpo_loss(hidden, weight, *case.arguments, **options).route.passes == 1
+    assert GRPOLoss("dapo", require="fused")(case.logits, *case.arguments).route.backend == "cpu"
+    calls = (
+        lambda **o: token_log_probs(case.logits, case.token_ids, **o),
+        lambda **o: linear_token_log_probs(hidden, weight, case.token_ids, **o),
+        lambda **o: linear_grpo_loss(hidden, weight, *case.arguments, **o),
+        lambda **o: grpo_loss(case.logits, *case.arguments, **o),
+    )
+    for call in calls:
+        call(require="fused", backend="cpu")
+        with pytest.raises(RuntimeError, match=r"require='fused'\); got \d pass(es)? of backend 'torch'"):
+            call(require="fused", backend="torch")
+        with pytest.raises(ValueError, match="require must be one of fused; got 'fast'"):
+            call(require="fast")
+    assert reference.grpo_loss(case.logits, *case.arguments).route is None
+
+
+def test_in_a_compiled_graph():
+    case = make()
+    compiled = torch.compile(lambda logits: grpo_loss(logits, *case.arguments, **case.options), fullgraph=True)
+    assert compiled(case.logits.requires_grad_()).route.passes == 1
+
+
+def test_the_switch(monkeypatch):
+    """It wins over automatic choice and over names: code that asks for a kernel is stopped without an edit."""
+    case = make()
+    assert case.run()[0].route.backend == "cpu"
+    monkeypatch.setenv("GRPO_KERNELS_BACKEND", "torch")
+    for name in (None, "cpu"):
+        route = case.run(name)[0].route
+        assert route.backend == "torch"
+        assert "GRPO_KERNELS_BACKEND=torch" in route.reason
+        with pytest.raises(RuntimeError, match="GRPO_KERNELS_BACKEND=torch"):
+            case.run(name, require="fused")
+    monkeypatch.setenv("GRPO_KERNELS_BACKEND", "touch")
+    with pytest.raises(ValueError, match="GRPO_KERNELS_BACKEND must be one of .* Did you mean 'torch'"):
+        case.run()
+    monkeypatch.setenv("GRPO_KERNELS_BACKEND", "")
+    assert case.run()[0].route.backend == "cpu"
