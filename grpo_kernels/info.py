@@ -32,6 +32,7 @@ def collect() -> dict[str, Any]:
         "devices": devices,
         "threads": torch.get_num_threads(),
         "backends": {name: _state(name) for name in backends.names()},
+        "switched_to": backends.switched(),
         "verified": records.read(),
         "cpu_library": _cpu_library(),
         "cuda_library": _cuda_library(),
@@ -149,6 +150,8 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"devices    {', '.join(report['devices'])}; {report['threads']} CPU threads")
     for name, state in report["backends"].items():
         print(f"backend    {name:<6} {state}")
+    if report["switched_to"]:
+        print(f"backend    {report['switched_to']} alone: GRPO_KERNELS_BACKEND takes the place of every other")
     for line in verified(report["verified"]):
         print(f"verified   {line}")
     found = ", ".join(report["cpu_bf16_instructions"])

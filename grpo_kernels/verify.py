@@ -341,6 +341,7 @@ def check_memory(vocab: int, tokens: int, device: str) -> None:
 def _usable(device: str, asked: list[str] | None) -> list[str]:
     """Backends that serve this device; one that was asked for and does not is an error."""
     usable = []
+    backends.check_not_switched("verify compares backends by name")
     for name in asked or backends.names():
         check_name("--backend", name, backends.names())
         reason = backends.get(name).unsupported(backends.Request(torch.device(device), by_name=True))

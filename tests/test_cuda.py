@@ -471,7 +471,7 @@ def test_compiled_kernels_do_not_spill():
 ROWS, MOVES, SUMS = "row_kernel.h", "loading.h", "sums.h"
 MUTANTS = {
     "consumers: wait for a tile": (ROWS, "shared_.filled[summed_.place].wait(summed_.lap);\n      sweep", "sweep"),
-    "consumers: wait for slopes": (ROWS, "shared_.settled[turn].wait(index / kRowsAhead & 1);", ""),
+    "consumers: wait for slopes": (ROWS, "shared_.settled[turn].wait(index / kRowsAhead & 1);", ";"),
     "loader: wait for room": (MOVES, "shared.emptied[cursor.place].wait(cursor.lap ^ 1);", ""),
     "storer: wait for gradients": (MOVES, "shared.written[cursor", "if (tile == 0) shared.written[cursor"),
     "storer: wait for reading": (MOVES, "port::bulk_wait_read<kStoresInFlight>();", ""),
@@ -507,6 +507,7 @@ def test_mutant_is_noticed(tmp_path, name):
     source = tmp_path / "csrc" / "cuda" / file
     source.write_text(source.read_text().replace(old, new, 1))
     library = cuda_emulator.build(sources=tmp_path / "csrc", library=tmp_path / "mutant.so")
+    assert library is not None, "the mutant does not compile"
     environment = {**os.environ, "GRPO_KERNELS_CUDA_LIBRARY": str(library)}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", __file__]
     command += ["-m", "not nightly", "-k", "not mutant and not compiled and not librar"]

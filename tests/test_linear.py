@@ -13,6 +13,7 @@ from grpo_kernels import (
     KL,
     LinearGRPOLoss,
     LossConfig,
+    Unclipped,
     chunks,
     head,
     linear_grpo_loss,
@@ -340,6 +341,26 @@ def test_fp16_gradients_of_frequent_tokens(config):
     (exact,) = torch.autograd.grad(loss, wide)
     assert gradient.isfinite().all()
     torch.testing.assert_close(gradient.double(), exact, rtol=5e-3, atol=5e-3 * float(exact.abs().max()))
+
+
+def test_fp16_slopes_of_a_low_temperature():
+    """A slope is the ratio over the temperature: the scale that keeps fp16 from overflowing on the way knows both."""
+    hidden, weight, ids = torch.randn(1, 4, 8) / 50, torch.randn(11, 8), torch.randint(11, (1, 4))
+    leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+    options = {"config": LossConfig(Unclipped(), aggregation="token_mean"), "temperature": 0.01}
+    with torch.autocast("cpu", torch.float16):
+        old = linear_token_log_probs(*leaves, ids, temperature=0.01).log_probs.detach() - 12
+        out = linear_grpo_loss(*leaves, ids, torch.ones(1), old_log_probs=old, **options)
+    out.loss.backward()
+    exact = [hidden.half().double().requires_grad_(), weight.half().double().requires_grad_()]
+    z = exact[0] @ exact[1].T
+    z = z + (z.half().double() - z).detach()  # rounded as the head's
+    ell = (z / 0.01).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    (-(ell - old.double()).exp().mean()).backward()
+    for leaf, wanted in zip(leaves, exact, strict=True):
+        torch.testing.assert_close(
+            leaf.grad.double(), wanted.grad, rtol=0.01, atol=0.01 * float(wanted.grad.abs().max())
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

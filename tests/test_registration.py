@@ -236,3 +236,68 @@ def test_a_subclass_of_a_built_in_runs_its_own_value(backend):
     torch.testing.assert_close(mine.loss, 3 * plain.loss)
     torch.testing.assert_close(gradient, 3 * expected)
     assert "mode = 'hard'" in LossConfig(Sharper()).equation()
+
+
+def naive_clip():
+    @register_surrogate
+    class Naive(Surrogate):
+        """PPO's clip, as everyone writes it."""
+
+        def value(self, t):
+            return -torch.minimum(t.ratio * t.advantage, t.ratio.clamp(0.8, 1.2) * t.advantage)
+
+    return Naive()
+
+
+def gate(**hints):
+    @register_surrogate
+    class Gate(Surrogate):
+        """Exponential up to a ratio of 2, logarithmic beyond, where the exponential overflows."""
+
+        tau: float = 8.0
+
+        def value(self, t):
+            low = torch.exp(self.tau * (t.ratio - 1)) / self.tau
+            return -t.advantage * torch.where(t.ratio > 2, 3 - (1 - torch.log(t.ratio / 2)), low)
+
+    for name, value in hints.items():
+        setattr(Gate, name, value)
+    return Gate()
+
+
+def test_a_branch_that_overflows_has_no_part(backend):
+    """Autograd gives 0·inf to what minimum() and clamp() did not choose: the slope is the chosen branch's."""
+    case = make(vocab=9, noise=0.0, ref_log_probs=None)
+    case.options["old_log_probs"] = case.options["old_log_probs"] - torch.where(torch.arange(9) % 2 == 0, 100.0, 0.3)
+    case.advantages = case.advantages.abs() + 0.1
+    out, gradient = case.run(backend, config=LossConfig(naive_clip(), log_ratio_limit=None))
+    plain, expected = case.run(backend, config=LossConfig(Clip(), log_ratio_limit=None))
+    assert out.loss.isfinite()
+    torch.testing.assert_close(out.loss, plain.loss)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("hints", [{}, {"flat_at_zero_advantage": False}], ids=str)
+def test_the_chosen_branch_keeps_its_slope(backend, hints):
+    case = make(vocab=9, noise=0.0, ref_log_probs=None)
+    case.options["old_log_probs"] = case.options["old_log_probs"] - torch.where(torch.arange(9) % 2 == 0, 15.0, 0.05)
+    config = LossConfig(gate(**hints), aggregation="token_mean")
+    out, gradient = case.run(backend, config=config)
+    leaf = case.logits.double().requires_grad_()
+    ell = leaf[:, :9].log_softmax(-1).gather(-1, case.token_ids[..., None]).squeeze(-1)
+    x = ell - case.options["old_log_probs"].double()
+    far = x.detach() > 5  # each branch by itself
+    value = torch.where(far, 2 + x - math.log(2), torch.exp(8 * (torch.where(far, 0.0, x).exp() - 1)) / 8)
+    expected = -(value * case.advantages[:, None])[case.mask].mean()
+    expected.backward()
+    torch.testing.assert_close(out.loss.double(), expected.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), leaf.grad, rtol=1e-3, atol=1e-6)
+    assert float(leaf.grad[:, ::2].abs().max()) > 1e-3
+
+
+def test_a_value_of_nan_has_slopes_of_nan():
+    case = make(vocab=9, ref_log_probs=None)
+    case.options["old_log_probs"][0, 0] = math.nan
+    out, gradient = case.run("cpu", config=LossConfig(naive_clip()))
+    assert out.loss.isnan()
+    assert gradient[0, 0].isnan().all()

@@ -81,6 +81,12 @@ def switched() -> str | None:
     return name
 
 
+def check_not_switched(what: str) -> None:
+    """Refuse to report on backends by name while the environment puts one in the place of all."""
+    if (name := switched()) is not None:
+        raise ValueError(f"{what}, and {_SWITCH}={name} takes the place of every one: unset it first.")
+
+
 def names() -> tuple[str, ...]:
     return tuple(_MODULES)
 
@@ -140,4 +146,6 @@ def _choose(
                 passed_over = f"{_SWITCH}={name}"
             return candidate, fused and unfused is None, f"{candidate}: {unfused}" if unfused else "", passed_over
         reasons[candidate] = reason
+    if name is not None:
+        return "", False, "", reasons[name]
     return "", False, "", "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
