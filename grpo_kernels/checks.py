@@ -76,8 +76,9 @@ def check_head(
             fail(function, f"{name} to be a tensor", type(tensor).__name__, hint=module, error=TypeError)
         if hasattr(tensor, "full_tensor") or (hasattr(tensor, "ds_id") and tensor.numel() == 0):
             hint = (
-                "a sharded tensor is whole only inside the model's forward: compute the loss there, or gather it first "
-                "(DTensor: full_tensor(); DeepSpeed ZeRO-3: deepspeed.zero.GatheredParameters)"
+                "only inside the forward of the module that shards it is it whole, and its gradient reduced: "
+                "grpo_kernels.hf.attach computes the loss there; FSDP2's register_fsdp_forward_method(head, name) "
+                "makes a method of the head such a forward (full_tensor() would keep each rank's own gradient)"
             )
             fail(function, f"a whole {name}", f"a sharded one ({type(tensor).__name__})", hint=hint)
         if tensor.dtype not in FLOAT_DTYPES:

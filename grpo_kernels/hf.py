@@ -15,29 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_name, fail
+from .checks import check_name, checks_enabled, fail
 from .config import LossConfig
 from .linear import linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
 from .loss import grpo_loss
+from .model_head import MODEL_TYPES as MODEL_TYPES
+from .model_head import Proof, head_of, in_fsdp_units, weight_and_bias
 from .outputs import LossOutput, TokenLogProbs
 from .presets import resolve_config
 from .rows import Packed
-
-_PLAIN = (
-    *("llama", "mistral", "mixtral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "phi", "phi3"),
-    *("olmo", "olmo2", "olmo3", "smollm3", "starcoder2", "stablelm", "gpt2", "gpt_neox", "glm", "glm4", "helium"),
-    *("deepseek_v3", "gpt_oss", "nemotron", "seed_oss", "ernie4_5", "exaone4"),
-)
-_SOFTCAPPED = ("gemma2", "gemma3_text")
-_SCALED: Mapping[str, Callable[[Any], float]] = {
-    "cohere": lambda config: config.logit_scale,
-    "cohere2": lambda config: config.logit_scale,
-    "granite": lambda config: 1 / config.logits_scaling,
-    "granitemoe": lambda config: 1 / config.logits_scaling,
-}
-MODEL_TYPES = tuple(sorted((*_PLAIN, *_SOFTCAPPED, *_SCALED)))
-"""``model.config.model_type`` whose head is known; a test compares each with the model's own logits."""
 
 
 def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -59,14 +46,20 @@ def attach(
         out = model(input_ids=ids, attention_mask=attention, grpo=dict(token_ids=token_ids, advantages=A, mask=mask))
         out.loss.backward()
 
-    ``grpo`` holds keywords of ``linear_grpo_loss``; without ``advantages`` the call returns ``linear_token_log_probs``
-    (the old or reference pass). ``token_ids`` are (B, L-1) from ``align``, or (B, R) with ``logits_to_keep=R + 1``.
-    ``token_weights`` may be a function of the ``TokenLogProbs`` of the policy, which are computed first then, without
-    gradient; ``config`` replaces the one attached; ``receive`` is a function that is called with the result before
-    wrappers see it. Weight, bias, scale and softcap of the head are the model's. Without ``grpo`` nothing changes. A
-    mixture of experts' auxiliary loss is not part of the result.
+    ``grpo`` holds keywords of ``linear_grpo_loss``; with ``output="log_probs"`` the call returns
+    ``linear_token_log_probs`` (the old or reference pass), and keywords that only the loss has are left aside.
+    ``token_ids`` are (B, L-1) from ``align``, or (B, R) with ``logits_to_keep=R + 1``. ``token_weights`` may be a
+    function of the ``TokenLogProbs`` of the policy, which are computed first then, without gradient; ``config``
+    replaces the one attached; ``receive`` is a function that is called with the result before wrappers see it. Weight,
+    bias, scale and softcap of the head are the model's, read at every call. Without ``grpo`` nothing changes. A mixture
+    of experts' auxiliary loss is not part of the result: a call that asks for it is refused.
 
-    FSDP's mixed precision rounds the tensors of a plain dict on the way in, and may round outputs on the way out:
+    That hooks, patched forwards, adapters and subclasses leave the log-probs what this head makes them is measured: the
+    first call in each state of the head runs the model's own forward on one live row, without its backbone, and waits
+    for the device to compare. With ``from_logits`` there is nothing to compare.
+
+    FSDP2 may shard the head as a unit of its own or with others. FSDP's mixed precision rounds the tensors of a plain
+    dict on the way in, old log-probs among them, and may round outputs on the way out:
     ``grpo=types.MappingProxyType(dict(...))`` and ``receive`` go around it. Pickle a model detached;
     ``nn.DataParallel`` is not served.
 
@@ -83,7 +76,8 @@ def attach(
 
     Raises:
         ValueError: an architecture whose head is not known, a head that is not a plain linear layer (LoRA on the head,
-            quantised), a model that is attached already.
+            quantised), a model that is attached already; of a call: a model whose own log-probs are others, ids that
+            are not shifted, an auxiliary loss that would be dropped.
     """
     resolved = resolve_config(config)
     inner = causal_model(model, "attach")
@@ -99,12 +93,10 @@ def attach(
 
 def bind(inner: Any, config: LossConfig, from_logits: bool, options: Mapping[str, Any]) -> None:
     """``attach`` without its checks, over whatever ``inner.forward`` is."""
-    loss, log_probs = (grpo_loss, token_log_probs) if from_logits else (linear_grpo_loss, linear_token_log_probs)
-    names, known = (*_keywords(loss), "config", "receive"), _keywords(log_probs)
-    fixed = dict(options)
+    loss = grpo_loss if from_logits else linear_grpo_loss
+    names = (*_keywords(loss), "config", "output", "receive")
     if not from_logits:
-        _head(inner)
-        fixed = {**_transform(inner), **fixed}
+        head_of(inner)
     before = inner.forward
     method = getattr(before, "__func__", None)
     signature = inspect.signature(method or type(inner).forward)
@@ -113,33 +105,49 @@ def bind(inner: Any, config: LossConfig, from_logits: bool, options: Mapping[str
     def original(self: Any, *args: Any, **inputs: Any) -> Any:
         return before(*args, **inputs) if method is None else method(self, *args, **inputs)
 
+    proof = Proof(original, method or before)
+
     @functools.wraps(method or type(inner).forward)
     def forward(self: Any, *args: Any, grpo: Mapping[str, Any] | None = None, **inputs: Any) -> Any:
         if grpo is None:
             return original(self, *args, **inputs)
-        _check_given(grpo, names, inputs)
         inputs |= dict(zip(positions, args, strict=False))
+        _check_given(grpo, names, inputs, self.config)
         inputs |= {"return_dict": True, "use_cache": inputs.get("use_cache", False)}
-        given = {"config": config, **fixed, **grpo}
-        receive = given.pop("receive", None)
+        given = {"config": config, **options, **grpo}
         if from_logits:
-            rows: tuple[Tensor, ...] = (original(self, **inputs).logits,)
-            head: dict[str, Any] = {}
-        else:
-            keep = inputs.pop("logits_to_keep", 0)
-            hidden = self.base_model(**inputs).last_hidden_state
-            weight, bias = _whole(_head(self))  # looked up anew: FSDP and PEFT may replace it after attach
-            rows = (hidden[:, slice(-keep, None) if isinstance(keep, int) else keep], weight)
-            head = {"bias": bias}
-        out = _run(functools.partial(loss, *rows, **head), functools.partial(log_probs, *rows, **head), known, given)
-        if receive is not None:
-            receive(out)
-        return out
+            return _run(grpo_loss, token_log_probs, (original(self, **inputs).logits,), given)
+        return _from_hidden(self, inputs, given, proof)
 
     del forward.__wrapped__  # accelerate's unwrap_model would follow it past this function
     forward.__signature__ = signature  # type: ignore[attr-defined]
-    forward.grpo_kernels_before = method or before  # type: ignore[attr-defined]
+    forward.grpo_kernels_before = (before, method)  # type: ignore[attr-defined]
     inner.forward = types.MethodType(forward, inner)
+
+
+def _from_hidden(model: Any, inputs: dict[str, Any], given: dict[str, Any], proof: Proof) -> Any:
+    """The backbone, and the loss from its hidden states where the head's weight is whole."""
+    keep = inputs.pop("logits_to_keep", 0)
+    output = model.base_model(**inputs)
+    hidden = output.last_hidden_state[:, slice(-keep, None) if isinstance(keep, int) else keep]
+    return _with_head(model, hidden, output, inputs, given, proof)
+
+
+@torch.compiler.disable
+def _with_head(
+    model: Any, hidden: Tensor, output: Any, inputs: dict[str, Any], given: dict[str, Any], proof: Proof
+) -> Any:
+    head = head_of(model)
+    compare = proof.start(model, head, inputs, output, hidden, given.get("mask"))
+
+    def run(states: Tensor) -> Any:
+        weight, bias = weight_and_bias(head.layer)
+        if compare is not None:
+            compare(states, weight, bias)
+        rows = (states, weight)
+        return _run(linear_grpo_loss, linear_token_log_probs, rows, {**head.transform, **given}, bias=bias)
+
+    return in_fsdp_units(model, head.layer, run, hidden)
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -148,10 +156,10 @@ def detach(model: nn.Module) -> nn.Module:
     _check_unprepared(inner, "detach")
     if not _attached(inner):
         fail("detach", "a model that attach() was called on", "one that is as it was")
-    before = inner.forward.__func__.grpo_kernels_before
+    before, method = inner.forward.__func__.grpo_kernels_before
     del inner.forward
-    if before is not type(inner).forward:  # somebody else's, from before
-        inner.forward = types.MethodType(before, inner) if inspect.isfunction(before) else before
+    if method is not type(inner).forward:  # somebody else's, from before
+        inner.forward = before if method is None else types.MethodType(method, inner)
     return model
 
 
@@ -165,40 +173,87 @@ def _check_unprepared(inner: Any, function: str) -> None:
         fail(function, "a model before accelerator.prepare", "one that accelerate has wrapped")
 
 
-def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any]) -> None:
+def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any], config: Any) -> None:
     if not isinstance(grpo, Mapping):
         fail("attach", "grpo=dict(token_ids=..., ...)", type(grpo).__name__, error=TypeError)
     if inputs.get("labels") is not None:
         fail("attach", "grpo= or labels=", "both", hint="the loss is grpo's; add one of labels in a call of its own")
-    for name, value in grpo.items():
+    for name in grpo:
         check_name("grpo=dict(...): the name", name, names)
-        if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
-            hint = (
-                "rounded log-probs make wrong ratios; FSDP's mixed precision rounds what is in a plain dict: "
-                "grpo=types.MappingProxyType(dict(...))"
-            )
-            fail("attach", f"grpo[{name!r}] in float32", str(value.dtype), hint=hint)
+    check_name("grpo=dict(output=...)", grpo.get("output", OUTPUTS[0]), OUTPUTS)
+    if grpo.get("token_ids") is None:
+        fail("attach", "grpo=dict(token_ids=..., ...)", f"only {', '.join(grpo) or 'an empty dict'}")
+    if grpo.get("advantages") is None and grpo.get("output", OUTPUTS[0]) == "loss":
+        hint = 'grpo=dict(token_ids=..., output="log_probs") asks for the log-probs of the old or reference pass'
+        fail("attach", "grpo=dict(token_ids=..., advantages=..., ...)", "no advantages", hint=hint)
+    _check_router_loss(inputs, config)
+    _check_shifted(grpo, inputs)
+
+
+def _check_router_loss(inputs: Mapping[str, Any], config: Any) -> None:
+    """A mixture of experts' auxiliary loss would be dropped in silence."""
+    asked = inputs.get("output_router_logits")
+    if asked is None:
+        asked = getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", None) != 0
+    if asked:
+        hint = "output_router_logits=False in this call, or the auxiliary loss in a call of its own, without grpo="
+        fail("attach", "a call without the router's auxiliary loss", "output_router_logits=True", hint=hint)
+
+
+def _check_shifted(grpo: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """Ids that are the inputs themselves have a shape that the loss may accept, and the wrong meaning."""
+    ids, inputs_ids, keep = grpo["token_ids"], inputs.get("input_ids"), inputs.get("logits_to_keep", 0)
+    if not (isinstance(ids, Tensor) and isinstance(inputs_ids, Tensor) and isinstance(keep, int)):
+        return
+    kept = inputs_ids[:, -keep:]
+    if ids.dim() == 0 or ids.numel() != kept.numel() or ids.shape[-1] != kept.shape[-1]:
+        return
+    packed = grpo.get("cu_seqlens") is not None
+    if ids is inputs_ids or not (keep or packed) or _looks_unshifted(ids.view(kept.shape), kept, grpo):
+        hint = "token_ids, mask = align(input_ids, loss_mask): row t predicts token t + 1"
+        fail("attach", "token_ids shifted by one from input_ids", "as many of them, not shifted", grpo, hint=hint)
+
+
+def _looks_unshifted(ids: Tensor, kept: Tensor, grpo: Mapping[str, Any]) -> bool:
+    """By their contents, where looking at them waits for nothing or checks are on: equal to the inputs at every live
+    place, and not to the inputs shifted."""
+    if ids.data_ptr() == kept.data_ptr() and ids.stride() == kept.stride():
+        return True
+    if ids.device.type != "cpu" and not checks_enabled(grpo.get("check")):
+        return False
+    mask = grpo.get("mask")
+    live = ids >= 0 if mask is None else mask.view(ids.shape) != 0
+    shifted = ((ids[:, :-1] == kept[:, 1:]) | ~live[:, :-1]).all()
+    return bool(((ids == kept) | ~live).all() & ~shifted)
+
+
+OUTPUTS = ("loss", "log_probs")
+"""``grpo=dict(output=...)``"""
 
 
 def _run(
     loss: Callable[..., LossOutput],
     log_probs: Callable[..., TokenLogProbs],
-    names: tuple[str, ...],
+    rows: tuple[Tensor, ...],
     given: dict[str, Any],
+    **head: Tensor | None,
 ) -> LossOutput | TokenLogProbs:
-    """``names``: what ``log_probs`` accepts of what was given."""
-    if given.get("token_ids") is None:
-        fail("attach", "grpo=dict(token_ids=..., ...)", f"only {', '.join(given) or 'an empty dict'}")
-    token_ids, mask = given.pop("token_ids"), given.pop("mask", None)
-    known = {name: value for name, value in given.items() if name in names}
+    """What was asked for, of logits or of hidden states and head."""
+    token_ids, mask, output = given.pop("token_ids"), given.pop("mask", None), given.pop("output", OUTPUTS[0])
+    receive = given.pop("receive", None)
+    known = {name: given[name] for name in _keywords(log_probs) if name in given}
     inside = _inside(token_ids, mask, given.get("cu_seqlens"))
-    if given.get("advantages") is None:
-        return log_probs(token_ids, inside, **known)
-    if callable(given.get("token_weights")):
-        known.pop("live_tokens", None)  # of the loss, which may skip rows
-        with torch.no_grad():
-            given["token_weights"] = given["token_weights"](log_probs(token_ids, inside, **known))
-    return loss(token_ids, given.pop("advantages"), mask, **given)
+    if output == "log_probs":
+        out: LossOutput | TokenLogProbs = log_probs(*rows, token_ids, inside, **head, **known)
+    else:
+        if callable(given.get("token_weights")):
+            known.pop("live_tokens", None)  # of the loss, which may skip rows
+            with torch.no_grad():
+                given["token_weights"] = given["token_weights"](log_probs(*rows, token_ids, inside, **head, **known))
+        out = loss(*rows, token_ids, given.pop("advantages"), mask, **head, **given)
+    if receive is not None:
+        receive(out)
+    return out
 
 
 def _inside(token_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
@@ -218,40 +273,3 @@ def causal_model(model: nn.Module, function: str) -> Any:
             fail(function, "a causal model of transformers", type(model).__name__)
         inner = wrapped
     return inner
-
-
-def _whole(head: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, gathered where FSDP2 has sharded them."""
-    weight, bias = (
-        tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in (head.weight, head.bias)
-    )
-    return weight, bias
-
-
-def _head(inner: Any) -> nn.Linear:
-    head = inner.get_output_embeddings()
-    if saved := getattr(head, "modules_to_save", None):  # PEFT trains a copy of the whole layer
-        head = saved[head.active_adapters[0]]
-    if head is None:
-        fail("attach", "a causal model of transformers", f"{type(inner).__name__}, which has no head")
-    if type(head) is not nn.Linear and type(head).__name__ != "FSDPLinear":
-        hint = "exclude it from LoRA's target modules, or attach(..., from_logits=True)"
-        fail("attach", "a head that is a plain nn.Linear", f"{type(head).__module__}.{type(head).__name__}", hint=hint)
-    return head
-
-
-def _transform(inner: Any) -> dict[str, float]:
-    """How this model's logits follow from its head."""
-    config = inner.config
-    kind = config.model_type
-    if kind not in MODEL_TYPES:
-        expected = f"one of the architectures {', '.join(MODEL_TYPES)}"
-        hint = (
-            "attach(..., from_logits=True) runs the model's own head; linear_grpo_loss(hidden, head.weight, ...) "
-            "serves any model, given its logit_scale and logit_softcap"
-        )
-        fail("attach", expected, f"{kind} ({type(inner).__name__})", hint=hint)
-    if kind in _SCALED:
-        return {"logit_scale": float(_SCALED[kind](config))}
-    cap = config.final_logit_softcapping if kind in _SOFTCAPPED else None
-    return {} if cap is None else {"logit_softcap": float(cap)}

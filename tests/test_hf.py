@@ -65,7 +65,7 @@ def test_heads_are_the_models_own(kind):
         logits = model(**given).logits
         expected = token_log_probs(logits.float(), tokens["token_ids"], tokens["mask"]).log_probs
         hf.attach(model)
-        got = model(**given, grpo={"token_ids": tokens["token_ids"], "mask": tokens["mask"]})
+        got = model(**given, grpo={"token_ids": tokens["token_ids"], "mask": tokens["mask"], "output": "log_probs"})
         assert torch.equal(model(**given).logits, logits)
     assert isinstance(got, TokenLogProbs)
     assert got.log_probs.std() > 0.01
@@ -127,7 +127,7 @@ def test_weights_from_the_policy(from_logits):
     skipping["skip_zero_advantage"] = True
     got = model(**given, grpo={**tokens, "token_weights": weights, **skipping})
     assert not seen[0].log_probs.requires_grad
-    values = weights(model(**given, grpo={name: tokens[name] for name in ("token_ids", "mask")})).detach()
+    values = weights(model(**given, grpo={**tokens, "output": "log_probs"})).detach()
     wanted = model(**given, grpo={**tokens, "token_weights": values, **skipping})
     assert 0.5 in values
     assert 1.5 in values
@@ -152,10 +152,10 @@ def test_packed_with_a_tail():
     """Ids after the last bound are nobody's: in the old pass, in the loss, with weights from the policy."""
     model = hf.attach(tiny())
     ids = torch.randint(3, 99, (1, 12))
-    labels = ids.clone()
+    labels = ids.roll(-1, 1)
     labels[:, 9:] = -100
     grpo = {"token_ids": labels, "cu_seqlens": torch.tensor([0, 4, 9])}
-    old = model(input_ids=ids, grpo=grpo).log_probs
+    old = model(input_ids=ids, grpo={**grpo, "output": "log_probs"}).log_probs
     assert (old[:, 9:] == 0).all()
     grpo |= {"advantages": torch.tensor([1.0, -1.0]), "old_log_probs": old.detach()}
     plain = model(input_ids=ids, grpo=grpo)
@@ -179,6 +179,8 @@ def test_copies_and_what_was_there_before():
     with torch.no_grad():
         twin.get_output_embeddings().weight.zero_()
         assert twin(**given, grpo=tokens).entropy.max() > 4.59 > model(**given, grpo=tokens).entropy.max()
+    assert calls == [twin, model]  # each proven once
+    calls.clear()
     twin(**given)
     assert calls == [twin]
     hf.detach(model)(**given)
@@ -216,10 +218,14 @@ def test_refused_by_name():
         hf.attach(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="token_ids"):
         model(**inputs(), grpo={"advantages": torch.ones(3)})
+    for unsaid in ({}, {"advantages": None}, {"output": "loss"}):  # once the log-probs, in silence
+        tokens = {name: value for name, value in tokens_of(inputs()).items() if name != "advantages"}
+        with pytest.raises(ValueError, match='(?s)no advantages.*output="log_probs"'):
+            model(**inputs(), grpo=tokens | unsaid)
+    with pytest.raises(ValueError, match="one of loss, log_probs; got 'logprobs'"):
+        model(**inputs(), grpo={**tokens_of(inputs()), "output": "logprobs"})
     with pytest.raises(ValueError, match="old_log_probs"):
         model(**inputs(), grpo={**tokens_of(inputs()), "old_logprobs": torch.ones(3)})
-    with pytest.raises(ValueError, match="MappingProxyType"):
-        model(**inputs(), grpo={**tokens_of(inputs()), "old_log_probs": torch.ones(3, 8, dtype=torch.bfloat16)})
     with pytest.raises(ValueError, match="labels"):
         model(**inputs(), labels=inputs()["input_ids"], grpo=tokens_of(inputs()))
     with pytest.raises(TypeError, match="got bool"):
@@ -235,3 +241,290 @@ def test_refused_by_name():
     for function in (hf.attach, hf.detach):
         with pytest.raises(ValueError, match="accelerator.prepare"):
             function(prepared)
+
+
+def own_log_probs(model, given, token_ids):
+    """By the model's own logits, in double precision."""
+    with torch.no_grad():
+        log_probs = model(**given).logits.double().log_softmax(-1)[:, : token_ids.shape[1]]
+    return log_probs.gather(-1, token_ids[..., None]).squeeze(-1)
+
+
+def asked(given):
+    """The log-prob pass over every token."""
+    return {"token_ids": given["input_ids"][:, 1:], "output": "log_probs"}
+
+
+def scale_output(module, args, output):
+    return output * 30
+
+
+def ban_a_token(module, args, output):
+    return output.index_fill(-1, torch.tensor([0]), -torch.inf)
+
+
+def scale_states(module, args):
+    return (args[0] * 30,)
+
+
+def scale_states_by_name(module, args, kwargs):
+    return (args[0] * 30,), kwargs
+
+
+def tilt(module, args, kwargs, output):
+    return output + torch.arange(99) / 99
+
+
+def patch_head(model):
+    head = model.lm_head
+    head.forward = lambda states: torch.nn.functional.linear(states, head.weight) * 30
+
+
+def patch_model(model):
+    plain = model.forward
+
+    def colder(*args, **inputs):
+        out = plain(*args, **inputs)
+        out.logits = out.logits * 30
+        return out
+
+    model.forward = colder
+
+
+def subclass_of_logits(model):
+    class Mup(type(model)):
+        def forward(self, *args, **inputs):
+            out = super().forward(*args, **inputs)
+            out.logits = out.logits / 4
+            return out
+
+    model.__class__ = Mup
+
+
+def subclass_of_inputs(model):
+    class Noisy(type(model)):
+        def forward(self, input_ids, **inputs):
+            return super().forward(input_ids=(input_ids + 1) % 99, **inputs)
+
+    model.__class__ = Noisy
+
+
+def subclass_that_fails(model):
+    class Strict(type(model)):
+        def forward(self, *args, **inputs):
+            raise RuntimeError("call me by another name")
+
+    model.__class__ = Strict
+
+
+AROUND = {
+    "a forward hook on lm_head .*scale_output": lambda model: model.lm_head.register_forward_hook(scale_output),
+    "a forward hook on lm_head .*ban_a_token": lambda model: model.lm_head.register_forward_hook(ban_a_token),
+    "a forward hook on lm_head .*tilt": lambda model: model.lm_head.register_forward_hook(tilt, with_kwargs=True),
+    "a forward pre-hook on lm_head .*scale_states": lambda model: model.lm_head.register_forward_pre_hook(scale_states),
+    "a forward pre-hook on lm_head .*scale_states_by_name": lambda model: model.lm_head.register_forward_pre_hook(
+        scale_states_by_name, with_kwargs=True
+    ),
+    "a patched forward of lm_head": patch_head,
+    "a patched forward of the model .*colder": patch_model,
+    "nats; found: Mup, a class": subclass_of_logits,
+    "other inputs than it gets; found: Noisy, a class": subclass_of_inputs,
+    "cannot be followed .*another name.*Strict": subclass_that_fails,
+}
+
+
+@pytest.mark.parametrize("message", AROUND)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_around_the_head_is_refused(message, dtype):
+    """At the first call with it, before attach or after; never once it is gone; and from_logits serves it."""
+    model, given = tiny().to(dtype), inputs()
+    AROUND[message](model)
+    hf.attach(model)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"(?s){message}.*from_logits=True"):
+            model(**given, grpo=asked(given))
+    if "cannot be followed" in message:
+        return
+    hf.detach(model)
+    hf.attach(model, from_logits=True)
+    got = model(**given, grpo=asked(given)).log_probs
+    torch.testing.assert_close(got.double(), own_log_probs(model, given, asked(given)["token_ids"]), rtol=0, atol=1e-5)
+
+
+def test_what_comes_to_the_head_after_attach():
+    model, given = hf.attach(tiny()), inputs()
+    wanted = own_log_probs(model, given, asked(given)["token_ids"])
+
+    def check():
+        got = model(**given, grpo=asked(given)).log_probs
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
+
+    check()
+    handle = model.lm_head.register_forward_hook(scale_output)
+    with pytest.raises(ValueError, match="scale_output"):
+        model(**given, grpo=asked(given))
+    handle.remove()
+    check()
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))  # changes nothing
+    check()
+    assert seen == [(1, 1, 99)]  # the proof's row, once
+    check()
+    assert len(seen) == 1
+    model.train()
+    model(**given, grpo=tokens_of(given))
+    assert len(seen) == 2
+    model.lm_head.register_forward_hook(lambda module, args, output: output * 30 if module.training else output)
+    with pytest.raises(ValueError, match="differ by up to"):
+        model(**given, grpo=tokens_of(given))
+    model.eval()
+    check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("cohere", lambda model: setattr(model, "logit_scale", 0.5)),
+        ("cohere", lambda model: setattr(model, "logit_scale", torch.nn.Parameter(torch.tensor(0.5)))),
+        ("granite", lambda model: setattr(model.config, "logits_scaling", 0.5)),
+        ("gemma2", lambda model: setattr(model.config, "final_logit_softcapping", None)),
+        ("gemma2", lambda model: setattr(model.config, "final_logit_softcapping", 0.1)),
+    ],
+)
+def test_constants_are_read_at_every_call(kind, change):
+    model, given = hf.attach(tiny(kind)), inputs()
+    ids = asked(given)["token_ids"]
+    before = own_log_probs(model, given, ids)
+    with torch.no_grad():
+        model(**given, grpo=asked(given))
+        change(model)
+        wanted = own_log_probs(model, given, ids)
+        assert (wanted - before).abs().max() > 1e-3
+        torch.testing.assert_close(model(**given, grpo=asked(given)).log_probs.double(), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_scale_that_is_trained_is_refused():
+    """It would get no gradient."""
+    model, given = hf.attach(tiny("cohere")), inputs()
+    model.logit_scale = torch.nn.Parameter(torch.tensor(0.5))
+    with pytest.raises(ValueError, match="logit_scale without requires_grad"):
+        model(**given, grpo=tokens_of(given))
+
+
+def test_the_proof_leaves_no_trace():
+    """Gradients, random numbers, routers and autocast's weights are those of a model that is proven already."""
+    for kind, autocast in (("qwen3", False), ("qwen3", True), ("mixtral", False)):
+        given, runs = inputs(), []
+        for proven in (False, True):
+            model = hf.attach(tiny(kind, attention_dropout=0.3, tie_word_embeddings=True)).train()
+            routed = []
+            for module in model.modules():
+                if "Router" in type(module).__name__ or "Gate" in type(module).__name__:
+                    module.register_forward_hook(lambda *_, routed=routed: routed.append(1))
+            if proven:
+                model(**given, grpo=tokens_of(given))
+                routed.clear()
+            torch.manual_seed(5)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(**given, grpo=tokens_of(given)).loss + model(**given).logits.float().logsumexp(-1).mean()
+            loss.backward()
+            state = torch.get_rng_state()
+            gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+            runs.append((loss.detach(), gradients, state, len(routed)))
+        (loss, gradients, state, routed), (wanted, wanted_gradients, wanted_state, wanted_routed) = runs
+        assert torch.equal(loss, wanted)
+        assert torch.equal(state, wanted_state)
+        assert routed == wanted_routed
+        assert bool(routed) == (kind == "mixtral")
+        assert gradients["model.embed_tokens.weight"].abs().max() > 0
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, wanted_gradients[name]), name
+
+
+def test_dropout_and_masked_rows_do_not_matter():
+    """What is compared is one pair of hidden states; rows that nobody computes may hold anything."""
+    model, given = hf.attach(tiny("gpt2", embd_pdrop=0.5, resid_pdrop=0.5)).train(), inputs()
+    assert model(**given, grpo=tokens_of(given)).loss.isfinite()
+    model, given = tiny(), inputs()
+
+    def spoil(module, args, output):
+        output.last_hidden_state[:, :4] = torch.nan
+
+    model.model.register_forward_hook(spoil)
+    assert hf.attach(model)(**given, grpo=tokens_of(given)).loss.isfinite()
+    model.lm_head.register_forward_hook(scale_output)
+    with pytest.raises(ValueError, match="scale_output"):  # of a row that is live
+        model(**given, grpo=tokens_of(given))
+
+
+def test_a_budget_of_one_proof(monkeypatch):
+    """Contents of device tensors are looked at once per state: no comparison in later calls, on any rank."""
+    from grpo_kernels import model_head
+
+    compared = []
+    plain = model_head._difference
+    monkeypatch.setattr(model_head, "_difference", lambda *logits: compared.append(1) or plain(*logits))
+    model, given = hf.attach(tiny()), inputs()
+    for _ in range(3):
+        model(**given, grpo=tokens_of(given)).loss.backward()
+        model(**given, grpo=asked(given))
+    assert len(compared) == 1
+    model(**given, grpo={**tokens_of(given), "mask": torch.zeros(3, 8)})
+    hf.detach(model)
+    hf.attach(model)(**given, grpo={**tokens_of(given), "mask": torch.zeros(3, 8)})  # no live row: of the first one
+    assert len(compared) == 2
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_router_loss_is_not_dropped(from_logits):
+    """transformers adds it where labels are given; here nobody would."""
+    given = inputs()
+    model = hf.attach(tiny("qwen3_moe", router_aux_loss_coef=0.5), from_logits=from_logits)
+    model(**given, grpo=tokens_of(given)).loss.backward()
+    with pytest.raises(ValueError, match="(?s)router's auxiliary loss.*output_router_logits=False"):
+        model(**given, output_router_logits=True, grpo=tokens_of(given))
+    model.config.output_router_logits = True
+    assert model(**given).aux_loss > 0
+    with pytest.raises(ValueError, match="auxiliary"):
+        model(**given, grpo=tokens_of(given))
+    model(**given, output_router_logits=False, grpo=tokens_of(given)).loss.backward()
+    model.config.router_aux_loss_coef = 0.0
+    model(**given, grpo=tokens_of(given)).loss.backward()
+
+
+UNSHIFTED = {
+    "themselves": lambda ids: ({"token_ids": ids}, {}),
+    "a copy": lambda ids: ({"token_ids": ids.clone()}, {}),
+    "as many": lambda ids: ({"token_ids": ids.roll(-1, 1)}, {}),
+    "the last ones": lambda ids: ({"token_ids": ids[:, -5:]}, {"logits_to_keep": 5}),
+    "a copy of the last ones": lambda ids: ({"token_ids": ids[:, -5:].clone()}, {"logits_to_keep": 5}),
+    "labels": lambda ids: ({"token_ids": ids.where(torch.arange(9) > 4, -100)[:, -6:]}, {"logits_to_keep": 6}),
+}
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("name", UNSHIFTED)
+def test_ids_that_are_not_shifted(name, from_logits):
+    model, given = hf.attach(tiny(), from_logits=from_logits), inputs()
+    grpo, more = UNSHIFTED[name](given["input_ids"])
+    with pytest.raises(ValueError, match="(?s)shifted by one.*align\\(input_ids"):
+        model(**given, **more, grpo=grpo | {"advantages": torch.ones(3)})
+    packed = given["input_ids"].view(1, -1)
+    grpo = {"cu_seqlens": torch.tensor([0, 9, 18, 27]), "advantages": torch.ones(3)}
+    with pytest.raises(ValueError, match="shifted by one"):
+        model(input_ids=packed, grpo={**grpo, "token_ids": packed.clone()})
+    ids, mask = align(packed, torch.ones_like(packed), cu_seqlens=grpo["cu_seqlens"])
+    model(input_ids=packed, grpo={**grpo, "token_ids": ids, "mask": mask})
+    constant = torch.full((2, 6), 7)  # shifted or not, they are the same
+    ids, mask = align(constant.view(1, -1), torch.ones(1, 12), cu_seqlens=torch.tensor([0, 6, 12]))
+    grpo = {"token_ids": ids, "mask": mask, "cu_seqlens": torch.tensor([0, 6, 12]), "advantages": torch.ones(2)}
+    model(input_ids=constant.view(1, -1), grpo=grpo)
+
+
+def test_rounded_old_log_probs_at_token_level():
+    """grpo_loss takes them, so does the model."""
+    model, given = hf.attach(tiny()), inputs()
+    tokens = tokens_of(given)
+    old = model(**given, grpo=asked(given)).log_probs.detach().bfloat16()
+    wanted = grpo_loss(model(**given).logits, **tokens, old_log_probs=old).loss
+    torch.testing.assert_close(model(**given, grpo={**tokens, "old_log_probs": old}).loss, wanted)

@@ -98,6 +98,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             *(tensor.split(batch_size or len(tensor)) for tensor in (input_ids, attention_mask)), strict=True
         ):
             tokens = {"token_ids": ids[:, -logits_to_keep:], "mask": attention[:, -logits_to_keep:]}
+            tokens["output"] = "log_probs"
             inputs = {"input_ids": ids, "attention_mask": attention, "logits_to_keep": logits_to_keep + 1}
             parts.append(self._call(model, inputs, tokens)[1])
         log_probs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))

@@ -103,7 +103,7 @@ class Trainer:
             part = rollout[index]
             sequences = (part.ids, part.attention_mask, part.prompt_length)
             if self.options.linear_loss:
-                tokens: dict[str, Any] = {"token_ids": part.response_ids, "mask": part.mask}
+                tokens: dict[str, Any] = {"token_ids": part.response_ids, "mask": part.mask, "output": "log_probs"}
                 out = model(**response_inputs(*sequences), grpo=tokens)
             else:
                 options: dict[str, Any] = {"temperature": self.options.temperature, "backend": self.options.backend}

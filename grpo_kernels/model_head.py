@@ -1,0 +1,303 @@
+"""The head of a Hugging Face causal model: which layer it is now, what becomes of its logits, the FSDP2 units that it
+lies in; and the proof, on one live row, that the model's own way from hidden states to log-probs is this one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .checks import fail
+
+_PLAIN = (
+    *("llama", "mistral", "mixtral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "phi", "phi3"),
+    *("olmo", "olmo2", "olmo3", "smollm3", "starcoder2", "stablelm", "gpt2", "gpt_neox", "glm", "glm4", "helium"),
+    *("deepseek_v3", "gpt_oss", "nemotron", "seed_oss", "ernie4_5", "exaone4"),
+)
+_SOFTCAPPED = ("gemma2", "gemma3_text")
+_SCALED: Mapping[str, Callable[[Any], Any]] = {
+    "cohere": lambda model: model.logit_scale,
+    "cohere2": lambda model: model.logit_scale,
+    "granite": lambda model: 1 / model.config.logits_scaling,
+    "granitemoe": lambda model: 1 / model.config.logits_scaling,
+}
+"""Each reads where the model's own forward does."""
+MODEL_TYPES = tuple(sorted((*_PLAIN, *_SOFTCAPPED, *_SCALED)))
+"""``model.config.model_type`` whose head is known; a test compares each with the model's own logits."""
+FROM_LOGITS = "attach(..., from_logits=True) runs the model's own head"
+_REMEMBERED = 64
+"""States of a head; beyond them the first is forgotten, and measured anew."""
+
+
+class Head(NamedTuple):
+    """Of a model, now: FSDP, PEFT and users may change it between calls."""
+
+    outer: nn.Module
+    """What the model calls."""
+    layer: nn.Linear
+    """Whose weight that comes to: PEFT's copy or the original."""
+    transform: dict[str, float | Tensor]
+    """logit_scale or logit_softcap of this architecture."""
+
+
+def head_of(model: Any) -> Head:
+    """The head and its constants, or a ValueError that names what is not served."""
+    outer = model.get_output_embeddings()
+    if outer is None:
+        fail("attach", "a causal model of transformers", f"{type(model).__name__}, which has no head")
+    layer = _chosen(outer)
+    if type(layer) is not nn.Linear and type(layer).__name__ != "FSDPLinear":
+        hint = f"exclude it from LoRA's target modules; or {FROM_LOGITS}"
+        fail(
+            "attach", "a head that is a plain nn.Linear", f"{type(layer).__module__}.{type(layer).__name__}", hint=hint
+        )
+    return Head(outer, layer, _transform(model))
+
+
+def _chosen(outer: Any) -> Any:
+    """The layer that PEFT's ``modules_to_save`` wrapper forwards to."""
+    copies = getattr(outer, "modules_to_save", None)
+    if copies is None:
+        return outer
+    active = outer.active_adapters
+    if outer.disable_adapters or not active or any(name not in copies for name in active):
+        return outer.original_module
+    return copies[active[0]]
+
+
+def _transform(model: Any) -> dict[str, float | Tensor]:
+    """How this model's logits follow from its head."""
+    kind = model.config.model_type
+    if kind not in MODEL_TYPES:
+        expected = f"one of the architectures {', '.join(MODEL_TYPES)}"
+        hint = (
+            f"{FROM_LOGITS}; linear_grpo_loss(hidden, head.weight, ...) serves any model, given its logit_scale and "
+            "logit_softcap"
+        )
+        fail("attach", expected, f"{kind} ({type(model).__name__})", hint=hint)
+    if kind in _SCALED:
+        scale = _SCALED[kind](model)
+        return {"logit_scale": scale if isinstance(scale, Tensor) else float(scale)}
+    cap = model.config.final_logit_softcapping if kind in _SOFTCAPPED else None
+    return {} if cap is None else {"logit_softcap": float(cap)}
+
+
+def weight_and_bias(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Whole: what tensor parallelism has sharded is gathered. What FSDP shards is whole inside its unit."""
+    weight, bias = (
+        tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in (layer.weight, layer.bias)
+    )
+    return weight, bias
+
+
+def in_fsdp_units(model: nn.Module, layer: nn.Module, run: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """``run(hidden)`` as a forward of every FSDP2 unit between the model and its head: weights are whole in it, and
+    their gradients are reduced after it. Tensors that ``run`` holds are not cast by the units' mixed precision.
+
+    The method lives for the call alone: ``fully_shard`` may come after ``attach``, and copies keep nothing of it.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return run(hidden)
+    from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+    def forward_of(unit: nn.Module, inside: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def forward(states: Tensor) -> Any:
+            setattr(unit, _METHOD, inside)
+            try:
+                register_fsdp_forward_method(unit, _METHOD)
+                return getattr(unit, _METHOD)(states)
+            finally:
+                delattr(unit, _METHOD)
+
+        return forward
+
+    for unit in reversed([module for module in model.modules() if isinstance(module, FSDPModule)]):
+        if unit is not model and any(module is layer for module in unit.modules()):
+            run = forward_of(unit, run)
+    return run(hidden)
+
+
+_METHOD = "grpo_kernels_forward"
+
+
+class Proof:
+    """That a model's own forward makes the log-probs which its head's weight, scale and softcap make.
+
+    Measured on one live row at the first call in each state of the head: another layer, hook, patched forward, constant
+    or mode is another state. The forward runs with its backbone replaced by what the backbone has just returned, for
+    that row alone: no layer but the head runs twice, nothing is drawn, and dropout cannot tell the two apart. Waits for
+    the device once per state. Which calls measure follows from the state alone, so ranks agree.
+    """
+
+    def __init__(self, original: Callable[..., Any], before: Callable[..., Any]) -> None:
+        self._original = original
+        self._before = before  # by its name
+        self._proven: dict[tuple[object, ...], None] = {}
+
+    def start(
+        self, model: Any, head: Head, inputs: Mapping[str, Any], output: Any, hidden: Tensor, mask: object
+    ) -> Callable[[Tensor, Tensor, Tensor | None], None] | None:
+        """Run the model's own forward on a row of ``hidden``, from its backbone's ``output``; what compares it with
+        weight and bias. None where this state is proven, or contents cannot be looked at."""
+        state = _state(model, head)
+        if state in self._proven or not _can_look(hidden):
+            return None
+        place = _live_place(hidden, mask)
+        theirs, unlike = self._own_logits(model, inputs, output, hidden[place][None, None])
+
+        def finish(states: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+            row = states[place][None, None]
+            if row.dtype != weight.dtype and not torch.is_autocast_enabled(row.device.type):
+                return  # the loss refuses it by name
+            found = unlike or _difference(_logits(row, weight, bias, head.transform), theirs)
+            if found:
+                fail(
+                    "attach",
+                    "a model whose log-probs follow from its backbone and its head as its architecture's do",
+                    f"one where {found}; found: {_suspects(model, head, self._before)}",
+                    hint=f"{FROM_LOGITS}, and whatever was put around it",
+                )
+            while len(self._proven) >= _REMEMBERED:
+                self._proven.pop(next(iter(self._proven)))
+            self._proven[state] = None
+
+        return finish
+
+    def _own_logits(
+        self, model: Any, inputs: Mapping[str, Any], output: Any, row: Tensor
+    ) -> tuple[Tensor | None, str | None]:
+        """(1, 1, V) by the model's forward; and what it changed of the backbone's inputs."""
+        name, device = model.base_model_prefix, row.device.type
+        if name not in model._modules:
+            return None, "its backbone is no module of its own"
+        known = _Backbone(model.base_model, type(output)(**{**output, "last_hidden_state": row}))
+        model._modules[name] = known
+        devices = [row.device] if device == "cuda" else []
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices), _without_cache(device):
+                logits = self._original(model, **inputs).logits
+                given = known.was_given(inputs)
+        except Exception as error:
+            return None, f"its forward cannot be followed ({type(error).__name__}: {str(error)[:200]})"
+        finally:
+            model._modules[name] = known.backbone[0]
+        return logits, None if given else "its forward gives the backbone other inputs than it gets"
+
+
+class _Backbone(nn.Module):
+    """In the place of a backbone that has run: returns ``output`` and keeps what it was called with."""
+
+    def __init__(self, backbone: nn.Module, output: Any) -> None:
+        super().__init__()
+        self.backbone = (backbone,)  # not a submodule
+        self.output = output
+        self.given: list[Tensor] | None = None
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        self.given = [value for value in (*args, *inputs.values()) if isinstance(value, Tensor)]
+        return self.output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["backbone"][0], name)
+
+    def was_given(self, inputs: Mapping[str, Any]) -> bool:
+        """Exactly the tensors of ``inputs``."""
+        wanted = [value for value in inputs.values() if isinstance(value, Tensor)]
+        given = self.given
+        return given is not None and all(
+            any(a is b or (a.shape == b.shape and bool((a == b).all())) for b in others)
+            for mine, others in ((wanted, given), (given, wanted))
+            for a in mine
+        )
+
+
+def _without_cache(device: str) -> Any:
+    """Autocast as it is, but weights cast without a gradient are not kept for those who want one."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+def _can_look(hidden: Tensor) -> bool:
+    capturing = hidden.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    fake = isinstance(hidden, torch._subclasses.FakeTensor) or hidden.device.type == "meta"
+    return hidden.numel() > 0 and not (capturing or fake)
+
+
+def _live_place(hidden: Tensor, mask: object) -> tuple[Tensor, Tensor]:
+    """Of the first row that the mask leaves, in (B, T), found without waiting; the first of all where it leaves
+    none."""
+    rows, columns = hidden.shape[:2]
+    live = mask if isinstance(mask, Tensor) and mask.numel() > 0 else hidden.new_ones(1)
+    first = (live.to(hidden.device) != 0).flatten().to(torch.uint8).argmax()
+    width = live.shape[-1] if live.dim() > 0 else 1
+    return (first // width).clamp(max=rows - 1), (first % width).clamp(max=columns - 1)
+
+
+def _logits(row: Tensor, weight: Tensor, bias: Tensor | None, transform: Mapping[str, float | Tensor]) -> Tensor:
+    with torch.no_grad(), _without_cache(row.device.type):
+        logits = nn.functional.linear(row, weight, bias)
+        logits = logits * transform.get("logit_scale", 1.0)
+        cap = transform.get("logit_softcap")
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _difference(mine: Tensor, theirs: Any) -> str | None:
+    """In words, where it is more than the rounding of logits: a few units of their dtypes, for the largest of them and
+    for their root mean square."""
+    if not isinstance(theirs, Tensor) or theirs.shape != mine.shape:
+        shape = tuple(theirs.shape) if isinstance(theirs, Tensor) else type(theirs).__name__
+        return f"its own logits of a row are {shape}, not {tuple(mine.shape)}"
+    unit = max(2**-16, *(torch.finfo(logits.dtype).eps for logits in (mine, theirs)))
+    sizes = mine.float()
+    a, b = (logits.float().log_softmax(-1) for logits in (mine, theirs))
+    apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())
+    within = (apart <= 4 * unit * sizes.abs().amax() + 1e-5).all()
+    within &= apart.square().mean() <= (2 * unit * sizes.std(correction=0) + 1e-5).square()
+    if bool(within | a.isnan().all() & b.isnan().all()):
+        return None
+    return f"its own log-probs of a live row differ by up to {float(apart.amax()):.3g} nats"
+
+
+def _hooks(module: nn.Module) -> tuple[tuple[str, tuple[Any, ...]], ...]:
+    """Kind, handles."""
+    kinds = (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks))
+    return tuple((kind, tuple(hooks)) for kind, hooks in kinds)
+
+
+def _state(model: Any, head: Head) -> tuple[object, ...]:
+    """What the proof depends on; it holds the objects, so that no other comes to have their identity."""
+    modules = tuple(
+        (module, type(module), module.training, _hooks(module), module.__dict__.get("forward"))
+        for module in (head.outer, head.layer)
+    )
+    return (modules, model.training, tuple(head.transform.items()))
+
+
+def _suspects(model: Any, head: Head, before: Callable[..., Any]) -> str:
+    """What may have made the difference, by name."""
+    found = []
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    for module in dict.fromkeys((head.outer, head.layer)):
+        name = names.get(id(module), "the head")
+        hooks = (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks))
+        found += [f"a {kind} on {name} ({_named(hook)})" for kind, each in hooks for hook in each.values()]
+        if "forward" in module.__dict__:
+            found.append(f"a patched forward of {name} ({_named(module.forward)})")
+    own = type(model).forward
+    if not _named(own).startswith("transformers."):
+        found.append(f"{type(model).__name__}, a class with a forward of its own ({_named(own)})")
+    if before is not own:
+        found.append(f"a patched forward of the model ({_named(before)})")
+    found += [f"{name} = {value}" for name, value in head.transform.items()]
+    return ", ".join(found) or "nothing known by name"
+
+
+def _named(function: Any) -> str:
+    """By where its code is: ``functools.wraps`` gives a patch the name of what it wraps."""
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return f"{type(function).__module__}.{type(function).__qualname__}"
+    return f"{function.__globals__['__name__']}.{code.co_name}"
