@@ -21,7 +21,7 @@ from .linear import linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
 from .loss import grpo_loss
 from .model_head import MODEL_TYPES as MODEL_TYPES
-from .model_head import Proof, head_of, in_fsdp_units, weight_and_bias
+from .model_head import Proof, head_of, in_fsdp_units, row_logits, weight_and_bias
 from .outputs import LossOutput, TokenLogProbs
 from .presets import resolve_config
 from .rows import Packed
@@ -138,16 +138,20 @@ def _with_head(
     model: Any, hidden: Tensor, output: Any, inputs: dict[str, Any], given: dict[str, Any], proof: Proof
 ) -> Any:
     head = head_of(model)
-    compare = proof.start(model, head, inputs, output, hidden, given.get("mask"))
+    row, logits = proof.row(model, head, hidden, given.get("mask")), []
 
     def run(states: Tensor) -> Any:
         weight, bias = weight_and_bias(head.layer)
-        if compare is not None:
-            compare(states, weight, bias)
         rows = (states, weight)
-        return _run(linear_grpo_loss, linear_token_log_probs, rows, {**head.transform, **given}, bias=bias)
+        out = _run(linear_grpo_loss, linear_token_log_probs, rows, {**head.transform, **given}, bias=bias)
+        if row is not None:
+            logits.append(row_logits(row, states, weight, bias, head))
+        return out
 
-    return in_fsdp_units(model, head.layer, run, hidden)
+    out = in_fsdp_units(model, head.layer, run, hidden)
+    if row is not None:
+        proof.compare(model, head, row, logits[0], inputs, output, hidden)
+    return out
 
 
 def detach(model: nn.Module) -> nn.Module:

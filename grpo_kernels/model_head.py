@@ -122,6 +122,15 @@ def in_fsdp_units(model: nn.Module, layer: nn.Module, run: Callable[[Tensor], An
 _METHOD = "grpo_kernels_forward"
 
 
+class Row(NamedTuple):
+    """What a proof is made on."""
+
+    state: tuple[object, ...]
+    """Of the head."""
+    place: tuple[Tensor, Tensor]
+    """Of a live row among hidden states (B, T, H)."""
+
+
 class Proof:
     """That a model's own forward makes the log-probs which its head's weight, scale and softcap make.
 
@@ -136,54 +145,49 @@ class Proof:
         self._before = before  # by its name
         self._proven: dict[tuple[object, ...], None] = {}
 
-    def start(
-        self, model: Any, head: Head, inputs: Mapping[str, Any], output: Any, hidden: Tensor, mask: object
-    ) -> Callable[[Tensor, Tensor, Tensor | None], None] | None:
-        """Run the model's own forward on a row of ``hidden``, from its backbone's ``output``; what compares it with
-        weight and bias. None where this state is proven, or contents cannot be looked at."""
+    def row(self, model: Any, head: Head, hidden: Tensor, mask: object) -> Row | None:
+        """None where this state is proven, or contents cannot be looked at."""
         state = _state(model, head)
-        if state in self._proven or not _can_look(hidden):
-            return None
-        place = _live_place(hidden, mask)
-        theirs, unlike = self._own_logits(model, inputs, output, hidden[place][None, None])
+        return None if state in self._proven or not _can_look(hidden) else Row(state, _live_place(hidden, mask))
 
-        def finish(states: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-            row = states[place][None, None]
-            if row.dtype != weight.dtype and not torch.is_autocast_enabled(row.device.type):
-                return  # the loss refuses it by name
-            found = unlike or _difference(_logits(row, weight, bias, head.transform), theirs)
-            if found:
-                fail(
-                    "attach",
-                    "a model whose log-probs follow from its backbone and its head as its architecture's do",
-                    f"one where {found}; found: {_suspects(model, head, self._before)}",
-                    hint=f"{FROM_LOGITS}, and whatever was put around it",
-                )
-            while len(self._proven) >= _REMEMBERED:
-                self._proven.pop(next(iter(self._proven)))
-            self._proven[state] = None
+    def compare(
+        self, model: Any, head: Head, row: Row, mine: Tensor, inputs: Mapping[str, Any], output: Any, hidden: Tensor
+    ) -> None:
+        """``mine`` with the model's own logits of the row, by its forward from its backbone's ``inputs`` and
+        ``output``. After the loss: a call of the head ends what FSDP counts as one pass of a group of modules."""
+        found = self._unlike(model, row, mine, inputs, output, hidden)
+        if found:
+            fail(
+                "attach",
+                "a model whose log-probs follow from its backbone and its head as its architecture's do",
+                f"one where {found}; found: {_suspects(model, head, self._before)}",
+                hint=f"{FROM_LOGITS}, and whatever was put around it",
+            )
+        while len(self._proven) >= _REMEMBERED:
+            self._proven.pop(next(iter(self._proven)))
+        self._proven[row.state] = None
 
-        return finish
-
-    def _own_logits(
-        self, model: Any, inputs: Mapping[str, Any], output: Any, row: Tensor
-    ) -> tuple[Tensor | None, str | None]:
-        """(1, 1, V) by the model's forward; and what it changed of the backbone's inputs."""
-        name, device = model.base_model_prefix, row.device.type
+    def _unlike(
+        self, model: Any, row: Row, mine: Tensor, inputs: Mapping[str, Any], output: Any, hidden: Tensor
+    ) -> str | None:
+        """What differs, in words."""
+        name, device = model.base_model_prefix, hidden.device.type
         if name not in model._modules:
-            return None, "its backbone is no module of its own"
-        known = _Backbone(model.base_model, type(output)(**{**output, "last_hidden_state": row}))
+            return "its backbone is no module of its own"
+        states = hidden.detach()[row.place][None, None]
+        known = _Backbone(model.base_model, type(output)(**{**output, "last_hidden_state": states}))
         model._modules[name] = known
-        devices = [row.device] if device == "cuda" else []
+        devices = [hidden.device] if device == "cuda" else []
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices), _without_cache(device):
-                logits = self._original(model, **inputs).logits
-                given = known.was_given(inputs)
+            with torch.no_grad(), torch.random.fork_rng(devices), without_cache(device):
+                theirs = self._original(model, **inputs).logits
+                if not known.was_given(inputs):
+                    return "its forward gives the backbone other inputs than it gets"
+                return _difference(mine, theirs)
         except Exception as error:
-            return None, f"its forward cannot be followed ({type(error).__name__}: {str(error)[:200]})"
+            return f"its forward cannot be followed ({type(error).__name__}: {str(error)[:200]})"
         finally:
             model._modules[name] = known.backbone[0]
-        return logits, None if given else "its forward gives the backbone other inputs than it gets"
 
 
 class _Backbone(nn.Module):
@@ -213,7 +217,7 @@ class _Backbone(nn.Module):
         )
 
 
-def _without_cache(device: str) -> Any:
+def without_cache(device: str) -> Any:
     """Autocast as it is, but weights cast without a gradient are not kept for those who want one."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
@@ -235,11 +239,12 @@ def _live_place(hidden: Tensor, mask: object) -> tuple[Tensor, Tensor]:
     return (first // width).clamp(max=rows - 1), (first % width).clamp(max=columns - 1)
 
 
-def _logits(row: Tensor, weight: Tensor, bias: Tensor | None, transform: Mapping[str, float | Tensor]) -> Tensor:
-    with torch.no_grad(), _without_cache(row.device.type):
-        logits = nn.functional.linear(row, weight, bias)
-        logits = logits * transform.get("logit_scale", 1.0)
-        cap = transform.get("logit_softcap")
+def row_logits(row: Row, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> Tensor:
+    """(1, 1, V), scaled and capped."""
+    with torch.no_grad(), without_cache(hidden.device.type):
+        logits = nn.functional.linear(hidden[row.place][None, None], weight, bias)
+        logits = logits * head.transform.get("logit_scale", 1.0)
+        cap = head.transform.get("logit_softcap")
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 

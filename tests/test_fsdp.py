@@ -39,10 +39,10 @@ def micro_batch(rank: int, step: int) -> tuple[torch.Tensor, dict]:
 
 
 def backward(model: torch.nn.Module, rank: int, steps: int = 2, old_pass: bool = False) -> None:
-    """Gradients accumulated over micro-batches, reduced with the last; old log-probs between them."""
+    """Gradients accumulated over micro-batches, reduced with the last; old log-probs between the two, or first."""
     for step in range(steps):
         ids, grpo = micro_batch(rank, step)
-        if old_pass:
+        if old_pass or step > 0:
             with torch.no_grad():
                 asked = {name: grpo[name] for name in ("token_ids", "mask")} | {"output": "log_probs"}
                 old = model(input_ids=ids, grpo=asked).log_probs
@@ -118,7 +118,7 @@ def gradients_of(rank: int, cases: list) -> list[dict[str, torch.Tensor]]:
         if freeze is not None:
             freeze(model)
         shard(model, grouping, **reshard)
-        backward(model, rank, old_pass=True)
+        backward(model, rank, old_pass=grouping == "head" and not case)
         assert "grpo_kernels_forward" not in vars(model.lm_head)
         gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
         found.append({name: gradient.full_tensor() for name, gradient in gradients if gradient is not None})

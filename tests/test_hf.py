@@ -528,3 +528,71 @@ def test_rounded_old_log_probs_at_token_level():
     old = model(**given, grpo=asked(given)).log_probs.detach().bfloat16()
     wanted = grpo_loss(model(**given).logits, **tokens, old_log_probs=old).loss
     torch.testing.assert_close(model(**given, grpo={**tokens, "old_log_probs": old}).loss, wanted)
+
+
+def adapted(**options):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        tiny(), peft.LoraConfig(init_lora_weights=False, **{"target_modules": ["q_proj"], **options})
+    )
+    return peft, hf.attach(model)
+
+
+@pytest.mark.peers
+def test_adapters_with_a_head_of_their_own():
+    """PEFT's wrapper chooses: the trained copy, the original while adapters are off or have none."""
+    peft, model = adapted(modules_to_save=["lm_head"])
+    given = inputs()
+    ids = asked(given)["token_ids"]
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+
+    def check():
+        wanted = own_log_probs(model, given, ids)
+        torch.testing.assert_close(model(**given, grpo=asked(given)).log_probs.double(), wanted, rtol=0, atol=1e-5)
+        return wanted
+
+    trained = check()
+    with model.disable_adapter():
+        assert (check() - trained).abs().max() > 0.1
+    assert torch.equal(check(), trained)
+    model.add_adapter("headless", peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    model.set_adapter("headless")
+    assert (check() - trained).abs().max() > 0.1
+    model.set_adapter("default")
+    model(**given, grpo=tokens_of(given)).loss.backward()
+    assert model.base_model.model.lm_head.modules_to_save["default"].weight.grad.abs().max() > 0
+    assert model.base_model.model.lm_head.original_module.weight.grad is None
+
+
+@pytest.mark.peers
+def test_adapters_that_differ_by_sample():
+    """``adapter_names`` gives samples heads of their own: there is no one weight."""
+    _, model = adapted(modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    given = inputs() | {"adapter_names": ["default", "__base__", "default"]}
+    model.eval()(**given)
+    with pytest.raises(ValueError, match="forward pre-hook on lm_head"):
+        model(**given, grpo=asked(given))
+
+
+@pytest.mark.peers
+def test_a_head_that_peft_changes_otherwise_is_refused():
+    for options in ({"target_modules": ["lm_head"]}, {"trainable_token_indices": {"lm_head": [3, 4]}}):
+        with pytest.raises(ValueError, match="(?s)plain nn.Linear; got peft.*from_logits"):
+            adapted(**{"target_modules": ["q_proj"], **options})
+
+
+def test_a_compiled_backbone():
+    """The proof looks outside of compiled graphs."""
+    model, given = tiny(), inputs()
+    tokens = tokens_of(given)
+    expected = grpo_loss(model(**given).logits, **tokens).loss
+    model.model.compile(backend="eager")
+    hf.attach(model)
+    torch.testing.assert_close(model(**given, grpo=tokens).loss, expected)
+    model.lm_head.register_forward_hook(scale_output)
+    whole = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match="scale_output"):
+        whole(**given, grpo=tokens)
