@@ -183,7 +183,7 @@ class Proof:
                 theirs = self._original(model, **inputs).logits
                 if not known.was_given(inputs):
                     return "its forward gives the backbone other inputs than it gets"
-                return _difference(mine, theirs)
+                return _difference(mine, theirs, hasattr(model, "_original_forward"))
         except Exception as error:
             return f"its forward cannot be followed ({type(error).__name__}: {str(error)[:200]})"
         finally:
@@ -248,13 +248,14 @@ def row_logits(row: Row, hidden: Tensor, weight: Tensor, bias: Tensor | None, he
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def _difference(mine: Tensor, theirs: Any) -> str | None:
+def _difference(mine: Tensor, theirs: Any, autocast: bool) -> str | None:
     """In words, where it is more than the rounding of logits: a few units of their dtypes, for the largest of them and
-    for their root mean square."""
+    for their root mean square. ``autocast``: accelerate has put one around the model, and converts its outputs."""
     if not isinstance(theirs, Tensor) or theirs.shape != mine.shape:
         shape = tuple(theirs.shape) if isinstance(theirs, Tensor) else type(theirs).__name__
         return f"its own logits of a row are {shape}, not {tuple(mine.shape)}"
-    unit = max(2**-16, *(torch.finfo(logits.dtype).eps for logits in (mine, theirs)))
+    dtypes = (mine.dtype, theirs.dtype, *([torch.bfloat16] if autocast else []))
+    unit = max(2**-16, *(torch.finfo(dtype).eps for dtype in dtypes))
     sizes = mine.float()
     a, b = (logits.float().log_softmax(-1) for logits in (mine, theirs))
     apart = torch.where((a == b) | (a.isnan() & b.isnan()), 0.0, (a - b).abs())

@@ -65,14 +65,17 @@ def batch(seed=0, sampled=False, tools=False):
 
 
 def compute(subject, inputs):
-    """Loss, every parameter's gradient and the metrics of one call."""
+    """Loss, every parameter's gradient and the metrics of one call, which are those of the mode of the model."""
+    subject.model.train()
     subject.model.zero_grad()
     subject._metrics["train"].clear()
     subject.current_gradient_accumulation_steps = subject.args.gradient_accumulation_steps
     loss = subject._compute_loss(subject.model, inputs)
     loss.backward()
     gradients = {name: parameter.grad.clone() for name, parameter in subject.model.named_parameters()}
-    return loss.detach(), gradients, {name: values[-1] for name, values in subject._metrics["train"].items()}
+    metrics = {name: values[-1] for name, values in subject._metrics["train"].items()}
+    assert {"entropy"} | ({"kl"} if subject.beta else set()) <= metrics.keys()
+    return loss.detach(), gradients, metrics
 
 
 def with_log_probs(inputs, subject, on_policy=False):
