@@ -196,7 +196,7 @@ def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any], c
 
 def _check_router_loss(inputs: Mapping[str, Any], config: Any) -> None:
     """A mixture of experts' auxiliary loss would be dropped in silence."""
-    asked = inputs.get("output_router_logits")
+    config, asked = config.get_text_config(), inputs.get("output_router_logits")
     if asked is None:
         asked = getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", None) != 0
     if asked:

@@ -317,6 +317,85 @@ def test_log_probs_of_a_subclass_are_not_ignored(folder, tmp_path):
         trainer(Mine, folder, tmp_path)
 
 
+def seven(self, model, inputs):
+    return 0 * sum(parameter.sum() for parameter in model.parameters()) + 7
+
+
+OWN_LOG_PROBS = trl.GRPOTrainer._get_per_token_logps_and_entropies
+CHANGES = {
+    "_compute_loss": seven,
+    "_get_per_token_logps_and_entropies": lambda *args, **kwargs: OWN_LOG_PROBS(*args, **kwargs),
+    "get_gamma_weights": staticmethod(lambda *args, **kwargs: 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_no_class_is_passed_over(folder, tmp_path, name, monkeypatch):
+    """Behind FusedGRPOTrainer, in front of it, or patched into TRL's own: refused by class and method."""
+    other = type("Other", (trl.GRPOTrainer,), {name: CHANGES[name]})
+    behind = type("Behind", (FusedGRPOTrainer, type("Deeper", (other,), {})), {})
+    with pytest.raises(TypeError, match=f"Other overrides {name}, .* of Behind .*patch_trl"):
+        trainer(behind, folder, tmp_path)
+    if name != "_compute_loss":
+        front = type("Front", (FusedGRPOTrainer,), {name: CHANGES[name]})
+        with pytest.raises(TypeError, match=f"Front overrides {name}"):
+            trainer(front, folder, tmp_path)
+
+        class Around(front):
+            def _compute_loss(self, model, inputs):
+                return super()._compute_loss(model, inputs)
+
+        with pytest.raises(TypeError, match=f"Front overrides {name}"):
+            trainer(Around, folder, tmp_path, options={"max_steps": 1}).train()
+    monkeypatch.setattr(trl.GRPOTrainer, name, CHANGES[name])
+    with pytest.raises(TypeError, match=f"GRPOTrainer overrides {name}"):
+        trainer(FusedGRPOTrainer, folder, tmp_path)
+
+
+def test_classes_that_are_honoured(folder, tmp_path):
+    """A loss of one's own in front, and the masks that the fused loss asks for."""
+    mine = type("Mine", (FusedGRPOTrainer,), {"_compute_loss": seven})
+    subject = trainer(mine, folder, tmp_path, options={"max_steps": 1})
+    subject.train()
+    assert subject.state.log_history[0]["loss"] == 7
+    inputs, gradients = with_log_probs(batch(), subject), []
+    for kind in (FusedGRPOTrainer, trl.GRPOTrainer):
+
+        class Dropping(kind):
+            def get_off_policy_mask(self, advantages, mask, **_):
+                return (advantages > 1).to(mask)
+
+        dropping = trainer(Dropping, folder, tmp_path, options={"off_policy_mask_threshold": 0.05})
+        gradients.append(compute(dropping, inputs)[1]["lm_head.weight"])
+    assert gradients[0].abs().max() > 0
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", AGGREGATIONS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_metrics_do_not_see_masked_tokens(make, loss_type, level):
+    """A tool's token may have any log-probs: under the old policy, the reference, the sampler."""
+    options = {"loss_type": loss_type, "importance_sampling_level": level, "beta": 0.04, **BOUNDS.get(loss_type, {})}
+    options |= {"off_policy_mask_threshold": 0.05}
+    if loss_type != "vespo":
+        options |= {"entropy_coef": 0.05}
+    subject, plain = make(options)
+    inputs = with_log_probs(batch(tools=True), plain)
+    masked = (inputs["completion_mask"] * inputs["tool_mask"]) == 0
+    assert (masked & (inputs["completion_mask"] != 0)).any()
+    wanted = compute(plain, inputs)
+    for value in (-95.0, -torch.inf, torch.nan):
+        spoilt = dict(inputs)
+        for name in ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"):
+            spoilt[name] = inputs[name].masked_fill(masked, value)
+        loss, gradients, metrics = compute(subject, spoilt)
+        torch.testing.assert_close(loss, wanted[0], rtol=1e-5, atol=1e-6)
+        assert set(metrics) == set(wanted[2])
+        for name, number in metrics.items():
+            assert number == pytest.approx(wanted[2][name], rel=1e-5, abs=1e-6, nan_ok=True), (value, name)
+        assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

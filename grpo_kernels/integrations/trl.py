@@ -50,7 +50,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         ValueError: an option of ``GRPOConfig`` that the loss does not have, with the nearest one that it has; an
             architecture or a head that ``hf.attach`` refuses.
         RuntimeError: another version of TRL.
-        TypeError: a subclass that overrides TRL's log-probs, which this loss would not use.
+        TypeError: a class of the hierarchy that changes a method which this loss replaces, and would be passed over.
     """
 
     entropy_coef: float
@@ -58,14 +58,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args: Any, from_logits: bool = False, **kwargs: Any) -> None:
         _check_version("FusedGRPOTrainer")
-        mine, name = type(self), "_get_per_token_logps_and_entropies"
-        if (
-            getattr(mine, name) is not getattr(FusedGRPOTrainer, name)
-            and mine._compute_loss is FusedGRPOTrainer._compute_loss
-        ):
-            raise TypeError(
-                f"{mine.__name__} overrides {name}, which the fused loss does not use: subclass trl.GRPOTrainer."
-            )
+        _check_overrides(type(self), type(self)._compute_loss is not FusedGRPOTrainer._compute_loss)
         given = kwargs.get("args") or next((value for value in args if isinstance(value, GRPOConfig)), None)
         if given is not None:
             check_arguments(given)
@@ -105,6 +98,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return log_probs, entropy if compute_entropy else None, None
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        _check_overrides(type(self), False)
         mode = "train" if self.model.training else "eval"
         accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
         ids, attention = (
@@ -145,6 +139,9 @@ class FusedGRPOTrainer(GRPOTrainer):
         """What the model returns, whose loss hooks know, and what was computed inside: FSDP's mixed precision rounds
         the tensors of plain dicts on the way in and every output on the way out."""
         inside: list[Any] = []
+        config = hf.causal_model(model, "FusedGRPOTrainer").config.get_text_config()
+        if getattr(config, "output_router_logits", False):  # not for this trainer: ``check_trainer``
+            inputs = {**inputs, "output_router_logits": False}
         with self.accelerator.autocast():
             returned = model(**inputs, grpo=types.MappingProxyType({**grpo, "receive": inside.append}))
         return returned, inside[-1]
@@ -193,18 +190,18 @@ class FusedGRPOTrainer(GRPOTrainer):
         metrics = self._metrics[mode]
         advantages = _per_row(inputs["advantages"])
         old = inputs.get("old_per_token_logps")
-        log_ratio = own = out.log_probs - (out.log_probs if old is None else old)
+        log_ratio = own = _live(out.log_probs - (out.log_probs if old is None else old), mask)
         if self.importance_sampling_level == "sequence":
-            log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(1)
+            log_ratio = (log_ratio.sum(-1) / mask.sum(-1).clamp(min=1.0)).unsqueeze(1)
         ratio = log_ratio.exp()
         if self.beta != 0:
-            behind = inputs["ref_per_token_logps"] - out.log_probs
+            behind = _live(inputs["ref_per_token_logps"] - out.log_probs, mask)
             kl = torch.exp(behind) - behind - 1
             metrics["kl"].append(self._mean(kl * ratio if self.args.use_bias_correction_kl else kl, mask))
         metrics["entropy"].append(self._mean(out.entropy, mask))
         self._log_bounds(metrics, inputs, mask, own, ratio, advantages)
         if self._entropy_bonus_enabled:
-            bonus = (out.entropy * mask).sum() / mask.sum().clamp(min=1.0)
+            bonus = _live(out.entropy, mask).sum() / mask.sum().clamp(min=1.0)
             policy_loss = self.accelerator.gather(out.loss + entropy_coef * bonus)
             metrics["policy_loss"].append(policy_loss.nanmean().item())
             self._control_entropy(mode, out.entropy, mask)
@@ -243,7 +240,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         if values.shape[1] == 1:
             sums = torch.stack([values.sum(), torch.tensor(float(len(values)), device=values.device)])
         else:
-            sums = torch.stack([(values * mask).sum(), mask.sum().to(values.dtype)])
+            sums = torch.stack([_live(values, mask).sum(), mask.sum().to(values.dtype)])
         total, count = self.accelerator.reduce(sums, reduction="sum")
         return float(total / count.clamp(min=1.0))
 
@@ -253,7 +250,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             return
         last = self.accelerator.sync_gradients
         if self.use_adaptive_entropy:
-            window = torch.stack([(entropy * mask).sum(), mask.sum().to(entropy.dtype)])
+            window = torch.stack([_live(entropy, mask).sum(), mask.sum().to(entropy.dtype)])
             if self._entropy_window_stats is not None:
                 window = self._entropy_window_stats + window
             self._entropy_window_stats = None if last else window
@@ -265,6 +262,34 @@ class FusedGRPOTrainer(GRPOTrainer):
                 self.entropy_coef = min(max(moved, self.args.entropy_coef_min), self.args.entropy_coef_max)
         if last:
             self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
+
+
+_REPLACED = ("_compute_loss", "_get_per_token_logps_and_entropies", "get_gamma_weights")
+"""Of trl.GRPOTrainer; what else its loss calls, the fused loss calls too."""
+
+
+def _check_overrides(kind: type, own_loss: bool) -> None:
+    """Refuse a change of what the fused loss replaces: it would train something else in silence. ``own_loss``: a class
+    in front of FusedGRPOTrainer has a loss of its own, and may use what is overridden there."""
+    front = kind.__mro__[: kind.__mro__.index(FusedGRPOTrainer)]
+    for other in kind.__mro__:
+        for name in _REPLACED:
+            if other is GRPOTrainer:
+                changed = not getattr(other, name).__module__.startswith("trl.")  # patched
+            else:
+                honoured = other in front and (own_loss or name == "_compute_loss")
+                changed = name in vars(other) and other is not FusedGRPOTrainer and not honoured
+            if changed:
+                raise TypeError(
+                    f"{other.__name__} overrides {name}, which the fused loss of {kind.__name__} does not use: leave "
+                    "FusedGRPOTrainer out and call grpo_kernels.integrations.trl.patch_trl(), which keeps every loss "
+                    "of TRL's trainers; or override _compute_loss in a class in front of FusedGRPOTrainer."
+                )
+
+
+def _live(values: Tensor, mask: Tensor) -> Tensor:
+    """0 where the mask is, whatever is there: a product would keep NaN and infinities."""
+    return torch.where(mask != 0, values, 0.0)
 
 
 def _per_row(advantages: Tensor) -> Tensor:
