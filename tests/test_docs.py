@@ -74,26 +74,34 @@ def test_figures_are_the_committed_results(name):
 
 def test_names_in_the_text_exist():
     """`metrics` and public names that the README mentions."""
-    for name in re.findall(r"metrics\.(\w+)", README):
+    metrics = re.findall(r"metrics\.(\w+)", README)
+    assert metrics
+    for name in metrics:
         assert name in REPORTED or hasattr(grpo_kernels.Metrics, name), name
     for name in grpo_kernels.__all__:
         documented = getattr(grpo_kernels, name).__doc__
         assert documented, name
     imported = re.findall(r"from grpo_kernels import (.*)", README)
+    assert imported
     for name in {name.strip() for line in imported for name in line.split(",")}:
         assert name in grpo_kernels.__all__, name
 
 
 def test_links_lead_somewhere():
+    targets: list[str] = []
     for text in (README, *((ROOT / name).read_text() for name in ("CONTRIBUTING.md", "SWITCHING.md"))):
-        for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-            assert (ROOT / target).exists(), target
+        targets += re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert targets
+    for target in targets:
+        assert (ROOT / target).exists(), target
 
 
 def test_tree_of_the_architecture():
     """Every module of the package has its place in ARCHITECTURE.md."""
     text = (ROOT / "ARCHITECTURE.md").read_text()
-    for path in (ROOT / "grpo_kernels").glob("*.py"):
+    paths = list((ROOT / "grpo_kernels").glob("*.py"))
+    assert paths
+    for path in paths:
         assert path.name in text, path.name
 
 

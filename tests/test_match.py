@@ -446,6 +446,7 @@ def test_tokens_that_differ():
 
     report = match(dual_too_low)
     assert not report
+    assert report.tokens
     assert all(token.ratio > 1.1 and token.advantage < 0 and token.yours == 0 for token in report.tokens)
     assert any("A < 0: yours is clipped" in region for region in report.regions)
 

@@ -152,6 +152,7 @@ def test_rollout_masks_what_follows_the_end():
     trainer = Trainer(Options(**SMALL))
     rollout = roll_out(trainer.model, trainer.tokenizer, trainer.task, random.Random(1), 8, 4, 6, 1.0)
     end = trainer.tokenizer.eos_token_id
+    assert not rollout.mask.all()
     for ids, live in zip(rollout.response_ids.tolist(), rollout.mask.tolist(), strict=True):
         count = ids.index(end) + 1 if end in ids else len(ids)
         assert live == [i < count for i in range(len(ids))]

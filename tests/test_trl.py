@@ -223,6 +223,7 @@ def test_lora(folder, tmp_path):
         torch.manual_seed(0)
         subject = trainer(kind, folder, tmp_path, options={"beta": 0.04}, peft_config=config)
         runs.append(run_of(subject))
+    assert len(runs[0][0]) == 10
     for row, wanted in zip(runs[0][0], runs[1][0], strict=True):
         assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-4, abs=1e-5)
         assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
