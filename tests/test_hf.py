@@ -72,6 +72,13 @@ def test_heads_are_the_models_own(kind):
     torch.testing.assert_close(got.log_probs, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", hf.MODEL_TYPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_rounding_of_an_architecture_is_a_difference(kind, dtype):
+    model, given = tiny(kind, initializer_range=0.3).to(dtype), inputs()
+    assert hf.attach(model)(**given, grpo=tokens_of(given)).loss.isfinite()
+
+
 @pytest.mark.parametrize("keep", [0, 5])
 def test_loss_and_every_gradient(keep):
     model, given = tiny(tie_word_embeddings=True), inputs()
@@ -379,6 +386,9 @@ def test_what_comes_to_the_head_after_attach():
         model(**given, grpo=tokens_of(given))
     model.eval()
     check()
+    model.lm_head.train()
+    with pytest.raises(ValueError, match="differ by up to"):
+        model(**given, grpo=tokens_of(given))
 
 
 @pytest.mark.parametrize(
@@ -412,11 +422,12 @@ def test_a_scale_that_is_trained_is_refused():
 
 
 def test_the_proof_leaves_no_trace():
-    """Gradients, random numbers, routers and autocast's weights are those of a model that is proven already."""
+    """Gradients, random numbers and routers are those of a model that is proven already."""
     for kind, autocast in (("qwen3", False), ("qwen3", True), ("mixtral", False)):
         given, runs = inputs(), []
         for proven in (False, True):
             model = hf.attach(tiny(kind, attention_dropout=0.3, tie_word_embeddings=True)).train()
+            model.lm_head.register_forward_hook(lambda *_: torch.rand(()) and None)
             routed = []
             for module in model.modules():
                 if "Router" in type(module).__name__ or "Gate" in type(module).__name__:
@@ -439,6 +450,15 @@ def test_the_proof_leaves_no_trace():
         assert gradients["model.embed_tokens.weight"].abs().max() > 0
         for name, gradient in gradients.items():
             assert torch.equal(gradient, wanted_gradients[name]), name
+
+
+def test_the_proof_keeps_no_cast_weight():
+    model, given, kept = tiny(), inputs(), []
+    model.lm_head.register_forward_hook(lambda *_: kept.append(torch.is_autocast_cache_enabled()))
+    with torch.autocast("cpu", torch.bfloat16):
+        hf.attach(model)(**given, grpo=tokens_of(given))
+        assert torch.is_autocast_cache_enabled()
+    assert kept == [False]
 
 
 def test_dropout_and_masked_rows_do_not_matter():
@@ -596,3 +616,29 @@ def test_a_compiled_backbone():
     whole = torch.compile(model, backend="eager")
     with pytest.raises(ValueError, match="scale_output"):
         whole(**given, grpo=tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [0.1, 2.0, 20.0])
+def test_the_proof_tells_rounding_from_a_change(dtype, spread):
+    """A head's logits, capped in the dtype and in double precision, differ by rounding; by 2 % or one column do not."""
+    from grpo_kernels.model_head import _difference
+
+    torch.manual_seed(2)
+    exact = spread * torch.randn(1, 1, 5000, dtype=torch.float64)
+    logits = exact.to(dtype)
+    for mine, theirs in (
+        (logits, logits),
+        (logits, exact),
+        (30 * torch.tanh(logits / 30), 30 * torch.tanh(exact / 30)),
+        (logits * 0.3, exact * 0.3),
+        (logits, logits.double() + 5),  # the same log-probs
+    ):
+        assert _difference(mine, theirs, False) is None
+    other = exact.clone()
+    other[..., 7] -= 1 if spread < 20 else 4
+    for theirs in (logits * 1.02, exact / 1.02, other, other.masked_fill(other < -2 * spread, torch.finfo(dtype).min)):
+        assert "differ by up to" in _difference(logits, theirs, False)
+    assert "(1, 1, 4999)" in _difference(logits, logits[..., 1:], False)
+    assert _difference(logits, logits.float() * 1.005, True) is None  # accelerate's autocast
+    assert "nan" in _difference(logits, logits.index_fill(-1, torch.tensor([3]), torch.nan), False)
