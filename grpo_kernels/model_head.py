@@ -174,7 +174,7 @@ class Proof:
         name, device = model.base_model_prefix, hidden.device.type
         if name not in model._modules:
             return "its backbone is no module of its own"
-        states = hidden.detach()[row.place][None, None]
+        states = hidden.detach()[row.place][None]
         known = _Backbone(model.base_model, type(output)(**{**output, "last_hidden_state": states}))
         model._modules[name] = known
         devices = [hidden.device] if device == "cuda" else []
@@ -234,7 +234,7 @@ def _live_place(hidden: Tensor, mask: object) -> tuple[Tensor, Tensor]:
     none."""
     rows, columns = hidden.shape[:2]
     live = mask if isinstance(mask, Tensor) and mask.numel() > 0 else hidden.new_ones(1)
-    first = (live.to(hidden.device) != 0).flatten().to(torch.uint8).argmax()
+    first = (live.to(hidden.device) != 0).flatten().to(torch.uint8).argmax(0, keepdim=True)
     width = live.shape[-1] if live.dim() > 0 else 1
     return (first // width).clamp(max=rows - 1), (first % width).clamp(max=columns - 1)
 
@@ -242,7 +242,7 @@ def _live_place(hidden: Tensor, mask: object) -> tuple[Tensor, Tensor]:
 def row_logits(row: Row, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> Tensor:
     """(1, 1, V), scaled and capped."""
     with torch.no_grad(), without_cache(hidden.device.type):
-        logits = nn.functional.linear(hidden[row.place][None, None], weight, bias)
+        logits = nn.functional.linear(hidden[row.place][None], weight, bias)
         logits = logits * head.transform.get("logit_scale", 1.0)
         cap = head.transform.get("logit_softcap")
         return logits if cap is None else cap * torch.tanh(logits / cap)

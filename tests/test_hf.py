@@ -642,3 +642,12 @@ def test_the_proof_tells_rounding_from_a_change(dtype, spread):
     assert "(1, 1, 4999)" in _difference(logits, logits[..., 1:], False)
     assert _difference(logits, logits.float() * 1.005, True) is None  # accelerate's autocast
     assert "nan" in _difference(logits, logits.index_fill(-1, torch.tensor([3]), torch.nan), False)
+
+
+def test_an_old_pass_in_inference_mode():
+    """Proven there, the model trains all the same."""
+    model, given = hf.attach(tiny()), inputs()
+    with torch.inference_mode():
+        old = model(**given, grpo=asked(given)).log_probs
+    model(**given, grpo=tokens_of(given) | {"old_log_probs": old.clone()}).loss.backward()
+    assert model.lm_head.weight.grad.abs().max() > 0

@@ -444,3 +444,21 @@ def test_patch_checks_what_it_replaces(monkeypatch):
     unpatch_trl()
     with pytest.raises(RuntimeError, match="got nothing"):
         patch_trl()
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_a_mixture_of_experts_without_its_loss(folder, tmp_path, from_logits):
+    """Its config asks for router logits, the trainer has no coefficient for them: TRL's loss is without."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = transformers.Qwen3MoeConfig(pad_token_id=0, eos_token_id=1, output_router_logits=True, **sizes)
+    model = transformers.Qwen3MoeForCausalLM(config)
+    options, found = {"router_aux_loss_coef": 0.0}, []
+    for kind, more in ((FusedGRPOTrainer, {"from_logits": from_logits}), (trl.GRPOTrainer, {})):
+        subject = trainer(kind, folder, tmp_path, options=options, model=copy.deepcopy(model), **more)
+        found.append(compute(subject, with_log_probs(batch(), subject)))
+    (loss, gradients, _), (wanted_loss, wanted, _) = found
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients["lm_head.weight"], wanted["lm_head.weight"], rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="router_aux_loss_coef=0.0"):
+        trainer(FusedGRPOTrainer, folder, tmp_path, options={"router_aux_loss_coef": 0.1}, model=model)
