@@ -35,6 +35,8 @@ def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
 
 _TOKENS = ("token_ids", "advantages", "mask")
 """Of a call, never of the model."""
+OUTPUTS = ("loss", "log_probs")
+"""``grpo=dict(output=...)``"""
 
 
 def attach(
@@ -229,10 +231,6 @@ def _looks_unshifted(ids: Tensor, kept: Tensor, grpo: Mapping[str, Any]) -> bool
     live = ids >= 0 if mask is None else mask.view(ids.shape) != 0
     shifted = ((ids[:, :-1] == kept[:, 1:]) | ~live[:, :-1]).all()
     return bool(((ids == kept) | ~live).all() & ~shifted)
-
-
-OUTPUTS = ("loss", "log_probs")
-"""``grpo=dict(output=...)``"""
 
 
 def _run(
