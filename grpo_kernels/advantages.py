@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .checks import check_shape, fail
+from .checks import check_shape, fail, read_mask
 
 
 def raw(rewards: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def reward_to_go(
     _check_tokens("reward_to_go", rewards=rewards, mask=mask)
     if baseline is not None:
         check_shape("reward_to_go", "baseline", baseline, (tuple(mask.shape), (mask.shape[0], 1)), {"mask": mask})
-    live = mask != 0
+    live = read_mask("reward_to_go", mask, {"mask": mask})
     r = torch.where(live, _floating(rewards), 0.0)
     returns = _backward_scan(r, live, discount)
     out = returns if baseline is None else returns - baseline.detach()
@@ -106,7 +106,7 @@ def n_step(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, steps
     if steps < 1:
         fail("n_step", "steps >= 1", str(steps))
     _check_tokens("n_step", rewards=rewards, values=values, mask=mask)
-    live = mask != 0
+    live = read_mask("n_step", mask, {"mask": mask})
     order, r, v = _compact(live, _floating(rewards), values.detach())
     length = r.shape[-1]
     out = torch.zeros_like(r)
@@ -128,7 +128,7 @@ def gae(
     _check_unit("gae", "discount", discount)
     _check_unit("gae", "lam", lam)
     _check_tokens("gae", rewards=rewards, values=values, mask=mask)
-    live = mask != 0
+    live = read_mask("gae", mask, {"mask": mask})
     order, r, v = _compact(live, _floating(rewards), values.detach())
     following = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], -1)
     delta = r + discount * following - v
@@ -143,7 +143,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     of PPO"). ``clip=None`` leaves the clip out. Differentiable in ``values``; an all-masked batch gives 0.
     """
     _check_tokens("value_loss", values=values, old_values=old_values, returns=returns, mask=mask)
-    live = mask != 0
+    live = read_mask("value_loss", mask, {"mask": mask})
     values = torch.where(live, values, 0.0)
     returns = torch.where(live, returns.detach(), 0.0)
     losses = (values - returns) ** 2

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checks import check_name, fail
+from .checks import check_name, fail, read_mask
 from .config import AGGREGATIONS, LossConfig
 from .ops import accumulate_dtype
 from .presets import PRESETS, resolve_config
@@ -117,7 +117,7 @@ def normalizer(
     _check_micro_batches(micro_batches, bounds, world_size)
     aggregation, group_size = _aggregation_of(config)
     if aggregation == "token_mean":
-        counts = [(mask != 0).sum() for mask in micro_batches]
+        counts = [read_mask("normalizer", mask, {"mask": mask}).sum() for mask in micro_batches]
     else:
         if aggregation == "group_mean" and group_size is None:
             fail("normalizer", 'a LossConfig with group_size for "group_mean"', repr(config))

@@ -1,7 +1,7 @@
 """Checks of what users pass, and the one format of their messages.
 
-Shapes, dtypes and devices are always checked; contents of device tensors only where that waits for
-nothing (CPU) or with ``check=True`` / ``GRPO_KERNELS_CHECK=1``.
+Shapes, dtypes and devices are always checked; contents where that waits for nothing (CPU) or with
+``check=True`` / ``GRPO_KERNELS_CHECK=1`` (``may_look``).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -45,6 +47,25 @@ def fail(
 def checks_enabled(check: bool | None) -> bool:
     """``check=`` of the call, else the environment's GRPO_KERNELS_CHECK."""
     return os.environ.get("GRPO_KERNELS_CHECK", "0") not in ("", "0") if check is None else check
+
+
+def may_look(tensor: Tensor, check: bool | None = None) -> bool:
+    """Whether contents may be looked at: of CPU tensors always, elsewhere with checks on, since that waits for the
+    device; never in a graph that is traced or captured, nor where there are none to see (fake, meta, vmap)."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    if tensor.is_cpu:
+        return True
+    if tensor.is_meta or not checks_enabled(check):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def asked_to_look(tensor: Tensor, check: bool | None = None) -> bool:
+    """As ``may_look``, for what only ``check=True`` asks for."""
+    return checks_enabled(check) and may_look(tensor, check)
 
 
 def check_logits(function: str, logits: Tensor, tensors: Mapping[str, object]) -> None:
@@ -207,13 +228,63 @@ def check_tensors(function: str, named: Mapping[str, object]) -> None:
             fail(function, f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
 
 
+def read_mask(
+    function: str, mask: Tensor, tensors: Mapping[str, object], check: bool | None = None, name: str = "mask"
+) -> Tensor:
+    """bool: where a mask is not 0. Every mask is read here; one that holds what no mask can raises."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.dtype != torch.uint8 and mask.numel() > 0 and may_look(mask, check):
+        _check_mask(function, name, mask, tensors, check)
+    return mask != 0
+
+
+def _check_mask(function: str, name: str, mask: Tensor, tensors: Mapping[str, object], check: bool | None) -> None:
+    """NaN, infinities and negative numbers; with checks on fractions too."""
+    low, high = (float(bound) for bound in torch.aminmax(mask))
+    if low >= 0 and high < math.inf:  # NaN is neither
+        if mask.is_floating_point() and checks_enabled(check) and bool((fractions := mask != mask.round()).any()):
+            hint = "factors of tokens are token_weights="
+            fail(function, f"{name} of whole numbers", _first(name, mask, fractions), tensors, hint)
+        return
+    hint = f"whatever is not 0 counts; {name} > 0 where a token does"
+    if high <= 0 and low <= _ADDITIVE:
+        hint = f"an additive mask is 0 where tokens count: {name} == 0"
+    elif low == _IGNORED:
+        hint = f"labels say by {_IGNORED} what does not count: labels != {_IGNORED}"
+    elif "advantages" in tensors:
+        hint = "the advantages come first: (token_ids, advantages, mask)"
+    wrong = ~((mask >= 0) & (mask < math.inf))
+    fail(function, f"{name} to be finite and >= 0", _first(name, mask, wrong), tensors, hint)
+
+
+_ADDITIVE = -1e3
+"""What models add to scores they hide is -inf, the dtype's lowest, or -1e4 and beyond."""
+_IGNORED = -100
+
+
+def _first(name: str, values: Tensor, wrong: Tensor) -> str:
+    """The first of the wrong values, and where it is."""
+    position = wrong.nonzero()[0].tolist()
+    return f"{name}[{', '.join(map(str, position))}] = {values[tuple(position)].item():.6g}"
+
+
+def check_finite(
+    function: str, name: str, values: Tensor, counts: Tensor, tensors: Mapping[str, object], hint: str | None = None
+) -> None:
+    """Whatever ``values`` are where ``counts`` is not."""
+    wrong = counts & ~values.isfinite()
+    if bool(wrong.any()):
+        fail(function, f"{name} to be finite where they count", _first(name, values, wrong), tensors, hint)
+
+
 def check_bounds(
     function: str, cu_seqlens: Tensor, tokens: int, tensors: Mapping[str, object], check: bool | None = None
 ) -> None:
     """Of packed sequences. Their values are looked at where that waits for nothing, or with checks on."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         fail(function, "cu_seqlens (S+1,) of int32 or int64", "another tensor", tensors)
-    if not torch.compiler.is_compiling() and (cu_seqlens.device.type == "cpu" or checks_enabled(check)):
+    if may_look(cu_seqlens, check):
         bounds = cu_seqlens.tolist()
         if bounds[0] < 0 or bounds[-1] > tokens or bounds != sorted(bounds):
             fail(function, f"cu_seqlens that never fall, within [0, {tokens}]", str(bounds)[:60], tensors)

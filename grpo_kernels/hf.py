@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_name, checks_enabled, fail
+from .checks import check_name, checks_enabled, fail, read_mask
 from .config import LossConfig
 from .linear import linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
@@ -263,7 +263,7 @@ def _inside(token_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -
     if cu_seqlens is None:
         return mask
     inside = Packed.of(cu_seqlens.to(torch.int64), token_ids.shape[-1]).inside().view(token_ids.shape)
-    return inside if mask is None else inside & (mask != 0)
+    return inside if mask is None else inside & read_mask("attach", mask, {"mask": mask})
 
 
 def causal_model(model: nn.Module, function: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,8 +14,10 @@ from . import backends, ops
 from .aggregation import on_tokens, sequence_weights
 from .checks import (
     INTEGER_DTYPES,
+    asked_to_look,
     check_bounds,
     check_device,
+    check_finite,
     check_head,
     check_logits,
     check_no_transforms,
@@ -22,8 +25,9 @@ from .checks import (
     check_scalar,
     check_shape,
     check_tensors,
-    checks_enabled,
     fail,
+    may_look,
+    read_mask,
 )
 from .config import LossConfig
 from .head import operand_dtype
@@ -83,12 +87,17 @@ class Tokens:
 
 
 def read_tokens(
-    function: str, logits: Tensor, token_ids: Tensor, mask: Tensor | None, tensors: Mapping[str, object]
+    function: str,
+    logits: Tensor,
+    token_ids: Tensor,
+    mask: Tensor | None,
+    tensors: Mapping[str, object],
+    check: bool | None = None,
 ) -> Tokens:
     """Check logits, ids and mask against each other and bring ids and mask to (B, T)."""
     named = {"logits": logits, "token_ids": token_ids, "mask": mask, **tensors}
     check_logits(function, logits, named)
-    return read_ids(function, logits, logits.shape[-1], logits.dtype, token_ids, mask, named)
+    return read_ids(function, logits, logits.shape[-1], logits.dtype, token_ids, mask, named, check)
 
 
 def read_linear_tokens(
@@ -100,6 +109,7 @@ def read_linear_tokens(
     mask: Tensor | None,
     logits_dtype: torch.dtype | None,
     tensors: Mapping[str, object],
+    check: bool | None = None,
 ) -> Tokens:
     """``read_tokens`` for hidden states and the head that makes logits of them."""
     named = {"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids, "mask": mask, **tensors}
@@ -112,7 +122,7 @@ def read_linear_tokens(
     for tensor in (weight, bias):
         if tensor is not None:
             check_no_transforms(function, tensor)
-    return read_ids(function, hidden, weight.shape[0], dtype, token_ids, mask, named)
+    return read_ids(function, hidden, weight.shape[0], dtype, token_ids, mask, named, check)
 
 
 def read_ids(
@@ -123,6 +133,7 @@ def read_ids(
     token_ids: Tensor,
     mask: Tensor | None,
     named: Mapping[str, object],
+    check: bool | None = None,
 ) -> Tokens:
     """As ``read_tokens``, for logits or for what they are computed from (``named`` has it first)."""
     what = next(iter(named))
@@ -142,7 +153,7 @@ def read_ids(
         live = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     else:
         check_shape(function, "mask", mask, (tuple(token_ids.shape),), named)
-        live = (mask if mask.dtype == torch.bool else mask != 0).reshape(ids.shape).contiguous()
+        live = read_mask(function, mask, named, check).reshape(ids.shape).contiguous()
     return Tokens(function, states, vocab, dtype, ids.to(torch.int64).contiguous(), live, token_ids.shape, named)
 
 
@@ -162,7 +173,7 @@ def check_logit_args(function: str, args: LogitArgs) -> None:
 def check_contents(tokens: Tokens, backend: str, logit_args: LogitArgs, check: bool | None) -> None:
     """With checks on: ids in range, and ids that look shifted by one row. Waits for the device."""
     check_ids(tokens, check)
-    if not checks_enabled(check) or torch.compiler.is_compiling():
+    if not asked_to_look(tokens.states, check):
         return
     rows = tokens.rows(logit_args)
 
@@ -174,7 +185,7 @@ def check_contents(tokens: Tokens, backend: str, logit_args: LogitArgs, check: b
 
 def check_ids(tokens: Tokens, check: bool | None) -> None:
     """With checks on: that live ids are in the vocabulary."""
-    if not checks_enabled(check) or torch.compiler.is_compiling():
+    if not asked_to_look(tokens.token_ids, check):
         return
     function, ids, live = tokens.function, tokens.token_ids, tokens.live
     bad = live & ((ids < 0) | (ids >= tokens.vocab))
@@ -275,6 +286,7 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
         # Where the mask is, the weight stays 0 whatever the user's number is.
         factor = tokens.per_token("token_weights", given.token_weights)
         policy_weight = torch.where(tokens.live, policy_weight * factor, 0.0)
+        _check_weights(tokens, factor, policy_weight, given.check)
     per_token = {
         name: None if value is None else _read_log_probs(tokens, f"{name}_log_probs", value, given.check)
         for name, value in (("old", given.old), ("ref", given.ref), ("rollout", given.rollout))
@@ -291,7 +303,29 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
         entropy_threshold=given.entropy_threshold,
         **per_token,
     )
-    return tokens, _apply_known(config, batch)
+    batch = _apply_known(config, batch)
+    _check_advantages(tokens, batch, given)
+    return tokens, batch
+
+
+def _check_weights(tokens: Tokens, factor: Tensor, weight: Tensor, check: bool | None) -> None:
+    """Of live tokens; ``weight`` has the factors in it, and 0 elsewhere."""
+    if not may_look(factor, check):
+        return
+    named = (tokens.function, "token_weights", factor, tokens.live, tokens.tensors)
+    if not math.isfinite(float(weight.sum())):  # one number says most often that all are
+        check_finite(*named, "a token that is to have no part has weight 0, or is masked")
+    if asked_to_look(factor, check) and bool((tokens.live & (factor < 0)).any()):
+        fail(tokens.function, "token_weights >= 0", "negative ones", tokens.tensors, "the sign is the advantages'")
+
+
+def _check_advantages(tokens: Tokens, batch: TokenBatch, given: LossInputs) -> None:
+    """Of tokens that have a part in the loss: a group of which nothing counts may have any."""
+    if not may_look(batch.advantages, given.check) or math.isfinite(float(given.advantages.detach().sum())):
+        return
+    counts = batch.live & (batch.policy_weight != 0)
+    hint = "mask what has none: a group without a reward, or whose rewards are not finite"
+    check_finite(tokens.function, "advantages", batch.advantages, counts, tokens.tensors, hint)
 
 
 def _apply_known(config: LossConfig, batch: TokenBatch) -> TokenBatch:
@@ -329,7 +363,7 @@ def _read_log_probs(tokens: Tokens, name: str, value: Tensor, check: bool | None
     if not value.is_floating_point():
         fail(tokens.function, f"{name} of a floating dtype", str(value.dtype), tokens.tensors, error=TypeError)
     out = tokens.per_token(name, value)
-    if checks_enabled(check) and not torch.compiler.is_compiling():
+    if asked_to_look(out, check):
         known = out if name != "rollout_log_probs" else out.nan_to_num(nan=0.0)
         wrong = tokens.live & ~(known <= _POSITIVE_NATS)
         if bool(wrong.any()):

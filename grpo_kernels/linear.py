@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops
-from .checks import check_scalar, checks_enabled
+from .checks import asked_to_look, check_scalar
 from .chunks import CHUNK_BYTES, LiveRows, chunk_rows
 from .config import LossConfig
 from .head import Wants, head_kind, operand_dtype
@@ -111,7 +111,8 @@ def linear_grpo_loss(
     )
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_grpo_loss", logit_args)
-    tokens = read_linear_tokens("linear_grpo_loss", hidden, weight, bias, token_ids, mask, logits_dtype, given.tensors)
+    head = (hidden, weight, bias)
+    tokens = read_linear_tokens("linear_grpo_loss", *head, token_ids, mask, logits_dtype, given.tensors, check)
     wants = _wants(hidden, weight, bias)
     choice = choose_backend(tokens, backend, logit_args, fused=any(wants))
     tokens, batch = read_batch(tokens, config, given)
@@ -164,7 +165,8 @@ def linear_token_log_probs(
     """
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_token_log_probs", logit_args)
-    tokens = read_linear_tokens("linear_token_log_probs", hidden, weight, bias, token_ids, mask, logits_dtype, {})
+    head = (hidden, weight, bias)
+    tokens = read_linear_tokens("linear_token_log_probs", *head, token_ids, mask, logits_dtype, {}, check)
     choice = choose_backend(tokens, backend, logit_args)
     check_require(tokens, require, route_of(choice, None, wants_gradient=False), wants_gradient=False)
     chosen = choice.backend
@@ -180,7 +182,7 @@ def _check_contents(
 ) -> None:
     """With checks on: ids in range, and ids that look shifted. On a CPU the range is looked at in any case."""
     check_ids(tokens, True if hidden.device.type == "cpu" else check)
-    if not checks_enabled(check):
+    if not asked_to_look(hidden, check):
         return
     options = {"bias": bias, **logit_args._asdict(), "check": False}
 

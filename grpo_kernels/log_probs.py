@@ -36,7 +36,7 @@ def token_log_probs(
     Args:
         logits: (B, T, V), (B, T+1, V) with the last row unused, or packed (N, V) or (1, N, V), as for ``grpo_loss``.
         token_ids: integers (B, T), (N,) or (1, N): the token that row t predicts.
-        mask: shape of token_ids, bool or numbers; masked rows are not read, their outputs and gradient are 0.
+        mask: shape of token_ids, bool or numbers >= 0; masked rows are not read, their outputs and gradient are 0.
         temperature, logit_scale, logit_softcap: numbers or 0-d tensors > 0.
         inplace: backward writes the gradient over the logits.
         support: the tokens that the sampler could draw: ``TopK(k)``, ``TopP(p)``, ``MinP(p)``, a tuple of them in the
@@ -55,7 +55,7 @@ def token_log_probs(
     """
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("token_log_probs", logit_args)
-    tokens = read_tokens("token_log_probs", logits, token_ids, mask, {})
+    tokens = read_tokens("token_log_probs", logits, token_ids, mask, {}, check)
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     if inplace and needs_gradient:
         check_inplace("token_log_probs", logits, tokens.tensors)

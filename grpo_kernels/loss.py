@@ -70,7 +70,7 @@ def grpo_loss(
         token_ids: integers (B, T), packed (N,) or (1, N): ``token_ids[:, t]`` is the token that row t *predicts*
             (``align`` makes it).
         advantages: (B,), (B, 1) or (B, T); packed (S,) or token-sized ((1, N) where N is S as well).
-        mask: shape of token_ids, bool or numbers, non-zero where live. A masked row is never read.
+        mask: shape of token_ids, bool or numbers >= 0, non-zero where live. A masked row is never read.
         old_log_probs: of the policy that the batch is compared with; None: on-policy, ratio 1, differentiable.
         ref_log_probs: of the reference policy; needed by a KL term.
         rollout_log_probs: of the sampler, NaN where unknown; for metrics and the config's rollout correction.
@@ -89,8 +89,8 @@ def grpo_loss(
         support: the tokens that the sampler could draw, as for ``token_log_probs``; give old and reference log-probs
             over their own. Two passes.
         skip_zero_advantage: rows with A = 0 are not read; their outputs are 0.
-        check: also check contents (ids in range, ids not shifted), which waits for the device. None: the
-            environment's GRPO_KERNELS_CHECK.
+        check: also check contents on a device, which waits for it, and more of them everywhere (ids in range and not
+            shifted, masks without fractions, weights >= 0). None: the environment's GRPO_KERNELS_CHECK.
         backend: "cpu", "cuda", "triton", "torch"; None: the fastest that serves the call ("cuda" only where proven).
             The environment's GRPO_KERNELS_BACKEND wins over both.
         require: "fused": raise where compiled kernels would not compute loss and gradient in one pass.
@@ -112,7 +112,7 @@ def grpo_loss(
     )
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("grpo_loss", logit_args)
-    tokens = read_tokens("grpo_loss", logits, token_ids, mask, given.tensors)
+    tokens = read_tokens("grpo_loss", logits, token_ids, mask, given.tensors, check)
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     if inplace and needs_gradient:
         check_inplace("grpo_loss", logits, tokens.tensors)

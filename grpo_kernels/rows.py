@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .checks import check_bounds, check_tensors, fail
+from .checks import check_bounds, check_tensors, fail, read_mask
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def align(input_ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None = None
 
     Args:
         input_ids: integer ids, prompt and response.
-        loss_mask: bool or number, non-zero where the *token* counts (the response).
+        loss_mask: bool or numbers >= 0, non-zero where the *token* counts (the response).
         cu_seqlens: (S+1,) bounds of packed sequences.
 
     Returns:
@@ -123,7 +123,7 @@ def align(input_ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None = None
     check_tensors("align", {"input_ids": input_ids, "loss_mask": loss_mask})
     if input_ids.shape != loss_mask.shape:
         fail("align", "input_ids and loss_mask of one shape", "two different shapes", tensors)
-    mask = loss_mask != 0
+    mask = read_mask("align", loss_mask, tensors, name="loss_mask")
     if cu_seqlens is None:
         if input_ids.dim() != 2:
             fail(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import ops
 from .autograd import once
-from .checks import check_device, check_shape, fail
+from .checks import check_device, check_shape, fail, read_mask
 from .inputs import Tokens, check_ids
 from .maths import times
 from .rows import Rows
@@ -107,7 +107,7 @@ class Supported:
             shape, named = (*tokens.shape, tokens.vocab), {**tokens.tensors, "support": support}
             check_shape(tokens.function, "support", support, (shape,), named)
             check_device(tokens.function, named)
-            return cls(rows, (), (support != 0).reshape(-1, tokens.vocab))
+            return cls(rows, (), read_mask(tokens.function, support, named, name="support").reshape(-1, tokens.vocab))
         filters = support if isinstance(support, tuple) else (support,)
         if not filters or not all(isinstance(one, (TopK, TopP, MinP)) for one in filters):
             expected = "support=TopK(k), TopP(p), MinP(p), a tuple of them, or a bool mask (*token_ids.shape, V)"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..checks import read_mask
+
 VOCAB = 13
 LENGTHS = (7, 5, 1, 0, 6, 3, 4, 2, 6, 7, 3, 1, 7, 4, 5, 5)
 """Ragged, one of them empty; groups of 2, 4 and 8 differ in size."""
@@ -128,7 +130,7 @@ def users_batch(given: Mapping[str, Tensor]) -> Batch:
             f"float64: give a smaller batch, of at most {LARGEST:,}."
         )
     generator = torch.Generator().manual_seed(20)
-    mask = values["mask"] != 0 if "mask" in values else torch.ones(B, T, dtype=torch.bool)
+    mask = read_mask("match", values["mask"], values) if "mask" in values else torch.ones(B, T, dtype=torch.bool)
     if "logits" in values:
         if "token_ids" not in values:
             raise ValueError("batch= has logits and no token_ids (B, T).")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import read_mask
 from ..config import LossConfig
 from ..outputs import LossOutput
 from ..presets import resolve_config
@@ -59,7 +60,9 @@ def grpo_loss(
     real = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
     # Everything below is flat: one entry for each token that counts, with the index of its sequence.
-    mask = torch.ones(shape, dtype=torch.bool, device=logits.device) if mask is None else mask != 0
+    if mask is None:
+        mask = torch.ones(shape, dtype=torch.bool, device=logits.device)
+    mask = read_mask("reference.grpo_loss", mask, {"advantages": advantages, "mask": mask}, check)
     sequence, sequences, mask = _sequences(shape, mask, cu_seqlens)
     counted = mask.reshape(-1).nonzero().squeeze(-1)
     advantages = _per_token(advantages.detach().to(real), sequences, sequence, shape)

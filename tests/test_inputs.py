@@ -1,0 +1,193 @@
+"""What a call must not take in silence: masks that are none, numbers that are none, tensors of another kind."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import make
+
+from grpo_kernels import (
+    LossConfig,
+    MaskedIS,
+    advantages,
+    align,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_log_probs,
+    match,
+    normalizer,
+    reference,
+    token_log_probs,
+    value_loss,
+)  # fmt: skip
+
+INF, NAN = math.inf, math.nan
+
+
+def batch(shape: tuple[int, int] = (2, 3), vocab: int = 7) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return {
+        "logits": torch.randn(*shape, vocab, generator=g).to(torch.get_default_device()),
+        "token_ids": torch.randint(vocab, shape, generator=g).to(torch.get_default_device()),
+        "advantages": torch.tensor([0.5, -0.5])[: shape[0]],
+    }
+
+
+def _losses(call):
+    def with_mask(mask, **options):
+        b = batch()
+        return call(b["logits"].requires_grad_(), b["token_ids"], b["advantages"], mask, **options)
+
+    return with_mask
+
+
+def _hidden(call):
+    def with_mask(mask, **options):
+        b, head = batch(), (torch.randn(2, 3, 5), torch.randn(7, 5).requires_grad_())
+        rest = (b["advantages"],) if call is linear_grpo_loss else ()
+        return call(*head, b["token_ids"], *rest, mask, **options)
+
+    return with_mask
+
+
+ONES = torch.ones(2, 3)
+READERS = {
+    "grpo_loss": _losses(grpo_loss),
+    "reference": _losses(reference.grpo_loss),
+    "token_log_probs": lambda mask, **o: token_log_probs(batch()["logits"], batch()["token_ids"], mask, **o),
+    "linear_grpo_loss": _hidden(linear_grpo_loss),
+    "linear_token_log_probs": _hidden(linear_token_log_probs),
+    "align": lambda mask: align(batch()["token_ids"], mask),
+    "normalizer": lambda mask: normalizer(mask, "dapo"),
+    "reward_to_go": lambda mask: advantages.reward_to_go(ONES, mask),
+    "n_step": lambda mask: advantages.n_step(ONES, ONES, mask, 0.9, 1),
+    "gae": lambda mask: advantages.gae(ONES, ONES, mask),
+    "value_loss": lambda mask: value_loss(ONES, ONES, ONES, mask),
+    "match": lambda mask: match(lambda log_probs, mask: (log_probs * mask).sum(), batch={"mask": mask}),
+}
+"""Everything that reads a mask."""
+NO_MASKS = {
+    "additive": ([[0, 0, -INF], [0, 0, 0]], "-inf", "mask == 0"),
+    "additive, lowest": ([[0, 0, torch.finfo(torch.bfloat16).min], [0, 0, 0]], "-3.38953e.38", "mask == 0"),
+    "NaN": ([[1, NAN, 0], [1, 1, 1]], "nan", "whatever is not 0 counts|advantages come first"),
+    "infinite": ([[1, INF, 0], [1, 1, 1]], "inf", "whatever is not 0 counts|advantages come first"),
+    "advantages": ([[0.5, 0.5, 0.5], [-0.5, -0.5, -0.5]], "-0.5", "whatever is not 0 counts|advantages come first"),
+    "labels": ([[5, 4, -100], [3, 2, 1]], "-100", r"labels != -100"),
+}
+
+
+@pytest.mark.parametrize("name", NO_MASKS)
+@pytest.mark.parametrize("reader", READERS)
+def test_what_no_mask_can_be(reader, name):
+    values, found, hint = NO_MASKS[name]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        with pytest.raises(ValueError, match=rf"mask to be finite and >= 0; got \w*mask\[\d, \d\] = {found}") as caught:
+            READERS[reader](torch.tensor(values, dtype=dtype))
+        assert any(text in str(caught.value) for text in hint.split("|"))
+
+
+def test_negative_integers_are_no_mask():
+    with pytest.raises(ValueError, match=r"mask\[0, 1\] = -1"):
+        READERS["grpo_loss"](torch.tensor([[1, -1, 1], [1, 1, 1]]))
+
+
+@pytest.mark.parametrize("reader", [reader for reader in READERS if reader != "match"])
+def test_masks_of_fractions_are_weights(reader, monkeypatch):
+    """Where checks are on: a fraction is live, which somebody who wrote one did not mean."""
+    mask = torch.tensor([[1, 0.5, 0], [1, 1, 1]])
+    READERS[reader](mask)
+    monkeypatch.setenv("GRPO_KERNELS_CHECK", "1")
+    with pytest.raises(ValueError, match=r"mask of whole numbers; got \w*mask\[0, 1\] = 0.5(.|\n)*token_weights="):
+        READERS[reader](mask)
+    READERS[reader](torch.tensor([[1, 3, 0], [1, 1, 1.0]]))
+
+
+def test_fractions_with_check_of_the_call():
+    with pytest.raises(ValueError, match="mask of whole numbers"):
+        READERS["linear_grpo_loss"](torch.tensor([[1, 0.5, 0], [1, 1, 1]]), check=True)
+
+
+def test_swapped_advantages_and_mask():
+    b = batch()
+    per_token = b["advantages"][:, None].expand(2, 3)
+    with pytest.raises(ValueError, match=r"grpo_loss(.|\n)*hint: the advantages come first"):
+        grpo_loss(b["logits"], b["token_ids"], torch.ones(2, 3), per_token)
+
+
+def test_additive_support():
+    support = torch.zeros(2, 3, 7)
+    support[..., 3:] = -INF
+    with pytest.raises(ValueError, match=r"support to be finite(.|\n)*support == 0"):
+        token_log_probs(batch()["logits"], batch()["token_ids"], support=support)
+
+
+def call(backend, **changes):
+    case = make(batch=3, length=4, vocab=11, empty=False)
+    case.mask[:] = True
+    case.mask[1, 2:] = False
+    for name in ("advantages", "mask"):
+        if name in changes:
+            setattr(case, name, changes.pop(name))
+    return case.run(backend, **changes)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_weights_that_are_no_numbers(backend, value):
+    """At a live token they raise; a masked one may have any."""
+    weights = torch.ones(3, 4)
+    weights[1, 2] = value
+    out, gradient = call(backend, token_weights=weights)
+    assert out.loss.isfinite()
+    assert gradient.isfinite().all()
+    weights[2, 1] = value
+    with pytest.raises(ValueError, match=r"token_weights to be finite where they count; got token_weights\[2, 1\] = "):
+        call(backend, token_weights=weights)
+
+
+def test_negative_weights(backend):
+    weights = torch.ones(3, 4)
+    weights[1, 2] = -1.0
+    call(backend, token_weights=weights, check=True)
+    weights[2, 1] = -1.0
+    call(backend, token_weights=weights)
+    with pytest.raises(ValueError, match="token_weights >= 0; got negative ones"):
+        call(backend, token_weights=weights, check=True)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_advantages_that_are_no_numbers(backend, value):
+    """Of a live token with a weight they raise; of a masked or rejected sequence they have no part."""
+    per_token = torch.ones(3, 4)
+    per_token[1, 2] = value
+    assert call(backend, advantages=per_token)[0].loss.isfinite()
+    whole = torch.tensor([1.0, value, -1.0])
+    with pytest.raises(ValueError, match=r"advantages to be finite where they count; got advantages\[1, 0\] = "):
+        call(backend, advantages=whole)
+    call(backend, advantages=whole, token_weights=torch.tensor([1.0, 0.0, 1.0])[:, None].expand(3, 4))
+    mask = torch.ones(3, 4)
+    mask[1] = 0
+    assert call(backend, advantages=whole, mask=mask)[0].loss.isfinite()
+
+
+def test_rejected_advantages():
+    """Known factors of 0 are weights of 0."""
+    config = LossConfig(rollout=(MaskedIS(0.5, 2.0), MaskedIS(0, 3, "sequence")))
+    old = torch.full((3, 4), -2.0)
+    sampled = old.clone()
+    sampled[1] = -9.0
+    options = {"old_log_probs": old, "rollout_log_probs": sampled, "config": config}
+    call(None, advantages=torch.tensor([1.0, NAN, -1.0]), **options)
+
+
+def test_contents_that_cannot_be_seen():
+    """Under fake tensors, on the meta device and in vmap nothing is looked at."""
+    rewards = torch.ones(4, 2, 3)
+    torch.vmap(advantages.reward_to_go)(rewards, rewards)
+    with torch._subclasses.FakeTensorMode() as mode:
+        mask = mode.from_tensor(torch.full((2, 3), -1.0))
+        normalizer(mask, "dapo")
+    with pytest.raises(ValueError, match="finite and >= 0"):
+        normalizer(torch.full((2, 3), -1.0), "dapo")
+    assert align(*(torch.ones(2, 3, device="meta"),) * 2)[1].device.type == "meta"
