@@ -187,22 +187,36 @@ def check_number(
     raise ValueError(f"{what} must be a {'' if infinite else 'finite '}number{bound}; got {value!r}.")
 
 
-def check_positive(function: str, name: str, value: float | Tensor) -> None:
-    if isinstance(value, Tensor):
-        check_scalar(function, name, value)
-    elif not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        fail(function, f"{name} to be a finite number > 0", repr(value))
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""What fp32 holds with all of its digits; below and above, kernels would compute with 0 and infinity."""
 
 
-def check_scalar(function: str, name: str, value: float | Tensor) -> None:
-    """A finite number, or a 0-d tensor (its content is not looked at: that would wait for the device)."""
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            fail(function, f"{name} to be a number or a 0-d tensor", f"shape {tuple(value.shape)}")
-        if value.requires_grad and torch.is_grad_enabled():
-            fail(function, f"{name} without requires_grad: it gets no gradient", "one with", hint=f"{name}.detach()")
-    elif not (isinstance(value, (int, float)) and math.isfinite(value)):
-        fail(function, f"{name} to be a finite number or a 0-d tensor", repr(value))
+def check_positive(function: str, name: str, value: float | Tensor, check: bool | None = None) -> float | None:
+    """As ``check_scalar``, > 0 and inside of what fp32 holds."""
+    number = check_scalar(function, name, value, check)
+    if number is not None and not number > 0:
+        fail(function, f"{name} to be a finite number > 0", repr(number))
+    if number is not None and not SMALLEST <= number <= LARGEST:
+        fail(function, f"{name} in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it", repr(number))
+    return number
+
+
+def check_scalar(function: str, name: str, value: float | Tensor, check: bool | None = None) -> float | None:
+    """A finite number, or a 0-d tensor of one. Returns the number; None where a tensor may not be looked at."""
+    number: float | None = None
+    if not isinstance(value, Tensor):
+        number = value
+    elif value.dim() != 0:
+        fail(function, f"{name} to be a number or a 0-d tensor", f"shape {tuple(value.shape)}")
+    elif value.requires_grad and torch.is_grad_enabled():
+        fail(function, f"{name} without requires_grad: it gets no gradient", "one with", hint=f"{name}.detach()")
+    elif may_look(value, check):
+        number = value.item()
+    else:
+        return None
+    if not (isinstance(number, (int, float)) and -math.inf < number < math.inf):  # a symbolic one too
+        fail(function, f"{name} to be a finite number or a 0-d tensor", repr(number))
+    return number
 
 
 def check_device(function: str, tensors: Mapping[str, object]) -> None:

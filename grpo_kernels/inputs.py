@@ -14,6 +14,8 @@ from . import backends, ops
 from .aggregation import on_tokens, sequence_weights
 from .checks import (
     INTEGER_DTYPES,
+    LARGEST,
+    SMALLEST,
     asked_to_look,
     check_bounds,
     check_device,
@@ -163,11 +165,19 @@ def _token_shapes(rows: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     return (rows, shorter) if rows[-1] > 0 else (rows,)
 
 
-def check_logit_args(function: str, args: LogitArgs) -> None:
-    check_positive(function, "temperature", args.temperature)
-    check_positive(function, "logit_scale", args.logit_scale)
-    if args.logit_softcap is not None:
-        check_positive(function, "logit_softcap", args.logit_softcap)
+def check_logit_args(function: str, args: LogitArgs, check: bool | None = None) -> None:
+    """Each a positive number that fp32 holds, and so are the quotients that kernels form of them."""
+    known: dict[str, float | None] = {}
+    for name, value in args._asdict().items():
+        known[name] = None if value is None else check_positive(function, name, value, check)
+    for names in _QUOTIENTS:
+        over, under = (known[name] for name in names)
+        if over is not None and under is not None and not SMALLEST <= over / under <= LARGEST:
+            expected = f"{' / '.join(names)} in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it"
+            fail(function, expected, f"{over!r} / {under!r}")
+
+
+_QUOTIENTS = (("logit_scale", "temperature"), ("logit_scale", "logit_softcap"), ("logit_softcap", "temperature"))
 
 
 def check_contents(tokens: Tokens, backend: str, logit_args: LogitArgs, check: bool | None) -> None:
@@ -252,8 +262,8 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
     masked_in = tokens.live
     advantages = _read_advantages(tokens, sequences, given.advantages)
     per_sequence = advantages_per_sequence(sequences, given.advantages)
-    kl_coef = _coefficient(function, "kl_coef", given.kl_coef, config.kl.coef)
-    entropy_coef = _coefficient(function, "entropy_coef", given.entropy_coef, config.entropy_coef)
+    kl_coef = _coefficient(function, "kl_coef", given.kl_coef, config.kl.coef, given.check)
+    entropy_coef = _coefficient(function, "entropy_coef", given.entropy_coef, config.entropy_coef, given.check)
     if kl_coef is not None and given.ref is None:
         fail(
             function,
@@ -266,15 +276,15 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
         expected = f"rollout_log_probs (the sampler's) for {', '.join(map(repr, config.schemes))}"
         fail(function, expected, "none", tokens.tensors, "rollout=() leaves the correction out")
     if given.entropy_threshold is not None:
-        check_scalar(function, "entropy_threshold", given.entropy_threshold)
+        check_scalar(function, "entropy_threshold", given.entropy_threshold, given.check)
     if given.skip_zero_advantage:
         _check_skip(tokens, config, kl_coef is None and entropy_coef is None, per_sequence)
         tokens = _replace_live(tokens, tokens.live & (advantages != 0))
 
     if given.normalizer is not None:
-        check_scalar(function, "normalizer", given.normalizer)
-        if not isinstance(given.normalizer, Tensor) and given.normalizer < 0:
-            fail(function, "normalizer >= 0", repr(given.normalizer))
+        number = check_scalar(function, "normalizer", given.normalizer, given.check)
+        if number is not None and number < 0:
+            fail(function, "normalizer >= 0", repr(number))
     options = (config.constant_length, config.group_size)
     weights = sequence_weights(config.aggregation, masked_in, sequences, given.normalizer, *options)
     token_weight = policy_weight = on_tokens(weights, masked_in, sequences, tokens.real)
@@ -393,10 +403,12 @@ def advantages_per_sequence(sequences: Sequences, advantages: Tensor) -> bool:
     return tuple(advantages.shape) in ((sequences.count,), (sequences.count, 1))
 
 
-def _coefficient(function: str, name: str, given: float | Tensor | None, configured: float) -> float | Tensor | None:
+def _coefficient(
+    function: str, name: str, given: float | Tensor | None, configured: float, check: bool | None
+) -> float | Tensor | None:
     """The factor of a term, None where the term is out."""
     value = configured if given is None else given
-    check_scalar(function, name, value)
+    check_scalar(function, name, value, check)
     return value if isinstance(value, Tensor) or value != 0 else None
 
 

@@ -110,7 +110,7 @@ def linear_grpo_loss(
         *(kl_coef, entropy_coef, skip_zero_advantage, check, entropy_threshold),
     )
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
-    check_logit_args("linear_grpo_loss", logit_args)
+    check_logit_args("linear_grpo_loss", logit_args, check)
     head = (hidden, weight, bias)
     tokens = read_linear_tokens("linear_grpo_loss", *head, token_ids, mask, logits_dtype, given.tensors, check)
     wants = _wants(hidden, weight, bias)
@@ -124,7 +124,8 @@ def linear_grpo_loss(
     wide = grad_scale is None and operand_dtype(hidden) == torch.float16
     if wide:
         grad_scale = _fp16_scale(batch, config, logit_args)
-    numbers = tokens.numbers(logit_args, announced_scale("linear_grpo_loss", grad_scale), config, entropy_threshold)
+    announced = announced_scale("linear_grpo_loss", grad_scale, check)
+    numbers = tokens.numbers(logit_args, announced, config, entropy_threshold)
     pooled = batch.sequences if isinstance(spec, str) and pools(config, batch) and any(wants) else None
     sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check, pooled, wide)
     with torch.no_grad():
@@ -164,7 +165,7 @@ def linear_token_log_probs(
         TokenLogProbs(log_probs, entropy), both differentiable in hidden, weight and bias.
     """
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
-    check_logit_args("linear_token_log_probs", logit_args)
+    check_logit_args("linear_token_log_probs", logit_args, check)
     head = (hidden, weight, bias)
     tokens = read_linear_tokens("linear_token_log_probs", *head, token_ids, mask, logits_dtype, {}, check)
     choice = choose_backend(tokens, backend, logit_args)

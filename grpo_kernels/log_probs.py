@@ -54,7 +54,7 @@ def token_log_probs(
         ValueError, TypeError, IndexError, RuntimeError: as ``grpo_loss``.
     """
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
-    check_logit_args("token_log_probs", logit_args)
+    check_logit_args("token_log_probs", logit_args, check)
     tokens = read_tokens("token_log_probs", logits, token_ids, mask, {}, check)
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     if inplace and needs_gradient:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops
-from .checks import check_inplace, check_scalar, fail
+from .checks import check_inplace, check_positive
 from .config import LossConfig
 from .inputs import (
     LossInputs,
@@ -111,7 +111,7 @@ def grpo_loss(
         *(kl_coef, entropy_coef, skip_zero_advantage, check, entropy_threshold),
     )
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
-    check_logit_args("grpo_loss", logit_args)
+    check_logit_args("grpo_loss", logit_args, check)
     tokens = read_tokens("grpo_loss", logits, token_ids, mask, given.tensors, check)
     needs_gradient = torch.is_grad_enabled() and logits.requires_grad
     if inplace and needs_gradient:
@@ -127,7 +127,7 @@ def grpo_loss(
     check_require(tokens, require, route, needs_gradient)
     backend = choice.backend
     check_contents(tokens, backend, logit_args, check)
-    rows = tokens.rows(logit_args, announced_scale("grpo_loss", grad_scale), config, entropy_threshold)
+    rows = tokens.rows(logit_args, announced_scale("grpo_loss", grad_scale, check), config, entropy_threshold)
     call = _Call(config, rows, batch, backend, inplace)
 
     if support is not None:
@@ -142,13 +142,11 @@ def grpo_loss(
     return LossOutput(loss, metrics, records.log_prob.view(tokens.shape), records.entropy.view(tokens.shape), route)
 
 
-def announced_scale(function: str, grad_scale: float | Tensor | None) -> float | Tensor:
+def announced_scale(function: str, grad_scale: float | Tensor | None, check: bool | None) -> float | Tensor:
     """The factor that gradients are written with."""
     if grad_scale is None:
         return 1.0
-    check_scalar(function, "grad_scale", grad_scale)
-    if not isinstance(grad_scale, Tensor) and grad_scale <= 0:
-        fail(function, "grad_scale > 0", repr(grad_scale))
+    check_positive(function, "grad_scale", grad_scale, check)
     return grad_scale
 
 

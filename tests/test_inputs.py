@@ -191,3 +191,76 @@ def test_contents_that_cannot_be_seen():
     with pytest.raises(ValueError, match="finite and >= 0"):
         normalizer(torch.full((2, 3), -1.0), "dapo")
     assert align(*(torch.ones(2, 3, device="meta"),) * 2)[1].device.type == "meta"
+
+
+TRANSFORM = ("temperature", "logit_scale", "logit_softcap")
+SCORERS = {
+    "token_log_probs": lambda **o: token_log_probs(batch()["logits"], batch()["token_ids"], **o),
+    "grpo_loss": lambda **o: grpo_loss(batch()["logits"], batch()["token_ids"], batch()["advantages"], **o),
+    "linear_token_log_probs": lambda **o: _hidden(linear_token_log_probs)(None, **o),
+    "linear_grpo_loss": lambda **o: _hidden(linear_grpo_loss)(None, **o),
+}
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("name", TRANSFORM)
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_numbers_that_make_no_log_probs(backend, scorer, name, as_tensor):
+    """Alike as a number and as a 0-d tensor, on every backend."""
+    refused = {0.0: "> 0", -1.0: "> 0", NAN: "finite number", INF: "finite number", 1e-40: r"as fp32 holds it"}
+    for value, message in refused.items():
+        given = torch.tensor(value, dtype=torch.float64) if as_tensor else value
+        with pytest.raises(ValueError, match=rf"{scorer}: expected {name} .*{message}.*; got {value}"):
+            SCORERS[scorer](backend=backend, **{name: given})
+    smallest = torch.finfo(torch.float32).tiny
+    SCORERS[scorer](backend=backend, **{name: torch.tensor(2 * smallest) if as_tensor else 2 * smallest})
+
+
+QUOTIENTS = [
+    ({"temperature": 1e-20, "logit_scale": 1e20}, "logit_scale / temperature"),
+    ({"temperature": 1e20, "logit_scale": 1e-20}, "logit_scale / temperature"),
+    ({"logit_softcap": 1e-20, "logit_scale": 1e20, "temperature": 1e10}, "logit_scale / logit_softcap"),
+    ({"logit_softcap": 1e20, "temperature": 1e-20}, "logit_softcap / temperature"),
+]
+
+
+@pytest.mark.parametrize(("numbers", "quotient"), QUOTIENTS)
+def test_quotients_that_fp32_cannot_hold(backend, numbers, quotient):
+    for given in (numbers, {name: torch.tensor(value) for name, value in numbers.items()}):
+        with pytest.raises(ValueError, match=rf"expected {quotient} in \[1.175e-38, 3.403e\+38\]"):
+            SCORERS["token_log_probs"](backend=backend, **given)
+
+
+@pytest.mark.parametrize("scorer", ["grpo_loss", "linear_grpo_loss"])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("grad_scale", 0.0, "grad_scale to be a finite number > 0; got 0.0"),
+        ("grad_scale", -2.0, "grad_scale to be a finite number > 0; got -2.0"),
+        ("grad_scale", 1e-40, "grad_scale in .* as fp32 holds it"),
+        ("normalizer", -3.0, "normalizer >= 0; got -3.0"),
+        ("normalizer", NAN, "normalizer to be a finite number"),
+        ("kl_coef", INF, "kl_coef to be a finite number"),
+        ("entropy_coef", NAN, "entropy_coef to be a finite number"),
+        ("entropy_threshold", NAN, "entropy_threshold to be a finite number"),
+    ],
+)
+def test_numbers_as_tensors(scorer, name, value, message):
+    """A 0-d tensor is refused where the number is."""
+    for given in (value, torch.tensor(value, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=message):
+            SCORERS[scorer](**{name: given})
+
+
+def test_compiled_calls_take_any_temperature():
+    """A number that changes from call to call becomes symbolic, and a tensor is not looked at."""
+    b = batch()
+
+    @torch.compile(fullgraph=True)
+    def score(logits, temperature):
+        return token_log_probs(logits, b["token_ids"], temperature=temperature).log_probs
+
+    torch.use_deterministic_algorithms(False)  # inductor's buffers need no poison
+    for temperature in (0.5, 0.6, 0.7, torch.tensor(0.8), torch.tensor(0.9)):
+        expected = token_log_probs(b["logits"], b["token_ids"], temperature=temperature).log_probs
+        torch.testing.assert_close(score(b["logits"], temperature), expected)

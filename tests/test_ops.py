@@ -235,7 +235,7 @@ BAD = {
     "negative softcap": (bad(logit_softcap=-3.0), ValueError, "logit_softcap to be a finite number > 0"),
     "infinite KL": (bad(kl_coef=float("inf")), ValueError, "kl_coef to be a finite number or a 0-d tensor; got inf"),
     "KL per token": (bad(kl_coef=torch.ones(3)), ValueError, r"a number or a 0-d tensor; got shape \(3,\)"),
-    "negative grad_scale": (bad(grad_scale=-1.0), ValueError, "grad_scale > 0; got -1.0"),
+    "negative grad_scale": (bad(grad_scale=-1.0), ValueError, "grad_scale to be a finite number > 0; got -1.0"),
     "normalizer per sequence": (bad(normalizer=torch.ones(3)), ValueError, "normalizer to be a number or a 0-d tensor"),
     "negative normalizer": (bad(normalizer=-3.0), ValueError, "normalizer >= 0; got -3.0"),
     "advantages in a list": (bad(advantages=[0.0, 1.0, 2.0]), TypeError, r"advantages to be a tensor; got list"),
