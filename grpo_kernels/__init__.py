@@ -2,7 +2,7 @@
 
 from . import advantages, hf, reference
 from .advantages import value_loss
-from .aggregation import normalizer
+from .aggregation import Normalizer, normalizer
 from .config import LossConfig
 from .kl import KL
 from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_log_probs
@@ -35,6 +35,7 @@ __all__ = [
     "MatchReport",
     "Metrics",
     "MinP",
+    "Normalizer",
     "OffPolicyMask",
     "Reinforce",
     "Rejection",

@@ -1,12 +1,13 @@
 """Per-token weights: how token losses become one loss, padded and packed alike.
 
 The aggregation is nothing but the weight w of each token, built on the device before any kernel runs;
-``normalizer`` gives the denominators of a whole optimizer step to its micro-batches.
+``normalizer`` gives the denominators of a whole optimizer step to its micro-batches, as a ``Normalizer`` that knows
+what it counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,13 +89,66 @@ def _denominator(value: float | Tensor, mask: Tensor) -> Tensor:
     return torch.where(value == 0, 1.0, value)
 
 
+# Not a dataclass: FSDP's mixed precision looks into those, and would round the count to bf16.
+class Normalizer:
+    """A denominator and what it counts: a loss that is averaged over something else refuses it.
+
+    ``n / k`` and ``n * k`` give another one; ``float(n)`` is the number, and waits for the device.
+    """
+
+    def __init__(self, value: Tensor, unit: str, group_size: int | None = None) -> None:
+        self._value, self._unit, self._group_size = value, unit, group_size
+
+    @property
+    def value(self) -> Tensor:
+        """0-d, on the device of the masks."""
+        return self._value
+
+    @property
+    def unit(self) -> str:
+        """ "tokens", "sequences" or "groups"."""
+        return self._unit
+
+    @property
+    def group_size(self) -> int | None:
+        """Sequences of a group, where it counts those."""
+        return self._group_size
+
+    def __mul__(self, factor: float) -> Normalizer:
+        return Normalizer(self._value * factor, self._unit, self._group_size)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Normalizer:
+        return Normalizer(self._value / divisor, self._unit, self._group_size)
+
+    def __float__(self) -> float:
+        return float(self._value)
+
+    def __repr__(self) -> str:
+        return f"Normalizer({self._value!r}, {self._counted!r})"
+
+    @property
+    def _counted(self) -> str:
+        return self._unit if self._group_size is None else f"{self._unit} of {self._group_size}"
+
+    def of_loss(self, function: str, config: LossConfig, tensors: Mapping[str, object] | None = None) -> Tensor:
+        """The value, for the loss of ``config``."""
+        aggregation, group_size = _aggregation_of(config)
+        needed = Normalizer(self._value, _unit_of(aggregation), group_size)
+        if needed._counted != self._counted:
+            expected = f'a normalizer in {needed._counted}, which aggregation="{aggregation}" divides by'
+            fail(function, expected, f"one in {self._counted}", tensors, "normalizer(masks, config): the loss's config")
+        return self._value
+
+
 def normalizer(
     masks: Tensor | Sequence[Tensor],
-    config: LossConfig | str = "token_mean",
+    config: LossConfig | str | None = None,
     world_size: int = 1,
     group: ProcessGroup | None = None,
     cu_seqlens: Tensor | Sequence[Tensor] | None = None,
-) -> Tensor:
+) -> Normalizer:
     """The denominator of one optimizer step, to pass as ``normalizer=`` to each of its micro-batches.
 
     Their losses then *add up* to the loss of the whole batch, and gradients averaged over ``world_size``
@@ -103,20 +157,24 @@ def normalizer(
 
     Args:
         masks: the loss masks of this rank's micro-batches (one or several), as given to the loss.
-        config: a LossConfig, a preset's name or an aggregation.
+        config: the loss's own: a LossConfig, a preset's name or an aggregation. It says what is counted.
         world_size: ranks P over which gradients are averaged.
         group: a process group to sum over; None: the masks are all there is (or every rank has the same).
         cu_seqlens: bounds (S+1,) of each packed micro-batch.
 
     Returns:
-        0-d tensor on the masks' device: live tokens ("token_mean"), groups ("group_mean") or sequences, over all
+        Normalizer on the masks' device: live tokens ("token_mean"), groups ("group_mean") or sequences, over all
         micro-batches and ranks, divided by P.
     """
+    if config is None:
+        hint = 'a LossConfig, "grpo" or "token_mean": whether tokens or sequences are counted follows from it'
+        fail("normalizer", "the config of the loss, normalizer(masks, config)", "none", hint=hint, error=TypeError)
     micro_batches = [masks] if isinstance(masks, Tensor) else list(masks)
     bounds = [cu_seqlens] if isinstance(cu_seqlens, Tensor) else cu_seqlens
     _check_micro_batches(micro_batches, bounds, world_size)
     aggregation, group_size = _aggregation_of(config)
-    if aggregation == "token_mean":
+    unit = _unit_of(aggregation)
+    if unit == "tokens":
         counts = [read_mask("normalizer", mask, {"mask": mask}).sum() for mask in micro_batches]
     else:
         if aggregation == "group_mean" and group_size is None:
@@ -130,7 +188,7 @@ def normalizer(
     total = torch.stack(counts).sum().to(accumulate_dtype(micro_batches[0].device))
     if group is not None:
         torch.distributed.all_reduce(total, group=group)
-    return total / world_size
+    return Normalizer(total / world_size, unit, group_size)
 
 
 def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None, world_size: int) -> None:
@@ -150,3 +208,8 @@ def _aggregation_of(config: LossConfig | str) -> tuple[str, int | None]:
     resolved = resolve_config(config)
     size = resolved.group_size if resolved.aggregation == "group_mean" else None
     return resolved.aggregation, size
+
+
+def _unit_of(aggregation: str) -> str:
+    """What the denominator of an aggregation counts."""
+    return {"token_mean": "tokens", "group_mean": "groups"}.get(aggregation, "sequences")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import backends, ops
-from .aggregation import on_tokens, sequence_weights
+from .aggregation import Normalizer, on_tokens, sequence_weights
 from .checks import (
     INTEGER_DTYPES,
     LARGEST,
@@ -240,7 +240,7 @@ class LossInputs:
     rollout: Tensor | None = None
     token_weights: Tensor | None = None
     cu_seqlens: Tensor | None = None
-    normalizer: float | Tensor | None = None
+    normalizer: float | Tensor | Normalizer | None = None
     kl_coef: float | Tensor | None = None
     entropy_coef: float | Tensor | None = None
     skip_zero_advantage: bool = False
@@ -281,12 +281,9 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
         _check_skip(tokens, config, kl_coef is None and entropy_coef is None, per_sequence)
         tokens = _replace_live(tokens, tokens.live & (advantages != 0))
 
-    if given.normalizer is not None:
-        number = check_scalar(function, "normalizer", given.normalizer, given.check)
-        if number is not None and number < 0:
-            fail(function, "normalizer >= 0", repr(number))
+    denominator = _read_normalizer(tokens, config, given)
     options = (config.constant_length, config.group_size)
-    weights = sequence_weights(config.aggregation, masked_in, sequences, given.normalizer, *options)
+    weights = sequence_weights(config.aggregation, masked_in, sequences, denominator, *options)
     token_weight = policy_weight = on_tokens(weights, masked_in, sequences, tokens.real)
     entropy_weight = token_weight
     if config.entropy_aggregation is not None:
@@ -316,6 +313,18 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
     batch = _apply_known(config, batch)
     _check_advantages(tokens, batch, given)
     return tokens, batch
+
+
+def _read_normalizer(tokens: Tokens, config: LossConfig, given: LossInputs) -> float | Tensor | None:
+    value = given.normalizer
+    if isinstance(value, Normalizer):
+        value = value.of_loss(tokens.function, config, tokens.tensors)
+    if value is None:
+        return None
+    number = check_scalar(tokens.function, "normalizer", value, given.check)
+    if number is not None and number < 0:
+        fail(tokens.function, "normalizer >= 0", repr(number))
+    return value
 
 
 def _check_weights(tokens: Tokens, factor: Tensor, weight: Tensor, check: bool | None) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops
+from .aggregation import Normalizer
 from .checks import asked_to_look, check_scalar
 from .chunks import CHUNK_BYTES, LiveRows, chunk_rows
 from .config import LossConfig
@@ -63,7 +64,7 @@ def linear_grpo_loss(
     token_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     config: LossConfig | str = "grpo",
-    normalizer: float | Tensor | None = None,
+    normalizer: float | Tensor | Normalizer | None = None,
     grad_scale: float | Tensor | None = None,
     kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, ops
+from .aggregation import Normalizer
 from .checks import check_inplace, check_positive
 from .config import LossConfig
 from .inputs import (
@@ -42,7 +43,7 @@ def grpo_loss(
     token_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     config: LossConfig | str = "grpo",
-    normalizer: float | Tensor | None = None,
+    normalizer: float | Tensor | Normalizer | None = None,
     grad_scale: float | Tensor | None = None,
     kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
@@ -77,7 +78,8 @@ def grpo_loss(
         token_weights: u, factors of the policy term (not of the KL).
         cu_seqlens: (S+1,) bounds of packed sequences; rows past the last count as masked.
         config: a LossConfig or a preset's name.
-        normalizer: replaces the denominator over the batch, see ``normalizer()``.
+        normalizer: replaces the denominator over the batch: from ``normalizer()``, which knows what it counted, or a
+            number or 0-d tensor of what the aggregation divides by.
         grad_scale: the factor (> 0) that the caller will put on the loss before backward: 1/accumulation steps, a
             gradient scaler's scale. The gradient is written already multiplied by it; ``loss`` is not. Announced, it
             costs nothing; unannounced, a read and write of the gradient.

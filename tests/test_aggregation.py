@@ -9,7 +9,7 @@ import torch
 from cases import make
 from distributed import run_ranks
 
-from grpo_kernels import KL, Clip, LossConfig, grpo_loss, normalizer
+from grpo_kernels import KL, Clip, LossConfig, grpo_loss, linear_grpo_loss, normalizer
 from grpo_kernels.config import AGGREGATIONS
 
 
@@ -90,16 +90,68 @@ def test_equal_lengths_make_means_agree(backend, aggregation):
 
 def test_normalizer_values():
     masks = [torch.tensor([[1, 1, 0], [0, 0, 0]]), torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])]
-    assert normalizer(masks, "token_mean").item() == 6
-    assert normalizer(masks, "dapo").item() == 6
-    assert normalizer(masks[0], "grpo").item() == 2
-    assert normalizer(masks, "sequence_sum").item() == 4
-    assert normalizer(masks, LossConfig(aggregation="group_mean", group_size=2)).item() == 2
-    assert normalizer(masks, "token_mean", world_size=2).item() == 3
+    assert float(normalizer(masks, "token_mean")) == 6
+    assert float(normalizer(masks, "dapo")) == 6
+    assert float(normalizer(masks[0], "grpo")) == 2
+    assert float(normalizer(masks, "sequence_sum")) == 4
+    assert float(normalizer(masks, LossConfig(aggregation="group_mean", group_size=2))) == 2
+    assert float(normalizer(masks, "token_mean", world_size=2)) == 3
     packed = [torch.ones(9), torch.ones(4)]
     bounds = [torch.tensor([0, 4, 9]), torch.tensor([0, 4])]
-    assert normalizer(packed, "grpo", cu_seqlens=bounds).item() == 3
-    assert normalizer(packed[0], "grpo", cu_seqlens=bounds[0]).item() == 2
+    assert float(normalizer(packed, "grpo", cu_seqlens=bounds)) == 3
+    assert float(normalizer(packed[0], "grpo", cu_seqlens=bounds[0])) == 2
+
+
+def test_normalizer_needs_a_config():
+    """Tokens or sequences: no default could be that of every loss."""
+    with pytest.raises(TypeError, match=r"the config of the loss, normalizer\(masks, config\); got none(.|\n)*hint"):
+        normalizer(torch.ones(2, 2))
+
+
+def test_normalizer_is_a_value():
+    count = normalizer(torch.ones(4, 2), LossConfig(aggregation="group_mean", group_size=2))
+    for other, value in ((count, 2.0), (count / 4, 0.5), (count * 3, 6.0), (3 * count, 6.0)):
+        assert (float(other), other.unit, other.group_size) == (value, "groups", 2)
+        assert "groups of 2" in repr(other)
+        assert other.value.dim() == 0
+    with pytest.raises(AttributeError):
+        count.unit = "tokens"
+    assert not hasattr(count, "__dataclass_fields__")  # FSDP would round what is in one
+
+
+@pytest.mark.parametrize(
+    "given", ["token_mean", "sequence_mean", "constant", LossConfig(aggregation="group_mean", group_size=4)]
+)
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_normalizer_of_another_unit(aggregation, given):
+    """Refused by name wherever the loss divides by something else, or by groups of another size."""
+    case, config = batch(), config_of(aggregation)
+    denominator = normalizer(case.mask, given) / 2
+    unit = {"token_mean": "tokens", "group_mean": "groups of 2"}.get(aggregation, "sequences")
+    head = (torch.randn(16, 7, 5), torch.randn(31, 5))
+    calls = [
+        lambda: case.run(config=config, normalizer=denominator)[0],
+        lambda: case.reference(config=config, normalizer=denominator)[0],
+        lambda: linear_grpo_loss(*head, *case.arguments, **case.options, config=config, normalizer=denominator),
+    ]
+    for call in calls:
+        if unit == denominator.unit:
+            assert call().loss.isfinite()
+            continue
+        message = (
+            rf'a normalizer in {unit}, which aggregation="{aggregation}" divides by; got one in {denominator.unit}'
+        )
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_bare_denominators():
+    """A number and a 0-d tensor are what the aggregation divides by."""
+    case, config = batch(), config_of("token_mean")
+    count = normalizer(case.mask, config)
+    losses = [case.run(config=config, normalizer=given)[0].loss for given in (count, count.value, float(count))]
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2])
 
 
 def test_normalizer_refusals():

@@ -16,6 +16,7 @@ from grpo_kernels import (
     Sapo,
     TruncatedIS,
     grpo_loss,
+    normalizer,
     ops,
     token_log_probs,
 )  # fmt: skip
@@ -126,6 +127,7 @@ CALLS = {
     "packed gspo": {"packed": True, "config": "gspo"},
     "numbers": {"temperature": 0.7, "logit_softcap": 5.0, "grad_scale": 0.5, "kl_coef": 0.1, "entropy_coef": 0.02},
     "weights": {"token_weights": torch.full((6, 9), 0.5), "normalizer": torch.tensor(3.0), "config": "dapo"},
+    "normalizer": {"normalizer": normalizer(torch.ones(6, 9), "dapo") / 2, "config": "dapo"},
     "skipping": {"skip_zero_advantage": True, "ref_log_probs": None},
     "group mean": {"config": LossConfig(Clip(), aggregation="group_mean", group_size=2)},
     "pooled correction": {

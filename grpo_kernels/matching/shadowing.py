@@ -120,7 +120,8 @@ class Shadow:
             "token_ids": ids,
         }
         handed |= {"advantages": advantages, "mask": mask, "temperature": options.get("temperature", 1.0)}
-        handed["num_items"] = options.get("normalizer") or mask.sum()
+        given = options.get("normalizer")
+        handed["num_items"] = mask.sum() if given is None else getattr(given, "value", given)
         handed |= {name: options.get(name) for name in ("old_log_probs", "ref_log_probs", "rollout_log_probs")}
         handed["cu_seqlens"] = options.get("cu_seqlens")
         return self.caller.loss_of(handed)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..aggregation import Normalizer
 from ..checks import read_mask
 from ..config import LossConfig
 from ..outputs import LossOutput
@@ -35,7 +36,7 @@ def grpo_loss(
     token_weights: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     config: LossConfig | str = "grpo",
-    normalizer: float | Tensor | None = None,
+    normalizer: float | Tensor | Normalizer | None = None,
     kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
     entropy_threshold: float | Tensor | None = None,
@@ -56,6 +57,8 @@ def grpo_loss(
     config = resolve_config(config)
     kl_coef = config.kl.coef if kl_coef is None else kl_coef
     entropy_coef = config.entropy_coef if entropy_coef is None else entropy_coef
+    if isinstance(normalizer, Normalizer):
+        normalizer = normalizer.of_loss("reference.grpo_loss", config)
     shape = token_ids.shape
     real = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
