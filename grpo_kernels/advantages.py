@@ -1,14 +1,17 @@
-"""Advantages: from rewards to the A of the loss. Plain PyTorch on (B,) or (B, T) tensors, no gradient.
+"""Advantages: from rewards to the A of the loss. Plain PyTorch on (B,), (B, T) or packed tensors, no gradient.
 
 Groups are consecutive sequences that answer one prompt: rewards (B,) with B = prompts * group_size.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .checks import check_shape, fail, read_mask
+from .checks import check_scalar, check_shape, fail, read_mask
+from .rows import Packed, Padded, Sequences
 
 
 def raw(rewards: Tensor) -> Tensor:
@@ -70,8 +73,9 @@ def reward_to_go(
     rewards: Tensor,
     mask: Tensor,
     discount: float = 1.0,
-    baseline: Tensor | None = None,
+    baseline: float | Tensor | None = None,
     discount_from_start: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Σ_{u>=t} γ^(u-t) r_u - b_t for each token: (B, T) rewards -> (B, T), 0 where masked.
 
@@ -79,78 +83,175 @@ def reward_to_go(
 
     Args:
         discount: γ in [0, 1].
-        baseline: (B, T) or (B, 1), subtracted (it leaves the gradient unbiased if it does not depend on the action).
+        baseline: a number, one for each sequence ((B, 1), packed (S,)) or for each token, subtracted (it leaves the
+            gradient unbiased if it does not depend on the action).
         discount_from_start: multiply by γ^(t-1) too, the exact gradient of the discounted objective; the usual form
             leaves it out (Nota & Thomas 2020, arXiv:1906.07073).
+        cu_seqlens: (S+1,) bounds of packed sequences; rewards and mask are then (N,) or (1, N), as for the loss.
     """
     _check_unit("reward_to_go", "discount", discount)
-    _check_tokens("reward_to_go", rewards=rewards, mask=mask)
+    tokens = _Tokens.read("reward_to_go", cu_seqlens, rewards=rewards, mask=mask)
+    live = tokens.live
+    r = torch.where(live, tokens.rows(_floating(rewards)), 0.0)
+    links = torch.full_like(r, discount).masked_fill(~live, 1.0)[:, :-1]
+    out = _backward_scan(r, links.masked_fill(tokens.first[:, 1:] != tokens.first[:, :-1], 0.0))
     if baseline is not None:
-        check_shape("reward_to_go", "baseline", baseline, (tuple(mask.shape), (mask.shape[0], 1)), {"mask": mask})
-    live = read_mask("reward_to_go", mask, {"mask": mask})
-    r = torch.where(live, _floating(rewards), 0.0)
-    returns = _backward_scan(r, live, discount)
-    out = returns if baseline is None else returns - baseline.detach()
+        out = out - tokens.baseline("reward_to_go", baseline)
     if discount_from_start:
-        out = out * discount ** (live.to(r.dtype).cumsum(-1) - 1).clamp(min=0)
-    return torch.where(live, out, 0.0)
+        before = live.cumsum(-1) - live.to(torch.int64)  # live tokens of the row; those of its sequence are wanted
+        out = out * discount ** (before - before.gather(-1, tokens.first)).to(r.dtype)
+    return torch.where(live, out, 0.0).view(rewards.shape)
 
 
-def n_step(rewards: Tensor, values: Tensor, mask: Tensor, discount: float, steps: int) -> Tensor:
+def n_step(
+    rewards: Tensor, values: Tensor, mask: Tensor, discount: float, steps: int, cu_seqlens: Tensor | None = None
+) -> Tensor:
     """n-step returns Σ_{k<n} γ^k r_{t+k} + γ^n V_{t+n}: (B, T) -> (B, T), 0 where masked.
 
     Time counts live tokens; V beyond the last live token is 0, so ``steps`` >= T gives Monte-Carlo returns.
-    Subtract ``values`` for an advantage (Sutton & Barto 2018, ch. 7).
+    Subtract ``values`` for an advantage (Sutton & Barto 2018, ch. 7). ``cu_seqlens``: packed, as in ``reward_to_go``.
     """
     _check_unit("n_step", "discount", discount)
     if steps < 1:
         fail("n_step", "steps >= 1", str(steps))
-    _check_tokens("n_step", rewards=rewards, values=values, mask=mask)
-    live = read_mask("n_step", mask, {"mask": mask})
-    order, r, v = _compact(live, _floating(rewards), values.detach())
-    length = r.shape[-1]
-    out = torch.zeros_like(r)
-    for k in range(min(steps, length)):
-        out[:, : length - k] += discount**k * r[:, k:]
-    if steps < length:
-        out[:, : length - steps] += discount**steps * v[:, steps:]
-    return _uncompact(order, out, live)
+    tokens = _Tokens.read("n_step", cu_seqlens, rewards=rewards, values=values, mask=mask)
+    line = _Line.of(tokens, _floating(rewards), values.detach())
+    r, v = line.columns
+    out = r.clone()
+    for k in range(1, min(steps, r.shape[-1])):
+        out += discount**k * line.ahead(r, k)
+    if steps < r.shape[-1]:
+        out += discount**steps * line.ahead(v, steps)
+    return line.spread(out).view(rewards.shape)
 
 
 def gae(
-    rewards: Tensor, values: Tensor, mask: Tensor, discount: float = 1.0, lam: float = 0.95
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    discount: float = 1.0,
+    lam: float = 0.95,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438): advantages and returns, (B, T).
 
     δ_t = r_t + γ V_{t+1} - V_t, A_t = Σ_k (γλ)^k δ_{t+k}, returns = A + V. Time counts live tokens, V after the
-    last one is 0 (the episode ends there); both outputs are 0 where masked.
+    last one is 0 (the episode ends there); both outputs are 0 where masked. ``cu_seqlens``: packed, as in
+    ``reward_to_go``.
     """
     _check_unit("gae", "discount", discount)
     _check_unit("gae", "lam", lam)
-    _check_tokens("gae", rewards=rewards, values=values, mask=mask)
-    live = read_mask("gae", mask, {"mask": mask})
-    order, r, v = _compact(live, _floating(rewards), values.detach())
-    following = torch.cat([v[:, 1:], torch.zeros_like(v[:, :1])], -1)
-    delta = r + discount * following - v
-    advantages = _backward_scan(delta, torch.ones_like(delta, dtype=torch.bool), discount * lam)
-    return _uncompact(order, advantages, live), _uncompact(order, advantages + v, live)
+    tokens = _Tokens.read("gae", cu_seqlens, rewards=rewards, values=values, mask=mask)
+    line = _Line.of(tokens, _floating(rewards), values.detach())
+    r, v = line.columns
+    delta = r + discount * line.ahead(v, 1) - v
+    links = torch.full_like(delta[:, 1:], discount * lam)
+    advantages = _backward_scan(delta, links.masked_fill(line.first[:, 1:] != line.first[:, :-1], 0.0))
+    outputs = (line.spread(found).view(rewards.shape) for found in (advantages, advantages + v))
+    return next(outputs), next(outputs)
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float | None = 0.2) -> Tensor:
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float | None = 0.2,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
     """PPO's clipped value loss, mean over live tokens of ½·max((V-R)², (V_clip-R)²); (B, T) tensors -> 0-d.
 
     V_clip = V_old + clamp(V - V_old, ±clip) (Schulman et al. 2017; Huang et al. 2022, "The 37 implementation details
     of PPO"). ``clip=None`` leaves the clip out. Differentiable in ``values``; an all-masked batch gives 0.
+    ``cu_seqlens``: packed, (N,) or (1, N).
     """
-    _check_tokens("value_loss", values=values, old_values=old_values, returns=returns, mask=mask)
-    live = read_mask("value_loss", mask, {"mask": mask})
-    values = torch.where(live, values, 0.0)
-    returns = torch.where(live, returns.detach(), 0.0)
+    named = {"values": values, "old_values": old_values, "returns": returns, "mask": mask}
+    tokens = _Tokens.read("value_loss", cu_seqlens, **named)
+    live = tokens.live
+    values = torch.where(live, tokens.rows(values), 0.0)
+    returns = torch.where(live, tokens.rows(returns.detach()), 0.0)
     losses = (values - returns) ** 2
     if clip is not None:
-        old = torch.where(live, old_values.detach(), 0.0)
+        old = torch.where(live, tokens.rows(old_values.detach()), 0.0)
         losses = torch.maximum(losses, (old + (values - old).clamp(-clip, clip) - returns) ** 2)
     return 0.5 * losses.sum() / live.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of a call in rows, (B, T), a packed batch as one row."""
+
+    live: Tensor
+    """bool"""
+    first: Tensor
+    """int64: where in its row each token's sequence begins."""
+    sequences: Sequences
+    shape: torch.Size
+    """As the user gave them."""
+
+    @classmethod
+    def read(cls, function: str, cu_seqlens: Tensor | None, **tensors: Tensor) -> _Tokens:
+        """Of tensors of one shape, the last of them the mask."""
+        mask, shape = tensors["mask"], tensors["mask"].shape
+        fitting = len(shape) == 2 if cu_seqlens is None else shape in ((mask.numel(),), (1, mask.numel()))
+        if not fitting or any(tensor.shape != shape for tensor in tensors.values()):
+            wanted = "(B, T)" if cu_seqlens is None else "(N,) or (1, N) with cu_seqlens"
+            fail(function, f"{', '.join(tensors)} of one shape {wanted}", "others", tensors)
+        live = read_mask(function, mask, tensors)
+        if cu_seqlens is None:
+            return cls(live, torch.zeros_like(live, dtype=torch.int64), Padded(shape[0]), shape)
+        count = mask.numel()
+        packed = Packed.read(function, cu_seqlens, count, {**tensors, "cu_seqlens": cu_seqlens})
+        first = packed.expand(packed.cu_seqlens[:-1].clamp(max=max(count - 1, 0)))  # of an empty last one: any
+        return cls(live.view(1, count) & packed.inside(), first, packed, shape)
+
+    def rows(self, values: Tensor) -> Tensor:
+        return values.reshape(self.live.shape)
+
+    def baseline(self, function: str, baseline: float | Tensor) -> float | Tensor:
+        """Broadcastable to the rows."""
+        if not isinstance(baseline, Tensor):
+            check_scalar(function, "baseline", baseline)
+            return baseline
+        baseline, count = baseline.detach(), self.sequences.count
+        if baseline.dim() == 0:
+            return baseline
+        per_sequence = ((count, 1),) if isinstance(self.sequences, Padded) else ((count, 1), (count,))
+        check_shape(function, "baseline", baseline, (tuple(self.shape), *per_sequence), {"baseline": baseline})
+        if baseline.shape == self.shape:
+            return self.rows(baseline)
+        return self.sequences.expand(baseline.reshape(count))
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The live tokens of each row moved to the left, in order: time counts those alone."""
+
+    live: Tensor
+    order: Tensor
+    """What was moved where."""
+    first: Tensor
+    """Where each token's sequence begins, -1 behind the last live one."""
+    columns: tuple[Tensor, ...]
+    """Of the tensors it was made of; 0 behind the last live token."""
+
+    @classmethod
+    def of(cls, tokens: _Tokens, *tensors: Tensor) -> _Line:
+        order = torch.sort(~tokens.live, dim=-1, stable=True).indices
+        columns = (torch.where(tokens.live, tokens.rows(tensor), 0.0).gather(-1, order) for tensor in tensors)
+        first = torch.where(tokens.live, tokens.first, -1).gather(-1, order)
+        return cls(tokens.live, order, first, tuple(columns))
+
+    def ahead(self, values: Tensor, steps: int) -> Tensor:
+        """At each token that of ``steps`` later, 0 where its sequence has ended."""
+        out = torch.zeros_like(values)
+        same = self.first[:, steps:] == self.first[:, :-steps]
+        out[:, :-steps] = torch.where(same, values[:, steps:], 0.0)
+        return out
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Back where they were, 0 where nothing is live."""
+        return torch.where(self.live, torch.zeros_like(values).scatter(-1, self.order, values), 0.0)
 
 
 def _groups(function: str, rewards: Tensor, group_size: int) -> Tensor:
@@ -165,13 +266,6 @@ def _floating(rewards: Tensor) -> Tensor:
     return rewards.detach() if rewards.is_floating_point() else rewards.detach().to(torch.get_default_dtype())
 
 
-def _check_tokens(function: str, **tensors: Tensor) -> None:
-    """All of one shape (B, T)."""
-    shapes = {tuple(tensor.shape) for tensor in tensors.values()}
-    if len(shapes) != 1 or len(next(iter(shapes))) != 2:
-        fail(function, f"{', '.join(tensors)} of one shape (B, T)", "others", tensors)
-
-
 def _constant(groups: Tensor) -> Tensor:
     """(G, 1): all rewards of the group are the same."""
     return (groups == groups[:, :1]).all(-1, keepdim=True)
@@ -182,21 +276,16 @@ def _check_unit(function: str, name: str, value: float) -> None:
         fail(function, f"{name} in [0, 1]", repr(value))
 
 
-def _backward_scan(values: Tensor, live: Tensor, decay: float) -> Tensor:
-    """out_t = values_t + decay * out_{next live}: a scan from the right over (B, T)."""
-    out = torch.zeros_like(values)
-    carry = torch.zeros_like(values[:, 0]) if values.shape[-1] else values.sum(-1)
-    for t in range(values.shape[-1] - 1, -1, -1):
-        carry = torch.where(live[:, t], values[:, t] + decay * carry, carry)
-        out[:, t] = carry
+def _backward_scan(values: Tensor, links: Tensor) -> Tensor:
+    """out_t = values_t + links_t * out_{t+1} over (B, T), of links (B, T-1), in log2(T) steps.
+
+    A link of 0 ends a sequence: whatever lies behind it has no part, NaN neither.
+    """
+    length, step = values.shape[-1], 1
+    out, reach = values.clone(), links
+    while step < length:
+        # reach is the product of the links from t to t + step
+        out[:, :-step] += torch.where(reach == 0, 0.0, reach * out[:, step:])
+        reach = reach[:, :-step] * reach[:, step:]
+        step *= 2
     return out
-
-
-def _compact(live: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Each row's live entries moved to the left, zeros behind, and the order that undoes it."""
-    order = torch.sort(~live, dim=-1, stable=True).indices
-    return order, *(torch.where(live, tensor, 0.0).gather(-1, order) for tensor in tensors)
-
-
-def _uncompact(order: Tensor, values: Tensor, live: Tensor) -> Tensor:
-    return torch.where(live, torch.zeros_like(values).scatter(-1, order, values), 0.0)

@@ -17,7 +17,7 @@ from .checks import check_name, fail, read_mask
 from .config import AGGREGATIONS, LossConfig
 from .ops import accumulate_dtype
 from .presets import PRESETS, resolve_config
-from .rows import Sequences
+from .rows import Packed, Sequences
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -160,7 +160,7 @@ def normalizer(
         config: the loss's own: a LossConfig, a preset's name or an aggregation. It says what is counted.
         world_size: ranks P over which gradients are averaged.
         group: a process group to sum over; None: the masks are all there is (or every rank has the same).
-        cu_seqlens: bounds (S+1,) of each packed micro-batch.
+        cu_seqlens: bounds (S+1,) of each packed micro-batch, (N,) or (1, N); what lies outside of them does not count.
 
     Returns:
         Normalizer on the masks' device: live tokens ("token_mean"), groups ("group_mean") or sequences, over all
@@ -175,7 +175,8 @@ def normalizer(
     aggregation, group_size = _aggregation_of(config)
     unit = _unit_of(aggregation)
     if unit == "tokens":
-        counts = [read_mask("normalizer", mask, {"mask": mask}).sum() for mask in micro_batches]
+        each = [None] * len(micro_batches) if bounds is None else bounds
+        counts = [_live(*part).sum() for part in zip(micro_batches, each, strict=True)]
     else:
         if aggregation == "group_mean" and group_size is None:
             fail("normalizer", 'a LossConfig with group_size for "group_mean"', repr(config))
@@ -189,6 +190,17 @@ def normalizer(
     if group is not None:
         torch.distributed.all_reduce(total, group=group)
     return Normalizer(total / world_size, unit, group_size)
+
+
+def _live(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """The tokens of a micro-batch that count."""
+    tensors = {"mask": mask, "cu_seqlens": cu_seqlens}
+    live = read_mask("normalizer", mask, tensors)
+    if cu_seqlens is None:
+        return live
+    if mask.dim() not in (1, 2) or mask.numel() != mask.shape[-1]:
+        fail("normalizer", "packed masks (N,) or (1, N) with cu_seqlens", f"shape {tuple(mask.shape)}", tensors)
+    return live & Packed.read("normalizer", cu_seqlens, mask.shape[-1], tensors).inside().view(mask.shape)
 
 
 def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None, world_size: int) -> None:

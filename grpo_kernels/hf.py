@@ -262,7 +262,8 @@ def _inside(token_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -
     """The mask without what lies outside of every packed sequence."""
     if cu_seqlens is None:
         return mask
-    inside = Packed.of(cu_seqlens.to(torch.int64), token_ids.shape[-1]).inside().view(token_ids.shape)
+    tensors = {"token_ids": token_ids, "cu_seqlens": cu_seqlens}
+    inside = Packed.read("attach", cu_seqlens, token_ids.shape[-1], tensors).inside().view(token_ids.shape)
     return inside if mask is None else inside & read_mask("attach", mask, {"mask": mask})
 
 

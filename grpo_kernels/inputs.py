@@ -17,7 +17,6 @@ from .checks import (
     LARGEST,
     SMALLEST,
     asked_to_look,
-    check_bounds,
     check_device,
     check_finite,
     check_head,
@@ -370,11 +369,9 @@ def _read_sequences(tokens: Tokens, cu_seqlens: Tensor | None, check: bool | Non
                 function, f"cu_seqlens with packed {next(iter(tokens.tensors))} (N, ...)", "none", tokens.tensors, hint
             )
         return Padded(ids.shape[0]), tokens
-    check_bounds(function, cu_seqlens, ids.shape[1], tokens.tensors, check)
+    packed = Packed.read(function, cu_seqlens, ids.shape[1], tokens.tensors, check)
     if ids.shape[0] != 1:
         fail(function, "packed tensors (N,) or (1, N) with cu_seqlens", f"{ids.shape[0]} rows", tokens.tensors)
-    count = ids.shape[1]
-    packed = Packed.of(cu_seqlens.to(torch.int64).clamp(0, count), count)
     return packed, _replace_live(tokens, tokens.live & packed.inside())
 
 

@@ -76,7 +76,7 @@ def grpo_loss(
         ref_log_probs: of the reference policy; needed by a KL term.
         rollout_log_probs: of the sampler, NaN where unknown; for metrics and the config's rollout correction.
         token_weights: u, factors of the policy term (not of the KL).
-        cu_seqlens: (S+1,) bounds of packed sequences; rows past the last count as masked.
+        cu_seqlens: (S+1,) bounds of packed sequences; rows before the first and past the last count as masked.
         config: a LossConfig or a preset's name.
         normalizer: replaces the denominator over the batch: from ``normalizer()``, which knows what it counted, or a
             number or 0-d tensor of what the aggregation divides by.

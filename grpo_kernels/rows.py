@@ -6,6 +6,7 @@ bounds in ``cu_seqlens``. Logits stay as they came: kernels take the whole tenso
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -80,6 +81,19 @@ class Packed:
     """(N,) index of each token's sequence."""
 
     @classmethod
+    def read(
+        cls,
+        function: str,
+        cu_seqlens: Tensor,
+        tokens: int,
+        tensors: Mapping[str, object],
+        check: bool | None = None,
+    ) -> Packed:
+        """Of the bounds that a user gave; whatever they are, nothing is read outside of the tokens."""
+        check_bounds(function, cu_seqlens, tokens, tensors, check)
+        return cls.of(cu_seqlens.to(torch.int64).clamp(0, tokens), tokens)
+
+    @classmethod
     def of(cls, cu_seqlens: Tensor, tokens: int) -> Packed:
         positions = torch.arange(tokens, device=cu_seqlens.device)
         index = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
@@ -96,7 +110,8 @@ class Packed:
         return per_sequence[self.sequence_of].unsqueeze(0)
 
     def inside(self) -> Tensor:
-        """(1, N): tokens that belong to a sequence at all."""
+        """(1, N): tokens that belong to a sequence at all, neither before the first bound nor past the last. Whoever
+        asks which tokens of a packed batch count asks here."""
         positions = torch.arange(self.sequence_of.shape[0], device=self.cu_seqlens.device)
         return ((positions >= self.cu_seqlens[0]) & (positions < self.cu_seqlens[-1])).unsqueeze(0)
 
@@ -109,7 +124,7 @@ def align(input_ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None = None
 
     Padded: ``input_ids`` and ``loss_mask`` (B, L) give (B, L-1), for logits (B, L, V) as a causal model
     returns them (the last row is unused). Packed (``cu_seqlens`` given): (N,) or (1, N) give the same shape,
-    rolled by one; the last token of each sequence predicts nothing and is masked.
+    rolled by one; the last token of each sequence predicts nothing and is masked, as is what belongs to no sequence.
 
     Args:
         input_ids: integer ids, prompt and response.
@@ -136,7 +151,6 @@ def align(input_ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None = None
         return input_ids[:, 1:], mask[:, 1:]
     if input_ids.dim() not in (1, 2) or (input_ids.dim() == 2 and input_ids.shape[0] != 1):
         fail("align", "packed input_ids (N,) or (1, N)", f"shape {tuple(input_ids.shape)}", tensors)
-    check_bounds("align", cu_seqlens, input_ids.shape[-1], tensors)
-    positions = torch.arange(input_ids.shape[-1], device=input_ids.device)
-    last = torch.isin(positions, cu_seqlens[1:] - 1) | (positions >= cu_seqlens[-1])
-    return input_ids.roll(-1, -1), mask.roll(-1, -1) & ~last
+    packed = Packed.read("align", cu_seqlens, input_ids.shape[-1], tensors)
+    last = torch.isin(torch.arange(input_ids.shape[-1], device=input_ids.device), packed.cu_seqlens[1:] - 1)
+    return input_ids.roll(-1, -1), mask.roll(-1, -1) & (packed.inside() & ~last).view(mask.shape)

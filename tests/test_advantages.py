@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 
@@ -152,6 +153,73 @@ def test_gae(lam):
         torch.testing.assert_close(returns, one_step)
 
 
+PACKED = {
+    "reward_to_go": lambda r, v, m, **o: advantages.reward_to_go(r, m, 0.9, **o),
+    "from the start": lambda r, v, m, **o: advantages.reward_to_go(r, m, 0.9, discount_from_start=True, **o),
+    "baseline": lambda r, v, m, **o: advantages.reward_to_go(r, m, 0.9, baseline=v, **o),
+    "n_step 1": lambda r, v, m, **o: advantages.n_step(r, v, m, 0.9, 1, **o),
+    "n_step 3": lambda r, v, m, **o: advantages.n_step(r, v, m, 0.9, 3, **o),
+    "n_step 100": lambda r, v, m, **o: advantages.n_step(r, v, m, 0.9, 100, **o),
+    "gae": lambda r, v, m, **o: advantages.gae(r, v, m, 0.9, 0.95, **o)[0],
+    "gae returns": lambda r, v, m, **o: advantages.gae(r, v, m, 0.9, 1.0, **o)[1],
+    "td": lambda r, v, m, **o: advantages.gae(r, v, m, 0.9, 0.0, **o)[0],
+}
+
+
+@pytest.mark.parametrize("leading", [False, True])
+@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("bounds", [[0, 7, 7, 8, 20], [2, 7, 13, 17], [20, 20], [0, 20]])
+def test_packed_sequences_are_alone(name, bounds, leading):
+    """Each as if it were the only one; what belongs to none is 0, whatever it holds."""
+    g = torch.Generator().manual_seed(2)
+    rewards, values = (torch.randn(20, generator=g, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(20, generator=g) < 0.7
+    rewards[~mask], values[~mask] = math.nan, math.nan
+    expected = torch.zeros(20, dtype=torch.float64)
+    for a, b in itertools.pairwise(bounds):
+        expected[a:b] = PACKED[name](*(x[None, a:b] for x in (rewards, values, mask)))[0]
+    shaped = (x[None] if leading else x for x in (rewards, values, mask))
+    got = PACKED[name](*shaped, cu_seqlens=torch.tensor(bounds))
+    assert got.shape == ((1, 20) if leading else (20,))
+    torch.testing.assert_close(got.flatten(), expected, rtol=1e-12, atol=1e-14)
+
+
+def test_nothing_leaks_over_a_bound():
+    """Not even NaN: 0 * NaN is NaN."""
+    rewards, mask = torch.tensor([1.0, 2.0, math.nan, 4.0]), torch.ones(4)
+    bounds = torch.tensor([0, 2, 4])
+    for name in PACKED:
+        assert PACKED[name](rewards, rewards, mask, cu_seqlens=bounds)[:2].isfinite().all(), name
+
+
+def test_packed_value_loss():
+    g = torch.Generator().manual_seed(3)
+    values, old, returns = (torch.randn(9, generator=g) for _ in range(3))
+    mask = torch.rand(9, generator=g) < 0.8
+    expected = value_loss(*(x[None, 2:7] for x in (values, old, returns, mask)))
+    got = value_loss(values, old, returns, mask, cu_seqlens=torch.tensor([2, 4, 7]))
+    torch.testing.assert_close(got, expected)
+
+
+def test_baselines():
+    """A number, a 0-d tensor, one for each sequence or for each token."""
+    rewards, _, mask = trajectories()
+    plain = advantages.reward_to_go(rewards, mask, 0.9)
+    whole = torch.full_like(rewards, 0.5)
+    for baseline in (0.5, torch.tensor(0.5, requires_grad=True), whole[:, :1], whole):
+        got = advantages.reward_to_go(rewards, mask, 0.9, baseline=baseline)
+        torch.testing.assert_close(got, torch.where(mask, plain - 0.5, 0.0))
+        assert not got.requires_grad
+    flat, bounds = (rewards.flatten(), mask.flatten()), torch.arange(0, 41, 8)
+    each = torch.arange(5.0, dtype=torch.float64)
+    expected = torch.where(mask, plain - each[:, None], 0.0).flatten()
+    for baseline in (each, each[:, None], each.repeat_interleave(8)):
+        got = advantages.reward_to_go(*flat, 0.9, baseline=baseline, cu_seqlens=bounds)
+        torch.testing.assert_close(got, expected)
+    with pytest.raises(ValueError, match="baseline to be a finite number"):
+        advantages.reward_to_go(rewards, mask, baseline=math.nan)
+
+
 def test_estimators_are_detached():
     rewards, values, mask = (x.requires_grad_() if x.is_floating_point() else x for x in trajectories())
     assert not advantages.reward_to_go(rewards, mask, 0.9).requires_grad
@@ -190,6 +258,8 @@ def test_value_loss(clip):
         (lambda x, m: advantages.gae(x[0], x[0], m[0]), r"rewards, values, mask of one shape \(B, T\)"),
         (lambda x, m: advantages.reward_to_go(x, m, baseline=x[:, 0]), r"baseline of shape \(2, 3\) or \(2, 1\)"),
         (lambda x, m: advantages.value_loss(x, x, x[:, :1], m), "values, old_values, returns, mask of one shape"),
+        (lambda x, m: advantages.gae(x, x, m, cu_seqlens=torch.tensor([0, 6])), r"\(N,\) or \(1, N\) with cu_seqlens"),
+        (lambda x, m: advantages.gae(x[0], x[0], m[0], cu_seqlens=torch.tensor([0, 4])), r"within \[0, 3\]"),
     ],
 )
 def test_refusals(call, message):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import label, make, one_of_each, sampler
 
-from grpo_kernels import KL, Clip, LossConfig, align, grpo_loss, reference, token_log_probs
+from grpo_kernels import KL, Clip, LossConfig, align, grpo_loss, normalizer, reference, token_log_probs
 from grpo_kernels.tolerance import compare, truth_of
 from grpo_kernels.verify import complete
 
@@ -40,6 +40,50 @@ def test_align_packed(shape):
     assert token_ids.shape == live.shape == shape
     assert token_ids.flatten().tolist() == [11, 12, 13, 14, 15, 16, 17, 18, 10]
     assert live.flatten().tolist() == [True, True, False, True, True, True, False, False, False]
+
+
+def test_align_with_a_first_bound():
+    """Rows before the first bound belong to no sequence, and an empty one ends nothing."""
+    ids = torch.tensor([10, 11, 12, 20, 21])
+    for bounds in ([1, 3, 5], [1, 1, 3, 3, 5]):
+        assert align(ids, torch.ones(5), torch.tensor(bounds))[1].tolist() == [False, True, False, True, False]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_product"])
+@pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "sequence_sum", "constant", "group_mean"])
+def test_what_belongs_to_no_sequence(backend, level, aggregation):
+    """Rows outside of the bounds count nowhere: in the loss, its gradient, its metrics, and the normalizer."""
+    case = make(batch=1, length=12, extra_row=False)
+    case.advantages, case.mask = torch.tensor([1.0, -1.0]), torch.ones(1, 12)
+    config = LossConfig(Clip(), level, aggregation, KL(0.1), entropy_coef=0.05, constant_length=8, group_size=2)
+    bounds = torch.tensor([2, 6, 9])
+    inner = make_with(make(batch=1, length=12, extra_row=False), case.advantages)
+    inner.logits, inner.token_ids, inner.mask = (x[:, 2:9] for x in (case.logits, case.token_ids, case.mask))
+    inner.options = {name: value[:, 2:9] for name, value in case.options.items()}
+    expected, expected_gradient = inner.run(backend, config=config, cu_seqlens=bounds - 2)
+    truth, _ = case.reference(config=config, cu_seqlens=bounds)
+    torch.testing.assert_close(truth.loss, expected.loss, rtol=1e-5, atol=1e-7)
+    case.logits[:, :2] = case.logits[:, 9:] = float("nan")
+    denominator = normalizer(case.mask, config, cu_seqlens=bounds)
+    for options in ({}, {"normalizer": denominator}):
+        out, gradient = case.run(backend, config=config, cu_seqlens=bounds, **options)
+        torch.testing.assert_close(out.loss, expected.loss, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(gradient[:, 2:9], expected_gradient, rtol=1e-5, atol=1e-9)
+        assert (gradient[:, :2] == 0).all()
+        assert (gradient[:, 9:] == 0).all()
+        for name, value in out.metrics.as_dict().items():
+            assert value.item() == pytest.approx(expected.metrics.as_dict()[name].item(), rel=1e-6, abs=1e-7), name
+
+
+def test_normalizer_of_packed_masks():
+    """(N,) or (1, N), and nothing outside of the bounds."""
+    mask, bounds = torch.ones(9), torch.tensor([1, 4, 7])
+    assert float(normalizer(mask, "dapo", cu_seqlens=bounds)) == 6
+    assert float(normalizer([mask[None], mask], "dapo", cu_seqlens=[bounds, torch.tensor([0, 2])])) == 8
+    with pytest.raises(ValueError, match=r"cu_seqlens that never fall, within \[0, 9\]"):
+        normalizer(mask, "dapo", cu_seqlens=torch.tensor([0, 10]))
+    with pytest.raises(ValueError, match=r"packed masks \(N,\) or \(1, N\)"):
+        normalizer(torch.ones(2, 9), "dapo", cu_seqlens=bounds)
 
 
 def test_align_is_the_shift_of_a_causal_model(backend):
