@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import ops
+from .checks import ordinary
 from .rows import Rows
 
 _SPENT = (
@@ -180,11 +181,13 @@ class LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, sweep: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        log_prob, entropy, anchor, log_sum = sweep.log_probs(hidden, weight, bias)
-        ctx.save_for_backward(hidden, weight, bias, log_prob, entropy, anchor, log_sum)
+        stats = sweep.log_probs(hidden, weight, bias)
+        if any(ctx.needs_input_grad):
+            head = (None if tensor is None else ordinary(tensor) for tensor in (hidden, weight, bias))
+            ctx.save_for_backward(*head, *stats)
         ctx.set_materialize_grads(False)
         ctx.sweep = sweep
-        return sweep.live_rows.scatter(log_prob), sweep.live_rows.scatter(entropy)
+        return sweep.live_rows.scatter(stats[0]), sweep.live_rows.scatter(stats[1])
 
     @staticmethod
     @once

@@ -242,6 +242,13 @@ def check_tensors(function: str, named: Mapping[str, object]) -> None:
             fail(function, f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
 
 
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it was made under ``torch.inference_mode()``: autograd saves no such ones for backward."""
+    if torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone()
+
+
 def read_mask(
     function: str, mask: Tensor, tensors: Mapping[str, object], check: bool | None = None, name: str = "mask"
 ) -> Tensor:

@@ -28,6 +28,7 @@ from .checks import (
     check_tensors,
     fail,
     may_look,
+    ordinary,
     read_mask,
 )
 from .config import LossConfig
@@ -155,7 +156,8 @@ def read_ids(
     else:
         check_shape(function, "mask", mask, (tuple(token_ids.shape),), named)
         live = read_mask(function, mask, named, check).reshape(ids.shape).contiguous()
-    return Tokens(function, states, vocab, dtype, ids.to(torch.int64).contiguous(), live, token_ids.shape, named)
+    ids, live = (ordinary(tensor) for tensor in (ids.to(torch.int64).contiguous(), live))
+    return Tokens(function, states, vocab, dtype, ids, live, token_ids.shape, named)
 
 
 def _token_shapes(rows: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -11,6 +11,7 @@ from cases import make
 from grpo_kernels import (
     LossConfig,
     MaskedIS,
+    TopK,
     advantages,
     align,
     grpo_loss,
@@ -264,3 +265,83 @@ def test_compiled_calls_take_any_temperature():
     for temperature in (0.5, 0.6, 0.7, torch.tensor(0.8), torch.tensor(0.9)):
         expected = token_log_probs(b["logits"], b["token_ids"], temperature=temperature).log_probs
         torch.testing.assert_close(score(b["logits"], temperature), expected)
+
+
+def _made_in_inference(value):
+    with torch.inference_mode():
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
+
+def _everything() -> dict:
+    """Every tensor that a loss takes, packed."""
+    case = make(batch=1, length=12, vocab=11, extra_row=False, empty=False)
+    given = {name: case.options[name] for name in ("old_log_probs", "ref_log_probs")}
+    given |= {"rollout_log_probs": given["old_log_probs"] + 0.1, "token_weights": torch.linspace(0.1, 2, 12)[None]}
+    given |= {"cu_seqlens": torch.tensor([0, 5, 12]), "advantages": torch.tensor([1.0, -1.0])}
+    numbers = {"normalizer": 3.0, "grad_scale": 0.5, "kl_coef": 0.1, "entropy_coef": 0.01, "entropy_threshold": 0.1}
+    numbers |= {"temperature": 0.7, "logit_scale": 1.2, "logit_softcap": 9.0}
+    given |= {name: torch.tensor(value) for name, value in numbers.items()}
+    return {"logits": case.logits, "token_ids": case.token_ids, "mask": case.mask, **given}
+
+
+ROUTES = {
+    "one pass": {"config": LossConfig()},
+    "two passes": {"config": LossConfig(level="sequence_product")},
+    "support": {"support": TopK(7)},
+}
+ARGUMENTS = [name for name in _everything() if name != "logits"]
+LOG_PROBS = ("token_ids", "mask", "temperature", "logit_scale", "logit_softcap")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_tensors_made_in_inference_mode(backend, route, name):
+    """Autograd cannot save them: each is taken as if it were an ordinary one."""
+    found = []
+    for make_it in (lambda value: value, _made_in_inference):
+        given = _everything() | ROUTES[route]
+        given[name] = make_it(given[name])
+        leaf = given.pop("logits").requires_grad_()
+        loss = grpo_loss(leaf, backend=backend, **given).loss
+        (loss * 0.5).backward()
+        found.append((loss.detach(), leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("name", LOG_PROBS)
+@pytest.mark.parametrize("support", [None, TopK(7), "mask"])
+def test_log_probs_of_tensors_made_in_inference_mode(backend, name, support):
+    given = {key: value for key, value in _everything().items() if key in ("logits", *LOG_PROBS)}
+    given["support"] = _made_in_inference(torch.rand(1, 12, 11) < 0.7) if support == "mask" else support
+    given[name] = _made_in_inference(given[name])
+    leaf = given.pop("logits").requires_grad_()
+    out = token_log_probs(leaf, backend=backend, **given)
+    (out.log_probs.sum() + out.entropy.sum()).backward()
+    assert leaf.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("config", [ROUTES["one pass"]["config"], ROUTES["two passes"]["config"]], ids=str)
+@pytest.mark.parametrize("name", [*ARGUMENTS, "hidden", "weight", "bias"])
+def test_hidden_states_made_in_inference_mode(config, name):
+    """One of the three that gradients may flow to, too: the others have theirs."""
+    given = _everything()
+    given |= {"hidden": torch.randn(1, 12, 5), "weight": torch.randn(11, 5), "bias": torch.randn(11)}
+    del given["logits"]
+    given[name] = _made_in_inference(given[name])
+    leaves = [given[key].requires_grad_() for key in ("hidden", "weight", "bias") if key != name]
+    linear_grpo_loss(config=config, **given).loss.backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+    kept = {key: given[key] for key in ("hidden", "weight", "bias", *LOG_PROBS)}
+    out = linear_token_log_probs(**kept)
+    (out.log_probs.sum() + out.entropy.sum()).backward()
+
+
+def test_calls_inside_inference_mode():
+    """Nothing is copied, nothing raises."""
+    given = _everything()
+    expected = grpo_loss(**given).loss
+    with torch.inference_mode():
+        assert torch.equal(grpo_loss(**given).loss, expected)
+        inside = {name: value.clone() for name, value in given.items()}
+        assert torch.equal(grpo_loss(**inside).loss, expected)
