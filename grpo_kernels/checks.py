@@ -10,12 +10,15 @@ import difflib
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+if TYPE_CHECKING:
+    from .config import LossConfig
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -297,6 +300,22 @@ def check_finite(
     wrong = counts & ~values.isfinite()
     if bool(wrong.any()):
         fail(function, f"{name} to be finite where they count", _first(name, values, wrong), tensors, hint)
+
+
+def check_pooled(
+    function: str, config: LossConfig, old: Tensor | None, rollout: Tensor | None, tensors: Mapping[str, object]
+) -> None:
+    """Log-probs that are summed over a sequence have fp32's digits: what bf16 rounds off adds up."""
+    schemes = [scheme for scheme in config.schemes if scheme.pooled]
+    levels = [level for level in (config.level, config.kl.level_beside(config.level)) if level != "token"]
+    of_old = [*(f'level="{level}"' for level in levels), *(repr(s) for s in schemes if not s.of_policy)]
+    for name, value, reasons in (
+        ("old_log_probs", old, of_old),
+        ("rollout_log_probs", rollout, [repr(s) for s in schemes]),
+    ):
+        if reasons and value is not None and value.dtype in (torch.bfloat16, torch.float16):
+            hint = "rounded log-probs make wrong ratios of sequences: store them in float32, as they were computed"
+            fail(function, f"{name} in float32 with {reasons[0]}", str(value.dtype), tensors, hint)
 
 
 def check_bounds(

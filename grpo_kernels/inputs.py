@@ -22,6 +22,7 @@ from .checks import (
     check_head,
     check_logits,
     check_no_transforms,
+    check_pooled,
     check_positive,
     check_scalar,
     check_shape,
@@ -276,6 +277,7 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
     if config.schemes and given.rollout is None:
         expected = f"rollout_log_probs (the sampler's) for {', '.join(map(repr, config.schemes))}"
         fail(function, expected, "none", tokens.tensors, "rollout=() leaves the correction out")
+    check_pooled(function, config, given.old, given.rollout, tokens.tensors)
     if given.entropy_threshold is not None:
         check_scalar(function, "entropy_threshold", given.entropy_threshold, given.check)
     if given.skip_zero_advantage:

@@ -72,7 +72,8 @@ def grpo_loss(
             (``align`` makes it).
         advantages: (B,), (B, 1) or (B, T); packed (S,) or token-sized ((1, N) where N is S as well).
         mask: shape of token_ids, bool or numbers >= 0, non-zero where live. A masked row is never read.
-        old_log_probs: of the policy that the batch is compared with; None: on-policy, ratio 1, differentiable.
+        old_log_probs: of the policy that the batch is compared with; None: on-policy, ratio 1, differentiable. In fp32
+            where ratios are pooled over sequences: bf16 would move all of them.
         ref_log_probs: of the reference policy; needed by a KL term.
         rollout_log_probs: of the sampler, NaN where unknown; for metrics and the config's rollout correction.
         token_weights: u, factors of the policy term (not of the KL).

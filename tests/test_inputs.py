@@ -9,8 +9,11 @@ import torch
 from cases import make
 
 from grpo_kernels import (
+    KL,
     LossConfig,
     MaskedIS,
+    OffPolicyMask,
+    Rejection,
     TopK,
     advantages,
     align,
@@ -345,3 +348,41 @@ def test_calls_inside_inference_mode():
         assert torch.equal(grpo_loss(**given).loss, expected)
         inside = {name: value.clone() for name, value in given.items()}
         assert torch.equal(grpo_loss(**inside).loss, expected)
+
+
+GEOMETRIC = LossConfig(rollout=Rejection(0.9, 1.1, "geometric"))
+POOLED = {
+    "gspo": (LossConfig.preset("gspo"), {"old_log_probs"}),
+    "sequence_token": (LossConfig(level="sequence_token"), {"old_log_probs"}),
+    "sequence_product": (LossConfig(level="sequence_product"), {"old_log_probs"}),
+    "the KL's ratio": (LossConfig(kl=KL(0.1, ratio_weighted=True, level="sequence")), {"old_log_probs"}),
+    "a scheme": (GEOMETRIC, {"old_log_probs", "rollout_log_probs"}),
+    "a scheme of the policy": (LossConfig(rollout=OffPolicyMask(0.1)), {"rollout_log_probs"}),
+    "token": (LossConfig(kl=KL(0.1, ratio_weighted=True), rollout=MaskedIS(0.5, 5.0)), set()),
+}
+"""A config, and which log-probs are summed over a sequence there."""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("given", ["old_log_probs", "ref_log_probs", "rollout_log_probs"])
+@pytest.mark.parametrize("name", POOLED)
+def test_rounded_log_probs(name, given, dtype):
+    """bf16 has three digits: enough for one token's ratio, not for that of a sequence."""
+    config, refused = POOLED[name]
+    case = make(batch=3, length=4, vocab=11, empty=False)
+    case.options["rollout_log_probs"] = case.options["old_log_probs"] + 0.01
+    case.options[given] = case.options[given].to(dtype)
+    head = (torch.randn(3, 4, 5), torch.randn(11, 5))
+    calls = {
+        "grpo_loss": lambda: case.run(config=config)[0],
+        "reference.grpo_loss": lambda: case.reference(config=config)[0],
+        "linear_grpo_loss": lambda: linear_grpo_loss(*head, *case.arguments, **case.options, config=config),
+    }
+    for function, loss in calls.items():
+        if given not in refused:
+            assert loss().loss.isfinite()
+            continue
+        message = rf"{function}: expected {given} in float32 with .*; got {dtype}"
+        with pytest.raises(ValueError, match=message) as caught:
+            loss()
+        assert "store them in float32" in str(caught.value)

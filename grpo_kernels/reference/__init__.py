@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..aggregation import Normalizer
-from ..checks import read_mask
+from ..checks import check_pooled, read_mask
 from ..config import LossConfig
 from ..outputs import LossOutput
 from ..presets import resolve_config
@@ -59,6 +59,8 @@ def grpo_loss(
     entropy_coef = config.entropy_coef if entropy_coef is None else entropy_coef
     if isinstance(normalizer, Normalizer):
         normalizer = normalizer.of_loss("reference.grpo_loss", config)
+    log_probs = {"old_log_probs": old_log_probs, "rollout_log_probs": rollout_log_probs}
+    check_pooled("reference.grpo_loss", config, old_log_probs, rollout_log_probs, log_probs)
     shape = token_ids.shape
     real = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
