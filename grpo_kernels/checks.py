@@ -340,8 +340,13 @@ def check_device_name(option: str, name: str) -> None:
 
 
 def check_shape(
-    function: str, name: str, tensor: Tensor, allowed: tuple[tuple[int, ...], ...], tensors: Mapping[str, object]
+    function: str,
+    name: str,
+    tensor: Tensor,
+    allowed: tuple[tuple[int, ...], ...],
+    tensors: Mapping[str, object],
+    hint: str | None = None,
 ) -> None:
     if tuple(tensor.shape) not in allowed:
         wanted = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
-        fail(function, f"{name} of shape {wanted}", str(tuple(tensor.shape)), tensors)
+        fail(function, f"{name} of shape {wanted}", str(tuple(tensor.shape)), tensors, hint)

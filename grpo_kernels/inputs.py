@@ -65,8 +65,13 @@ class Tokens:
 
     def per_token(self, name: str, value: Tensor) -> Tensor:
         """A user's token-sized tensor as detached, contiguous (B, T)."""
-        check_shape(self.function, name, value, (tuple(self.shape), tuple(self.token_ids.shape)), self.tensors)
+        allowed = (tuple(self.shape), tuple(self.token_ids.shape))
+        check_shape(self.function, name, value, allowed, self.tensors, self.shift_hint(name, value))
         return value.detach().to(self.real).reshape(self.token_ids.shape).contiguous()
+
+    def shift_hint(self, name: str, value: Tensor) -> str | None:
+        """What to do where ids are shifted and another tensor is not, or the other way round."""
+        return _shift_hint(name, value, self.shape, next(iter(self.tensors)))
 
     def numbers(
         self,
@@ -155,7 +160,9 @@ def read_ids(
     if mask is None:
         live = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     else:
-        check_shape(function, "mask", mask, (tuple(token_ids.shape),), named)
+        check_shape(
+            function, "mask", mask, (tuple(token_ids.shape),), named, _shift_hint("mask", mask, token_ids.shape, what)
+        )
         live = read_mask(function, mask, named, check).reshape(ids.shape).contiguous()
     ids, live = (ordinary(tensor) for tensor in (ids.to(torch.int64).contiguous(), live))
     return Tokens(function, states, vocab, dtype, ids, live, token_ids.shape, named)
@@ -165,6 +172,22 @@ def _token_shapes(rows: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Shapes of token_ids for rows of these leading dimensions: T, or T+1 with the last row unused."""
     shorter = (*rows[:-1], rows[-1] - 1)
     return (rows, shorter) if rows[-1] > 0 else (rows,)
+
+
+def _shift_hint(name: str, value: Tensor, shape: torch.Size, what: str) -> str | None:
+    """``shape`` is that of token_ids. Packed tensors keep their length when they are shifted."""
+    if value.dim() != 2 or len(shape) != 2 or value.shape[0] != shape[0]:
+        return None
+    if value.shape[1] == shape[1] - 1:
+        return f"token_ids are not shifted: align(input_ids, mask) gives ids for {what} (B, L, ...) as they are"
+    if value.shape[1] != shape[1] + 1:
+        return None
+    if name == "mask":
+        return "token_ids are shifted and the mask is not: align(input_ids, mask) shifts both"
+    return (
+        f"token_ids are shifted and {name} is not: {name}[:, :-1] of what belongs to the rows of a model, "
+        f"{name}[:, 1:] of what belongs to its tokens (align shifts ids and mask)"
+    )
 
 
 def check_logit_args(function: str, args: LogitArgs, check: bool | None = None) -> None:
@@ -207,28 +230,38 @@ def check_ids(tokens: Tokens, check: bool | None) -> None:
         fail(function, f"token ids in [0, {tokens.vocab})", got, tokens.tensors, "mask that position", IndexError)
 
 
-_SHIFT_NATS, _SHIFT_TOKENS = 1.0, 8
 _POSITIVE_NATS = 1e-3  # rounding of somebody else's log-softmax
+_SHIFT_TOKENS, _SHIFT_NATS, _SHIFT_ERRORS = 16, 1.0, 6.0
+"""Tokens that are evidence at all; their mean gain, and how many of its standard errors it must be."""
+_SHIFT_MOST = 10.0
+"""Nats that a single token may add: a few that the policy would never draw are no evidence."""
 
 
 def check_shift(tokens: Tokens, log_probs: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Unshifted ids have an accepted shape and the wrong meaning: every token is likelier one row earlier.
-    ``log_probs`` gives those of (ids, live)."""
-    if tokens.states.shape[-2] != tokens.token_ids.shape[1]:
-        return  # ids that were not shifted have as many as there are rows
-    both = tokens.live.clone()
-    both[:, :1] = False
-    here = log_probs(tokens.token_ids, both)
-    earlier = log_probs(tokens.token_ids.roll(-1, 1), both.roll(-1, 1))
-    count = int(both.sum())
-    gain = float((earlier.sum() - here.sum()) / max(count, 1))
-    if count >= _SHIFT_TOKENS and gain > _SHIFT_NATS:
+    """Ids that were not shifted, or cut at the wrong end (``ids[:, :-1]``), have an accepted shape and the wrong
+    meaning: every token is likelier one row earlier, which saw what comes before it and not the token itself.
+    ``log_probs`` gives those of (ids, live).
+
+    Tokens drawn from the policy are less likely there on average, whatever it is; of tokens that have nothing to do
+    with it the standard error tells. One row later is no evidence: an untrained model with tied embeddings predicts
+    the token that it has just read.
+    """
+    ids, live = tokens.token_ids, tokens.live.clone()
+    live[:, :1] = False
+    here = log_probs(ids, live).view_as(ids)
+    earlier = log_probs(ids.roll(-1, 1), live.roll(-1, 1)).view_as(ids).roll(1, 1)
+    gains = (earlier - here)[live].double()
+    gains = gains[gains.isfinite()].clamp(max=_SHIFT_MOST)
+    if gains.numel() < _SHIFT_TOKENS:
+        return
+    gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(gains.numel())
+    if gain > max(_SHIFT_NATS, _SHIFT_ERRORS * error):
         fail(
             tokens.function,
             f"token_ids[:, t] to be the token that row t of the {next(iter(tokens.tensors))} predicts",
-            f"tokens that are {gain:.2f} nats likelier one row earlier, on average over {count}",
+            f"tokens that are {gain:.2f} nats likelier one row earlier, on average over {gains.numel()}",
             tokens.tensors,
-            "align(input_ids, mask) shifts ids and mask; what the model returned stays as it is",
+            "align(input_ids, mask) shifts ids and mask (ids[:, 1:], not ids[:, :-1]); what the model returned stays",
         )
 
 
@@ -401,7 +434,8 @@ def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor) -
     count = sequences.count
     shape = tuple(tokens.token_ids.shape)
     allowed = ((count,), (count, 1), tuple(tokens.shape), shape)
-    check_shape(tokens.function, "advantages", advantages, allowed, tokens.tensors)
+    hint = tokens.shift_hint("advantages", advantages)
+    check_shape(tokens.function, "advantages", advantages, allowed, tokens.tensors, hint)
     values = advantages.detach().to(tokens.real)
     if advantages_per_sequence(sequences, advantages):
         return sequences.expand(values.reshape(count)).expand(shape).contiguous()

@@ -6,7 +6,18 @@ import pytest
 import torch
 from cases import label, make, one_of_each, sampler
 
-from grpo_kernels import KL, Clip, LossConfig, align, grpo_loss, normalizer, reference, token_log_probs
+from grpo_kernels import (
+    KL,
+    Clip,
+    LossConfig,
+    align,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_log_probs,
+    normalizer,
+    reference,
+    token_log_probs,
+)  # fmt: skip
 from grpo_kernels.tolerance import compare, truth_of
 from grpo_kernels.verify import complete
 
@@ -332,6 +343,104 @@ def test_unshifted_ids_are_noticed(backend, monkeypatch):
     grpo_loss(torch.randn(3, 12, 50), ids, torch.ones(3), mask, backend=backend)  # an untrained model is no evidence
     monkeypatch.setenv("GRPO_KERNELS_CHECK", "0")
     grpo_loss(logits, ids, torch.ones(3), mask, backend=backend)
+
+
+def knowing(ids, vocab: int = 50, spread: float = 0.1) -> torch.Tensor:
+    """(B, L, V) logits of a model that knows the next of these tokens."""
+    return 4 * torch.nn.functional.one_hot(ids.roll(-1, 1), vocab).float() + spread * torch.randn(*ids.shape, vocab)
+
+
+def score(logits, ids, mask=None, **options) -> None:
+    """Through each function that looks for a shift."""
+    A = torch.ones(len(ids))
+    grpo_loss(logits, ids, A, mask, check=True, **options)
+    token_log_probs(logits, ids, mask, check=True, **options)
+    head = torch.eye(logits.shape[-1])
+    linear_grpo_loss(logits, head, ids, A, mask, check=True, **options)
+    linear_token_log_probs(logits, head, ids, mask, check=True, **options)
+
+
+CUTS = {
+    "not shifted": lambda ids, logits: (ids, logits),
+    "cut at the wrong end": lambda ids, logits: (ids[:, :-1], logits),
+    "both cut": lambda ids, logits: (ids[:, :-1], logits[:, :-1]),
+    "logits cut at the wrong end": lambda ids, logits: (ids[:, 1:], logits[:, 1:]),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_every_shift_to_earlier_is_noticed(backend, cut):
+    input_ids = torch.randint(50, (3, 12))
+    ids, logits = CUTS[cut](input_ids, knowing(input_ids))
+    mask = torch.ones(ids.shape)
+    head = torch.eye(50)
+    for call in (
+        lambda: grpo_loss(logits, ids, torch.ones(3), mask, check=True, backend=backend),
+        lambda: token_log_probs(logits, ids, mask, check=True, backend=backend),
+        lambda: linear_grpo_loss(logits, head, ids, torch.ones(3), mask, check=True, backend=backend),
+        lambda: linear_token_log_probs(logits, head, ids, mask, check=True, backend=backend),
+    ):
+        with pytest.raises(ValueError, match=r"likelier one row earlier(.|\n)*ids\[:, 1:\], not ids\[:, :-1\]"):
+            call()
+
+
+def drawn(logits: torch.Tensor) -> torch.Tensor:
+    return torch.distributions.Categorical(logits=logits).sample()
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("kind", ["random", "on-policy", "half", "repeated", "two tokens"])
+def test_no_shift_where_there_is_none(kind, spread):
+    """Policies that know nothing, or too much; text that repeats itself; both shapes of logits."""
+    for length in (4, 12, 60):
+        logits = spread * torch.randn(3, length + 1, 50)
+        ids = {
+            "random": torch.randint(50, (3, length)),
+            "on-policy": drawn(logits[:, :-1]),
+            "half": torch.where(torch.rand(3, length) < 0.5, drawn(logits[:, :-1]), torch.randint(50, (3, length))),
+            "repeated": torch.full((3, length), 7),
+            "two tokens": torch.tensor([7, 8]).repeat(length)[:length].expand(3, length),
+        }[kind]
+        score(logits, ids)
+        score(logits[:, :-1], ids)
+
+
+def test_no_shift_of_aligned_ids():
+    """A model that knows its tokens, some of them impossible or far from what it would say; too few to tell."""
+    input_ids = torch.randint(50, (3, 40))
+    logits = knowing(input_ids)
+    ids, mask = align(input_ids, torch.ones(3, 40))
+    score(logits, ids, mask)
+    for b, t in ((0, 3), (1, 7), (2, 30)):
+        logits[b, t, ids[b, t]] = -1e4
+    score(logits, ids, mask)
+    logits[0, 5, ids[0, 5]] = float("-inf")
+    score(logits, ids, mask)
+    score(logits[:, :6], input_ids[:, :5], torch.ones(3, 5))  # not shifted, and 12 tokens are no evidence
+
+
+PER_TOKEN = ("mask", "advantages", "old_log_probs", "ref_log_probs", "rollout_log_probs", "token_weights")
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("name", PER_TOKEN)
+def test_hints_of_what_is_not_shifted(name, linear):
+    """Ids shifted and another tensor not, or the other way round: the message says which of them to change."""
+    logits, input_ids = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+
+    def call(ids: torch.Tensor, length: int) -> None:
+        given = {"advantages": torch.ones(2), "mask": torch.ones(ids.shape), name: torch.ones(2, length)}
+        head = (logits, torch.eye(7)) if linear else (logits,)
+        (linear_grpo_loss if linear else grpo_loss)(*head, ids, **given)
+
+    hint = r"the mask is not: align" if name == "mask" else rf"{name}\[:, :-1\] of what .* {name}\[:, 1:\]"
+    with pytest.raises(ValueError, match=rf"{name} of shape (.|\n)*hint: token_ids are shifted and .*{hint}"):
+        call(input_ids[:, 1:], 5)
+    with pytest.raises(ValueError, match=rf"{name} of shape (.|\n)*hint: token_ids are not shifted: align"):
+        call(input_ids, 4)
+    with pytest.raises(ValueError, match=rf"{name} of shape") as caught:
+        call(input_ids, 7)
+    assert "hint" not in str(caught.value)
 
 
 def test_one_token(backend):
