@@ -196,15 +196,22 @@ SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).
 
 def check_positive(function: str, name: str, value: float | Tensor, check: bool | None = None) -> float | None:
     """As ``check_scalar``, > 0 and inside of what fp32 holds."""
-    number = check_scalar(function, name, value, check)
+    wanted = "a finite number > 0"
+    number = check_scalar(function, name, value, check, wanted)
     if number is not None and not number > 0:
-        fail(function, f"{name} to be a finite number > 0", repr(number))
+        fail(function, f"{name} to be {wanted}", repr(number))
     if number is not None and not SMALLEST <= number <= LARGEST:
         fail(function, f"{name} in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it", repr(number))
     return number
 
 
-def check_scalar(function: str, name: str, value: float | Tensor, check: bool | None = None) -> float | None:
+def check_scalar(
+    function: str,
+    name: str,
+    value: float | Tensor,
+    check: bool | None = None,
+    wanted: str = "a finite number or a 0-d tensor",
+) -> float | None:
     """A finite number, or a 0-d tensor of one. Returns the number; None where a tensor may not be looked at."""
     number: float | None = None
     if not isinstance(value, Tensor):
@@ -218,7 +225,7 @@ def check_scalar(function: str, name: str, value: float | Tensor, check: bool | 
     else:
         return None
     if not (isinstance(number, (int, float)) and -math.inf < number < math.inf):  # a symbolic one too
-        fail(function, f"{name} to be a finite number or a 0-d tensor", repr(number))
+        fail(function, f"{name} to be {wanted}", repr(number))
     return number
 
 
