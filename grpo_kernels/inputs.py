@@ -241,8 +241,8 @@ def check_shift(tokens: Tokens, log_probs: Callable[[Tensor, Tensor], Tensor]) -
     ``log_probs`` gives those of (ids, live).
 
     Tokens drawn from the policy are less likely there on average, whatever it is; of tokens that have nothing to do
-    with it, and of a few that it would never draw, the standard error tells. One row later is no evidence: an untrained model with tied embeddings predicts
-    the token that it has just read.
+    with it, and of a few that it would never draw, the standard error tells. One row later is no evidence: an untrained
+    model with tied embeddings predicts the token that it has just read.
     """
     ids, live = tokens.token_ids, tokens.live.clone()
     live[:, :1] = False
