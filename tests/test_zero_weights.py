@@ -98,6 +98,16 @@ def test_a_weight_of_zero(backend, config, name, bad):
     assert (found[1][:, : case.token_ids.shape[1]][where] == 0).all()
 
 
+@pytest.mark.parametrize("bad", POISON)
+@pytest.mark.parametrize("name", ["old_log_probs", "advantages"])
+def test_the_reference_leaves_it_out_too(name, bad):
+    case, where = weightless(LossConfig(Clip(0.2, 0.28)))
+    out, gradient = poisoned(case, where, bad, [name]).reference(grad_scale=None)
+    plain, expected = case.reference(grad_scale=None)
+    assert_equal((out, gradient), (plain, expected))
+    assert (gradient[:, : case.token_ids.shape[1]][where] == 0).all()
+
+
 @pytest.mark.parametrize("level", [level for level in LEVELS if level != "token"])
 @pytest.mark.parametrize("rollout", [(), *ROLLOUTS], ids=str)
 def test_a_sequence_of_weight_zero(backend, level, rollout):

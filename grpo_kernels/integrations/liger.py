@@ -28,7 +28,7 @@ from ..inputs import LossInputs, read_batch, read_linear_tokens, read_tokens
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..maths import times
+from ..maths import weighed
 from ..objective import TokenBatch, token_terms
 from ..surrogates import Cispo
 from .objectives import OVER_ITEMS, UNBOUNDED, Objective, sampler_log_probs
@@ -104,7 +104,7 @@ def triton_grpo_loss(
     log_probs = token_log_probs(logits, completion_ids, completion_mask, **rows).log_probs
     alone = _each_counts_once(batch, weights, beta)
     records, _ = token_terms(config, alone, log_probs.detach())
-    value, kl = times(records.policy, alone.policy_weight) + beta * records.kl, records.kl
+    value, kl = weighed(alone.policy_weight, records.policy) + beta * records.kl, records.kl
     losses = _PerToken.apply(log_probs, config, alone, value)
     if not reduce:
         return losses, kl if beta != 0 else None, _counted(counting, batch, log_probs)[1].float()

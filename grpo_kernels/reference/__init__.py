@@ -49,10 +49,11 @@ def grpo_loss(
     skip_zero_advantage: bool = False,
     check: bool | None = None,
     backend: str | None = None,
+    require: str | None = None,
 ) -> LossOutput:
     """The same call as ``grpo_kernels.grpo_loss``, for any dtype (computed in at least fp32).
 
-    ``grad_scale``, ``inplace``, ``check`` and ``backend`` change no value and are ignored. See there for arguments.
+    ``grad_scale``, ``inplace``, ``check``, ``backend`` and ``require`` change no value and are ignored. See there for arguments.
     """
     config = resolve_config(config)
     kl_coef = config.kl.coef if kl_coef is None else kl_coef
@@ -88,6 +89,11 @@ def grpo_loss(
         logits, token_ids.reshape(-1)[live], live, shape, real, temperature, logit_scale, logit_softcap, support
     )
 
+    given = at_live(token_weights)
+    u = torch.ones_like(log_prob) if given is None else given
+    if config.level == "token":  # a token that weighs nothing has no part, not even by 0 times NaN
+        old = None if old is None else torch.where(u == 0, log_prob.detach(), old)
+        A = torch.where(u == 0, 0.0, A)
     own = difference(log_prob, old)
     log_ratio = pool(config.level, own, sequence, sequences)
     sampled = (log_prob.detach(), old, rollout, A, sequence, sequences, config.log_ratio_limit)
@@ -96,7 +102,6 @@ def grpo_loss(
     folded = rollout_weights(in_ratio, *sampled)
     inputs = Inputs(log_prob, old, A, own, sequence, sequences, config, folded)
     policy, clipped = VALUES.get(config.surrogate.name, registered)(config.surrogate, inputs)
-    u = torch.ones_like(policy) if token_weights is None else token_weights.detach().reshape(-1)[live].to(real)
     u = torch.where(rho == 0, 0.0, u * rho)
     if entropy_threshold is not None:
         u = u * ~(entropy.detach() < entropy_threshold)
