@@ -53,7 +53,8 @@ def grpo_loss(
 ) -> LossOutput:
     """The same call as ``grpo_kernels.grpo_loss``, for any dtype (computed in at least fp32).
 
-    ``grad_scale``, ``inplace``, ``check``, ``backend`` and ``require`` change no value and are ignored. See there for arguments.
+    ``grad_scale``, ``inplace``, ``check``, ``backend`` and ``require`` change no value and are ignored. See there for
+    arguments.
     """
     config = resolve_config(config)
     kl_coef = config.kl.coef if kl_coef is None else kl_coef
