@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -313,6 +313,9 @@ def check_pooled(
     function: str, config: LossConfig, old: Tensor | None, rollout: Tensor | None, tensors: Mapping[str, object]
 ) -> None:
     """Log-probs that are summed over a sequence have fp32's digits: what bf16 rounds off adds up."""
+    rounded = (torch.bfloat16, torch.float16)
+    if not any(value is not None and value.dtype in rounded for value in (old, rollout)):
+        return
     schemes = [scheme for scheme in config.schemes if scheme.pooled]
     levels = [level for level in (config.level, config.kl.level_beside(config.level)) if level != "token"]
     of_old = [*(f'level="{level}"' for level in levels), *(repr(s) for s in schemes if not s.of_policy)]
@@ -320,7 +323,7 @@ def check_pooled(
         ("old_log_probs", old, of_old),
         ("rollout_log_probs", rollout, [repr(s) for s in schemes]),
     ):
-        if reasons and value is not None and value.dtype in (torch.bfloat16, torch.float16):
+        if reasons and value is not None and value.dtype in rounded:
             hint = "rounded log-probs make wrong ratios of sequences: store them in float32, as they were computed"
             fail(function, f"{name} in float32 with {reasons[0]}", str(value.dtype), tensors, hint)
 
@@ -352,8 +355,10 @@ def check_shape(
     tensor: Tensor,
     allowed: tuple[tuple[int, ...], ...],
     tensors: Mapping[str, object],
-    hint: str | None = None,
+    hint: Callable[[str, Tensor], str | None] | None = None,
 ) -> None:
+    """``hint`` makes one of the name and the tensor."""
     if tuple(tensor.shape) not in allowed:
         wanted = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
-        fail(function, f"{name} of shape {wanted}", str(tuple(tensor.shape)), tensors, hint)
+        found = None if hint is None else hint(name, tensor)
+        fail(function, f"{name} of shape {wanted}", str(tuple(tensor.shape)), tensors, found)

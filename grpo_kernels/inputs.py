@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Tokens:
     def per_token(self, name: str, value: Tensor) -> Tensor:
         """A user's token-sized tensor as detached, contiguous (B, T)."""
         allowed = (tuple(self.shape), tuple(self.token_ids.shape))
-        check_shape(self.function, name, value, allowed, self.tensors, self.shift_hint(name, value))
+        check_shape(self.function, name, value, allowed, self.tensors, self.shift_hint)
         return value.detach().to(self.real).reshape(self.token_ids.shape).contiguous()
 
     def shift_hint(self, name: str, value: Tensor) -> str | None:
@@ -160,12 +161,11 @@ def read_ids(
     if mask is None:
         live = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     else:
-        check_shape(
-            function, "mask", mask, (tuple(token_ids.shape),), named, _shift_hint("mask", mask, token_ids.shape, what)
-        )
+        shifted = functools.partial(_shift_hint, shape=token_ids.shape, what=what)
+        check_shape(function, "mask", mask, (tuple(token_ids.shape),), named, shifted)
         live = read_mask(function, mask, named, check).reshape(ids.shape).contiguous()
-    ids, live = (ordinary(tensor) for tensor in (ids.to(torch.int64).contiguous(), live))
-    return Tokens(function, states, vocab, dtype, ids, live, token_ids.shape, named)
+    ids = ordinary(ids.to(torch.int64).contiguous())
+    return Tokens(function, states, vocab, dtype, ids, ordinary(live), token_ids.shape, named)
 
 
 def _token_shapes(rows: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
@@ -192,17 +192,19 @@ def _shift_hint(name: str, value: Tensor, shape: torch.Size, what: str) -> str |
 
 def check_logit_args(function: str, args: LogitArgs, check: bool | None = None) -> None:
     """Each a positive number that fp32 holds, and so are the quotients that kernels form of them."""
-    known: dict[str, float | None] = {}
-    for name, value in args._asdict().items():
-        known[name] = None if value is None else check_positive(function, name, value, check)
-    for names in _QUOTIENTS:
-        over, under = (known[name] for name in names)
-        if over is not None and under is not None and not SMALLEST <= over / under <= LARGEST:
-            expected = f"{' / '.join(names)} in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it"
-            fail(function, expected, f"{over!r} / {under!r}")
+    temperature = check_positive(function, "temperature", args.temperature, check)
+    scale = check_positive(function, "logit_scale", args.logit_scale, check)
+    _check_quotient(function, "logit_scale / temperature", scale, temperature)
+    if args.logit_softcap is not None:
+        cap = check_positive(function, "logit_softcap", args.logit_softcap, check)
+        _check_quotient(function, "logit_scale / logit_softcap", scale, cap)
+        _check_quotient(function, "logit_softcap / temperature", cap, temperature)
 
 
-_QUOTIENTS = (("logit_scale", "temperature"), ("logit_scale", "logit_softcap"), ("logit_softcap", "temperature"))
+def _check_quotient(function: str, names: str, over: float | None, under: float | None) -> None:
+    if over is not None and under is not None and not SMALLEST <= over / under <= LARGEST:
+        expected = f"{names} in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it"
+        fail(function, expected, f"{over!r} / {under!r}")
 
 
 def check_contents(tokens: Tokens, backend: str, logit_args: LogitArgs, check: bool | None) -> None:
@@ -432,8 +434,7 @@ def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor) -
     count = sequences.count
     shape = tuple(tokens.token_ids.shape)
     allowed = ((count,), (count, 1), tuple(tokens.shape), shape)
-    hint = tokens.shift_hint("advantages", advantages)
-    check_shape(tokens.function, "advantages", advantages, allowed, tokens.tensors, hint)
+    check_shape(tokens.function, "advantages", advantages, allowed, tokens.tensors, tokens.shift_hint)
     values = advantages.detach().to(tokens.real)
     if advantages_per_sequence(sequences, advantages):
         return sequences.expand(values.reshape(count)).expand(shape).contiguous()
