@@ -83,7 +83,8 @@ MUTANTS = {
         "sequences.count if normalizer is None else normalizer",
         "sequences.count",
     ),
-    "world size": ("aggregation.py", "return total / world_size", "return total"),
+    "world size": ("aggregation.py", "Normalizer(total / world_size", "Normalizer(total"),
+    "normalizer: outside of the bounds": ("aggregation.py", "return live & Packed.read(", "return live | Packed.read("),
     "metrics: extremes": ("metrics.py", 'FIELDS.index("ratio_max") :].amax(0)', 'FIELDS.index("ratio_max") :].amin(0)'),
     "metrics: count": ("metrics.py", '"kl": ("kl_sum", "kl_count")', '"kl": ("kl_sum", "ratio_count")'),
     "unused row": ("ops.py", "    if unused:\n", "    if False:\n"),
@@ -93,7 +94,7 @@ MUTANTS = {
         "gradient.mul_(announced / announced)",
     ),
     "second backward": ("autograd.py", "        if ctx.spent:\n", "        if False:\n"),
-    "packed: bounds": ("rows.py", "torch.isin(positions, cu_seqlens[1:] - 1)", "torch.isin(positions, cu_seqlens[1:])"),
+    "packed: bounds": ("rows.py", "packed.cu_seqlens[1:] - 1)", "packed.cu_seqlens[1:])"),
     "align: no shift": ("rows.py", "return input_ids[:, 1:], mask[:, 1:]", "return input_ids[:, :-1], mask[:, 1:]"),
     "torch: temperature": (
         "backends/torch.py",
@@ -152,7 +153,9 @@ MUTANTS = {
         "batch.to(tl.int64) * row_stride",
     ),
     "gae: decay": ("advantages.py", "discount * lam)", "discount)"),
-    "reference: mask": ("reference/__init__.py", "mask != 0", "mask != 2"),
+    "gae: over a bound": ("advantages.py", "masked_fill(line.first[:, 1:] != line.first[:, :-1], 0.0)", "abs()"),
+    "reference: mask": ("reference/__init__.py", "mask & inside.view(shape)", "mask | inside.view(shape)"),
+    "mask: read": ("checks.py", "return mask != 0", "return mask == 1"),
 }
 SAMPLED = {"clip: slope kept": "surrogates", "second backward": "autograd", "direct slope dropped": "surrogates"}
 """In every run, and the test file that notices each soonest; the others are nightly."""
