@@ -29,6 +29,7 @@ import dataclasses
 import functools
 import importlib
 import os
+import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
@@ -144,8 +145,21 @@ def _choose(
             passed_over = "; ".join(f"{other}: {why}" for other, why in reasons.items())
             if name != named:
                 passed_over = f"{_SWITCH}={name}"
+            elif candidate == "torch" and name is None and device == "cpu":
+                _warn_of_fallback(reasons["cpu"])
             return candidate, fused and unfused is None, f"{candidate}: {unfused}" if unfused else "", passed_over
         reasons[candidate] = reason
     if name is not None:
         return "", False, "", reasons[name]
     return "", False, "", "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
+
+
+@functools.cache
+def _warn_of_fallback(reason: str) -> None:
+    """Once: CPU tensors have kernels, and nobody asked for anything else."""
+    message = (
+        "grpo_kernels: expected compiled kernels for CPU tensors; got the plain PyTorch backend, which is several "
+        f"times slower ({reason}).\n  hint: install a C++ compiler, then grpo_kernels again; `python -m grpo_kernels "
+        "info` says what is missing. backend='torch' asks for plain PyTorch and does not warn."
+    )
+    warnings.warn(message, UserWarning, stacklevel=6)  # at the caller of the public function
