@@ -5,13 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import warnings
+from collections import Counter
 
 import pytest
 import torch
+from cases import make
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from grpo_kernels import backends, grpo_loss
+from grpo_kernels import backends, grpo_loss, token_log_probs
 from grpo_kernels.backends import cpu
+from grpo_kernels.bench.measure import peak_bytes, quiet, step
+from grpo_kernels.bench.providers import ours_by_name
+from grpo_kernels.bench.workload import DTYPES, Spec, Workload
+from grpo_kernels.rows import Rows
+from grpo_kernels.spec import LogitArgs, numbers_vector
+
+plain = backends.get("torch")
+BENCHMARKED = [(tokens, vocab, dtype) for tokens, vocab in ((128, 32000), (64, 151_936)) for dtype in DTYPES]
 
 
 @pytest.fixture
@@ -92,3 +105,124 @@ for _ in range(3):
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("UserWarning: grpo_kernels: expected compiled kernels") == 1
     assert "no compiled library" in result.stderr
+
+
+@pytest.mark.parametrize(("tokens", "vocab", "dtype"), BENCHMARKED)
+@pytest.mark.parametrize("inplace", [True, False])
+def test_peak_memory(tokens, vocab, dtype, inplace):
+    """Of loss and gradient, in copies of the logits, of which one is the gradient; buffers are fp32."""
+    torch.use_deterministic_algorithms(False)
+    work = Workload(Spec(tokens, vocab, dtype))
+    in_place, out_of_place = ours_by_name("torch")
+    provider, least, most = (in_place, 0.0, 0.35) if inplace else (out_of_place, 1.0, 1.2)
+    with quiet():
+        measured = peak_bytes(lambda: step(provider, work), "cpu") / work.spec.logits_bytes
+    assert least < measured <= most
+
+
+class Swept(TorchDispatchMode):
+    """Counts operations over whole rows, and what memory of that size they ask for."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements = elements
+        self.operations: Counter[str] = Counter()
+        self.allocations: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        given = self.memories((arguments, options))
+        result = function(*arguments, **(options or {}))
+        if not function.is_view:
+            name = str(function)
+            self.allocations += Counter({name: len(self.memories(result) - given)})
+            self.operations += Counter({name: bool(given)})
+        return result
+
+    def count(self) -> int:
+        """Without those that look at a column of each row."""
+        return sum(n for name, n in self.operations.items() if not name.startswith(("aten.gather", "aten.scatter_")))
+
+    def memories(self, tensors: object) -> set[int]:
+        large = [t for t in tree_leaves(tensors) if isinstance(t, torch.Tensor) and t.numel() >= self.elements]
+        return {tensor.untyped_storage().data_ptr() for tensor in large}
+
+
+SWEEPS = {"loss": (7, 5, 1), "entropy": (7, 12, 2), "softcap": (11, 20, 2)}
+"""How often log-probs and their backward go over fp32 logits or a buffer of that size, and backward's buffers."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SWEEPS)
+def test_sweeps(monkeypatch, dtype, name):
+    """Each costs what reading the logits costs, or a launch. Nothing makes a tensor of rows but one or two buffers."""
+    forward, backward, buffers = SWEEPS[name]
+    loaded = int(dtype != torch.float32 and name != "softcap")  # a cap's logits are loaded in any dtype
+    chunks, tokens, vocab = 4, 3, 5000
+    monkeypatch.setattr(plain, "CHUNK_ELEMENTS", (tokens * vocab, tokens * vocab))
+    cap = 9.0 if name == "softcap" else None
+    logits = torch.randn(chunks, tokens, vocab).to(dtype)
+    live = torch.ones(chunks, tokens, dtype=torch.bool)
+    numbers = numbers_vector(LogitArgs(logit_softcap=cap), 1.0, None, torch.float32, logits.device)
+    rows = Rows(logits, torch.randint(vocab, live.shape), live, numbers, cap is not None)
+    statistics = [torch.empty(live.shape) for _ in range(3)]
+    slopes = torch.randn(live.shape), torch.randn(live.shape) if name == "entropy" else None
+    gradient = torch.empty_like(logits)
+    with Swept(tokens * vocab) as swept:
+        plain.log_probs(rows, *statistics)
+    assert swept.allocations == {"aten.empty.memory_format": 2}
+    assert swept.count() <= chunks * (forward + loaded), swept.operations
+    with Swept(tokens * vocab) as swept:
+        plain.log_probs_backward(rows, *statistics, *slopes, gradient)
+    assert swept.allocations == {"aten.empty.memory_format": buffers}
+    assert swept.count() <= chunks * (backward + loaded), swept.operations
+
+
+@pytest.mark.parametrize("vocab", [33, 257, 11_003, 40_001])
+@pytest.mark.parametrize("options", [{}, {"logit_softcap": 4.0}, {"entropy_coef": 0.1, "temperature": 0.7}], ids=str)
+def test_bits_do_not_depend_on_chunks_and_threads(monkeypatch, vocab, options):
+    """Nor on where in its chunk a row lies: functions of PyTorch round differently at the end of a thread's share."""
+    torch.use_deterministic_algorithms(False)
+    case = make(batch=3, length=4, vocab=vocab, empty=False, spread=4.0)
+    expected = None
+    for rows in (1, 3, 9, 1000):
+        monkeypatch.setattr(plain, "CHUNK_ELEMENTS", (rows * vocab, rows * vocab))
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            out, gradient = case.run("torch", **options)
+            found = (out.log_probs, out.entropy, gradient)
+            expected = expected or found
+            assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_time_beside_eager_code(dtype):
+    """Loss and gradient, and log-probs, of one thread's own time. Before chunks fitted the cache it was 9-20 times."""
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(1)
+    work = Workload(Spec(32, 100_000, "fp32" if dtype == torch.float32 else "bf16"))
+    ids = work.ids[..., None]
+
+    def eager_log_probs() -> torch.Tensor:
+        return torch.log_softmax(work.buffer, -1).gather(-1, ids)
+
+    def eager_step() -> None:
+        leaf = work.buffer.requires_grad_()
+        ratio = (torch.log_softmax(leaf, -1).gather(-1, ids).squeeze(-1) - work.old).exp()
+        A = work.advantages[:, None]
+        (-torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A)).mean().backward()
+        leaf.grad = None
+        work.buffer = leaf.detach()
+
+    ours = ours_by_name("torch")[1]
+    pairs = {
+        "log-probs": (lambda: token_log_probs(work.buffer, work.ids, backend="torch"), eager_log_probs, 4.0),
+        "step": (lambda: step(ours, work), eager_step, 2.5),
+    }
+    for name, (mine, eager, most) in pairs.items():
+        best = [float("inf"), float("inf")]
+        for _ in range(6):
+            for i, function in enumerate((mine, eager)):
+                start = time.thread_time()
+                function()
+                best[i] = min(best[i], time.thread_time() - start)
+        assert best[0] < most * best[1], name

@@ -65,7 +65,7 @@ def test_allocator_tells_the_same(dtype):
 
 @linux
 def test_torch_backend_holds_a_few_rows():
-    """The fallback works in chunks of 2^21 fp32 elements: no second tensor of the logits' size, whatever the batch."""
+    """The fallback works in chunks of at most 2^20 logits: no second tensor of their size, whatever the batch."""
     code = """
 import torch, grpo_kernels
 logits = torch.randn(1, 4000, 32000)

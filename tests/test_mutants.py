@@ -98,11 +98,15 @@ MUTANTS = {
     "align: no shift": ("rows.py", "return input_ids[:, 1:], mask[:, 1:]", "return input_ids[:, :-1], mask[:, 1:]"),
     "torch: temperature": (
         "backends/torch.py",
-        "torch.where(cap > 0, 1.0, scale) / temperature",
-        "torch.where(cap > 0, 1.0, scale)",
+        "(1.0 if rows.softcap else scale) / temperature",
+        "(1.0 if rows.softcap else scale) + 0 * temperature",
     ),
-    "torch: softcap slope": ("backends/torch.py", "4 * q / (1 + q) ** 2, 1.0)", "1.0, 1.0)"),
-    "torch: entropy slope": ("backends/torch.py", "log_p + entropy[:, None])", "log_p)"),
+    "torch: softcap slope": (
+        "backends/torch.py",
+        ".div_(q.numbers.add_(1)).div_(q.numbers)",
+        ".div_(q.numbers.add_(1))",
+    ),
+    "torch: entropy slope": ("backends/torch.py", "log_p.add_(entropy).mul_(", "log_p.mul_("),
     "in place: unnoticed": ("ops.py", "        torch.autograd.graph.increment_version(tensor)\n", "        pass\n"),
     "linear: later chunks": (
         "head.py",
