@@ -147,7 +147,7 @@ class Swept(TorchDispatchMode):
         return {tensor.untyped_storage().data_ptr() for tensor in large}
 
 
-SWEEPS = {"loss": (7, 5, 1), "entropy": (7, 12, 2), "softcap": (11, 20, 2)}
+SWEEPS = {"loss": (7, 5, 1), "entropy": (7, 13, 2), "softcap": (11, 20, 2)}
 """How often log-probs and their backward go over fp32 logits or a buffer of that size, and backward's buffers."""
 
 
@@ -164,7 +164,7 @@ def test_sweeps(monkeypatch, dtype, name):
     live = torch.ones(chunks, tokens, dtype=torch.bool)
     numbers = numbers_vector(LogitArgs(logit_softcap=cap), 1.0, None, torch.float32, logits.device)
     rows = Rows(logits, torch.randint(vocab, live.shape), live, numbers, cap is not None)
-    statistics = [torch.empty(live.shape) for _ in range(3)]
+    statistics = [torch.empty(live.shape) for _ in range(4)]
     slopes = torch.randn(live.shape), torch.randn(live.shape) if name == "entropy" else None
     gradient = torch.empty_like(logits)
     with Swept(tokens * vocab) as swept:

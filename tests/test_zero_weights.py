@@ -30,7 +30,7 @@ def every_config():
 
 def with_everything(config, dtype=torch.float32, **options):
     """A batch with every per-token tensor, KL and entropy bonus; weights of the user's on every token."""
-    case = make(dtype=dtype, config=config, kl_coef=0.05, entropy_coef=0.01, grad_scale=1.0, **options)
+    case = make(dtype=dtype, **{"config": config, "kl_coef": 0.05, "entropy_coef": 0.01, "grad_scale": 1.0} | options)
     case.options["rollout_log_probs"] = sampler(case)
     case.options["token_weights"] = 0.5 + torch.rand(case.token_ids.shape)
     case.advantages = case.advantages[:, None] + 0.1 * torch.randn(case.token_ids.shape)
