@@ -17,7 +17,7 @@ from .support import MinP, TopK, TopP
 from .surrogates import Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, Reinforce, Sapo, Surrogate, Unclipped, Vespo
 from .surrogates.registration import register_surrogate
 
-__version__ = "0.1.0"
+__version__ = "0.1.1"
 
 __all__ = [
     "KL",

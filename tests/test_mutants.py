@@ -47,13 +47,20 @@ MUTANTS = {
     ),
     "vespo: k": ("surrogates/sequence.py", "lam + k * log_w", "lam - k * log_w"),
     "gmpo: slope kept": ("surrogates/sequence.py", "~(low | high)", "low == low"),
-    "direct slope dropped": ("objective.py", "+ times(weight, policy.direct)", ""),
+    "weight of 0: NaN kept": ("maths.py", "zero = (weight == 0) |", "zero = ((weight == 0) & ~x.isnan()) |"),
+    "fp16: temperature": (
+        "linear.py",
+        "    largest = largest * logit_args.logit_scale / logit_args.temperature\n",
+        "",
+    ),
+    "torch: weight of 0": ("backends/torch.py", "read = rows.live & ((g != 0) | (h != 0))", "read = rows.live"),
+    "direct slope dropped": ("objective.py", "+ weighed(weight, policy.direct)", ""),
     "rollout: level": ("rollout.py", 'scheme.level == "geometric"', 'scheme.level != "geometric"'),
     "rollout: unknown": ("rollout.py", "torch.where(known, factor, 1.0)", "factor"),
     "rollout: current policy": ("inputs.py", "if not scheme.of_policy)", ")"),
     "entropy threshold": ("objective.py", "low = entropy < batch", "low = entropy > batch"),
     "support: drawn token": ("support.py", "kept.scatter_(1, safe[:, None], True)", "pass"),
-    "triton: rollout": ("backends/triton/surrogates.py", "policy_weight = times(policy_weight, weight)", "pass"),
+    "triton: rollout": ("backends/triton/surrogates.py", "policy_weight = weighed(policy_weight, weight)", "pass"),
     "k3: sign": ("kl.py", "KLTerms(k3_of(-x), -torch.expm1(-x), x)", "KLTerms(k3_of(x), torch.expm1(x), x)"),
     "k2: slope": ("kl.py", "KLTerms(x * x / 2, x, x + x * x / 2)", "KLTerms(x * x / 2, 2 * x, x + x * x / 2)"),
     "kl: limit ignored": ("kl.py", "free = inside & within(value, output_limit)", "free = inside"),
@@ -74,7 +81,7 @@ MUTANTS = {
         "passes = possible if free is None",
         "passes = possible | True if free is None",
     ),
-    "kl weight forgotten": ("objective.py", "times(batch.kl_weight, kl.slope)", "kl.slope"),
+    "kl weight forgotten": ("objective.py", "weighed(batch.kl_weight, kl.slope)", "kl.slope"),
     "token weights forgotten": ("inputs.py", "policy_weight * factor, 0.0", "policy_weight, 0.0"),
     "entropy weight: sign": ("loss.py", "else -batch.entropy_weight", "else batch.entropy_weight"),
     "mean: off by one": ("aggregation.py", ".clamp(min=1) * count)", ".clamp(min=2) * count)"),
@@ -121,8 +128,13 @@ MUTANTS = {
     ),
     "triton: overflow kept": (
         "backends/triton/forward.py",
-        "if hold(total, weighted, origin_of(value, slope)):",
+        "if hold(total, weighted, value, slope):",
         "if vocab > 0:",
+    ),
+    "triton: large origin": (
+        "backends/triton/rows.py",
+        "(tl.abs(residual_of(value, slope)) <= 1)",
+        "(tl.abs(origin_of(value, slope)) < 3e38)",
     ),
     "triton: rounding kept": (
         "backends/triton/rows.py",
@@ -165,7 +177,7 @@ SAMPLED = {"clip: slope kept": "surrogates", "second backward": "autograd", "dir
 """In every run, and the test file that notices each soonest; the others are nightly."""
 TESTS = (
     "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages "
-    "test_numerics test_linear test_triton test_support"
+    "test_numerics test_linear test_triton test_support test_zero_weights"
 )
 
 

@@ -109,8 +109,8 @@ def test_normalizer_and_token_weights(aggregation):
 
 
 def test_reference_shares_no_maths():
-    """It may import its options, the containers of its inputs and results and the checks of what users pass, nothing else
-    of the package."""
+    """It may import its options, the containers of its inputs and results and the checks of what users pass; nothing
+    else of the package."""
     names = set()
     for path in Path(reference.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
