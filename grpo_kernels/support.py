@@ -21,7 +21,7 @@ from . import ops
 from .autograd import once
 from .checks import check_device, check_shape, fail, read_mask
 from .inputs import Tokens, check_ids
-from .maths import times
+from .maths import weighed
 from .rows import Rows
 from .spec import NUMBERS, LogitArgs
 
@@ -130,7 +130,7 @@ class Supported:
         for part, index, slope in self._parts():
             mine = (None if x is None else x.reshape(-1)[index][None] for x in (*stats, g, h))
             ops.log_probs_backward_(part.logits, *part.arguments, *mine, backend)
-            gradient = part.logits[0] if slope is None else times(part.logits[0], slope)
+            gradient = part.logits[0] if slope is None else weighed(part.logits[0], slope)
             target[index // length, index % length] = gradient.to(out.dtype)
         return out
 

@@ -65,11 +65,26 @@ def test_masked_tokens(backend, config, bad):
     assert_equal(again.run(backend), case.run(backend))
 
 
+ROUTES = (
+    *({}, {"support": TopK(5)}, {"logit_softcap": 5.0}, {"support": TopK(5), "logit_softcap": 5.0}),
+    *({"grad_scale": None}, {"temperature": 0.7, "logit_scale": 1.5}),
+)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{}, {"support": TopK(5)}, {"logit_softcap": 5.0}, {"grad_scale": None}], ids=str)
+@pytest.mark.parametrize("options", ROUTES, ids=str)
 def test_masked_tokens_of_every_dtype_and_route(backend, dtype, options):
     case = with_everything("gspo" if dtype == torch.bfloat16 else "grpo", dtype, **options)
     assert_equal(poisoned(case, ~case.mask, math.nan).run(backend), case.run(backend))
+
+
+@pytest.mark.parametrize("options", ROUTES, ids=str)
+def test_a_row_of_weight_zero_on_every_route(backend, options):
+    """NaN in its logits too."""
+    case, where = weightless("dapo", **options)
+    found = poisoned(case, where, math.nan, ["logits", "old_log_probs"]).run(backend)
+    assert_equal(found, case.run(backend))
+    assert (found[1][:, : case.token_ids.shape[1]][where] == 0).all()
 
 
 def weightless(config, dtype=torch.float32, **options):
