@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_name, checks_enabled, fail, read_mask
+from .checks import check_name, fail, may_look, read_mask
 from .config import LossConfig
 from .linear import linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
@@ -114,7 +114,7 @@ def bind(inner: Any, config: LossConfig, from_logits: bool, options: Mapping[str
         if grpo is None:
             return original(self, *args, **inputs)
         inputs |= dict(zip(positions, args, strict=False))
-        _check_given(grpo, names, inputs, self.config)
+        _check_given(grpo, names, inputs, self.config, options.get("check"))
         inputs |= {"return_dict": True, "use_cache": inputs.get("use_cache", False)}
         given = {"config": config, **options, **grpo}
         if from_logits:
@@ -179,7 +179,7 @@ def _check_unprepared(inner: Any, function: str) -> None:
         fail(function, "a model before accelerator.prepare", "one that accelerate has wrapped")
 
 
-def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any], config: Any) -> None:
+def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any], config: Any, check: bool | None) -> None:
     if not isinstance(grpo, Mapping):
         fail("attach", "grpo=dict(token_ids=..., ...)", type(grpo).__name__, error=TypeError)
     if inputs.get("labels") is not None:
@@ -189,11 +189,13 @@ def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any], c
     check_name("grpo=dict(output=...)", grpo.get("output", OUTPUTS[0]), OUTPUTS)
     if grpo.get("token_ids") is None:
         fail("attach", "grpo=dict(token_ids=..., ...)", f"only {', '.join(grpo) or 'an empty dict'}")
-    if grpo.get("advantages") is None and grpo.get("output", OUTPUTS[0]) == "loss":
+    wants_loss = grpo.get("output", OUTPUTS[0]) == "loss"
+    if grpo.get("advantages") is None and wants_loss:
         hint = 'grpo=dict(token_ids=..., output="log_probs") asks for the log-probs of the old or reference pass'
         fail("attach", "grpo=dict(token_ids=..., advantages=..., ...)", "no advantages", hint=hint)
-    _check_router_loss(inputs, config)
-    _check_shifted(grpo, inputs)
+    if wants_loss:
+        _check_router_loss(inputs, config)
+    _check_shifted(grpo, inputs, grpo.get("check", check))
 
 
 def _check_router_loss(inputs: Mapping[str, Any], config: Any) -> None:
@@ -206,7 +208,7 @@ def _check_router_loss(inputs: Mapping[str, Any], config: Any) -> None:
         fail("attach", "a call without the router's auxiliary loss", "output_router_logits=True", hint=hint)
 
 
-def _check_shifted(grpo: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+def _check_shifted(grpo: Mapping[str, Any], inputs: Mapping[str, Any], check: bool | None) -> None:
     """Ids that are the inputs themselves have a shape that the loss may accept, and the wrong meaning."""
     ids, inputs_ids, keep = grpo["token_ids"], inputs.get("input_ids"), inputs.get("logits_to_keep", 0)
     if not (isinstance(ids, Tensor) and isinstance(inputs_ids, Tensor) and isinstance(keep, int)):
@@ -214,21 +216,23 @@ def _check_shifted(grpo: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
     kept = inputs_ids[:, -keep:]
     if ids.dim() == 0 or ids.numel() != kept.numel() or ids.shape[-1] != kept.shape[-1]:
         return
-    packed = grpo.get("cu_seqlens") is not None
-    if ids is inputs_ids or not (keep or packed) or _looks_unshifted(ids.view(kept.shape), kept, grpo):
-        hint = "token_ids, mask = align(input_ids, loss_mask): row t predicts token t + 1"
+    hint = "token_ids, mask = align(input_ids, loss_mask): row t predicts token t + 1"
+    if not keep and grpo.get("cu_seqlens") is None:
+        expected = (
+            f"token_ids (B, {kept.shape[-1] - 1}) for input_ids (B, {kept.shape[-1]}), whose last row predicts none"
+        )
+        fail("attach", expected, f"as many ids, {tuple(ids.shape)}", grpo, hint=hint)
+    if ids is inputs_ids or _looks_unshifted(ids.reshape(kept.shape), kept, grpo.get("mask"), check):
         fail("attach", "token_ids shifted by one from input_ids", "as many of them, not shifted", grpo, hint=hint)
 
 
-def _looks_unshifted(ids: Tensor, kept: Tensor, grpo: Mapping[str, Any]) -> bool:
-    """By their contents, where looking at them waits for nothing or checks are on: equal to the inputs at every live
-    place, and not to the inputs shifted."""
-    if ids.data_ptr() == kept.data_ptr() and ids.stride() == kept.stride():
-        return True
-    if ids.device.type != "cpu" and not checks_enabled(grpo.get("check")):
+def _looks_unshifted(ids: Tensor, kept: Tensor, mask: object, check: bool | None) -> bool:
+    """By their contents, where these may be looked at: equal to the inputs at every live place, and not to the inputs
+    shifted. A mask of another shape is left to the loss."""
+    if not may_look(ids, check):
         return False
-    mask = grpo.get("mask")
-    live = ids >= 0 if mask is None else mask.view(ids.shape) != 0
+    fits = isinstance(mask, Tensor) and mask.numel() == ids.numel()
+    live = mask.reshape(ids.shape) != 0 if isinstance(mask, Tensor) and fits else ids >= 0
     shifted = ((ids[:, :-1] == kept[:, 1:]) | ~live[:, :-1]).all()
     return bool(((ids == kept) | ~live).all() & ~shifted)
 
@@ -244,12 +248,13 @@ def _run(
     token_ids, mask, output = given.pop("token_ids"), given.pop("mask", None), given.pop("output", OUTPUTS[0])
     receive = given.pop("receive", None)
     known = {name: given[name] for name in _keywords(log_probs) if name in given}
-    inside = _inside(token_ids, mask, given.get("cu_seqlens"))
     if output == "log_probs":
+        inside = _inside(token_ids, mask, given.get("cu_seqlens"), given.get("check"))
         out: LossOutput | TokenLogProbs = log_probs(*rows, token_ids, inside, **head, **known)
     else:
         if callable(given.get("token_weights")):
             known.pop("live_tokens", None)  # of the loss, which may skip rows
+            inside = _inside(token_ids, mask, given.get("cu_seqlens"), given.get("check"))
             with torch.no_grad():
                 given["token_weights"] = given["token_weights"](log_probs(*rows, token_ids, inside, **head, **known))
         out = loss(*rows, token_ids, given.pop("advantages"), mask, **head, **given)
@@ -258,13 +263,13 @@ def _run(
     return out
 
 
-def _inside(token_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
+def _inside(token_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, check: bool | None) -> Tensor | None:
     """The mask without what lies outside of every packed sequence."""
     if cu_seqlens is None:
         return mask
     tensors = {"token_ids": token_ids, "cu_seqlens": cu_seqlens}
-    inside = Packed.read("attach", cu_seqlens, token_ids.shape[-1], tensors).inside().view(token_ids.shape)
-    return inside if mask is None else inside & read_mask("attach", mask, {"mask": mask})
+    inside = Packed.read("attach", cu_seqlens, token_ids.shape[-1], tensors, check).inside().view(token_ids.shape)
+    return inside if mask is None else inside & read_mask("attach", mask, {"mask": mask}, check)
 
 
 def causal_model(model: nn.Module, function: str) -> Any:

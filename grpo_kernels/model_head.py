@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .checks import fail
+from .checks import fail, may_look
 
 _PLAIN = (
     *("llama", "mistral", "mixtral", "ministral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "gemma", "phi", "phi3"),
@@ -137,7 +137,8 @@ class Proof:
     Measured on one live row at the first call in each state of the head: another layer, hook, patched forward, constant
     or mode is another state. The forward runs with its backbone replaced by what the backbone has just returned, for
     that row alone: no layer but the head runs twice, nothing is drawn, and dropout cannot tell the two apart. Waits for
-    the device once per state. Which calls measure follows from the state alone, so ranks agree.
+    the device once per state. Which calls measure follows from the state alone, so ranks agree if they have the same
+    hooks: under FSDP2 a hook on the head of one rank alone would gather it there and wait for the others.
     """
 
     def __init__(self, original: Callable[..., Any], before: Callable[..., Any]) -> None:
@@ -148,7 +149,7 @@ class Proof:
     def row(self, model: Any, head: Head, hidden: Tensor, mask: object) -> Row | None:
         """None where this state is proven, or contents cannot be looked at."""
         state = _state(model, head)
-        return None if state in self._proven or not _can_look(hidden) else Row(state, _live_place(hidden, mask))
+        return None if state in self._proven or not _has_row(hidden) else Row(state, _live_place(hidden, mask))
 
     def compare(
         self, model: Any, head: Head, row: Row, mine: Tensor, inputs: Mapping[str, Any], output: Any, hidden: Tensor
@@ -223,10 +224,9 @@ def without_cache(device: str) -> Any:
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
-def _can_look(hidden: Tensor) -> bool:
-    capturing = hidden.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    fake = isinstance(hidden, torch._subclasses.FakeTensor) or hidden.device.type == "meta"
-    return hidden.numel() > 0 and not (capturing or fake)
+def _has_row(hidden: Tensor) -> bool:
+    """One whose contents can be compared, at the price of waiting once."""
+    return hidden.numel() > 0 and may_look(hidden, check=True)
 
 
 def _live_place(hidden: Tensor, mask: object) -> tuple[Tensor, Tensor]:
@@ -268,10 +268,10 @@ def _difference(mine: Tensor, theirs: Any, autocast: bool) -> str | None:
     return f"its own log-probs of a live row differ by up to {float((own - log_probs).abs().amax()):.3g} nats"
 
 
-def _hooks(module: nn.Module) -> tuple[tuple[str, tuple[Any, ...]], ...]:
-    """Kind, handles."""
+def _hooks(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Kind and function of each, by which one that comes and goes around a call is the same."""
     kinds = (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks))
-    return tuple((kind, tuple(hooks)) for kind, hooks in kinds)
+    return tuple((kind, hook) for kind, hooks in kinds for hook in hooks.values())
 
 
 def _state(model: Any, head: Head) -> tuple[object, ...]:
@@ -289,8 +289,7 @@ def _suspects(model: Any, head: Head, before: Callable[..., Any]) -> str:
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     for module in dict.fromkeys((head.outer, head.layer)):
         name = names.get(id(module), "the head")
-        hooks = (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks))
-        found += [f"a {kind} on {name} ({_named(hook)})" for kind, each in hooks for hook in each.values()]
+        found += [f"a {kind} on {name} ({_named(hook)})" for kind, hook in _hooks(module)]
         if "forward" in module.__dict__:
             found.append(f"a patched forward of {name} ({_named(module.forward)})")
     own = type(model).forward

@@ -490,9 +490,19 @@ def test_a_budget_of_one_proof(monkeypatch):
         model(**given, grpo=asked(given))
     assert len(compared) == 1
     model(**given, grpo={**tokens_of(given), "mask": torch.zeros(3, 8)})
+    for _ in range(3):  # a hook that comes and goes around each call
+        hook = model.lm_head.register_forward_hook(looks_only)
+        model(**given, grpo=asked(given))
+        hook.remove()
+        model(**given, grpo=asked(given))
+    assert len(compared) == 2
     hf.detach(model)
     hf.attach(model)(**given, grpo={**tokens_of(given), "mask": torch.zeros(3, 8)})  # no live row: of the first one
-    assert len(compared) == 2
+    assert len(compared) == 3
+
+
+def looks_only(module, inputs, output):
+    """A hook that changes nothing."""
 
 
 @pytest.mark.parametrize("from_logits", [False, True])
@@ -507,6 +517,7 @@ def test_router_loss_is_not_dropped(from_logits):
     assert model(**given).aux_loss > 0
     with pytest.raises(ValueError, match="auxiliary"):
         model(**given, grpo=tokens_of(given))
+    model(**given, grpo=asked(given))  # log-probs alone drop no loss
     model(**given, output_router_logits=False, grpo=tokens_of(given)).loss.backward()
     model.config.router_aux_loss_coef = 0.0
     model(**given, grpo=tokens_of(given)).loss.backward()
@@ -527,8 +538,12 @@ UNSHIFTED = {
 def test_ids_that_are_not_shifted(name, from_logits):
     model, given = hf.attach(tiny(), from_logits=from_logits), inputs()
     grpo, more = UNSHIFTED[name](given["input_ids"])
-    with pytest.raises(ValueError, match="(?s)shifted by one.*align\\(input_ids"):
+    with pytest.raises(ValueError, match="(?s)(shifted by one|whose last row predicts none).*align\\(input_ids"):
         model(**given, **more, grpo=grpo | {"advantages": torch.ones(3)})
+    for mask in (torch.ones(3, 4), [1] * 6):  # of another shape, or no tensor: the loss says what is wrong with it
+        with pytest.raises((ValueError, TypeError), match="expected mask"):
+            kept = {"token_ids": given["input_ids"][:, -6:].roll(-1, 1), "mask": mask, "advantages": torch.ones(3)}
+            model(**given, logits_to_keep=6, grpo=kept)
     packed = given["input_ids"].view(1, -1)
     grpo = {"cu_seqlens": torch.tensor([0, 9, 18, 27]), "advantages": torch.ones(3)}
     with pytest.raises(ValueError, match="shifted by one"):

@@ -275,7 +275,7 @@ def _check_overrides(kind: type, own_loss: bool) -> None:
     for other in kind.__mro__:
         for name in _REPLACED:
             if other is GRPOTrainer:
-                changed = not getattr(other, name).__module__.startswith("trl.")  # patched
+                changed = not str(getattr(getattr(other, name), "__module__", "")).startswith("trl.")  # patched
             else:
                 honoured = other in front and (own_loss or name == "_compute_loss")
                 changed = name in vars(other) and other is not FusedGRPOTrainer and not honoured
