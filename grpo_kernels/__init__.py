@@ -12,6 +12,7 @@ from .matching import MatchReport, match, shadow
 from .metrics import Metrics
 from .outputs import LossOutput, TokenLogProbs
 from .rollout import MaskedIS, OffPolicyMask, Rejection, TruncatedIS
+from .routes import Route
 from .rows import align
 from .support import MinP, TopK, TopP
 from .surrogates import Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, Reinforce, Sapo, Surrogate, Unclipped, Vespo
@@ -39,6 +40,7 @@ __all__ = [
     "OffPolicyMask",
     "Reinforce",
     "Rejection",
+    "Route",
     "Sapo",
     "Surrogate",
     "TokenLogProbs",

@@ -119,7 +119,7 @@ def linear_grpo_loss(
     tokens, batch = read_batch(tokens, config, given)
     spec = one_pass_spec(config, batch, given)
     route = route_of(choice, spec if isinstance(spec, str) else None, any(wants))
-    check_require(tokens, require, route, any(wants))
+    check_require(tokens, require, route)
     chosen = choice.backend
     _check_contents(tokens, hidden, weight, bias, logit_args, check)
     wide = grad_scale is None and operand_dtype(hidden) == torch.float16
@@ -170,7 +170,7 @@ def linear_token_log_probs(
     head = (hidden, weight, bias)
     tokens = read_linear_tokens("linear_token_log_probs", *head, token_ids, mask, logits_dtype, {}, check)
     choice = choose_backend(tokens, backend, logit_args)
-    check_require(tokens, require, route_of(choice, None, wants_gradient=False), wants_gradient=False)
+    check_require(tokens, require, route_of(choice, None, wants_gradient=False))
     chosen = choice.backend
     _check_contents(tokens, hidden, weight, bias, logit_args, check)
     numbers = tokens.numbers(logit_args)

@@ -60,7 +60,7 @@ def token_log_probs(
     if inplace and needs_gradient:
         check_inplace("token_log_probs", logits, tokens.tensors)
     choice = choose_backend(tokens, backend, logit_args)
-    check_require(tokens, require, route_of(choice, None, wants_gradient=False), wants_gradient=False)
+    check_require(tokens, require, route_of(choice, None, wants_gradient=False, copies=support is not None))
     chosen = choice.backend
     check_contents(tokens, chosen, logit_args, check)
     if support is not None:

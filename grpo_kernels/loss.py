@@ -122,12 +122,10 @@ def grpo_loss(
     choice = choose_backend(tokens, backend, logit_args, needs_gradient)
     tokens, batch = read_batch(tokens, config, given)
     spec: ObjectiveSpec | str = one_pass_spec(config, batch, given)
-    if support is not None:
-        spec = "support= works on copies of the rows"
-    elif logits.dtype == torch.float16 and grad_scale is None:
+    if logits.dtype == torch.float16 and grad_scale is None:
         spec = "an fp16 gradient is written once its factor is known: announce it, grad_scale="
-    route = route_of(choice, spec if isinstance(spec, str) else None, needs_gradient)
-    check_require(tokens, require, route, needs_gradient)
+    route = route_of(choice, spec if isinstance(spec, str) else None, needs_gradient, copies=support is not None)
+    check_require(tokens, require, route)
     backend = choice.backend
     check_contents(tokens, backend, logit_args, check)
     rows = tokens.rows(logit_args, announced_scale("grpo_loss", grad_scale, check), config, entropy_threshold)

@@ -49,9 +49,11 @@ def one_pass_spec(config: LossConfig, batch: TokenBatch, given: LossInputs) -> O
     return spec or f"no one-pass kernel applies {', '.join(map(repr, batch.schemes))} inside of a row"
 
 
-def route_of(chosen: Choice, two_passes: str | None, wants_gradient: bool) -> Route:
-    """``two_passes`` is the reason for them, None if the objective takes one."""
-    if not wants_gradient:
+def route_of(chosen: Choice, two_passes: str | None, wants_gradient: bool, copies: bool = False) -> Route:
+    """``two_passes`` is the reason for them, None if the objective takes one. ``copies``: rows are copied first."""
+    if copies:
+        passes, reason = 2, "support= works on copies of the rows"
+    elif not wants_gradient:
         passes, reason = 1, "no gradient is wanted"
     elif two_passes is not None:
         passes, reason = 2, two_passes
@@ -62,12 +64,12 @@ def route_of(chosen: Choice, two_passes: str | None, wants_gradient: bool) -> Ro
     return Route(chosen.backend, passes, "; ".join([reason, *([chosen.passed_over] if chosen.passed_over else [])]))
 
 
-def check_require(tokens: Tokens, require: Require | None, route: Route, wants_gradient: bool) -> None:
+def check_require(tokens: Tokens, require: Require | None, route: Route) -> None:
     """Refuse a call that would not be computed as it is required to be."""
     if require is None:
         return
     check_name(f"{tokens.function}: require", require, REQUIREMENTS)
-    if route.backend == "torch" or (wants_gradient and route.passes > 1):
+    if route.backend == "torch" or route.passes > 1:
         expected = "a call that compiled kernels serve in one pass (require='fused')"
         got = f"{route.passes} pass{'es' * (route.passes > 1)} of backend {route.backend!r}: {route.reason}"
         hint = "without require= the call takes this route; `python -m grpo_kernels info` tells what is usable here"

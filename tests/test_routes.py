@@ -114,6 +114,8 @@ def test_the_switch(monkeypatch):
     """It wins over automatic choice and over names: code that asks for a kernel is stopped without an edit."""
     case = make()
     assert case.run()[0].route.backend == "cpu"
+    with pytest.raises(RuntimeError, match="support= works on copies"):
+        token_log_probs(case.logits, case.token_ids, support=TopK(5), require="fused")
     monkeypatch.setenv("GRPO_KERNELS_BACKEND", "torch")
     for name in (None, "cpu"):
         route = case.run(name)[0].route
