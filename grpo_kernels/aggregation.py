@@ -93,7 +93,7 @@ def _denominator(value: float | Tensor, mask: Tensor) -> Tensor:
 class Normalizer:
     """A denominator and what it counts: a loss that is averaged over something else refuses it.
 
-    ``n / k`` and ``n * k`` give another one; ``float(n)`` is the number, and waits for the device.
+    ``n / k``, ``n * k`` and ``n + m`` give another one; ``float(n)`` is the number, and waits for the device.
     """
 
     def __init__(self, value: Tensor, unit: str, group_size: int | None = None) -> None:
@@ -113,6 +113,16 @@ class Normalizer:
     def group_size(self) -> int | None:
         """Sequences of a group, where it counts those."""
         return self._group_size
+
+    def __add__(self, other: object) -> Normalizer:
+        """Of the micro-batches of both."""
+        if not isinstance(other, Normalizer):
+            return self if isinstance(other, int) and other == 0 else NotImplemented  # where sum() begins
+        if other._counted != self._counted:
+            fail("normalizer", f"another one in {self._counted} to add", f"one in {other._counted}")
+        return Normalizer(self._value + other._value, self._unit, self._group_size)
+
+    __radd__ = __add__
 
     def __mul__(self, factor: float) -> Normalizer:
         return Normalizer(self._value * factor, self._unit, self._group_size)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 if TYPE_CHECKING:
     from .config import LossConfig
@@ -52,10 +51,16 @@ def checks_enabled(check: bool | None) -> bool:
     return os.environ.get("GRPO_KERNELS_CHECK", "0") not in ("", "0") if check is None else check
 
 
+_WITHOUT_CONTENTS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+"""Modes whose tensors stand for others; one that counts FLOPs or chooses what to save changes no contents."""
+
+
 def may_look(tensor: Tensor, check: bool | None = None) -> bool:
     """Whether contents may be looked at: of CPU tensors always, elsewhere with checks on, since that waits for the
     device; never in a graph that is traced or captured, nor where there are none to see (fake, meta, vmap)."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if torch.compiler.is_compiling() or any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in _WITHOUT_CONTENTS
+    ):
         return False
     if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
@@ -272,7 +277,7 @@ def read_mask(
 
 def _check_mask(function: str, name: str, mask: Tensor, tensors: Mapping[str, object], check: bool | None) -> None:
     """NaN, infinities and negative numbers; with checks on fractions too."""
-    low, high = (float(bound) for bound in torch.aminmax(mask))
+    low, high = (float(bound) for bound in torch.aminmax(mask.detach()))
     if low >= 0 and high < math.inf:  # NaN is neither
         if mask.is_floating_point() and checks_enabled(check) and bool((fractions := mask != mask.round()).any()):
             hint = "factors of tokens are token_weights="
@@ -283,7 +288,7 @@ def _check_mask(function: str, name: str, mask: Tensor, tensors: Mapping[str, ob
         hint = f"an additive mask is 0 where tokens count: {name} == 0"
     elif low == _IGNORED:
         hint = f"labels say by {_IGNORED} what does not count: labels != {_IGNORED}"
-    elif "advantages" in tensors:
+    elif mask.is_floating_point() and "advantages" in tensors:
         hint = "the advantages come first: (token_ids, advantages, mask)"
     wrong = ~((mask >= 0) & (mask < math.inf))
     fail(function, f"{name} to be finite and >= 0", _first(name, mask, wrong), tensors, hint)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checks import checks_enabled, fail
+from .checks import fail, may_look
 from .head import head_kind
 from .inputs import Tokens
 from .objective import TokenBatch
@@ -157,7 +157,7 @@ def _count(
     if live_tokens is not None and (type(live_tokens) is not int or live_tokens < 0):
         error = ValueError if type(live_tokens) is int else TypeError
         fail(tokens.function, "live_tokens to be an int >= 0", repr(live_tokens), error=error)
-    if live_tokens is None or live.device.type == "cpu" or checks_enabled(check):
+    if live_tokens is None or may_look(live, check):
         counts = [int(live.sum())] if lengths is None else [int(length) for length in lengths.tolist()]
         if live_tokens is not None and sum(counts) > live_tokens:
             expected = f"live_tokens >= {sum(counts)}, the live tokens"

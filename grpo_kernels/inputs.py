@@ -331,8 +331,12 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
         policy_weight = torch.where(tokens.live, policy_weight * factor, 0.0)
         _check_weights(tokens, factor, policy_weight, given.check)
     per_token = {
-        name: None if value is None else _read_log_probs(tokens, f"{name}_log_probs", value, given.check)
-        for name, value in (("old", given.old), ("ref", given.ref), ("rollout", given.rollout))
+        name: None if value is None else _read_log_probs(tokens, f"{name}_log_probs", value, weight, given.check)
+        for name, value, weight in (
+            ("old", given.old, policy_weight),
+            ("ref", given.ref, token_weight),
+            ("rollout", given.rollout, policy_weight),
+        )
     }
     batch = TokenBatch(
         live=tokens.live,
@@ -376,7 +380,9 @@ def _check_weights(tokens: Tokens, factor: Tensor, weight: Tensor, check: bool |
 
 def _check_advantages(tokens: Tokens, batch: TokenBatch, given: LossInputs) -> None:
     """Of tokens that have a part in the loss: a group of which nothing counts may have any."""
-    if not may_look(batch.advantages, given.check) or math.isfinite(float(given.advantages.detach().sum())):
+    if not may_look(batch.advantages, given.check) or math.isfinite(
+        float(given.advantages.detach().to(tokens.real).sum())
+    ):
         return
     counts = batch.live & (batch.policy_weight != 0)
     hint = "mask what has none: a group without a reward, or whose rewards are not finite"
@@ -412,13 +418,14 @@ def _read_sequences(tokens: Tokens, cu_seqlens: Tensor | None, check: bool | Non
     return packed, _replace_live(tokens, tokens.live & packed.inside())
 
 
-def _read_log_probs(tokens: Tokens, name: str, value: Tensor, check: bool | None) -> Tensor:
+def _read_log_probs(tokens: Tokens, name: str, value: Tensor, weight: Tensor, check: bool | None) -> Tensor:
+    """``weight``: 0 where they have no part in the loss."""
     if not value.is_floating_point():
         fail(tokens.function, f"{name} of a floating dtype", str(value.dtype), tokens.tensors, error=TypeError)
     out = tokens.per_token(name, value)
     if asked_to_look(out, check):
         known = out if name != "rollout_log_probs" else out.nan_to_num(nan=0.0)
-        wrong = tokens.live & ~(known <= _POSITIVE_NATS)
+        wrong = tokens.live & (weight != 0) & ~(known <= _POSITIVE_NATS)
         if bool(wrong.any()):
             got = f"{float(out[wrong][0]):.6g} (and as bad at {int(wrong.sum()) - 1} other live tokens)"
             fail(tokens.function, f"{name} <= 0", got, tokens.tensors, "it takes log-probs, not probabilities")

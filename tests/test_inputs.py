@@ -386,3 +386,45 @@ def test_rounded_log_probs(name, given, dtype):
         with pytest.raises(ValueError, match=message) as caught:
             loss()
         assert "store them in float32" in str(caught.value)
+
+
+def test_contents_are_looked_at_in_modes_that_change_none():
+    """One that counts FLOPs, or chooses what checkpointing saves, is no reason to train on any mask."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = make()
+    with FlopCounterMode(display=False), pytest.raises(ValueError, match="mask to be finite and >= 0"):
+        grpo_loss(case.logits, case.token_ids, case.advantages, torch.full(case.mask.shape, math.nan))
+
+
+def test_no_contents_of_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        logits, ids = torch.randn(2, 3, 7), torch.zeros(2, 3, dtype=torch.int64)
+        assert grpo_loss(logits, ids, torch.zeros(2), torch.ones(2, 3)).loss.shape == ()
+        hidden, weight = torch.randn(2, 3, 8), torch.randn(7, 8)
+        assert linear_grpo_loss(hidden, weight, ids, torch.zeros(2), torch.ones(2, 3), live_tokens=6).loss.shape == ()
+
+
+def test_advantages_that_overflow_the_working_precision():
+    case = make()
+    with pytest.raises(ValueError, match=r"advantages to be finite.*|advantages.*inf"):
+        grpo_loss(case.logits, case.token_ids, torch.full((6,), 1e300, dtype=torch.float64), case.mask)
+
+
+def test_checks_leave_a_weight_of_zero_alone():
+    """NaN stands for a log-prob that nobody reported."""
+    case = make(token_weights=torch.ones(6, 9))
+    case.options["token_weights"][0, 0], case.options["old_log_probs"][0, 0] = 0.0, math.nan
+    assert case.run("cpu", check=True)[0].loss.isfinite()
+    case.options["token_weights"][0, 0] = 1.0
+    with pytest.raises(ValueError, match="old_log_probs <= 0"):
+        case.run("cpu", check=True)
+
+
+def test_normalizers_add_up():
+    first, second = (normalizer(torch.ones(2, n), "dapo") for n in (3, 5))
+    assert float(first + second) == float(sum([first, second])) == 16
+    with pytest.raises(ValueError, match="in tokens to add; got one in sequences"):
+        first + normalizer(torch.ones(2, 3), "grpo")
