@@ -209,32 +209,32 @@ def _check_router_loss(inputs: Mapping[str, Any], config: Any) -> None:
 
 
 def _check_shifted(grpo: Mapping[str, Any], inputs: Mapping[str, Any], check: bool | None) -> None:
-    """Ids that are the inputs themselves have a shape that the loss may accept, and the wrong meaning."""
+    """That ``token_ids`` are the inputs shifted by one, row t predicting token t + 1: others may have an accepted
+    shape, and the wrong meaning. Contents are compared at live places, where they may be looked at."""
     ids, inputs_ids, keep = grpo["token_ids"], inputs.get("input_ids"), inputs.get("logits_to_keep", 0)
     if not (isinstance(ids, Tensor) and isinstance(inputs_ids, Tensor) and isinstance(keep, int)):
         return
     kept = inputs_ids[:, -keep:]
-    if ids.dim() == 0 or ids.numel() != kept.numel() or ids.shape[-1] != kept.shape[-1]:
+    rows = kept.shape[-1]
+    if ids.dim() == 0 or ids.shape[-1] not in (rows, rows - 1) or ids.numel() * rows != kept.numel() * ids.shape[-1]:
         return
     hint = "token_ids, mask = align(input_ids, loss_mask): row t predicts token t + 1"
-    if not keep and grpo.get("cu_seqlens") is None:
-        expected = (
-            f"token_ids (B, {kept.shape[-1] - 1}) for input_ids (B, {kept.shape[-1]}), whose last row predicts none"
-        )
+    if ids.shape[-1] == rows and not keep and grpo.get("cu_seqlens") is None:
+        expected = f"token_ids (B, {rows - 1}) for input_ids (B, {rows}), whose last row predicts none"
         fail("attach", expected, f"as many ids, {tuple(ids.shape)}", grpo, hint=hint)
-    if ids is inputs_ids or _looks_unshifted(ids.reshape(kept.shape), kept, grpo.get("mask"), check):
-        fail("attach", "token_ids shifted by one from input_ids", "as many of them, not shifted", grpo, hint=hint)
+    if ids is inputs_ids or not _are_shifted(ids.reshape(kept.shape[0], -1), kept, grpo.get("mask"), check):
+        fail("attach", "token_ids that are input_ids shifted by one", "other ids at live places", grpo, hint=hint)
 
 
-def _looks_unshifted(ids: Tensor, kept: Tensor, mask: object, check: bool | None) -> bool:
-    """By their contents, where these may be looked at: equal to the inputs at every live place, and not to the inputs
-    shifted. A mask of another shape is left to the loss."""
+def _are_shifted(ids: Tensor, kept: Tensor, mask: object, check: bool | None) -> bool:
+    """True, too, where contents may not be looked at. A mask of another shape is left to the loss."""
     if not may_look(ids, check):
-        return False
+        return True
     fits = isinstance(mask, Tensor) and mask.numel() == ids.numel()
     live = mask.reshape(ids.shape) != 0 if isinstance(mask, Tensor) and fits else ids >= 0
-    shifted = ((ids[:, :-1] == kept[:, 1:]) | ~live[:, :-1]).all()
-    return bool(((ids == kept) | ~live).all() & ~shifted)
+    wanted = kept[:, 1:]
+    same = ids[:, : wanted.shape[1]] == wanted  # the last row has nothing to be compared with
+    return bool((same | ~live[:, : wanted.shape[1]]).all())
 
 
 def _run(

@@ -53,7 +53,15 @@ def head_of(model: Any) -> Head:
         fail(
             "attach", "a head that is a plain nn.Linear", f"{type(layer).__module__}.{type(layer).__name__}", hint=hint
         )
+    _check_backward_hooks(outer, layer)
     return Head(outer, layer, _transform(model))
+
+
+def _check_backward_hooks(*modules: nn.Module) -> None:
+    """They change gradients, which no comparison of log-probs sees, and belong to a forward that does not run."""
+    for module in dict.fromkeys(modules):
+        for hook in (*module._backward_hooks.values(), *module._backward_pre_hooks.values()):
+            fail("attach", "a head without backward hooks", _named(hook), hint=FROM_LOGITS)
 
 
 def _chosen(outer: Any) -> Any:

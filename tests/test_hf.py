@@ -666,3 +666,37 @@ def test_an_old_pass_in_inference_mode():
         old = model(**given, grpo=asked(given)).log_probs
     model(**given, grpo=tokens_of(given) | {"old_log_probs": old.clone()}).loss.backward()
     assert model.lm_head.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_the_head_are_refused(register):
+    """They change gradients and no log-prob, and belong to a forward that does not run."""
+    model, given = hf.attach(tiny()), inputs()
+    handle = getattr(model.lm_head, register)(lambda module, *gradients: None)
+    with pytest.raises(ValueError, match="(?s)a head without backward hooks; got .*lambda.*from_logits=True"):
+        model(**given, grpo=tokens_of(given))
+    handle.remove()
+    model(**given, grpo=tokens_of(given)).loss.backward()
+
+
+OTHERS = {
+    "cut at the wrong end": lambda ids: (ids[:, :-1], {}),
+    "of another batch": lambda ids: (ids[:, 1:].flip(0), {}),
+    "the last ones, late by one": lambda ids: (ids[:, -6:-1], {"logits_to_keep": 6}),
+}
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("name", OTHERS)
+def test_ids_that_are_not_the_inputs(name, from_logits):
+    """The model's call has both; where the mask is 0 they may differ."""
+    model, given = hf.attach(tiny(), from_logits=from_logits), inputs()
+    ids, more = OTHERS[name](given["input_ids"])
+    grpo = {"token_ids": ids, "advantages": torch.ones(3)}
+    with pytest.raises(
+        ValueError, match="(?s)token_ids that are input_ids shifted by one; got other ids at live places"
+    ):
+        model(**given, **more, grpo=grpo)
+    right = given["input_ids"][:, 1:] if not more else given["input_ids"][:, -5:]
+    model(**given, **more, grpo={**grpo, "token_ids": right})
+    model(**given, **more, grpo={**grpo, "mask": ids == right})
