@@ -301,3 +301,29 @@ def test_a_value_of_nan_has_slopes_of_nan():
     out, gradient = case.run("cpu", config=LossConfig(naive_clip()))
     assert out.loss.isnan()
     assert gradient[0, 0].isnan().all()
+
+
+MIXING = {
+    "divided by a mean": lambda t: -t.ratio * t.advantage / (t.advantage.abs().mean() + 1e-6),
+    "a ratio of ratios": lambda t: -t.ratio / t.ratio.mean() * t.advantage,
+    "reduced": lambda t: -(t.ratio * t.advantage).mean(),
+}
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_value_that_mixes_tokens_is_refused(name):
+    """Tokens that are masked would have a part in it."""
+    kind = type("Mixing", (Surrogate,), {"value": lambda self, t: MIXING[name](t), "__annotations__": {}})
+    with pytest.raises(ValueError, match="depends on the other tokens"):
+        register_surrogate(kind)
+
+
+@pytest.mark.parametrize("detached", ["no_grad", "detach"])
+def test_a_value_without_a_gradient_is_refused(detached):
+    def value(self, t):
+        with torch.no_grad() if detached == "no_grad" else torch.enable_grad():
+            f = -t.ratio * t.advantage
+        return f if detached == "no_grad" else f.detach()
+
+    with pytest.raises(ValueError, match="no gradient in log_prob, log_ratio or ratio"):
+        register_surrogate(type("Stopped", (Surrogate,), {"value": value, "__annotations__": {}}))

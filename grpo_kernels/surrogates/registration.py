@@ -140,6 +140,17 @@ def check_slopes(surrogate: Any) -> None:
     what the class says of itself: flat at A = 0, a function of the ratio."""
     t = _grid()
     value, wanted = by_autograd(surrogate, t)
+    few = by_autograd(surrogate, Point(*(x[:7] for x in t)))[0]
+    if not torch.allclose(few, value[:7], rtol=1e-9, atol=1e-12, equal_nan=True):
+        raise ValueError(
+            f"{surrogate!r}: its value at a token depends on the other tokens: return f of every token by itself, "
+            "without means or sums. Sequences are pooled by level=, tokens by aggregation=."
+        )
+    if not any(bool((part != 0).any()) for part in wanted):
+        raise ValueError(
+            f"{surrogate!r}: its value has no gradient in log_prob, log_ratio or ratio: leave out detach(), no_grad "
+            "and numpy, but where a paper stops the gradient."
+        )
     idle = t.advantage == 0
     if surrogate.flat_at_zero_advantage and any(bool((part[idle] != 0).any()) for part in (value, *wanted)):
         raise ValueError(f"{surrogate!r}: its value is not 0 at advantages of 0: say flat_at_zero_advantage = False.")
