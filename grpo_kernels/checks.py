@@ -48,7 +48,9 @@ def fail(
 
 def checks_enabled(check: bool | None) -> bool:
     """``check=`` of the call, else the environment's GRPO_KERNELS_CHECK."""
-    return os.environ.get("GRPO_KERNELS_CHECK", "0") not in ("", "0") if check is None else check
+    if check is not None:
+        return check
+    return os.environ.get("GRPO_KERNELS_CHECK", "").lower() not in ("", "0", "false", "no", "off")
 
 
 _WITHOUT_CONTENTS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
@@ -174,8 +176,9 @@ def check_name(kind: str, name: object, allowed: Iterable[str]) -> None:
     names = list(allowed)
     if name in names:
         return
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
-    raise ValueError(f"{kind} must be one of {', '.join(names)}; got {name!r}. Did you mean {near[0]!r}?")
+    lowered = {known.lower(): known for known in reversed(names)}
+    near = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.0)
+    raise ValueError(f"{kind} must be one of {', '.join(names)}; got {name!r}. Did you mean {lowered[near[0]]!r}?")
 
 
 def check_limit(what: str, value: float | None) -> None:
@@ -270,6 +273,8 @@ def read_mask(
     """bool: where a mask is not 0. Every mask is read here; one that holds what no mask can raises."""
     if mask.dtype == torch.bool:
         return mask
+    if mask.is_complex():
+        fail(function, f"{name} of bool or numbers", str(mask.dtype), tensors, error=TypeError)
     if mask.dtype != torch.uint8 and mask.numel() > 0 and may_look(mask, check):
         _check_mask(function, name, mask, tensors, check)
     return mask != 0
@@ -288,7 +293,7 @@ def _check_mask(function: str, name: str, mask: Tensor, tensors: Mapping[str, ob
         hint = f"an additive mask is 0 where tokens count: {name} == 0"
     elif low == _IGNORED:
         hint = f"labels say by {_IGNORED} what does not count: labels != {_IGNORED}"
-    elif mask.is_floating_point() and "advantages" in tensors:
+    elif mask.is_floating_point() and -math.inf < low and high < math.inf and "advantages" in tensors:
         hint = "the advantages come first: (token_ids, advantages, mask)"
     wrong = ~((mask >= 0) & (mask < math.inf))
     fail(function, f"{name} to be finite and >= 0", _first(name, mask, wrong), tensors, hint)
@@ -354,6 +359,11 @@ def check_device_name(option: str, name: str) -> None:
         raise ValueError(f"{option} {name} cannot be used here: {reason}. --device cpu always can.") from None
 
 
+def has_shape(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Dimension by dimension: a tuple that holds a symbol is in no tuple of tuples, for torch.compile."""
+    return tensor.dim() == len(shape) and all(mine == size for mine, size in zip(tensor.shape, shape, strict=True))
+
+
 def check_shape(
     function: str,
     name: str,
@@ -363,7 +373,7 @@ def check_shape(
     hint: Callable[[str, Tensor], str | None] | None = None,
 ) -> None:
     """``hint`` makes one of the name and the tensor."""
-    if tuple(tensor.shape) not in allowed:
+    if not any(has_shape(tensor, shape) for shape in allowed):
         wanted = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
         found = None if hint is None else hint(name, tensor)
         fail(function, f"{name} of shape {wanted}", str(tuple(tensor.shape)), tensors, found)

@@ -29,6 +29,7 @@ from .checks import (
     check_shape,
     check_tensors,
     fail,
+    has_shape,
     may_look,
     ordinary,
     read_mask,
@@ -152,7 +153,7 @@ def read_ids(
     if token_ids.dtype not in INTEGER_DTYPES:
         fail(function, "integer token_ids", str(token_ids.dtype), named, error=TypeError)
     rows = states.shape[:-1]
-    fitting = token_ids.dim() == len(rows) and tuple(token_ids.shape) in _token_shapes(tuple(rows))
+    fitting = any(has_shape(token_ids, shape) for shape in _token_shapes(tuple(rows)))
     if not fitting:
         wanted = " or ".join(str(shape) for shape in _token_shapes(tuple(rows)))
         hint = f"align(input_ids, mask) gives ids for {what} (B, L, ...) as a causal model returns them"
@@ -442,6 +443,9 @@ def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor) -
     shape = tuple(tokens.token_ids.shape)
     allowed = ((count,), (count, 1), tuple(tokens.shape), shape)
     check_shape(tokens.function, "advantages", advantages, allowed, tokens.tensors, tokens.shift_hint)
+    if advantages.dtype == torch.bool:
+        hint = "the order is (token_ids, advantages, mask)"
+        fail(tokens.function, "advantages that are numbers", "torch.bool", tokens.tensors, hint, TypeError)
     values = advantages.detach().to(tokens.real)
     if advantages_per_sequence(sequences, advantages):
         return sequences.expand(values.reshape(count)).expand(shape).contiguous()
@@ -450,7 +454,7 @@ def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor) -
 
 def advantages_per_sequence(sequences: Sequences, advantages: Tensor) -> bool:
     """Whether the advantage is one number for each sequence (not one for each token)."""
-    return tuple(advantages.shape) in ((sequences.count,), (sequences.count, 1))
+    return any(has_shape(advantages, shape) for shape in ((sequences.count,), (sequences.count, 1)))
 
 
 def _coefficient(

@@ -26,6 +26,7 @@ from grpo_kernels import (
     token_log_probs,
     value_loss,
 )  # fmt: skip
+from grpo_kernels.checks import checks_enabled
 
 INF, NAN = math.inf, math.nan
 
@@ -428,3 +429,36 @@ def test_normalizers_add_up():
     assert float(first + second) == float(sum([first, second])) == 16
     with pytest.raises(ValueError, match="in tokens to add; got one in sequences"):
         first + normalizer(torch.ones(2, 3), "grpo")
+
+
+def test_shapes_agree_where_one_is_a_symbol():
+    """One tensor's length is dynamic for torch.compile, another's is a number: the call is one graph all the same."""
+    case = make(vocab=31, ref_log_probs=None)
+    torch._dynamo.maybe_mark_dynamic(case.token_ids, 1)
+    for config in ("grpo", "gspo"):
+        compiled = torch.compile(lambda *tensors, c=config: grpo_loss(*tensors, config=c).loss, fullgraph=True)
+        expected = grpo_loss(case.logits, *case.arguments, config=config).loss
+        assert torch.equal(compiled(case.logits, *case.arguments), expected)
+
+
+def test_dtypes_of_mask_and_advantages():
+    case = make()
+    with pytest.raises(TypeError, match="mask of bool or numbers; got torch.complex64"):
+        grpo_loss(case.logits, case.token_ids, case.advantages, case.mask.to(torch.complex64))
+    with pytest.raises(
+        TypeError, match=r"(?s)advantages that are numbers; got torch.bool.*\(token_ids, advantages, mask\)"
+    ):
+        grpo_loss(case.logits, case.token_ids, case.mask, case.mask)
+
+
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("true", True), ("", False), ("0", False), ("False", False)])
+def test_the_switch_of_checks(monkeypatch, value, on):
+    monkeypatch.setenv("GRPO_KERNELS_CHECK", value)
+    assert checks_enabled(None) == on
+    assert checks_enabled(True)
+    assert not checks_enabled(False)
+
+
+def test_names_in_capitals_have_a_neighbour():
+    with pytest.raises(ValueError, match="Did you mean 'grpo'"):
+        LossConfig.preset("GRPO")
