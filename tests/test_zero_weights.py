@@ -205,3 +205,27 @@ def test_a_finite_loss_has_finite_gradients(backend, surrogate, limit):
                     finite += 1
                     assert leaf.grad.isfinite().all(), (level, kl, old, ref, advantage)
     assert finite > 15
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", every_config(), ids=label)
+def test_every_config_at_extreme_log_probs(backend, config, dtype):
+    """Old, reference and sampler's log-probs of any size, in each dtype; fp16 with limits that it can hold."""
+    if dtype == torch.float16:
+        kl = dataclasses.replace(config.kl, limit=(4.0, config.kl.limit[1]))
+        config = dataclasses.replace(config, log_ratio_limit=4.0, kl=kl)
+    lengths = {"group_size": 1} if config.aggregation == "group_mean" else {}
+    config = dataclasses.replace(config, **lengths)
+    logits = torch.tensor([[[0.0, -1.0, -100.0, 2.0]] * 3], dtype=dtype)
+    ids, names = torch.tensor([[0, 2, 3]]), ("old_log_probs", "ref_log_probs", "rollout_log_probs")
+    finite = 0
+    for i, advantage in enumerate((-2.0, 0.0, 1.5) * 3):
+        leaf = logits.clone().requires_grad_()
+        compared = {name: torch.tensor([EXTREMES[(i + k) % 5 : (i + k) % 5 + 3]]) for k, name in enumerate(names)}
+        options = {"config": config, "kl_coef": 0.1, "entropy_coef": 0.01, "grad_scale": 1.0, **compared}
+        out = grpo_loss(leaf, ids, torch.tensor([advantage]), backend=backend, **options)
+        out.loss.backward()
+        if bool(out.loss.isfinite()):
+            finite += 1
+            assert leaf.grad.isfinite().all(), (i, advantage)
+    assert finite >= 2
