@@ -196,6 +196,7 @@ def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any], c
     if wants_loss:
         _check_router_loss(inputs, config)
     _check_shifted(grpo, inputs, grpo.get("check", check))
+    _check_positions(grpo.get("cu_seqlens"), inputs.get("position_ids"), grpo.get("check", check))
 
 
 def _check_router_loss(inputs: Mapping[str, Any], config: Any) -> None:
@@ -224,6 +225,22 @@ def _check_shifted(grpo: Mapping[str, Any], inputs: Mapping[str, Any], check: bo
         fail("attach", expected, f"as many ids, {tuple(ids.shape)}", grpo, hint=hint)
     if ids is inputs_ids or not _are_shifted(ids.reshape(kept.shape[0], -1), kept, grpo.get("mask"), check):
         fail("attach", "token_ids that are input_ids shifted by one", "other ids at live places", grpo, hint=hint)
+
+
+def _check_positions(cu_seqlens: object, position_ids: object, check: bool | None) -> None:
+    """That the model sees the sequences of a packed batch where the loss does."""
+    if not (isinstance(cu_seqlens, Tensor) and isinstance(position_ids, Tensor)) or position_ids.dim() > 2:
+        return
+    positions = position_ids.reshape(-1)
+    if not may_look(positions, check) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        return
+    first, *inner, last = cu_seqlens.tolist()
+    anew = (positions[1:] != positions[:-1] + 1).nonzero().flatten() + 1
+    found = anew[(anew > first) & (anew < last)].tolist()
+    bounds = sorted({bound for bound in inner if first < bound < last})
+    if found != bounds:
+        expected = f"position_ids that begin anew at the bounds of cu_seqlens, {bounds[:8]}"
+        fail("attach", expected, f"ones that do at {found[:8]}", hint="positions count from 0 in each sequence")
 
 
 def _are_shifted(ids: Tensor, kept: Tensor, mask: object, check: bool | None) -> bool:

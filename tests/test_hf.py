@@ -700,3 +700,19 @@ def test_ids_that_are_not_the_inputs(name, from_logits):
     right = given["input_ids"][:, 1:] if not more else given["input_ids"][:, -5:]
     model(**given, **more, grpo={**grpo, "token_ids": right})
     model(**given, **more, grpo={**grpo, "mask": ids == right})
+
+
+@pytest.mark.parametrize("positions", [range(10), [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]], ids=["one sequence", "other bounds"])
+def test_positions_and_bounds_of_a_packed_batch(positions):
+    """The model would attend over bounds that the loss knows of."""
+    model, ids = hf.attach(tiny()), torch.randint(3, 40, (1, 10))
+    bounds = torch.tensor([0, 5, 10])
+    token_ids, mask = align(ids, torch.ones_like(ids), bounds)
+    grpo = {"token_ids": token_ids, "mask": mask, "advantages": torch.ones(2), "cu_seqlens": bounds}
+    with pytest.raises(ValueError, match=r"position_ids that begin anew at the bounds of cu_seqlens, \[5\]; got ones"):
+        model(input_ids=ids, position_ids=torch.tensor([list(positions)]), grpo=grpo)
+    right = torch.arange(5).repeat(2)[None]
+    model(input_ids=ids, position_ids=right, grpo=grpo).loss.backward()
+    padded = {**grpo, "cu_seqlens": torch.tensor([0, 3, 8])}  # two rows of padding behind
+    padded["token_ids"], padded["mask"] = align(ids, torch.ones_like(ids), padded["cu_seqlens"])
+    model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 0]]), grpo=padded)
