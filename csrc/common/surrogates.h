@@ -62,8 +62,8 @@ GRPO_FN real times(real a, real b) {
   return (a == 0 || b == 0) && a == a && b == b ? real(0) : a * b;
 }
 
-// weight * x where a weight of zero wins over anything, NaN as well: what weighs nothing has no part in a loss. A zero of
-// x wins over an infinite weight.
+// weight * x where a weight of zero wins over anything, NaN as well: what weighs nothing has no part in a loss. A zero
+// of x wins over an infinite weight.
 template <class real>
 GRPO_FN real weighed(real weight, real x) {
   return weight == 0 || (x == 0 && weight == weight) ? real(0) : weight * x;
