@@ -139,8 +139,9 @@ def _choose(
     reasons: dict[str, str] = {}
     for candidate in _MODULES if name is None else (name,):
         unsupported = get(candidate).unsupported
-        unfused = unsupported(request) if fused else None
-        reason = unsupported(dataclasses.replace(request, fused=False))
+        unfused = reason = unsupported(request)
+        if fused and unfused is not None:
+            reason = unsupported(dataclasses.replace(request, fused=False))
         if reason is None:
             passed_over = "; ".join(f"{other}: {why}" for other, why in reasons.items())
             if name != named:
