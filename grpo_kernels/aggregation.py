@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .checks import check_name, fail, read_mask
+from .checks import check_name, fail
 from .config import AGGREGATIONS, LossConfig
 from .ops import accumulate_dtype
 from .presets import PRESETS, resolve_config
-from .rows import Packed, Sequences
+from .rows import Sequences, read_live
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -186,7 +186,7 @@ def normalizer(
     unit = _unit_of(aggregation)
     if unit == "tokens":
         each = [None] * len(micro_batches) if bounds is None else bounds
-        counts = [_live(*part).sum() for part in zip(micro_batches, each, strict=True)]
+        counts = [read_live("normalizer", *part).sum() for part in zip(micro_batches, each, strict=True)]
     else:
         if aggregation == "group_mean" and group_size is None:
             fail("normalizer", 'a LossConfig with group_size for "group_mean"', repr(config))
@@ -200,17 +200,6 @@ def normalizer(
     if group is not None:
         torch.distributed.all_reduce(total, group=group)
     return Normalizer(total / world_size, unit, group_size)
-
-
-def _live(mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """The tokens of a micro-batch that count."""
-    tensors = {"mask": mask, "cu_seqlens": cu_seqlens}
-    live = read_mask("normalizer", mask, tensors)
-    if cu_seqlens is None:
-        return live
-    if mask.dim() not in (1, 2) or mask.numel() != mask.shape[-1]:
-        fail("normalizer", "packed masks (N,) or (1, N) with cu_seqlens", f"shape {tuple(mask.shape)}", tensors)
-    return live & Packed.read("normalizer", cu_seqlens, mask.shape[-1], tensors).inside().view(mask.shape)
 
 
 def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None, world_size: int) -> None:

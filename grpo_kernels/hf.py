@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_name, fail, may_look, read_mask
+from .checks import check_name, fail, may_look
 from .config import LossConfig
 from .linear import linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
@@ -24,7 +24,7 @@ from .model_head import MODEL_TYPES as MODEL_TYPES
 from .model_head import Proof, head_of, in_fsdp_units, row_logits, weight_and_bias
 from .outputs import LossOutput, TokenLogProbs
 from .presets import resolve_config
-from .rows import Packed
+from .rows import read_live
 
 
 def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -284,9 +284,8 @@ def _inside(token_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, c
     """The mask without what lies outside of every packed sequence."""
     if cu_seqlens is None:
         return mask
-    tensors = {"token_ids": token_ids, "cu_seqlens": cu_seqlens}
-    inside = Packed.read("attach", cu_seqlens, token_ids.shape[-1], tensors, check).inside().view(token_ids.shape)
-    return inside if mask is None else inside & read_mask("attach", mask, {"mask": mask}, check)
+    mask = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
+    return read_live("attach", mask, cu_seqlens, check)
 
 
 def causal_model(model: nn.Module, function: str) -> Any:

@@ -119,6 +119,17 @@ class Packed:
 Sequences = Padded | Packed
 
 
+def read_live(function: str, mask: Tensor, cu_seqlens: Tensor | None, check: bool | None = None) -> Tensor:
+    """bool, of the mask's shape: the tokens that count, which lie in a sequence where these have bounds."""
+    tensors = {"mask": mask, "cu_seqlens": cu_seqlens}
+    live = read_mask(function, mask, tensors, check)
+    if cu_seqlens is None:
+        return live
+    if mask.dim() not in (1, 2) or mask.numel() != mask.shape[-1]:
+        fail(function, "packed masks (N,) or (1, N) with cu_seqlens", f"shape {tuple(mask.shape)}", tensors)
+    return live & Packed.read(function, cu_seqlens, mask.shape[-1], tensors, check).inside().view(mask.shape)
+
+
 def align(input_ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Shift ids and mask so that position t names the token that row t of the logits *predicts*.
 

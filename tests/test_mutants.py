@@ -91,7 +91,7 @@ MUTANTS = {
         "sequences.count",
     ),
     "world size": ("aggregation.py", "Normalizer(total / world_size", "Normalizer(total"),
-    "normalizer: outside of the bounds": ("aggregation.py", "return live & Packed.read(", "return live | Packed.read("),
+    "normalizer: outside of the bounds": ("rows.py", "return live & Packed.read(", "return live | Packed.read("),
     "metrics: extremes": ("metrics.py", 'FIELDS.index("ratio_max") :].amax(0)', 'FIELDS.index("ratio_max") :].amin(0)'),
     "metrics: count": ("metrics.py", '"kl": ("kl_sum", "kl_count")', '"kl": ("kl_sum", "ratio_count")'),
     "unused row": ("ops.py", "    if unused:\n", "    if False:\n"),
