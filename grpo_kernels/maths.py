@@ -44,6 +44,6 @@ def k3_of(u: Tensor) -> Tensor:
     v = torch.where(near, u, 0.0)
     total = torch.ones_like(v)
     for k in range((18 if u.dtype == torch.float64 else 11) + 2, 2, -1):
-        total = 1 + v / k * total
+        total = 1 + v * (1 / k) * total
     far = torch.where(u == math.inf, u, torch.expm1(u) - u)
     return torch.where(near, v * v / 2 * total, far)

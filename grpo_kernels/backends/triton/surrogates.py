@@ -87,10 +87,10 @@ def k3_of(u):
     total = v * 0 + 1
     if u.dtype == tl.float64:
         for k in tl.static_range(20, 2, -1):
-            total = 1 + v / k * total
+            total = 1 + v * (1 / k) * total
     else:
         for k in tl.static_range(13, 2, -1):
-            total = 1 + v / k * total
+            total = 1 + v * (1 / k) * total
     far = tl.where(u == float("inf"), u, expm1(u) - u)
     return tl.where(near, v * v / 2 * total, far)
 
