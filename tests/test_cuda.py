@@ -476,8 +476,8 @@ MUTANTS = {
     "storer: wait for gradients": (MOVES, "shared.written[cursor", "if (tile == 0) shared.written[cursor"),
     "storer: wait for reading": (MOVES, "port::bulk_wait_read<kStoresInFlight>();", ""),
     "storer: all of a row given back": (MOVES, "(last ? 0 : kStoresInFlight)", "kStoresInFlight"),
-    "settler: wait for the cluster": (ROWS, "shared.arrived[turn].wait_for_cluster(index / kRowsAhead & 1);", ""),
-    "settler: one turn for all rows": ("layout.h", "constexpr int kRowsAhead = 2;", "constexpr int kRowsAhead = 1;"),
+    "settler: wait for the cluster": (ROWS, "shared_.arrived[turn_].wait_for_cluster(phase);", ""),
+    "settler: slots overwritten unread": (ROWS, "shared_.drained[turn_].wait_for_cluster(", "(void)("),
     "kernel: no meeting at the start": (ROWS, "port::sync_cluster();  // nobody", ";  // nobody"),
     "slices: too short": ("layout.h", "(vectors + cluster - 1) / cluster * width", "vectors / cluster * width"),
     "tail: not loaded": (MOVES, "(from + to.columns) + 15)", "(from + to.columns))"),
@@ -493,21 +493,68 @@ MUTANTS = {
 SAMPLED = ("consumers: wait for slopes",)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+UNDEFINED = {
+    "a message to itself": (ROWS, "if (job_.p.cluster > 1) send", "send", "a message in a cluster of one block"),
+    "a tile read too early": (
+        ROWS,
+        MUTANTS["consumers: wait for a tile"][1],
+        "sweep",
+        "16 bytes read: a copy on its way",
+    ),
+    "room given back unread": (MOVES, "port::bulk_wait_read<kStoresInFlight>();", "", "load: a copy on its way reads"),
+    "a wait by a part of a warp": (
+        ROWS,
+        "shared_.swept[turn_].wait(phase);",
+        "if (lane_ == 0) shared_.swept[turn_].wait(phase);",
+        "deadlock: ",
+    ),
+    "a message off 16 bytes": (ROWS, "slot + 16 * i", "slot + 16 * i + 8", "a message: not aligned to 16 bytes"),
+}
+"""Faults that leave the kernels' behaviour undefined, and what the emulator calls them."""
+
+
+@pytest.mark.parametrize("name", [*MUTANTS, *UNDEFINED])
 def test_mutant_is_of_this_code(name):
-    file, old, _ = MUTANTS[name]
+    file, old, *_ = (MUTANTS | UNDEFINED)[name]
     assert old in (ROOT / "csrc" / "cuda" / file).read_text(), f"{file} has changed: write this mutant anew"
+
+
+def mutated(folder: Path, file: str, old: str, new: str) -> Path:
+    """The emulator's library of sources with that change."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    source = folder / "csrc" / "cuda" / file
+    source.write_text(source.read_text().replace(old, new, 1))
+    library = cuda_emulator.build(sources=folder / "csrc", library=folder / "mutant.so")
+    assert library is not None, "the mutant does not compile"
+    return library
+
+
+@emulated
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if i == 0 else pytest.mark.nightly) for i, n in enumerate(UNDEFINED)]
+)
+def test_the_emulator_refuses_what_is_undefined(tmp_path, name):
+    *change, words = UNDEFINED[name]
+    code = """
+import ctypes
+import torch
+from grpo_kernels import grpo_loss
+from grpo_kernels.backends import cuda
+for seed, (cluster, vocab) in enumerate([(1, 300), (1, 20001), (2, 20001)] * 3):
+    cuda.plan = lambda *_: cuda.Plan(cluster, 1, 6)
+    cuda.library().grpo_emulator_seed(ctypes.c_uint64(seed))
+    logits = torch.randn(2, 3, vocab, requires_grad=True)
+    grpo_loss(logits, torch.ones(2, 3, dtype=torch.long), torch.ones(2), grad_scale=1.0, backend="cuda")
+"""
+    environment = {**os.environ, "GRPO_KERNELS_CUDA_LIBRARY": str(mutated(tmp_path, *change))}
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert words in result.stderr
 
 
 @emulated
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SAMPLED else pytest.mark.nightly) for n in MUTANTS])
 def test_mutant_is_noticed(tmp_path, name):
-    file, old, new = MUTANTS[name]
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    source = tmp_path / "csrc" / "cuda" / file
-    source.write_text(source.read_text().replace(old, new, 1))
-    library = cuda_emulator.build(sources=tmp_path / "csrc", library=tmp_path / "mutant.so")
-    assert library is not None, "the mutant does not compile"
+    library = mutated(tmp_path, *MUTANTS[name])
     environment = {**os.environ, "GRPO_KERNELS_CUDA_LIBRARY": str(library)}
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", __file__]
     command += ["-m", "not nightly", "-k", "not mutant and not compiled and not librar"]

@@ -22,10 +22,10 @@ GRPO_FN Token<real> token_of(const GrpoCall& call, int64_t r) {
 }
 
 template <class real>
-GRPO_FN TokenTerms<real> terms_of(const GrpoCall& call, const Token<real>& token) {
+GRPO_FN TokenTerms<real> terms_of(const GrpoCall& call, const real* numbers, const Token<real>& token) {
   const ObjectiveSpec spec{call.surrogate, call.kl_estimator, call.kl_gradient, call.kl_ratio_weighted,
                            call.rollout_scheme};
-  return token_terms(spec, static_cast<const real*>(call.numbers), token);
+  return token_terms(spec, numbers, token);
 }
 
 // The same from the log-prob and entropy that are already in the call's tensors.
@@ -34,7 +34,7 @@ GRPO_FN TokenTerms<real> terms_at(const GrpoCall& call, int64_t r) {
   Token<real> token = token_of<real>(call, r);
   token.log_prob = static_cast<const real*>(call.log_prob)[r];
   token.entropy = static_cast<const real*>(call.entropy)[r];
-  return terms_of(call, token);
+  return terms_of(call, static_cast<const real*>(call.numbers), token);
 }
 
 template <class real>

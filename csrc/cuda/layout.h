@@ -7,9 +7,11 @@
 
 namespace grpo {
 
-constexpr int kConsumerWarps = 8, kConsumers = 32 * kConsumerWarps;                     // they compute
-constexpr int kLoader = kConsumerWarps, kStorer = kLoader + 1, kSettler = kLoader + 2;  // one warp each
-constexpr int kThreads = 32 * (kConsumerWarps + 3);
+constexpr int kConsumerWarps = 8, kConsumers = 32 * kConsumerWarps;  // they compute
+constexpr int kRowsAhead = 2;  // rows that a block may be between the sums of one and the gradient of another
+constexpr int kSettlers = kRowsAhead;
+constexpr int kLoader = kConsumerWarps, kStorer = kLoader + 1, kSettler = kLoader + 2;  // first warps of the others
+constexpr int kThreads = 32 * (kSettler + kSettlers);
 
 constexpr int kTileBytes = 16384;
 constexpr int kTilePitch = kTileBytes + 16;  // a tile begins at its place in global memory, modulo 16 bytes
@@ -20,8 +22,6 @@ constexpr int kMaxTiles = 16;
 constexpr int kMaxCluster = 16;
 constexpr int kZeroBytes = 4096;
 constexpr int kStoresInFlight = 2;
-
-constexpr int kRowsAhead = 2;  // rows that a block may be between the sums of one and the gradient of another
 
 // Sums of 2^((value_j - reference) * slope), and of these times the power, over some columns but the sampled one.
 template <class real>
@@ -47,11 +47,13 @@ struct alignas(128) Shared {
   Partial<double> warps[kRowsAhead][kConsumerWarps];  // room for either precision
   Partial<double> slices[kRowsAhead][kMaxCluster];
   double terms[kRowsAhead][kTerms];   // GradientTerms
+  double numbers[kNumbers];           // of the call; room for either precision
   port::Barrier filled[kMaxTiles];    // a tile has been loaded
   port::Barrier written[kMaxTiles];   // it holds gradients
   port::Barrier emptied[kMaxTiles];   // it may be loaded again
   port::Barrier swept[kRowsAhead];    // the sums of this block's slice are there
-  port::Barrier arrived[kRowsAhead];  // those of the others are
+  port::Barrier arrived[kRowsAhead];  // those of all blocks are
+  port::Barrier drained[kRowsAhead];  // all blocks have read this one's
   port::Barrier settled[kRowsAhead];  // the terms of the gradient are
   // Followed by the ring.
 };
@@ -68,11 +70,8 @@ struct Cursor {
   int place = 0;
   unsigned lap = 0;
 
-  GRPO_DEVICE void next(int tiles) {
-    if (++place == tiles) {
-      place = 0;
-      lap ^= 1;
-    }
+  GRPO_DEVICE void next(int tiles, int steps = 1) {
+    for (place += steps; place >= tiles; place -= tiles) lap ^= 1;
   }
 };
 

@@ -32,10 +32,18 @@ GRPO_DEVICE Layout& shared() {
   return *reinterpret_cast<Layout*>(memory);
 }
 GRPO_DEVICE uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
+// Of the same place in another block of the cluster.
+GRPO_DEVICE uint32_t address_at(const void* p, int rank) {
+  uint32_t there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(p)), "r"(rank));
+  return there;
+}
 
 GRPO_DEVICE void sync_block() { __syncthreads(); }
 GRPO_DEVICE void sync_warp() { __syncwarp(); }
+// Its barriers are of whole warps, whatever way their lanes came.
 GRPO_DEVICE void sync_cluster() {
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
@@ -59,6 +67,11 @@ struct Barrier {
     asm volatile(
         "{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared::cta.b64 state, [%0];\n\t}" ::"r"(shared_address(this))
         : "memory");
+  }
+  // At another block's copy of this barrier, which sees what this thread has done before.
+  GRPO_DEVICE void arrive_at(int rank) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address_at(this, rank))
+                 : "memory");
   }
   // Bytes that must land before the phase ends; the caller has yet to arrive.
   GRPO_DEVICE void expect(int bytes) {
@@ -119,15 +132,13 @@ GRPO_DEVICE void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 
-// 16 bytes into another block's copy of `slot`; its copy of `landed` gets them.
+// 16 bytes into a block's copy of `slot`; its copy of `landed` gets them. Of a cluster of two blocks or more: alone, a
+// block may not.
 GRPO_DEVICE void send(int rank, void* slot, const uint32_t (&words)[4], Barrier& landed) {
-  uint32_t to, barrier;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(slot)), "r"(rank));
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(&landed)), "r"(rank));
-  asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
-      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(barrier)
-      : "memory");
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   address_at(slot, rank)),
+               "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3]), "r"(address_at(&landed, rank))
+               : "memory");
 }
 
 // Largest relative error 2^-22.5; results below 2^-126 are 0.

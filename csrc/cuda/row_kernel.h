@@ -3,7 +3,7 @@
 //
 //   loader    global memory -> ring, as far ahead as there is room             filled
 //   consumers sums of a slice (swept); later its gradient, in place            written
-//   settler   sums -> all blocks of the cluster (arrived) -> loss and slope    settled
+//   settlers  sums -> all blocks of the cluster (arrived) -> loss and slope    settled
 //   storer    ring -> global memory                                            emptied
 //
 // Consumers sum one row before they write the gradient of the row before it: the exchange costs no time.
@@ -82,16 +82,24 @@ class Consumer {
   Cursor summed_, written_;
 };
 
-// Sums of a block's slice -> scratch, from which finish_kernel takes them.
+// The warps' sums of a row's slice, in every lane.
+template <class real>
+GRPO_DEVICE Partial<real> slice_sums(const Shared& shared, int turn, real slope) {
+  const Partial<double>& mine = shared.warps[turn][port::thread_index() % kConsumerWarps];
+  Sums<real> sums(Partial<real>{real(mine.reference), real(mine.sum), real(mine.weighted), 0});
+  merge_lanes<kConsumerWarps>(sums, slope);
+  return {sums.reference, sums.sum, sums.weighted, 0};
+}
+
+// Sums of a block's slice -> scratch, from which finish_kernel takes them. A settler has every kSettlers-th row.
 template <class T>
-GRPO_DEVICE void keep_sums(const Job<T, kLogProbs>& job, Shared& shared) {
+GRPO_DEVICE void keep_sums(const Job<T, kLogProbs>& job, Shared& shared, int turn) {
   using real = real_of<T>;
   const int count = job.count();
-  for (int index = 0; index < count; ++index) {
-    const int turn = index % kRowsAhead;
+  for (int index = turn; index < count; index += kSettlers) {
     const int64_t row = job.row_of(index);
     shared.swept[turn].wait(index / kRowsAhead & 1);
-    const Partial<real> mine = merged(shared.warps[turn], kConsumerWarps, job.map.slope);
+    const Partial<real> mine = slice_sums<real>(shared, turn, job.map.slope);
     port::sync_warp();
     if (port::thread_index() % 32 != 0) continue;
     static_cast<Partial<real>*>(job.p.partials)[row * job.p.cluster + job.rank] = mine;
@@ -107,80 +115,114 @@ GRPO_DEVICE void put_stats(const GrpoCall& call, int64_t row, const RowStats& st
   static_cast<real*>(call.log_sum)[row] = real(stats.log_sum);
 }
 
-// Sums of all slices -> log-prob, terms of the loss and slopes, the same in each block; one writes them down.
+// Sums of all slices -> log-prob, terms of the loss and slopes, the same in each block; one writes them down. A settler
+// has every kSettlers-th row, so that one row's chain of dependent operations runs beside another's.
 template <class T>
-GRPO_DEVICE void settle_rows(const Job<T, kFusedLoss>& job, Shared& shared) {
+class Settler {
+ public:
   using real = real_of<T>;
-  constexpr int pieces = int(sizeof(Partial<real>)) / 16;
-  const int lane = port::thread_index() % 32, count = job.count();
-  const double grad_scale = job.at(job.p.numbers, kGradScale);
-  Cursor first;
-  int row = count > 0 ? job.row_of(0) : 0;
-  Token<real> token{};
-  real entropy_weight = 0;
-  const auto read_token = [&] {
-    token = token_of<real>(job.p, row);
-    entropy_weight = job.p.entropy_weight ? job.at(job.p.entropy_weight, row) : real(0);
-  };
-  if (count > 0) read_token();
-  for (int index = 0; index < count; ++index) {
-    const int turn = index % kRowsAhead, settled_row = row;
-    Token<real> settled = token;
-    const double h = -grad_scale * entropy_weight;
 
-    shared.swept[turn].wait(index / kRowsAhead & 1);
-    const RowInfo& info = shared.info[first.place];
-    const double value = info.value, logit = info.logit;
-    union {
-      Partial<real> sums;
-      uint32_t words[pieces][4];
-    } mine;
-    mine.sums = merged(shared.warps[turn], kConsumerWarps, job.map.slope);
-    if (lane == 0) {
-      shared.arrived[turn].expect(job.p.cluster * int(sizeof(mine)));
-      shared.arrived[turn].arrive();
-    }
-    port::sync_warp();
-    Partial<real>* slices = reinterpret_cast<Partial<real>*>(shared.slices[turn]);
-    if (lane < job.p.cluster) {
-      for (int i = 0; i < pieces; ++i) {
-        void* slot = reinterpret_cast<unsigned char*>(slices + job.rank) + 16 * i;
-        port::send(lane, slot, mine.words[i], shared.arrived[turn]);
+  GRPO_DEVICE Settler(const Job<T, kFusedLoss>& job, Shared& shared, int turn)
+      : job_(job),
+        shared_(shared),
+        numbers_(reinterpret_cast<const real*>(shared.numbers)),
+        turn_(turn),
+        lane_(port::thread_index() % 32),
+        count_(job.count()) {}
+
+  GRPO_DEVICE void run() {
+    // Which row, then what is known of its token: read one row and two rows before they are needed.
+    int row = row_of(turn_), next = row_of(turn_ + kSettlers);
+    Token<real> token = token_of<real>(job_.p, row);
+    real entropy_weight = entropy_weight_of(row);
+    Cursor first;
+    first.next(job_.p.tiles, turn_ * job_.tiles);
+    for (int index = turn_; index < count_; index += kSettlers) {
+      const unsigned phase = index / kRowsAhead & 1;
+      shared_.swept[turn_].wait(phase);
+      const RowInfo& info = shared_.info[first.place];
+      const double value = info.value, logit = info.logit;
+      const Partial<real> mine = slice_sums<real>(shared_, turn_, job_.map.slope);
+      if (job_.p.cluster > 1) send_to_all(mine, index);
+
+      const int settled_row = row;
+      Token<real> settled = token;
+      const double h = -numbers_[kGradScale] * double(entropy_weight);
+      row = next;
+      next = row_of(index + 2 * kSettlers);
+      token = token_of<real>(job_.p, row);
+      entropy_weight = entropy_weight_of(row);
+
+      const RowStats stats = row_stats(all_slices(mine, phase), value, job_.map.slope);
+      settled.log_prob = real(stats.log_prob);
+      settled.entropy = real(stats.entropy);
+      const TokenTerms<real> terms = terms_of(job_.p, numbers_, settled);
+      // From the rounded outputs, so that one pass and two passes write the same bits.
+      const GradientTerms<real> gradient =
+          row_gradient<real>(settled.log_prob, settled.entropy, real(stats.anchor), real(stats.log_sum),
+                             numbers_[kGradScale] * double(terms.slope), h, logit, job_.map);
+      port::sync_warp();
+      first.next(job_.p.tiles, kSettlers * job_.tiles);
+      if (lane_ != 0) continue;
+      keep_terms(shared_.terms[turn_], gradient);
+      shared_.settled[turn_].arrive();
+      if (job_.rank == 0) {
+        put_stats<real>(job_.p, settled_row, stats);
+        put_terms(job_.p, settled_row, terms);
       }
     }
-    if (index + 1 < count) {  // while the sums are on their way
-      row = job.row_of(index + 1);
-      read_token();
-    }
-    shared.arrived[turn].wait_for_cluster(index / kRowsAhead & 1);
-
-    const double slope = job.map.slope;
-    const RowStats stats = row_stats(merged(slices, job.p.cluster, slope), value, slope);
-    settled.log_prob = real(stats.log_prob);
-    settled.entropy = real(stats.entropy);
-    const TokenTerms<real> terms = terms_of(job.p, settled);
-    // From the rounded outputs, so that one pass and two passes write the same bits.
-    const GradientTerms<real> gradient =
-        row_gradient<real>(settled.log_prob, settled.entropy, real(stats.anchor), real(stats.log_sum),
-                           grad_scale * terms.slope, h, logit, job.map);
-    port::sync_warp();
-    for (int tile = 0; tile < job.tiles; ++tile) first.next(job.p.tiles);
-    if (lane != 0) continue;
-    keep_terms(shared.terms[turn], gradient);
-    shared.settled[turn].arrive();
-    if (job.rank == 0) {
-      put_stats<real>(job.p, settled_row, stats);
-      put_terms(job.p, settled_row, terms);
-    }
   }
-}
 
-template <Mode kMode>
-GRPO_DEVICE void prepare(Shared& shared, int tiles) {
+ private:
+  // The last row again where there is none: nobody uses what is read of it.
+  GRPO_DEVICE int row_of(int index) const { return job_.row_of(index < count_ ? index : count_ - 1); }
+  GRPO_DEVICE real entropy_weight_of(int row) const {
+    return job_.p.entropy_weight ? job_.at(job_.p.entropy_weight, row) : real(0);
+  }
+
+  // To the slot of this block in every block of the cluster, this one too.
+  GRPO_DEVICE void send_to_all(const Partial<real>& mine, int index) {
+    constexpr int pieces = int(sizeof(mine)) / 16;
+    uint32_t words[pieces][4];
+    memcpy(words, &mine, sizeof(mine));
+    // The others have read what was sent to those slots before.
+    if (index >= kRowsAhead) shared_.drained[turn_].wait_for_cluster(index / kRowsAhead - 1 & 1);
+    if (lane_ == 0) {
+      shared_.arrived[turn_].expect(job_.p.cluster * int(sizeof(mine)));
+      shared_.arrived[turn_].arrive();
+    }
+    port::sync_warp();
+    if (lane_ >= job_.p.cluster) return;
+    unsigned char* slot = reinterpret_cast<unsigned char*>(slices() + job_.rank);
+    for (int i = 0; i < pieces; ++i) port::send(lane_, slot + 16 * i, words[i], shared_.arrived[turn_]);
+  }
+
+  // The row's sums. A block alone has them; it may not send, not even to itself.
+  GRPO_DEVICE Partial<double> all_slices(const Partial<real>& mine, unsigned phase) {
+    if (job_.p.cluster == 1) return {mine.reference, mine.sum, mine.weighted, 0};
+    shared_.arrived[turn_].wait_for_cluster(phase);
+    const Partial<double> total = merged<double>(slices(), job_.p.cluster, job_.map.slope);
+    port::sync_warp();
+    if (lane_ < job_.p.cluster) shared_.drained[turn_].arrive_at(lane_);
+    return total;
+  }
+
+  GRPO_DEVICE Partial<real>* slices() { return reinterpret_cast<Partial<real>*>(shared_.slices[turn_]); }
+
+  const Job<T, kFusedLoss>& job_;
+  Shared& shared_;
+  const real* numbers_;
+  const int turn_, lane_, count_;
+};
+
+template <class T, Mode kMode>
+GRPO_DEVICE void prepare(const Job<T, kMode>& job, Shared& shared) {
+  using real = real_of<T>;
   const int thread = port::thread_index();
   for (int i = thread; i < kZeroBytes; i += kThreads) shared.zeros[i] = 0;
+  if (thread < kNumbers) reinterpret_cast<real*>(shared.numbers)[thread] = job.at(job.p.numbers, thread);
   if (thread == 0) {
-    for (int i = 0; i < tiles; ++i) {
+    for (int i = 0; i < job.p.tiles; ++i) {
       shared.filled[i].init(1);
       shared.written[i].init(kConsumerWarps);
       shared.emptied[i].init(kMode == kLogProbs ? kConsumerWarps : 1);
@@ -188,6 +230,7 @@ GRPO_DEVICE void prepare(Shared& shared, int tiles) {
     for (int i = 0; i < kRowsAhead; ++i) {
       shared.swept[i].init(kConsumerWarps);
       shared.arrived[i].init(1);
+      shared.drained[i].init(job.p.cluster);
       shared.settled[i].init(1);
     }
     port::fence_barriers();
@@ -200,7 +243,7 @@ template <class T, Mode kMode>
 GRPO_KERNEL GRPO_BOUNDS(kThreads) row_kernel(GRPO_PARAMETERS GrpoCudaParams params) {
   Shared& shared = port::shared<Shared>();
   const Job<T, kMode> job(params);
-  prepare<kMode>(shared, params.tiles);
+  prepare(job, shared);
   if (kMode == kFusedLoss) port::sync_cluster();  // nobody sends to barriers that are not there yet
 
   const int warp = port::thread_index() / 32;
@@ -211,8 +254,9 @@ GRPO_KERNEL GRPO_BOUNDS(kThreads) row_kernel(GRPO_PARAMETERS GrpoCudaParams para
   } else if (warp == kStorer) {
     if constexpr (kMode != kLogProbs) store_rows(job, shared);
   } else {
-    if constexpr (kMode == kLogProbs) keep_sums(job, shared);
-    if constexpr (kMode == kFusedLoss) settle_rows(job, shared);
+    if constexpr (kMode == kLogProbs) keep_sums(job, shared, warp - kSettler);
+    if constexpr (kMode == kFusedLoss)
+      if (job.count() > 0) Settler<T>(job, shared, warp - kSettler).run();
   }
   if (kMode == kFusedLoss) port::sync_cluster();  // nor to blocks that are gone
 }

@@ -38,6 +38,8 @@ struct Sums {
 
   GRPO_DEVICE explicit Sums(const Anchor<real>& anchor)
       : reference(anchor.holds ? anchor.value : -real(INFINITY)), near(anchor.holds) {}
+  GRPO_DEVICE explicit Sums(const Partial<real>& partial)
+      : reference(partial.reference), sum(partial.sum), weighted(partial.weighted), near(false) {}
 
   // The sums as if the anchor's origin were not rounded.
   GRPO_DEVICE void leave(const Anchor<real>& anchor) {
@@ -180,23 +182,29 @@ GRPO_DEVICE void sweep_sums(const Piece<T>& piece, const LogitMap<real_of<T>>& m
   }
 }
 
+// Of each kLanes neighbours in every one of them. The order is the same for all: a + b is b + a.
+template <int kLanes, class real>
+GRPO_DEVICE void merge_lanes(Sums<real>& sums, real slope) {
+#pragma unroll
+  for (int mask = kLanes / 2; mask > 0; mask /= 2) {
+    const real reference = port::shuffle_xor(sums.reference, mask), sum = port::shuffle_xor(sums.sum, mask);
+    sums.merge(reference, sum, port::shuffle_xor(sums.weighted, mask), slope);
+  }
+}
+
 // The warp's sums, in every lane.
 template <class real>
 GRPO_DEVICE Partial<real> warp_sums(Sums<real> sums, const Anchor<real>& anchor, real slope) {
   sums.leave(anchor);
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) {
-    const real reference = port::shuffle_xor(sums.reference, mask), sum = port::shuffle_xor(sums.sum, mask);
-    sums.merge(reference, sum, port::shuffle_xor(sums.weighted, mask), slope);
-  }
+  merge_lanes<32>(sums, slope);
   return {sums.reference, sums.sum, sums.weighted, 0};
 }
 
-// Left to right, in the precision that is asked for.
+// Slices' sums, left to right.
 template <class real, class Stored>
 GRPO_DEVICE Partial<real> merged(const Partial<Stored>* partials, int count, real slope) {
-  Sums<real> total(Anchor<real>(NAN, slope));
-  for (int i = 0; i < count; ++i) total.merge(partials[i].reference, partials[i].sum, partials[i].weighted, slope);
+  Sums<real> total(Partial<real>{partials[0].reference, partials[0].sum, partials[0].weighted, 0});
+  for (int i = 1; i < count; ++i) total.merge(partials[i].reference, partials[i].sum, partials[i].weighted, slope);
   return {total.reference, total.sum, total.weighted, 0};
 }
 
@@ -205,8 +213,7 @@ GRPO_DEVICE RowStats row_stats(const Partial<double>& total, double value, doubl
   double reference = total.reference, rest = total.sum, weighted = total.weighted;
   if (value != value || value == INFINITY || rest != rest) return {NAN, NAN, 0, NAN, NAN};
   if (value > reference) {
-    Sums<double> sums(Anchor<double>(NAN, slope));
-    sums.merge(reference, rest, weighted, slope);
+    Sums<double> sums(total);
     sums.merge(value, 0, 0, slope);
     reference = sums.reference;
     rest = sums.sum;

@@ -75,7 +75,7 @@ GRPO_KERNEL GRPO_BOUNDS(kConsumers) finish_kernel(GRPO_PARAMETERS GrpoCudaParams
   const Job<T, kLogProbs> job(p);
   const Partial<real>* slices = static_cast<const Partial<real>*>(p.partials) + r * p.cluster;
   const double slope = job.map.slope, value = job.value_of(job.sampled_logit(int(r)));
-  put_stats<real>(p, r, row_stats(merged(slices, p.cluster, slope), value, slope));
+  put_stats<real>(p, r, row_stats(merged<double>(slices, p.cluster, slope), value, slope));
 }
 
 }  // namespace grpo

@@ -3,7 +3,10 @@
 // One cluster runs at a time. Which fiber goes next is drawn at random, from a seed; a fiber runs until it waits. Bulk
 // copies and messages to other blocks take effect at random times between their issue and the end of the wait for them,
 // and what a load will overwrite reads as NaN until then: a missing wait shows as NaN or as an old value, a place that
-// is given back too early as a wrong gradient, a barrier that nobody completes as a report of who waits where.
+// is given back too early as a wrong gradient, a barrier that nobody completes as a report of who waits where. What the
+// PTX ISA leaves undefined and a host would do all the same ends the launch: a misaligned vector, copy or message, a
+// message inside a block that is alone in its cluster, a wait or barrier by part of a warp, vectors that a copy on its
+// way still writes or reads, more bytes at a barrier than it counts.
 #pragma once
 
 #include <math.h>
@@ -112,6 +115,16 @@ inline Block& block() { return machine().blocks[self().block]; }
 inline void must_be_aligned(const char* what, intptr_t bits) {
   if (bits & 15) machine().fault = std::string(what) + ": not aligned to 16 bytes";
 }
+// A read may meet a copy that reads too, a write may meet none.
+inline void must_be_free(const char* what, const void* place, int bytes, bool write) {
+  const unsigned char* p = static_cast<const unsigned char*>(place);
+  for (const Transfer& t : machine().transfers) {
+    const bool written = t.landed && t.to < p + bytes && p < t.to + t.bytes;
+    const bool read = write && t.reader && t.from < p + bytes && p < t.from + t.bytes;
+    if (written || read)
+      machine().fault = std::string(what) + ": a copy on its way " + (written ? "writes" : "reads") + " them";
+  }
+}
 
 inline void yield_until(const char* why, bool (*may_go)(const Fiber&), const void* what, unsigned number) {
   Fiber& fiber = self();
@@ -140,8 +153,12 @@ inline void arrive(Phase& phase) {
   --phase.pending;
   phase.complete_if_due();
 }
+inline void announce(Phase& phase, int bytes) {
+  phase.bytes += bytes;
+  if (abs(phase.bytes) >= 1 << 20) machine().fault = "more bytes at a barrier than it counts";
+}
 inline void landed(Phase& phase, int bytes) {
-  phase.bytes -= bytes;
+  announce(phase, -bytes);
   phase.complete_if_due();
 }
 
@@ -285,6 +302,14 @@ inline int block_index() { return emulator::machine().first_block + emulator::se
 inline unsigned char* shared_start(emulator::Block& block) {
   return block.shared.data() + (-reinterpret_cast<intptr_t>(block.shared.data()) & 127);
 }
+// The same place in another block of the cluster.
+template <class V>
+V* there(V* mine, int rank) {
+  emulator::Machine& m = emulator::machine();
+  if (rank >= int(m.blocks.size())) m.fault = "no such block in the cluster";
+  const auto offset = reinterpret_cast<unsigned char*>(mine) - shared_start(emulator::block());
+  return reinterpret_cast<V*>(shared_start(m.blocks[rank % m.blocks.size()]) + offset);
+}
 template <class Layout>
 Layout& shared() {
   return *reinterpret_cast<Layout*>(shared_start(emulator::block()));
@@ -315,13 +340,16 @@ struct Barrier {
     phase.arrivals = phase.pending = arrivals;
   }
   void arrive() { emulator::arrive(phase); }
-  void expect(int bytes) { phase.bytes += bytes; }
+  void arrive_at(int rank) { emulator::arrive(there(this, rank)->phase); }
+  void expect(int bytes) { emulator::announce(phase, bytes); }
   void wait(unsigned parity) {
-    if (phase.parity != parity) return;
-    emulator::yield_until(
-        "a barrier",
-        [](const emulator::Fiber& f) { return static_cast<const Barrier*>(f.what)->phase.parity != f.number; }, this,
-        parity);
+    if (phase.parity == parity) {
+      emulator::yield_until(
+          "a barrier",
+          [](const emulator::Fiber& f) { return static_cast<const Barrier*>(f.what)->phase.parity != f.number; }, this,
+          parity);
+    }
+    sync_warp();
   }
   void wait_for_cluster(unsigned parity) { wait(parity); }
 };
@@ -331,6 +359,7 @@ inline void fence_for_bulk() {}
 
 inline void bulk_load(void* to, const void* from, int bytes, Barrier& landed) {
   emulator::must_be_aligned("a bulk load", reinterpret_cast<intptr_t>(to) | reinterpret_cast<intptr_t>(from) | bytes);
+  emulator::must_be_free("bytes of a bulk load", to, bytes, true);
   memset(to, 0xff, bytes);
   emulator::machine().bytes_loaded += bytes;
   emulator::machine().transfers.push_back({static_cast<unsigned char*>(to),
@@ -367,14 +396,18 @@ void bulk_wait_read() {
 }
 
 inline void send(int rank, void* slot, const uint32_t (&words)[4], Barrier& landed) {
-  emulator::Block &mine = emulator::block(), &other = emulator::machine().blocks[rank];
-  const auto there = [&](void* p) {
-    return shared_start(other) + (static_cast<unsigned char*>(p) - shared_start(mine));
-  };
+  emulator::Machine& m = emulator::machine();
+  if (m.blocks.size() < 2) m.fault = "a message in a cluster of one block";
+  emulator::must_be_aligned("a message", reinterpret_cast<intptr_t>(slot));
   const unsigned char* bytes = reinterpret_cast<const unsigned char*>(words);
-  emulator::Phase* phase = &reinterpret_cast<Barrier*>(there(&landed))->phase;
-  emulator::machine().transfers.push_back(
-      {there(slot), nullptr, {bytes, bytes + 16}, 16, phase, nullptr, 0, emulator::some_rounds()});
+  m.transfers.push_back({there(static_cast<unsigned char*>(slot), rank),
+                         nullptr,
+                         {bytes, bytes + 16},
+                         16,
+                         &there(&landed, rank)->phase,
+                         nullptr,
+                         0,
+                         emulator::some_rounds()});
 }
 
 inline float exp2_of(float x) {
@@ -400,12 +433,14 @@ struct alignas(16) Words {
 };
 inline Words load_words(const void* p) {
   emulator::must_be_aligned("16 bytes read", reinterpret_cast<intptr_t>(p));
+  emulator::must_be_free("16 bytes read", p, 16, false);
   Words words;
   memcpy(&words, p, sizeof words);
   return words;
 }
 inline void store_words(void* p, const Words& words) {
   emulator::must_be_aligned("16 bytes written", reinterpret_cast<intptr_t>(p));
+  emulator::must_be_free("16 bytes written", p, 16, true);
   memcpy(p, &words, sizeof words);
 }
 
