@@ -67,8 +67,7 @@ def _rollout_weight_like(log_prob: Tensor, spec: list[int]) -> Tensor:
 
 
 def _gradient_like_fake(logits: Tensor) -> Tensor:
-    """Dense, also where the logits are expanded."""
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return logits.new_empty_strided(logits.shape, memory.row_strides(logits))
 
 
 def _note_write(tensor: Tensor) -> None:
@@ -114,7 +113,7 @@ def _backward_into(out: Tensor, logits: Tensor, token_ids: Tensor, *rest: Any) -
 
 
 def _log_probs_backward(logits: Tensor, *rest: Any) -> Tensor:
-    out = memory.empty(logits.shape, logits.dtype, logits.device)
+    out = memory.gradient_like(logits)
     _backward_into(out, logits, *rest)
     return out
 
@@ -137,7 +136,7 @@ def _fused_into(out: Tensor, logits: Tensor, token_ids: Tensor, *rest: Any) -> A
 
 
 def _fused_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    out = memory.empty(logits.shape, logits.dtype, logits.device)
+    out = memory.gradient_like(logits)
     return (*_fused_into(out, logits, *rest), out)
 
 

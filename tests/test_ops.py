@@ -182,6 +182,24 @@ def test_compile_log_probs(backend):
     torch.testing.assert_close(*results)
 
 
+def test_compile_views_of_an_odd_vocabulary(backend):
+    """Their gradient's strides are not those of a dense tensor; of static shapes, then of dynamic ones."""
+
+    def step(leaf, ids, advantages):
+        return grpo_loss((leaf * 1.0)[:, :-1], ids, advantages, grad_scale=1.0, backend=backend).loss
+
+    function = compiled(step)
+    for length in (3, 5, 6):
+        case = make(batch=2, length=length, vocab=97)
+        results = []
+        for run in (step, function):
+            leaf = case.logits.clone().requires_grad_()
+            run(leaf, *case.arguments[:2]).backward()
+            results.append(leaf.grad)
+        torch.testing.assert_close(*results)
+        assert results[0].count_nonzero() > 0
+
+
 def test_annealing_recompiles_nothing(backend):
     """Numbers as 0-d tensors and new lengths: at most one graph for static and one for dynamic shapes."""
     from torch._dynamo.utils import counters

@@ -27,59 +27,80 @@ GRPO_DEVICE real gradient_of(real value, real slope, const GradientTerms<real>& 
   return port::exp2_of(power) * port::fma_of(kept, terms.linear, terms.constant);
 }
 
-template <bool kEntropy, class T>
-GRPO_DEVICE void plain_gradient(const Piece<T>& piece, const LogitMap<real_of<T>>& map,
+// Of 16 bytes of logits. `target`: which of them is the sampled one, if any.
+template <bool kEntropy, bool kSoftcap, class T>
+GRPO_DEVICE Words vector_gradient(const Words& words, const T* type, int target, const LogitMap<real_of<T>>& map,
+                                  const GradientTerms<real_of<T>>& terms) {
+  real_of<T> x[kWidth<T>];
+  unpack(words, type, x);
+#pragma unroll
+  for (int i = 0; i < kWidth<T>; ++i) {
+    const real_of<T> value = kSoftcap ? softcapped(x[i], map) : x[i];
+    const real_of<T> gradient = gradient_of<kEntropy>(value, map.slope, terms);
+    x[i] = kSoftcap ? gradient * softcap_slope(x[i], map) : gradient;
+  }
+  if (unsigned(target) < unsigned(kWidth<T>)) {
+#pragma unroll
+    for (int i = 0; i < kWidth<T>; ++i) x[i] = i == target ? terms.target : x[i];
+  }
+  return pack(x, type);
+}
+
+// In place, by the 16-byte vectors that the piece lies in: what they hold before its first column and after its last
+// nobody looks at. All are loaded before the first is used.
+template <bool kEntropy, bool kPlain, class T>
+GRPO_DEVICE void write_gradient(const Piece<T>& piece, const LogitMap<real_of<T>>& map,
                                 const GradientTerms<real_of<T>>& terms) {
+  constexpr int count = kVectorsPerThread + (kPlain ? 0 : 1);  // a tile that is not aligned lies in one vector more
+  const int before = kPlain ? 0 : piece.skew / int(sizeof(T));
+  const auto first_of = [&](int k) { return (port::thread_index() + k * kConsumers) * kWidth<T> - before; };
+  Words words[count];
 #pragma unroll
-  for (int k = 0; k < kVectorsPerThread; ++k) {
-    const int v = port::thread_index() + k * kConsumers;
-    real_of<T> x[kWidth<T>];
-    load_plain(piece, v, x);
+  for (int k = 0; k < count; ++k)
+    if (kPlain || first_of(k) < piece.columns) words[k] = port::load_words(piece.start + first_of(k));
 #pragma unroll
-    for (int i = 0; i < kWidth<T>; ++i) x[i] = gradient_of<kEntropy>(x[i], map.slope, terms);
-    port::store_words(piece.start + v * kWidth<T>, pack(x, piece.start));
+  for (int k = 0; k < count; ++k) {
+    if (!kPlain && first_of(k) >= piece.columns) break;
+    T* p = piece.start + first_of(k);
+    const int target = kPlain ? kElsewhere : piece.target - first_of(k);
+    port::store_words(p, vector_gradient<kEntropy, false>(words[k], p, target, map, terms));
   }
 }
 
 template <bool kEntropy, class T>
-GRPO_DEVICE void any_gradient(const Piece<T>& piece, const LogitMap<real_of<T>>& map,
-                              const GradientTerms<real_of<T>>& terms) {
-  constexpr int width = kWidth<T>;
+GRPO_DEVICE void write_softcapped_gradient(const Piece<T>& piece, const LogitMap<real_of<T>>& map,
+                                           const GradientTerms<real_of<T>>& terms) {
+  const int before = piece.skew / int(sizeof(T));
 #pragma unroll 1
-  for (int v = port::thread_index(); v * width < piece.columns; v += kConsumers) {
-    real_of<T> x[width];
-    load_vector(piece, v, x);
-    if (map.softcap) {
-#pragma unroll
-      for (int i = 0; i < width; ++i)
-        x[i] = gradient_of<kEntropy>(softcapped(x[i], map), map.slope, terms) * softcap_slope(x[i], map);
-    } else {
-#pragma unroll
-      for (int i = 0; i < width; ++i) x[i] = gradient_of<kEntropy>(x[i], map.slope, terms);
-    }
-    if (unsigned(piece.target - v * width) < unsigned(width)) {
-#pragma unroll
-      for (int i = 0; i < width; ++i) x[i] = v * width + i == piece.target ? terms.target : x[i];
-    }
-    store_vector(piece, v, x);
+  for (int first = port::thread_index() * kWidth<T> - before; first < piece.columns; first += kConsumers * kWidth<T>) {
+    T* p = piece.start + first;
+    port::store_words(p, vector_gradient<kEntropy, true>(port::load_words(p), p, piece.target - first, map, terms));
   }
 }
 
 template <class T>
 GRPO_DEVICE void zero_gradient(const Piece<T>& piece) {
-  const real_of<T> zeros[kWidth<T>] = {};
+  const int before = piece.skew / int(sizeof(T));
 #pragma unroll 1
-  for (int v = port::thread_index(); v * kWidth<T> < piece.columns; v += kConsumers) store_vector(piece, v, zeros);
+  for (int first = port::thread_index() * kWidth<T> - before; first < piece.columns; first += kConsumers * kWidth<T>)
+    port::store_words(piece.start + first, Words{});
 }
 
-// Columns of a piece, as sweep_sums shares them out; the sampled one gets what is known of it.
+template <bool kEntropy, class T>
+GRPO_DEVICE void nonzero_gradient(const Piece<T>& piece, const LogitMap<real_of<T>>& map,
+                                  const GradientTerms<real_of<T>>& terms) {
+  if (map.softcap) return write_softcapped_gradient<kEntropy>(piece, map, terms);
+  if (is_plain(piece, false)) return write_gradient<kEntropy, true>(piece, map, terms);
+  write_gradient<kEntropy, false>(piece, map, terms);
+}
+
+// A piece's columns; the sampled one gets what is known of it.
 template <class T>
 GRPO_DEVICE void sweep_gradient(const Piece<T>& piece, const LogitMap<real_of<T>>& map,
                                 const GradientTerms<real_of<T>>& terms) {
-  const bool plain = is_plain(piece, map.softcap);
   if (terms.constant == 0 && terms.linear == 0 && terms.target == 0) return zero_gradient(piece);
-  if (terms.linear != 0) return plain ? plain_gradient<true>(piece, map, terms) : any_gradient<true>(piece, map, terms);
-  return plain ? plain_gradient<false>(piece, map, terms) : any_gradient<false>(piece, map, terms);
+  if (terms.linear != 0) return nonzero_gradient<true>(piece, map, terms);
+  nonzero_gradient<false>(piece, map, terms);
 }
 
 // d loss / d (the row's values) from its statistics and slopes. All 0 where both slopes are; NaN everywhere where

@@ -58,7 +58,7 @@ struct Job {
   GRPO_DEVICE Piece<T> piece(Shared& shared, int place, const T* slice, int tile, int target) const {
     const int skew = int(reinterpret_cast<intptr_t>(slice) & 15);
     T* start = reinterpret_cast<T*>(tile_at(shared, place) + skew);
-    return {start, tile_columns(tile), target - tile * kTileColumns<T>, skew == 0};
+    return {start, tile_columns(tile), target - tile * kTileColumns<T>, skew};
   }
 
   // The sampled column's logit; NaN for an id outside the vocabulary.

@@ -76,15 +76,11 @@ GRPO_DEVICE void load_rows(const Job<T, kMode>& job, Shared& shared) {
   if (job.kGradient) store_zeros(job, shared, lane);
 }
 
-// A tile of gradients to its row. Where the gradient's rows are aligned otherwise than the logits', element by element.
+// A tile of gradients to its row, which begins as far from 16 bytes as its place in the ring.
 template <class T>
 GRPO_DEVICE void store_tile(T* to, const Piece<T>& piece, int lane) {
   const T* from = piece.start;
   const int bytes = piece.columns * int(sizeof(T));
-  if (((reinterpret_cast<intptr_t>(to) ^ reinterpret_cast<intptr_t>(from)) & 15) != 0) {
-    copy_elements(to, from, bytes, lane);
-    return;
-  }
   const Edges edges(to, bytes);
   const int after = edges.head + edges.body;
   if (lane == 0 && edges.body > 0) port::bulk_store(advanced(to, edges.head), advanced(from, edges.head), edges.body);

@@ -121,16 +121,10 @@ struct Sums {
   }
 };
 
-// Values of a vector that count: the sampled column, and whatever follows the last one, are -inf.
+// What does not count of a vector: the sampled column, and whatever follows the last one, become -inf.
 template <class T>
-GRPO_DEVICE void counted_values(const Piece<T>& piece, int vector, const LogitMap<real_of<T>>& map,
-                                real_of<T> (&x)[kWidth<T>]) {
+GRPO_DEVICE void drop_others(const Piece<T>& piece, int vector, real_of<T> (&x)[kWidth<T>]) {
   const int first = vector * kWidth<T>;
-  load_vector(piece, vector, x);
-  if (map.softcap) {
-#pragma unroll
-    for (int i = 0; i < kWidth<T>; ++i) x[i] = softcapped(x[i], map);
-  }
   if (first + kWidth<T> <= piece.columns && unsigned(piece.target - first) >= unsigned(kWidth<T>)) return;
 #pragma unroll
   for (int i = 0; i < kWidth<T>; ++i) {
@@ -139,11 +133,59 @@ GRPO_DEVICE void counted_values(const Piece<T>& piece, int vector, const LogitMa
   }
 }
 
-// A piece whose columns all count, as they are: no branch inside.
+// Whether all columns of a whole tile count, as they are: no branch inside.
 template <class T>
 GRPO_DEVICE bool is_plain(const Piece<T>& piece, bool softcap) {
   const bool target_here = unsigned(piece.target) < unsigned(piece.columns);
-  return piece.columns == kTileColumns<T> && piece.aligned && !target_here && !softcap;
+  return piece.columns == kTileColumns<T> && piece.skew == 0 && !target_here && !softcap;
+}
+
+// Relative to the anchor, without a softcap. All vectors are loaded before the first is used: eight warps hide little
+// latency.
+template <bool kPlain, class T>
+GRPO_DEVICE void sweep_near(const Piece<T>& piece, const LogitMap<real_of<T>>& map, const Anchor<real_of<T>>& anchor,
+                            real_of<T>& sum, real_of<T>& weighted) {
+  const auto is_here = [&](int v) { return kPlain || v * kWidth<T> < piece.columns; };
+  Words words[kVectorsPerThread];
+  const auto load_all = [&](auto load) {
+#pragma unroll
+    for (int k = 0; k < kVectorsPerThread; ++k) {
+      const int v = port::thread_index() + k * kConsumers;
+      if (is_here(v)) words[k] = load(v);
+    }
+  };
+  if constexpr (kPlain) {
+    load_all([&](int v) { return port::load_words(piece.start + v * kWidth<T>); });
+  } else {
+    with_loads(piece, load_all);
+  }
+#pragma unroll
+  for (int k = 0; k < kVectorsPerThread; ++k) {
+    const int v = port::thread_index() + k * kConsumers;
+    if (!is_here(v)) break;
+    real_of<T> x[kWidth<T>];
+    unpack(words[k], piece.start, x);
+    if (!kPlain) drop_others(piece, v, x);
+    Sums<real_of<T>>::add_near(x, anchor, map.slope, sum, weighted);
+  }
+}
+
+// The rare ways, a vector at a time: add(values) for each of this thread's.
+template <class T, class Add>
+GRPO_DEVICE void sweep_slowly(const Piece<T>& piece, const LogitMap<real_of<T>>& map, Add add) {
+#pragma unroll 1
+  for (int v = port::thread_index(); v * kWidth<T> < piece.columns; v += kConsumers) {
+    Words words;
+    with_loads(piece, [&](auto load) { words = load(v); });
+    real_of<T> x[kWidth<T>];
+    unpack(words, piece.start, x);
+    if (map.softcap) {
+#pragma unroll
+      for (int i = 0; i < kWidth<T>; ++i) x[i] = softcapped(x[i], map);
+    }
+    drop_others(piece, v, x);
+    add(x);
+  }
 }
 
 // This thread's columns of a piece: every kConsumers-th vector. All relative to the anchor; if that does not hold, once
@@ -152,21 +194,14 @@ template <class T>
 GRPO_DEVICE void sweep_sums(const Piece<T>& piece, const LogitMap<real_of<T>>& map, const Anchor<real_of<T>>& anchor,
                             Sums<real_of<T>>& sums) {
   using real = real_of<T>;
-  real x[kWidth<T>];
   if (sums.near) {
     real sum = sums.sum, weighted = sums.weighted;
     if (is_plain(piece, map.softcap)) {
-#pragma unroll
-      for (int k = 0; k < kVectorsPerThread; ++k) {
-        load_plain(piece, port::thread_index() + k * kConsumers, x);
-        sums.add_near(x, anchor, map.slope, sum, weighted);
-      }
+      sweep_near<true>(piece, map, anchor, sum, weighted);
+    } else if (!map.softcap) {
+      sweep_near<false>(piece, map, anchor, sum, weighted);
     } else {
-#pragma unroll 1
-      for (int v = port::thread_index(); v * kWidth<T> < piece.columns; v += kConsumers) {
-        counted_values(piece, v, map, x);
-        sums.add_near(x, anchor, map.slope, sum, weighted);
-      }
+      sweep_slowly(piece, map, [&](auto& x) { Sums<real>::add_near(x, anchor, map.slope, sum, weighted); });
     }
     if (sum < kLargestSum<real>) {
       sums.sum = sum;
@@ -175,11 +210,7 @@ GRPO_DEVICE void sweep_sums(const Piece<T>& piece, const LogitMap<real_of<T>>& m
     }
     sums.leave(anchor);
   }
-#pragma unroll 1
-  for (int v = port::thread_index(); v * kWidth<T> < piece.columns; v += kConsumers) {
-    counted_values(piece, v, map, x);
-    sums.add_far(x, map.slope);
-  }
+  sweep_slowly(piece, map, [&](auto& x) { sums.add_far(x, map.slope); });
 }
 
 // Of each kLanes neighbours in every one of them. The order is the same for all: a + b is b + a.

@@ -63,48 +63,34 @@ template <class T>
 struct Piece {
   T* start;
   int columns;
-  int target;    // the sampled column, if it is here
-  bool aligned;  // to 16 bytes, not to an element alone
+  int target;  // the sampled column, if it is here
+  int skew;    // bytes between a multiple of 16 and the start
 };
 
-template <class T>
-GRPO_DEVICE void load_plain(const Piece<T>& piece, int vector, real_of<T> (&x)[kWidth<T>]) {
-  const T* p = piece.start + vector * kWidth<T>;
-  unpack(port::load_words(p), p, x);
-}
-// Otherwise a vector lies in two of 16 bytes, whose other columns may change meanwhile.
-template <class T>
-GRPO_DEVICE void load_vector(const Piece<T>& piece, int vector, real_of<T> (&x)[kWidth<T>]) {
-  const T* p = piece.start + vector * kWidth<T>;
-  if (piece.aligned) return unpack(port::load_words(p), p, x);
-  const int skew = int(reinterpret_cast<intptr_t>(p) & 15);
-  const unsigned char* first = reinterpret_cast<const unsigned char*>(p) - skew;
+// A vector's columns, where it begins so many words, and then some bytes, after a multiple of 16: out of two vectors.
+template <int kSkewWords, class T>
+GRPO_DEVICE Words load_across(const Piece<T>& piece, int vector) {
+  const unsigned char* first = reinterpret_cast<const unsigned char*>(piece.start + vector * kWidth<T>) - piece.skew;
   const Words low = port::load_words(first), high = port::load_words(first + 16);
-  uint32_t words[8];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    words[i] = low.word[i];
-    words[i + 4] = high.word[i];
-  }
-#pragma unroll
-  for (int step = 2; step > 0; step /= 2) {
-#pragma unroll
-    for (int i = 0; i + step < 8; ++i) words[i] = skew / 4 & step ? words[i + step] : words[i];
-  }
+  const uint32_t words[8] = {low.word[0],  low.word[1],  low.word[2],  low.word[3],
+                             high.word[0], high.word[1], high.word[2], high.word[3]};
   Words whole;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) whole.word[i] = port::shifted(words[i], words[i + 1], skew % 4 * 8);
-  unpack(whole, p, x);
+  for (int i = 0; i < 4; ++i)
+    whole.word[i] = port::shifted(words[kSkewWords + i], words[kSkewWords + i + 1], piece.skew % 4 * 8);
+  return whole;
 }
-template <class T>
-GRPO_DEVICE void store_vector(const Piece<T>& piece, int vector, const real_of<T> (&x)[kWidth<T>]) {
-  T* p = piece.start + vector * kWidth<T>;
-  const Words words = pack(x, p);
-  if (piece.aligned) return port::store_words(p, words);
-  T elements[kWidth<T>];
-  memcpy(elements, &words, sizeof(words));
-#pragma unroll
-  for (int i = 0; i < kWidth<T>; ++i) p[i] = elements[i];
+
+// Calls run(load), where load(vector) gives a vector's columns: what is the same for all of them is decided once.
+template <class T, class Run>
+GRPO_DEVICE void with_loads(const Piece<T>& piece, Run run) {
+  if (piece.skew == 0) return run([&](int v) { return port::load_words(piece.start + v * kWidth<T>); });
+  switch (piece.skew / 4) {
+    case 0: return run([&](int v) { return load_across<0>(piece, v); });
+    case 1: return run([&](int v) { return load_across<1>(piece, v); });
+    case 2: return run([&](int v) { return load_across<2>(piece, v); });
+    default: return run([&](int v) { return load_across<3>(piece, v); });
+  }
 }
 
 template <class T>

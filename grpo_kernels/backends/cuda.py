@@ -167,6 +167,17 @@ def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
     _on_tokens(gradient.device).rescale(gradient, upstream, announced)
 
 
+def _check_alignment(logits: Tensor, out: Tensor) -> None:
+    """Rows come and go by the same vectors of 16 bytes."""
+    extents = zip(logits.shape[:-1], logits.stride(), out.stride(), strict=False)
+    apart = [(b - a) * logits.element_size() for extent, a, b in extents if extent > 1]
+    if any(distance % 16 for distance in (out.data_ptr() - logits.data_ptr(), *apart)):
+        raise ValueError(
+            "the gradient's rows must begin as far from a multiple of 16 bytes as the logits' rows do; got strides "
+            f"{out.stride()} for {logits.stride()} of {logits.dtype}. memory.gradient_like(logits) makes such a tensor."
+        )
+
+
 def _call(
     function: str,
     rows: Rows,
@@ -183,6 +194,8 @@ def _call(
     if out is None:
         partials = torch.empty(count, layout.cluster, 4, dtype=rows.numbers.dtype, device=where)
         own["partials"] = partials.data_ptr()
+    else:
+        _check_alignment(rows.logits, out)
     if where.type == "cuda":
         own["stream"] = torch.cuda.current_stream(where).cuda_stream
     params = native.call_of(_Params, rows, per_row, spec, out, **own)

@@ -18,20 +18,29 @@ FLAGS = [
 
 
 def build(sources: Path = ROOT / "csrc", library: Path | None = None) -> Path | None:
-    """The library of these sources, compiled if it is not there; None without a C++ compiler that knows _Float16."""
+    """The library of these sources, compiled if it is not there; None without a C++ compiler that knows _Float16.
+
+    Raises RuntimeError where such a compiler refuses them: every test of theirs would be skipped otherwise.
+    """
     names = (os.environ.get("CXX"), "c++", "g++", "clang++")
     compiler = next((path for name in names if name and (path := shutil.which(name))), None)
-    if compiler is None:
+    if compiler is None or not _knows_float16(compiler):
         return None
     library = library or ROOT / "build" / "cuda_emulator" / f"{_digest(sources)}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         fresh = library.with_suffix(f".{os.getpid()}")
         command = [compiler, *FLAGS, "-x", "c++", str(sources / "cuda" / "library.cu"), "-o", str(fresh)]
-        if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-            return None
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            raise RuntimeError(f"{sources} does not compile over the emulator:\n{result.stderr[:4000]}")
         fresh.replace(library)
     return library
+
+
+def _knows_float16(compiler: str) -> bool:
+    command = [compiler, *FLAGS, "-fsyntax-only", "-x", "c++", "-"]
+    return subprocess.run(command, input="_Float16 x;", capture_output=True, text=True).returncode == 0
 
 
 def _digest(sources: Path) -> str:
