@@ -63,6 +63,7 @@ def _cuda_library() -> dict[str, Any]:
     """Path and build; and on each NVIDIA GPU what the library found: capability, clusters that run at once, driver."""
     path = cuda.library_path()
     found: dict[str, Any] = {"path": str(path), "build": native.build_record(path) or None, "devices": {}}
+    found["triton_below_bytes"] = cuda.SHORT_ROW_BYTES
     try:
         cuda.library()
         for i in range(torch.cuda.device_count()):
@@ -172,6 +173,7 @@ def main(arguments: argparse.Namespace) -> int:
     elif library["build"]:
         targets = ", ".join(f"sm_{name}" for name in library["build"]["architectures"].split())
         print(f"           for {targets}, PTX for newer ones; built by nvcc: {library['build']['compiler']}")
+    print(f"           rows below {library['triton_below_bytes']} bytes: triton's, unless it is asked for by name")
     for name, offered in library["devices"].items():
         counts = ", ".join(f"{n} of {size}" for size, n in offered["clusters_at_once"].items())
         print(f"           {name}: capability {offered['capability']}, clusters at once: {counts or 'none'}")

@@ -189,6 +189,8 @@ def test_plans():
     assert cluster_of(fp32, 425_985)[0] == 0
     device.clusters[4] = 7
     assert cluster_of(fp32, 262144) == (16, 7, 13)
+    device.clusters[4] = 5  # 80 multiprocessors instead of 128: too many idle for two rows at a time
+    assert cluster_of(fp32, 262144) == (8, 16, 13)
     assert cluster_of(fp32, 425_985)[0] == 16
     device.shared_bytes = 101_376  # a small ring
     assert cluster_of(bf16, 32000) == (2, 66, 5)
@@ -276,6 +278,18 @@ def test_schedules_change_no_bit():
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
+@emulated
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 2), (3, 6), (47, 6), (48, 6), (96, 12), (500, 24)])
+def test_many_rows_are_dealt_to_more_clusters_than_run_at_once(laid_out, rows, blocks):
+    """Of two blocks, three at once: late ones find less to do, and each that comes has rows enough."""
+    laid_out(2)
+    case = make(batch=1, length=rows, vocab=9, extra_row=False, empty=False)
+    check(case, "cuda", config=complete("grpo"))
+    token_log_probs(case.logits, case.token_ids, backend="cuda")
+    case.run("cuda", grad_scale=1.0)
+    assert cuda.library().grpo_emulator_blocks_launched() == blocks
+
+
 @everywhere
 def test_layouts_change_the_gradient_by_rounding_alone(laid_out):
     """The number of clusters changes no bit; their size changes sums by rounding."""
@@ -353,6 +367,11 @@ def test_one_bad_column(value):
         assert not gradient[0, [0, 2]].isnan().any()
 
 
+@everywhere
+def test_no_kernel_needs_local_memory():
+    assert cuda.device(0).local_bytes == 0
+
+
 @emulated
 def test_sources_that_do_not_compile_are_no_reason_to_skip(tmp_path):
     with pytest.raises(RuntimeError, match="(?s)does not compile over the emulator:.*error"):
@@ -381,6 +400,10 @@ def test_where_it_serves(monkeypatch):
     assert reason() == "not yet proven on NVIDIA H200: ask for it by name, backend='cuda'"
     monkeypatch.setattr(cuda, "PROVEN", frozenset({"NVIDIA H200"}))
     assert reason() is None
+    assert reason(vocab=16384, dtype=torch.bfloat16) is None
+    short = {"vocab": 16383, "dtype": torch.bfloat16}
+    assert reason(**short) == "rows of 32766 bytes are short, and Triton's below 32768: ask for it by name"
+    assert reason(**short, by_name=True) is None
     assert "2000000 columns does not fit" in reason(vocab=2_000_000)
     monkeypatch.setattr(backends.get("triton"), "unsupported", lambda request: "triton is not installed")
     assert reason() == "its [tokens]-sized kernels are Triton's: triton is not installed"

@@ -6,12 +6,12 @@
 
 extern "C" {
 
-#define GRPO_CUDA_ABI_VERSION 2
+#define GRPO_CUDA_ABI_VERSION 3
 
 struct GrpoCudaParams : GrpoCall {
   int32_t device;
   int32_t cluster;   // blocks that share a row
-  int32_t clusters;  // that run at once: the grid
+  int32_t clusters;  // that run at once
   int32_t tiles;     // of a block's ring
   void* stream;
   int32_t* order;  // [rows + 1] scratch: live rows from the front, dead ones from the back, how many are live
@@ -23,6 +23,7 @@ struct GrpoCudaDevice {
   int32_t major, minor;
   int32_t driver, runtime;  // versions, 1000 * major + 10 * minor
   int32_t shared_bytes;     // a block may use
+  int32_t local_bytes;      // of a thread, the most of any kernel: 0 unless registers spilled
   int32_t clusters[5];      // of 1, 2, 4, 8 and 16 blocks that run at once; 0: the device takes no such cluster
 };
 

@@ -85,16 +85,18 @@ GRPO_FN int slice_tiles(int64_t vocab, int cluster, int element_bytes) {
   return int((bytes + kTileBytes - 1) / kTileBytes);
 }
 
-// The smallest cluster whose blocks hold two rows, so that one is summed while the other waits for its slopes; or
-// the largest, if it holds one.
+// The smallest cluster whose blocks hold two rows, so that one is summed while the other waits for its slopes; or the
+// largest that holds one. A larger one is not worth a quarter of the multiprocessors, which clusters of 16 may leave
+// idle.
 inline GrpoCudaPlan plan_of(const GrpoCudaDevice& device, int element_bytes, int64_t vocab) {
   GrpoCudaPlan plan{0, 0, (device.shared_bytes - kTilesOffset) / kTilePitch};
   plan.tiles = plan.tiles < kMaxTiles ? plan.tiles : kMaxTiles;
   for (int i = 0; i < 5; ++i) {
-    const int cluster = 1 << i;
-    if (device.clusters[i] == 0 || slice_tiles(vocab, cluster, element_bytes) > plan.tiles) continue;
+    const int cluster = 1 << i, clusters = device.clusters[i];
+    if (clusters == 0 || slice_tiles(vocab, cluster, element_bytes) > plan.tiles) continue;
+    if (4 * cluster * clusters < 3 * plan.cluster * plan.clusters) continue;
     plan.cluster = cluster;
-    plan.clusters = device.clusters[i];
+    plan.clusters = clusters;
     if (2 * slice_tiles(vocab, cluster, element_bytes) <= plan.tiles) break;
   }
   return plan;

@@ -7,14 +7,22 @@ using namespace grpo;
 
 port::Stream stream_of(const GrpoCudaParams& p) { return static_cast<port::Stream>(p.stream); }
 
+// Clusters to launch. More than are meant to run at once, where rows are many: how many do, a device does not promise,
+// and whichever comes late would double the time if each had its share of the rows from the start.
+int32_t clusters_of(const GrpoCudaParams& p) {
+  constexpr int64_t kWaves = 4, kRowsEach = 16;  // a cluster's first row has nothing to overlap with
+  const int64_t waves = p.rows / (p.clusters * kRowsEach);
+  const int64_t wanted = p.clusters * (waves < 1 ? 1 : waves < kWaves ? waves : kWaves);
+  return int32_t(p.rows < wanted ? p.rows : wanted);
+}
+
 template <class T, Mode kMode>
 int launch_rows(const GrpoCudaParams& p) {
   const int error = port::launch(order_kernel<real_of<T>, kMode>, 1, 1, kOrderThreads, kOrderWarps * int(sizeof(int)),
                                  stream_of(p), p);
   if (error) return error;
-  const int64_t wanted = p.rows < p.clusters ? p.rows : p.clusters;
   GrpoCudaParams mine = p;
-  mine.clusters = int32_t(wanted);
+  mine.clusters = clusters_of(p);
   return port::launch(row_kernel<T, kMode>, mine.clusters * p.cluster, kMode == kFusedLoss ? p.cluster : 1, kThreads,
                       shared_bytes(p.tiles), stream_of(p), mine);
 }
@@ -34,18 +42,27 @@ int fused_loss(const GrpoCudaParams& p) {
   return launch_rows<T, kFusedLoss>(p);
 }
 
-// Before the first launch, which may be inside a CUDA graph's capture.
+// Before the first launch, which may be inside a CUDA graph's capture: a kernel is not loaded there.
 template <class T>
-int load_kernels(int ring) {
+int load_kernels(int ring, GrpoCudaDevice& device) {
   using real = real_of<T>;
-  void (*const rows[])(GrpoCudaParams) = {row_kernel<T, kLogProbs>, row_kernel<T, kLogProbsBackward>,
-                                          row_kernel<T, kFusedLoss>};
-  void (*const others[])(GrpoCudaParams) = {order_kernel<real, kLogProbs>, order_kernel<real, kLogProbsBackward>,
-                                            order_kernel<real, kFusedLoss>, finish_kernel<T>};
-  for (const auto kernel : rows)
-    if (const int error = port::allow(reinterpret_cast<const void*>(kernel), 1, ring)) return error;
-  for (const auto kernel : others)
-    if (const int error = port::allow(reinterpret_cast<const void*>(kernel), 1, 1024)) return error;
+  using Kernel = void (*)(GrpoCudaParams);
+  const struct {
+    Kernel kernel;
+    int shared_bytes;
+  } all[] = {{row_kernel<T, kLogProbs>, ring},
+             {row_kernel<T, kLogProbsBackward>, ring},
+             {row_kernel<T, kFusedLoss>, ring},
+             {order_kernel<real, kLogProbs>, 1024},
+             {order_kernel<real, kLogProbsBackward>, 1024},
+             {order_kernel<real, kFusedLoss>, 1024},
+             {finish_kernel<T>, 1024}};
+  for (const auto& one : all) {
+    int32_t local_bytes = 0;
+    if (const int error = port::load(reinterpret_cast<const void*>(one.kernel), one.shared_bytes, local_bytes))
+      return error;
+    if (local_bytes > device.local_bytes) device.local_bytes = local_bytes;
+  }
   return 0;
 }
 
@@ -80,10 +97,10 @@ int32_t grpo_cuda_device(int32_t index, GrpoCudaDevice* device) {
   if (device->major < 9) return 0;  // it has no clusters, and the library no code for it
   if (const int error = port::use_device(index)) return error;
   const int ring = shared_bytes(plan_of(*device, 2, 1).tiles);  // as large for every row
-  if (const int error = load_kernels<float>(ring)) return error;
-  if (const int error = load_kernels<double>(ring)) return error;
-  if (const int error = load_kernels<grpo::BFloat16>(ring)) return error;
-  if (const int error = load_kernels<grpo::Float16>(ring)) return error;
+  if (const int error = load_kernels<float>(ring, *device)) return error;
+  if (const int error = load_kernels<double>(ring, *device)) return error;
+  if (const int error = load_kernels<grpo::BFloat16>(ring, *device)) return error;
+  if (const int error = load_kernels<grpo::Float16>(ring, *device)) return error;
   for (int i = 0; i < 5; ++i) {
     const int cluster = 1 << i;
     const int error =

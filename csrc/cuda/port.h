@@ -191,6 +191,14 @@ inline int allow(const void* kernel, int cluster, int shared_bytes) {
   return checked(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
 }
 
+// Puts a kernel on the device, which otherwise its first launch would do; and the local memory of its threads.
+inline int load(const void* kernel, int shared_bytes, int32_t& local_bytes) {
+  cudaFuncAttributes attributes;
+  if (const int error = checked(cudaFuncGetAttributes(&attributes, kernel))) return error;
+  local_bytes = int32_t(attributes.localSizeBytes);
+  return allow(kernel, 1, shared_bytes);
+}
+
 // A launch of `blocks` blocks in clusters; `attribute` must outlive the configuration.
 inline cudaLaunchConfig_t configuration(int blocks, int cluster, int threads, int shared_bytes, Stream stream,
                                         cudaLaunchAttribute& attribute) {

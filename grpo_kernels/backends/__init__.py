@@ -50,7 +50,7 @@ class Request:
     device: pytorch.device
     """Of the logits."""
     dtype: pytorch.dtype = pytorch.float32
-    vocab: int = 1
+    vocab: int = 32768
     fused: bool = False
     """The one-pass loss, not log-probs and their backward."""
     softcap: bool = False

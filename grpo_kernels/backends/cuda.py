@@ -21,9 +21,14 @@ from torch import Tensor
 from ..rows import Rows
 from . import Request, native, on_device
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _OLDEST_CAPABILITY = (9, 0)
 CLUSTERS = (1, 2, 4, 8, 16)
+
+SHORT_ROW_BYTES = 32768
+"""Rows below that are Triton's in automatic choice. The settlers finish a row in some 1,800 cycles whatever its length
+(computed from estimated latencies), in which a multiprocessor of an H200 moves 33 KB in and out; Triton's one pass
+reads a row of up to 32,768 columns once, too, and has as many of them in flight as fit."""
 
 PROVEN: frozenset[str] = frozenset()
 """Kinds of GPU, as torch.cuda.get_device_name has them, that benchmarks/results/ holds a green run of
@@ -47,7 +52,7 @@ class Device(ctypes.Structure):
     """GrpoCudaDevice: what a device offers."""
 
     _fields_ = (
-        *((name, c_int32) for name in ("major", "minor", "driver", "runtime", "shared_bytes")),
+        *((name, c_int32) for name in ("major", "minor", "driver", "runtime", "shared_bytes", "local_bytes")),
         ("clusters", c_int32 * len(CLUSTERS)),
     )
 
@@ -125,6 +130,9 @@ def unsupported(request: Request) -> str | None:
     name = torch.cuda.get_device_name(index)
     if not request.by_name and name not in PROVEN:
         return f"not yet proven on {name}: ask for it by name, backend='cuda'"
+    row_bytes = request.vocab * request.dtype.itemsize
+    if not request.by_name and row_bytes < SHORT_ROW_BYTES:
+        return f"rows of {row_bytes} bytes are short, and Triton's below {SHORT_ROW_BYTES}: ask for it by name"
     try:
         return _lacking(request, index, name)
     except native.Unavailable as error:

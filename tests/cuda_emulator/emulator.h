@@ -98,6 +98,7 @@ struct Machine {
   void (*body)() = nullptr;
   std::string fault;
   int64_t bytes_loaded = 0, bytes_stored = 0;  // by bulk copies
+  int blocks_launched = 0;                     // last
 };
 
 inline Machine& machine() {
@@ -262,6 +263,7 @@ inline void run(int blocks, int cluster, int threads, int shared_bytes, void (*b
   Machine& m = machine();
   m.body = body;
   m.fault.clear();
+  m.blocks_launched = blocks;
   for (m.first_block = 0; m.first_block < blocks && m.fault.empty(); m.first_block += cluster) {
     m.transfers.clear();
     m.cluster = Meeting{};
@@ -498,7 +500,7 @@ int clusters_at_once(void (*)(Parameters), int cluster, int, int, int32_t& found
   found = cluster == 16 ? 0 : 4 / cluster + 1;
   return 0;
 }
-inline int allow(const void*, int, int) { return 0; }
+inline int load(const void*, int, int32_t&) { return 0; }
 template <class Device>
 int describe(int, Device& device) {
   device.major = 9;
@@ -516,3 +518,4 @@ GRPO_EMULATOR_EXPORT void grpo_emulator_seed(uint64_t seed) { emulator::machine(
 // Since the last time it was asked.
 GRPO_EMULATOR_EXPORT int64_t grpo_emulator_bytes_loaded() { return std::exchange(emulator::machine().bytes_loaded, 0); }
 GRPO_EMULATOR_EXPORT int64_t grpo_emulator_bytes_stored() { return std::exchange(emulator::machine().bytes_stored, 0); }
+GRPO_EMULATOR_EXPORT int32_t grpo_emulator_blocks_launched() { return emulator::machine().blocks_launched; }
