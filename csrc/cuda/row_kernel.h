@@ -46,6 +46,7 @@ class Consumer {
     const Partial<real> partial = warp_sums(sums, anchor, job_.map.slope);
     const int turn = index % kRowsAhead;
     if (index >= kRowsAhead) shared_.settled[turn].wait(index / kRowsAhead - 1 & 1);  // its place is free
+    port::sync_warp();  // what its lanes have read may be overwritten after this, by whoever has those columns then
     if (first_lane_) {
       shared_.warps[turn][warp_] = {partial.reference, partial.sum, partial.weighted, 0};
       shared_.swept[turn].arrive();
