@@ -64,13 +64,19 @@ def test_long_rows_do_not_depend_on_their_batch(backend):
         assert torch.equal(alone.log_probs[0, 0], together.log_probs[0, r])
 
 
-def test_alignment_changes_nothing_on_a_cpu():
-    storage = torch.randn(2 * 4 * 1001 + 1)
-    ids = torch.randint(1001, (2, 4))
-    aligned = storage[:-1].clone().view(2, 4, 1001)
-    shifted = torch.empty(2 * 4 * 1001 + 1)[1:].view(2, 4, 1001).copy_(aligned)
-    a, b = (token_log_probs(x, ids, backend="cpu") for x in (aligned, shifted))
-    assert torch.equal(a.log_probs, b.log_probs)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1000, 1001, 9000])
+def test_alignment_changes_nothing(backend, dtype, vocab):
+    """Rows that begin on 16 bytes, on 8, 4 and 2, and two that begin on different ones."""
+    values = (3 * torch.randn(2, 3, vocab)).to(dtype)
+    ids = torch.randint(vocab, (2, 3))
+    expected = token_log_probs(values, ids, backend=backend)
+    for stride, shift in ((vocab, 4), (vocab, 2), (vocab, 1), (vocab + 1, 0), (-(-vocab // 8) * 8, 0)):
+        logits = torch.empty(6 * stride + shift, dtype=dtype)[shift:].as_strided(values.shape, (3 * stride, stride, 1))
+        logits.copy_(values)
+        out = token_log_probs(logits, ids, backend=backend)
+        assert torch.equal(out.log_probs, expected.log_probs), (stride, shift)
+        assert torch.equal(out.entropy, expected.entropy), (stride, shift)
 
 
 @pytest.mark.parametrize("config", [complete("grpo"), complete("gspo"), LossConfig(Clip(), entropy_coef=0.1)], ids=str)

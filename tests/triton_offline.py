@@ -23,8 +23,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from grpo_kernels.backends.triton import forward, gradient, one_pass, sums
+from grpo_kernels.backends.triton import forward, gradient, launch, one_pass, sums
 from grpo_kernels.backends.triton.blocks import blocks_for
+from grpo_kernels.rows import Rows
 from grpo_kernels.surrogates import BUILT_IN
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -39,10 +40,8 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
 
 
-def source(
-    kernel: Any, dtype: torch.dtype, vocab: int, absent: tuple[str, ...], constants: dict[str, Any]
-) -> ASTSource:
-    """As a launch with rows on 16-byte boundaries describes it; ``absent`` are tensors left out."""
+def source(kernel: Any, dtype: torch.dtype, absent: tuple[str, ...], constants: dict[str, Any]) -> ASTSource:
+    """As a launch describes it; ``absent`` are tensors left out."""
     real = "fp64" if dtype == torch.float64 else "fp32"
     signature, constexprs, attributes = {}, dict.fromkeys(absent) | constants, {}
     for i, name in enumerate(kernel.arg_names):
@@ -51,11 +50,8 @@ def source(
             signature[name] = "constexpr"
         elif name in STRIDES:
             signature[name] = "i64" if "batch" in name else "i32"
-            attributes[(i,)] = aligned
         elif name in LENGTHS:
             signature[name] = "i32"
-            if name == "vocab" and vocab % 16 == 0:
-                attributes[(i,)] = aligned
         else:
             element = NAMES[dtype] if name in ("logits", "out", "gradient") else POINTERS.get(name, real)
             signature[name] = "*" + element
@@ -67,7 +63,7 @@ def report(
     kernel: Any, dtype: torch.dtype, vocab: int, target: str, absent: tuple[str, ...] = (), **constants: Any
 ) -> None:
     warps = constants.pop("warps", 4) * 32 // target_of(target).warp_size
-    what = source(kernel, dtype, vocab, absent, constants)
+    what = source(kernel, dtype, absent, constants)
     compiled = triton.compile(what, target=target_of(target), options={"num_warps": warps, "enable_fp_fusion": False})
     line = {"kernel": kernel.__name__, "dtype": NAMES[dtype], "vocab": vocab, "target": target, "absent": absent}
     line |= {"constants": constants, **measure(compiled)}
@@ -76,8 +72,8 @@ def report(
 
 def measure(compiled: Any) -> dict[str, Any]:
     if "amdgcn" in compiled.asm:
-        text = compiled.asm["amdgcn"]
-        return {"spills": sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s+(\d+)", text))}
+        spills = re.findall(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"])
+        return {"spills": sum(map(int, spills)), "sums_of": sums_of(compiled.asm["ttgir"])}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -90,36 +86,53 @@ def measure(compiled: Any) -> dict[str, Any]:
         "wide_loads": len(re.findall(r"ld\.global\S*v4\.b32|ld\.global\S*v2\.b64|cp\.async\.cg\S* .*0x10", ptx)),
         "wide_stores": len(re.findall(r"st\.global\S*v4\.b32|st\.global\S*v2\.b64", ptx)),
         "pipelined": len(re.findall(r"cp\.async\.cg", ptx)),
-        "sum_layouts": sum_layouts(compiled.asm["ttgir"]),
+        "of_two_bytes": len(re.findall(r"(?:ld|st)\.global\S*\.b16", ptx)),
+        "sums_of": sums_of(compiled.asm["ttgir"]),
     }
 
 
-def sum_layouts(ttgir: str) -> list[str]:
-    """How the lanes that are summed lie in registers: kernels whose sums differ in it differ in bits."""
-    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)$", ttgir, re.M))
-    used = re.findall(r'"tt\.reduce"\(.*?\}\) : \(tensor<\d+xf\d+, (#\w+)>\)', ttgir, re.S)
-    return sorted({layouts[name] for name in used})
+def sums_of(ttgir: str) -> list[int]:
+    """Of how many numbers at a time the compiler forms sums: the order is its own where these are more than two."""
+    found = re.findall(r'"tt\.reduce"\(.*?<\{axis = (\d+).*?\(\{(.*?)\}\) : \(tensor<([x\d]+)xf', ttgir, re.S)
+    return sorted({int(shape.split("x")[int(axis)]) for axis, body, shape in found if "arith.addf" in body})
+
+
+def row_constants(dtype: torch.dtype, vocab: int, target: str, softcap: bool = False, shift: int = 0) -> dict[str, Any]:
+    """Of a launch for contiguous rows that begin ``shift`` elements off 16 bytes."""
+    logits = torch.empty(shift + 2 * 3 * vocab, dtype=dtype, device="meta")[shift:].view(2, 3, vocab)
+    none = torch.empty(0)
+    blocks = blocks_for(vocab, dtype, softcap, target)
+    return launch.row_constants(Rows(logits, none, none, none, softcap), blocks)
+
+
+UNALIGNED = [(32008, 0), (32004, 0), (32002, 0), (32001, 0), (32000, 1)]
+"""Vocabularies and shifts whose rows begin, in bf16, on 16, 8, 4, 2 and 2 bytes."""
 
 
 def plain(target: str) -> None:
-    """Every kernel, dtype and size class with the settings of GRPO with KL."""
+    """Every kernel, dtype and size class with the settings of GRPO with KL; then rows at other addresses."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for vocab in (1000, 8192, 32000, 151936) if dtype in (torch.bfloat16, torch.float32) else (151936,):
-            blocks = blocks_for(vocab, dtype, target=target)
-            row = {"SPAN": blocks.span, "BLOCK": blocks.block, "STAGES": blocks.stages, "SOFTCAP": False}
-            row["warps"] = blocks.warps
-            report(forward.log_probs_kernel, dtype, vocab, target, **row)
-            held = blocks.held(vocab)
-            report(one_pass.one_pass_kernel, dtype, vocab, target, ("entropy_weight",), HELD=held, **row, **GRPO)
-            size = {"BLOCK": blocks.block, "SOFTCAP": False, "warps": blocks.warps}
-            report(gradient.gradient_kernel, dtype, vocab, target, ("grad_entropy",), **size)
-            if vocab > blocks.span:
-                report(forward.span_sums_kernel, dtype, vocab, target, **row)
-                report(forward.merge_spans_kernel, dtype, vocab, target, **row)
-        report(gradient.rescale_kernel, dtype, 32000, target, BLOCK=4096, warps=8)
+            _kernels_of_rows(dtype, vocab, target)
+        rescale = launch.vector_constants(torch.empty(1, 1, 32000, dtype=dtype, device="meta"))
+        report(gradient.rescale_kernel, dtype, 32000, target, BLOCK=4096, warps=8, **rescale)
     for dtype in (torch.float32, torch.float64):
         report(sums.chunk_sums_kernel, dtype, 1, target, KL_ESTIMATOR=3, CHUNK=sums.TOKENS_PER_CHUNK)
         report(sums.merge_chunks_kernel, dtype, 1, target, AT_ONCE=sums.CHUNKS_AT_ONCE)
+    for vocab, shift in UNALIGNED:
+        _kernels_of_rows(torch.bfloat16, vocab, target, shift)
+
+
+def _kernels_of_rows(dtype: torch.dtype, vocab: int, target: str, shift: int = 0) -> None:
+    blocks, row = blocks_for(vocab, dtype, target=target), row_constants(dtype, vocab, target, shift=shift)
+    report(forward.log_probs_kernel, dtype, vocab, target, **row)
+    held = blocks.held(vocab)
+    report(one_pass.one_pass_kernel, dtype, vocab, target, ("entropy_weight",), HELD=held, **row, **GRPO)
+    size = {name: value for name, value in row.items() if name not in ("SPAN", "SWEEP", "STAGES")}
+    report(gradient.gradient_kernel, dtype, vocab, target, ("grad_entropy",), **size)
+    if vocab > blocks.span:
+        report(forward.span_sums_kernel, dtype, vocab, target, **row)
+        report(forward.merge_spans_kernel, dtype, vocab, target, **row)
 
 
 def variants(target: str) -> None:
@@ -143,12 +156,9 @@ def variants(target: str) -> None:
 
 
 def _one_pass(target: str, vocab: int, absent: tuple[str, ...], softcap: bool, spec: dict[str, int]) -> None:
-    blocks = blocks_for(vocab, torch.bfloat16, softcap, target)
-    row = {"SPAN": blocks.span, "BLOCK": blocks.block, "STAGES": blocks.stages, "SOFTCAP": softcap}
-    held = blocks.held(vocab)
-    report(
-        one_pass.one_pass_kernel, torch.bfloat16, vocab, target, absent, HELD=held, warps=blocks.warps, **row, **spec
-    )
+    held = blocks_for(vocab, torch.bfloat16, softcap, target).held(vocab)
+    row = row_constants(torch.bfloat16, vocab, target, softcap)
+    report(one_pass.one_pass_kernel, torch.bfloat16, vocab, target, absent, HELD=held, **row, **spec)
 
 
 def keys(target: str) -> None:
@@ -156,16 +166,19 @@ def keys(target: str) -> None:
     backend = make_backend(target_of(target))
     for kernel in (forward.log_probs_kernel, gradient.gradient_kernel, one_pass.one_pass_kernel):
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        found = set()
-        for length in (1, 5, 16, 512, 20_000, 70_000):
-            arguments = [_example(name, length) for name in kernel.arg_names]
-            found.add(str(bind(*arguments)[1]))
-        print(json.dumps({"kernel": kernel.__name__, "keys": sorted(found)}), flush=True)
+        for vocab in (151936, 151944, 50257):
+            found = set()
+            for length in (1, 5, 16, 512, 20_000, 70_000):
+                logits = torch.empty(2, length + 1, vocab, dtype=torch.bfloat16, device="meta")
+                constants = launch.vector_constants(logits)
+                arguments = [constants.get(name, _example(name, length, vocab)) for name in kernel.arg_names]
+                found.add(str(bind(*arguments)[1:]))
+            print(json.dumps({"kernel": kernel.__name__, "vocab": vocab, "keys": sorted(found)}), flush=True)
 
 
-def _example(name: str, length: int) -> Any:
-    sizes = {"length": length, "vocab": 151936, "parts": length % 7 + 1, "blocks": 3}
-    strides = {"batch_stride": (length + 1) * 151936, "row_stride": 151936}
+def _example(name: str, length: int, vocab: int) -> Any:
+    sizes = {"length": length, "vocab": vocab, "parts": length % 7 + 1, "blocks": 3}
+    strides = {"batch_stride": (length + 1) * vocab, "row_stride": vocab}
     if name in sizes:
         return sizes[name]
     if name in STRIDES:

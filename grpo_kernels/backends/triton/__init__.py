@@ -95,6 +95,7 @@ def log_probs_backward(
     arguments = (*launch.row_arguments(rows), *per_row, *launch.out_arguments(out))
     sizes = (rows.token_ids.shape[1], rows.vocab, parts, share)
     constants = {"BLOCK": blocks.block, "SOFTCAP": rows.softcap, "warps": blocks.warps}
+    constants |= launch.vector_constants(rows.logits, out)
     launch.launch(gradient.gradient_kernel, count * parts, device, *arguments, *sizes, **constants)
 
 
@@ -125,7 +126,7 @@ def fused_loss(
     outputs = (log_prob, entropy, anchor, log_sum, policy, kl, flags, rollout_weight)
     arguments = (*launch.row_arguments(rows), *per_row, *outputs, *launch.out_arguments(out))
     sizes = (rows.token_ids.shape[1], rows.vocab)
-    constants = launch.row_constants(rows, blocks) | _spec_constants(spec) | {"HELD": blocks.held(rows.vocab)}
+    constants = launch.row_constants(rows, blocks, out) | _spec_constants(spec) | {"HELD": blocks.held(rows.vocab)}
     count, device = rows.token_ids.numel(), rows.logits.device
     launch.launch(one_pass.one_pass_kernel, count, device, *arguments, *sizes, **constants)
 
@@ -152,7 +153,8 @@ def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
     rows, device = gradient.numel() // max(vocab, 1), gradient.device
     programs = min(rows, launch.programs_wanted(device))
     arguments = (gradient, *batch_and_row_stride(gradient), upstream, announced, length, rows, vocab)
-    launch.launch(kernels.rescale_kernel, programs, device, *arguments, BLOCK=4096, warps=8)
+    constants = launch.vector_constants(gradient)
+    launch.launch(kernels.rescale_kernel, programs, device, *arguments, **constants, BLOCK=4096, warps=8)
 
 
 def token_terms(log_prob: Tensor, *rest: Any) -> None:

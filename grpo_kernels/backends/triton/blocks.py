@@ -19,8 +19,8 @@ TABLE = Path(__file__).with_name("blocks.json")
 
 
 class Blocks(NamedTuple):
-    """All kernels of a kind of row take the same, or their bits would differ: the order of a sum depends on the block
-    and the number of warps. Never a function of the number of rows."""
+    """All kernels of a kind of row take the same, or their bits would differ: the order of a sum depends on the span,
+    the block and the number of warps. Never a function of the number of rows."""
 
     span: int
     """Columns whose sums are added lane by lane."""

@@ -10,10 +10,13 @@ import triton
 import triton.language as tl
 
 from .rows import (
+    AT_RUN_TIME,
     add_block,
     anchor_of,
     finish_stats,
     hold,
+    in_vectors,
+    lane_sums,
     load_block,
     logit_map,
     origin_of,
@@ -46,6 +49,8 @@ def span_sums(
     vocab,
     numbers,
     mapping,
+    ALIGNMENT: tl.constexpr,
+    SWEEP: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -72,7 +77,7 @@ def span_sums(
         total, weighted = add_block(
             total, weighted, logits, whole, target, origin, vocab, mapping, BLOCK, True, True, NEAR, SOFTCAP
         )
-    return tl.sum(total, 0), tl.sum(weighted, 0)
+    return lane_sums(total, weighted, SWEEP, ALIGNMENT)
 
 
 @triton.jit
@@ -83,6 +88,8 @@ def row_sums(
     vocab,
     numbers,
     mapping,
+    ALIGNMENT: tl.constexpr,
+    SWEEP: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -93,7 +100,9 @@ def row_sums(
     total = tl.load(numbers) * 0
     weighted = total
     for begin in tl.range(0, vocab, SPAN):
-        more = span_sums(row, begin, target, origin, vocab, numbers, mapping, SPAN, BLOCK, STAGES, NEAR, SOFTCAP)
+        more = span_sums(
+            row, begin, target, origin, vocab, numbers, mapping, ALIGNMENT, SWEEP, SPAN, BLOCK, STAGES, NEAR, SOFTCAP
+        )
         total += more[0]
         weighted += more[1]
     return total, weighted
@@ -115,6 +124,8 @@ def far_sums(
     vocab,
     numbers,
     mapping,
+    ALIGNMENT: tl.constexpr,
+    SWEEP: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -122,7 +133,9 @@ def far_sums(
     """The row's sums relative to its largest value, and that value."""
     largest = row_max(row, vocab, numbers, mapping, BLOCK, SOFTCAP)
     anchor = anchor_of(largest)
-    total, weighted = row_sums(row, target, anchor, vocab, numbers, mapping, SPAN, BLOCK, 1, False, SOFTCAP)
+    total, weighted = row_sums(
+        row, target, anchor, vocab, numbers, mapping, ALIGNMENT, SWEEP, SPAN, BLOCK, 1, False, SOFTCAP
+    )
     return total, weighted, largest
 
 
@@ -136,6 +149,8 @@ def settle(
     vocab,
     numbers,
     mapping,
+    ALIGNMENT: tl.constexpr,
+    SWEEP: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -146,11 +161,13 @@ def settle(
     if hold(total, weighted, value, slope):
         total, weighted = unrounded(total, weighted, value, slope)
     else:
-        total, weighted, anchored_at = far_sums(row, target, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
+        total, weighted, anchored_at = far_sums(
+            row, target, vocab, numbers, mapping, ALIGNMENT, SWEEP, SPAN, BLOCK, SOFTCAP
+        )
     return finish_stats(anchored_at, total, weighted, value, slope)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=AT_RUN_TIME)
 def log_probs_kernel(
     logits,
     batch_stride: tl.int64,
@@ -164,6 +181,9 @@ def log_probs_kernel(
     log_sum,
     length,
     vocab,
+    ALIGNMENT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SWEEP: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -174,17 +194,20 @@ def log_probs_kernel(
     if tl.load(live + row_index) == 0:
         store_no_stats(row_index, log_prob, entropy, anchor, log_sum)
         return
+    vocab = in_vectors(vocab, VECTOR)
     mapping = logit_map(numbers, SOFTCAP)
     row, target, _, value = sampled(
-        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
+        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, ALIGNMENT, SOFTCAP
     )
     origin = origin_of(value, mapping[3])
-    total, weighted = row_sums(row, target, origin, vocab, numbers, mapping, SPAN, BLOCK, STAGES, True, SOFTCAP)
-    stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
+    total, weighted = row_sums(
+        row, target, origin, vocab, numbers, mapping, ALIGNMENT, SWEEP, SPAN, BLOCK, STAGES, True, SOFTCAP
+    )
+    stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, ALIGNMENT, SWEEP, SPAN, BLOCK, SOFTCAP)
     store_stats(row_index, log_prob, entropy, anchor, log_sum, stats)
 
 
-@triton.jit(do_not_specialize=["length", "spans"])
+@triton.jit(do_not_specialize=AT_RUN_TIME)
 def span_sums_kernel(
     logits,
     batch_stride: tl.int64,
@@ -196,6 +219,9 @@ def span_sums_kernel(
     length,
     vocab,
     spans,
+    ALIGNMENT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SWEEP: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -206,18 +232,21 @@ def span_sums_kernel(
     span = tl.program_id(0) - row_index * spans
     if tl.load(live + row_index) == 0:
         return
+    vocab = in_vectors(vocab, VECTOR)
     mapping = logit_map(numbers, SOFTCAP)
     row, target, _, value = sampled(
-        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
+        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, ALIGNMENT, SOFTCAP
     )
     origin = origin_of(value, mapping[3])
-    sums = span_sums(row, span * SPAN, target, origin, vocab, numbers, mapping, SPAN, BLOCK, STAGES, True, SOFTCAP)
+    sums = span_sums(
+        row, span * SPAN, target, origin, vocab, numbers, mapping, ALIGNMENT, SWEEP, SPAN, BLOCK, STAGES, True, SOFTCAP
+    )
     partial += tl.program_id(0).to(tl.int64) * 2
     tl.store(partial, sums[0])
     tl.store(partial + 1, sums[1])
 
 
-@triton.jit(do_not_specialize=["length", "spans"])
+@triton.jit(do_not_specialize=AT_RUN_TIME)
 def merge_spans_kernel(
     logits,
     batch_stride: tl.int64,
@@ -233,6 +262,9 @@ def merge_spans_kernel(
     length,
     vocab,
     spans,
+    ALIGNMENT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SWEEP: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -243,9 +275,10 @@ def merge_spans_kernel(
     if tl.load(live + row_index) == 0:
         store_no_stats(row_index, log_prob, entropy, anchor, log_sum)
         return
+    vocab = in_vectors(vocab, VECTOR)
     mapping = logit_map(numbers, SOFTCAP)
     row, target, _, value = sampled(
-        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
+        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, ALIGNMENT, SOFTCAP
     )
     partial += row_index.to(tl.int64) * spans * 2
     total = tl.load(numbers) * 0
@@ -253,5 +286,5 @@ def merge_spans_kernel(
     for span in tl.range(0, spans):
         total += tl.load(partial + span * 2)
         weighted += tl.load(partial + span * 2 + 1)
-    stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
+    stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, ALIGNMENT, SWEEP, SPAN, BLOCK, SOFTCAP)
     store_stats(row_index, log_prob, entropy, anchor, log_sum, stats)

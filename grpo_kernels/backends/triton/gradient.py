@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .rows import gradient_of, gradient_terms, logit_map, row_offset, sampled
+from .rows import AT_RUN_TIME, gradient_of, gradient_terms, in_vectors, logit_map, row_at, sampled
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def write_gradient(
         tl.store(out + columns, gradient.to(out.dtype.element_ty), mask=inside, cache_modifier=".cs")
 
 
-@triton.jit(do_not_specialize=["length", "parts", "blocks"])
+@triton.jit(do_not_specialize=AT_RUN_TIME)
 def gradient_kernel(
     logits,
     batch_stride: tl.int64,
@@ -63,6 +63,8 @@ def gradient_kernel(
     vocab,
     parts,
     blocks,
+    ALIGNMENT: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
@@ -70,7 +72,8 @@ def gradient_kernel(
     row_index = tl.program_id(0) // parts
     first = (tl.program_id(0) - row_index * parts) * blocks
     last = tl.minimum(first + blocks, tl.cdiv(vocab, BLOCK))
-    out += row_offset(row_index, length, out_batch_stride, out_row_stride)
+    out = row_at(out, row_index, length, out_batch_stride, out_row_stride, ALIGNMENT)
+    vocab = in_vectors(vocab, VECTOR)
     zero = tl.load(numbers) * 0
     g = zero
     h = zero
@@ -83,7 +86,7 @@ def gradient_kernel(
         return
     mapping = logit_map(numbers, SOFTCAP)
     row, target, target_logit, _ = sampled(
-        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
+        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, ALIGNMENT, SOFTCAP
     )
     HAS_H: tl.constexpr = grad_entropy is not None
     stats = (
@@ -96,9 +99,19 @@ def gradient_kernel(
     write_gradient(row, out, first, last, target, vocab, mapping, terms, numbers, BLOCK, SOFTCAP, HAS_H)
 
 
-@triton.jit(do_not_specialize=["length", "rows"])
+@triton.jit(do_not_specialize=AT_RUN_TIME)
 def rescale_kernel(
-    gradient, batch_stride: tl.int64, row_stride, upstream, announced, length, rows, vocab, BLOCK: tl.constexpr
+    gradient,
+    batch_stride: tl.int64,
+    row_stride,
+    upstream,
+    announced,
+    length,
+    rows,
+    vocab,
+    ALIGNMENT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """gradient *= upstream / announced, rows dealt out to however many programs; nothing where they are equal."""
     up = tl.load(upstream)
@@ -106,9 +119,10 @@ def rescale_kernel(
     if up == known:
         return
     factor = up / known
+    vocab = in_vectors(vocab, VECTOR)
     block = tl.arange(0, BLOCK)
     for row_index in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
-        row = gradient + row_offset(row_index, length, batch_stride, row_stride)
+        row = row_at(gradient, row_index, length, batch_stride, row_stride, ALIGNMENT)
         for start in tl.range(0, vocab, BLOCK):
             inside = start + block < vocab
             values = tl.load(row + start + block, mask=inside).to(factor.dtype) * factor

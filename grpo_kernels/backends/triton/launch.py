@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -50,9 +51,18 @@ def row_arguments(rows: Rows) -> tuple[Any, ...]:
     return rows.logits, *rows.strides, rows.token_ids, rows.live, rows.numbers
 
 
-def row_constants(rows: Rows, blocks: Blocks) -> dict[str, Any]:
+def row_constants(rows: Rows, blocks: Blocks, *written: Tensor) -> dict[str, Any]:
     sizes = {"SPAN": blocks.span, "BLOCK": blocks.block, "STAGES": blocks.stages, "warps": blocks.warps}
-    return sizes | {"SOFTCAP": rows.softcap}
+    sizes["SWEEP"] = blocks.warps * 32 * 16 // rows.logits.element_size()
+    return sizes | {"SOFTCAP": rows.softcap} | vector_constants(rows.logits, *written)
+
+
+def vector_constants(*tensors: Tensor) -> dict[str, int]:
+    """ALIGNMENT: bytes, at most 16, at whose multiples all rows of the tensors (shaped like logits) begin; VECTOR:
+    columns, at most as many as fit 16 bytes, that divide a row."""
+    size, vocab = tensors[0].element_size(), tensors[0].shape[-1]
+    places = [n for t in tensors for n in (t.data_ptr(), *(size * stride for stride in batch_and_row_stride(t)))]
+    return {"ALIGNMENT": math.gcd(16, *places), "VECTOR": math.gcd(16 // size, vocab)}
 
 
 def out_arguments(out: Tensor) -> tuple[Any, ...]:

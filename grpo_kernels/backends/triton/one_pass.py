@@ -11,15 +11,18 @@ import triton.language as tl
 from .forward import far_sums, row_sums, settle, store_no_stats, store_stats
 from .gradient import fill, write_gradient
 from .rows import (
+    AT_RUN_TIME,
     add_block,
     finish_stats,
     gradient_of,
     gradient_terms,
     hold,
+    in_vectors,
+    lane_sums,
     load_block,
     logit_map,
     origin_of,
-    row_offset,
+    row_at,
     sampled,
     unrounded,
 )
@@ -46,6 +49,8 @@ def held_sums(
     vocab,
     numbers,
     mapping,
+    ALIGNMENT: tl.constexpr,
+    SWEEP: tl.constexpr,
     HELD: tl.constexpr,
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -58,7 +63,7 @@ def held_sums(
         total, weighted = add_block(
             total, weighted, held[i], start, target, origin, vocab, mapping, BLOCK, last, True, True, SOFTCAP
         )
-    return tl.sum(total, 0), tl.sum(weighted, 0)
+    return lane_sums(total, weighted, SWEEP, ALIGNMENT)
 
 
 @triton.jit
@@ -120,7 +125,7 @@ def row_terms(
     return slope
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=AT_RUN_TIME)
 def one_pass_kernel(
     logits,
     batch_stride: tl.int64,
@@ -148,6 +153,9 @@ def one_pass_kernel(
     out_row_stride,
     length,
     vocab,
+    ALIGNMENT: tl.constexpr,
+    VECTOR: tl.constexpr,
+    SWEEP: tl.constexpr,
     HELD: tl.constexpr,
     SPAN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -164,7 +172,8 @@ def one_pass_kernel(
     HELD > 0: the row, one span of so many blocks, stays in registers and is read once. HELD = 0: it is walked twice.
     """
     row_index = tl.program_id(0)
-    out += row_offset(row_index, length, out_batch_stride, out_row_stride)
+    out = row_at(out, row_index, length, out_batch_stride, out_row_stride, ALIGNMENT)
+    vocab = in_vectors(vocab, VECTOR)
     zero = tl.load(numbers) * 0
     if tl.load(live + row_index) == 0:
         store_no_stats(row_index, log_prob, entropy, anchor, log_sum)
@@ -177,21 +186,29 @@ def one_pass_kernel(
         return
     mapping = logit_map(numbers, SOFTCAP)
     row, target, target_logit, value = sampled(
-        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, SOFTCAP
+        logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, ALIGNMENT, SOFTCAP
     )
     origin = origin_of(value, mapping[3])
     held = ()
     if HELD == 0:
-        total, weighted = row_sums(row, target, origin, vocab, numbers, mapping, SPAN, BLOCK, STAGES, True, SOFTCAP)
-        stats = settle(total, weighted, row, target, value, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
+        total, weighted = row_sums(
+            row, target, origin, vocab, numbers, mapping, ALIGNMENT, SWEEP, SPAN, BLOCK, STAGES, True, SOFTCAP
+        )
+        stats = settle(
+            total, weighted, row, target, value, vocab, numbers, mapping, ALIGNMENT, SWEEP, SPAN, BLOCK, SOFTCAP
+        )
     else:
         held = hold_row(row, vocab, numbers, HELD, BLOCK)
-        total, weighted = held_sums(held, target, origin, vocab, numbers, mapping, HELD, BLOCK, SOFTCAP)
+        total, weighted = held_sums(
+            held, target, origin, vocab, numbers, mapping, ALIGNMENT, SWEEP, HELD, BLOCK, SOFTCAP
+        )
         anchored_at = value
         if hold(total, weighted, value, mapping[3]):
             total, weighted = unrounded(total, weighted, value, mapping[3])
         else:  # the row is read again, so that its registers are free meanwhile
-            total, weighted, anchored_at = far_sums(row, target, vocab, numbers, mapping, SPAN, BLOCK, SOFTCAP)
+            total, weighted, anchored_at = far_sums(
+                row, target, vocab, numbers, mapping, ALIGNMENT, SWEEP, SPAN, BLOCK, SOFTCAP
+            )
             held = hold_row(row, vocab, numbers, HELD, BLOCK)
         stats = finish_stats(anchored_at, total, weighted, value, mapping[3])
     store_stats(row_index, log_prob, entropy, anchor, log_sum, stats)

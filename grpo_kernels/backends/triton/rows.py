@@ -8,8 +8,8 @@ thirteen.
 
 A row's sums are made lane by lane in blocks, then over the lanes, once in each span of columns; blocks and spans
 depend on the vocabulary and the dtype alone. Whether one program walks the spans, several share them or the row
-sits in registers: a row's log-prob has the same bits in every kernel and in any batch. Contraction is off and every
-fused multiply-add is spelt out, for the same reason.
+sits in registers, and wherever the row begins in memory: its log-prob has the same bits in every kernel and in any
+batch. Contraction is off and every fused multiply-add is spelt out, for the same reason.
 """
 
 from __future__ import annotations
@@ -20,12 +20,66 @@ import triton.language as tl
 from .maths import LOWEST_POWER, divide, expm1, log1p, tanh, tanh_slope, to_nats, to_power
 from .surrogates import LOGIT_SCALE, LOGIT_SOFTCAP, TEMPERATURE
 
+AT_RUN_TIME = (
+    *("batch_stride", "row_stride", "out_batch_stride", "out_row_stride"),
+    *("length", "vocab", "parts", "blocks", "spans", "rows"),
+)
+"""Arguments whose values compile nothing: what kernels may assume of them is in ALIGNMENT and VECTOR."""
+
 
 @triton.jit
-def row_offset(row, length, batch_stride, row_stride):
-    """Of row (batch, token), in elements."""
+def row_at(tensor, row, length, batch_stride, row_stride, ALIGNMENT: tl.constexpr):
+    """Where row (batch, token) begins: at a multiple of ALIGNMENT bytes, which the compiler could not prove."""
     batch = row // length
-    return batch.to(tl.int64) * batch_stride + (row - batch * length).to(tl.int64) * row_stride
+    offset = batch.to(tl.int64) * batch_stride + (row - batch * length).to(tl.int64) * row_stride
+    return tl.multiple_of(tensor + offset, ALIGNMENT)
+
+
+@triton.jit
+def in_vectors(vocab, VECTOR: tl.constexpr):
+    """``vocab``, which VECTOR divides, so that the compiler sees it: a vector of columns has one mask."""
+    return vocab // VECTOR * VECTOR
+
+
+@triton.constexpr_function
+def halvings(count):
+    """Of ``count``, a power of two, until 1 is left."""
+    return max(count, 1).bit_length() - 1
+
+
+@triton.jit
+def halved(sums):
+    """(n, 2) -> (n / 2, 2): neighbours are added."""
+    return tl.sum(tl.reshape(sums, [sums.shape[0] // 2, 2, 2]), 1)
+
+
+@triton.jit
+def dealt_out(sums):
+    """(n, 2) as it is, but one number to a thread: gathered by its own index, because that is laid out so."""
+    COUNT: tl.constexpr = sums.shape[0] * 2
+    return tl.reshape(tl.gather(tl.reshape(sums, [COUNT]), tl.arange(0, COUNT), 0), [COUNT // 2, 2])
+
+
+@triton.jit
+def lane_sums(total, weighted, SWEEP: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """Of all lanes, by sums of two alone, which have no order: of more, the compiler would add in the order in which
+    lanes lie in registers, which depends on the rows' alignment and on the compiler.
+
+    SWEEP columns are a vector of 16 bytes for each thread. Sweeps are added first, which a thread of an aligned row
+    does in its registers, then neighbours. The last 16 numbers of a sum, one a warp by then, are dealt out to lanes; of
+    an unaligned row also those that are left after its lanes, or warps would exchange all of their registers.
+    """
+    sums = tl.join(total, weighted)
+    LANES: tl.constexpr = total.shape[0]
+    FOLDS: tl.constexpr = halvings(LANES // SWEEP)
+    HALVINGS: tl.constexpr = halvings(LANES) - FOLDS
+    for i in tl.static_range(FOLDS):
+        sums = tl.sum(tl.reshape(sums, [2, LANES >> (i + 1), 2]), 0)
+    for i in tl.static_range(HALVINGS):
+        if i == HALVINGS - 4 or (ALIGNMENT < 16 and i == 5):
+            sums = dealt_out(sums)
+        sums = halved(sums)
+    return tl.split(tl.reshape(sums, [2]))
 
 
 @triton.jit
@@ -156,11 +210,12 @@ def sampled(
     vocab,
     numbers,
     mapping,
+    ALIGNMENT: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
     """A row's place, its sampled column, and that column's logit and value; NaN for an id outside the vocabulary."""
     real: tl.constexpr = numbers.dtype.element_ty
-    row = logits + row_offset(row_index, length, batch_stride, row_stride)
+    row = row_at(logits, row_index, length, batch_stride, row_stride, ALIGNMENT)
     target = tl.load(token_ids + row_index)
     known = (target >= 0) & (target < vocab)
     target = tl.where(known, target, -1).to(tl.int32)  # columns are compared with it: in 64 bits that takes two steps
