@@ -413,6 +413,30 @@ def test_where_it_serves(monkeypatch):
     assert reason() == "it serves NVIDIA GPUs, not ROCm"
 
 
+def test_a_refusal_of_the_driver_is_not_remembered(monkeypatch):
+    """An earlier fault of the process passes for one; what a GPU offers is asked once."""
+
+    class Library:
+        errors = [700, 0]
+
+        def grpo_cuda_device(self, index, found):
+            found._obj.major = 9
+            return self.errors.pop(0)
+
+        def grpo_cuda_error(self, error):
+            return b"an illegal memory access was encountered"
+
+    monkeypatch.setattr(cuda, "library", Library)
+    cuda.device.cache_clear()
+    try:
+        with pytest.raises(native.Unavailable, match=r"refuses: an illegal memory access .* \(error 700\)"):
+            cuda.device(0)
+        assert cuda.device(0).major == 9
+        assert cuda.device(0).major == 9
+    finally:
+        cuda.device.cache_clear()
+
+
 PARTS = ("verify", "suite", "large", "sanitizer")
 GREEN = {
     "environment": {"gpu": "NVIDIA H200"},
@@ -461,7 +485,7 @@ from grpo_kernels import grpo_loss
 from grpo_kernels.backends import Request, cuda, native
 print(cuda.emulated())
 try:
-    print(cuda.device(0).multiprocessors)
+    print(cuda.device(0).major)
 except native.Unavailable as error:
     print(error)
 print(cuda.unsupported(Request(torch.device("cpu"), by_name=True)))
@@ -479,7 +503,7 @@ except RuntimeError as error:
 
 
 def test_missing_and_foreign_libraries(tmp_path, monkeypatch):
-    for cached in ("_loaded", "emulated", "_described"):
+    for cached in ("_loaded", "emulated", "device"):
         monkeypatch.setattr(cuda, cached, getattr(cuda, cached).__wrapped__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")

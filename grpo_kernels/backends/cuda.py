@@ -91,18 +91,15 @@ def emulated() -> bool:
 
 
 @functools.cache
-def _described(index: int) -> Device | str:
+def device(index: int) -> Device:
+    """What the GPU offers. Raises native.Unavailable where the driver refuses, which the next call asks again: what it
+    reports may be an earlier fault of the process."""
     found = Device()
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu", index)
     with on_device(where):  # the library leaves it current
         error = library().grpo_cuda_device(index, ctypes.byref(found))
-    return f"the CUDA driver refuses: {_text(error)}" if error else found
-
-
-def device(index: int) -> Device:
-    """What the GPU offers. Raises native.Unavailable where the driver refuses."""
-    if isinstance(found := _described(index), str):
-        raise native.Unavailable(found)
+    if error:
+        raise native.Unavailable(f"the CUDA driver refuses: {_text(error)}")
     return found
 
 
