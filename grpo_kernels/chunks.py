@@ -83,7 +83,8 @@ class LiveRows:
         bounds, chunks = None, [(first, min(first + chunk, padded)) for first in range(0, padded, chunk)]
         room = chunk - (padded - count)
         if lengths is not None and max(counts, default=0) <= room:
-            bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int64)
+            ends = lengths.to(torch.int64).cumsum(0)  # in integers: CUDA has no deterministic running sum of floats
+            bounds = torch.cat([ends.new_zeros(1), ends])
             chunks = _chunks_of_sequences(counts, room, padded)
         batch, length = tokens.token_ids.shape
         everything = cut is None and count == padded == flat.numel()

@@ -56,8 +56,9 @@ class TopP:
     def lowest(self, z: Tensor) -> Tensor:
         ordered = z.sort(-1, descending=True).values
         p = torch.softmax(ordered, -1)
-        before = p.cumsum(-1) - p
-        last = ((before < self.p) & (p > 0)).sum(-1, keepdim=True).clamp(min=1) - 1
+        shares = (p * 2.0**60).to(torch.int64)  # CUDA has no deterministic running sum of floats
+        before = shares.cumsum(-1) - shares
+        last = ((before < int(self.p * 2**60)) & (p > 0)).sum(-1, keepdim=True).clamp(min=1) - 1
         return ordered.gather(-1, last)
 
 

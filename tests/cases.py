@@ -208,7 +208,7 @@ def sampler(case: Case, scale: float = 0.25) -> Tensor:
     g = torch.Generator().manual_seed(7)
     options = {k: case.options[k] for k in ("temperature", "logit_scale", "logit_softcap") if k in case.options}
     near = exact_log_probs(case.logits[:, : case.token_ids.shape[1]].cpu(), case.token_ids.cpu(), **options)
-    out = near + scale * torch.randn(near.shape, generator=g, dtype=torch.float64)
+    out = near + scale * torch.randn(near.shape, generator=g, dtype=torch.float64, device="cpu")
     b, t = case.mask.nonzero()[1].tolist()
     out[b, t] = math.nan
     return _on_device(out.to(torch.float64 if case.logits.dtype == torch.float64 else torch.float32))

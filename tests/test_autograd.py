@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from cases import make
+from conftest import DEVICE
 
 from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped, grpo_loss, token_log_probs
 from grpo_kernels.verify import complete
@@ -347,6 +348,6 @@ def test_amp_and_module_hooks(backend):
     """Under autocast the loss computes in fp32, whatever the surrounding dtype."""
     case = make()
     expected, _ = case.run(backend)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out, _ = case.run(backend)
     assert torch.equal(out.loss, expected.loss)

@@ -416,12 +416,12 @@ def test_where_it_serves(monkeypatch):
 def test_a_refusal_of_the_driver_is_not_remembered(monkeypatch):
     """An earlier fault of the process passes for one; what a GPU offers is asked once."""
 
-    class Library:
-        errors = [700, 0]
+    errors = [700, 0]
 
+    class Library:
         def grpo_cuda_device(self, index, found):
             found._obj.major = 9
-            return self.errors.pop(0)
+            return errors.pop(0)
 
         def grpo_cuda_error(self, error):
             return b"an illegal memory access was encountered"

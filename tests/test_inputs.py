@@ -34,8 +34,8 @@ INF, NAN = math.inf, math.nan
 def batch(shape: tuple[int, int] = (2, 3), vocab: int = 7) -> dict[str, torch.Tensor]:
     g = torch.Generator().manual_seed(0)
     return {
-        "logits": torch.randn(*shape, vocab, generator=g).to(torch.get_default_device()),
-        "token_ids": torch.randint(vocab, shape, generator=g).to(torch.get_default_device()),
+        "logits": torch.randn(*shape, vocab, generator=g, device="cpu").to(torch.get_default_device()),
+        "token_ids": torch.randint(vocab, shape, generator=g, device="cpu").to(torch.get_default_device()),
         "advantages": torch.tensor([0.5, -0.5])[: shape[0]],
     }
 

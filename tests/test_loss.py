@@ -345,5 +345,5 @@ def test_gradient_is_unbiased(backend):
     z = case.logits[:, :12].double()[live]
     off_centre = (z.mean(-1) - (z.softmax(-1) * z).sum(-1)).abs().mean().item()
     assert abs(row_means.mean().item()) < 4 * spread + 2 * 2.0**-25 * off_centre
-    inside = relative - relative.median(-1, keepdim=True).values
+    inside = relative - relative.sort(-1).values[:, relative.shape[-1] // 2, None]  # CUDA refuses median(-1)
     assert abs(inside.mean().item()) < 3e-8

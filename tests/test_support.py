@@ -69,7 +69,7 @@ def test_the_sampler_and_the_policy_agree(backend):
     rows = case.logits[:, : case.token_ids.shape[1]]
     p = torch.softmax(rows.double() / 0.7, -1)
     order = p.sort(-1, descending=True)
-    inside = order.values.cumsum(-1) - order.values < 0.6
+    inside = order.values.cpu().cumsum(-1).to(p.device) - order.values < 0.6
     truncated = torch.where(inside, order.values, 0.0)
     truncated = truncated / truncated.sum(-1, keepdim=True)
     drawn = torch.multinomial(truncated.flatten(0, 1), 1).view(case.token_ids.shape)

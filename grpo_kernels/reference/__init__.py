@@ -167,7 +167,8 @@ def _kept(z: Tensor, support: Any) -> Tensor:
         if type(one).__name__ == "TopK":
             lowest = ordered[:, min(one.k, z.shape[-1]) - 1]
         elif type(one).__name__ == "TopP":
-            reached = (ordered.cumsum(-1) < one.p).sum(-1).clamp(max=z.shape[-1] - 1)
+            running = ordered.cpu().cumsum(-1).to(z.device)  # CUDA's is not deterministic
+            reached = (running < one.p).sum(-1).clamp(max=z.shape[-1] - 1)
             lowest = ordered.gather(-1, reached[:, None]).squeeze(-1)
         else:
             lowest = one.p * ordered[:, 0]
