@@ -28,7 +28,7 @@ def collect() -> dict[str, Any]:
         "grpo_kernels": _version("grpo-kernels"),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},  # with its build
         "devices": devices,
         "threads": torch.get_num_threads(),
         "backends": {name: _state(name) for name in backends.names()},

@@ -3,6 +3,7 @@ before it is written shows."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 
@@ -66,6 +67,19 @@ def fuse_multiply_adds_in_the_interpreter() -> None:
     interpreter.InterpreterBuilder.create_fma = create_fma
 
 
+def read_scalars_in_the_interpreter() -> None:
+    """Triton 3.6 takes int() of an array of one element where a tensor bounds a loop, which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    plain = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patched
+
+
 def patch_the_language_once() -> None:
     """The interpreter replaces triton.language's functions anew at every call of a helper: nine tenths of its time."""
     from triton.runtime import interpreter
@@ -86,9 +100,10 @@ def patch_the_language_once() -> None:
     interpreter._patch_lang = once
 
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     round_to_nearest_in_the_interpreter()
     fuse_multiply_adds_in_the_interpreter()
+    read_scalars_in_the_interpreter()
     patch_the_language_once()
 
 
@@ -112,9 +127,17 @@ def _takes_a_backend(item: pytest.Item) -> bool:
     return "backend" in getattr(getattr(item, "callspec", None), "params", {})
 
 
+def _place_on_a_gpu(item: pytest.Item) -> int:
+    """What nothing but a GPU shows comes first, plain PyTorch last: minutes there are few."""
+    if item.get_closest_marker("gpu"):
+        return 0
+    return 2 if item.callspec.params["backend"] == "torch" else 1
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if DEVICE != "cpu":
         items[:] = [item for item in items if _takes_a_backend(item) or item.get_closest_marker("gpu")]
+        items.sort(key=_place_on_a_gpu)
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     cases: dict = {}

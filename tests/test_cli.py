@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import importlib.metadata
 import json
 import re
 
@@ -19,7 +20,7 @@ from grpo_kernels.backends import cpu, cuda
 def test_info(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for name in backends.names():
+    for name in usable_backends():
         assert re.search(f"backend +{name} +usable", text)
     assert f"in use: {cpu.instruction_set()}" in text
     assert torch.__version__ in text
@@ -32,6 +33,14 @@ def test_info_json(capsys):
     assert report["backends"]["cpu"] == report["backends"]["torch"] == "usable"
     assert report["packages"]["torch"] == torch.__version__
     assert report["cpu_library"]["in_use"] in report["cpu_library"]["instruction_sets"]
+
+
+def test_info_names_the_build_of_torch(capsys, monkeypatch):
+    """The metadata of PyPI's wheels leaves it out, and it is what a report of a fault needs most."""
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "2.11.0")
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["packages"]["torch"] == "2.11.0+cu130"
 
 
 def test_info_of_gpus(capsys, monkeypatch):

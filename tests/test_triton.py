@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import INTERPRETED, make
+from conftest import DEVICE
 
 from grpo_kernels import backends, grpo_loss, token_log_probs
 
@@ -145,26 +147,32 @@ def test_tokens_far_below_the_largest(below):
     torch.testing.assert_close(out.entropy[0, 0].double(), -(exact[0, 0].exp() * exact[0, 0]).sum(), rtol=0, atol=2e-5)
 
 
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(DEVICE != "cuda", reason="needs GRPO_KERNELS_TEST_DEVICE=cuda")]
 ROUTES = {"one pass": {"config": "grpo"}, "two passes": {"config": "gspo"}}
 
 
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
 @pytest.mark.parametrize("route", ROUTES)
 class TestOnAGPU:
     pytestmark = on_gpu
 
-    def test_nothing_waits_for_the_device(self, route):
+    @pytest.fixture(autouse=True)
+    def _served(self, kernels):
+        if reason := backends.get(kernels).unsupported(backends.Request(torch.device("cuda"), by_name=True)):
+            pytest.skip(reason)
+
+    def test_nothing_waits_for_the_device(self, kernels, route):
         """Not even a call with numbers that no call had before."""
         case = make(vocab=3000)
-        case.run("triton", **ROUTES[route])  # compiles
+        case.run(kernels, **ROUTES[route])  # compiles
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            case.run("triton", temperature=0.8125, **ROUTES[route])
+            case.run(kernels, temperature=0.8125, **ROUTES[route])
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def test_a_captured_graph_replays_with_new_values(self, route):
+    def test_a_captured_graph_replays_with_new_values(self, kernels, route):
         case = make(vocab=3000, dtype=torch.bfloat16)
         leaf = case.logits.detach().clone().requires_grad_()
         kl_coef = torch.tensor(0.1, device="cuda")
@@ -172,11 +180,12 @@ class TestOnAGPU:
         def step():
             leaf.grad = None
             options = {**case.options, **ROUTES[route], "kl_coef": kl_coef, "grad_scale": 1.0}
-            out = grpo_loss(leaf, *case.arguments, backend="triton", **options)
+            out = grpo_loss(leaf, *case.arguments, backend=kernels, **options)
             out.loss.backward()
             return out.loss
 
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             step()
         torch.cuda.current_stream().wait_stream(side)
@@ -192,6 +201,36 @@ class TestOnAGPU:
         expected = step()
         assert torch.equal(replayed[0], expected)
         assert torch.equal(replayed[1], leaf.grad)
+
+
+def collected(*files: str, before: str = "", **environment: str) -> list[str]:
+    """What pytest would run, in order, in a process that has run ``before``."""
+    code = f"{before}\nimport sys, pytest\nsys.exit(pytest.main(['--collect-only', *sys.argv[1:]]))"
+    settings = {"cwd": OFFLINE.parent.parent, "env": os.environ | environment, "timeout": 300}
+    result = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, **settings)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return [line for line in result.stdout.splitlines() if "::" in line]
+
+
+def test_what_only_a_gpu_shows_runs_first_there():
+    """Collected for a device that holds no values, as on a GPU."""
+    here = [f"tests/{name}.py" for name in ("test_bits", "test_triton")]
+    names = collected(*here, GRPO_KERNELS_TEST_DEVICE="meta")
+    first = [name for name in names if "TestOnAGPU" in name]
+    assert len(first) == 8
+    assert names[: len(first)] == first
+    assert all("[torch" in name for name in names[len(first) :])
+    assert len(names) > len(first)
+
+
+def test_the_suite_collects_without_triton():
+    """As on macOS, where nothing asks for it."""
+    names = collected(
+        "tests/test_bits.py", "tests/test_surrogates.py", before="import sys; sys.modules['triton'] = None"
+    )
+    backends_of = {name.split("[")[1].split("-")[0] for name in names if "test_long_rows" in name}
+    assert "torch]" in backends_of
+    assert "triton]" not in backends_of
 
 
 def offline(what: str, *targets: str) -> list[dict]:
