@@ -228,7 +228,8 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(
-    ext_modules=[Extension(f"grpo_kernels.native.libgrpo_{name}", sources=[], optional=True) for name in LIBRARIES],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
-)
+if __name__ == "__main__":  # benchmarks/gpu_library.py imports the rest
+    setup(
+        ext_modules=[Extension(f"grpo_kernels.native.libgrpo_{name}", sources=[], optional=True) for name in LIBRARIES],
+        cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+    )

@@ -1,301 +1,264 @@
-"""Prove and time the GPU kernels on this machine in one command, in at most twenty minutes, without a network.
+"""Prove and time the GPU kernels on this machine in one command of eight minutes, without a network.
 
-    python benchmarks/gpu_check.py --out benchmarks/results/h200
-    python benchmarks/gpu_check.py --out DIR --only verify,timing
+Two commands, of which the second goes on where the first stopped (HASH: the commit, where there is no .git):
 
-Parts, in order: environment; verify (every preset and dtype against float64); suite (the tests that take a backend, on
-the GPU); large (vocabularies up to 262,144, more than 2^31 elements, more than 65,535 rows); sanitizer (memcheck,
-racecheck, synccheck); limits (bandwidths, clusters); timing, from logits; traffic (bytes that kernels move, by ncu);
-linear, from hidden states. All but limits and linear cover each GPU backend that is usable, asked for by name. Each
-part is a process of its own with a limit of time: one that hangs or faults takes no other with it. DIR/gpu_check.json
-is written after each part, so that a killed run keeps what it had.
-"""
+    timeout 590 python -u benchmarks/gpu_check.py --out check-1 --minutes 9 --commit HASH --only smoke,verify,suite,sanitizer
+    timeout 590 python -u benchmarks/gpu_check.py --out check-2 --minutes 9 --commit HASH --resume check-1
+
+Or one: `python benchmarks/gpu_check.py --out benchmarks/results/h200`. Parts, in order: smoke (every kernel, from least
+to most risk); verify (presets against float64); suite (tests/test_cuda.py on the GPU); sanitizer (memcheck, racecheck,
+synccheck); limits (bandwidths); large (vocabularies up to 262,144, more than 2^31 elements); triton (its presets against
+float64); timing, from logits; traffic (bytes that kernels move, by ncu); linear, from hidden states. Where smoke
+fails the CUDA kernels' other parts are left out. Each part is a process with a deadline: one that hangs or faults takes
+no other with it, and nothing that was started outlives the run. What does not fit into --minutes is named before it
+begins. DIR gets gpu_check.json, written after every row, gpu_check.log and gpu_check.md, its table; no folder.
+--device cpu rehearses every line of smoke, and what else can run, over tests/cuda_emulator.
+"""  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import os
-import platform
-import shutil
+import shlex
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import gpu_timing
-import torch
-
-import grpo_kernels
-from grpo_kernels import grpo_loss, token_log_probs
+import gpu_library
+import gpu_process
+import gpu_rows
+from gpu_commands import PARTS, ROWS, SECONDS, Command, Setting
+from gpu_machine import CUDA_CAPABILITY, Refused, check_gpu, commit, driver, look, prepare_emulator, prepare_library
+from gpu_record import Record, Results, outcome
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGETS = {"environment": 20, "verify": 100, "suite": 300, "large": 90, "sanitizer": 300, "limits": 30}
-BUDGETS |= {"timing": 150, "traffic": 90, "linear": 90}
-"""Seconds of each part, after which it is stopped."""
-WORKERS = 6
-"""Processes of the suite: Triton's compilers take most of its time."""
+LOOK = 20
+"""Seconds, as expected, to find out what is here."""
+LAST = 8.0
+"""Seconds at the end in which what is left is killed and written."""
+IMPORTS = 10.0
+"""Seconds before a Python process of a part knows what time it is."""
 
 
-def environment(device: str) -> dict[str, Any]:
-    import triton
+class Held(Exception):
+    """The driver does not let go of a process: whatever came next would measure that."""
 
-    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    found |= {"triton": triton.__version__, "grpo_kernels": grpo_kernels.__version__, "commit": _commit()}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"gpu": properties.name, "multiprocessors": properties.multi_processor_count}
-        found |= {"l2_bytes": properties.L2_cache_size, "memory_bytes": properties.total_memory}
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.draw", "--format=csv,noheader"]
-        found["nvidia_smi"] = _output(query)
+
+class Check:
+    """One run: its record, its log and its end."""
+
+    def __init__(self, record: Record, setting: Setting, end: float) -> None:
+        self.record, self.setting, self.end = record, setting, end
+        self.log = record.folder / "gpu_check.log"
+
+    def left(self) -> float:
+        return self.end - LAST - time.monotonic()
+
+    def setting_of(self, name: str) -> Setting:
+        """Without the CUDA kernels once the smoke part has failed."""
+        if name == "smoke" or not self.record.failed("smoke"):
+            return self.setting
+        return replace(self.setting, backends=tuple(b for b in self.setting.backends if b != "cuda"))
+
+    def run(self, names: Sequence[str]) -> None:
+        """Every part, unless there is a reason to leave it out, which is said."""
+        for name in names:
+            part = PARTS[name]
+            if part.cuda and "cuda" not in self.setting_of(name).backends:
+                print(f"{name}: left out, the smoke part failed", flush=True)
+                continue
+            if self.left() < part.expected:
+                print(
+                    f"{name}: left out, it takes about {part.expected:.0f} s and {self.left():.0f} are left", flush=True
+                )
+                continue
+            self.part(name)
+
+    def part(self, name: str) -> None:
+        part, setting, start = PARTS[name], self.setting_of(name), time.monotonic()
+        seconds = min(part.deadline, self.left())
+        print(f"{name}: {part.what}; about {part.expected:.0f} s, at most {seconds:.0f}", flush=True)
+        entry = self.record.begin(name, setting.backends)
+        commands = part.commands(setting)
+        if isinstance(commands, str):
+            entry |= {"skipped": commands, "passed": None}
+            commands = []
+        try:
+            for command in commands:
+                self.command(name, command, start + seconds - time.monotonic())
+            if commands:
+                entry["passed"] = all(row.get("passed", True) or not row.get("gates", True) for row in entry["rows"])
+            entry.pop("stopped")
+        finally:
+            entry["seconds"] = time.monotonic() - start
+            self.record.save()
+        print(f"   {outcome(entry)}, {entry['seconds']:.0f} s", flush=True)
+
+    def command(self, part: str, command: Command, seconds: float) -> None:
+        """What it finds is in the record at once, whatever becomes of it; at its end whether it passed."""
+        rows = self.record.results[part]["rows"]
+        if any(row["name"] == command.name and row.get("passed") for row in rows):
+            return
+        seconds = min(command.seconds, seconds)
+        offset = self.log.stat().st_size if self.log.exists() else 0
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "rows")
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            known = len(rows)
+
+            def tick() -> None:
+                nonlocal known
+                for row in gpu_rows.read(file)[known:]:
+                    known += 1
+                    self.record.add(part, row)
+                    print(f"   {_line(row)}", flush=True)
+
+            given = {ROWS: str(file), SECONDS: f"{max(1.0, seconds - IMPORTS):.0f}"}
+            argv = [given.get(argument, argument) for argument in command.argv]
+            with self.log.open("a") as log:
+                log.write(f"\n{part}, {command.name}: {shlex.join(argv)}\n")
+            ended = gpu_process.run(argv, seconds, self.log, {**self.environment(part), **command.environment}, tick)
+        text = self.log.read_bytes()[offset:].decode(errors="replace")
+        figures = command.read(text)
+        passed = not str(ended) and figures.get("passed", True)
+        row = {"name": command.name, "seconds": ended.seconds, "how": str(ended), **figures, "passed": passed}
+        self.record.add(part, row if command.gates else {**row, "gates": False})
+        print(f"   {_line(row)}", flush=True)
+        if not passed:
+            print("\n".join(f"   | {line}" for line in text.splitlines()[-15:]), flush=True)
+        if ended.held or any("held by the driver" in row.get("how", "") for row in rows):
+            raise Held(f"{part}, {command.name}: {ended or 'a step is held by the driver'}")
+
+    def environment(self, part: str) -> dict[str, str]:
+        """Without the CUDA library where the smoke part failed: automatic choice might take it."""
+        missing = {gpu_library.NAMED: str(ROOT / "no library after a failed smoke part")}
+        return {} if "cuda" in self.setting_of(part).backends else missing
+
+
+def _line(row: gpu_rows.Row) -> str:
+    verdict = "" if row.get("passed", True) else f"  FAILED {row.get('how', '')}"
+    seconds = f" ({row['seconds']:.1f} s)" if "seconds" in row else ""
+    return f"{row['name']}{seconds}{verdict}"
+
+
+# The command
+
+
+def earlier_of(folder: Path | None) -> Results:
+    if folder is None:
+        return {}
+    try:
+        found: Results = json.loads((folder / "gpu_check.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Refused(f"--resume {folder} is no folder with the record of a run (gpu_check.json): {error}") from error
     return found
 
 
-def verify(device: str) -> dict[str, Any]:
-    return _command([sys.executable, "-m", "grpo_kernels", "verify", "--device", device], BUDGETS["verify"])
+def names_of(only: str | None) -> list[str]:
+    asked = list(PARTS) if only is None else only.split(",")
+    if unknown := sorted(set(asked) - set(PARTS)):
+        raise Refused(f"--only: there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
+    return [name for name in PARTS if name in asked]
 
 
-def suite(device: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not nightly", "-n", str(WORKERS), "tests"]
-    return _command(command, BUDGETS["suite"], {"GRPO_KERNELS_TEST_DEVICE": device})
-
-
-def large(device: str) -> dict[str, Any]:
-    """Log-probs of shapes that overflow 32-bit indices or grid limits, against PyTorch on some of their rows."""
-    names = gpu_timing.usable(device)
-    if not names:
-        return {"skipped": "no GPU backend serves this device"}
-    shapes = {"vocab 262144": (64, 262144), "vocab 50257": (64, 50257), "70000 rows": (70_000, 3)}
-    shapes |= {"2.3e9 elements": (15_200, 151_936)}
-    if device == "cpu":
-        shapes = {"rehearsal": (4, 50257)}
-    results = {}
-    for name, (rows, vocab) in shapes.items():
-        logits = torch.randn(1, rows, vocab, dtype=torch.bfloat16, device=device)
-        ids = torch.randint(vocab, (1, rows), device=device)
-        some = torch.tensor([0, rows // 2, rows - 1], device=device)
-        exact = torch.log_softmax(logits[0, some].double(), -1).gather(-1, ids[0, some, None]).squeeze(-1)
-        for backend in names:
-            out = token_log_probs(logits, ids, backend=backend)
-            error = float((out.log_probs[0, some].double() - exact).abs().max())
-            results[f"{name}, {backend}"] = {"error": error, "holds": error < 1e-5}
-        probabilities = torch.softmax(logits[0, some].double(), -1)
-        wanted = probabilities.scatter_add_(-1, ids[0, some, None], -torch.ones_like(probabilities))
-        for backend in names:
-            leaf = logits.clone().requires_grad_()
-            given = {"grad_scale": float(rows), "inplace": True, "backend": backend}
-            grpo_loss(leaf.view_as(leaf), ids, torch.ones(1, device=device), **given)
-            error = float((leaf.detach()[0, some].double() - wanted).abs().max())
-            results[f"{name}, gradient in place, {backend}"] = {"error": error, "holds": error < 0.01}
-        del logits, leaf
-    return {"shapes": results, "passed": all(result["holds"] for result in results.values())}
-
-
-SANITIZED = """
-import sys, torch
-torch.set_default_device("cuda")
-sys.path.insert(0, "tests")
-from cases import make
-for vocab, options in ((97, {}), (9000, {"kl_coef": 0.1, "entropy_coef": 0.01}), (40000, {"config": "gspo"})):
-    make(batch=3, length=4, vocab=vocab).run(sys.argv[1], **options)
-torch.cuda.synchronize()
-"""
-CHECKS = ("memcheck", "racecheck", "synccheck")
-
-
-def sanitizer(device: str) -> dict[str, Any]:
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if device != "cuda" or not Path(tool).exists():
-        return {"skipped": "compute-sanitizer is not here"}
-    results = {}
-    backends = gpu_timing.usable(device)
-    for backend in backends:
-        for check in CHECKS:
-            command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, backend]
-            results[f"{check}, {backend}"] = _command(command, BUDGETS["sanitizer"] / len(CHECKS) / len(backends))
-    return {**results, "passed": bool(results) and all(result["passed"] for result in results.values())}
-
-
-def timing(device: str) -> dict[str, Any]:
-    return gpu_timing.run(gpu_timing.logits(device), device, BUDGETS["timing"])
-
-
-def linear(device: str) -> dict[str, Any]:
-    return gpu_timing.run(gpu_timing.hidden(device), device, BUDGETS["linear"])
-
-
-def limits(device: str) -> dict[str, Any]:
-    return gpu_timing.limits(device)
-
-
-MOVED = """
-import sys, torch
-from grpo_kernels import grpo_loss
-logits = torch.randn(1, 1024, 151936, device="cuda", dtype=torch.bfloat16).requires_grad_()
-ids = torch.randint(151936, (1, 1024), device="cuda")
-grpo_loss(logits, ids, torch.ones(1, device="cuda"), grad_scale=1.0, backend=sys.argv[1]).loss.backward()
-torch.cuda.synchronize()
-"""
-UNIT = 1024 * 151936 * 2
-METRICS = {"dram__bytes_read.sum": "read", "dram__bytes_write.sum": "written"}
-
-
-def traffic(device: str) -> dict[str, Any]:
-    """What each kernel of a loss and its gradient reads from memory and writes to it, as the hardware counts it, in
-    units of the logits. The CUDA kernels may move one of each."""
-    tool = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
-    backends = gpu_timing.usable(device)
-    if device != "cuda" or not Path(tool).exists() or not backends:
-        return {"skipped": "ncu is not here"}
-    results = {}
-    for backend in backends:
-        command = [tool, "--csv", "--print-units", "base", "--clock-control", "none", "--metrics", ",".join(METRICS)]
-        command += ["--kernel-name", "regex:row_kernel|one_pass|log_probs|gradient"]
-        command += [sys.executable, "-c", MOVED, backend]
-        results[backend] = _command(command, BUDGETS["traffic"] / len(backends))
-        if "ERR_NVGPUCTRPERM" in results[backend]["tail"]:
-            return {"skipped": "this machine forbids the hardware's counters (ERR_NVGPUCTRPERM)"}
-        results[backend]["units"] = units_of(results[backend]["tail"])
-    once = results["cuda"]["units"].values() if "cuda" in results else ()
-    counted = all(result["units"] for result in results.values())
-    return {**results, "passed": counted and all(units < 1.05 for kernel in once for units in kernel.values())}
-
-
-def units_of(text: str) -> dict[str, dict[str, float]]:
-    """ncu's CSV: for each kernel, bytes read and written over those of the logits."""
-    lines = text.splitlines()
-    header = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    found: dict[str, dict[str, float]] = {}
-    for row in csv.DictReader(lines[header:]):
-        if row.get("Metric Name") in METRICS:
-            kernel = found.setdefault(row["Kernel Name"].split("(")[0], {})
-            name = METRICS[row["Metric Name"]]
-            kernel[name] = kernel.get(name, 0.0) + float(row["Metric Value"].replace(",", "")) / UNIT
-    return found
-
-
-def proves_cuda(results: dict[str, Any]) -> bool:
-    """Whether a run lets the CUDA kernels be the automatic choice on its GPU (PROVEN of backends/cuda.py)."""
-    passed = all(results.get(name, {}).get("passed") is True for name in ("verify", "suite", "large", "sanitizer"))
-    return passed and all(f"{check}, cuda" in results["sanitizer"] for check in CHECKS)
-
-
-PARTS: dict[str, Callable[[str], dict[str, Any]]] = {
-    "environment": environment,
-    "verify": verify,
-    "suite": suite,
-    "large": large,
-    "sanitizer": sanitizer,
-    "limits": limits,
-    "timing": timing,
-    "traffic": traffic,
-    "linear": linear,
-}
-
-
-def _command(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Run it; the end of what it printed, and whether it passed. Its children end with it."""
-    paths = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    environment = {**os.environ, **paths, **(environment or {})}
-    try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
-                                   env=environment, start_new_session=True)  # fmt: skip
-    except OSError as error:
-        return {"passed": False, "tail": str(error)}
-    try:
-        text, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {"passed": False, "stopped_after": seconds, "tail": _stop(process)[-6000:]}
-    except KeyboardInterrupt:
-        _stop(process)
-        raise
-    return {"passed": process.returncode == 0, "tail": text[-6000:]}
-
-
-def _stop(process: subprocess.Popen[str]) -> str:
-    """Ask first: a part stops what it has started itself."""
-    os.killpg(process.pid, signal.SIGINT)
-    try:
-        return process.communicate(timeout=10)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return process.communicate()[0]
-
-
-def _apart(name: str, device: str) -> dict[str, Any]:
-    """A part in a process of its own: what it found, or how it ended."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "result.json")
-        command = [sys.executable, __file__, "--part", name, "--device", device, "--out", str(result)]
-        ended = _command(command, BUDGETS[name] + 30)
-        return json.loads(result.read_text()) if result.exists() else {**ended, "passed": False}
-
-
-def _output(command: list[str]) -> str:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
-    except (OSError, subprocess.CalledProcessError) as error:
-        return f"unknown ({error})"
-
-
-def _commit() -> str:
-    return _output(["git", "rev-parse", "--short", "HEAD"])
-
-
-def markdown(results: dict[str, Any]) -> str:
-    found = results.get("environment", {})
-    versions = ", ".join(f"{name} {found.get(name)}" for name in ("torch", "triton", "commit"))
-    lines = [f"{found.get('gpu', 'no GPU')}, {versions}", ""]
-    for name, part in results.items():
-        if "passed" in part:
-            lines.append(f"- {name}: {'passed' if part['passed'] else '**failed**'} in {part['seconds']:.0f} s")
-        elif "skipped" in part:
-            lines.append(f"- {name}: skipped, {part['skipped']}")
-    if "copy_gb_per_s" in results.get("limits", {}):
-        lines += ["", *(f"- {name}: {value}" for name, value in results["limits"].items() if name != "seconds")]
-    for backend, part in results.get("traffic", {}).items():
-        if isinstance(part, dict):
-            for kernel, moved in part.get("units", {}).items():
-                lines.append(f"- {backend}, {kernel}: {moved} times the logits")
-    lines.append(f"- the CUDA kernels are proven here: {'yes' if proves_cuda(results) else 'no'}")
-    for name in ("timing", "linear"):
-        if "rows" in results.get(name, {}):
-            lines += ["", *gpu_timing.table(results[name])]
-    return "\n".join(lines) + "\n"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json and gpu_check.md")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # in this process, to the file --out
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal on tiny shapes")
-    arguments = parser.parse_args()
-    if arguments.part:
-        found = PARTS[arguments.part](arguments.device)
-        arguments.out.write_text(json.dumps(found))
-        return 0
-    names = arguments.only.split(",")
-    if unknown := set(names) - set(PARTS):
-        parser.error(f"--only: no part {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no GPU is usable here (torch.cuda.is_available() is False); --device cpu rehearses")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {}
+def fitting(names: Sequence[str], seconds: float) -> list[str]:
+    """Those that fit, as expected, in order; a shorter one may fit where a longer one does not."""
+    chosen = []
     for name in names:
-        print(f"{name} (budget {BUDGETS[name]} s) ...", flush=True)
-        start = time.perf_counter()
-        results[name] = _apart(name, arguments.device)
-        results[name]["seconds"] = time.perf_counter() - start
-        (arguments.out / "gpu_check.json").write_text(json.dumps(results, indent=1) + "\n")
-        (arguments.out / "gpu_check.md").write_text(markdown(results))
-    print(markdown(results))
-    return 0 if all(part.get("passed", True) for part in results.values()) else 1
+        if PARTS[name].expected <= seconds:
+            chosen.append(name)
+            seconds -= PARTS[name].expected
+    return chosen
+
+
+def check_minutes(names: Sequence[str], minutes: float) -> None:
+    needed = LOOK + LAST + PARTS[names[0]].expected
+    if 60 * minutes < needed:
+        raise Refused(f"--minutes {minutes:g} is less than {names[0]} needs: at least {needed / 60:.1f}")
+
+
+def check(arguments: argparse.Namespace) -> int:
+    start, names = time.monotonic(), names_of(arguments.only)
+    check_minutes(names, arguments.minutes)
+    earlier = earlier_of(arguments.resume)
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        log = arguments.out / "gpu_check.log"
+        log.write_text("")
+    except OSError as error:
+        raise Refused(f"--out {arguments.out} cannot be written: {error.strerror}") from error
+    print(f"looking at {arguments.device}, about {LOOK} s", flush=True)
+    found = look(arguments.device, log)
+    backends = ("triton",) if found["triton_refused"] is None else ()
+    if arguments.device == "cpu":
+        prepare_emulator(log)
+        backends = ("cuda", *backends)
+    else:
+        check_gpu(found, names)
+        if tuple(found["capability"]) >= CUDA_CAPABILITY:
+            prepare_library(found["capability"], log)
+            backends = ("cuda", *backends)
+    made = {"commit": arguments.commit or commit(), "library": gpu_library.sources(), "driver": driver()}
+    record = Record(arguments.out, {**found, **made})
+    if made["commit"] is None:
+        print("there is no .git and no --commit: a run that resumes this one will repeat all of it", flush=True)
+    if other := record.resume(earlier):
+        print(f"made with another card, commit or library, not taken over: {', '.join(other)}", flush=True)
+    run = Check(record, Setting(arguments.device, backends), start + 60 * arguments.minutes)
+    return finish(run, names)
+
+
+def finish(run: Check, names: list[str]) -> int:
+    """Run what is still to do and fits; the exit status."""
+    done = [name for name in names if run.record.passed(name, run.setting.backends)]
+    todo = [name for name in names if name not in done]
+    chosen = fitting(todo, run.left())
+    left_out = [name for name in todo if name not in chosen]
+    for words, some in (("passed before", done), ("to run", chosen), ("left out, there is no time for them", left_out)):
+        print(f"{words}: {', '.join(some) or 'none'}", flush=True)
+    status = 0
+    try:
+        run.record.save()
+        run.run(chosen)
+    except Held as held:
+        print(f"stopped, the driver does not answer: {held}", flush=True)
+        status = 1
+    except KeyboardInterrupt:
+        print("interrupted; what was measured is kept", flush=True)
+        status = 130
+    run.record.save()
+    print(f"\n{(run.record.folder / 'gpu_check.md').read_text()}")
+    failed = any(run.record.failed(name) for name in names)
+    return status or int(failed)
+
+
+def interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json, .log and .md")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for the whole run (default: 8)")
+    parser.add_argument("--only", metavar="PARTS", help=f"separated by commas, of {', '.join(PARTS)}")
+    parser.add_argument(
+        "--resume", type=Path, metavar="DIR", help="the folder of an earlier run: passed parts are kept"
+    )
+    parser.add_argument("--commit", metavar="HASH", help="what is measured (default: as git says)")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal on tiny shapes")
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return check(parser.parse_args(argv))
+    except Refused as refused:
+        print(f"gpu_check: {refused}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted before anything was measured", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +14,6 @@ from grpo_kernels.__main__ import main
 from grpo_kernels.bench import command, measure, providers, report
 from grpo_kernels.bench.models import MODELS
 from grpo_kernels.bench.workload import DTYPES, KINDS, Spec, Workload
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 
 @pytest.fixture

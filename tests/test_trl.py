@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from torch.utils._pytree import tree_map
 trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import trl_step  # noqa: E402
 
 from grpo_kernels.integrations.objectives import AGGREGATIONS  # noqa: E402

@@ -1,0 +1,134 @@
+"""The parts of gpu_check.py that measure in Python: rows to a file, one after the other, so that a killed run has
+them. Rows that are in the file already are not measured again."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import gpu_rows
+import gpu_timing
+import torch
+from gpu_rows import Rows
+
+import grpo_kernels
+from grpo_kernels import backends, grpo_loss, token_log_probs
+
+ERROR, GRADIENT_ERROR = 1e-5, 0.01
+"""Allowed on log-probs, and on bf16 gradients of at most 1."""
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, the GPU and which backends serve it; ``no_gpu`` says why there is none."""
+    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    found |= {"grpo_kernels": grpo_kernels.__version__, "gpu": "CPU", "capability": None, "triton": _triton()}
+    if device == "cuda":
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:
+            return {**found, "no_gpu": str(error).splitlines()[0]}
+        properties = torch.cuda.get_device_properties(0)
+        found |= {"gpu": properties.name, "multiprocessors": properties.multi_processor_count}
+        found |= {"capability": [properties.major, properties.minor], "l2_bytes": properties.L2_cache_size}
+        found |= {"memory_bytes": properties.total_memory, "torch_cuda": torch.version.cuda}
+    request = backends.Request(torch.device(device), by_name=True)
+    found["triton_refused"] = backends.get("triton").unsupported(request)
+    return found
+
+
+def _triton() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    version: str = triton.__version__
+    return version
+
+
+def large(device: str, names: Sequence[str]) -> Rows:
+    """Log-probs and gradients of shapes that overflow 32-bit indices or grid limits, against PyTorch on some rows."""
+    shapes = {"vocab 262144": (64, 262144), "vocab 50257": (64, 50257), "70000 rows": (70_000, 3)}
+    shapes |= {"2.3e9 elements": (15_200, 151_936)}
+    for what, shape in ({"rehearsal": (4, 50257)} if device == "cpu" else shapes).items():
+        for backend in names:
+            yield f"{what}, {backend}", partial(_large, device, backend, *shape)
+
+
+def _large(device: str, backend: str, rows: int, vocab: int) -> dict[str, Any]:
+    logits = torch.randn(1, rows, vocab, dtype=torch.bfloat16, device=device)
+    ids = torch.randint(vocab, (1, rows), device=device)
+    some = torch.tensor([0, rows // 2, rows - 1], device=device)
+    exact = torch.log_softmax(logits[0, some].double(), -1)
+    wanted = exact.exp().scatter_add_(-1, ids[0, some, None], exact.new_full((3, 1), -1.0))
+    out = token_log_probs(logits, ids, backend=backend)
+    error = float((out.log_probs[0, some].double() - exact.gather(-1, ids[0, some, None]).squeeze(-1)).abs().max())
+    leaf = logits.requires_grad_()
+    given: dict[str, Any] = {"grad_scale": float(rows), "inplace": True, "backend": backend}
+    grpo_loss(leaf.view_as(leaf), ids, torch.ones(1, device=device), **given)
+    gradient = float((leaf.detach()[0, some].double() - wanted).abs().max())
+    return {"error": error, "gradient_error": gradient, "passed": error < ERROR and gradient < GRADIENT_ERROR}
+
+
+def limits(device: str, names: Sequence[str]) -> Rows:
+    from gpu_limits import limits as of_this_gpu  # Triton, which may be missing
+
+    yield from of_this_gpu()
+
+
+def timing(device: str, names: Sequence[str]) -> Rows:
+    yield from gpu_timing.workloads(gpu_timing.logits(device), names)
+
+
+def linear(device: str, names: Sequence[str]) -> Rows:
+    yield from gpu_timing.workloads(gpu_timing.hidden(device), names)
+
+
+PARTS: dict[str, Callable[[str, Sequence[str]], Rows]] = {
+    "large": large,
+    "limits": limits,
+    "timing": timing,
+    "linear": linear,
+}
+
+
+def run(rows: Rows, file: Path, seconds: float) -> bool:
+    """Whether every row that was measured holds, and all were; one begins only before the time is over."""
+    end = time.monotonic() + seconds
+    held = {row["name"] for row in gpu_rows.read(file) if row.get("passed", True)}
+    for name, measure in rows:
+        if name in held:
+            continue
+        if time.monotonic() > end:
+            print(f"no time is left for {name}", flush=True)
+            return False
+        start = time.monotonic()
+        figures = measure()
+        gpu_rows.write(file, name, **{"passed": True, **figures}, seconds=time.monotonic() - start)
+    return all(row.get("passed", True) for row in gpu_rows.read(file))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=["environment", *PARTS])
+    parser.add_argument("--device", required=True, choices=["cuda", "cpu"])
+    parser.add_argument("--rows", required=True, type=Path)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--backend", action="append", default=[], help="that are measured by name")
+    arguments = parser.parse_args()
+    if arguments.part == "environment":
+        gpu_rows.write(arguments.rows, "environment", **environment(arguments.device))
+        return 0
+    rows = PARTS[arguments.part](arguments.device, arguments.backend)
+    return 0 if run(rows, arguments.rows, arguments.seconds) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,143 @@
+"""Processes with a deadline: polled, killed when it passes, and not waited for where the driver holds them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GRACE = 5.0
+"""Seconds in which SIGKILL ends a process, unless a call of the driver holds it."""
+MARK = "GRPO_KERNELS_GPU_CHECK_RUN"
+"""In the environment of all that a run starts, and so of what that starts, in whatever session or group it is."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended; ``code`` is its exit status, -N for signal N, None if it was stopped at its deadline."""
+
+    code: int | None
+    seconds: float
+    held: bool = False
+    """It, or something that it started, outlived SIGKILL: a call of the driver does not return."""
+
+    def __str__(self) -> str:
+        """What went wrong, in words; empty if nothing did."""
+        if self.held:
+            return f"held by the driver: SIGKILL after {self.seconds:.0f} s did not end it"
+        if self.code is None:
+            return f"stopped at its deadline, after {self.seconds:.0f} s"
+        if self.code < 0:
+            return f"killed by {signal.Signals(-self.code).name}"
+        return f"exit status {self.code}" if self.code else ""
+
+
+def run(
+    argv: list[str],
+    seconds: float,
+    log: Path,
+    environment: dict[str, str] | None = None,
+    tick: Callable[[], object] = lambda: None,
+) -> Ended:
+    """A command in the tree, its output appended to ``log``; ``tick`` is called ten times a second.
+
+    Whatever it has started ends with it, also when this is interrupted.
+    """
+    mark = uuid.uuid4().hex
+    everything = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": _paths(), **(environment or {}), MARK: mark}
+    start = time.monotonic()
+    try:
+        with log.open("ab") as sink:
+            # A group of its own: Ctrl-C reaches this process alone, which ends the others. Not a session of its own,
+            # which would outlive this one where only the session is ended.
+            process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT,
+                                       env=everything, preexec_fn=os.setpgrp)  # fmt: skip
+        code = _polled(process.poll, seconds, tick)
+        taken = time.monotonic() - start
+    finally:
+        held = sweep(mark)
+        tick()
+    process.poll()
+    return Ended(code, taken, bool(held))
+
+
+def _paths() -> str:
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def _polled(poll: Callable[[], int | None], seconds: float, tick: Callable[[], object]) -> int | None:
+    """The exit status, None at the deadline."""
+    end = time.monotonic() + seconds
+    while (code := poll()) is None and time.monotonic() < end:
+        tick()
+        time.sleep(0.1)
+    return code
+
+
+def sweep(mark: str) -> list[int]:
+    """Kill every process that has this mark; those that are still there after GRACE seconds."""
+    end = time.monotonic() + GRACE
+    while (found := _marked(mark)) and time.monotonic() < end:
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+    return found
+
+
+def _marked(mark: str) -> list[int]:
+    wanted, found = f"{MARK}={mark}".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if wanted in path.read_bytes().split(b"\0"):  # a zombie's is empty
+                found.append(int(path.parent.name))
+    return found
+
+
+def fork(function: Callable[[], bool], seconds: float) -> Ended:
+    """A function in a forked process: exit status 0 for True, 1 for False, 2 for an exception, which is printed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    start = time.monotonic()
+    pid = os.fork()
+    if pid == 0:
+        _child(function)
+    code: list[int] = []
+
+    def poll() -> int | None:
+        if not code and (found := os.waitpid(pid, os.WNOHANG))[0]:
+            code.append(os.waitstatus_to_exitcode(found[1]))
+        return code[0] if code else None
+
+    ended = None
+    try:
+        ended = _polled(poll, seconds, lambda: None)
+        taken = time.monotonic() - start
+    finally:
+        if ended is None:
+            os.kill(pid, signal.SIGKILL)
+            _polled(poll, GRACE, lambda: None)
+    return Ended(ended, taken, held=not code)
+
+
+def _child(function: Callable[[], bool]) -> None:
+    """Never returns, whatever happens: the parent's code is not the child's to run."""
+    code = 2
+    try:
+        code = 0 if function() else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)

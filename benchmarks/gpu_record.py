@@ -1,0 +1,180 @@
+"""What a run of gpu_check.py has found: gpu_check.json, written after every row, and gpu_check.md, its tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gpu_cards import as_predicted, card_of, computed_ms
+from gpu_commands import CHECKS, PARTS
+from gpu_rows import Row
+
+Results = dict[str, dict[str, Any]]
+PROOF = ("smoke", "verify", "suite", "large", "sanitizer")
+
+
+def proves_cuda(results: Results) -> bool:
+    """Whether a run lets the CUDA kernels be the automatic choice on its GPU (PROVEN of backends/cuda.py)."""
+    parts = [results.get(name, {}) for name in PROOF]
+    passed = all(part.get("passed") is True and "cuda" in part["backends"] for part in parts)
+    one = all(part.get("made_with") == parts[0].get("made_with") for part in parts)
+    clean = {row["name"] for row in results.get("sanitizer", {}).get("rows", []) if row.get("passed")}
+    return passed and one and clean >= set(CHECKS)
+
+
+class Record:
+    """The results of a run, and of the one that it resumes, in a folder."""
+
+    def __init__(self, folder: Path, environment: dict[str, Any]) -> None:
+        self.folder = folder
+        self.results: Results = {"environment": environment}
+        self.made_with = {name: environment[name] for name in ("gpu", "commit", "library")}
+
+    def resume(self, earlier: Results) -> list[str]:
+        """Take over what was made with this card, commit and library; the names of the parts that had another."""
+        other = []
+        for name in PARTS:
+            if (part := earlier.get(name)) is None:
+                continue
+            if part.get("made_with") == self.made_with and self.made_with["commit"] is not None:
+                self.results[name] = part
+            else:
+                other.append(name)
+        return other
+
+    def passed(self, name: str, backends: tuple[str, ...]) -> bool:
+        """Whether a part has passed on all of these backends."""
+        part = self.results.get(name, {})
+        return part.get("passed") is True and set(backends) <= set(part["backends"])
+
+    def failed(self, name: str) -> bool:
+        return self.results.get(name, {}).get("passed") is False
+
+    def begin(self, name: str, backends: tuple[str, ...]) -> dict[str, Any]:
+        """A part that has not passed until it ends; rows of it that had are kept."""
+        rows = [row for row in self.results.get(name, {}).get("rows", []) if row.get("passed", True)]
+        part = {"passed": False, "backends": list(backends), "made_with": self.made_with, "rows": rows}
+        self.results[name] = {**part, "stopped": "before its end"}
+        return self.results[name]
+
+    def add(self, name: str, row: Row) -> None:
+        """In place of an earlier row of that name; on the disk when this returns."""
+        rows = self.results[name]["rows"]
+        rows[:] = [old for old in rows if old["name"] != row["name"]] + [row]
+        self.save()
+
+    def save(self) -> None:
+        _write(self.folder / "gpu_check.json", json.dumps(self.results, indent=1) + "\n")
+        _write(self.folder / "gpu_check.md", markdown(self.results))
+
+
+def _write(path: Path, text: str) -> None:
+    """Never half a file, whenever this is killed."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(text)
+    fresh.replace(path)
+
+
+# The table
+
+
+def markdown(results: Results) -> str:
+    found = results["environment"]
+    versions = ", ".join(f"{name} {found.get(name)}" for name in ("driver", "torch", "triton", "commit", "library"))
+    lines = [f"{found['gpu']}, {versions}", "", "| part | outcome | seconds |", "| --- | --- | --- |"]
+    for name, part in results.items():
+        if name in PARTS:
+            seconds = f"{part['seconds']:.0f}" if "seconds" in part else ""
+            lines.append(f"| {name} | {outcome(part)} | {seconds} |")
+    lines += ["", f"The CUDA kernels are proven here: {'yes' if proves_cuda(results) else 'no'}.", ""]
+    lines += _bandwidths(results) + _kernels(results) + _traffic(results)
+    for name in ("timing", "linear"):
+        lines += _timing(results.get(name, {}))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def outcome(part: dict[str, Any]) -> str:
+    """One cell: passed, or what did not hold."""
+    if "skipped" in part:
+        return f"skipped: {part['skipped']}"
+    if part["passed"]:
+        return "passed"
+    broken = [f"{row['name']}{': ' * bool(row.get('how'))}{row.get('how', '')}" for row in part.get("rows", [])
+              if not row.get("passed", True)]  # fmt: skip
+    return f"**failed**{', stopped ' * bool(part.get('stopped'))}{part.get('stopped', '')}: {'; '.join(broken)}"
+
+
+def _copy(results: Results) -> float | None:
+    """GB/s, as this run measured it."""
+    for name, key in (("limits", "gb_per_s"), ("smoke", "copy_gb_per_s")):
+        for row in results.get(name, {}).get("rows", []):
+            if row["name"] == "copy":
+                return float(row[key])
+    return None
+
+
+def _bandwidths(results: Results) -> list[str]:
+    card, copy = card_of(results["environment"]["gpu"]), _copy(results)
+    if copy is None:
+        return []
+    assumed = f", assumed {card.copy / 1e9:.0f}" if card else ""
+    others = [row for row in results.get("limits", {}).get("rows", []) if "gb_per_s" in row and row["name"] != "copy"]
+    text = "; ".join(f"{row['name']} {row['gb_per_s']:.0f}" for row in others)
+    return [f"GB/s: copy {copy:.0f}{assumed}{'; ' * bool(text)}{text}.", ""]
+
+
+def _kernels(results: Results) -> list[str]:
+    """The CUDA kernels alone: what was computed beside what was measured."""
+    rows = [row for row in results.get("smoke", {}).get("rows", []) if "in_place_ms" in row]
+    if not rows:
+        return []
+    heads = ["CUDA kernels alone", "computed ms", "in place ms", "of the measured copy", "as computed", "one pass ms",
+             "log-probs ms", "µs a row and cluster"]  # fmt: skip
+    lines = _head(heads)
+    gpu = results["smoke"]["made_with"]["gpu"]
+    for row in rows:
+        cells = [row["name"], _number(computed_ms(row["logits_bytes"], gpu)), _number(row["in_place_ms"])]
+        cells += [f"{row['of_copy']:.0%}", as_predicted(row["in_place_ms"], row["logits_bytes"], gpu)]
+        cells += [_number(row["one_pass_ms"]), _number(row["log_probs_ms"]), f"{row['us_per_row_and_cluster']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", "Computed: the logits read and written once at the card's assumed bandwidth.", ""]
+
+
+def _traffic(results: Results) -> list[str]:
+    lines = []
+    for row in results.get("traffic", {}).get("rows", []):
+        for kernel, moved in row.get("units", {}).items():
+            units = ", ".join(f"{what} {count:.2f}" for what, count in moved.items())
+            lines.append(f"- {row['name']}, {kernel}: {units} times the logits")
+    return [*lines, ""] if lines else []
+
+
+def _timing(part: dict[str, Any]) -> list[str]:
+    """Every provider of every workload; the bound is of the same rounds."""
+    rows = [row for row in part.get("rows", []) if "providers" in row]
+    if not rows:
+        return []
+    lines = _head(["workload", "provider", "step ms", "computed ms", "the bound ms", "of the bound", "gradient error"])
+    for row in rows:
+        whole = row["hidden"] is None and row["kind"] == "all"
+        computed = computed_ms(row["logits_bytes"], part["made_with"]["gpu"]) if whole else None
+        for name, found in row["providers"].items():
+            if "step_ms" not in found:
+                why = found.get("skipped") or found.get("failed") or "not timed"
+                lines.append(f"| {row['name']} | {name} | {why} | | | | |")
+                continue
+            bound = row["yardstick_ms"]
+            cells = [row["name"], name, _number(found["step_ms"]), _number(computed if found["ours"] else None)]
+            cells += [_number(bound), f"{bound / found['step_ms']:.0%}", f"{found['gradient_error']:.0e}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    missing = sorted({name for row in rows for name in row["missing"]})
+    return [*lines, "", *([f"Not installed: {', '.join(missing)}.", ""] if missing else [])]
+
+
+def _head(names: list[str]) -> list[str]:
+    return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,329 @@
+"""The steps of gpu_smoke.py: calls of the CUDA kernels alone, without Triton, each compared with float64.
+
+Every step is a function of a Setting that says what it finds, and whether it holds.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import gpu_rows
+import torch
+from torch import Tensor
+
+from grpo_kernels.backends import Request, cuda, native
+from grpo_kernels.config import LossConfig
+from grpo_kernels.kl import KL
+from grpo_kernels.rows import Rows
+from grpo_kernels.spec import LogitArgs, numbers_vector, objective_spec
+
+BETA = 0.04
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the steps run and how much of them."""
+
+    device: str
+    small: bool = False
+    """Shapes for the emulator and for compute-sanitizer."""
+    patience: float = 20.0
+    """Seconds that a launch may take."""
+    rows: Path | None = None
+    """Where measured rows go."""
+
+
+class Shape(NamedTuple):
+    """Rows of logits, the first of which begins ``skew`` elements past 16 bytes."""
+
+    tokens: int
+    vocab: int
+    dtype: torch.dtype = torch.bfloat16
+    skew: int = 0
+
+    def __str__(self) -> str:
+        skew = f", {self.skew} elements past 16 bytes" if self.skew else ""
+        return f"{self.tokens}x{self.vocab} {str(self.dtype).removeprefix('torch.')}{skew}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a shape, and what their loss is made of."""
+
+    rows: Rows
+    config: LossConfig
+    real: torch.dtype
+    """Of log-probs."""
+    weight: float
+    """Of a token in the loss; large for fp16, whose gradients would round to multiples of 6e-8."""
+
+    def per_row(self, value: float) -> Tensor:
+        return torch.full(self.rows.token_ids.shape, value, dtype=self.real, device=self.rows.logits.device)
+
+    def unwritten(self, count: int) -> list[Tensor]:
+        return [self.per_row(float("nan")) for _ in range(count)]
+
+    def some(self) -> list[int]:
+        """Rows that are compared: the first, one in the middle, the last."""
+        n = self.rows.token_ids.numel()
+        return sorted({0, n // 2, n - 1})
+
+
+def make(setting: Setting, shape: Shape, live: Tensor | None = None, beta: float = BETA) -> Batch:
+    """Random logits of spread 2; every row is live unless ``live`` (1, N) says otherwise."""
+    n, vocab, dtype, skew = shape
+    generator = torch.Generator(setting.device).manual_seed(vocab + n)
+    logits = torch.empty(n * vocab + skew, dtype=dtype, device=setting.device)[skew:].view(1, n, vocab)
+    for part in logits[0].split(1024):  # never a second copy in fp32
+        part.copy_(2 * torch.randn(part.shape, generator=generator, device=setting.device))
+    ids = torch.randint(vocab, (1, n), generator=generator, device=setting.device)
+    live = torch.ones_like(ids, dtype=torch.bool) if live is None else live
+    config = LossConfig.preset("dapo", kl=KL(beta))
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    numbers = numbers_vector(LogitArgs(), 1.0, config, real, torch.device(setting.device))
+    return Batch(Rows(logits, ids, live, numbers, False), config, real, 1024.0 if dtype == torch.float16 else 1 / n)
+
+
+def log_probs(batch: Batch) -> list[Tensor]:
+    """Log-probs, entropies, anchors and sums (1, N)."""
+    out = batch.unwritten(4)
+    cuda.log_probs(batch.rows, *out)
+    return out
+
+
+def fused(batch: Batch, old: Tensor, ref: Tensor, out: Tensor) -> list[Tensor]:
+    """The gradient to ``out``; log-probs, entropies, anchors, sums, policy terms and KL (1, N). Advantages are 1."""
+    one, kl = batch.per_row(1.0), bool(batch.config.kl.coef)
+    weight, results = batch.weight * one, batch.unwritten(6)
+    spec = objective_spec(batch.config, kl)
+    assert spec is not None
+    flags = torch.empty(one.shape, dtype=torch.uint8, device=one.device)
+    known = (old, ref if kl else None, None, BETA * weight if kl else None, None)
+    cuda.fused_loss(batch.rows, one, weight, *known, list(spec), *results, flags, one.new_empty(0), out)
+    return results
+
+
+def wait(setting: Setting, what: str) -> None:
+    """Polls, so that a kernel that hangs is named and no call of the driver blocks."""
+    if torch.device(setting.device).type != "cuda":
+        return
+    done = torch.cuda.Event()
+    done.record()
+    end = time.monotonic() + setting.patience
+    while not done.query():
+        if time.monotonic() > end:
+            print(f"   HANG: {what} has not finished after {setting.patience:.0f} s", flush=True)
+            os._exit(3)
+        time.sleep(0.002)
+
+
+def say(holds: bool, text: str) -> bool:
+    print(f"   {text}" + ("" if holds else "  <-- WRONG"), flush=True)
+    return holds
+
+
+def check_log_probs(batch: Batch, found: Tensor, what: str) -> bool:
+    some, rows = batch.some(), batch.rows
+    exact = torch.log_softmax(rows.logits[0, some].double(), -1).gather(-1, rows.token_ids[0, some, None]).squeeze(-1)
+    error = float((found[0, some].double() - exact).abs().max())
+    allowed = 1e-12 if batch.real == torch.float64 else 2e-5
+    return say(error < allowed, f"{what}: log-prob error {error:.1e}, allowed {allowed:.0e}")
+
+
+def check_gradient(batch: Batch, before: Tensor, out: Tensor, slope: Tensor, what: str) -> bool:
+    """Rows of slope * (onehot - p), where ``before`` are the logits of some rows; nothing is left unwritten."""
+    some = batch.some()
+    exact = torch.softmax(before.double(), -1)
+    exact.scatter_add_(-1, batch.rows.token_ids[0, some, None], -torch.ones_like(exact[:, :1]))
+    exact *= -slope[0, some, None].double()
+    error = float((out[0, some].double() - exact).norm() / exact.norm())
+    allowed = max(0.5 * torch.finfo(out.dtype).eps, 1e-12 if batch.real == torch.float64 else 1e-5)
+    written = not bool(out.isnan().any())
+    text = f"{what}: gradient error {error:.1e} (L2, relative), allowed {allowed:.0e}"
+    return say(error < allowed and written, text + ("" if written else "; parts were left unwritten"))
+
+
+# Steps
+
+
+def environment(setting: Setting) -> bool:
+    """GPU, library, whether it serves, how many clusters run at once, how rows are laid out."""
+    if torch.device(setting.device).type == "cuda":
+        found = torch.cuda.get_device_properties(0)
+        say(True, f"{found.name}, {found.multi_processor_count} multiprocessors, torch {torch.__version__}")
+    path = cuda.library_path()
+    say(True, f"library {path}, built for {native.build_record(path).get('architectures', 'unknown')}")
+    refused = cuda.unsupported(Request(torch.device(setting.device, 0), by_name=True))
+    if refused is not None:
+        return say(False, f"it does not serve: {refused}")
+    device = cuda.device(0)
+    at_once = dict(zip(map(str, cuda.CLUSTERS), device.clusters, strict=True))
+    capability = f"{device.major}.{device.minor}"
+    say(True, f"capability {capability}, driver {device.driver}, shared {device.shared_bytes}, clusters {at_once}")
+    facts = {"capability": capability, "driver": device.driver, "runtime": device.runtime}
+    gpu_rows.write(setting.rows, "device", **facts, shared_bytes=device.shared_bytes, clusters_at_once=at_once)
+    for vocab in (512, 32000, 50257, 128256, 151936, 262144):
+        plan = cuda.plan(0, torch.bfloat16, vocab)
+        say(plan.cluster > 0, f"bf16 {vocab}: clusters of {plan.cluster}, {plan.clusters} of them, {plan.tiles} tiles")
+    return True
+
+
+def sums(setting: Setting, *shapes: Shape) -> bool:
+    """Log-probs alone: loads, rings, no cluster."""
+    holds = True
+    for shape in shapes:
+        batch = make(setting, shape)
+        found = log_probs(batch)
+        wait(setting, f"log_probs {shape}")
+        holds &= check_log_probs(batch, found[0], str(shape))
+    return holds
+
+
+def both_places(batch: Batch, call: Callable[[Tensor], bool]) -> bool:
+    """``call(out)`` with a gradient of its own, then with the logits as the gradient."""
+    holds = call(torch.full_like(batch.rows.logits, float("nan")))
+    return call(batch.rows.logits) and holds
+
+
+def gradients(setting: Setting, *shapes: Shape) -> bool:
+    """The backward of log-probs: bulk stores, no cluster."""
+    holds = True
+    for shape in shapes:
+        batch = make(setting, shape)
+        found = log_probs(batch)
+        wait(setting, f"log_probs {shape}")
+        slope = torch.randn_like(found[0]) * (batch.weight if batch.weight > 1 else 1)
+        before = batch.rows.logits[0, batch.some()].clone()
+        holds &= both_places(batch, partial(_backward, setting, shape, batch, found, slope, before))
+    return holds
+
+
+def _backward(
+    setting: Setting, shape: Shape, batch: Batch, found: list[Tensor], slope: Tensor, before: Tensor, out: Tensor
+) -> bool:
+    cuda.log_probs_backward(batch.rows, *found, slope, None, out)
+    wait(setting, f"log_probs_backward {shape}")
+    return check_gradient(batch, before, out, slope, f"{shape}{_place(batch, out)}")
+
+
+def _place(batch: Batch, out: Tensor) -> str:
+    return ", in place" if out is batch.rows.logits else ""
+
+
+def one_pass(setting: Setting, *shapes: Shape) -> bool:
+    """Loss and gradient in one launch: clusters, exchange between blocks. Log-probs have the bits of log_probs."""
+    holds = True
+    for shape in shapes:
+        batch = make(setting, shape)
+        found = log_probs(batch)
+        wait(setting, f"log_probs {shape}")
+        holds &= check_log_probs(batch, found[0], str(shape))
+        before = batch.rows.logits[0, batch.some()].clone()
+        holds &= both_places(batch, partial(_fused, setting, shape, batch, found, before))
+    return holds
+
+
+def _fused(setting: Setting, shape: Shape, batch: Batch, found: list[Tensor], before: Tensor, out: Tensor) -> bool:
+    old, ref = found[0] + 0.1, found[0] - 0.1
+    mine = fused(batch, old, ref, out)
+    wait(setting, f"fused_loss {shape}")
+    same = all(torch.equal(a, b) for a, b in zip(mine[:2], found[:2], strict=True))
+    if not same:
+        say(False, f"{shape}{_place(batch, out)}: log-probs and entropies have other bits than those of log_probs")
+    # Advantage 1, inside the clip: -ratio; k3: 1 - exp(ref - log_prob).
+    slope = batch.weight * (-torch.exp(found[0] - old) - BETA * torch.expm1(ref - found[0]))
+    return check_gradient(batch, before, out, slope, f"{shape}{_place(batch, out)}") and same
+
+
+def dead_rows(setting: Setting, *shapes: Shape) -> bool:
+    """One row in seven is live, then none: a dead row is all zeros and nothing is left unwritten."""
+    holds = True
+    for shape in shapes:
+        live = torch.zeros(1, shape.tokens, dtype=torch.bool, device=setting.device)
+        live[0, 3::7] = True
+        for some in (live, torch.zeros_like(live)):
+            batch = make(setting, shape, some)
+            out = torch.full_like(batch.rows.logits, float("nan"))
+            mine = fused(batch, batch.per_row(-9.0), batch.per_row(-9.3), out)
+            wait(setting, f"fused_loss {shape}, {int(some.sum())} live rows")
+            zeros = not bool(out[~some].any()) and not bool(mine[0][~some].any())
+            written = not bool(out.isnan().any()) and bool(out[some].any(-1).all())
+            holds &= say(zeros and written, f"{shape}: {int(some.sum())} live rows, the others are zero")
+    return holds
+
+
+def races(setting: Setting, *shapes: Shape) -> bool:
+    """The same bits every time: what a missing fence or wait would break."""
+    holds, times = True, 3 if setting.small else 25
+    for shape in shapes:
+        batch = make(setting, shape)
+        old, ref = batch.per_row(-9.0), batch.per_row(-9.3)
+        first: list[Tensor] = []
+        for k in range(times):
+            out = torch.full_like(batch.rows.logits, float("nan"))
+            mine = [*fused(batch, old, ref, out)[:4], out]
+            wait(setting, f"fused_loss {shape}, run {k}")
+            first = first or mine
+            if not all(torch.equal(a, b) for a, b in zip(first, mine, strict=True)):
+                holds = say(False, f"{shape}: run {k} differs from run 0: a race")
+                break
+        else:
+            say(True, f"{shape}: {times} equal runs")
+    return holds
+
+
+def times(setting: Setting, *shapes: Shape) -> bool:
+    """Bandwidth of a copy; loss and gradient, in place and not, with KL and without; log-probs."""
+    if torch.device(setting.device).type != "cuda":
+        return say(True, "no times: they are a GPU's")
+    copy = _copy(setting)
+    say(True, f"a copy moves {copy / 1e9:.0f} GB/s")
+    gpu_rows.write(setting.rows, "copy", copy_gb_per_s=copy / 1e9)
+    for shape in shapes:
+        for beta in (BETA, 0.0):
+            _time(setting, shape, beta, copy)
+    return True
+
+
+def _copy(setting: Setting) -> float:
+    """Bytes a second, read and written."""
+    source = torch.zeros(2**31, dtype=torch.uint8, device=setting.device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _seconds(setting, lambda: target.copy_(source))
+
+
+def _time(setting: Setting, shape: Shape, beta: float, copy: float) -> None:
+    batch = make(setting, shape, beta=beta)
+    logits, plan = batch.rows.logits, cuda.plan(0, shape.dtype, shape.vocab)
+    old, ref, out = batch.per_row(-9.0), batch.per_row(-9.3), torch.empty_like(logits)
+    ms = {
+        "one_pass_ms": 1e3 * _seconds(setting, lambda: fused(batch, old, ref, out)),
+        "in_place_ms": 1e3 * _seconds(setting, lambda: fused(batch, old, ref, logits)),
+        "log_probs_ms": 1e3 * _seconds(setting, lambda: log_probs(batch)),
+    }
+    share = 2e3 * logits.nbytes / copy / ms["in_place_ms"]
+    micros = 1e3 * ms["in_place_ms"] * plan.clusters / shape.tokens
+    name = f"{shape}, {'k3 KL' if beta else 'no KL'}"
+    gpu_rows.write(setting.rows, name, logits_bytes=logits.nbytes, of_copy=share, us_per_row_and_cluster=micros, **ms)
+    figures = ", ".join(f"{key.removesuffix('_ms').replace('_', ' ')} {value:.3f} ms" for key, value in ms.items())
+    say(True, f"{name}: {figures}; in place {share:.0%} of a copy, {micros:.2f} us a row and cluster")
+
+
+def _seconds(setting: Setting, function: Callable[[], object]) -> float:
+    """Median of nine after one."""
+    function()
+    found = []
+    for _ in range(9):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        wait(setting, "a timed call")
+        found.append(start.elapsed_time(end) / 1e3)
+    return sorted(found)[4]
