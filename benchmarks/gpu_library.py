@@ -5,6 +5,7 @@ python benchmarks/gpu_library.py 90        # builds it for compute capability 9.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -32,6 +33,15 @@ def setup() -> ModuleType:
     return module
 
 
+def sources_hash(folder: str) -> str:
+    """As setup.py computes it, without the setuptools that it imports: of csrc/FOLDER and csrc/common."""
+    digest = hashlib.sha256()
+    for path in sorted([*(ROOT / "csrc" / folder).rglob("*"), *(ROOT / "csrc" / "common").rglob("*")]):
+        if path.is_file():
+            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def record() -> dict[str, str]:
     """What the build of the library that is used wrote beside it; empty without one."""
     path = Path(os.environ.get(NAMED) or LIBRARY).with_suffix(".json")
@@ -50,7 +60,7 @@ def lacking(architecture: int) -> str | None:
         return None
     if not LIBRARY.exists():
         return f"it is missing ({LIBRARY.relative_to(ROOT)})"
-    if record().get("sources") != setup().sources_hash("cuda"):
+    if record().get("sources") != sources_hash("cuda"):
         return "it was built from other sources than this tree's csrc/"
     built = record().get("architectures", "").split()
     if not built or architecture < min(map(int, built)):  # its PTX, of the oldest, serves newer ones

@@ -13,23 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_library import sources_hash
 
 import grpo_kernels
 from grpo_kernels import backends
 from grpo_kernels.backends import cpu, native
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def sources_hash(folder: str) -> str:
-    """As setup.py computes it."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "csrc" / folder).rglob("*"), *(ROOT / "csrc" / "common").rglob("*")]):
-        if path.is_file():
-            digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
 
 
 def test_compiled_backend_is_in_use():

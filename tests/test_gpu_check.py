@@ -267,6 +267,16 @@ def test_resume(check, tmp_path):
         assert "to run: smoke, timing" in text
 
 
+def test_resume_of_a_part_of_several_commands(check, tmp_path):
+    """Those that have passed are not repeated; a row that failed is gone."""
+    failing = script("row('a step', passed=False)\nraise SystemExit(9)", "racecheck")
+    assert check({"sanitizer": part(script("row('by memcheck')", "memcheck"), failing)})[0] == 1
+    mended = {"sanitizer": part(script("row('again')", "memcheck"), script("", "racecheck"))}
+    assert check(mended, "--resume", str(tmp_path / "out"), out="second")[0] == 0
+    rows = recorded(tmp_path / "second")["sanitizer"]["rows"]
+    assert [row["name"] for row in rows] == ["by memcheck", "memcheck", "racecheck"]
+
+
 def test_resume_without_a_commit(check, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "commit", lambda: None)
     parts = {"smoke": part(script(""))}
@@ -408,7 +418,7 @@ def test_library(library, monkeypatch, tmp_path):
     assert gpu_library.sources() == "libgrpo_cuda.so"
     library(sources="others", architectures="90 100")
     assert "other sources than this tree's" in gpu_library.lacking(90)
-    mine = gpu_library.setup().sources_hash("cuda")
+    mine = gpu_library.sources_hash("cuda")
     library(sources=mine, architectures="100")
     assert gpu_library.lacking(90) == "it is built for sm_100 and this GPU is sm_90"
     assert gpu_library.lacking(120) is None
@@ -460,7 +470,9 @@ def test_sanitizers(check, monkeypatch, tmp_path):
     rows = {row["name"]: row["passed"] for row in recorded(tmp_path / "detect-level")["sanitizer"]["rows"]}
     assert rows.pop("racecheck of unaligned rows, errors") is False
     assert rows == {"memcheck": True, "racecheck": True, "synccheck": True}
-    lines = [line for line in (tmp_path / "nothing" / "gpu_check.log").read_text().splitlines() if line.startswith("--tool")]
+    lines = [
+        line for line in (tmp_path / "nothing" / "gpu_check.log").read_text().splitlines() if line.startswith("--tool")
+    ]
     assert len(lines) == 4
     assert all("--no-fork --small" in line and "--kernel-regex kns=grpo --error-exitcode 9" in line for line in lines)
     assert "--skip unaligned" in lines[1]
