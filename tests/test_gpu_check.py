@@ -18,6 +18,7 @@ import gpu_machine
 import gpu_parts
 import gpu_process
 import pytest
+import torch
 from gpu_cards import as_predicted, computed_ms
 from gpu_commands import PARTS, ROWS, Command, Part
 from gpu_record import PROOF, Record, markdown, proves_cuda
@@ -524,6 +525,18 @@ def test_torch_compile_once(monkeypatch):
     assert compiled == [True, False]
     measures = [measure.args for _, measure in gpu_timing.workloads(gpu_timing.logits("cuda"), ("cuda",))]
     assert [compiled for *_, compiled in measures] == [True] + [False] * (len(measures) - 1)
+
+
+def test_limits(monkeypatch):
+    """Bytes over seconds; what is read again, by its size."""
+    limits = pytest.importorskip("gpu_limits")
+    monkeypatch.setattr(limits.torch, "zeros", lambda count, device: torch.empty(count, device="meta"))
+    monkeypatch.setattr(limits, "_seconds", lambda function: 1e-3)
+    monkeypatch.setattr(limits, "_reading", lambda values, repeats: values.nbytes * repeats / 1e9)
+    found = {name: measure()["gb_per_s"] for name, measure in limits.limits()}
+    assert found["copy"] == pytest.approx(2 * 2**31 / 1e6)
+    assert found["read"] == pytest.approx(2**31 / 1e9)
+    assert found["64 MB read again"] == pytest.approx(100 * 64 * 2**20 / 1e9)
 
 
 # The record

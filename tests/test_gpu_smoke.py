@@ -155,6 +155,36 @@ def test_a_launch_that_hangs(monkeypatch, capfd):
     assert "FAILED: launch: a launch that hangs" in out
 
 
+class Stopwatch:
+    """An event of a device on which a call takes 2 ms."""
+
+    def __init__(self, enable_timing=False):
+        assert enable_timing
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, other):
+        return 2.0
+
+
+@emulated
+def test_times(tmp_path, monkeypatch):
+    """A copy's bandwidth, and times beside it: bytes over seconds."""
+    monkeypatch.setattr(torch.cuda, "Event", Stopwatch)
+    monkeypatch.setattr(gpu_steps, "COPIED", 10**6)
+    rows = tmp_path / "rows"
+    assert gpu_steps.times(Setting("cpu", rows=rows), Shape(4, 520))
+    copy, k3, plain = gpu_rows.read(rows)
+    assert copy == {"name": "copy", "copy_gb_per_s": pytest.approx(1.0)}
+    assert (k3["name"], plain["name"]) == ("4x520 bfloat16, k3 KL", "4x520 bfloat16, no KL")
+    assert k3["logits_bytes"] == 4 * 520 * 2
+    assert [k3[f"{name}_ms"] for name in ("one_pass", "in_place", "log_probs")] == [2.0, 2.0, 2.0]
+    assert k3["of_copy"] == pytest.approx(2 * 4160 / 1e9 / 2e-3)
+    clusters = cuda.plan(0, torch.bfloat16, 520).clusters
+    assert k3["us_per_row_and_cluster"] == pytest.approx(2000 * clusters / 4)
+
+
 def test_cuda_is_not_touched_before_the_forks():
     """A forked process cannot use it after that."""
     code = f"""
