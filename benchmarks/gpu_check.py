@@ -193,15 +193,16 @@ def check(arguments: argparse.Namespace) -> int:
         raise Refused(f"--out {arguments.out} cannot be written: {error.strerror}") from error
     print(f"looking at {arguments.device}, about {LOOK} s", flush=True)
     found = look(arguments.device, log)
-    backends = ("triton",) if found["triton_refused"] is None else ()
+    backends: tuple[str, ...] = ("cuda", "triton")
     if arguments.device == "cpu":
         prepare_emulator(log)
-        backends = ("cuda", *backends)
+        backends = backends if found["triton_refused"] is None else ("cuda",)
     else:
         check_gpu(found, names)
         if tuple(found["capability"]) >= CUDA_CAPABILITY:
             prepare_library(found["capability"], log)
-            backends = ("cuda", *backends)
+        else:
+            backends = ("triton",)
     made = {"commit": arguments.commit or commit(), "library": gpu_library.sources(), "driver": driver()}
     record = Record(arguments.out, {**found, **made})
     if made["commit"] is None:

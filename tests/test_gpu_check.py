@@ -43,7 +43,7 @@ def check(monkeypatch, tmp_path, capsys):
     """Runs the command with other parts on a machine that has an H200, or so it thinks; its status and output."""
 
     def run(parts: dict[str, Part], *arguments: str, out: str = "out", **machine) -> tuple[int, str]:
-        monkeypatch.setattr(gpu_check, "look", lambda device, log: {**H200, **machine})
+        monkeypatch.setattr(gpu_check, "look", lambda device, log: machine if "no_gpu" in machine else H200 | machine)
         PARTS.clear()
         PARTS.update(parts)
         status = gpu_check.main(["--out", str(tmp_path / out), "--commit", "abc", *arguments])
@@ -349,8 +349,8 @@ def test_bad_input(check, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "gpu_check.json").write_text("{")
     ran = {"smoke": part(script("row('it ran')"), cuda=True), "triton": part(script("row('it ran')"))}
-    no_driver = {"no_gpu": "Found no NVIDIA driver on your system."}
-    too_old = {"no_gpu": "The NVIDIA driver on your system is too old (found version 12020)."}
+    no_driver = {"torch": "2.11.0", "no_gpu": "Found no NVIDIA driver on your system."}
+    too_old = {"torch": "2.11.0", "no_gpu": "The NVIDIA driver on your system is too old (found version 12020)."}
     for arguments, machine, words in (
         (("--only", "smoke,fast"), {}, "--only: there is no part fast; there are smoke, triton"),
         (("--minutes", "0.2"), {}, "--minutes 0.2 is less than smoke needs: at least 0.5"),
