@@ -1,0 +1,303 @@
+"""One case: which kernel runs on what, in which layout, and every way in which its outputs are wrong beside fp64."""
+
+from __future__ import annotations
+
+import math
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo_kernels.metrics import FIELDS
+from grpo_kernels.rows import Rows
+
+from . import arithmetic, launches
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
+ROUNDING = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 0.0, FP64: 0.0}
+SPEC = [2, 3, 0, 0, 0]
+"""Clip, with k3."""
+GRAD_SCALE = 0.5
+STATS = ("log_prob", "entropy", "anchor", "log_sum")
+
+
+@dataclass(frozen=True)
+class Case:
+    backend: str
+    what: str  # a method of Run
+    dtype: torch.dtype
+    vocab: int
+    plan: tuple[int, int, int] | None = None  # cluster, clusters, tiles; None: the backend's own
+    seed: int = 0
+    entropy: bool = False
+    cap: float = 0.0
+    skew: int = 0  # elements by which rows are off 16 bytes
+    out: str = "own"  # "in" place, "own" tensor, "odd": aligned otherwise than the logits
+    rows: tuple[int, int] = (2, 3)
+    processors: int = launches.PROCESSORS
+    perturbed: bool = False  # approximations err
+    races: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.backend, self.what, NAMES[self.dtype], str(self.vocab)]
+        parts += [f"plan{self.plan}".replace(" ", "")] if self.plan else []
+        parts += [f"processors{self.processors}"] if self.processors != launches.PROCESSORS else []
+        parts += [word for word in ("entropy", "cap", "perturbed", "races") if getattr(self, word)]
+        rows = f"rows{self.rows}".replace(" ", "")
+        return " ".join([*parts, f"skew{self.skew}", f"out-{self.out}", rows, f"seed{self.seed}"])
+
+
+def placed(shape: tuple[int, int, int], dtype: torch.dtype, skew: int) -> tuple[Tensor, Tensor]:
+    """A (B, T, V) tensor whose rows begin ``skew`` elements, then others, off 16 bytes; and all of its memory."""
+    batch, length, vocab = shape
+    wide = 16 // dtype.itemsize
+    pitch = -(-vocab // wide) * wide + (skew and wide + 1)
+    memory = torch.full((skew + batch * (length + 1) * pitch + 64,), 7.0, dtype=dtype)  # a row more in each batch
+    start = -(memory.data_ptr() // dtype.itemsize) % wide + skew
+    return memory.as_strided(shape, ((length + 1) * pitch, pitch, 1), start), memory
+
+
+def drawn(case: Case) -> dict[str, Tensor]:
+    """Rows that bite: dead, confident, far below the largest, with -inf blocks, sampled at ends and tile bounds."""
+    g = torch.Generator().manual_seed(1000 + case.vocab + case.rows[1])
+    shape, count, vocab = case.rows, math.prod(case.rows), case.vocab
+    values = 2 * torch.randn(count, vocab, generator=g)
+    ids = torch.randint(vocab, (count,), generator=g)
+    ids[0], ids[count - 1] = vocab - 1, 0
+    live = torch.ones(count, dtype=torch.bool)
+    slopes = torch.randn(2, count, generator=g)
+    if count > 4:
+        live[1] = False
+        values[2, ids[2]] += 40  # confident
+        values[3, : vocab // 2] = -math.inf
+        values[3, vocab - 1] = 3.0
+        ids[3] = vocab - 1
+        values[4, ids[4]] -= 200 / max(1.0, 2 * case.cap)  # sums overflow relative to it
+    if count > 5:
+        slopes[:, 5] = 0
+    if count > 6:
+        ids[6] = min(vocab - 1, 8192)
+        values[6] = -math.inf
+        values[6, ids[6]] = 1.0
+    logits, memory = placed((*shape, vocab), case.dtype, case.skew)
+    logits.copy_(values.view(*shape, vocab))
+    real = FP64 if case.dtype == FP64 else FP32
+    numbers = [1.25, 0.75, case.cap, GRAD_SCALE, *[math.inf] * 3, 10.0, 0.0, math.inf, -math.inf, 0.8, 1.2, math.inf]
+    data = {"logits": logits, "memory": memory, "ids": ids.view(shape), "live": live.view(shape)}
+    data |= {"numbers": torch.tensor(numbers + [0.0] * 5, dtype=real)}
+    data |= {"g": slopes[0].view(shape).to(real), "h": slopes[1].view(shape).to(real)}
+    data["advantage"] = torch.randn(shape, generator=g).to(real)
+    data |= {f"{name}_weight": torch.rand(shape, generator=g).to(real) for name in ("policy", "kl", "entropy")}
+    return data | {"noise": (0.4 * torch.randn(2, *shape, generator=g)).to(real)}
+
+
+def flat(tensor: Tensor) -> Any:
+    """As fp64 numpy, row after row."""
+    return tensor.double().numpy().ravel()
+
+
+class Truth:
+    """A row's statistics, in fp64: arrays over the rows; ``y`` are the values of which they are a softmax's."""
+
+    def __init__(self, data: dict[str, Tensor]) -> None:
+        x = data["logits"].double().numpy().reshape(-1, data["logits"].shape[-1])
+        temperature, scale, cap = flat(data["numbers"])[:3]
+        self.ids, rows = data["ids"].numpy().ravel(), np.arange(len(x))
+        inner = np.tanh(x * scale / cap) if cap else x
+        self.y = (cap * inner if cap else x * scale) / temperature
+        self.chain = scale / temperature * ((1 - inner * inner) if cap else np.ones_like(x))
+        self.factor = (1 if cap else scale) / temperature
+        largest = self.y.max(1)
+        self.anchor, self.log_sum = largest / self.factor, np.log(np.exp(self.y - largest[:, None]).sum(1))
+        self.lse = largest + self.log_sum
+        p = np.exp(self.y - self.lse[:, None])
+        self.entropy = self.lse - np.where(p > 0, p * np.where(p > 0, self.y, 0), 0).sum(1)
+        self.log_prob = self.y[rows, self.ids] - self.lse
+
+    def gradient(self, g: Any, h: Any) -> Any:
+        """Of sum(g * log_prob + h * entropy), with respect to the logits."""
+        log_p = self.y - self.lse[:, None]
+        p = np.exp(log_p)
+        one = np.zeros_like(p)
+        one[np.arange(len(self.ids)), self.ids] = 1
+        part = np.where(p > 0, p * (np.where(p > 0, log_p, 0) + self.entropy[:, None]), 0)
+        return (g[:, None] * (one - p) - h[:, None] * part) * self.chain
+
+
+class Run:
+    """A case executed: ``wrong`` says what is, ``outputs`` and ``machine`` are there to be looked at."""
+
+    def __init__(self, case: Case, traced: int = sys.maxsize) -> None:
+        self.case, self.wrong = case, []
+        self.data = drawn(case)
+        self.truth = Truth(self.data)
+        self.live = self.data["live"].numpy().ravel()
+        self.executor = launches.Executor(case.seed, case.races, traced)
+        self.machine = self.executor.machine
+        self.outputs: dict[str, Tensor] = {}
+        arithmetic.PERTURBED = case.perturbed
+        try:
+            getattr(self, case.what)()
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            self.wrong.append(f"{type(error).__name__} ({Path(last.filename).name}:{last.lineno}): {error}")
+        self.wrong += [f"{text} ({times} times)" for text, times in self.machine.findings.items()]
+
+    def _rows(self) -> Rows:
+        for name, tensor in self.data.items():
+            if name not in ("memory", "noise"):
+                launches.map_tensor(self.executor.memory, name, tensor)
+        d = self.data
+        return Rows(d["logits"], d["ids"], d["live"], d["numbers"], self.case.cap > 0)
+
+    def _backend(self) -> Any:
+        case = self.case
+        return self.executor.cuda(case.plan) if case.backend == "cuda" else self.executor.triton(case.processors)
+
+    def _mapped(self, name: str, tensor: Tensor) -> Tensor:
+        launches.map_tensor(self.executor.memory, name, tensor)
+        return tensor
+
+    def _output(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """(B, T) of sevens."""
+        d = self.data
+        tensor = torch.full(d["ids"].shape, 7.0, dtype=dtype or d["numbers"].dtype)
+        self.outputs[name] = self._mapped(name, tensor)
+        return tensor
+
+    def _known(self, *names: str) -> list[Tensor]:
+        """Statistics as an earlier pass left them, NaN where nobody may look."""
+        for name in names:
+            values = np.where(self.live, getattr(self.truth, name), math.nan).reshape(self.case.rows)
+            self._output(name).copy_(torch.from_numpy(values))
+        return [self.outputs[name] for name in names]
+
+    def _others(self) -> tuple[Tensor, Tensor]:
+        """Old and reference log-probs: the policy's plus noise."""
+        exact = np.where(self.live & np.isfinite(self.truth.log_prob), self.truth.log_prob, 0)
+        exact, d = torch.from_numpy(exact).view(self.case.rows), self.data
+        for name, noise in zip(("old", "ref"), d["noise"], strict=True):
+            d[name] = self._mapped(name, (exact + noise).to(d["numbers"].dtype))
+        return d["old"], d["ref"]
+
+    def _out(self) -> Tensor:
+        """Where the gradient goes; ``gaps`` is the memory around it, of sevens."""
+        case, d = self.case, self.data
+        if case.out == "in":
+            self.gaps = d["memory"]
+            return d["logits"]
+        skew = (case.skew + 1) % 8 if case.out == "odd" else case.skew
+        tensor, self.gaps = placed(tuple(d["logits"].shape), case.dtype, skew)
+        return self._mapped("out", tensor)
+
+    # Comparisons.
+
+    def _compare(self, name: str, found: Any, wanted: Any, relative: float, absolute: float) -> None:
+        found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+        same = (found == wanted) | (np.isnan(found) & np.isnan(wanted))
+        fine = same | (np.abs(found - wanted) <= absolute + relative * np.abs(wanted))
+        if not fine.all():
+            at = tuple(np.argwhere(~fine)[0].tolist())
+            count = int((~fine).sum())
+            self.wrong.append(f"{name}: {count} differ, first at {at}: {found[at]!r} is not {wanted[at]!r}")
+
+    def _check_stats(self) -> None:
+        """The anchor may be any origin; with the sum it makes the log-sum-exp."""
+        found = {name: flat(self.outputs[name]) for name in STATS}
+        found["lse"] = found["anchor"] * self.truth.factor + found["log_sum"]
+        tolerance = (1e-12, 1e-11) if self.case.dtype == FP64 else (1.5e-6, 8e-6)
+        for name in ("log_prob", "entropy", "lse"):
+            self._compare(name, found[name], np.where(self.live, getattr(self.truth, name), 0), *tolerance)
+
+    def _check_gradient(self, out: Tensor, g: Any, h: Any) -> None:
+        dtype = self.case.dtype
+        wanted = np.where(self.live[:, None], self.truth.gradient(g, h), 0)
+        wanted[(g == 0) & (h == 0)] = 0
+        real = 1e-11 if dtype == FP64 else 6e-5
+        size = 2.0**-14 if dtype == FP16 else float(np.abs(wanted).max())
+        absolute = max(size * 2e-6, 2e-7) * real / 6e-5 + (2.0**-24 if dtype == FP16 else 0)
+        found = out.double().numpy().reshape(len(self.live), -1)
+        self._compare("gradient", found, wanted, 1.02 * ROUNDING[dtype] + real, absolute)
+        gaps = torch.ones_like(self.gaps, dtype=torch.bool)
+        start = (out.data_ptr() - self.gaps.data_ptr()) // out.element_size()
+        torch.as_strided(gaps, out.shape, out.stride(), start).fill_(False)
+        if not (self.gaps[gaps] == 7).all():
+            self.wrong.append("elements between rows were written")
+
+    def _terms(self) -> tuple[Any, Any, Any]:
+        """Policy term, KL term and slope of clip and k3, from the papers."""
+        d = {name: flat(self.data[name]) for name in ("advantage", "policy_weight", "old", "ref", "kl_weight")}
+        log_prob, a = self.truth.log_prob, d["advantage"]
+        ratio, away = np.exp(log_prob - d["old"]), d["ref"] - log_prob
+        policy = -np.minimum(ratio * a, np.clip(ratio, 0.8, 1.2) * a)
+        stopped = ((a > 0) & (ratio > 1.2)) | ((a < 0) & (ratio < 0.8))
+        slope = d["policy_weight"] * np.where(stopped, 0, -ratio * a) + d["kl_weight"] * (1 - np.exp(away))
+        return policy, np.exp(away) - away - 1, slope
+
+    # What is run.
+
+    def log_probs(self) -> None:
+        rows, outputs = self._rows(), [self._output(name) for name in STATS]
+        with self._backend() as backend:
+            backend.log_probs(rows, *outputs)
+        self._check_stats()
+
+    def backward(self) -> None:
+        rows, stats, out, d = self._rows(), self._known(*STATS), self._out(), self.data
+        g, h = d["g"], d["h"] if self.case.entropy else None
+        with self._backend() as backend:
+            backend.log_probs_backward(rows, *stats, g, h, out)
+        self._check_gradient(out, flat(g), flat(g if h is None else h) * (h is not None))
+
+    def fused(self) -> None:
+        rows, (old, ref), d = self._rows(), self._others(), self.data
+        outputs = [self._output(name) for name in (*STATS, "policy", "kl")]
+        flags, empty, out = self._output("flags", torch.uint8), torch.empty(0), self._out()
+        weight = d["entropy_weight"] if self.case.entropy else None
+        with self._backend() as backend:
+            inputs = (d["advantage"], d["policy_weight"], old, ref, None, d["kl_weight"], weight)
+            backend.fused_loss(rows, *inputs, SPEC, *outputs, flags, empty, out)
+        self._check_stats()
+        policy, kl, slope = self._terms()
+        self._compare("policy", flat(self.outputs["policy"]), np.where(self.live, policy, 0), 2e-5, 1e-6)
+        self._compare("kl", flat(self.outputs["kl"]), np.where(self.live, kl, 0), 1e-4, 2e-5)
+        h = 0 * slope if weight is None else -GRAD_SCALE * flat(weight)
+        self._check_gradient(out, GRAD_SCALE * slope, h)
+
+    def tokens(self) -> None:
+        """token_terms, and token_sums from its records."""
+        self._rows()
+        log_prob, entropy, (old, ref), d = *self._known("log_prob", "entropy"), self._others(), self.data
+        policy, kl, slope = (self._output(name) for name in ("policy", "kl", "slope"))
+        flags, empty = self._output("flags", torch.uint8), torch.empty(0)
+        loss = self._mapped("loss", torch.zeros(4, dtype=FP64))
+        sums = self._mapped("sums", torch.zeros(len(FIELDS), dtype=FP64))
+        weights = [d[f"{name}_weight"] for name in ("policy", "kl", "entropy")]
+        with self._backend() as backend:
+            given = (log_prob, entropy, d["live"], d["numbers"], d["advantage"], weights[0], old, ref, None, weights[1])
+            backend.token_terms(*given, SPEC, policy, kl, flags, empty, slope)
+            records = (log_prob, entropy, policy, kl, flags, d["live"], d["live"], *weights)
+            backend.token_sums(*records, old, ref, None, None, 3, 2, loss, sums)
+        wanted = self._terms()
+        for name, value, size in zip(("policy", "kl", "slope"), wanted, (1e-6, 2e-5, 2e-5), strict=True):
+            self._compare(name, flat(self.outputs[name]), np.where(self.live, value, 0), 5e-5, size)
+        signed = zip(weights, (*wanted[:2], -self.truth.entropy), strict=True)
+        parts = [(flat(weight) * value)[self.live].sum() for weight, value in signed]
+        self._compare("sums", sums.numpy()[:3], parts, 1e-5, 1e-5)
+        self._compare("loss", loss.numpy()[0], sum(parts), 1e-5, 1e-5)
+
+    def rescale(self) -> None:
+        """gradient *= upstream / announced."""
+        logits = self.data["logits"]
+        before = logits.double().clone()
+        self._rows()
+        upstream, announced = (self._mapped(name, torch.tensor(x)) for name, x in (("up", 3.0), ("known", 1.5)))
+        with self._backend() as backend:
+            backend.rescale(logits, upstream, announced)
+        self._compare("rescaled", logits.double().numpy(), (before * 2).to(self.case.dtype).double().numpy(), 0, 0)

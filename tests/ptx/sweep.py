@@ -1,0 +1,124 @@
+"""Which cases are run: layouts, dtypes, schedules, races; and which of them must have equal bits."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from .cases import BF16, FP16, FP32, FP64, STATS, Case, Run
+
+PASSES = ("log_probs", "backward", "fused")
+
+
+def _cuda_cases() -> list[Case]:
+    base, found = Case("cuda", "fused", BF16, 1000), []
+    shapes = itertools.product((BF16, FP32, FP16), (97, 1000, 4101, 32000), (1, 2, 4, 8), PASSES)
+    for seed, (dtype, vocab, cluster, what) in enumerate(shapes, 1):
+        pick = random.Random(seed).choice
+        need = max(1, -(-(-(-vocab * dtype.itemsize // 16) // cluster) * 16 // 16384))  # tiles of a slice
+        plan = (cluster, pick((1, 1, 2, 3)), pick((need, need + 1, 2 * need, 13)))
+        case = replace(base, what=what, dtype=dtype, vocab=vocab, plan=plan, seed=seed, skew=pick((0, 0, 1, 3, 7)))
+        case = replace(case, out=pick(("in", "own", "odd")), entropy=pick((True, False)), cap=pick((0.0, 0.0, 3.0)))
+        found.append(replace(case, rows=pick(((2, 3), (1, 9)))))
+    for seed in range(200, 224):  # many rows through small rings, many schedules
+        pick = random.Random(seed).choice
+        case = replace(base, dtype=pick((BF16, FP32)), vocab=10000, plan=(pick((1, 2)), 1, pick((3, 4, 5, 6))))
+        case = replace(case, seed=seed, rows=(1, 12), out=pick(("in", "own")), skew=pick((0, 1)))
+        found.append(replace(case, entropy=pick((True, False))))
+    for seed in range(300, 318):
+        pick = random.Random(seed).choice
+        case = replace(base, what=("fused", *PASSES[::-1])[seed % 4], dtype=pick((BF16, BF16, FP32)), seed=seed)
+        case = replace(case, vocab=pick((97, 4101, 10000, 40000)), plan=(pick((1, 2)), 1, pick((5, 6, 7))), rows=(1, 8))
+        case = replace(case, out=pick(("in", "own", "odd")), skew=pick((0, 0, 1)), entropy=pick((True, False)))
+        found.append(replace(case, races=True))
+    wide = replace(base, dtype=FP64, vocab=4101, plan=(2, 2, 13), entropy=True)
+    for i, what in enumerate(PASSES):
+        found.append(replace(wide, what=what, seed=3 + i, skew=i % 2))
+        found.append(replace(base, what=what, vocab=151936, seed=5, rows=(1, 2), out="in"))
+        found.append(replace(base, what=what, vocab=32000, dtype=FP32, seed=5, rows=(1, 5)))
+    return [*found, replace(base, plan=(16, 1, 13), seed=9, rows=(1, 7))]
+
+
+def _triton_cases() -> list[Case]:
+    base, found = Case("triton", "log_probs", BF16, 1000), []
+    shapes = itertools.product((BF16, FP32), (97, 1000, 4101, 8192, 32000, 40000), PASSES, (1, 2))
+    for seed, (dtype, vocab, what, _) in enumerate(shapes, 1):
+        pick = random.Random(seed).choice
+        case = replace(base, what=what, dtype=dtype, vocab=vocab, seed=seed, skew=pick((0, 0, 3)))
+        case = replace(case, out=pick(("in", "own", "odd")), entropy=pick((True, False)), cap=pick((0.0, 0.0, 3.0)))
+        found.append(replace(case, processors=pick((132, 1))))
+    found.append(replace(base, dtype=FP16, vocab=4101, seed=3))
+    found += [replace(base, what=what, dtype=FP64, seed=3) for what in PASSES]
+    tokens = replace(base, what="tokens", vocab=300)
+    found += [replace(tokens, rows=(2, n), dtype=dtype, seed=n) for n, dtype in ((3, FP32), (400, BF16))]
+    rescale = replace(base, what="rescale", vocab=4101, skew=1, seed=4101)
+    return [*found, rescale, replace(rescale, dtype=FP32, vocab=1000, skew=0, seed=1000)]
+
+
+def _with_equal_bits() -> list[list[Case]]:
+    """CUDA's bits depend on nothing but the plan; Triton's are those of every kernel, aligned rows and others apart."""
+    found = []
+
+    def add(case: Case, *changes: dict[str, Any]) -> None:
+        found.append([case, *(replace(case, **change) for change in changes)])
+
+    for dtype, vocab, cap, perturbed in itertools.product((BF16, FP32), (1000, 32000), (0.0, 3.0), (False, True)):
+        case = Case("cuda", "log_probs", dtype, vocab, (2, 2, 13), cap=cap, perturbed=perturbed)
+        odd = {"what": "fused", "skew": 1, "seed": 5, "entropy": True}
+        add(case, {"what": "fused"}, {"skew": 3, "seed": 4}, {"plan": (2, 1, 5), "seed": 6}, odd)
+        for skew in (0, 3):
+            case = Case("triton", "log_probs", dtype, vocab, cap=cap, perturbed=perturbed, skew=skew)
+            odd = {"what": "fused", "out": "odd", "entropy": True}
+            add(case, {"what": "fused"}, {"processors": 1}, odd)
+    for perturbed, skew in itertools.product((False, True), (0, 3)):  # several spans: one program a row or one a span
+        case = Case("triton", "log_probs", BF16, 70000, perturbed=perturbed, skew=skew)
+        add(case, {"processors": 1}, {"what": "fused"})
+    return found
+
+
+def _differences(cases: list[Case]) -> list[str]:
+    """What is wrong with each, and where bits of the statistics are not those of the first."""
+    wrong, first = [], None
+    for case in cases:
+        run = Run(case)
+        wrong += [f"{case}: {text}" for text in run.wrong]
+        if len(run.outputs) < len(STATS):
+            continue
+        found = {name: run.outputs[name].numpy().view(np.uint32) for name in STATS}
+        first = first or found
+        wrong += [f"{case}: bits of {name} are not the first's" for name in STATS if (found[name] != first[name]).any()]
+    return wrong
+
+
+def jobs(quick: bool, words: list[str]) -> list[tuple[str, Callable[[], list[str]]]]:
+    """Names, and functions that run them and say what is wrong; of those whose names hold every word."""
+    lists = (_cuda_cases(), 14), (_triton_cases(), 8), (_with_equal_bits(), 4)
+    single, found = lambda case: lambda: Run(case).wrong, []
+    for cases, sample in lists:
+        for case in cases[:: len(cases) // sample] if quick else cases:
+            several = isinstance(case, list)
+            name = f"bits {case[0]}" if several else str(case)
+            found.append((name, (lambda c: lambda: _differences(c))(case) if several else single(case)))
+    return [(name, job) for name, job in found if all(word in name.split() for word in words)]
+
+
+def check(quick: bool, words: list[str], stop_at_first: bool) -> int:
+    """Runs and prints them; how many are wrong."""
+    chosen, failed, began = jobs(quick, words), 0, time.time()
+    for name, job in chosen:
+        start = time.time()
+        wrong = job()
+        failed += bool(wrong)
+        print(f"{'FAIL' if wrong else 'ok  '} {time.time() - start:5.1f} s  {name}", flush=True)
+        for text in wrong:
+            print(f"       {text}", flush=True)
+        if failed and stop_at_first:
+            break
+    print(f"{len(chosen)} cases, {failed} with discrepancies, {time.time() - began:.0f} s")
+    return failed
