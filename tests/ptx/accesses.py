@@ -99,12 +99,8 @@ class Accesses:
             return [np.zeros(32, UNITS[size])] * count
         offsets = self._offsets(pc, addresses[lanes], total)
         self.machine.stats.touch(pc, offsets, total, True)
-        bad = block.bad.reshape(-1, total)[offsets // np.uint32(total)]
-        if bad.any():
-            if (bad & LANDING).any():
-                self.finding(pc, "shared memory read while a copy is still writing it")
-            else:  # harmless where the values are not looked at: they are NaN, so that it shows
-                self.machine.unwritten[self.place(pc)] += 1
+        if (block.bad.reshape(-1, total)[offsets // np.uint32(total)] & LANDING).any():
+            self.finding(pc, "shared memory read while a copy is still writing it")
         if self.races:
             self.races.read(self, pc, lanes, offsets.astype(np.int64)[:, None] + np.arange(total))
         index = offsets // np.uint32(size)

@@ -7,8 +7,6 @@ import ctypes.util
 
 import numpy as np
 
-np.seterr(all="ignore")
-
 u1, u2, u4, u8 = np.uint8, np.uint16, np.uint32, np.uint64
 i1, i2, i4, i8 = np.int8, np.int16, np.int32, np.int64
 f4, f8 = np.float32, np.float64

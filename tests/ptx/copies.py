@@ -89,11 +89,11 @@ class Copies:
             raise self.fault(pc, f"no barrier initialised at {offset} of block {block.index}")
         return block.barriers[offset]
 
-    def _barriers(self, pc: int, addresses: np.ndarray, m: Any) -> dict[int, Barrier]:
-        """Each lane's barrier, of this block."""
+    def _barriers(self, pc: int, addresses: np.ndarray, m: Any, remote: bool = False) -> dict[int, Barrier]:
+        """Each lane's barrier, of this block or, ``remote``, of any in the cluster."""
         found = {}
         for lane in lanes_of(m).tolist():
-            if int(addresses[lane]) >> 24 != self.block.rank + 1:
+            if not remote and int(addresses[lane]) >> 24 != self.block.rank + 1:
                 raise self.fault(pc, "another block's barrier as shared::cta")
             found[lane] = self._barrier_at(pc, int(addresses[lane]))
         return found
@@ -111,8 +111,8 @@ class Copies:
         for lane, barrier in self._barriers(pc, addresses, m).items():
             barrier.expect(int(sizes[lane]))
 
-    def barrier_arrive(self, pc: int, addresses: np.ndarray, number: Any, expect: bool, m: Any) -> None:
-        for lane, barrier in self._barriers(pc, addresses, m).items():
+    def barrier_arrive(self, pc: int, addresses: Any, number: Any, expect: bool, remote: bool, m: Any) -> None:
+        for lane, barrier in self._barriers(pc, addresses, m, remote).items():
             if expect:
                 barrier.expect(int(number[lane]))
             if self.races:

@@ -34,17 +34,13 @@ FAULTS = {
         ROWS, "if (index >= kRowsAhead) shared_.settled", "if (false) shared_.settled", "log_probs"
     ),
     "a message's words in another order": Fault(PORT, "{%1, %2, %3, %4}", "{%2, %1, %3, %4}", "fused"),
-    "a message to another's slot, but this block's barrier": Fault(
-        PORT, '"r"(words[3]), "r"(barrier)', '"r"(words[3]), "r"(shared_address(&landed))', "fused"
-    ),
+    "a message that names its slot as its barrier": Fault(PORT, "%3, %4}, [%5]", "%3, %4}, [%0]", "fused"),
     "too few bytes are announced": Fault(
         MOVES, "filled.expect(int(end - first))", "filled.expect(int(end - first) - 16)", "log_probs"
     ),
     "a bulk load of the row itself, not of whole vectors": Fault(MOVES, "(from) & ~intptr_t(15)", "(from)", "skew1"),
     "no cluster barrier at the start": Fault(ROWS, "port::sync_cluster();  // nobody", ";  // nobody", "fused"),
-    "the settler does not wait for the others' sums": Fault(
-        ROWS, "shared.arrived[turn].wait_for_cluster(index / kRowsAhead & 1);", "", "fused"
-    ),
+    "nobody waits for the sums of other blocks": Fault(PORT, "{ wait_until<true>(parity); }", "{}", "fused"),
     "consumers do not wait for the loader": Fault(
         ROWS, "shared_.filled[summed_.place].wait(summed_.lap);\n      sweep", "sweep", "log_probs"
     ),

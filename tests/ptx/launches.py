@@ -1,6 +1,6 @@
 """From the project's own Python to launches: its backends run as they are, and what they launch is executed.
 
-The host code of csrc/cuda/library.cu is compiled with g++ around capture.h; Triton's launcher is replaced by one that
+The host code of csrc/cuda/library.cu is compiled around capture.h; Triton's launcher is replaced by one that
 specialises the arguments as Triton does and compiles for sm_90. Pointers are those of CPU tensors; whatever is not a
 tensor of the call is out of bounds. In a process of its own: one process cannot both interpret and compile Triton.
 """
@@ -46,6 +46,10 @@ def nvcc() -> str | None:
     return next(filter(None, map(shutil.which, names)), None)
 
 
+def host_compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX") or "c++")
+
+
 def _flags() -> list[str]:
     """Those that setup.py gives nvcc, but for what makes a library of it."""
     tree = ast.parse((ROOT / "setup.py").read_text())
@@ -65,7 +69,16 @@ def build() -> tuple[Path, Path]:
     for path in sorted([*SOURCES.rglob("*.h"), source, emulator, HERE / "capture.h"]):
         digest.update(path.read_bytes())
     text, library = (BUILD / f"{digest.hexdigest()[:16]}{end}" for end in (".ptx", ".so"))
-    host = ["g++", "-O1", "-std=c++17", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-DGRPO_EMULATED"]
+    host = [
+        host_compiler() or "c++",
+        "-O1",
+        "-std=c++17",
+        "-fPIC",
+        "-shared",
+        "-w",
+        "-ffp-contract=off",
+        "-DGRPO_EMULATED",
+    ]
     host += ["-U_FORTIFY_SOURCE", "-include", str(HERE / "capture.h"), f"-I{emulator.parent}", "-x", "c++"]
     _compile([*compiler, str(source)], text)
     _compile([*host, str(source), "-ldl"], library)
@@ -162,9 +175,8 @@ class Executor:
         from grpo_kernels.backends import triton as backend
         from grpo_kernels.backends.triton import launch
 
-        wanted, found = (list(inspect.signature(f).parameters) for f in (self._launch_triton, launch.launch))
-        if wanted != found:
-            raise RuntimeError(f"triton/launch.py launches with {found}, tests/ptx/launches.py with {wanted}")
+        if reason := launcher_differs():
+            raise RuntimeError(reason)
         kept = launch.launch, launch.processors, backend._interpreted
         launch.launch, launch.processors, backend._interpreted = self._launch_triton, lambda _: processors, lambda: True
         try:
@@ -188,6 +200,15 @@ class Executor:
         if meta.num_ctas != 1 or meta.global_scratch_size:
             raise NotImplementedError(f"{kernel.__name__} uses clusters or global scratch")
         self.machine.launch(found, programs, 32 * meta.num_warps, meta.shared, bytes(data))
+
+
+def launcher_differs() -> str | None:
+    """How triton/launch.py's launcher differs from the one that replaces it."""
+    from grpo_kernels.backends.triton import launch
+
+    functions = (launch.launch, Executor._launch_triton)
+    found, here = ([name for name in inspect.signature(f).parameters if name != "self"] for f in functions)
+    return None if found == here else f"triton/launch.py launches with {found}, tests/ptx/launches.py with {here}"
 
 
 @functools.cache

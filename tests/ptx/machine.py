@@ -35,7 +35,6 @@ class Machine:
     def __init__(self, memory: Global, seed: int = 0, races: bool = False, traced: int = sys.maxsize) -> None:
         self.memory, self.races, self.traced = memory, races, traced
         self.findings: Counter[str] = Counter()
-        self.unwritten: Counter[str] = Counter()  # reads of shared memory that nobody wrote, by place
         self.counts: dict[str, Stats] = {}
         self.bulk_loaded = self.bulk_stored = 0  # bytes of bulk copies
         self.beyond = 0  # of those loaded, bytes outside of what is mapped, in its outermost vectors

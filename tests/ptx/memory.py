@@ -14,7 +14,7 @@ SHARED_WINDOW = 1 << 60
 PARAMETER_WINDOW = 1 << 61
 UNITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 NEVER_WRITTEN, LANDING = 1, 2
-"""Why a byte of shared memory must not be read."""
+"""Why a byte of shared memory must not be read; one that nobody wrote may be, where it is not looked at: it is NaN."""
 LANES = np.arange(32)
 ALL = np.ones(32, bool)
 

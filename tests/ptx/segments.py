@@ -350,10 +350,12 @@ class _Segment:
             self.lines.append(self._call("bulk_store", self.address(0), self.address(1), size))
 
     def _mbarrier(self) -> None:
-        self._must(self.one.space == "shared" and "shared::cluster" not in self.parts)
+        remote = "shared::cluster" in self.parts
+        self._must(self.one.space == "shared" and (not remote or "arrive" in self.parts))
         if "arrive" in self.parts:
             number = self.read(self.operands[2], "b32") if len(self.operands) > 2 else None
-            self.lines.append(self._call("barrier_arrive", self.address(1), number, "expect_tx" in self.parts))
+            arguments = self.address(1), number, "expect_tx" in self.parts, remote
+            self.lines.append(self._call("barrier_arrive", *arguments))
             self.write(self.operands[0], "b64", self.constant(0, "u8"))
         elif "inval" not in self.parts:
             verb = next(part for part in self.parts if part in ("init", "expect_tx"))
