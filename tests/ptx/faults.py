@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -70,9 +71,8 @@ def noticed(name: str) -> tuple[bool, str]:
         command += ["--first", "--sources", str(sources)]
         result = subprocess.run(command, cwd=launches.ROOT, capture_output=True, text=True)
     said = [line.strip() for line in result.stdout.splitlines() if line.startswith("     ")]
-    if said:
-        return True, said[0]
-    return False, (result.stderr or result.stdout)[-2000:]
+    said = [line for line in said if not re.match(r"\w+Error ", line)]  # the executor's own
+    return (True, said[0]) if said else (False, (result.stderr or result.stdout)[-2000:])
 
 
 def plant(words: list[str]) -> int:

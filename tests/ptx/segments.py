@@ -86,7 +86,7 @@ class _Segment:
             value = f"{'~' if one.guard[1] else ''}R[{one.guard[0]}]"
             self.lines.append(f"mm = {value} if m is None else m & {value}")
             self.mask = "mm"
-        special = getattr(self, f"_{one.name}", None)
+        special = getattr(self, f"emit_{one.name}", None)
         if special is not None:
             special()
         else:
@@ -191,7 +191,7 @@ class _Segment:
 
     # Moves, arithmetic, comparisons.
 
-    def _mov(self) -> None:
+    def emit_mov(self) -> None:
         whole, kind = unsigned(BITS[self.kind]), self.kind
         if self.operands[0][0] == "vector":  # unpack
             pieces = self.operands[0][1]
@@ -208,11 +208,11 @@ class _Segment:
         else:
             self.write(self.operands[0], kind, self.read(self.operands[1], kind))
 
-    def _selp(self) -> None:
+    def emit_selp(self) -> None:
         chosen = [self.read(self.operands[i], self.kind) for i in (1, 2)]
         self.write(self.operands[0], self.kind, f"where({self.get(3)}, {', '.join(chosen)})")
 
-    def _mul(self) -> None:
+    def emit_mul(self) -> None:
         added = f" + {self.get(3)}" if self.one.name == "mad" else ""
         if self.kind in FLOATS:
             self._only("rn", "ftz")
@@ -225,14 +225,14 @@ class _Segment:
         else:
             self.put(f"{self.get(1)} * {self.get(2)}{added}")
 
-    _mad = _mul
+    emit_mad = emit_mul
 
-    def _fma(self) -> None:
+    def emit_fma(self) -> None:
         rounding = next(part for part in self.parts if part in ROUNDINGS)
         self._must(rounding == "rn" or (rounding == "rm" and self.kind == "f32"))
         self.put(f"fma_{self.kind}_{rounding}({self.get(1)}, {self.get(2)}, {self.get(3)})")
 
-    def _div(self) -> None:
+    def emit_div(self) -> None:
         self._only("rn", "full", "approx", "ftz")
         a, b = self.get(1), self.get(2)
         if self.kind not in FLOATS:
@@ -240,7 +240,7 @@ class _Segment:
         else:
             self.put(f"{a} / {b}" if "rn" in self.parts else f"approximate({a}.astype(f8) / {b}, {a})")
 
-    def _function(self) -> None:
+    def _emit_function(self) -> None:
         name, a = self.one.name, self.get(1)
         if self.kind == "f64":
             self._must("rn" in self.parts or (name == "rcp" and "approx" in self.parts))
@@ -250,23 +250,23 @@ class _Segment:
         else:
             self.put(f"approximate({name}_exact({a}.astype(f8)), {a}, {name == 'ex2'})")
 
-    _ex2 = _lg2 = _rcp = _rsqrt = _sqrt = _tanh = _function
+    emit_ex2 = emit_lg2 = emit_rcp = emit_rsqrt = emit_sqrt = emit_tanh = _emit_function
 
-    def _max(self) -> None:
+    def emit_max(self) -> None:
         self._only("NaN", "ftz")
         extreme = f"{self.one.name}_{'nan' if 'NaN' in self.parts else 'num'}"
         function = extreme if self.kind in FLOATS else f"np.{self.one.name}imum"
         self.put(f"{function}({self.get(1)}, {self.get(2)})")
 
-    _min = _max
+    emit_min = emit_max
 
-    def _copysign(self) -> None:
+    def emit_copysign(self) -> None:
         self.put(f"np.copysign({self.get(2)}, {self.get(1)})")
 
-    def _shf(self) -> None:
+    def emit_shf(self) -> None:
         self.put(f"shf_{self.parts[1]}({self.get(1)}, {self.get(2)}, {self.get(3)}, {'wrap' in self.parts})")
 
-    def _setp(self) -> None:
+    def emit_setp(self) -> None:
         compare, combine = self.parts[1], self.parts[2] if len(self.parts) > 3 and len(self.operands) > 3 else None
         template = "{a} != {b}" if compare == "ne" and self.kind not in FLOATS else COMPARISONS[compare]
         value = template.format(a=self.get(1), b=self.get(2))
@@ -277,16 +277,16 @@ class _Segment:
                 one += f" {sign} {self.get(3, 'pred')}"
             self.put(one, "pred", target)
 
-    def _testp(self) -> None:
+    def emit_testp(self) -> None:
         tests = {"finite": "isfinite", "infinite": "isinf", "notanumber": "isnan"}
         self.put(f"np.{tests[self.parts[1]]}({self.get(1)})", "pred")
 
-    def _cvta(self) -> None:
+    def emit_cvta(self) -> None:
         generic = f" {'-' if 'to' in self.parts else '+'} w.shared_window" if self.one.space == "shared" else ""
         self._must(self.one.space in ("shared", "global", "param"))
         self.put(self.get(1) + generic)
 
-    def _cvt(self) -> None:
+    def emit_cvt(self) -> None:
         *modes, to, source = self.parts[1:]
         rounding = next((mode for mode in modes if mode in ROUNDINGS), None)
         if unknown := set(modes) - {*ROUNDINGS, "ftz", "sat"}:
@@ -317,7 +317,7 @@ class _Segment:
     def _call(self, function: str, *arguments: Any) -> str:
         return f"w.{function}({', '.join(map(str, (self.one.pc, *arguments, self.mask)))})"
 
-    def _ld(self) -> None:
+    def emit_ld(self) -> None:
         targets = self.values(0)
         call = self._call(f"load_{self.one.space}", self.address(1), BITS[self.kind] // 8, len(targets))
         self.lines.append(f"x = {call}")
@@ -325,7 +325,7 @@ class _Segment:
         for i, target in enumerate(targets):
             self.write(target, self.kind, f"x[{i}]{view}")
 
-    def _st(self) -> None:
+    def emit_st(self) -> None:
         words = ", ".join(self.read(value, f"b{BITS[self.kind]}") for value in self.values(1))
         if "async" in self.parts:
             self.lines.append(self._call("store_async", self.address(0), f"[{words}]", self.address(2)))
@@ -333,7 +333,7 @@ class _Segment:
             size = BITS[self.kind] // 8
             self.lines.append(self._call(f"store_{self.one.space}", self.address(0), size, f"[{words}]"))
 
-    def _cp(self) -> None:
+    def emit_cp(self) -> None:
         bulk = "bulk" in self.parts
         if "commit_group" in self.parts:
             self.lines.append(self._call("commit", repr("bulk" if bulk else "copies")))
@@ -349,7 +349,7 @@ class _Segment:
             size = self.read(self.operands[2], "b32")
             self.lines.append(self._call("bulk_store", self.address(0), self.address(1), size))
 
-    def _mbarrier(self) -> None:
+    def emit_mbarrier(self) -> None:
         remote = "shared::cluster" in self.parts
         self._must(self.one.space == "shared" and (not remote or "arrive" in self.parts))
         if "arrive" in self.parts:
@@ -361,27 +361,27 @@ class _Segment:
             verb = next(part for part in self.parts if part in ("init", "expect_tx"))
             self.lines.append(self._call(f"barrier_{verb}", self.address(0), self.read(self.operands[1], "b32")))
 
-    def _fence(self) -> None:
+    def emit_fence(self) -> None:
         self.lines.append(self._call("fence", repr(".".join(self.parts))))
 
-    _membar = _fence
+    emit_membar = emit_fence
 
-    def _mapa(self) -> None:
+    def emit_mapa(self) -> None:
         self._must(self.parts[1:] == ["shared::cluster", "u32"])
         arguments = [self.read(self.operands[i], "b32") for i in (1, 2)]
         self.write(self.operands[0], "b32", self._call("mapa", *arguments))
 
-    def _createpolicy(self) -> None:
+    def emit_createpolicy(self) -> None:
         self.write(self.operands[0], "b64", self.constant(0, "u8"))
 
-    def _ldmatrix(self) -> None:
+    def emit_ldmatrix(self) -> None:
         self._must(self.parts[1:4] == ["sync", "aligned", "m8n8"] and self.kind == "b16")
         call = self._call("ldmatrix", self.address(1), len(self.values(0)), "trans" in self.parts)
         self.lines.append(f"x = {call}")
         for i, target in enumerate(self.values(0)):
             self.write(target, "b32", f"x[{i}]")
 
-    def _stmatrix(self) -> None:
+    def emit_stmatrix(self) -> None:
         self._must(self.parts[1:4] == ["sync", "aligned", "m8n8"] and self.kind == "b16")
         words = ", ".join(self.read(value, "b32") for value in self.values(1))
         self.lines.append(self._call("stmatrix", self.address(0), "trans" in self.parts, f"[{words}]"))
