@@ -72,9 +72,9 @@ def test_all_cases(words):
 
 
 def test_parts_are_all_cases():
-    assert sorted(name for part in PARTS for name, _ in sweep.jobs(False, [*part])) == sorted(
-        name for name, _ in sweep.jobs(False, [])
-    )
+    """And the quick sample has some of each."""
+    assert sum(len(sweep.jobs(False, part)) for part in PARTS) == len(sweep.jobs(False, ())) > 300
+    assert all(sweep.jobs(True, part) for part in [*PARTS, ("cuda", "races"), ("bits", "cuda"), ("bits", "triton")])
 
 
 def test_counts_of_aligned_rows():
@@ -123,6 +123,7 @@ KERNEL = """
 	.reg .pred %p<4>;
 	.reg .b16 %rs<4>;
 	.reg .b32 %r<16>;
+	.reg .f32 %f<4>;
 	.reg .b64 %rd<4>;
 	ld.param.u64 %rd1, [out];
 	mov.u32 %r1, %tid.x;
@@ -181,6 +182,38 @@ ODD:
 """
     words, machine = executed(body)
     assert words.tolist() == [(200 if i % 2 else 100) + (i ^ 1) for i in range(64)]
+    assert not machine.findings
+
+
+INSTRUCTIONS = {
+    "add.s32 %r6, %r1, -5;": lambda i: i - 5,
+    "mul.lo.s32 %r6, %r1, 0x10001;": lambda i: i * 0x10001,
+    "shr.s32 %r5, %r1, 1; neg.s32 %r6, %r5;": lambda i: -(i >> 1),
+    "neg.s32 %r5, %r1; shr.s32 %r6, %r5, 1;": lambda i: -i >> 1,
+    "neg.s32 %r5, %r1; div.s32 %r6, %r5, 7;": lambda i: -(i // 7),
+    "prmt.b32 %r6, %r1, 0xdd, 0xc410;": lambda i: i | 0xFFDD0000,  # the last selects a sign
+    "shf.l.wrap.b32 %r6, 0x80000000, %r1, 33;": lambda i: i << 1 | 1,
+    "shf.r.clamp.b32 %r6, %r1, 3, 4;": lambda i: i >> 4 | 3 << 28,
+    "bfi.b32 %r6, %r1, 0xff, 4, 3;": lambda i: 0x8F | (i & 7) << 4,
+    "bfe.s32 %r6, %r1, 1, 3;": lambda i: (i >> 1 & 7) - (8 if i & 8 else 0),
+    "cvt.u16.u32 %rs1, %r1; mov.b32 %r6, {%rs1, %rs1};": lambda i: i | i << 16,
+    "cvt.rn.f32.u32 %f1, %r1; fma.rn.f32 %f2, %f1, 0f40000000, 0f3F000000; mov.b32 %r6, %f2;": (
+        lambda i: int(np.float32(2 * i + 0.5).view(np.int32))
+    ),
+    "setp.lt.s32 %p1, %r1, 40; selp.b32 %r6, 1, 2, %p1;": lambda i: 1 if i < 40 else 2,
+    "setp.lt.u32 %p1, %r1, 40; vote.sync.ballot.b32 %r6, %p1, -1;": lambda i: -1 if i < 32 else 255,
+    "mov.u32 %r6, 7; setp.ge.u32 %p1, %r1, 9; @%p1 bra DONE; ret; DONE:": lambda i: 7 if i >= 9 else None,
+    "shfl.sync.up.b32 %r6, %r1, 2, 0, -1;": lambda i: i - 2 if i % 32 > 1 else i,
+    "shfl.sync.idx.b32 %r6, %r1, 3, 31, -1;": lambda i: i // 32 * 32 + 3,
+}
+
+
+@pytest.mark.parametrize("code", INSTRUCTIONS)
+def test_instructions(code):
+    """A thread's word, after what it executed; -1 where it left before."""
+    words, machine = executed(code + "st.global.u32 [%rd3], %r6;")
+    wanted = [-1 if (value := INSTRUCTIONS[code](i)) is None else value for i in range(64)]
+    assert words.tolist() == np.array(wanted, np.int64).astype(np.int32).tolist()
     assert not machine.findings
 
 

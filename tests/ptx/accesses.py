@@ -15,8 +15,8 @@ class Accesses:
     shared_window = np.uint64(SHARED_WINDOW)
 
     def address_of(self, name: str, kind: Any) -> np.ndarray:
-        if name in self.kernel.symbols:
-            return np.full(32, self.kernel.symbols[name] + self.block.base, kind)
+        if name in self.kernel.dynamic_shared:
+            return np.full(32, self.block.base, kind)
         return np.full(32, PARAMETER_WINDOW + self.kernel.parameters[name][0], kind)
 
     def load_param(self, pc: int, addresses: np.ndarray, size: int, count: int, m: Any) -> list[np.ndarray]:
@@ -24,17 +24,6 @@ class Accesses:
         if not 0 <= offset <= self.kernel.parameter_bytes - size * count:
             raise self.fault(pc, f"a parameter at {offset}")
         return [np.full(32, v) for v in np.frombuffer(self.machine.parameters, UNITS[size], count, offset)]
-
-    def load_generic(self, pc: int, addresses: np.ndarray, size: int, count: int, m: Any) -> list[np.ndarray]:
-        if (addresses[lanes_of(m)] >= self.shared_window).all():
-            return self.load_shared(pc, (addresses - self.shared_window).astype(np.uint32), size, count, m)
-        return self.load_global(pc, addresses, size, count, m)
-
-    def store_generic(self, pc: int, addresses: np.ndarray, size: int, values: list[np.ndarray], m: Any) -> None:
-        if (addresses[lanes_of(m)] >= self.shared_window).all():
-            self.store_shared(pc, (addresses - self.shared_window).astype(np.uint32), size, values, m)
-        else:
-            self.store_global(pc, addresses, size, values, m)
 
     # Global memory.
 

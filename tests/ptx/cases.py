@@ -144,6 +144,8 @@ class Run:
         arithmetic.PERTURBED = case.perturbed
         try:
             getattr(self, case.what)()
+        except launches.CompileError:
+            raise
         except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             self.wrong.append(f"{type(error).__name__} ({Path(last.filename).name}:{last.lineno}): {error}")

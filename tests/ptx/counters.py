@@ -79,7 +79,7 @@ def _over_the_least(stats: Stats, space: str) -> float:
 
 # The settler: one warp a row, whose instructions wait for one another.
 
-LATENCY = {"int": 5, "select": 5, "fp32": 5, "fp64": 8, "cvt": 10, "mufu": 22, "fp": 22, "shfl": 24, "branch": 12}
+LATENCY = {"int": 5, "select": 5, "fp32": 5, "fp64": 8, "cvt": 10, "mufu": 22, "shfl": 24, "branch": 12}
 LATENCY |= {"ld.shared": 30, "ld.global": 300, "ld.param": 0, "mov": 0, "st.shared": 1, "st.global": 1, "cp": 4}
 LATENCY["sync"] = 20
 EXPANDED = {("div", "f64"): 150, ("div", "f32"): 45, ("div", "s32"): 45, ("div", "s64"): 120}

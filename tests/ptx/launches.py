@@ -38,6 +38,10 @@ SOURCES = ROOT / "csrc"
 """Whose kernels run; faults.py names a copy."""
 
 
+class CompileError(RuntimeError):
+    pass
+
+
 def nvcc() -> str | None:
     """Its path, found as setup.py does."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -61,9 +65,13 @@ def _flags() -> list[str]:
 @functools.cache
 def build() -> tuple[Path, Path]:
     """PTX of the CUDA kernels, and their host code as a library that hands launches over; compiled once for the same
-    sources and compilers."""
+    sources and compilers. Raises CompileError."""
     source, emulator = SOURCES / "cuda" / "library.cu", HERE.parent / "cuda_emulator" / "emulator.h"
-    compiler = [nvcc() or "nvcc", *_flags()]
+    if not source.exists():
+        raise CompileError(f"there is no {source}")
+    if not nvcc() or not host_compiler():
+        raise CompileError("the kernels of csrc/cuda need nvcc and a C++ compiler: set NVCC, CUDA_HOME and CXX")
+    compiler = [nvcc(), *_flags()]
     version = subprocess.run([compiler[0], "--version"], capture_output=True).stdout
     digest = hashlib.sha256(" ".join(compiler).encode() + version)
     for path in sorted([*SOURCES.rglob("*.h"), source, emulator, HERE / "capture.h"]):
@@ -92,8 +100,9 @@ def _compile(command: list[str], target: Path) -> None:
     fresh = target.with_suffix(f".{os.getpid()}")
     result = subprocess.run([*command, "-o", str(fresh)], capture_output=True, text=True)
     if result.returncode:
-        text = f"{command[0]} does not compile {target.suffix} of {SOURCES} (tests/ptx/launches.py, capture.h)"
-        raise RuntimeError(f"{text}:\n{result.stderr[-3000:]}")
+        errors = [line for line in result.stderr.splitlines() if "error" in line][:10]
+        text = "\n".join(errors) or result.stderr[-2000:]
+        raise CompileError(f"{command[0]} makes no {target.suffix} of {SOURCES} (with tests/ptx/capture.h):\n{text}")
     fresh.replace(target)
 
 

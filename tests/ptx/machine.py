@@ -68,7 +68,7 @@ class Machine:
         self.stats = self.counts.setdefault(kernel.name, Stats(kernel, self.traced))
         self.stats.launches += 1
         self.stats.threads = threads
-        self.shared_bytes = max([shared, *kernel.symbols.values()], default=0) + kernel.static_shared
+        self.shared_bytes = shared
         order = self.random.permutation(blocks // cluster)
         at_once = max(1, TOGETHER // cluster)
         for i in range(0, len(order), at_once):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-CONTROL = ("bra", "ret", "exit", "bar", "barrier", "shfl", "vote", "elect", "trap", "brkpt", "call")
+CONTROL = ("bra", "ret", "exit", "bar", "barrier", "shfl", "vote", "trap", "brkpt", "call")
 WAITS = ("wait_group", "wait_all", "try_wait", "test_wait")
 BITS = {"pred": 1, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16, "b32": 32}
 BITS |= {"u32": 32, "s32": 32, "f32": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64, "f16x2": 32, "bf16x2": 32}
@@ -15,10 +15,10 @@ SPECIAL = ("%tid.", "%ntid.", "%ctaid.", "%nctaid.", "%laneid", "%warpid", "%clu
 SPACES = ("global", "shared", "local", "param", "const")
 
 CLASSES = {
-    "mufu": ("ex2", "lg2", "rcp", "rsqrt", "sqrt", "sin", "cos", "tanh"),
+    "mufu": ("ex2", "lg2", "rcp"),
     "mov": ("mov", "cvta", "ret", "createpolicy"),
     "branch": ("bra",),
-    "sync": ("mbarrier", "bar", "barrier", "fence", "vote", "mapa", "membar", "elect"),
+    "sync": ("mbarrier", "bar", "barrier", "fence", "vote", "mapa", "membar"),
     "select": ("setp", "selp"),
     **{name: (name,) for name in ("cvt", "cp", "shfl")},
 }
@@ -57,8 +57,6 @@ class Instruction:
         if self.name in ("ld", "st", "ldmatrix", "stmatrix"):
             return f"{self.name[:2]}.{self.space}"
         found = CLASS_OF.get(self.name)
-        if found == "mufu" and "approx" not in self.parts:
-            return "fp"
         if self.parts[-1] == "f64" and found in (None, "select"):
             return "fp64"
         return found or ("fp32" if self.parts[-1] in ("f32", "bf16", "f16", "bf16x2", "f16x2") else "int")
@@ -72,11 +70,10 @@ class Kernel:
     parameters: dict[str, tuple[int, int]]  # offset and size in bytes
     parameter_bytes: int
     threads: int | None  # at most, of a block
+    dynamic_shared: list[str]  # names of the memory that a launch asks for
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     widths: list[int] = field(default_factory=list)  # bits of each register
-    symbols: dict[str, int] = field(default_factory=dict)  # offsets of shared variables
-    static_shared: int = 0  # bytes
     segments: dict[int, tuple[Any, int]] = field(default_factory=dict)  # begin -> function, end
 
 
@@ -91,10 +88,8 @@ def parse(text: str) -> dict[str, Kernel]:
     kernels = {}
     for name, parameters, directives, body in entry.findall(text):
         threads = re.search(r"\.(?:maxntid|reqntid) (\d+)", directives)
-        kernel = Kernel(name, *_layout(parameters), int(threads[1]) if threads else None)
+        kernel = Kernel(name, *_layout(parameters), int(threads[1]) if threads else None, externs)
         _Body(kernel, files).read(body)
-        for symbol in externs:  # dynamic shared memory follows what is static
-            kernel.symbols[symbol] = -(-kernel.static_shared // 128) * 128
         kernels[name] = kernel
     return kernels
 
@@ -146,7 +141,6 @@ class _Body:
             at = found.end()
 
     def _directive(self, text: str) -> None:
-        kernel = self.kernel
         if text.startswith(".loc"):
             found = re.findall(r"(?:\.loc|inlined_at) (\d+) (\d+)", text)
             where = [f"{self.files.get(f, f).rsplit('/', 1)[-1]}:{line}" for f, line in found if line != "0"]
@@ -158,12 +152,8 @@ class _Body:
                     self.families[name.split("<")[0]] = kind
                 else:
                     self.scopes[-1][name] = self._new_register(kind)
-        elif text.startswith(".shared"):
-            align, kind, name, count = re.match(r"\.shared \.align (\d+) \.(\w+) (\w+)\[(\d+)\]", text).groups()
-            kernel.symbols[name] = -(-kernel.static_shared // int(align)) * int(align)
-            kernel.static_shared = kernel.symbols[name] + int(count) * BITS[kind] // 8
         elif not text.startswith((".pragma", ".branchtargets")):
-            raise NotImplementedError(f"{kernel.name}: the directive {text}")
+            raise NotImplementedError(f"{self.kernel.name}: the directive {text}")
 
     def _instruction(self, text: str) -> None:
         guard, rest = None, text

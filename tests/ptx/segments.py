@@ -20,13 +20,12 @@ ROUNDINGS = ("rn", "rz", "rm", "rp", "rni", "rzi", "rmi", "rpi")
 OBSERVED = ("st", "cp", "fence", "mbarrier", "stmatrix")
 
 SIMPLE = {"add": "{} + {}", "sub": "{} - {}", "and": "{} & {}", "or": "{} | {}", "xor": "{} ^ {}", "not": "~{}"}
-SIMPLE |= {"neg": "-{}", "abs": "np.abs({})", "rem": "rem_int({}, {})", "shl": "shl({}, {})", "shr": "shr({}, {})"}
-SIMPLE |= {"popc": "popc({})", "clz": "clz({})", "prmt": "prmt({}, {}, {})", "bfe": "bfe({}, {}, {})"}
-SIMPLE |= {"bfi": "bfi({}, {}, {}, {})", "lop3": "lop3({}, {}, {}, {})"}
+SIMPLE |= {"neg": "-{}", "abs": "np.abs({})", "shl": "shl({}, {})", "shr": "shr({}, {})"}
+SIMPLE |= {"prmt": "prmt({}, {}, {})", "bfe": "bfe({}, {}, {})"}
+SIMPLE |= {"bfi": "bfi({}, {}, {}, {})"}
 """What one expression says, without qualifiers that change it."""
 OPERAND_KINDS = {("bfe", 2): "u32", ("bfe", 3): "u32", ("shl", 2): "u32", ("shr", 2): "u32", ("selp", 3): "pred"}
 """Of operands that have another type than the instruction."""
-RESULT_KINDS = {"popc": "b32", "clz": "b32"}
 
 COMPARISONS = {"eq": "{a} == {b}", "lt": "{a} < {b}", "le": "{a} <= {b}", "gt": "{a} > {b}", "ge": "{a} >= {b}"}
 COMPARISONS |= {"lo": "{a} < {b}", "ls": "{a} <= {b}", "hi": "{a} > {b}", "hs": "{a} >= {b}"}
@@ -92,7 +91,7 @@ class _Segment:
         else:
             self._only("rn", "ftz")
             expression = SIMPLE[one.name].format(*(self.get(i) for i in range(1, len(self.operands))))
-            self.put(expression, RESULT_KINDS.get(one.name))
+            self.put(expression)
 
     def _only(self, *allowed: str) -> None:
         if unknown := set(self.parts[1:-1]) - set(allowed):
@@ -220,16 +219,15 @@ class _Segment:
             wide = f"{self.kind[0]}{2 * BITS[self.kind]}"
             added = f" + {self.get(3, wide)}" if added else ""
             self.put(f"{self.get(1)}.astype({dtype_of(wide)}) * {self.get(2)}.astype({dtype_of(wide)}){added}", wide)
-        elif "hi" in self.parts:
-            self.put(f"high_product({self.get(1)}, {self.get(2)}){added}")
         else:
+            self._must("hi" not in self.parts)
             self.put(f"{self.get(1)} * {self.get(2)}{added}")
 
     emit_mad = emit_mul
 
     def emit_fma(self) -> None:
         rounding = next(part for part in self.parts if part in ROUNDINGS)
-        self._must(rounding == "rn" or (rounding == "rm" and self.kind == "f32"))
+        self._must((rounding, self.kind) in (("rn", "f32"), ("rm", "f32"), ("rn", "f64")))
         self.put(f"fma_{self.kind}_{rounding}({self.get(1)}, {self.get(2)}, {self.get(3)})")
 
     def emit_div(self) -> None:
@@ -240,17 +238,13 @@ class _Segment:
         else:
             self.put(f"{a} / {b}" if "rn" in self.parts else f"approximate({a}.astype(f8) / {b}, {a})")
 
-    def _emit_function(self) -> None:
+    def emit_ex2(self) -> None:
+        self._must("approx" in self.parts and (self.kind == "f32" or self.one.name == "rcp"))
         name, a = self.one.name, self.get(1)
-        if self.kind == "f64":
-            self._must("rn" in self.parts or (name == "rcp" and "approx" in self.parts))
-            self.put(f"{name}_exact({a})" if "rn" in self.parts else f"rcp_f64_approx({a})")
-        elif "rn" in self.parts:
-            self.put(f"{name}_exact({a})")
-        else:
-            self.put(f"approximate({name}_exact({a}.astype(f8)), {a}, {name == 'ex2'})")
+        exact = f"approximate({name}_exact({a}.astype(f8)), {a}, {name == 'ex2'})"
+        self.put(exact if self.kind == "f32" else f"rcp_f64_approx({a})")
 
-    emit_ex2 = emit_lg2 = emit_rcp = emit_rsqrt = emit_sqrt = emit_tanh = _emit_function
+    emit_lg2 = emit_rcp = emit_ex2
 
     def emit_max(self) -> None:
         self._only("NaN", "ftz")
@@ -267,15 +261,12 @@ class _Segment:
         self.put(f"shf_{self.parts[1]}({self.get(1)}, {self.get(2)}, {self.get(3)}, {'wrap' in self.parts})")
 
     def emit_setp(self) -> None:
-        compare, combine = self.parts[1], self.parts[2] if len(self.parts) > 3 and len(self.operands) > 3 else None
+        compare = self.parts[1]
+        self._must(len(self.operands) == 3)
         template = "{a} != {b}" if compare == "ne" and self.kind not in FLOATS else COMPARISONS[compare]
         value = template.format(a=self.get(1), b=self.get(2))
-        for i, target in enumerate(self.operands[0][1] if self.operands[0][0] == "pair" else [self.operands[0]]):
-            one = f"{'~' if i else ''}({value})"
-            if combine:
-                sign = {"and": "&", "or": "|", "xor": "^"}[combine]
-                one += f" {sign} {self.get(3, 'pred')}"
-            self.put(one, "pred", target)
+        self._must(self.operands[0][0] != "pair")
+        self.put(value, "pred")
 
     def emit_testp(self) -> None:
         tests = {"finite": "isfinite", "infinite": "isinf", "notanumber": "isnan"}
@@ -297,10 +288,12 @@ class _Segment:
             self.put(f"({high} << u4(16)) | {low}", to)
         elif source in FLOATS and to in FLOATS:
             self._convert_float(to, source, rounding, "sat" in modes)
-        elif source in FLOATS:
-            self.put(f"float_to_int({self.get(1, source)}, {dtype_of(to)}, {rounding!r})", to)
         else:
-            self._must("sat" not in modes and (to not in FLOATS or (rounding == "rn" and to not in HALVES)))
+            self._must(
+                source not in FLOATS
+                and "sat" not in modes
+                and (to not in FLOATS or (rounding == "rn" and to not in HALVES))
+            )
             self.put(f"{self.get(1, source)}.astype({dtype_of(to)})", to)
 
     def _convert_float(self, to: str, source: str, rounding: str | None, saturate: bool) -> None:
@@ -319,6 +312,7 @@ class _Segment:
 
     def emit_ld(self) -> None:
         targets = self.values(0)
+        self._must(self.one.space in ("global", "shared", "param"))
         call = self._call(f"load_{self.one.space}", self.address(1), BITS[self.kind] // 8, len(targets))
         self.lines.append(f"x = {call}")
         view = "" if dtype_of(self.kind)[0] == "u" else f".view({dtype_of(self.kind)})"
@@ -331,6 +325,7 @@ class _Segment:
             self.lines.append(self._call("store_async", self.address(0), f"[{words}]", self.address(2)))
         else:
             size = BITS[self.kind] // 8
+            self._must(self.one.space in ("global", "shared"))
             self.lines.append(self._call(f"store_{self.one.space}", self.address(0), size, f"[{words}]"))
 
     def emit_cp(self) -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -83,46 +82,48 @@ def _with_equal_bits() -> list[list[Case]]:
     return found
 
 
-def _wrong(case: Case) -> list[str]:
-    return Run(case).wrong
-
-
 def _differences(cases: list[Case]) -> list[str]:
     """What is wrong with each, and where bits of the statistics are not those of the first."""
     wrong, first = [], None
     for case in cases:
         run = Run(case)
-        wrong += [f"{case}: {text}" for text in run.wrong]
-        if len(run.outputs) < len(STATS):
-            continue
-        found = {name: run.outputs[name].numpy().view(np.uint32) for name in STATS}
-        first = first or found
-        wrong += [f"{case}: bits of {name} are not the first's" for name in STATS if (found[name] != first[name]).any()]
+        wrong += [f"{case}: {text}" if len(cases) > 1 else text for text in run.wrong]
+        if len(cases) > 1 and set(STATS) <= set(run.outputs):
+            found = {name: run.outputs[name].numpy().view(np.uint32) for name in STATS}
+            first = first or found
+            unequal = [name for name in STATS if (found[name] != first[name]).any()]
+            wrong += [f"{case}: bits of {name} are not those of {cases[0]}" for name in unequal]
     return wrong
 
 
-def jobs(quick: bool, words: list[str]) -> list[tuple[str, Callable[[], list[str]]]]:
-    """Names, and functions that run them and say what is wrong; of those whose names hold every word."""
-    equal, found = _with_equal_bits(), []
-    lists = [
-        (_cuda_cases(), 14),
-        (_triton_cases(), 8),
-        ([c for c in equal if c[0].vocab == 1000] if quick else equal, 5),
-    ]
-    for cases, sample in lists:
-        for case in cases[:: len(cases) // sample] if quick else cases:
-            several = isinstance(case, list)
-            name = f"bits {case[0]}" if several else str(case)
-            found.append((name, functools.partial(_differences if several else _wrong, case)))
-    return [(name, job) for name, job in found if all(word in name.split() for word in words)]
+STEP = {"cuda": 13, "triton": 9}
+"""Of the cases of each pass, as many make one that is quick."""
+
+
+def _sampled(all_cases: list[list[Case]]) -> list[list[Case]]:
+    groups: dict[Any, list[list[Case]]] = {}
+    for cases in all_cases:
+        if len(cases) == 1 or cases[0].vocab == 1000:
+            key = (cases[0].backend, cases[0].what, cases[0].races, len(cases) > 1)
+            groups.setdefault(key, []).append(cases)
+    return [cases for (backend, *_), group in groups.items() for cases in group[:: STEP[backend]]]
+
+
+def jobs(quick: bool, words: Sequence[str]) -> dict[str, list[Case]]:
+    """Cases by a name, those that must have equal bits together; of those whose names hold every word."""
+    found = [[case] for case in _cuda_cases() + _triton_cases()] + _with_equal_bits()
+    named = {
+        ("bits " if len(cases) > 1 else "") + str(cases[0]): cases for cases in (_sampled(found) if quick else found)
+    }
+    return {name: cases for name, cases in named.items() if set(words) <= set(name.split())}
 
 
 def check(quick: bool, words: list[str], stop_at_first: bool) -> int:
     """Runs and prints them; how many are wrong."""
     chosen, failed, began = jobs(quick, words), 0, time.time()
-    for name, job in chosen:
+    for name, cases in chosen.items():
         start = time.time()
-        wrong = job()
+        wrong = _differences(cases)
         failed += bool(wrong)
         print(f"{'FAIL' if wrong else 'ok  '} {time.time() - start:5.1f} s  {name}", flush=True)
         for text in wrong:

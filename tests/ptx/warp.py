@@ -207,7 +207,7 @@ class Warp(Accesses, Copies):
                 self.races.warp_sync(self, group.mask)
             group.pc += 1
             return True
-        if one.parts[1] != "sync" and one.parts[1:3] != ["cta", "sync"]:
+        if one.parts[1] != "sync":
             raise self.fault(one.pc, "a barrier that the executor lacks")
         number = one.operands[0][1]
         meeting = self.block.meetings[number]
@@ -227,7 +227,7 @@ class Warp(Accesses, Copies):
 
     def _barrier(self, group: Group, one: Instruction) -> bool:
         if one.parts[1] != "cluster":
-            return self._bar(group, one)
+            raise self.fault(one.pc, "a barrier that the executor lacks")
         cluster = self.block.cluster
         if "aligned" in one.parts and group.token is None and not self._together(group, one, ~self.exited):
             return False
@@ -271,14 +271,6 @@ class Warp(Accesses, Copies):
             self._assign(group, target, np.full(32, int((value.astype(np.uint64) << LANES.astype(np.uint64)).sum())))
         else:
             self._assign(group, target, np.full(32, {"any": value.any(), "all": value[group.mask].all()}[mode]))
-        group.pc += 1
-        return True
-
-    def _elect(self, group: Group, one: Instruction) -> bool:
-        if not self._members(group, one):
-            return False
-        target = one.operands[0]
-        self._assign(group, target[1][1] if target[0] == "pair" else target, LANES[group.mask][0] == LANES)
         group.pc += 1
         return True
 
