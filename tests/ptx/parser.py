@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -40,7 +41,7 @@ class Instruction:
     def name(self) -> str:
         return self.parts[0]
 
-    @property
+    @functools.cached_property
     def is_control(self) -> bool:
         """Whether it may move the program counter or wait, so that machine.py carries it out."""
         return self.name in CONTROL or any(word in self.parts for word in WAITS)

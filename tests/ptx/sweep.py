@@ -97,15 +97,15 @@ def _differences(cases: list[Case]) -> list[str]:
 
 
 STEP = {"cuda": 13, "triton": 9}
-"""Of the cases of each pass, as many make one that is quick."""
+"""Of so many cases of a pass that are not long, the first is a quick one."""
 
 
 def _sampled(all_cases: list[list[Case]]) -> list[list[Case]]:
     groups: dict[Any, list[list[Case]]] = {}
     for cases in all_cases:
-        if len(cases) == 1 or cases[0].vocab == 1000:
-            one = cases[0]
-            key = (one.backend, one.what, one.races, one.races and one.skew > 0, len(cases) > 1)
+        one, several = cases[0], len(cases) > 1
+        if one.vocab <= (1000 if several else 10000 if one.races else 32000):
+            key = (one.backend, one.what, one.races, one.races and one.skew > 0, several)
             groups.setdefault(key, []).append(cases)
     return [cases for (backend, *_), group in groups.items() for cases in group[:: STEP[backend]]]
 

@@ -284,7 +284,7 @@ class Warp(Accesses, Copies):
         parities = self._value(parity)
         if (parities[group.mask] > 1).any():
             raise self.fault(one.pc, f"parity {parities[group.mask].max()}")
-        waits = [(barrier, int(parities[lane])) for lane, barrier in barriers.items()]
+        waits = {(barrier, int(parities[lane])) for lane, barrier in barriers.items()}
         ended = np.zeros(32, bool)
         for lane, barrier in barriers.items():
             ended[lane] = barrier.phase % 2 != parities[lane]
