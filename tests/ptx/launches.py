@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import races
 from .machine import Machine
 from .memory import Global
 from .parser import Kernel, parse
@@ -222,7 +221,6 @@ def launcher_differs() -> str | None:
 
 @functools.cache
 def _cuda_kernels() -> dict[str, Kernel]:
-    races.PARTLY_LOOKED_AT.extend(partly_looked_at())
     return parse(build()[0].read_text())
 
 
@@ -236,15 +234,6 @@ def _cuda_kernel(name: str) -> Kernel:
 def _triton_kernel(text: str) -> Kernel:
     (kernel,) = parse(text).values()
     return kernel
-
-
-UNALIGNED_READ = "load_words(first + 16)"
-
-
-def partly_looked_at() -> list[str]:
-    """The lines of vectors.h that read two whole vectors of 16 bytes for an unaligned one."""
-    lines = (SOURCES / "cuda" / "vectors.h").read_text().splitlines()
-    return [f"vectors.h:{number}" for number, line in enumerate(lines, 1) if UNALIGNED_READ in line]
 
 
 def _compiled(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], warps: int) -> tuple[Any, list[Any]]:

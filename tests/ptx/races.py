@@ -13,8 +13,6 @@ import numpy as np
 
 from .memory import LANES
 
-PARTLY_LOOKED_AT: list[str] = []
-"""Source lines (file:line) whose reads of whole vectors hold bytes of other threads that are not looked at."""
 EXTRA = 96
 """Clocks of a block that are not threads'."""
 
@@ -89,8 +87,6 @@ class Races:
                 warp.finding(pc, f"race: {what} after an unordered read")
 
     def read(self, warp: Any, pc: int, lanes: np.ndarray, places: np.ndarray) -> None:
-        if not set(PARTLY_LOOKED_AT).isdisjoint(warp.kernel.code[pc].place.split(" < ")):
-            return
         self._access(warp, pc, warp.block, warp.seen[lanes], places, False, "a read")
         history = warp.block.history
         history.reader[warp.number][places] = warp.own[lanes][:, None]
