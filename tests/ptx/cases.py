@@ -57,7 +57,7 @@ def placed(shape: tuple[int, int, int], dtype: torch.dtype, skew: int) -> tuple[
     """A (B, T, V) tensor whose rows begin ``skew`` elements, then others, off 16 bytes; and all of its memory."""
     batch, length, vocab = shape
     wide = 16 // dtype.itemsize
-    pitch = -(-vocab // wide) * wide + (skew and wide + 1)
+    pitch = -(-vocab // wide) * wide + (skew & -skew)  # 8-byte rows stay such
     memory = torch.full((skew + batch * (length + 1) * pitch + 64,), 7.0, dtype=dtype)  # a row more in each batch
     start = -(memory.data_ptr() // dtype.itemsize) % wide + skew
     return memory.as_strided(shape, ((length + 1) * pitch, pitch, 1), start), memory

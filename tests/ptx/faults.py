@@ -34,6 +34,10 @@ FAULTS = {
     "sums are overwritten before they are read": Fault(
         ROWS, "if (index >= kRowsAhead) shared_.settled", "if (false) shared_.settled", "log_probs"
     ),
+    "slots are overwritten before they are read": Fault(
+        ROWS, "if (index >= kRowsAhead) shared_.drained", "if (false) shared_.drained", "fused"
+    ),
+    "a warp is not together when it has read": Fault(ROWS, "port::sync_warp();  // what its lanes", "//", "skew1"),
     "a message's words in another order": Fault(PORT, "{%1, %2, %3, %4}", "{%2, %1, %3, %4}", "fused"),
     "a message that names its slot as its barrier": Fault(PORT, "%3, %4}, [%5]", "%3, %4}, [%0]", "fused"),
     "too few bytes are announced": Fault(
