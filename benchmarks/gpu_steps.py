@@ -20,6 +20,7 @@ from torch import Tensor
 from grpo_kernels.backends import Request, cuda, native
 from grpo_kernels.config import LossConfig
 from grpo_kernels.kl import KL
+from grpo_kernels.memory import gradient_like
 from grpo_kernels.rows import Rows
 from grpo_kernels.spec import LogitArgs, numbers_vector, objective_spec
 
@@ -155,7 +156,7 @@ def check_gradient(batch: Batch, before: Tensor, out: Tensor, slope: Tensor, wha
 
 
 def environment(setting: Setting) -> bool:
-    """GPU, library, whether it serves, how many clusters run at once, how rows are laid out."""
+    """GPU, library, whether it serves, how many clusters run at once, how rows are laid out; no registers spill."""
     if torch.device(setting.device).type == "cuda":
         found = torch.cuda.get_device_properties(0)
         say(True, f"{found.name}, {found.multi_processor_count} multiprocessors, torch {torch.__version__}")
@@ -168,12 +169,13 @@ def environment(setting: Setting) -> bool:
     at_once = dict(zip(map(str, cuda.CLUSTERS), device.clusters, strict=True))
     capability = f"{device.major}.{device.minor}"
     say(True, f"capability {capability}, driver {device.driver}, shared {device.shared_bytes}, clusters {at_once}")
+    spilled = not say(device.local_bytes == 0, f"local memory of a thread: {device.local_bytes} bytes")
     facts = {"capability": capability, "driver": device.driver, "runtime": device.runtime}
     gpu_rows.write(setting.rows, "device", **facts, shared_bytes=device.shared_bytes, clusters_at_once=at_once)
     for vocab in (512, 32000, 50257, 128256, 151936, 262144):
         plan = cuda.plan(0, torch.bfloat16, vocab)
         say(plan.cluster > 0, f"bf16 {vocab}: clusters of {plan.cluster}, {plan.clusters} of them, {plan.tiles} tiles")
-    return True
+    return not spilled
 
 
 def sums(setting: Setting, *shapes: Shape) -> bool:
@@ -189,7 +191,7 @@ def sums(setting: Setting, *shapes: Shape) -> bool:
 
 def both_places(batch: Batch, call: Callable[[Tensor], bool]) -> bool:
     """``call(out)`` with a gradient of its own, then with the logits as the gradient."""
-    holds = call(torch.full_like(batch.rows.logits, float("nan")))
+    holds = call(gradient_like(batch.rows.logits).fill_(float("nan")))
     return call(batch.rows.logits) and holds
 
 
@@ -251,7 +253,7 @@ def dead_rows(setting: Setting, *shapes: Shape) -> bool:
         live[0, 3::7] = True
         for some in (live, torch.zeros_like(live)):
             batch = make(setting, shape, some)
-            out = torch.full_like(batch.rows.logits, float("nan"))
+            out = gradient_like(batch.rows.logits).fill_(float("nan"))
             mine = fused(batch, batch.per_row(-9.0), batch.per_row(-9.3), out)
             wait(setting, f"fused_loss {shape}, {int(some.sum())} live rows")
             zeros = not bool(out[~some].any()) and not bool(mine[0][~some].any())
@@ -268,7 +270,7 @@ def races(setting: Setting, *shapes: Shape) -> bool:
         old, ref = batch.per_row(-9.0), batch.per_row(-9.3)
         first: list[Tensor] = []
         for k in range(times):
-            out = torch.full_like(batch.rows.logits, float("nan"))
+            out = gradient_like(batch.rows.logits).fill_(float("nan"))
             mine = [*fused(batch, old, ref, out)[:4], out]
             wait(setting, f"fused_loss {shape}, run {k}")
             first = first or mine

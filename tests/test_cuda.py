@@ -244,7 +244,7 @@ def test_a_gradient_aligned_otherwise_is_refused():
     numbers = numbers_vector(LogitArgs(), 1.0, None, torch.float32, logits.device)
     rows = Rows(logits, ids, torch.ones_like(ids, dtype=torch.bool), numbers, False)
     stats = [torch.zeros(1, 4) for _ in range(5)]
-    with pytest.raises(ValueError, match="as far from a multiple of 16 bytes as the logits' rows do; got strides"):
+    with pytest.raises(ValueError, match="as the logits' rows do; got a first row .* bytes off, strides"):
         cuda.log_probs_backward(rows, *stats, None, torch.empty(1, 4, 98)[..., :97])
 
 

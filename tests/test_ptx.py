@@ -118,21 +118,6 @@ def test_the_executor_is_of_this_code():
 
 @pytest.mark.nightly
 @pytest.mark.skipif(MISSING["cuda"] is not None, reason=str(MISSING["cuda"]))
-def test_counts_of_unaligned_rows():
-    """An odd vocabulary costs little more: no bank conflicts, whole vectors, a shift of those that are summed."""
-    aligned, unaligned = counts("cuda fused bf16 32000"), counts("cuda fused bf16 32001 skew1")
-    assert unaligned["wrong"] == []
-    assert unaligned["wavefronts"] <= 1.1
-    assert unaligned["stored"] > 0.998  # by bulk copies; the rest are ends of tiles
-    assert unaligned["instructions"]["consumers"] <= 1.15 * aligned["instructions"]["consumers"]
-
-
-@pytest.mark.parametrize("row", ["bf16 151936", "bf16 32000"])
-def test_settlers_are_not_the_limit(row):
-    """A row's chain of dependent operations, and the exchange, beside the time that memory takes for a slice."""
-    assert counts(f"settler {row}")["percent"]["H200"] <= 45
-
-
 @pytest.mark.parametrize("name", faults.FAULTS)
 def test_planted_fault_is_noticed(name):
     noticed, said = faults.noticed(name)

@@ -176,10 +176,12 @@ def _check_alignment(logits: Tensor, out: Tensor) -> None:
     """Rows come and go by the same vectors of 16 bytes."""
     extents = zip(logits.shape[:-1], logits.stride(), out.stride(), strict=False)
     apart = [(b - a) * logits.element_size() for extent, a, b in extents if extent > 1]
-    if any(distance % 16 for distance in (out.data_ptr() - logits.data_ptr(), *apart)):
+    first = out.data_ptr() - logits.data_ptr()
+    if any(distance % 16 for distance in (first, *apart)):
         raise ValueError(
-            "the gradient's rows must begin as far from a multiple of 16 bytes as the logits' rows do; got strides "
-            f"{out.stride()} for {logits.stride()} of {logits.dtype}. memory.gradient_like(logits) makes such a tensor."
+            "the gradient's rows must begin as far from a multiple of 16 bytes as the logits' rows do; got a first row "
+            f"{first % 16} bytes off, strides {out.stride()} for {logits.stride()}, {logits.dtype}. "
+            "memory.gradient_like(logits) makes such a tensor."
         )
 
 
