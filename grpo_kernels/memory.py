@@ -20,7 +20,7 @@ _MADV_HUGEPAGE = 14
 def row_strides(logits: Tensor) -> tuple[int, ...]:
     """Of a gradient of (..., N, V) ``logits``: those of dense rows, longer by what it takes for each row to begin as
     far from a multiple of 16 bytes as the logits' own, so that kernels move the same vectors in and out. Dense
-    wherever the logits are, or V is a whole number of vectors."""
+    wherever the logits are, or their strides are whole vectors more than dense ones."""
     width = 16 // logits.element_size()
     strides = [1]
     for extent, stride in zip(logits.shape[:0:-1], logits.stride()[-2::-1], strict=True):

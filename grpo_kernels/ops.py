@@ -40,7 +40,7 @@ _SUMMED = (
 
 def _define(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     name = schema.split("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))  # a gradient's follow from its logits'
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"grpo_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.grpo_kernels, name).default
@@ -67,6 +67,7 @@ def _rollout_weight_like(log_prob: Tensor, spec: list[int]) -> Tensor:
 
 
 def _gradient_like_fake(logits: Tensor) -> Tensor:
+    """Without the offset of the real one, which follows from an address."""
     return logits.new_empty_strided(logits.shape, memory.row_strides(logits))
 
 

@@ -11,7 +11,8 @@ from cases import label, make
 from test_zero_weights import every_config, with_everything
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels import TopK, TopP, advantages, linear_grpo_loss, reference, token_log_probs
+from grpo_kernels import TopK, TopP, advantages, linear_grpo_loss, ops, reference, token_log_probs
+from grpo_kernels.backends import torch as plain
 
 aten = torch.ops.aten
 REFUSED = (
@@ -37,6 +38,9 @@ class OnCuda(TorchDispatchMode):
             refused = named["reduce"] == "prod"
         if refused:
             raise RuntimeError(f"{function} has no deterministic implementation on CUDA")
+        if function.namespace == "grpo_kernels":  # what it does inside counts
+            with self:
+                return getattr(ops, "_" + function._schema.name.split("::")[1])(*args, **(kwargs or {}))
         return function(*args, **(kwargs or {}))
 
 
@@ -100,3 +104,9 @@ def test_what_cuda_would_refuse():
         for call in (lambda: x.cumsum(-1), lambda: x.median(-1), lambda: x.long().cumsum(-1, dtype=torch.float32)):
             with pytest.raises(RuntimeError, match="no deterministic implementation"):
                 call()
+
+
+def test_what_an_operator_of_this_package_does_is_looked_at(monkeypatch):
+    monkeypatch.setattr(plain, "token_sums", lambda log_prob, *rest: log_prob.cumsum(-1))
+    with OnCuda(), pytest.raises(RuntimeError, match="cumsum.* has no deterministic implementation"):
+        make().run("torch")

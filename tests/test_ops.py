@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from cases import make
+from torch._inductor.utils import run_and_get_code
 
 from grpo_kernels import (
     Cispo,
@@ -198,6 +201,21 @@ def test_compile_views_of_an_odd_vocabulary(backend):
             results.append(leaf.grad)
         torch.testing.assert_close(*results)
         assert results[0].count_nonzero() > 0
+
+
+def test_compiled_gradients_are_not_copied(backend):
+    """Of a view that inductor makes: its strides are those that the gradient's were computed from."""
+    if backend == "torch":
+        pytest.skip("it makes the gradient in the backward")
+    case = make(batch=2, length=5, vocab=97)
+
+    def step(leaf):
+        return grpo_loss((leaf * 1.0)[:, 1:], *case.arguments[:2], grad_scale=1.0, backend=backend).loss
+
+    torch.compiler.reset()
+    _, codes = run_and_get_code(torch.compile(step, fullgraph=True), case.logits.requires_grad_())
+    assert re.search(r"empty_strided_\w+\(\(2, [56], 97\)", "".join(codes))  # the logits
+    assert len(re.findall(r"empty_strided_\w+\(\(2, [56], 97\)", "".join(codes))) == 1
 
 
 def test_annealing_recompiles_nothing(backend):

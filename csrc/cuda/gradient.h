@@ -67,29 +67,23 @@ GRPO_DEVICE void write_gradient(const Piece<T>& piece, const LogitMap<real_of<T>
   }
 }
 
-template <bool kEntropy, class T>
-GRPO_DEVICE void write_softcapped_gradient(const Piece<T>& piece, const LogitMap<real_of<T>>& map,
-                                           const GradientTerms<real_of<T>>& terms) {
-  const int before = piece.skew / int(sizeof(T));
-#pragma unroll 1
-  for (int first = port::thread_index() * kWidth<T> - before; first < piece.columns; first += kConsumers * kWidth<T>) {
-    T* p = piece.start + first;
-    port::store_words(p, vector_gradient<kEntropy, true>(port::load_words(p), p, piece.target - first, map, terms));
-  }
-}
-
-template <class T>
-GRPO_DEVICE void zero_gradient(const Piece<T>& piece) {
+// The rare ways, a vector at a time: words(place, its first column) for each of this thread's.
+template <class T, class Make>
+GRPO_DEVICE void write_slowly(const Piece<T>& piece, Make words) {
   const int before = piece.skew / int(sizeof(T));
 #pragma unroll 1
   for (int first = port::thread_index() * kWidth<T> - before; first < piece.columns; first += kConsumers * kWidth<T>)
-    port::store_words(piece.start + first, Words{});
+    port::store_words(piece.start + first, words(piece.start + first, first));
 }
 
 template <bool kEntropy, class T>
 GRPO_DEVICE void nonzero_gradient(const Piece<T>& piece, const LogitMap<real_of<T>>& map,
                                   const GradientTerms<real_of<T>>& terms) {
-  if (map.softcap) return write_softcapped_gradient<kEntropy>(piece, map, terms);
+  if (map.softcap) {
+    return write_slowly(piece, [&](const T* p, int first) {
+      return vector_gradient<kEntropy, true>(port::load_words(p), p, piece.target - first, map, terms);
+    });
+  }
   if (is_plain(piece, false)) return write_gradient<kEntropy, true>(piece, map, terms);
   write_gradient<kEntropy, false>(piece, map, terms);
 }
@@ -98,7 +92,9 @@ GRPO_DEVICE void nonzero_gradient(const Piece<T>& piece, const LogitMap<real_of<
 template <class T>
 GRPO_DEVICE void sweep_gradient(const Piece<T>& piece, const LogitMap<real_of<T>>& map,
                                 const GradientTerms<real_of<T>>& terms) {
-  if (terms.constant == 0 && terms.linear == 0 && terms.target == 0) return zero_gradient(piece);
+  if (piece.columns == 0) return;
+  if (terms.constant == 0 && terms.linear == 0 && terms.target == 0)
+    return write_slowly(piece, [](const T*, int) { return Words{}; });
   if (terms.linear != 0) return nonzero_gradient<true>(piece, map, terms);
   nonzero_gradient<false>(piece, map, terms);
 }

@@ -118,7 +118,7 @@ def _text(error: int) -> str:
 
 def unsupported(request: Request) -> str | None:
     if request.device.type == "cpu" and emulated():
-        return None if request.by_name else "emulated: ask for it by name"
+        return _lacking(request, 0, "the emulator") if request.by_name else "emulated: ask for it by name"
     if request.device.type != "cuda" or torch.version.hip:
         return f"it serves NVIDIA GPUs, not {'ROCm' if torch.version.hip else request.device.type}"
     if not torch.cuda.is_available():
