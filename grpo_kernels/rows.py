@@ -53,8 +53,9 @@ class Rows:
 
 
 def batch_and_row_stride(tensor: Tensor) -> tuple[int, int]:
-    """Of a tensor shaped like logits."""
-    return (tensor.stride(0) if tensor.dim() == 3 else 0), tensor.stride(-2)
+    """Of a tensor shaped like logits; 0 where there is one batch or one row alone, which nothing is so far from."""
+    batch = tensor.stride(0) if tensor.dim() == 3 and tensor.shape[0] > 1 else 0
+    return batch, tensor.stride(-2) if tensor.shape[-2] > 1 else 0
 
 
 @dataclass(frozen=True)

@@ -304,12 +304,13 @@ def test_alignment_of_rows():
         dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[size]
         tensor = torch.empty(6 * stride + shift + vocab, dtype=dtype)
         assert tensor.data_ptr() % 16 == 0
-        rows = tensor[shift:].as_strided((2, 3, vocab), (3 * stride, stride, 1))
-        aligned = torch.empty(2, 3, 64, dtype=dtype)[..., :vocab]
-        constants = launch.vector_constants(aligned, rows)
-        places = {row.data_ptr() % 16 for row in rows.flatten(0, 1)}
-        assert constants["ALIGNMENT"] == next(n for n in (16, 8, 4, 2) if all(place % n == 0 for place in places))
-        assert constants["VECTOR"] == next(n for n in (8, 4, 2, 1) if n * size <= 16 and vocab % n == 0)
+        every = tensor[shift:].as_strided((2, 3, vocab), (3 * stride, stride, 1))
+        for rows in (every, every[:1], every[:, :1], every[1:, 2:]):
+            aligned = torch.empty(*rows.shape[:2], 64, dtype=dtype)[..., :vocab]
+            constants = launch.vector_constants(aligned, rows)
+            places = {row.data_ptr() % 16 for row in rows.flatten(0, 1)}
+            assert constants["ALIGNMENT"] == next(n for n in (16, 8, 4, 2) if all(place % n == 0 for place in places))
+            assert constants["VECTOR"] == next(n for n in (8, 4, 2, 1) if n * size <= 16 and vocab % n == 0)
 
 
 def test_table_of_blocks(monkeypatch):

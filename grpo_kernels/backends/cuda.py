@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import Rows
+from ..rows import Rows, batch_and_row_stride
 from . import Request, native, on_device
 
 _ABI_VERSION = 3
@@ -174,10 +174,9 @@ def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
 
 def _check_alignment(logits: Tensor, out: Tensor) -> None:
     """Rows come and go by the same vectors of 16 bytes."""
-    extents = zip(logits.shape[:-1], logits.stride(), out.stride(), strict=False)
-    apart = [(b - a) * logits.element_size() for extent, a, b in extents if extent > 1]
+    strides = zip(batch_and_row_stride(logits), batch_and_row_stride(out), strict=True)
     first = out.data_ptr() - logits.data_ptr()
-    if any(distance % 16 for distance in (first, *apart)):
+    if first % 16 or any((b - a) * logits.element_size() % 16 for a, b in strides):
         raise ValueError(
             "the gradient's rows must begin as far from a multiple of 16 bytes as the logits' rows do; got a first row "
             f"{first % 16} bytes off, strides {out.stride()} for {logits.stride()}, {logits.dtype}. "
