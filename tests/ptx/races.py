@@ -18,7 +18,10 @@ EXTRA = 96
 
 
 class History:
-    """Of a block's shared memory: who wrote a byte last, and who of each warp (the last one: bulk stores) read it."""
+    """Of a block's shared memory: who wrote a byte last, and who of each warp (the last one: bulk stores) read it.
+
+    Where several lanes of a warp read one byte, the last of them alone is known.
+    """
 
     def __init__(self, size: int, warps: int) -> None:
         self.writer, self.written, self.write_pc = (np.zeros(size, np.int32) for _ in range(3))
