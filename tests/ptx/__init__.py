@@ -2,7 +2,8 @@
 
 What it cannot see: ptxas' own work (registers, spills, the order of SASS), the scopes of fences, data races on global
 memory (those on shared memory it does see), and times: it counts instructions and accesses, and estimates one chain of
-them. Memory is otherwise sequentially consistent; a message between blocks is a release by its sender.
+them. Memory is otherwise sequentially consistent. A message between blocks orders its own bytes and nothing that its
+sender did before.
 
     python -m tests.ptx check [quick] [WORD...]    kernels against fp64, of the cases whose names hold every word
     python -m tests.ptx counts                     instructions, wavefronts, sectors, bytes; the settler's chain

@@ -225,14 +225,12 @@ class Copies:
             self.finding(pc, "a message over one that has not arrived")
         if self.races:
             self.races.copy_in(self, pc, lane, block, place)
-            sender = self.races.release(None, self, [lane])  # complete_tx of st.async is a release
         block.begin_write(place)
 
         def land() -> None:
             block.end_write(place, message)
             if self.races:
                 self.races.landed(pc, block, place, barrier)
-                barrier.kept = np.maximum(barrier.kept, sender)
             barrier.landed(len(message))
 
         self._start([land])
