@@ -27,6 +27,8 @@ from grpo_kernels.spec import LogitArgs, numbers_vector, objective_spec
 BETA = 0.04
 COPIED = 2**31
 """Bytes of the copy that times are held against: many times the second-level cache."""
+BUSY = 2_000_000
+"""Cycles, about a millisecond: many times what Python needs to queue a call."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,30 @@ def log_probs(batch: Batch) -> list[Tensor]:
     return out
 
 
-def fused(batch: Batch, old: Tensor, ref: Tensor, out: Tensor) -> list[Tensor]:
-    """The gradient to ``out``; log-probs, entropies, anchors, sums, policy terms and KL (1, N). Advantages are 1."""
+class Fused(NamedTuple):
+    """A call of fused_loss whose tensors are there already, so that nothing but the call itself is timed."""
+
+    call: Callable[[], None]
+    results: list[Tensor]
+    """Log-probs, entropies, anchors, sums, policy terms and KL (1, N)."""
+
+
+def prepared(batch: Batch, old: Tensor, ref: Tensor, out: Tensor) -> Fused:
+    """The gradient goes to ``out``; advantages are 1."""
     one, kl = batch.per_row(1.0), bool(batch.config.kl.coef)
     weight, results = batch.weight * one, batch.unwritten(6)
     spec = objective_spec(batch.config, kl)
     assert spec is not None
     flags = torch.empty(one.shape, dtype=torch.uint8, device=one.device)
     known = (old, ref if kl else None, None, BETA * weight if kl else None, None)
-    cuda.fused_loss(batch.rows, one, weight, *known, list(spec), *results, flags, one.new_empty(0), out)
+    given = (batch.rows, one, weight, *known, list(spec), *results, flags, one.new_empty(0), out)
+    return Fused(lambda: cuda.fused_loss(*given), results)
+
+
+def fused(batch: Batch, old: Tensor, ref: Tensor, out: Tensor) -> list[Tensor]:
+    """The results of ``prepared``."""
+    call, results = prepared(batch, old, ref, out)
+    call()
     return results
 
 
@@ -305,12 +322,13 @@ def _copy(setting: Setting) -> float:
 def _time(setting: Setting, shape: Shape, beta: float, copy: float) -> None:
     batch = make(setting, shape, beta=beta)
     logits, plan = batch.rows.logits, cuda.plan(0, shape.dtype, shape.vocab)
-    old, ref, out = batch.per_row(-9.0), batch.per_row(-9.3), torch.empty_like(logits)
-    ms = {
-        "one_pass_ms": 1e3 * _seconds(setting, lambda: fused(batch, old, ref, out)),
-        "in_place_ms": 1e3 * _seconds(setting, lambda: fused(batch, old, ref, logits)),
-        "log_probs_ms": 1e3 * _seconds(setting, lambda: log_probs(batch)),
+    old, ref, out, terms = batch.per_row(-9.0), batch.per_row(-9.3), torch.empty_like(logits), batch.unwritten(4)
+    calls = {  # the last replaces the logits
+        "log_probs_ms": lambda: cuda.log_probs(batch.rows, *terms),
+        "one_pass_ms": prepared(batch, old, ref, out).call,
+        "in_place_ms": prepared(batch, old, ref, logits).call,
     }
+    ms = {name: 1e3 * _seconds(setting, call) for name, call in calls.items()}
     share = 2e3 * logits.nbytes / copy / ms["in_place_ms"]
     micros = 1e3 * ms["in_place_ms"] * plan.clusters / shape.tokens
     name = f"{shape}, {'k3 KL' if beta else 'no KL'}"
@@ -320,11 +338,13 @@ def _time(setting: Setting, shape: Shape, beta: float, copy: float) -> None:
 
 
 def _seconds(setting: Setting, function: Callable[[], object]) -> float:
-    """Median of nine after one."""
+    """Of the device, the median of nine after one: it is kept busy until the call and both marks are queued, so that
+    no mark waits for Python."""
     function()
     found = []
     for _ in range(9):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(BUSY)
         start.record()
         function()
         end.record()

@@ -155,24 +155,36 @@ def test_a_launch_that_hangs(monkeypatch, capfd):
     assert "FAILED: launch: a launch that hangs" in out
 
 
-class Stopwatch:
-    """An event of a device on which a call takes 2 ms."""
+@pytest.fixture
+def device_calls(monkeypatch):
+    """What is queued on a device, in order; a call takes 2 ms there, and sleeping keeps it busy meanwhile."""
+    queue = []
 
-    def __init__(self, enable_timing=False):
-        assert enable_timing
+    class Stopwatch:
+        def __init__(self, enable_timing=False):
+            assert enable_timing
 
-    def record(self):
-        pass
+        def record(self):
+            queue.append("mark")
 
-    def elapsed_time(self, other):
-        return 2.0
+        def elapsed_time(self, other):
+            return 2.0
+
+    def queued(function, name):
+        return lambda *arguments: (queue.append(name), function(*arguments))[1]
+
+    monkeypatch.setattr(torch.cuda, "Event", Stopwatch)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.append("busy"))
+    monkeypatch.setattr(gpu_steps, "COPIED", 10**6)
+    monkeypatch.setattr(gpu_steps.Batch, "per_row", queued(gpu_steps.Batch.per_row, "tensor"))
+    for name in ("log_probs", "fused_loss"):
+        monkeypatch.setattr(cuda, name, queued(getattr(cuda, name), name))
+    return queue
 
 
 @emulated
-def test_times(tmp_path, monkeypatch):
+def test_times(tmp_path, device_calls):
     """A copy's bandwidth, and times beside it: bytes over seconds."""
-    monkeypatch.setattr(torch.cuda, "Event", Stopwatch)
-    monkeypatch.setattr(gpu_steps, "COPIED", 10**6)
     rows = tmp_path / "rows"
     assert gpu_steps.times(Setting("cpu", rows=rows), Shape(4, 520))
     copy, k3, plain = gpu_rows.read(rows)
@@ -183,6 +195,17 @@ def test_times(tmp_path, monkeypatch):
     assert k3["of_copy"] == pytest.approx(2 * 4160 / 1e9 / 2e-3)
     clusters = cuda.plan(0, torch.bfloat16, 520).clusters
     assert k3["us_per_row_and_cluster"] == pytest.approx(2000 * clusters / 4)
+
+
+@emulated
+def test_times_are_of_the_device_alone(device_calls):
+    """Between the marks of a time is one call of the kernels, queued while the device is busy; what replaces the
+    logits is timed last."""
+    gpu_steps._time(Setting("cpu"), Shape(4, 520), 0.0, 1e9)
+    calls = [name for name in device_calls if name != "tensor"]
+    assert calls == [name for kernel in ("log_probs", "fused_loss", "fused_loss")
+                     for name in (kernel, *9 * ("busy", "mark", kernel, "mark"))]  # fmt: skip
+    assert "tensor" not in device_calls[device_calls.index("busy") :]
 
 
 def test_cuda_is_not_touched_before_the_forks():
