@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,16 +11,13 @@ import time
 from pathlib import Path
 
 import gpu_check
-import gpu_commands
 import gpu_library
 import gpu_machine
-import gpu_parts
 import gpu_process
 import pytest
-import torch
-from gpu_cards import as_predicted, computed_ms
 from gpu_commands import PARTS, ROWS, Command, Part
-from gpu_record import PROOF, Record, markdown, proves_cuda
+from gpu_record import PROOF, proves_cuda
+from test_gpu_process import alive, python
 
 ROOT = Path(__file__).resolve().parent.parent
 H200 = {"gpu": "NVIDIA H200", "capability": [9, 0], "triton_refused": None, "torch": "2.11.0", "triton": "3.6.0"}
@@ -63,88 +59,6 @@ def check(monkeypatch, tmp_path, capsys):
 
 def recorded(folder: Path) -> dict:
     return json.loads((folder / "gpu_check.json").read_text())
-
-
-# Processes
-
-
-def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
-
-
-@pytest.mark.parametrize(
-    ("code", "words"),
-    [
-        ("print('fine')", ""),
-        ("raise SystemExit(7)", "exit status 7"),
-        ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
-        ("import time; time.sleep(60)", "stopped at its deadline"),
-    ],
-)
-def test_how_a_process_ends(tmp_path, code, words):
-    start = time.monotonic()
-    ended = gpu_process.run(python(code), 1.0, tmp_path / "log")
-    assert str(ended).startswith(words)
-    assert bool(str(ended)) == bool(words)
-    assert time.monotonic() - start < 4
-    assert words or (tmp_path / "log").read_text() == "fine\n"
-
-
-def test_nothing_outlives_a_process(tmp_path):
-    """Not even what went to a session of its own, after a normal end too."""
-    pid = tmp_path / "pid"
-    code = f"""
-import subprocess, sys
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
-open({str(pid)!r}, "w").write(str(child.pid))
-"""
-    assert not str(gpu_process.run(python(code), 20.0, tmp_path / "log"))
-    assert not alive(int(pid.read_text()))
-
-
-def alive(pid: int) -> bool:
-    """Zombies, whose parent is gone or slow, do not count."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_a_process_that_cannot_be_killed(tmp_path, monkeypatch):
-    """It costs its deadline and no more; here kill does nothing, as in a call of the driver."""
-    kill, pids = os.kill, set()
-    monkeypatch.setattr(gpu_process, "GRACE", 0.3)
-    monkeypatch.setattr(os, "kill", lambda pid, number: pids.add(pid))
-    start = time.monotonic()
-    try:
-        ended = gpu_process.run(python("import time; time.sleep(60)"), 0.5, tmp_path / "log")
-        forked = gpu_process.fork(lambda: time.sleep(60), 0.3)
-    finally:
-        for pid in pids:
-            kill(pid, signal.SIGKILL)
-    assert ended.held
-    assert forked.held
-    assert str(ended).startswith("held by the driver")
-    assert time.monotonic() - start < 5
-    os.waitpid(-1, 0)
-
-
-@pytest.mark.parametrize(
-    ("function", "code"),
-    [
-        (lambda: True, 0),
-        (lambda: False, 1),
-        (lambda: 1 / 0, 2),
-        (lambda: os._exit(3), 3),
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), -signal.SIGKILL),
-        (lambda: time.sleep(60), None),
-    ],
-)
-def test_a_forked_function(function, code, capfd):
-    ended = gpu_process.fork(function, 0.5)
-    assert (ended.code, ended.held) == (code, False)
-    assert ended.seconds < 3
-    assert ("ZeroDivisionError" in capfd.readouterr().err) == (code == 2)
 
 
 # The run
@@ -380,81 +294,6 @@ def test_a_driver_that_does_not_answer(monkeypatch, tmp_path, capsys):
     assert "the GPU could not be looked at (stopped at its deadline, after 1 s" in capsys.readouterr().err
 
 
-def test_why_there_is_no_gpu(monkeypatch):
-    """In the words of PyTorch, which knows an old driver from none."""
-
-    def init():
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nPlease update")
-
-    monkeypatch.setattr(gpu_parts.torch.cuda, "init", init)
-    found = gpu_parts.environment("cuda")
-    assert found["no_gpu"] == "The NVIDIA driver on your system is too old (found version 12020)."
-
-
-@pytest.fixture
-def library(monkeypatch, tmp_path):
-    """A library's file and record in another folder, as ``library(**record)``; builds go there too."""
-    path = ROOT / "build" / f"gpu_check_test_{os.getpid()}" / "libgrpo_cuda.so"
-    monkeypatch.delenv(gpu_library.NAMED, raising=False)
-    monkeypatch.setattr(gpu_library, "LIBRARY", path)
-    monkeypatch.setattr(gpu_machine, "python", lambda script, *rest: python(
-        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); sys.argv = ['', {rest[0]!r}]\n"
-        f"import gpu_library, pathlib; gpu_library.LIBRARY = pathlib.Path({str(path)!r})\n"
-        "raise SystemExit(gpu_library.main())"
-    ))  # fmt: skip
-
-    path.parent.mkdir(parents=True)
-
-    def make(**record: str) -> None:
-        path.write_text("")
-        path.with_suffix(".json").write_text(json.dumps(record))
-
-    yield make
-    shutil.rmtree(path.parent)
-
-
-def test_library(library, monkeypatch, tmp_path):
-    """Missing, of other sources, for other GPUs; and what is missing to build it."""
-    assert "it is missing" in gpu_library.lacking(90)
-    assert gpu_library.sources() == "libgrpo_cuda.so"
-    library(sources="others", architectures="90 100")
-    assert "other sources than this tree's" in gpu_library.lacking(90)
-    mine = gpu_library.sources_hash("cuda")
-    library(sources=mine, architectures="100")
-    assert gpu_library.lacking(90) == "it is built for sm_100 and this GPU is sm_90"
-    assert gpu_library.lacking(120) is None
-    library(sources=mine, architectures="90 100")
-    assert gpu_library.lacking(90) is None
-    assert gpu_library.sources() == mine
-    monkeypatch.setenv("NVCC", str(tmp_path / "no nvcc"))
-    library(sources=mine, architectures="100")
-    with pytest.raises(gpu_machine.Refused, match=r"built for sm_100 and this GPU is sm_90; nor built: no nvcc found"):
-        gpu_machine.prepare_library([9, 0], tmp_path / "log")
-    monkeypatch.setitem(sys.modules, "setuptools", None)
-    with pytest.raises(gpu_library.Unbuildable, match="pip install setuptools"):
-        gpu_library.check_buildable()
-
-
-def test_library_that_fails_to_build(library, monkeypatch, tmp_path, capsys):
-    broken = tmp_path / "nvcc"
-    broken.write_text("#!/bin/sh\necho 'no host compiler' >&2\nexit 3\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("NVCC", str(broken))
-    with pytest.raises(gpu_machine.Refused, match=r"was not built \(exit status 1\): .*no host compiler"):
-        gpu_machine.prepare_library([9, 0], tmp_path / "log")
-    assert "building the CUDA library for sm_90 alone, about 20 s: it is missing" in capsys.readouterr().out
-
-
-@pytest.mark.nightly
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
-def test_library_is_built_for_one_gpu(library, monkeypatch, tmp_path):
-    """A minute less than for all of them."""
-    gpu_machine.prepare_library([9, 0], tmp_path / "log")
-    assert gpu_library.record()["architectures"] == "90"
-    assert gpu_library.lacking(90) is None
-    assert "is built for sm_90 and this GPU is sm_80" in gpu_library.lacking(80)
-
-
 # Parts
 
 
@@ -478,131 +317,6 @@ def test_sanitizers(check, monkeypatch, tmp_path):
     assert all("--no-fork --small" in line and "--kernel-regex kns=grpo --error-exitcode 9" in line for line in lines)
     assert "--skip unaligned" in lines[1]
     assert "--only unaligned" in lines[3]
-
-
-def test_traffic():
-    """ncu's table in units of the logits; the CUDA kernels may move one."""
-    head = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
-
-    def text(read: float) -> str:
-        rows = [("dram__bytes_read.sum", read), ("dram__bytes_write.sum", 1.0)]
-        lines = [f'"0","row_kernel(int)","{name}","byte","{units * gpu_commands.UNIT:,.0f}"' for name, units in rows]
-        return "==PROF== connected\n" + head + "\n".join(lines)
-
-    units = gpu_commands.units_of(text(1.01))["row_kernel"]
-    assert units == pytest.approx({"read": 1.01, "written": 1.0})
-    assert gpu_commands.moved_once(text(1.01))["passed"]
-    assert not gpu_commands.moved_once(text(2.0))["passed"]
-    assert gpu_commands.moved(text(2.0))["passed"]
-    assert not gpu_commands.moved("==ERROR== ERR_NVGPUCTRPERM")["passed"]
-
-
-def test_measured_rows(tmp_path):
-    """Written one by one; those that are there are not measured again, and none begins when the time is over."""
-    file, measured = tmp_path / "rows", []
-
-    def rows(*names):
-        for name in names:
-            yield name, lambda name=name: measured.append(name) or {"passed": name != "wrong"}
-
-    assert gpu_parts.run(rows("a", "b"), file, 10.0)
-    assert gpu_parts.run(rows("a", "b", "c"), file, 10.0)
-    assert measured == ["a", "b", "c"]
-    assert not gpu_parts.run(rows("d"), file, -1.0)
-    assert not gpu_parts.run(rows("wrong"), file, 10.0)
-    assert measured == ["a", "b", "c", "wrong"]
-
-
-def test_torch_compile_once(monkeypatch):
-    """In the first workload: it compiles every one anew."""
-    import gpu_timing
-
-    from grpo_kernels.bench.providers import providers
-
-    monkeypatch.setattr(gpu_timing.peers, "providers", providers)
-    specs = gpu_timing.logits("cpu")
-    compiled = [any(p.name.startswith("torch.compile") for p in gpu_timing.providers(specs[0], (), c)) for c in (1, 0)]
-    assert compiled == [True, False]
-    measures = [measure.args for _, measure in gpu_timing.workloads(gpu_timing.logits("cuda"), ("cuda",))]
-    assert [compiled for *_, compiled in measures] == [True] + [False] * (len(measures) - 1)
-
-
-def test_limits(monkeypatch):
-    """Bytes over seconds; what is read again, by its size."""
-    limits = pytest.importorskip("gpu_limits")
-    monkeypatch.setattr(limits.torch, "zeros", lambda count, device: torch.empty(count, device="meta"))
-    monkeypatch.setattr(limits, "_seconds", lambda function: 1e-3)
-    monkeypatch.setattr(limits, "_reading", lambda values, repeats: values.nbytes * repeats / 1e9)
-    found = {name: measure()["gb_per_s"] for name, measure in limits.limits()}
-    assert found["copy"] == pytest.approx(2 * 2**31 / 1e6)
-    assert found["read"] == pytest.approx(2**31 / 1e9)
-    assert found["64 MB read again"] == pytest.approx(100 * 64 * 2**20 / 1e9)
-
-
-# The record
-
-
-MADE = {"gpu": "NVIDIA H200", "commit": "abc", "library": "sources"}
-GREEN = {
-    "environment": {**H200, **MADE, "driver": "580"},
-    **{name: {"passed": True, "backends": ["cuda", "triton"], "made_with": MADE, "rows": []} for name in PROOF},
-}
-GREEN["sanitizer"]["rows"] = [{"name": check, "passed": True} for check in gpu_commands.CHECKS]
-
-
-def test_what_proves_the_cuda_kernels():
-    """Every part of the proof, on these kernels, all with one card, commit and library."""
-    assert proves_cuda(GREEN)
-    assert proves_cuda({**GREEN, "timing": {"passed": False}})
-    for name in PROOF:
-        for other in ({"passed": False}, {"passed": None, "skipped": "not here"}, {"backends": ["triton"]},
-                      {"made_with": {**MADE, "commit": "def"}}):  # fmt: skip
-            assert not proves_cuda({**GREEN, name: {**GREEN[name], **other}}), (name, other)
-        assert not proves_cuda({key: part for key, part in GREEN.items() if key != name})
-    for rows in ([], GREEN["sanitizer"]["rows"][:2], [{**row, "passed": False} for row in GREEN["sanitizer"]["rows"]]):
-        assert not proves_cuda({**GREEN, "sanitizer": {**GREEN["sanitizer"], "rows": rows}})
-
-
-def test_predictions():
-    """By the bytes and the card's own bandwidth; a card that nothing was computed for has none."""
-    logits = 8192 * 151936 * 2
-    assert computed_ms(logits, "NVIDIA H200") == pytest.approx(1.158, abs=1e-3)
-    assert computed_ms(logits, "NVIDIA H100 80GB HBM3") == pytest.approx(1.660, abs=1e-3)
-    assert computed_ms(logits, "NVIDIA H100 PCIe") is None
-    assert as_predicted(1.25, logits, "NVIDIA H200") == "yes"
-    assert as_predicted(1.39, logits, "NVIDIA H200") == "1.20 times it"
-    assert as_predicted(1.76, logits, "NVIDIA H100 80GB HBM3") == "1.06 times it"
-    assert as_predicted(1.25, logits, "NVIDIA B200") == ""
-
-
-def test_table():
-    """Computed and measured side by side."""
-    times = {"name": "8192x151936 bfloat16, k3 KL", "logits_bytes": 8192 * 151936 * 2, "of_copy": 0.9}
-    times |= {"one_pass_ms": 1.3, "in_place_ms": 1.25, "log_probs_ms": 0.7, "us_per_row_and_cluster": 5.03}
-    smoke = {**GREEN["smoke"], "seconds": 61.0, "rows": [{"name": "copy", "copy_gb_per_s": 4290.0}, times]}
-    ours = {"step_ms": 1.3, "gradient_error": 2e-3, "ours": True}
-    row = {"name": "8192×151936 bf16", "hidden": None, "kind": "all", "logits_bytes": times["logits_bytes"]}
-    row |= {"yardstick_ms": 1.2, "missing": ["Liger"], "providers": {"ours": ours, "TRL": {"skipped": "too large"}}}
-    text = markdown({**GREEN, "smoke": smoke, "timing": {**GREEN["smoke"], "rows": [row]}})
-    assert text.startswith("NVIDIA H200, driver 580, torch 2.11.0, triton 3.6.0, commit abc, library sources\n")
-    assert "| smoke | passed | 61 |" in text
-    assert "The CUDA kernels are proven here: yes." in text
-    assert "GB/s: copy 4290, assumed 4300." in text
-    assert "| 8192x151936 bfloat16, k3 KL | 1.158 | 1.250 | 90% | yes | 1.300 | 0.700 | 5.03 |" in text
-    assert "| 8192×151936 bf16 | ours | 1.300 | 1.158 | 1.200 | 92% | 2e-03 |" in text
-    assert "| 8192×151936 bf16 | TRL | too large | | | | |" in text
-    assert "Not installed: Liger." in text
-
-
-def test_a_half_written_record_is_none(tmp_path, monkeypatch):
-    """Killed while it writes, the file of before is there."""
-    record = Record(tmp_path, GREEN["environment"])
-    record.begin("smoke", ("cuda",))
-    record.save()
-    monkeypatch.setattr(Path, "replace", lambda self, target: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        record.add("smoke", {"name": "a row"})
-    assert recorded(tmp_path)["smoke"]["rows"] == []
 
 
 # The whole of it, over the emulator

@@ -1,0 +1,153 @@
+"""What gpu_check.py's parts measure, and the library that they measure, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import gpu_commands
+import gpu_library
+import gpu_machine
+import gpu_parts
+import pytest
+import torch
+from test_gpu_process import python
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_why_there_is_no_gpu(monkeypatch):
+    """In the words of PyTorch, which knows an old driver from none."""
+
+    def init():
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nPlease update")
+
+    monkeypatch.setattr(gpu_parts.torch.cuda, "init", init)
+    found = gpu_parts.environment("cuda")
+    assert found["no_gpu"] == "The NVIDIA driver on your system is too old (found version 12020)."
+
+
+def test_traffic():
+    """ncu's table in units of the logits; the CUDA kernels may move one."""
+    head = '"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+
+    def text(read: float) -> str:
+        rows = [("dram__bytes_read.sum", read), ("dram__bytes_write.sum", 1.0)]
+        lines = [f'"0","row_kernel(int)","{name}","byte","{units * gpu_commands.UNIT:,.0f}"' for name, units in rows]
+        return "==PROF== connected\n" + head + "\n".join(lines)
+
+    units = gpu_commands.units_of(text(1.01))["row_kernel"]
+    assert units == pytest.approx({"read": 1.01, "written": 1.0})
+    assert gpu_commands.moved_once(text(1.01))["passed"]
+    assert not gpu_commands.moved_once(text(2.0))["passed"]
+    assert gpu_commands.moved(text(2.0))["passed"]
+    assert not gpu_commands.moved("==ERROR== ERR_NVGPUCTRPERM")["passed"]
+
+
+def test_measured_rows(tmp_path):
+    """Written one by one; those that are there are not measured again, and none begins when the time is over."""
+    file, measured = tmp_path / "rows", []
+
+    def rows(*names):
+        for name in names:
+            yield name, lambda name=name: measured.append(name) or {"passed": name != "wrong"}
+
+    assert gpu_parts.run(rows("a", "b"), file, 10.0)
+    assert gpu_parts.run(rows("a", "b", "c"), file, 10.0)
+    assert measured == ["a", "b", "c"]
+    assert not gpu_parts.run(rows("d"), file, -1.0)
+    assert not gpu_parts.run(rows("wrong"), file, 10.0)
+    assert measured == ["a", "b", "c", "wrong"]
+
+
+def test_torch_compile_once(monkeypatch):
+    """In the first workload: it compiles every one anew."""
+    import gpu_timing
+
+    from grpo_kernels.bench.providers import providers
+
+    monkeypatch.setattr(gpu_timing.peers, "providers", providers)
+    specs = gpu_timing.logits("cpu")
+    compiled = [any(p.name.startswith("torch.compile") for p in gpu_timing.providers(specs[0], (), c)) for c in (1, 0)]
+    assert compiled == [True, False]
+    measures = [measure.args for _, measure in gpu_timing.workloads(gpu_timing.logits("cuda"), ("cuda",))]
+    assert [compiled for *_, compiled in measures] == [True] + [False] * (len(measures) - 1)
+
+
+def test_limits(monkeypatch):
+    """Bytes over seconds; what is read again, by its size."""
+    limits = pytest.importorskip("gpu_limits")
+    monkeypatch.setattr(limits.torch, "zeros", lambda count, device: torch.empty(count, device="meta"))
+    monkeypatch.setattr(limits, "_seconds", lambda function: 1e-3)
+    monkeypatch.setattr(limits, "_reading", lambda values, repeats: values.nbytes * repeats / 1e9)
+    found = {name: measure()["gb_per_s"] for name, measure in limits.limits()}
+    assert found["copy"] == pytest.approx(2 * 2**31 / 1e6)
+    assert found["read"] == pytest.approx(2**31 / 1e9)
+    assert found["64 MB read again"] == pytest.approx(100 * 64 * 2**20 / 1e9)
+
+
+@pytest.fixture
+def library(monkeypatch, tmp_path):
+    """A library's file and record in another folder, as ``library(**record)``; builds go there too."""
+    path = ROOT / "build" / f"gpu_check_test_{os.getpid()}" / "libgrpo_cuda.so"
+    monkeypatch.delenv(gpu_library.NAMED, raising=False)
+    monkeypatch.setattr(gpu_library, "LIBRARY", path)
+    monkeypatch.setattr(gpu_machine, "python", lambda script, *rest: python(
+        f"import sys; sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); sys.argv = ['', {rest[0]!r}]\n"
+        f"import gpu_library, pathlib; gpu_library.LIBRARY = pathlib.Path({str(path)!r})\n"
+        "raise SystemExit(gpu_library.main())"
+    ))  # fmt: skip
+
+    path.parent.mkdir(parents=True)
+
+    def make(**record: str) -> None:
+        path.write_text("")
+        path.with_suffix(".json").write_text(json.dumps(record))
+
+    yield make
+    shutil.rmtree(path.parent)
+
+
+def test_library(library, monkeypatch, tmp_path):
+    """Missing, of other sources, for other GPUs; and what is missing to build it."""
+    assert "it is missing" in gpu_library.lacking(90)
+    assert gpu_library.sources() == "libgrpo_cuda.so"
+    library(sources="others", architectures="90 100")
+    assert "other sources than this tree's" in gpu_library.lacking(90)
+    mine = gpu_library.sources_hash("cuda")
+    library(sources=mine, architectures="100")
+    assert gpu_library.lacking(90) == "it is built for sm_100 and this GPU is sm_90"
+    assert gpu_library.lacking(120) is None
+    library(sources=mine, architectures="90 100")
+    assert gpu_library.lacking(90) is None
+    assert gpu_library.sources() == mine
+    monkeypatch.setenv("NVCC", str(tmp_path / "no nvcc"))
+    library(sources=mine, architectures="100")
+    with pytest.raises(gpu_machine.Refused, match=r"built for sm_100 and this GPU is sm_90; nor built: no nvcc found"):
+        gpu_machine.prepare_library([9, 0], tmp_path / "log")
+    monkeypatch.setitem(sys.modules, "setuptools", None)
+    with pytest.raises(gpu_library.Unbuildable, match="pip install setuptools"):
+        gpu_library.check_buildable()
+
+
+def test_library_that_fails_to_build(library, monkeypatch, tmp_path, capsys):
+    broken = tmp_path / "nvcc"
+    broken.write_text("#!/bin/sh\necho 'no host compiler' >&2\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(broken))
+    with pytest.raises(gpu_machine.Refused, match=r"was not built \(exit status 1\): .*no host compiler"):
+        gpu_machine.prepare_library([9, 0], tmp_path / "log")
+    assert "building the CUDA library for sm_90 alone, about 20 s: it is missing" in capsys.readouterr().out
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
+def test_library_is_built_for_one_gpu(library, monkeypatch, tmp_path):
+    """A minute less than for all of them."""
+    gpu_machine.prepare_library([9, 0], tmp_path / "log")
+    assert gpu_library.record()["architectures"] == "90"
+    assert gpu_library.lacking(90) is None
+    assert "is built for sm_90 and this GPU is sm_80" in gpu_library.lacking(80)
