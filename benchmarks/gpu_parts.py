@@ -14,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import gpu_exact
 import gpu_rows
 import gpu_timing
 import torch
@@ -21,9 +22,6 @@ from gpu_rows import Rows
 
 import grpo_kernels
 from grpo_kernels import backends, grpo_loss, token_log_probs
-
-ERROR, GRADIENT_ERROR = 1e-5, 0.01
-"""Allowed on log-probs, and on bf16 gradients of at most 1."""
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -54,7 +52,7 @@ def _triton() -> str | None:
 
 
 def large(device: str, names: Sequence[str]) -> Rows:
-    """Log-probs and gradients of shapes that overflow 32-bit indices or grid limits, against PyTorch on some rows."""
+    """Log-probs and gradients of shapes that overflow 32-bit indices or grid limits, beside float64."""
     shapes = {"vocab 262144": (64, 262144), "vocab 50257": (64, 50257), "70000 rows": (70_000, 3)}
     shapes |= {"2.3e9 elements": (15_200, 151_936)}
     for what, shape in ({"rehearsal": (4, 50257)} if device == "cpu" else shapes).items():
@@ -65,16 +63,14 @@ def large(device: str, names: Sequence[str]) -> Rows:
 def _large(device: str, backend: str, rows: int, vocab: int) -> dict[str, Any]:
     logits = torch.randn(1, rows, vocab, dtype=torch.bfloat16, device=device)
     ids = torch.randint(vocab, (1, rows), device=device)
-    some = torch.tensor([0, rows // 2, rows - 1], device=device)
-    exact = torch.log_softmax(logits[0, some].double(), -1)
-    wanted = exact.exp().scatter_add_(-1, ids[0, some, None], exact.new_full((3, 1), -1.0))
-    out = token_log_probs(logits, ids, backend=backend)
-    error = float((out.log_probs[0, some].double() - exact.gather(-1, ids[0, some, None]).squeeze(-1)).abs().max())
+    before, one = logits[0].clone(), torch.ones(1, device=device)
+    error = gpu_exact.log_prob_error(before, ids[0], token_log_probs(logits, ids, backend=backend).log_probs[0])
     leaf = logits.requires_grad_()
     given: dict[str, Any] = {"grad_scale": float(rows), "inplace": True, "backend": backend}
-    grpo_loss(leaf.view_as(leaf), ids, torch.ones(1, device=device), **given)
-    gradient = float((leaf.detach()[0, some].double() - wanted).abs().max())
-    return {"error": error, "gradient_error": gradient, "passed": error < ERROR and gradient < GRADIENT_ERROR}
+    grpo_loss(leaf.view_as(leaf), ids, one, **given)
+    gradient = gpu_exact.gradient_error(before, ids[0], -one.expand(rows), leaf.detach()[0])
+    allowed, of_gradient = gpu_exact.allowed(logits.dtype)
+    return {"error": error, "gradient_error": gradient, "passed": error < allowed and gradient < of_gradient}
 
 
 def limits(device: str, names: Sequence[str]) -> Rows:

@@ -5,6 +5,7 @@ Every step is a function of a Setting that says what it finds, and whether it ho
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import gpu_exact
 import gpu_rows
 import torch
 from torch import Tensor
@@ -74,11 +76,6 @@ class Batch:
     def unwritten(self, count: int) -> list[Tensor]:
         return [self.per_row(float("nan")) for _ in range(count)]
 
-    def some(self) -> list[int]:
-        """Rows that are compared: the first, one in the middle, the last."""
-        n = self.rows.token_ids.numel()
-        return sorted({0, n // 2, n - 1})
-
 
 def make(setting: Setting, shape: Shape, live: Tensor | None = None, beta: float = BETA) -> Batch:
     """Random logits of spread 2; every row is live unless ``live`` (1, N) says otherwise."""
@@ -107,7 +104,7 @@ class Fused(NamedTuple):
 
     call: Callable[[], None]
     results: list[Tensor]
-    """Log-probs, entropies, anchors, sums, policy terms and KL (1, N)."""
+    """Log-probs, entropies, anchors, sums, policy terms, KL and flags (1, N)."""
 
 
 def prepared(batch: Batch, old: Tensor, ref: Tensor, out: Tensor) -> Fused:
@@ -116,10 +113,10 @@ def prepared(batch: Batch, old: Tensor, ref: Tensor, out: Tensor) -> Fused:
     weight, results = batch.weight * one, batch.unwritten(6)
     spec = objective_spec(batch.config, kl)
     assert spec is not None
-    flags = torch.empty(one.shape, dtype=torch.uint8, device=one.device)
+    flags = torch.full(one.shape, 255, dtype=torch.uint8, device=one.device)
     known = (old, ref if kl else None, None, BETA * weight if kl else None, None)
     given = (batch.rows, one, weight, *known, list(spec), *results, flags, one.new_empty(0), out)
-    return Fused(lambda: cuda.fused_loss(*given), results)
+    return Fused(lambda: cuda.fused_loss(*given), [*results, flags])
 
 
 def fused(batch: Batch, old: Tensor, ref: Tensor, out: Tensor) -> list[Tensor]:
@@ -149,24 +146,31 @@ def say(holds: bool, text: str) -> bool:
 
 
 def check_log_probs(batch: Batch, found: Tensor, what: str) -> bool:
-    some, rows = batch.some(), batch.rows
-    exact = torch.log_softmax(rows.logits[0, some].double(), -1).gather(-1, rows.token_ids[0, some, None]).squeeze(-1)
-    error = float((found[0, some].double() - exact).abs().max())
-    allowed = 1e-12 if batch.real == torch.float64 else 2e-5
+    error = gpu_exact.log_prob_error(batch.rows.logits[0], batch.rows.token_ids[0], found[0])
+    allowed, _ = gpu_exact.allowed(batch.rows.logits.dtype)
     return say(error < allowed, f"{what}: log-prob error {error:.1e}, allowed {allowed:.0e}")
 
 
 def check_gradient(batch: Batch, before: Tensor, out: Tensor, slope: Tensor, what: str) -> bool:
-    """Rows of slope * (onehot - p), where ``before`` are the logits of some rows; nothing is left unwritten."""
-    some = batch.some()
-    exact = torch.softmax(before.double(), -1)
-    exact.scatter_add_(-1, batch.rows.token_ids[0, some, None], -torch.ones_like(exact[:, :1]))
-    exact *= -slope[0, some, None].double()
-    error = float((out[0, some].double() - exact).norm() / exact.norm())
-    allowed = max(0.5 * torch.finfo(out.dtype).eps, 1e-12 if batch.real == torch.float64 else 1e-5)
-    written = not bool(out.isnan().any())
-    text = f"{what}: gradient error {error:.1e} (L2, relative), allowed {allowed:.0e}"
-    return say(error < allowed and written, text + ("" if written else "; parts were left unwritten"))
+    """Every live row, where ``before`` (1, N, V) are the logits."""
+    live = batch.rows.live[0]
+    given = (before[0], batch.rows.token_ids[0], slope[0], out[0])
+    error = gpu_exact.gradient_error(*(given if live.all() else (tensor[live] for tensor in given)))
+    _, allowed = gpu_exact.allowed(out.dtype)
+    text = f"{what}: gradient error {error:.1e} (L2 of a row, relative), allowed {allowed:.0e}"
+    return say(error < allowed, text + "; parts were left unwritten" * math.isnan(error))
+
+
+def check_terms(batch: Batch, log_prob: Tensor, known: list[Tensor], found: list[Tensor], what: str) -> bool:
+    """Policy terms, KL and flags of live rows: advantage 1, inside the clip, where ``known`` are old and ref."""
+    live = batch.rows.live
+    exact, old, ref = (tensor[live].double() for tensor in (log_prob, *known))
+    policy, kl, flags = (tensor[live] for tensor in found)
+    wanted = -torch.exp(exact - old), torch.expm1(ref - exact) - (ref - exact)
+    errors = [float((a.double() - b).abs().max()) for a, b in zip((policy, kl), wanted, strict=True)]
+    allowed = 1e-12 if batch.real == torch.float64 else 2e-6
+    holds = all(error < allowed for error in errors) and not bool(flags.any())
+    return holds or say(False, f"{what}: errors of policy terms and KL {errors}, allowed {allowed:.0e}; flags {flags}")
 
 
 # Steps
@@ -220,7 +224,7 @@ def gradients(setting: Setting, *shapes: Shape) -> bool:
         found = log_probs(batch)
         wait(setting, f"log_probs {shape}")
         slope = torch.randn_like(found[0]) * (batch.weight if batch.weight > 1 else 1)
-        before = batch.rows.logits[0, batch.some()].clone()
+        before = batch.rows.logits.clone()
         holds &= both_places(batch, partial(_backward, setting, shape, batch, found, slope, before))
     return holds
 
@@ -245,37 +249,43 @@ def one_pass(setting: Setting, *shapes: Shape) -> bool:
         found = log_probs(batch)
         wait(setting, f"log_probs {shape}")
         holds &= check_log_probs(batch, found[0], str(shape))
-        before = batch.rows.logits[0, batch.some()].clone()
+        before = batch.rows.logits.clone()
         holds &= both_places(batch, partial(_fused, setting, shape, batch, found, before))
     return holds
 
 
 def _fused(setting: Setting, shape: Shape, batch: Batch, found: list[Tensor], before: Tensor, out: Tensor) -> bool:
+    what = f"{shape}{_place(batch, out)}"
     old, ref = found[0] + 0.1, found[0] - 0.1
-    mine = fused(batch, old, ref, out)
-    wait(setting, f"fused_loss {shape}")
+    *mine, policy, kl, flags = fused(batch, old, ref, out)
+    wait(setting, f"fused_loss {what}")
     same = all(torch.equal(a, b) for a, b in zip(mine[:2], found[:2], strict=True))
     if not same:
-        say(False, f"{shape}{_place(batch, out)}: log-probs and entropies have other bits than those of log_probs")
+        say(False, f"{what}: log-probs and entropies have other bits than those of log_probs")
+    same &= check_terms(batch, found[0], [old, ref], [policy, kl, flags], what)
     # Advantage 1, inside the clip: -ratio; k3: 1 - exp(ref - log_prob).
     slope = batch.weight * (-torch.exp(found[0] - old) - BETA * torch.expm1(ref - found[0]))
-    return check_gradient(batch, before, out, slope, f"{shape}{_place(batch, out)}") and same
+    return check_gradient(batch, before, out, slope, what) and same
 
 
 def dead_rows(setting: Setting, *shapes: Shape) -> bool:
-    """One row in seven is live, then none: a dead row is all zeros and nothing is left unwritten."""
+    """One row in seven is live, then none: a dead row is all zeros, the live ones hold."""
     holds = True
     for shape in shapes:
         live = torch.zeros(1, shape.tokens, dtype=torch.bool, device=setting.device)
         live[0, 3::7] = True
         for some in (live, torch.zeros_like(live)):
             batch = make(setting, shape, some)
+            found = log_probs(batch)
+            wait(setting, f"log_probs {shape}, {int(some.sum())} live rows")
             out = gradient_like(batch.rows.logits).fill_(float("nan"))
-            mine = fused(batch, batch.per_row(-9.0), batch.per_row(-9.3), out)
-            wait(setting, f"fused_loss {shape}, {int(some.sum())} live rows")
-            zeros = not bool(out[~some].any()) and not bool(mine[0][~some].any())
-            written = not bool(out.isnan().any()) and bool(out[some].any(-1).all())
-            holds &= say(zeros and written, f"{shape}: {int(some.sum())} live rows, the others are zero")
+            if some.any():
+                holds &= _fused(setting, shape, batch, found, batch.rows.logits, out)
+            else:
+                found = fused(batch, batch.per_row(-9.0), batch.per_row(-9.3), out)
+                wait(setting, f"fused_loss {shape}, no live rows")
+            zeros = not bool(out[~some].any()) and not bool(found[0][~some].any())
+            holds &= say(zeros, f"{shape}: {int(some.sum())} live rows, the others are zero")
     return holds
 
 

@@ -16,6 +16,8 @@ import pytest
 import torch
 from test_gpu_process import python
 
+from grpo_kernels.backends import cuda
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -151,3 +153,31 @@ def test_library_is_built_for_one_gpu(library, monkeypatch, tmp_path):
     assert gpu_library.record()["architectures"] == "90"
     assert gpu_library.lacking(90) is None
     assert "is built for sm_90 and this GPU is sm_80" in gpu_library.lacking(80)
+
+
+def target_alone(before, ids, gradient):
+    """No softmax: every element is right within 1e-4, of a gradient of 1."""
+    gradient.zero_().scatter_(-1, ids[..., None], -1.0)
+
+
+WRONG = {
+    "target alone": target_alone,
+    "a row is not a number": lambda before, ids, gradient: gradient[0, 3].fill_(torch.nan),
+    "a row is unwritten": lambda before, ids, gradient: gradient[0, 2].copy_(before[0, 2]),
+}
+
+
+@pytest.mark.skipif(not cuda.emulated(), reason="it needs the emulator")
+@pytest.mark.parametrize("wrong", WRONG)
+def test_large_sees_what_is_wrong(monkeypatch, wrong):
+    """In every row of a gradient of many small elements."""
+    plain = gpu_parts.grpo_loss
+
+    def spoiled(logits, ids, *rest, **options):
+        before = logits.detach().clone()
+        plain(logits, ids, *rest, **options)
+        WRONG[wrong](before, ids, logits.detach())
+
+    assert gpu_parts._large("cpu", "cuda", 6, 40000)["passed"]
+    monkeypatch.setattr(gpu_parts, "grpo_loss", spoiled)
+    assert not gpu_parts._large("cpu", "cuda", 6, 40000)["passed"]
