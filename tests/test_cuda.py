@@ -38,12 +38,13 @@ H200 = {"major": 9, "minor": 0, "shared_bytes": 232448}
 
 
 REASON = cuda.unsupported(backends.Request(torch.device(DEVICE), by_name=True))
+served = pytest.mark.skipif(REASON is not None, reason=f"not served: {REASON}")
 emulated = pytest.mark.skipif(REASON is not None or not cuda.emulated(), reason="looks into the emulator")
 
 
 def everywhere(test):
     """On a GPU too."""
-    return pytest.mark.gpu(pytest.mark.skipif(REASON is not None, reason=str(REASON))(test))
+    return pytest.mark.gpu(served(test))
 
 
 @pytest.fixture
@@ -171,7 +172,7 @@ def test_real_vocabularies(dtype, vocab):
     assert torch.equal(alone.log_probs[0, 0], together.log_probs[0, 2])
 
 
-@pytest.mark.skipif(REASON is not None, reason=str(REASON))
+@served
 def test_plans():
     """Clusters are no larger than two rows need, and say so where not even one fits."""
     device = cuda.Device(**H200, clusters=(ctypes.c_int32 * 5)(132, 66, 32, 16, 0))

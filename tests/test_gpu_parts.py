@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +31,27 @@ def test_why_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(gpu_parts.torch.cuda, "init", init)
     found = gpu_parts.environment("cuda")
     assert found["no_gpu"] == "The NVIDIA driver on your system is too old (found version 12020)."
+
+
+def test_skipped_tests_prove_nothing():
+    """Neither all of them nor those of one worker that found no library."""
+    assert gpu_commands.tests_run("....\n62 passed in 31.2s") == {"tests": 62, "skipped": 0, "passed": True}
+    other = "SKIPPED [1] tests/test_cuda.py:124: the device takes no clusters of 16\n"
+    assert gpu_commands.tests_run(other + "61 passed, 1 skipped in 31.2s")["passed"]
+    mine = "SKIPPED [5] tests/test_cuda.py:155: not served: it is missing\n"
+    assert not gpu_commands.tests_run(mine + "57 passed, 5 skipped in 31.2s")["passed"]
+    assert not gpu_commands.tests_run("62 skipped in 3.1s")["passed"]
+    assert not gpu_commands.tests_run("no tests ran in 0.1s")["passed"]
+
+
+def test_the_suite_says_that_it_is_not_served():
+    """As the part runs it, without a library."""
+    (command,) = gpu_commands.suite(gpu_commands.Setting("cpu", ("cuda",)))
+    environment = {**os.environ, **command.environment, gpu_library.NAMED: "/none.so"}
+    result = subprocess.run(command.argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert "not served: " in result.stdout
+    assert not command.read(result.stdout)["passed"]
 
 
 def test_traffic():
