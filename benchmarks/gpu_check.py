@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -228,17 +227,13 @@ def finish(run: Check, names: list[str]) -> int:
     except Held as held:
         print(f"stopped, the driver does not answer: {held}", flush=True)
         status = 1
-    except KeyboardInterrupt:
-        print("interrupted; what was measured is kept", flush=True)
-        status = 130
+    except gpu_process.Interrupted as interrupted:
+        print(f"interrupted by {interrupted}; what was measured is kept", flush=True)
+        status = interrupted.status
     run.record.save()
     print(f"\n{(run.record.folder / 'gpu_check.md').read_text()}")
     failed = any(run.record.failed(name) for name in names)
     return status or int(failed)
-
-
-def interrupt(signum: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -251,15 +246,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--commit", metavar="HASH", help="what is measured (default: as git says)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal on tiny shapes")
-    signal.signal(signal.SIGTERM, interrupt)
+    gpu_process.end_on_signals()
     try:
         return check(parser.parse_args(argv))
     except Refused as refused:
         print(f"gpu_check: {refused}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted before anything was measured", file=sys.stderr)
-        return 130
+    except gpu_process.Interrupted as interrupted:
+        print(f"interrupted by {interrupted}", file=sys.stderr)
+        return interrupted.status
 
 
 if __name__ == "__main__":

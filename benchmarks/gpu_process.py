@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -12,11 +13,16 @@ import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GRACE = 5.0
-"""Seconds in which SIGKILL ends a process, unless a call of the driver holds it."""
+GRACE = 20.0
+"""Seconds in which SIGKILL ends a process, unless a call of the driver holds it: tearing down a context in which a
+kernel still runs takes some."""
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
 MARK = "GRPO_KERNELS_GPU_CHECK_RUN"
 """In the environment of all that a run starts, and so of what that starts, in whatever session or group it is."""
 
@@ -37,7 +43,8 @@ class Ended:
         if self.code is None:
             return f"stopped at its deadline, after {self.seconds:.0f} s"
         if self.code < 0:
-            return f"killed by {signal.Signals(-self.code).name}"
+            known = -self.code in set(signal.Signals)
+            return f"killed by {signal.Signals(-self.code).name if known else f'signal {-self.code}'}"
         return f"exit status {self.code}" if self.code else ""
 
 
@@ -54,20 +61,60 @@ def run(
     """
     mark = uuid.uuid4().hex
     everything = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": _paths(), **(environment or {}), MARK: mark}
-    start = time.monotonic()
+    start, process = time.monotonic(), None
     try:
         with log.open("ab") as sink:
             # A group of its own: Ctrl-C reaches this process alone, which ends the others. Not a session of its own,
             # which would outlive this one where only the session is ended.
             process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT, cwd=ROOT,
-                                       env=everything, preexec_fn=os.setpgrp)  # fmt: skip
+                                       env=everything, preexec_fn=partial(_apart, os.getpid()))  # fmt: skip
         code = _polled(process.poll, seconds, tick)
         taken = time.monotonic() - start
     finally:
-        held = sweep(mark)
+        end = time.monotonic() + GRACE
+        try:
+            left = sweep(mark)
+        except KeyboardInterrupt:  # the one that end_on_signals lets through
+            sweep(mark)
+            raise
+        # A process that dies inside a call of the driver has no environment any more: only its parent still sees it.
+        gone = process is None or _polled(process.poll, end - time.monotonic(), lambda: None) is not None
         tick()
-    process.poll()
-    return Ended(code, taken, bool(held))
+    return Ended(code, taken, bool(left) or not gone)
+
+
+def _apart(parent: int) -> None:
+    os.setpgrp()
+    _end_with(parent)
+
+
+def _end_with(parent: int) -> None:
+    """In a child: the kernel kills it when its parent ends, however that ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
+
+
+class Interrupted(KeyboardInterrupt):
+    """By a signal, whose shell's exit status this has."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+def end_on_signals() -> None:
+    """The first signal that ends a program raises Interrupted; further ones, while it cleans up, are ignored. One that
+    is ignored already (nohup) stays so."""
+    for number in ENDING:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    for other in ENDING:
+        signal.signal(other, signal.SIG_IGN)
+    raise Interrupted(number)
 
 
 def _paths() -> str:
@@ -108,9 +155,9 @@ def fork(function: Callable[[], bool], seconds: float) -> Ended:
     sys.stdout.flush()
     sys.stderr.flush()
     start = time.monotonic()
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid == 0:
-        _child(function)
+        _child(function, parent)
     code: list[int] = []
 
     def poll() -> int | None:
@@ -129,10 +176,13 @@ def fork(function: Callable[[], bool], seconds: float) -> Ended:
     return Ended(ended, taken, held=not code)
 
 
-def _child(function: Callable[[], bool]) -> None:
+def _child(function: Callable[[], bool], parent: int) -> None:
     """Never returns, whatever happens: the parent's code is not the child's to run."""
     code = 2
     try:
+        for number in ENDING:
+            signal.signal(number, signal.SIG_DFL)
+        _end_with(parent)
         code = 0 if function() else 1
     except BaseException:
         traceback.print_exc()

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpu_rows
 import gpu_steps
 import torch  # before the forks; CUDA is first touched in one of them
-from gpu_process import Ended, fork
+from gpu_process import Ended, Interrupted, end_on_signals, fork
 from gpu_steps import Setting, Shape
 
 Step = tuple[str, Callable[[Setting], bool]]
@@ -139,7 +139,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not chosen:
         parser.error(f"no step is left; there are {'; '.join(name for name, _ in everything)}")
     setting = Setting(arguments.device, small, rows=arguments.rows)
-    return 1 if run(chosen, setting, arguments.seconds, not arguments.no_fork) else 0
+    end_on_signals()
+    try:
+        return 1 if run(chosen, setting, arguments.seconds, not arguments.no_fork) else 0
+    except Interrupted as interrupted:
+        print(f"interrupted by {interrupted}", flush=True)
+        return interrupted.status
 
 
 if __name__ == "__main__":

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import gpu_process
 import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(code: str) -> list[str]:
@@ -22,6 +25,7 @@ def python(code: str) -> list[str]:
         ("print('fine')", ""),
         ("raise SystemExit(7)", "exit status 7"),
         ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
+        ("import os; os.kill(os.getpid(), 40)", "killed by signal 40"),
         ("import time; time.sleep(60)", "stopped at its deadline"),
     ],
 )
@@ -89,3 +93,57 @@ def test_a_forked_function(function, code, capfd):
     assert (ended.code, ended.held) == (code, False)
     assert ended.seconds < 3
     assert ("ZeroDivisionError" in capfd.readouterr().err) == (code == 2)
+
+
+def test_a_process_that_dies_inside_the_driver(tmp_path, monkeypatch):
+    """It has no environment any more, so that it is not found by its mark, and it does not end."""
+    monkeypatch.setattr(gpu_process, "GRACE", 0.3)
+    monkeypatch.setattr(gpu_process, "_marked", lambda mark: [])
+    ended = gpu_process.run(python("import time; time.sleep(3)"), 0.2, tmp_path / "log")
+    assert str(ended).startswith("held by the driver")
+
+
+PARENT = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu_process
+from pathlib import Path
+log, pid = Path(sys.argv[1]), Path(sys.argv[2])
+code = f"import os, time; open({{str(pid)!r}}, 'w').write(str(os.getpid())); time.sleep(60)"
+def started():
+    pid.write_text(str(os.getpid()))
+    time.sleep(60)
+def again(mark):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return sweep(mark)
+sweep, how = gpu_process.sweep, sys.argv[3]
+if how == "a signal while it sweeps":
+    gpu_process.sweep = again
+gpu_process.end_on_signals()
+try:
+    if how == "fork":
+        gpu_process.fork(started, 60.0)
+    else:
+        gpu_process.run([sys.executable, "-c", code], 60.0, log)
+except gpu_process.Interrupted as interrupted:
+    raise SystemExit(interrupted.status)
+"""
+
+
+@pytest.mark.parametrize("how", ["run", "fork", "a signal while it sweeps"])
+@pytest.mark.parametrize("number", [*gpu_process.ENDING, signal.SIGKILL], ids=lambda number: number.name)
+def test_no_child_outlives_a_killed_parent(tmp_path, how, number):
+    """However it is killed, and a second time while it ends its children."""
+    pid = tmp_path / "pid"
+    parent = subprocess.Popen([*python(PARENT), str(tmp_path / "log"), str(pid), how])
+    assert until(lambda: pid.exists() and pid.read_text())
+    parent.send_signal(number)
+    assert parent.wait(10) == (-number if number == signal.SIGKILL else 128 + number)
+    assert until(lambda: not alive(int(pid.read_text())))
+
+
+def until(holds) -> bool:
+    end = time.monotonic() + 5
+    while not (found := holds()) and time.monotonic() < end:
+        time.sleep(0.02)
+    return bool(found)
