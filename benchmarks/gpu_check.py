@@ -10,8 +10,9 @@ to most risk); verify (presets against float64); suite (tests/test_cuda.py on th
 synccheck); limits (bandwidths); large (vocabularies up to 262,144, more than 2^31 elements); triton (its presets against
 float64); timing, from logits; traffic (bytes that kernels move, by ncu); linear, from hidden states. Where smoke
 fails the CUDA kernels' other parts are left out. Each part is a process with a deadline: one that hangs or faults takes
-no other with it, and nothing that was started outlives the run. What does not fit into --minutes is named before it
-begins. DIR gets gpu_check.json, written after every row, gpu_check.log and gpu_check.md, its table; no folder.
+no other with it, and nothing that was started outlives the run. What is not expected to fit into --minutes is
+named before it begins. Exit status: 0, all that was asked for passed, of the proof (smoke, verify, suite, large,
+sanitizer) nothing was left out or skipped; 1, something failed or lacks, which the last lines name; 2, refused. DIR gets gpu_check.json, written after every row, gpu_check.log and gpu_check.md, its table; no folder.
 --device cpu rehearses every line of smoke, and what else can run, over tests/cuda_emulator.
 """  # noqa: E501
 
@@ -158,14 +159,15 @@ def earlier_of(folder: Path | None) -> Results:
 
 
 def names_of(only: str | None) -> list[str]:
-    asked = list(PARTS) if only is None else only.split(",")
+    asked = list(PARTS) if only is None else [name.strip() for name in only.split(",")]
     if unknown := sorted(set(asked) - set(PARTS)):
         raise Refused(f"--only: there is no part {', '.join(unknown)}; there are {', '.join(PARTS)}")
     return [name for name in PARTS if name in asked]
 
 
 def fitting(names: Sequence[str], seconds: float) -> list[str]:
-    """Those that fit, as expected, in order; a shorter one may fit where a longer one does not."""
+    """Those that fit, as expected, in order; a shorter one may fit where a longer one does not. What runs is decided
+    when its turn comes, by the time that is left then."""
     chosen = []
     for name in names:
         if PARTS[name].expected <= seconds:
@@ -176,7 +178,7 @@ def fitting(names: Sequence[str], seconds: float) -> list[str]:
 
 def check_minutes(names: Sequence[str], minutes: float) -> None:
     needed = LOOK + LAST + PARTS[names[0]].expected
-    if 60 * minutes < needed:
+    if not 60 * minutes >= needed:  # nan is not
         raise Refused(f"--minutes {minutes:g} is less than {names[0]} needs: at least {needed / 60:.1f}")
 
 
@@ -213,17 +215,21 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def finish(run: Check, names: list[str]) -> int:
-    """Run what is still to do and fits; the exit status."""
+    """Run what is still to do; the exit status."""
     done = [name for name in names if run.record.passed(name, run.setting.backends)]
     todo = [name for name in names if name not in done]
     chosen = fitting(todo, run.left())
-    left_out = [name for name in todo if name not in chosen]
-    for words, some in (("passed before", done), ("to run", chosen), ("left out, there is no time for them", left_out)):
+    late = [name for name in todo if name not in chosen]
+    for words, some in (
+        ("passed before", done),
+        ("to run", chosen),
+        ("to run if others take less than expected", late),
+    ):
         print(f"{words}: {', '.join(some) or 'none'}", flush=True)
     status = 0
     try:
         run.record.save()
-        run.run(chosen)
+        run.run(todo)
     except Held as held:
         print(f"stopped, the driver does not answer: {held}", flush=True)
         status = 1
@@ -232,17 +238,25 @@ def finish(run: Check, names: list[str]) -> int:
         status = interrupted.status
     run.record.save()
     print(f"\n{(run.record.folder / 'gpu_check.md').read_text()}")
-    failed = any(run.record.failed(name) for name in names)
-    return status or int(failed)
+    unproven = [] if run.setting.rehearsal else run.record.unproven(names)
+    if unproven:
+        print(f"of the proof that was asked for there lacks: {', '.join(unproven)}", flush=True)
+    return status or int(bool(unproven) or any(run.record.failed(name) for name in names))
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("a folder is needed, '.' for this one")
+    return Path(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json, .log and .md")
+    parser.add_argument("--out", type=_folder, required=True, help="folder for gpu_check.json, .log and .md")
     parser.add_argument("--minutes", type=float, default=8.0, help="for the whole run (default: 8)")
     parser.add_argument("--only", metavar="PARTS", help=f"separated by commas, of {', '.join(PARTS)}")
     parser.add_argument(
-        "--resume", type=Path, metavar="DIR", help="the folder of an earlier run: passed parts are kept"
+        "--resume", type=_folder, metavar="DIR", help="the folder of an earlier run: passed parts are kept"
     )
     parser.add_argument("--commit", metavar="HASH", help="what is measured (default: as git says)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: a rehearsal on tiny shapes")

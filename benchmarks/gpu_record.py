@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,27 @@ PROOF = ("smoke", "verify", "suite", "large", "sanitizer")
 
 def proves_cuda(results: Results) -> bool:
     """Whether a run lets the CUDA kernels be the automatic choice on its GPU (PROVEN of backends/cuda.py)."""
-    parts = [results.get(name, {}) for name in PROOF]
-    passed = all(part.get("passed") is True and "cuda" in part["backends"] for part in parts)
-    one = all(part.get("made_with") == parts[0].get("made_with") for part in parts)
+    return not lacking(results)
+
+
+def lacking(results: Results) -> list[str]:
+    """What a run lacks of that proof, in words: every part of it, on these kernels, of one card, commit and library."""
+    lacks = {name: _unproven(results.get(name)) for name in PROOF}
     clean = {row["name"] for row in results.get("sanitizer", {}).get("rows", []) if row.get("passed")}
-    return passed and one and clean >= set(CHECKS)
+    if lacks["sanitizer"] is None and not clean >= set(CHECKS):
+        lacks["sanitizer"] = f"without {', '.join(check for check in CHECKS if check not in clean)}"
+    words = [f"{name} {why}" for name, why in lacks.items() if why is not None]
+    if not words and any(results[name]["made_with"] != results[PROOF[0]]["made_with"] for name in PROOF):
+        words.append("one card, commit and library")
+    return words
+
+
+def _unproven(part: dict[str, Any] | None) -> str | None:
+    if part is None:
+        return "was left out"
+    if part.get("passed") is not True:
+        return "was skipped" if "skipped" in part else "failed"
+    return None if "cuda" in part["backends"] else "was without the CUDA kernels"
 
 
 class Record:
@@ -50,6 +67,11 @@ class Record:
 
     def failed(self, name: str) -> bool:
         return self.results.get(name, {}).get("passed") is False
+
+    def unproven(self, names: Sequence[str]) -> list[str]:
+        """Those of the proof that were left out, skipped or failed, with the reason; on Triton alone is no reason."""
+        found = {name: self.results.get(name) for name in names if name in PROOF}
+        return [f"{name} {_unproven(part)}" for name, part in found.items() if part is None or not part.get("passed")]
 
     def begin(self, name: str, backends: tuple[str, ...]) -> dict[str, Any]:
         """A part that has not passed until it ends; rows of it that had are kept."""
@@ -87,7 +109,8 @@ def markdown(results: Results) -> str:
         if name in PARTS:
             seconds = f"{part['seconds']:.0f}" if "seconds" in part else ""
             lines.append(f"| {name} | {outcome(part)} | {seconds} |")
-    lines += ["", f"The CUDA kernels are proven here: {'yes' if proves_cuda(results) else 'no'}.", ""]
+    lacks = lacking(results)
+    lines += ["", f"The CUDA kernels are {'not ' * bool(lacks)}proven here{': ' * bool(lacks)}{'; '.join(lacks)}.", ""]
     lines += _bandwidths(results) + _kernels(results) + _traffic(results)
     for name in ("timing", "linear"):
         lines += _timing(results.get(name, {}))

@@ -65,14 +65,36 @@ def recorded(folder: Path) -> dict:
 
 
 def test_minutes_leave_parts_out(check, tmp_path):
-    """What does not fit is named before anything runs, a shorter part behind it may; the first must fit."""
+    """What is not expected to fit is named before anything runs, and left out when its turn comes and no time is left;
+    a shorter part behind it may run; the first must fit."""
     parts = {"smoke": part(script("")), "long": part(script(""), expected=500), "short": part(script(""), expected=30)}
     status, text = check(parts, "--minutes", "2")
     assert status == 0
-    assert "to run: smoke, short\nleft out, there is no time for them: long\nsmoke: " in text
+    assert "to run: smoke, short\nto run if others take less than expected: long\nsmoke: " in text
+    assert "long: left out, it takes about 500 s and " in text
     assert list(recorded(tmp_path / "out")) == ["environment", "smoke", "short"]
-    status, text = check({"long": parts["long"]}, "--minutes", "2")
+    status, text = check({"long": parts["long"]}, "--minutes", "2", out="other")
     assert (status, text) == (2, "gpu_check: --minutes 2 is less than long needs: at least 8.8\n")
+
+
+def test_a_part_that_takes_less_leaves_time(check, tmp_path):
+    """What was not expected to fit runs where it does after all."""
+    parts = {"smoke": part(script(""), expected=60), "timing": part(script(""), expected=60)}
+    status, text = check(parts, "--minutes", "2")
+    assert status == 0
+    assert "to run: smoke\nto run if others take less than expected: timing\n" in text
+    assert recorded(tmp_path / "out")["timing"]["passed"] is True
+
+
+def test_status_of_an_incomplete_proof(check):
+    """1 where a part of it that was asked for was left out or skipped, and the last line names it; not for timing."""
+    long, skipped = part(script(""), expected=500), Part("a test's", 1, 20, lambda setting: "no tool here", True)
+    for name, there, status in (("suite", long, 1), ("sanitizer", skipped, 1), ("timing", long, 0)):
+        found, text = check({"smoke": part(script("")), name: there}, "--minutes", "2", out=name)
+        assert found == status, text
+        last = f"of the proof that was asked for there lacks: {name} was "
+        assert text.splitlines()[-1].startswith(last) == bool(status)
+    assert check({"smoke": part(script("")), "timing": skipped}, "--only", "smoke", out="asked")[0] == 0
 
 
 def test_the_real_parts_fit():
@@ -268,6 +290,7 @@ def test_bad_input(check, tmp_path):
     for arguments, machine, words in (
         (("--only", "smoke,fast"), {}, "--only: there is no part fast; there are smoke, triton"),
         (("--minutes", "0.2"), {}, "--minutes 0.2 is less than smoke needs: at least 0.5"),
+        (("--minutes", "nan"), {}, "--minutes nan is less than smoke needs: at least 0.5"),
         (("--resume", str(tmp_path / "none")), {}, "none is no folder with the record of a run"),
         (("--resume", str(tmp_path / "broken")), {}, "broken is no folder with the record of a run"),
         (("--out", str(tmp_path / "file" / "out")), {}, "cannot be written"),
@@ -282,7 +305,9 @@ def test_bad_input(check, tmp_path):
         assert len(lines) == 1, text
         assert lines[0].startswith("gpu_check: ")
         assert words in lines[0]
-    status, _ = check(ran, "--only", "triton", gpu="NVIDIA A100", capability=[8, 0])
+    with pytest.raises(SystemExit, match="2"):
+        check(ran, "--out", "")
+    status, _ = check(ran, "--only", "triton, triton", gpu="NVIDIA A100", capability=[8, 0])
     assert status == 0
     assert recorded(tmp_path / "out")["triton"]["backends"] == ["triton"]
 
