@@ -12,13 +12,15 @@ float64); timing, from logits; traffic (bytes that kernels move, by ncu); linear
 fails the CUDA kernels' other parts are left out. Each part is a process with a deadline: one that hangs or faults takes
 no other with it, and nothing that was started outlives the run. What is not expected to fit into --minutes is
 named before it begins. Exit status: 0, all that was asked for passed, of the proof (smoke, verify, suite, large,
-sanitizer) nothing was left out or skipped; 1, something failed or lacks, which the last lines name; 2, refused. DIR gets gpu_check.json, written after every row, gpu_check.log and gpu_check.md, its table; no folder.
+sanitizer) nothing was left out or skipped; 1, something failed or lacks, which the last lines name; 2, refused. DIR gets gpu_check.json, written after every row, gpu_check.log and gpu_check.md, its table; it holds one run, which
+only --resume DIR goes on with.
 --device cpu rehearses every line of smoke, and what else can run, over tests/cuda_emulator.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import shlex
 import sys
@@ -27,15 +29,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import gpu_library
 import gpu_process
+import gpu_record
 import gpu_rows
 from gpu_commands import PARTS, ROWS, SECONDS, Command, Setting
 from gpu_machine import CUDA_CAPABILITY, Refused, check_gpu, commit, driver, look, prepare_emulator, prepare_library
+from gpu_process import say
 from gpu_record import Record, Results, outcome
 
 ROOT = Path(__file__).resolve().parent.parent
+LOG = "gpu_check.log"
+SAME = "card, commit or library"
 LOOK = 20
 """Seconds, as expected, to find out what is here."""
 LAST = 8.0
@@ -53,7 +60,7 @@ class Check:
 
     def __init__(self, record: Record, setting: Setting, end: float) -> None:
         self.record, self.setting, self.end = record, setting, end
-        self.log = record.folder / "gpu_check.log"
+        self.log = record.folder / LOG
 
     def left(self) -> float:
         return self.end - LAST - time.monotonic()
@@ -69,19 +76,17 @@ class Check:
         for name in names:
             part = PARTS[name]
             if part.cuda and "cuda" not in self.setting_of(name).backends:
-                print(f"{name}: left out, the smoke part failed", flush=True)
+                say(f"{name}: left out, the smoke part failed")
                 continue
             if self.left() < part.expected:
-                print(
-                    f"{name}: left out, it takes about {part.expected:.0f} s and {self.left():.0f} are left", flush=True
-                )
+                say(f"{name}: left out, it takes about {part.expected:.0f} s and {self.left():.0f} are left")
                 continue
             self.part(name)
 
     def part(self, name: str) -> None:
         part, setting, start = PARTS[name], self.setting_of(name), time.monotonic()
         seconds = min(part.deadline, self.left())
-        print(f"{name}: {part.what}; about {part.expected:.0f} s, at most {seconds:.0f}", flush=True)
+        say(f"{name}: {part.what}; about {part.expected:.0f} s, at most {seconds:.0f}")
         entry = self.record.begin(name, setting.backends)
         commands = part.commands(setting)
         if isinstance(commands, str):
@@ -89,14 +94,17 @@ class Check:
             commands = []
         try:
             for command in commands:
-                self.command(name, command, start + seconds - time.monotonic())
+                try:
+                    self.command(name, command, start + seconds - time.monotonic())
+                except OSError as error:  # no space is left for the log
+                    self.record.add(name, {"name": command.name, "passed": False, "how": f"not run: {error}"})
             if commands:
                 entry["passed"] = all(row.get("passed", True) or not row.get("gates", True) for row in entry["rows"])
             entry.pop("stopped")
         finally:
             entry["seconds"] = time.monotonic() - start
             self.record.save()
-        print(f"   {outcome(entry)}, {entry['seconds']:.0f} s", flush=True)
+        say(f"   {outcome(entry)}, {entry['seconds']:.0f} s")
 
     def command(self, part: str, command: Command, seconds: float) -> None:
         """What it finds is in the record at once, whatever becomes of it; at its end whether it passed."""
@@ -115,7 +123,7 @@ class Check:
                 for row in gpu_rows.read(file)[known:]:
                     known += 1
                     self.record.add(part, row)
-                    print(f"   {_line(row)}", flush=True)
+                    say(f"   {_line(row)}")
 
             given = {ROWS: str(file), SECONDS: f"{max(1.0, seconds - IMPORTS):.0f}"}
             argv = [given.get(argument, argument) for argument in command.argv]
@@ -127,9 +135,9 @@ class Check:
         passed = not str(ended) and figures.get("passed", True)
         row = {"name": command.name, "seconds": ended.seconds, "how": str(ended), **figures, "passed": passed}
         self.record.add(part, row if command.gates else {**row, "gates": False})
-        print(f"   {_line(row)}", flush=True)
+        say(f"   {_line(row)}")
         if not passed:
-            print("\n".join(f"   | {line}" for line in text.splitlines()[-15:]), flush=True)
+            say("\n".join(f"   | {line}" for line in text.splitlines()[-15:]))
         if ended.held or any("held by the driver" in row.get("how", "") for row in rows):
             raise Held(f"{part}, {command.name}: {ended or 'a step is held by the driver'}")
 
@@ -152,10 +160,29 @@ def earlier_of(folder: Path | None) -> Results:
     if folder is None:
         return {}
     try:
-        found: Results = json.loads((folder / "gpu_check.json").read_text())
+        return gpu_record.read(folder)
     except (OSError, ValueError) as error:
-        raise Refused(f"--resume {folder} is no folder with the record of a run (gpu_check.json): {error}") from error
-    return found
+        raise Refused(
+            f"--resume {folder} is no folder with the record of a run ({gpu_record.FILE}): {error}"
+        ) from error
+
+
+def lock(folder: Path, resume: Path | None) -> BinaryIO:
+    """The log of a run in a folder of its own or in that of the run that it resumes, as long as it is open."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        log = (folder / LOG).open("ab")
+    except OSError as error:
+        raise Refused(f"--out {folder} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise Refused(f"--out {folder} is another run's, which goes on; take another folder") from error
+    except OSError:
+        pass  # a file system without locks
+    if (folder / gpu_record.FILE).exists() and not (resume and resume.resolve() == folder.resolve()):
+        raise Refused(f"--out {folder} holds an earlier run: --resume {folder} goes on with it, or take another folder")
+    return log
 
 
 def names_of(only: str | None) -> list[str]:
@@ -186,13 +213,14 @@ def check(arguments: argparse.Namespace) -> int:
     start, names = time.monotonic(), names_of(arguments.only)
     check_minutes(names, arguments.minutes)
     earlier = earlier_of(arguments.resume)
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        log = arguments.out / "gpu_check.log"
-        log.write_text("")
-    except OSError as error:
-        raise Refused(f"--out {arguments.out} cannot be written: {error.strerror}") from error
-    print(f"looking at {arguments.device}, about {LOOK} s", flush=True)
+    with lock(arguments.out, arguments.resume):
+        return finish(prepared(arguments, names, earlier, start + 60 * arguments.minutes), names)
+
+
+def prepared(arguments: argparse.Namespace, names: Sequence[str], earlier: Results, end: float) -> Check:
+    """What is here, what of an earlier run is of the same, and until when."""
+    log = arguments.out / LOG
+    say(f"looking at {arguments.device}, about {LOOK} s")
     found = look(arguments.device, log)
     backends: tuple[str, ...] = ("cuda", "triton")
     if arguments.device == "cpu":
@@ -207,11 +235,12 @@ def check(arguments: argparse.Namespace) -> int:
     made = {"commit": arguments.commit or commit(), "library": gpu_library.sources(), "driver": driver()}
     record = Record(arguments.out, {**found, **made})
     if made["commit"] is None:
-        print("there is no .git and no --commit: a run that resumes this one will repeat all of it", flush=True)
+        say("there is no .git and no --commit: a run that resumes this one will repeat all of it")
     if other := record.resume(earlier):
-        print(f"made with another card, commit or library, not taken over: {', '.join(other)}", flush=True)
-    run = Check(record, Setting(arguments.device, backends), start + 60 * arguments.minutes)
-    return finish(run, names)
+        if arguments.resume.resolve() == arguments.out.resolve():
+            raise Refused(f"--out {arguments.out} holds {', '.join(other)} of another {SAME}: take another folder")
+        say(f"made with another {SAME}, not taken over: {', '.join(other)}")
+    return Check(record, Setting(arguments.device, backends), end)
 
 
 def finish(run: Check, names: list[str]) -> int:
@@ -225,22 +254,25 @@ def finish(run: Check, names: list[str]) -> int:
         ("to run", chosen),
         ("to run if others take less than expected", late),
     ):
-        print(f"{words}: {', '.join(some) or 'none'}", flush=True)
+        say(f"{words}: {', '.join(some) or 'none'}")
     status = 0
     try:
         run.record.save()
         run.run(todo)
     except Held as held:
-        print(f"stopped, the driver does not answer: {held}", flush=True)
+        say(f"stopped, the driver does not answer: {held}")
         status = 1
     except gpu_process.Interrupted as interrupted:
-        print(f"interrupted by {interrupted}; what was measured is kept", flush=True)
+        say(f"interrupted by {interrupted}; what was measured is kept")
         status = interrupted.status
     run.record.save()
-    print(f"\n{(run.record.folder / 'gpu_check.md').read_text()}")
+    say(f"\n{gpu_record.markdown(run.record.results)}")
+    if run.record.unsaved is not None:
+        say(f"the record could not be written: {run.record.unsaved}")
+        status = status or 1
     unproven = [] if run.setting.rehearsal else run.record.unproven(names)
     if unproven:
-        print(f"of the proof that was asked for there lacks: {', '.join(unproven)}", flush=True)
+        say(f"of the proof that was asked for there lacks: {', '.join(unproven)}")
     return status or int(bool(unproven) or any(run.record.failed(name) for name in names))
 
 

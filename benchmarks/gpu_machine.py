@@ -14,6 +14,7 @@ import gpu_library
 import gpu_process
 import gpu_rows
 from gpu_commands import PARTS, python
+from gpu_process import say
 
 ROOT = Path(__file__).resolve().parent.parent
 LOOK_DEADLINE = 60.0
@@ -79,7 +80,7 @@ def prepare_emulator(log: Path) -> None:
     """The library of a rehearsal, if the environment names none."""
     if os.environ.get(gpu_library.NAMED):
         return
-    print("building tests/cuda_emulator, about ten seconds", flush=True)
+    say("building tests/cuda_emulator, about ten seconds")
     argv = [sys.executable, "-c", "import cuda_emulator; print(cuda_emulator.build() or '')"]
     gpu_process.run(argv, BUILD_DEADLINE, log, {"PYTHONPATH": str(ROOT / "tests")})
     library = (log.read_text().splitlines() or [""])[-1]
@@ -98,7 +99,7 @@ def prepare_library(capability: Sequence[int], log: Path) -> None:
         gpu_library.check_buildable()
     except gpu_library.Unbuildable as error:
         raise Refused(f"the CUDA library cannot be used: {why}; nor built: {error}") from error
-    print(f"building the CUDA library for sm_{architecture} alone, about 20 s: {why}", flush=True)
+    say(f"building the CUDA library for sm_{architecture} alone, about 20 s: {why}")
     ended = gpu_process.run(python("gpu_library.py", str(architecture)), BUILD_DEADLINE, log)
     if str(ended):
         raise Refused(f"the CUDA library was not built ({ended}): {gpu_library.record().get('error', f'see {log}')}")

@@ -117,6 +117,14 @@ def _interrupt(number: int, frame: object) -> None:
     raise Interrupted(number)
 
 
+def say(text: str) -> None:
+    """At once. What reads the output may have ended (``| head``): the record and the log go on without it."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _paths() -> str:
     return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gpu_rows
 from gpu_cards import as_predicted, card_of, computed_ms
 from gpu_commands import CHECKS, PARTS
 from gpu_rows import Row
 
 Results = dict[str, dict[str, Any]]
+FILE = "gpu_check.json"
 PROOF = ("smoke", "verify", "suite", "large", "sanitizer")
 
 
@@ -45,6 +48,7 @@ class Record:
 
     def __init__(self, folder: Path, environment: dict[str, Any]) -> None:
         self.folder = folder
+        self.unsaved: str | None = None
         self.results: Results = {"environment": environment}
         self.made_with = {name: environment[name] for name in ("gpu", "commit", "library")}
 
@@ -87,15 +91,39 @@ class Record:
         self.save()
 
     def save(self) -> None:
-        _write(self.folder / "gpu_check.json", json.dumps(self.results, indent=1) + "\n")
-        _write(self.folder / "gpu_check.md", markdown(self.results))
+        """``unsaved`` says why this failed, if it did: a later one may not, and what is measured meanwhile is kept."""
+        try:
+            _write(self.folder / FILE, json.dumps(gpu_rows.finite(self.results), indent=1) + "\n")
+            _write(self.folder / "gpu_check.md", markdown(self.results))
+        except OSError as error:
+            self.unsaved = str(error)
+        else:
+            self.unsaved = None
 
 
 def _write(path: Path, text: str) -> None:
     """Never half a file, whenever this is killed."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text(text)
-    fresh.replace(path)
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        fresh.write_text(text)
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def read(folder: Path) -> Results:
+    """The results of an earlier run. Raises OSError where there are none, ValueError where they are not a run's."""
+    found = json.loads((folder / FILE).read_text())
+    if not isinstance(found, dict) or not all(_is_part(part) for name, part in found.items() if name in PARTS):
+        raise ValueError("it is not the record of a run")
+    return found
+
+
+def _is_part(part: object) -> bool:
+    if not isinstance(part, dict) or not isinstance(part.get("backends"), list):
+        return False
+    rows = part.get("rows")
+    return "passed" in part and isinstance(rows, list) and all(gpu_rows.is_row(row) for row in rows)
 
 
 # The table
@@ -189,7 +217,7 @@ def _timing(part: dict[str, Any]) -> list[str]:
                 continue
             bound = row["yardstick_ms"]
             cells = [row["name"], name, _number(found["step_ms"]), _number(computed if found["ours"] else None)]
-            cells += [_number(bound), f"{bound / found['step_ms']:.0%}", f"{found['gradient_error']:.0e}"]
+            cells += [_number(bound), f"{bound / found['step_ms']:.0%}", _number(found["gradient_error"], ".0e")]
             lines.append(f"| {' | '.join(cells)} |")
     missing = sorted({name for row in rows for name in row["missing"]})
     return [*lines, "", *([f"Not installed: {', '.join(missing)}.", ""] if missing else [])]
@@ -199,5 +227,5 @@ def _head(names: list[str]) -> list[str]:
     return [f"| {' | '.join(names)} |", "| --- " * len(names) + "|"]
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "" if value is None else format(value, form)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,36 @@ def write(path: Path | None, name: str, **figures: Any) -> None:
     """Append a row; it is on its way to the disk when this returns."""
     if path is not None:
         with path.open("a") as file:
-            file.write(json.dumps({"name": name, **figures}) + "\n")
+            file.write(json.dumps(finite({"name": name, **figures})) + "\n")
 
 
 def read(path: Path) -> list[Row]:
-    """Every whole line; one that is being written comes next time."""
+    """Every whole line; one that is being written comes next time, one that is no row is a row that failed."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = path.read_text(errors="replace").split("\n")[:-1]
+    return [_row(line, number) for number, line in enumerate(lines, 1)]
+
+
+def _row(line: str, number: int) -> Row:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        found = None
+    if is_row(found):
+        row: Row = found
+        return row
+    return {"name": f"line {number}", "passed": False, "how": f"it is no row: {line[:100]}"}
+
+
+def is_row(found: object) -> bool:
+    return isinstance(found, dict) and isinstance(found.get("name"), str)
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

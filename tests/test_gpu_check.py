@@ -199,7 +199,7 @@ def test_resume(check, tmp_path):
     assert found["smoke"] == recorded(tmp_path / "out")["smoke"]
     for other in ({"gpu": "NVIDIA H100 80GB HBM3"}, {"commit": "def"}):
         options = ("--commit", other["commit"]) if "commit" in other else ()
-        status, text = check(goes_on, *again, *options, out="third", **other)
+        status, text = check(goes_on, *again, *options, out=f"third {len(options)}", **other)
         assert "another card, commit or library, not taken over: smoke, timing" in text
         assert "to run: smoke, timing" in text
 
@@ -219,7 +219,7 @@ def test_resume_without_a_commit(check, tmp_path, monkeypatch):
     parts = {"smoke": part(script(""))}
     status, text = check(parts, "--commit", "")
     assert "there is no .git and no --commit" in text
-    assert "to run: smoke" in check(parts, "--commit", "", "--resume", str(tmp_path / "out"))[1]
+    assert "to run: smoke" in check(parts, "--commit", "", "--resume", str(tmp_path / "out"), out="second")[1]
 
 
 def test_resume_after_the_smoke_part_was_mended(check, tmp_path):
@@ -276,6 +276,62 @@ raise SystemExit(gpu_check.main(["--out", {str(tmp_path / "out")!r}]))
     ]
 
 
+@pytest.mark.parametrize("line", ["{", "[1]", "null", '{"ms": 1}', "\\udcff"])
+def test_a_row_that_is_none(check, tmp_path, line):
+    """It is a row that failed, and the part goes on."""
+    code = f"open(sys.argv[1], 'a', errors='surrogateescape').write({line!r} + chr(10))\nrow('next')"
+    assert check({"smoke": part(script(code))})[0] == 1
+    rows = recorded(tmp_path / "out")["smoke"]["rows"]
+    assert [row["name"] for row in rows] == ["line 1", "next", "all"]
+    assert rows[0]["how"].startswith("it is no row: ")
+
+
+def test_a_full_disk(check, tmp_path, monkeypatch):
+    """The run goes on, and says at its end that its record is not there; a later row may find space again."""
+    write = Path.write_text
+
+    def written(self, text, *rest):
+        if self.parent.name == "full":
+            raise OSError(28, "No space left on device")
+        return write(self, text, *rest)
+
+    monkeypatch.setattr(Path, "write_text", written)
+    status, text = check({"smoke": part(script("row('it ran')"))}, out="full")
+    assert status == 1
+    assert "   it ran\n" in text
+    assert "the record could not be written: [Errno 28] No space left on device" in text
+    assert not list((tmp_path / "full").glob("*.json*"))
+    monkeypatch.setattr(gpu_process, "run", lambda *rest: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    status, text = check({"smoke": part(script("")), "next": part(script(""))}, out="log")
+    assert status == 1
+    assert recorded(tmp_path / "log")["next"]["rows"] == [
+        {"name": "all", "passed": False, "how": "not run: [Errno 28] No space left on device"}
+    ]
+
+
+def test_earlier_results_are_not_lost(check, tmp_path):
+    """A folder holds one run: no other writes there, at the same time or later, nor that run with another commit."""
+    parts = {"smoke": part(script("row('it ran')"))}
+    assert check(parts)[0] == 0
+    out, before = tmp_path / "out", recorded(tmp_path / "out")
+    log = (out / "gpu_check.log").read_text()
+    for options, words in (
+        ((), "holds an earlier run: --resume"),
+        (("--resume", str(out), "--commit", "def"), "holds smoke of another card, commit or library: take another"),
+    ):
+        status, text = check(parts, *options)
+        assert status == 2
+        assert words in text
+        assert recorded(out) == before
+        assert (out / "gpu_check.log").read_text().startswith(log)
+    assert check({**parts, "next": part(script(""))}, "--resume", str(out))[0] == 0
+    assert recorded(out)["smoke"] == before["smoke"]
+    with gpu_check.lock(tmp_path / "other", None):
+        status, text = check(parts, out="other")
+    assert status == 2
+    assert "is another run's, which goes on" in text
+
+
 # What is refused
 
 
@@ -284,6 +340,9 @@ def test_bad_input(check, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "gpu_check.json").write_text("{")
+    for k, other in enumerate(([], None, {"smoke": 3}, {"smoke": {"passed": True, "backends": ["cuda"], "rows": [1]}})):
+        (tmp_path / f"other{k}").mkdir()
+        (tmp_path / f"other{k}" / "gpu_check.json").write_text(json.dumps(other))
     ran = {"smoke": part(script("row('it ran')"), cuda=True), "triton": part(script("row('it ran')"))}
     no_driver = {"torch": "2.11.0", "no_gpu": "Found no NVIDIA driver on your system."}
     too_old = {"torch": "2.11.0", "no_gpu": "The NVIDIA driver on your system is too old (found version 12020)."}
@@ -293,6 +352,7 @@ def test_bad_input(check, tmp_path):
         (("--minutes", "nan"), {}, "--minutes nan is less than smoke needs: at least 0.5"),
         (("--resume", str(tmp_path / "none")), {}, "none is no folder with the record of a run"),
         (("--resume", str(tmp_path / "broken")), {}, "broken is no folder with the record of a run"),
+        *((("--resume", str(tmp_path / f"other{k}")), {}, "it is not the record of a run") for k in range(4)),
         (("--out", str(tmp_path / "file" / "out")), {}, "cannot be written"),
         ((), no_driver, "no GPU is usable by torch 2.11.0: Found no NVIDIA driver on your system; --device cpu"),
         ((), too_old, "is too old (found version 12020); --device cpu rehearses without one"),

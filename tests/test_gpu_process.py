@@ -147,3 +147,25 @@ def until(holds) -> bool:
     while not (found := holds()) and time.monotonic() < end:
         time.sleep(0.02)
     return bool(found)
+
+
+def test_a_reader_that_ends(tmp_path):
+    """The run goes on without it, as `| head` leaves it; the status is its own."""
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+from gpu_process import say
+say("first")
+sys.stdin.readline()
+say("second")
+say("third")
+open({str(tmp_path / "ended")!r}, "w").close()
+raise SystemExit(7)
+"""
+    process = subprocess.Popen(python(code), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "first\n"
+    process.stdout.close()
+    process.stdin.write("go on\n")
+    process.stdin.close()
+    assert process.wait(10) == 7
+    assert (tmp_path / "ended").exists()
