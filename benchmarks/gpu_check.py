@@ -234,8 +234,11 @@ def prepared(arguments: argparse.Namespace, names: Sequence[str], earlier: Resul
             backends = ("triton",)
     made = {"commit": arguments.commit or commit(), "library": gpu_library.sources(), "driver": driver()}
     record = Record(arguments.out, {**found, **made})
-    if made["commit"] is None:
-        say("there is no .git and no --commit: a run that resumes this one will repeat all of it")
+    if not gpu_record.names_the_code(made["commit"]):
+        why = (
+            "there is no .git and no --commit" if made["commit"] is None else f"{made['commit']}: the tree was changed"
+        )
+        say(f"{why}: this proves nothing, and a run that resumes this one will repeat all of it")
     if other := record.resume(earlier):
         if arguments.resume.resolve() == arguments.out.resolve():
             raise Refused(f"--out {arguments.out} holds {', '.join(other)} of another {SAME}: take another folder")

@@ -44,14 +44,25 @@ def sources_hash(folder: str) -> str:
 
 def record() -> dict[str, str]:
     """What the build of the library that is used wrote beside it; empty without one."""
-    path = Path(os.environ.get(NAMED) or LIBRARY).with_suffix(".json")
-    found: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-    return found
+    try:
+        found = json.loads(_used().with_suffix(".json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
+
+
+def _used() -> Path:
+    return Path(os.environ.get(NAMED) or LIBRARY)
 
 
 def sources() -> str:
-    """A hash of the library's sources: those it was built from or, without a record, its file's name."""
-    return record().get("sources") or Path(os.environ.get(NAMED) or LIBRARY).name
+    """A hash of the library's sources: those it was built from or, without a record, of its file."""
+    if known := record().get("sources"):
+        return known
+    try:
+        return f"file {hashlib.sha256(_used().read_bytes()).hexdigest()}"
+    except OSError:
+        return f"no {_used().name}"
 
 
 def lacking(architecture: int) -> str | None:
@@ -63,7 +74,9 @@ def lacking(architecture: int) -> str | None:
     if record().get("sources") != sources_hash("cuda"):
         return "it was built from other sources than this tree's csrc/"
     built = record().get("architectures", "").split()
-    if not built or architecture < min(map(int, built)):  # its PTX, of the oldest, serves newer ones
+    portable = [int(name) for name in built if name.isdigit()]  # 90a serves 9.0 alone
+    # The PTX of the oldest serves newer ones.
+    if f"{architecture}a" not in built and (not portable or architecture < min(portable)):
         return f"it is built for sm_{', sm_'.join(built)} and this GPU is sm_{architecture}"
     return None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -48,15 +47,22 @@ def driver() -> str | None:
 
 
 def commit() -> str | None:
-    """As git knows it, marked where the tree differs."""
+    """As git knows it, marked where the tree differs; None where the tree is no checkout, or inside another's."""
+    top = _output(["git", "rev-parse", "--show-toplevel"])
+    if top is None or Path(top).resolve() != ROOT:
+        return None
     return _output(["git", "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"])
 
 
 def _output(command: list[str]) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
+    """What a command prints, not waited for where the driver holds it; None if it fails or says nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "output")
+        try:
+            ended = gpu_process.run(command, 20.0, file)
+        except OSError:
+            return None
+        return None if str(ended) else file.read_text(errors="replace").strip() or None
 
 
 def check_gpu(found: dict[str, Any], names: Sequence[str]) -> None:

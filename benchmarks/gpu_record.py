@@ -32,7 +32,14 @@ def lacking(results: Results) -> list[str]:
     words = [f"{name} {why}" for name, why in lacks.items() if why is not None]
     if not words and any(results[name]["made_with"] != results[PROOF[0]]["made_with"] for name in PROOF):
         words.append("one card, commit and library")
+    if not words and not names_the_code(commit := results[PROOF[0]]["made_with"]["commit"]):
+        words.append(f"a commit that names the code (it is {commit})")
     return words
+
+
+def names_the_code(commit: str | None) -> bool:
+    """Whether two runs with this commit measured the same: a tree that differs from its commit may do so twice."""
+    return bool(commit) and not str(commit).endswith("-dirty")
 
 
 def _unproven(part: dict[str, Any] | None) -> str | None:
@@ -58,7 +65,7 @@ class Record:
         for name in PARTS:
             if (part := earlier.get(name)) is None:
                 continue
-            if part.get("made_with") == self.made_with and self.made_with["commit"] is not None:
+            if part.get("made_with") == self.made_with and names_the_code(self.made_with["commit"]):
                 self.results[name] = part
             else:
                 other.append(name)

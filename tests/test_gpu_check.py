@@ -214,11 +214,17 @@ def test_resume_of_a_part_of_several_commands(check, tmp_path):
     assert [row["name"] for row in rows] == ["by memcheck", "memcheck", "racecheck"]
 
 
-def test_resume_without_a_commit(check, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "commit", lambda: None)
+def test_resume_of_other_code(check, tmp_path, monkeypatch):
+    """Two trees that differ from one commit may differ from each other; without a commit nothing is known."""
     parts = {"smoke": part(script(""))}
+    status, text = check(parts, "--commit", "abc-dirty", out="changed")
+    assert "abc-dirty: the tree was changed: this proves nothing" in text
+    resumed = check(parts, "--commit", "abc-dirty", "--resume", str(tmp_path / "changed"), out="again")[1]
+    assert "not taken over: smoke" in resumed
+    assert "to run: smoke" in resumed
+    monkeypatch.setattr(gpu_check, "commit", lambda: None)
     status, text = check(parts, "--commit", "")
-    assert "there is no .git and no --commit" in text
+    assert "there is no .git and no --commit: this proves nothing" in text
     assert "to run: smoke" in check(parts, "--commit", "", "--resume", str(tmp_path / "out"), out="second")[1]
 
 

@@ -13,6 +13,7 @@ import gpu_commands
 import gpu_library
 import gpu_machine
 import gpu_parts
+import gpu_process
 import pytest
 import torch
 from test_gpu_process import python
@@ -138,7 +139,7 @@ def library(monkeypatch, tmp_path):
 def test_library(library, monkeypatch, tmp_path):
     """Missing, of other sources, for other GPUs; and what is missing to build it."""
     assert "it is missing" in gpu_library.lacking(90)
-    assert gpu_library.sources() == "libgrpo_cuda.so"
+    assert gpu_library.sources() == "no libgrpo_cuda.so"
     library(sources="others", architectures="90 100")
     assert "other sources than this tree's" in gpu_library.lacking(90)
     mine = gpu_library.sources_hash("cuda")
@@ -148,6 +149,9 @@ def test_library(library, monkeypatch, tmp_path):
     library(sources=mine, architectures="90 100")
     assert gpu_library.lacking(90) is None
     assert gpu_library.sources() == mine
+    library(sources=mine, architectures="90a")
+    assert gpu_library.lacking(90) is None
+    assert gpu_library.lacking(100) == "it is built for sm_90a and this GPU is sm_100"
     monkeypatch.setenv("NVCC", str(tmp_path / "no nvcc"))
     library(sources=mine, architectures="100")
     with pytest.raises(gpu_machine.Refused, match=r"built for sm_100 and this GPU is sm_90; nor built: no nvcc found"):
@@ -155,6 +159,36 @@ def test_library(library, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "setuptools", None)
     with pytest.raises(gpu_library.Unbuildable, match="pip install setuptools"):
         gpu_library.check_buildable()
+
+
+def test_library_without_a_record(library, monkeypatch, tmp_path):
+    """One that the environment names is known by what is in it; a broken record is none."""
+    library()
+    for broken in ("{", "[1]", '{"sources": 3}'):
+        gpu_library.LIBRARY.with_suffix(".json").write_text(broken)
+        assert "other sources than this tree's" in gpu_library.lacking(90)
+    known = set()
+    for code in (b"one", b"two"):
+        (tmp_path / "named.so").write_bytes(code)
+        monkeypatch.setenv(gpu_library.NAMED, str(tmp_path / "named.so"))
+        known.add(gpu_library.sources())
+    assert len(known) == 2
+
+
+def test_commit(tmp_path, monkeypatch):
+    """A copy of the tree inside another repository has not that one's."""
+    inside = tmp_path / "copy"
+    inside.mkdir()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "first"]):
+        subprocess.run([*git, *command], check=True)
+    for module in (gpu_machine, gpu_process):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    assert len(gpu_machine.commit()) == 12
+    for module in (gpu_machine, gpu_process):
+        monkeypatch.setattr(module, "ROOT", inside)
+    assert gpu_machine.commit() is None
+    assert gpu_machine._output(["no such command"]) is None
 
 
 def test_library_that_fails_to_build(library, monkeypatch, tmp_path, capsys):

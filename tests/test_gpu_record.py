@@ -27,6 +27,9 @@ def test_what_proves_the_cuda_kernels():
                       {"made_with": {**MADE, "commit": "def"}}):  # fmt: skip
             assert not proves_cuda({**GREEN, name: {**GREEN[name], **other}}), (name, other)
         assert not proves_cuda({key: part for key, part in GREEN.items() if key != name})
+    for commit in (None, "", "abc-dirty"):
+        made = {name: {**GREEN[name], "made_with": {**MADE, "commit": commit}} for name in PROOF}
+        assert not proves_cuda({**GREEN, **made}), commit
     for rows in ([], GREEN["sanitizer"]["rows"][:2], [{**row, "passed": False} for row in GREEN["sanitizer"]["rows"]]):
         assert not proves_cuda({**GREEN, "sanitizer": {**GREEN["sanitizer"], "rows": rows}})
 
