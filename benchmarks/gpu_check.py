@@ -1,19 +1,28 @@
-"""Prove and time the GPU kernels on this machine in one command of eight minutes, without a network.
+"""Prove and time the GPU kernels on this machine in one command of nine minutes, without a network:
 
-Two commands, of which the second goes on where the first stopped (HASH: the commit, where there is no .git):
+    python3 benchmarks/gpu_check.py --out benchmarks/results/h200
 
-    timeout 590 python -u benchmarks/gpu_check.py --out check-1 --minutes 9 --commit HASH --only smoke,verify,suite,sanitizer
-    timeout 590 python -u benchmarks/gpu_check.py --out check-2 --minutes 9 --commit HASH --resume check-1
+Or in two commands, of which the second goes on where the first stopped. Where a rented machine brings back one folder,
+$OUT, and empties it before each command, copy its check-1 into the tree between them (HASH: the commit, where there is
+no .git):
 
-Or one: `python benchmarks/gpu_check.py --out benchmarks/results/h200`. Parts, in order: smoke (every kernel, from least
-to most risk); verify (presets against float64); suite (tests/test_cuda.py on the GPU); sanitizer (memcheck, racecheck,
-synccheck); limits (bandwidths); large (vocabularies up to 262,144, more than 2^31 elements); triton (its presets against
-float64); timing, from logits; traffic (bytes that kernels move, by ncu); linear, from hidden states. Where smoke
-fails the CUDA kernels' other parts are left out. Each part is a process with a deadline: one that hangs or faults takes
-no other with it, and nothing that was started outlives the run. What is not expected to fit into --minutes is
-named before it begins. Exit status: 0, all that was asked for passed, of the proof (smoke, verify, suite, large,
-sanitizer) nothing was left out or skipped; 1, something failed or lacks, which the last lines name; 2, refused. DIR gets gpu_check.json, written after every row, gpu_check.log and gpu_check.md, its table; it holds one run, which
-only --resume DIR goes on with.
+    timeout 490 python3 -u benchmarks/gpu_check.py --out $OUT/check-1 --minutes 7.8 --commit HASH --only smoke,verify,suite,sanitizer,limits,large
+    timeout 310 python3 -u benchmarks/gpu_check.py --out $OUT/check-2 --minutes 4.8 --commit HASH --resume check-1
+
+Parts, in order: smoke (every kernel, from least to most risk); verify (presets against float64); suite
+(tests/test_cuda.py on the GPU); sanitizer (memcheck, racecheck, synccheck of compute-sanitizer, which COMPUTE_SANITIZER
+may name; racecheck is a gate from 2026.3 on); limits (bandwidths); large (vocabularies up to 262,144, more than 2^31
+elements); triton (its presets against float64); timing, from logits; traffic (bytes that kernels move, by ncu); linear,
+from hidden states. Where smoke fails, the CUDA kernels' other parts are left out. Each part is a process with a
+deadline: one that hangs or faults takes no other with it, and nothing that was started outlives the run. What is not
+expected to fit into --minutes is named before it begins, and runs if the others leave time.
+
+DIR gets gpu_check.json, written after every row, gpu_check.md, its table, and gpu_check.log. It holds one run: only
+--resume of the same folder adds to it, with the same card, commit and library.
+
+Exit status 0: all that ran passed, and of the proof (smoke, verify, suite, sanitizer, large) nothing that was asked for
+was left out or skipped; 1: something failed or lacks, which the last lines name; 2: refused; 128 + N: signal N. Only the
+table says whether the CUDA kernels are proven here: --only verify can pass without.
 --device cpu rehearses every line of smoke, and what else can run, over tests/cuda_emulator.
 """  # noqa: E501
 
@@ -94,12 +103,9 @@ class Check:
             commands = []
         try:
             for command in commands:
-                try:
-                    self.command(name, command, start + seconds - time.monotonic())
-                except OSError as error:  # no space is left for the log
-                    self.record.add(name, {"name": command.name, "passed": False, "how": f"not run: {error}"})
+                self.command(name, command, start + seconds - time.monotonic())
             if commands:
-                entry["passed"] = all(row.get("passed", True) or not row.get("gates", True) for row in entry["rows"])
+                entry |= gpu_record.verdict(entry["rows"])
             entry.pop("stopped")
         finally:
             entry["seconds"] = time.monotonic() - start
@@ -111,7 +117,24 @@ class Check:
         rows = self.record.results[part]["rows"]
         if any(row["name"] == command.name and row.get("passed") for row in rows):
             return
-        seconds = min(command.seconds, seconds)
+        try:
+            ended, text = self.process(part, command, min(command.seconds, seconds))
+        except OSError as error:  # no space is left for the log
+            self.record.add(part, {"name": command.name, "passed": False, "how": f"not run: {error}"})
+            return
+        figures = command.read(text)
+        passed = not str(ended) and figures.get("passed", True)
+        row = {"name": command.name, "seconds": ended.seconds, "how": str(ended), **figures, "passed": passed}
+        self.record.add(part, row if command.gates else {**row, "gates": False})
+        say(f"   {_line(row)}")
+        if not passed:
+            say("\n".join(f"   | {line[:300]}" for line in text.splitlines()[-15:]))
+        if ended.held or any("held by the driver" in row.get("how", "") for row in rows):
+            raise Held(f"{part}, {command.name}: {ended or 'a step is held by the driver'}")
+
+    def process(self, part: str, command: Command, seconds: float) -> tuple[gpu_process.Ended, str]:
+        """Its end and its output; the rows that it measures are in the record at once."""
+        rows = self.record.results[part]["rows"]
         offset = self.log.stat().st_size if self.log.exists() else 0
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "rows")
@@ -130,16 +153,7 @@ class Check:
             with self.log.open("a") as log:
                 log.write(f"\n{part}, {command.name}: {shlex.join(argv)}\n")
             ended = gpu_process.run(argv, seconds, self.log, {**self.environment(part), **command.environment}, tick)
-        text = self.log.read_bytes()[offset:].decode(errors="replace")
-        figures = command.read(text)
-        passed = not str(ended) and figures.get("passed", True)
-        row = {"name": command.name, "seconds": ended.seconds, "how": str(ended), **figures, "passed": passed}
-        self.record.add(part, row if command.gates else {**row, "gates": False})
-        say(f"   {_line(row)}")
-        if not passed:
-            say("\n".join(f"   | {line}" for line in text.splitlines()[-15:]))
-        if ended.held or any("held by the driver" in row.get("how", "") for row in rows):
-            raise Held(f"{part}, {command.name}: {ended or 'a step is held by the driver'}")
+        return ended, self.log.read_bytes()[offset:].decode(errors="replace")
 
     def environment(self, part: str) -> dict[str, str]:
         """Without the CUDA library where the smoke part failed: automatic choice might take it."""
@@ -288,7 +302,7 @@ def _folder(text: str) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=_folder, required=True, help="folder for gpu_check.json, .log and .md")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for the whole run (default: 8)")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for the whole run (default: 9)")
     parser.add_argument("--only", metavar="PARTS", help=f"separated by commas, of {', '.join(PARTS)}")
     parser.add_argument(
         "--resume", type=_folder, metavar="DIR", help="the folder of an earlier run: passed parts are kept"

@@ -43,26 +43,15 @@ def look(device: str, log: Path) -> dict[str, Any]:
 
 def driver() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return _output(query)
+    return gpu_process.output(query)
 
 
 def commit() -> str | None:
     """As git knows it, marked where the tree differs; None where the tree is no checkout, or inside another's."""
-    top = _output(["git", "rev-parse", "--show-toplevel"])
+    top = gpu_process.output(["git", "rev-parse", "--show-toplevel"])
     if top is None or Path(top).resolve() != ROOT:
         return None
-    return _output(["git", "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"])
-
-
-def _output(command: list[str]) -> str | None:
-    """What a command prints, not waited for where the driver holds it; None if it fails or says nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "output")
-        try:
-            ended = gpu_process.run(command, 20.0, file)
-        except OSError:
-            return None
-        return None if str(ended) else file.read_text(errors="replace").strip() or None
+    return gpu_process.output(["git", "describe", "--always", "--dirty", "--exclude", "*", "--abbrev=12"])
 
 
 def check_gpu(found: dict[str, Any], names: Sequence[str]) -> None:

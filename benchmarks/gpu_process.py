@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import uuid
@@ -81,6 +82,17 @@ def run(
         gone = process is None or _polled(process.poll, end - time.monotonic(), lambda: None) is not None
         tick()
     return Ended(code, taken, bool(left) or not gone)
+
+
+def output(command: list[str]) -> str | None:
+    """What a command prints, not waited for where the driver holds it; None if it fails or says nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "output")
+        try:
+            ended = run(command, 20.0, file)
+        except OSError:
+            return None
+        return None if str(ended) else file.read_text(errors="replace").strip() or None
 
 
 def _apart(parent: int) -> None:

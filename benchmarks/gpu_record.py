@@ -10,7 +10,7 @@ from typing import Any
 
 import gpu_rows
 from gpu_cards import as_predicted, card_of, computed_ms
-from gpu_commands import CHECKS, PARTS
+from gpu_commands import CHECKS, PARTS, RACECHECK
 from gpu_rows import Row
 
 Results = dict[str, dict[str, Any]]
@@ -24,9 +24,11 @@ def proves_cuda(results: Results) -> bool:
 
 
 def lacking(results: Results) -> list[str]:
-    """What a run lacks of that proof, in words: every part of it, on these kernels, of one card, commit and library."""
+    """What a run lacks of that proof, in words: every part of it, on these kernels, of one card, commit and library.
+    A sanitizer's check that was no gate (racecheck of an old one) must have run, whatever it said."""
     lacks = {name: _unproven(results.get(name)) for name in PROOF}
-    clean = {row["name"] for row in results.get("sanitizer", {}).get("rows", []) if row.get("passed")}
+    rows = results.get("sanitizer", {}).get("rows", [])
+    clean = {row["name"] for row in rows if row.get("passed") or row.get("gates") is False}
     if lacks["sanitizer"] is None and not clean >= set(CHECKS):
         lacks["sanitizer"] = f"without {', '.join(check for check in CHECKS if check not in clean)}"
     words = [f"{name} {why}" for name, why in lacks.items() if why is not None]
@@ -35,6 +37,14 @@ def lacking(results: Results) -> list[str]:
     if not words and not names_the_code(commit := results[PROOF[0]]["made_with"]["commit"]):
         words.append(f"a commit that names the code (it is {commit})")
     return words
+
+
+def verdict(rows: Sequence[Row]) -> dict[str, Any]:
+    """Of a part, by its rows: passed, failed, or skipped where a tool cannot look at this device and no row failed."""
+    failed = [row for row in rows if not row.get("passed", True) and row.get("gates", True)]
+    if failed and all("skip" in row for row in failed):
+        return {"passed": None, "skipped": failed[0]["skip"]}
+    return {"passed": not failed}
 
 
 def names_the_code(commit: str | None) -> bool:
@@ -146,7 +156,7 @@ def markdown(results: Results) -> str:
             lines.append(f"| {name} | {outcome(part)} | {seconds} |")
     lacks = lacking(results)
     lines += ["", f"The CUDA kernels are {'not ' * bool(lacks)}proven here{': ' * bool(lacks)}{'; '.join(lacks)}.", ""]
-    lines += _bandwidths(results) + _kernels(results) + _traffic(results)
+    lines += _no_gates(results) + _bandwidths(results) + _kernels(results) + _traffic(results)
     for name in ("timing", "linear"):
         lines += _timing(results.get(name, {}))
     return "\n".join(lines).rstrip() + "\n"
@@ -161,6 +171,16 @@ def outcome(part: dict[str, Any]) -> str:
     broken = [f"{row['name']}{': ' * bool(row.get('how'))}{row.get('how', '')}" for row in part.get("rows", [])
               if not row.get("passed", True)]  # fmt: skip
     return f"**failed**{', stopped ' * bool(part.get('stopped'))}{part.get('stopped', '')}: {'; '.join(broken)}"
+
+
+def _no_gates(results: Results) -> list[str]:
+    rows = [row for row in results.get("sanitizer", {}).get("rows", []) if row.get("gates") is False]
+    first = ".".join(map(str, RACECHECK))
+    return [
+        f"{row['name']} of compute-sanitizer {row.get('tool')} {'passed' if row['passed'] else 'failed'}: "
+        f"it is no gate before {first}.\n"
+        for row in rows
+    ]
 
 
 def _copy(results: Results) -> float | None:

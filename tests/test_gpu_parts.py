@@ -36,7 +36,7 @@ def test_why_there_is_no_gpu(monkeypatch):
 
 def test_skipped_tests_prove_nothing():
     """Neither all of them nor those of one worker that found no library."""
-    assert gpu_commands.tests_run("....\n62 passed in 31.2s") == {"tests": 62, "skipped": 0, "passed": True}
+    assert gpu_commands.tests_run("....\n62 passed in 31.2s") == {"tests": 62, "tests_skipped": 0, "passed": True}
     other = "SKIPPED [1] tests/test_cuda.py:124: the device takes no clusters of 16\n"
     assert gpu_commands.tests_run(other + "61 passed, 1 skipped in 31.2s")["passed"]
     mine = "SKIPPED [5] tests/test_cuda.py:155: not served: it is missing\n"
@@ -69,7 +69,9 @@ def test_traffic():
     assert gpu_commands.moved_once(text(1.01))["passed"]
     assert not gpu_commands.moved_once(text(2.0))["passed"]
     assert gpu_commands.moved(text(2.0))["passed"]
-    assert not gpu_commands.moved("==ERROR== ERR_NVGPUCTRPERM")["passed"]
+    refused = gpu_commands.moved("==ERROR== ERR_NVGPUCTRPERM - no permission")
+    assert (refused["passed"], refused["skip"]) == (False, "ERROR== ERR_NVGPUCTRPERM - no permission")
+    assert "skip" not in gpu_commands.moved(text(2.0))
 
 
 def test_measured_rows(tmp_path):
@@ -188,7 +190,7 @@ def test_commit(tmp_path, monkeypatch):
     for module in (gpu_machine, gpu_process):
         monkeypatch.setattr(module, "ROOT", inside)
     assert gpu_machine.commit() is None
-    assert gpu_machine._output(["no such command"]) is None
+    assert gpu_process.output(["no such command"]) is None
 
 
 def test_library_that_fails_to_build(library, monkeypatch, tmp_path, capsys):

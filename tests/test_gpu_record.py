@@ -34,6 +34,14 @@ def test_what_proves_the_cuda_kernels():
         assert not proves_cuda({**GREEN, "sanitizer": {**GREEN["sanitizer"], "rows": rows}})
 
 
+def test_a_check_that_is_no_gate():
+    """It must have run; what it said is in the record."""
+    others = [row for row in GREEN["sanitizer"]["rows"] if row["name"] != "racecheck"]
+    old = {"name": "racecheck", "passed": False, "gates": False, "tool": "2025.3.1"}
+    for rows, proven in (([*others, old], True), (others, False), ([*others, {**old, "gates": True}], False)):
+        assert proves_cuda({**GREEN, "sanitizer": {**GREEN["sanitizer"], "rows": rows}}) is proven
+
+
 def test_predictions():
     """By the bytes and the card's own bandwidth; a card that nothing was computed for has none."""
     logits = 8192 * 151936 * 2

@@ -26,29 +26,15 @@ emulated = pytest.mark.skipif(not cuda.emulated(), reason="it needs the emulator
 
 
 @emulated
-def test_every_step_holds(tmp_path, capsys, monkeypatch):
-    """In this process, as under compute-sanitizer. Only the steps that say so have rows that begin between 16 bytes:
-    racecheck is a gate for the others."""
-    make, rows, aligned = gpu_steps.make, tmp_path / "rows", []
-
-    def seen(setting, shape, *rest, **options):
-        batch = make(setting, shape, *rest, **options)
-        logits = batch.rows.logits
-        place = logits.data_ptr() % 16 == 0 and logits.stride(1) * logits.element_size() % 16 == 0
-        aligned.append((sum("passed" in row for row in gpu_rows.read(rows)), place))
-        return batch
-
-    monkeypatch.setattr(gpu_steps, "make", seen)
+def test_every_step_holds(tmp_path, capsys):
+    """In this process, as under compute-sanitizer."""
+    rows = tmp_path / "rows"
     assert gpu_smoke.main(["--device", "cpu", "--no-fork", "--small", "--rows", str(rows)]) == 0
     names = [name for name, _ in gpu_smoke.steps(small=True)]
     assert [row["name"] for row in gpu_rows.read(rows) if "passed" in row] == names
     out = capsys.readouterr().out
     assert "every step held" in out
     assert out.index(f"{names[1]}\n") < out.index("1x512 bfloat16: log-prob error") < out.index(f"{names[2]}\n")
-    for k, name in enumerate(names[1:-1], 1):
-        places = [place for step, place in aligned if step == k]
-        assert places
-        assert all(places) == ("unaligned" not in name), name
 
 
 def onehot(rows, *_):
