@@ -128,14 +128,13 @@ class Check:
         self.record.add(part, row if command.gates else {**row, "gates": False})
         say(f"   {_line(row)}")
         if not passed:
-            say("\n".join(f"   | {line[:300]}" for line in text.splitlines()[-15:]))
+            say("\n".join(f"   | {line}" for line in gpu_process.last_lines(text, 15)))
         if ended.held or any("held by the driver" in row.get("how", "") for row in rows):
             raise Held(f"{part}, {command.name}: {ended or 'a step is held by the driver'}")
 
     def process(self, part: str, command: Command, seconds: float) -> tuple[gpu_process.Ended, str]:
         """Its end and its output; the rows that it measures are in the record at once."""
         rows = self.record.results[part]["rows"]
-        offset = self.log.stat().st_size if self.log.exists() else 0
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "rows")
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -152,8 +151,8 @@ class Check:
             argv = [given.get(argument, argument) for argument in command.argv]
             with self.log.open("a") as log:
                 log.write(f"\n{part}, {command.name}: {shlex.join(argv)}\n")
-            ended = gpu_process.run(argv, seconds, self.log, {**self.environment(part), **command.environment}, tick)
-        return ended, self.log.read_bytes()[offset:].decode(errors="replace")
+            environment = {**self.environment(part), **command.environment}
+            return gpu_process.logged(argv, seconds, self.log, environment, tick)
 
     def environment(self, part: str) -> dict[str, str]:
         """Without the CUDA library where the smoke part failed: automatic choice might take it."""

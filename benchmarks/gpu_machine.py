@@ -31,10 +31,10 @@ def look(device: str, log: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rows")
         argv = python("gpu_parts.py", "environment", "--device", device, "--rows", str(file))
-        ended = gpu_process.run(argv, LOOK_DEADLINE, log)
+        ended, text = gpu_process.logged(argv, LOOK_DEADLINE, log)
         rows = gpu_rows.read(file)
     if not rows:
-        last = (log.read_text(errors="replace").splitlines() or [""])[-1]
+        last = "".join(gpu_process.last_lines(text, 1))
         raise Refused(
             f"the GPU could not be looked at ({ended or 'nothing was found'}; {last}): nvidia-smi may say more"
         )
@@ -77,8 +77,8 @@ def prepare_emulator(log: Path) -> None:
         return
     say("building tests/cuda_emulator, about ten seconds")
     argv = [sys.executable, "-c", "import cuda_emulator; print(cuda_emulator.build() or '')"]
-    gpu_process.run(argv, BUILD_DEADLINE, log, {"PYTHONPATH": str(ROOT / "tests")})
-    library = (log.read_text().splitlines() or [""])[-1]
+    _, text = gpu_process.logged(argv, BUILD_DEADLINE, log, {"PYTHONPATH": str(ROOT / "tests")})
+    library = text.strip().rpartition("\n")[2]
     if not library.endswith(".so"):
         raise Refused("tests/cuda_emulator was not built: CXX must name a C++ compiler that knows _Float16")
     os.environ[gpu_library.NAMED] = library

@@ -16,11 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 20.0
 """Seconds in which SIGKILL ends a process, unless a call of the driver holds it: tearing down a context in which a
 kernel still runs takes some."""
+POLL = 0.01
+"""Seconds between looks at a process: what its time is known to."""
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
@@ -84,15 +87,28 @@ def run(
     return Ended(code, taken, bool(left) or not gone)
 
 
+def logged(argv: list[str], seconds: float, log: Path, *rest: Any) -> tuple[Ended, str]:
+    """``run``, and what was printed meanwhile."""
+    offset = log.stat().st_size if log.exists() else 0
+    ended = run(argv, seconds, log, *rest)
+    with log.open("rb") as file:
+        file.seek(offset)
+        return ended, file.read().decode(errors="replace")
+
+
+def last_lines(text: str, count: int) -> list[str]:
+    """None of which is longer than a screen takes."""
+    return [line[:300] for line in text.splitlines()[-count:]]
+
+
 def output(command: list[str]) -> str | None:
     """What a command prints, not waited for where the driver holds it; None if it fails or says nothing."""
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "output")
         try:
-            ended = run(command, 20.0, file)
+            ended, text = logged(command, 20.0, Path(folder, "output"))
         except OSError:
             return None
-        return None if str(ended) else file.read_text(errors="replace").strip() or None
+        return None if str(ended) else text.strip() or None
 
 
 def _apart(parent: int) -> None:
@@ -144,9 +160,12 @@ def _paths() -> str:
 def _polled(poll: Callable[[], int | None], seconds: float, tick: Callable[[], object]) -> int | None:
     """The exit status, None at the deadline."""
     end = time.monotonic() + seconds
-    while (code := poll()) is None and time.monotonic() < end:
-        tick()
-        time.sleep(0.1)
+    next_tick = 0.0
+    while (code := poll()) is None and (now := time.monotonic()) < end:
+        if now >= next_tick:
+            tick()
+            next_tick = now + 0.1
+        time.sleep(POLL)
     return code
 
 

@@ -50,6 +50,22 @@ open({str(pid)!r}, "w").write(str(child.pid))
     assert not alive(int(pid.read_text()))
 
 
+def test_what_a_process_prints(tmp_path):
+    """Of a log that others wrote to before; lines of a megabyte are cut."""
+    log = tmp_path / "log"
+    log.write_text("an earlier line\n")
+    ended, text = gpu_process.logged(python("print('x' * 10**6); print('end')"), 10.0, log)
+    assert (str(ended), len(text)) == ("", 10**6 + 5)
+    assert gpu_process.last_lines(text, 15) == ["x" * 300, "end"]
+    assert gpu_process.last_lines("", 1) == []
+
+
+def test_the_time_of_a_step_is_not_rounded():
+    """It was, to the next tenth of a second."""
+    found = [gpu_process.fork(lambda: time.sleep(0.13) is None, 5.0).seconds for _ in range(3)]
+    assert 0.13 <= min(found) < 0.19
+
+
 def alive(pid: int) -> bool:
     """Zombies, whose parent is gone or slow, do not count."""
     try:

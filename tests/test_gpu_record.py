@@ -62,6 +62,7 @@ def test_table():
     ours = {"step_ms": 1.3, "gradient_error": 2e-3, "ours": True}
     row = {"name": "8192×151936 bf16", "hidden": None, "kind": "all", "logits_bytes": times["logits_bytes"]}
     row |= {"yardstick_ms": 1.2, "missing": ["Liger"], "providers": {"ours": ours, "TRL": {"skipped": "too large"}}}
+    row["providers"]["peer"] = {**ours, "ours": False, "gradient_error": None}  # NaN, which JSON has not
     text = markdown({**GREEN, "smoke": smoke, "timing": {**GREEN["smoke"], "rows": [row]}})
     assert text.startswith("NVIDIA H200, driver 580, torch 2.11.0, triton 3.6.0, commit abc, library sources\n")
     assert "| smoke | passed | 61 |" in text
@@ -71,6 +72,7 @@ def test_table():
     assert "GB/s: copy 4290, assumed 4300." in text
     assert "| 8192x151936 bfloat16, k3 KL | 1.158 | 1.250 | 90% | yes | 1.300 | 0.700 | 5.03 |" in text
     assert "| 8192×151936 bf16 | ours | 1.300 | 1.158 | 1.200 | 92% | 2e-03 |" in text
+    assert "| 8192×151936 bf16 | peer | 1.300 |  | 1.200 | 92% |  |" in text
     assert "| 8192×151936 bf16 | TRL | too large | | | | |" in text
     assert "Not installed: Liger." in text
 

@@ -246,7 +246,7 @@ def test_chosen_steps(capsys):
 def test_rows_while_they_are_written(tmp_path):
     file = tmp_path / "rows"
     assert gpu_rows.read(file) == []
-    gpu_rows.write(file, "first", ms=1.5)
+    gpu_rows.write(file, "first", ms=1.5, errors=[float("nan"), {"of": float("inf")}])
     with file.open("a") as more:
         more.write(json.dumps({"name": "half a row"}))
-    assert gpu_rows.read(file) == [{"name": "first", "ms": 1.5}]
+    assert gpu_rows.read(file) == [{"name": "first", "ms": 1.5, "errors": [None, {"of": None}]}]
