@@ -98,7 +98,7 @@ def verify(*backends: str) -> Callable[[Setting], list[Command] | str]:
 
 
 def suite(setting: Setting) -> list[Command]:
-    argv = [sys.executable, "-m", "pytest", "-q", "-rs", "-x", "tests/test_cuda.py", "-m", "gpu and not nightly"]
+    argv = [sys.executable, "-m", "pytest", "-rs", "-x", "tests/test_cuda.py", "-m", "gpu and not nightly"]
     argv += ["--timeout", "40", "--timeout-method", "thread"]
     argv += ["-k", "one_bad_column"] if setting.rehearsal else ["-n", "12"]
     environment = {"GRPO_KERNELS_TEST_DEVICE": setting.device}
