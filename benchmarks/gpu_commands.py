@@ -44,14 +44,15 @@ class Command:
     seconds: float = float("inf")
     environment: dict[str, str] = field(default_factory=dict)
     gates: bool = True
-    """Whether the part fails with it."""
+    """Whether the part fails with it; what does not gate is shown and recorded all the same."""
     read: Callable[[str], dict[str, Any]] = lambda text: {}
     """Figures from what it printed; ``passed`` among them is another condition."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """``commands`` may be a reason why there are none. ``cuda``: it runs the CUDA kernels alone."""
+    """``commands`` may be a reason why there are none. ``cuda``: it runs the CUDA kernels alone, so that it is left out
+    where smoke has failed; other parts then run on Triton."""
 
     what: str
     expected: float
@@ -117,6 +118,8 @@ def tests_run(text: str) -> dict[str, Any]:
 
 
 CHECKS = ("memcheck", "racecheck", "synccheck")
+FOUND = 9
+"""Exit status of a check that found something; another is of the smoke script or of the tool."""
 SANITIZER = "COMPUTE_SANITIZER"
 """The environment's variable that names another compute-sanitizer than the one that is found."""
 RACECHECK = (2026, 3)
@@ -135,7 +138,16 @@ def sanitizer(setting: Setting) -> list[Command] | str:
     smoke = python("gpu_smoke.py", "--no-fork", "--small", "--skip", "races", "--skip", "times", "--patience", "60")
 
     def command(check: str) -> Command:
-        argv = [tool, "--tool", check, "--kernel-name", "kns=grpo", "--error-exitcode", "9", *options.get(check, [])]
+        argv = [
+            tool,
+            "--tool",
+            check,
+            "--kernel-name",
+            "kns=grpo",
+            "--error-exitcode",
+            f"{FOUND}",
+            *options.get(check, []),
+        ]
         gates = check != "racecheck" or version >= RACECHECK
         return Command(check, [*argv, *smoke], 80.0, gates=gates, read=partial(sanitized, version))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import gpu_rows
 from gpu_cards import as_predicted, card_of, computed_ms
-from gpu_commands import CHECKS, PARTS, RACECHECK
+from gpu_commands import CHECKS, FOUND, PARTS, RACECHECK
 from gpu_rows import Row
 
 Results = dict[str, dict[str, Any]]
@@ -25,10 +25,11 @@ def proves_cuda(results: Results) -> bool:
 
 def lacking(results: Results) -> list[str]:
     """What a run lacks of that proof, in words: every part of it, on these kernels, of one card, commit and library.
-    A sanitizer's check that was no gate (racecheck of an old one) must have run, whatever it said."""
+    A sanitizer's check that was no gate (racecheck of an old one) must have run to its end, whatever it found."""
     lacks = {name: _unproven(results.get(name)) for name in PROOF}
     rows = results.get("sanitizer", {}).get("rows", [])
-    clean = {row["name"] for row in rows if row.get("passed") or row.get("gates") is False}
+    ended = {"", f"exit status {FOUND}"}
+    clean = {row["name"] for row in rows if row.get("passed") or (row.get("gates") is False and row["how"] in ended)}
     if lacks["sanitizer"] is None and not clean >= set(CHECKS):
         lacks["sanitizer"] = f"without {', '.join(check for check in CHECKS if check not in clean)}"
     words = [f"{name} {why}" for name, why in lacks.items() if why is not None]

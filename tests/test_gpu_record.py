@@ -35,10 +35,17 @@ def test_what_proves_the_cuda_kernels():
 
 
 def test_a_check_that_is_no_gate():
-    """It must have run; what it said is in the record."""
+    """It must have run to its end; what it found is in the record."""
     others = [row for row in GREEN["sanitizer"]["rows"] if row["name"] != "racecheck"]
-    old = {"name": "racecheck", "passed": False, "gates": False, "tool": "2025.3.1"}
-    for rows, proven in (([*others, old], True), (others, False), ([*others, {**old, "gates": True}], False)):
+    old = {"name": "racecheck", "passed": False, "gates": False, "tool": "2025.3.1", "how": "exit status 9"}
+    slow, wrong = {**old, "how": "stopped at its deadline, after 80 s"}, {**old, "how": "exit status 1"}
+    for rows, proven in (
+        ([*others, old], True),
+        (others, False),
+        ([*others, slow], False),
+        ([*others, wrong], False),
+        ([*others, {**old, "gates": True}], False),
+    ):
         assert proves_cuda({**GREEN, "sanitizer": {**GREEN["sanitizer"], "rows": rows}}) is proven
 
 
