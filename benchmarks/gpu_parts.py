@@ -87,7 +87,7 @@ def linear(device: str, names: Sequence[str]) -> Rows:
     yield from gpu_timing.workloads(gpu_timing.hidden(device), names)
 
 
-PARTS: dict[str, Callable[[str, Sequence[str]], Rows]] = {
+MEASURED: dict[str, Callable[[str, Sequence[str]], Rows]] = {
     "large": large,
     "limits": limits,
     "timing": timing,
@@ -96,11 +96,11 @@ PARTS: dict[str, Callable[[str, Sequence[str]], Rows]] = {
 
 
 def run(rows: Rows, file: Path, seconds: float) -> bool:
-    """Whether every row that was measured holds, and all were; one begins only before the time is over."""
+    """Whether every row that was measured passed, and all were; one begins only before the time is over."""
     end = time.monotonic() + seconds
-    held = {row["name"] for row in gpu_rows.read(file) if row.get("passed", True)}
+    known = {row["name"] for row in gpu_rows.read(file) if row.get("passed", True)}
     for name, measure in rows:
-        if name in held:
+        if name in known:
             continue
         if time.monotonic() > end:
             print(f"no time is left for {name}", flush=True)
@@ -113,7 +113,7 @@ def run(rows: Rows, file: Path, seconds: float) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=["environment", *PARTS])
+    parser.add_argument("part", choices=["environment", *MEASURED])
     parser.add_argument("--device", required=True, choices=["cuda", "cpu"])
     parser.add_argument("--rows", required=True, type=Path)
     parser.add_argument("--seconds", type=float, default=60.0)
@@ -122,7 +122,7 @@ def main() -> int:
     if arguments.part == "environment":
         gpu_rows.write(arguments.rows, "environment", **environment(arguments.device))
         return 0
-    rows = PARTS[arguments.part](arguments.device, arguments.backend)
+    rows = MEASURED[arguments.part](arguments.device, arguments.backend)
     return 0 if run(rows, arguments.rows, arguments.seconds) else 1
 
 
