@@ -21,8 +21,8 @@ DIR gets gpu_check.json, written after every row, gpu_check.md, its table, and g
 --resume of the same folder adds to it, with the same card, commit and library.
 
 Exit status 0: all that ran passed, and of the proof (smoke, verify, suite, sanitizer, large) nothing that was asked for
-was left out or skipped; 1: something failed or lacks, which the last lines name; 2: refused; 128 + N: signal N. Only the
-table says whether the CUDA kernels are proven here: --only verify can pass without.
+was left out or skipped; 1: something failed or lacks, which the last lines name; 2: refused; 128 + N: signal N. The last
+line says whether the CUDA kernels are proven here: --only verify can pass without.
 --device cpu rehearses every line of smoke, and what else can run, over tests/cuda_emulator.
 """  # noqa: E501
 
@@ -289,6 +289,7 @@ def finish(run: Check, names: list[str]) -> int:
     unproven = [] if run.setting.rehearsal else run.record.unproven(names)
     if unproven:
         say(f"of the proof that was asked for there lacks: {', '.join(unproven)}")
+    say(gpu_record.proven(run.record.results))
     return status or int(bool(unproven) or any(run.record.failed(name) for name in names))
 
 

@@ -53,6 +53,14 @@ def names_the_code(commit: str | None) -> bool:
     return bool(commit) and not str(commit).endswith("-dirty")
 
 
+def proven(results: Results) -> str:
+    """A sentence: whether the CUDA kernels are, and what lacks."""
+    lacks = lacking(results)
+    return (
+        f"The CUDA kernels are not proven here: {'; '.join(lacks)}." if lacks else "The CUDA kernels are proven here."
+    )
+
+
 def _unproven(part: dict[str, Any] | None) -> str | None:
     if part is None:
         return "was left out"
@@ -155,8 +163,7 @@ def markdown(results: Results) -> str:
         if name in PARTS:
             seconds = f"{part['seconds']:.0f}" if "seconds" in part else ""
             lines.append(f"| {name} | {outcome(part)} | {seconds} |")
-    lacks = lacking(results)
-    lines += ["", f"The CUDA kernels are {'not ' * bool(lacks)}proven here{': ' * bool(lacks)}{'; '.join(lacks)}.", ""]
+    lines += ["", proven(results), ""]
     lines += _no_gates(results) + _bandwidths(results) + _kernels(results) + _traffic(results)
     for name in ("timing", "linear"):
         lines += _timing(results.get(name, {}))

@@ -87,13 +87,15 @@ def test_a_part_that_takes_less_leaves_time(check, tmp_path):
 
 
 def test_status_of_an_incomplete_proof(check):
-    """1 where a part of it that was asked for was left out or skipped, and the last line names it; not for timing."""
+    """1 where a part of it that was asked for was left out or skipped, and the last lines name it; not for timing."""
     long, skipped = part(script(""), expected=500), Part("a test's", 1, 20, lambda setting: "no tool here", True)
     for name, there, status in (("suite", long, 1), ("sanitizer", skipped, 1), ("timing", long, 0)):
         found, text = check({"smoke": part(script("")), name: there}, "--minutes", "2", out=name)
         assert found == status, text
         last = f"of the proof that was asked for there lacks: {name} was "
-        assert text.splitlines()[-1].startswith(last) == bool(status)
+        *_, asked, proven = text.splitlines()
+        assert asked.startswith(last) == bool(status)
+        assert proven.startswith("The CUDA kernels are not proven here: ")
     assert check({"smoke": part(script("")), "timing": skipped}, "--only", "smoke", out="asked")[0] == 0
 
 
