@@ -267,7 +267,7 @@ def test_kernels_compile_without_spills(target):
         allowed = 2 if (target, line["dtype"], line["vocab"]) == ("gfx942", "fp32", 32000) else 0
         allowed = 8 if triton_version() >= (3, 8) and target != "gfx942" else allowed
         if line["constants"].get("HELD") and line["constants"]["ALIGNMENT"] < 8:
-            allowed = 280
+            allowed = 24
         assert line["dtype"] == "fp64" or line["spills"] <= allowed, line
         if "chunk" not in line["kernel"]:
             assert line["sums_of"] in ([], [2]), line  # no order of sums is the compiler's: see rows.lane_sums

@@ -97,12 +97,15 @@ def sums_of(ttgir: str) -> list[int]:
     return sorted({int(shape.split("x")[int(axis)]) for axis, body, shape in found if "arith.addf" in body})
 
 
-def row_constants(dtype: torch.dtype, vocab: int, target: str, softcap: bool = False, shift: int = 0) -> dict[str, Any]:
+def row_constants(
+    dtype: torch.dtype, vocab: int, target: str, softcap: bool = False, shift: int = 0, one_pass: bool = False
+) -> dict[str, Any]:
     """Of a launch for contiguous rows that begin ``shift`` elements off 16 bytes."""
+    constants_of = launch.one_pass_constants if one_pass else launch.row_constants
     logits = torch.empty(shift + 2 * 3 * vocab, dtype=dtype, device="meta")[shift:].view(2, 3, vocab)
     none = torch.empty(0)
     blocks = blocks_for(vocab, dtype, softcap, target)
-    return launch.row_constants(Rows(logits, none, none, none, softcap), blocks)
+    return constants_of(Rows(logits, none, none, none, softcap), blocks)
 
 
 UNALIGNED = [(32008, 0), (32004, 0), (32002, 0), (32001, 0), (32000, 1)]
@@ -126,8 +129,8 @@ def plain(target: str) -> None:
 def _kernels_of_rows(dtype: torch.dtype, vocab: int, target: str, shift: int = 0) -> None:
     blocks, row = blocks_for(vocab, dtype, target=target), row_constants(dtype, vocab, target, shift=shift)
     report(forward.log_probs_kernel, dtype, vocab, target, **row)
-    held = blocks.held(vocab)
-    report(one_pass.one_pass_kernel, dtype, vocab, target, ("entropy_weight",), HELD=held, **row, **GRPO)
+    held = row_constants(dtype, vocab, target, shift=shift, one_pass=True)
+    report(one_pass.one_pass_kernel, dtype, vocab, target, ("entropy_weight",), **held, **GRPO)
     size = {name: value for name, value in row.items() if name not in ("SPAN", "SWEEP", "STAGES")}
     report(gradient.gradient_kernel, dtype, vocab, target, ("grad_entropy",), **size)
     if vocab > blocks.span:
@@ -156,9 +159,8 @@ def variants(target: str) -> None:
 
 
 def _one_pass(target: str, vocab: int, absent: tuple[str, ...], softcap: bool, spec: dict[str, int]) -> None:
-    held = blocks_for(vocab, torch.bfloat16, softcap, target).held(vocab)
-    row = row_constants(torch.bfloat16, vocab, target, softcap)
-    report(one_pass.one_pass_kernel, torch.bfloat16, vocab, target, absent, HELD=held, **row, **spec)
+    row = row_constants(torch.bfloat16, vocab, target, softcap, one_pass=True)
+    report(one_pass.one_pass_kernel, torch.bfloat16, vocab, target, absent, **row, **spec)
 
 
 def keys(target: str) -> None:

@@ -126,7 +126,7 @@ def fused_loss(
     outputs = (log_prob, entropy, anchor, log_sum, policy, kl, flags, rollout_weight)
     arguments = (*launch.row_arguments(rows), *per_row, *outputs, *launch.out_arguments(out))
     sizes = (rows.token_ids.shape[1], rows.vocab)
-    constants = launch.row_constants(rows, blocks, out) | _spec_constants(spec) | {"HELD": blocks.held(rows.vocab)}
+    constants = launch.one_pass_constants(rows, blocks, out) | _spec_constants(spec)
     count, device = rows.token_ids.numel(), rows.logits.device
     launch.launch(one_pass.one_pass_kernel, count, device, *arguments, *sizes, **constants)
 

@@ -57,6 +57,16 @@ def row_constants(rows: Rows, blocks: Blocks, *written: Tensor) -> dict[str, Any
     return sizes | {"SOFTCAP": rows.softcap} | vector_constants(rows.logits, *written)
 
 
+def one_pass_constants(rows: Rows, blocks: Blocks, *written: Tensor) -> dict[str, Any]:
+    """Of the kernel that may hold a row's blocks in registers. On addresses that 8 bytes do not divide it takes twice
+    the warps: a vector is several loads there, and with all of them under way 16 warps spill some 300 bytes a thread
+    (measured by tests/triton_offline.py). The order of sums is SWEEP's, not the warps'."""
+    constants = row_constants(rows, blocks, *written) | {"HELD": blocks.held(rows.vocab)}
+    if constants["HELD"] and constants["ALIGNMENT"] < 8:
+        constants["warps"] *= 2
+    return constants
+
+
 def vector_constants(*tensors: Tensor) -> dict[str, int]:
     """ALIGNMENT: bytes, at most 16, at whose multiples all rows of the tensors (shaped like logits) begin; VECTOR:
     columns, at most as many as fit 16 bytes, that divide a row."""
