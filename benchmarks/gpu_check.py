@@ -1,4 +1,4 @@
-"""Prove and time the GPU kernels on this machine in one command of nine minutes, without a network:
+"""Prove and time the GPU kernels on this machine in one command of eight minutes, without a network:
 
     python3 benchmarks/gpu_check.py --out benchmarks/results/h200
 
@@ -302,7 +302,7 @@ def _folder(text: str) -> Path:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=_folder, required=True, help="folder for gpu_check.json, .log and .md")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for the whole run (default: 9)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for the whole run (default: 8)")
     parser.add_argument("--only", metavar="PARTS", help=f"separated by commas, of {', '.join(PARTS)}")
     parser.add_argument(
         "--resume", type=_folder, metavar="DIR", help="the folder of an earlier run: passed parts are kept"
