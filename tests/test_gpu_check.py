@@ -17,7 +17,7 @@ import gpu_process
 import pytest
 from gpu_commands import PARTS, ROWS, Command, Part
 from gpu_record import PROOF
-from test_gpu_process import alive, python
+from test_gpu_process import alive, defaults, python
 
 ROOT = Path(__file__).resolve().parent.parent
 H200 = {"gpu": "NVIDIA H200", "capability": [9, 0], "triton_refused": None, "torch": "2.11.0", "triton": "3.6.0"}
@@ -262,7 +262,8 @@ gpu_commands.PARTS.clear()
 gpu_commands.PARTS["part"] = Part("a test's", 1, 60, lambda setting: [command])
 raise SystemExit(gpu_check.main(["--out", {str(tmp_path / "out")!r}]))
 """
-    process = subprocess.Popen(python(code), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(python(code), **pipes, preexec_fn=defaults)
     end = time.monotonic() + 30
     while time.monotonic() < end:
         file = tmp_path / "out" / "gpu_check.json"

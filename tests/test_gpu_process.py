@@ -19,6 +19,12 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
+def defaults() -> None:
+    """In a child: what nohup and shells in the background leave ignored ends it again."""
+    for number in gpu_process.ENDING:
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     ("code", "words"),
     [
@@ -151,7 +157,7 @@ except gpu_process.Interrupted as interrupted:
 def test_no_child_outlives_a_killed_parent(tmp_path, how, number):
     """However it is killed, and a second time while it ends its children."""
     pid = tmp_path / "pid"
-    parent = subprocess.Popen([*python(PARENT), str(tmp_path / "log"), str(pid), how])
+    parent = subprocess.Popen([*python(PARENT), str(tmp_path / "log"), str(pid), how], preexec_fn=defaults)
     assert until(lambda: pid.exists() and pid.read_text())
     parent.send_signal(number)
     assert parent.wait(10) == (-number if number == signal.SIGKILL else 128 + number)
