@@ -199,13 +199,19 @@ def environment(setting: Setting) -> bool:
     return not spilled
 
 
+def scored(setting: Setting, shape: Shape, live: Tensor | None = None) -> tuple[Batch, list[Tensor]]:
+    """A batch (``make``) and its log-probs, entropies, anchors and sums, when the kernel has ended."""
+    batch = make(setting, shape, live)
+    found = log_probs(batch)
+    wait(setting, f"log_probs {shape}" + ("" if live is None else f", {int(live.sum())} live rows"))
+    return batch, found
+
+
 def sums(setting: Setting, *shapes: Shape) -> bool:
     """Log-probs alone: loads, rings, no cluster."""
     holds = True
     for shape in shapes:
-        batch = make(setting, shape)
-        found = log_probs(batch)
-        wait(setting, f"log_probs {shape}")
+        batch, found = scored(setting, shape)
         holds &= check_log_probs(batch, found[0], str(shape))
     return holds
 
@@ -220,9 +226,7 @@ def gradients(setting: Setting, *shapes: Shape) -> bool:
     """The backward of log-probs: bulk stores, no cluster."""
     holds = True
     for shape in shapes:
-        batch = make(setting, shape)
-        found = log_probs(batch)
-        wait(setting, f"log_probs {shape}")
+        batch, found = scored(setting, shape)
         slope = torch.randn_like(found[0]) * (batch.weight if batch.weight > 1 else 1)
         before = batch.rows.logits.clone()
         holds &= both_places(batch, partial(_backward, setting, shape, batch, found, slope, before))
@@ -245,9 +249,7 @@ def one_pass(setting: Setting, *shapes: Shape) -> bool:
     """Loss and gradient in one launch: clusters, exchange between blocks. Log-probs have the bits of log_probs."""
     holds = True
     for shape in shapes:
-        batch = make(setting, shape)
-        found = log_probs(batch)
-        wait(setting, f"log_probs {shape}")
+        batch, found = scored(setting, shape)
         holds &= check_log_probs(batch, found[0], str(shape))
         before = batch.rows.logits.clone()
         holds &= both_places(batch, partial(_fused, setting, shape, batch, found, before))
@@ -275,9 +277,7 @@ def dead_rows(setting: Setting, *shapes: Shape) -> bool:
         live = torch.zeros(1, shape.tokens, dtype=torch.bool, device=setting.device)
         live[0, 3::7] = True
         for some in (live, torch.zeros_like(live)):
-            batch = make(setting, shape, some)
-            found = log_probs(batch)
-            wait(setting, f"log_probs {shape}, {int(some.sum())} live rows")
+            batch, found = scored(setting, shape, some)
             out = gradient_like(batch.rows.logits).fill_(float("nan"))
             if some.any():
                 holds &= _fused(setting, shape, batch, found, batch.rows.logits, out)
