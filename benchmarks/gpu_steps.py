@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.backends import Request, cuda, native
-from grpo_kernels.config import LossConfig
-from grpo_kernels.kl import KL
-from grpo_kernels.memory import gradient_like
-from grpo_kernels.rows import Rows
-from grpo_kernels.spec import LogitArgs, numbers_vector, objective_spec
+from grpo_kernels.backends.contract import Rows
+from grpo_kernels.backends.memory import gradient_like
+from grpo_kernels.backends.spec import LogitArgs, numbers_vector, objective_spec
+from grpo_kernels.objectives.config import LossConfig
+from grpo_kernels.objectives.kl import KL
 
 BETA = 0.04
 COPIED = 2**31

@@ -20,7 +20,7 @@ from grpo_kernels.bench import report
 from grpo_kernels.bench.measure import run
 from grpo_kernels.bench.providers import Provider
 from grpo_kernels.bench.workload import Spec, Workload
-from grpo_kernels.config import LossConfig
+from grpo_kernels.objectives.config import LossConfig
 
 CLIP = "Clip()"
 SURROGATES = (Clip(), Reinforce(), Unclipped(), Cispo(), Sapo(), DppoTV(), DppoTV(cap=3.0), DppoKL(), Dro(0.1))

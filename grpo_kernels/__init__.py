@@ -1,22 +1,23 @@
 """Fused GRPO-family policy losses: log-softmax, ratio, clip, KL, gradient and metrics in one pass over the logits."""
 
 from . import advantages, hf, reference
-from .advantages import value_loss
-from .aggregation import Normalizer, normalizer
-from .config import LossConfig
-from .kl import KL
+from . import surrogates as surrogates
+from .calls.outputs import LossOutput, TokenLogProbs
+from .calls.routes import Route
+from .calls.support import MinP, TopK, TopP
+from .calls.tokens import align
 from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
 from .loss import GRPOLoss, grpo_loss
 from .matching import MatchReport, match, shadow
-from .metrics import Metrics
-from .outputs import LossOutput, TokenLogProbs
-from .rollout import MaskedIS, OffPolicyMask, Rejection, TruncatedIS
-from .routes import Route
-from .rows import align
-from .support import MinP, TopK, TopP
-from .surrogates import Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, Reinforce, Sapo, Surrogate, Unclipped, Vespo
-from .surrogates.registration import register_surrogate
+from .objectives.advantages import value_loss
+from .objectives.aggregation import Normalizer, normalizer
+from .objectives.config import LossConfig
+from .objectives.kl import KL
+from .objectives.metrics import Metrics
+from .objectives.rollout import MaskedIS, OffPolicyMask, Rejection, TruncatedIS
+from .objectives.surrogates import Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, Reinforce, Sapo, Surrogate, Unclipped, Vespo
+from .objectives.surrogates.registration import register_surrogate
 
 __version__ = "0.1.1"
 

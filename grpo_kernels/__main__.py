@@ -8,10 +8,11 @@ import sys
 
 def main(argv: list[str] | None = None) -> int:
     """Parse and run; the exit status."""
-    from . import info, verify
+    from . import info
     from .bench import command as bench
     from .matching import command as match
     from .training import loop
+    from .verification import verify
 
     parser = argparse.ArgumentParser(prog="python -m grpo_kernels", description="Fused GRPO-family policy losses.")
     commands = parser.add_subparsers(dest="command", required=True)

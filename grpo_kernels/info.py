@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from . import backends, records
+from . import backends
 from .backends import cpu, cuda, native
-from .config import LossConfig
-from .head import cpu_bf16_instructions
-from .surrogates import BUILT_IN
+from .calls.head import cpu_bf16_instructions
+from .objectives.config import LossConfig
+from .objectives.surrogates import BUILT_IN
+from .verification import records
 
 PACKAGES = ("torch", "triton", "transformers", "numpy", "trl", "liger-kernel")
 

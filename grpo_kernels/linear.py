@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, ops
-from .aggregation import Normalizer
-from .checks import asked_to_look, check_scalar
-from .chunks import CHUNK_BYTES, LiveRows, chunk_rows
-from .config import LossConfig
-from .head import Wants, head_kind, operand_dtype
-from .inputs import (
+from .backends import ops
+from .backends.contract import Rows
+from .backends.spec import NUMBERS, LogitArgs, ObjectiveSpec
+from .calls import autograd
+from .calls.chunks import CHUNK_BYTES, LiveRows, chunk_rows
+from .calls.head import Wants, head_kind, operand_dtype
+from .calls.inputs import (
     LossInputs,
     Tokens,
     check_ids,
@@ -32,16 +32,19 @@ from .inputs import (
     read_batch,
     read_linear_tokens,
 )
+from .calls.modules import LossModule
+from .calls.outputs import LossOutput, TokenLogProbs
+from .calls.routes import Require, check_require, one_pass_spec, route_of
+from .calls.terms import Records, TokenBatch, fast_token_terms, pools, reduce_records
 from .loss import announced_scale
-from .maths import weighed
-from .metrics import Metrics
-from .modules import LossModule
-from .objective import Records, TokenBatch, fast_token_terms, pools, reduce_records
-from .outputs import LossOutput, TokenLogProbs
-from .presets import resolve_config
-from .routes import Require, check_require, one_pass_spec, route_of
-from .rows import Rows, Sequences
-from .spec import NUMBERS, LogitArgs, ObjectiveSpec
+from .objectives.aggregation import Normalizer
+from .objectives.checks import asked_to_look, check_scalar
+from .objectives.compiler import outside_graphs
+from .objectives.config import LossConfig
+from .objectives.maths import weighed
+from .objectives.metrics import Metrics
+from .objectives.presets import resolve_config
+from .objectives.sequences import Sequences
 
 Visit = Callable[[Rows, int, int], None]
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -49,7 +52,7 @@ HeadTensors = tuple[Tensor, Tensor, Tensor | None]
 """Hidden states, weight, bias."""
 
 
-@torch.compiler.disable
+@outside_graphs
 def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -139,7 +142,7 @@ def linear_grpo_loss(
     return LossOutput(sweep.valid(loss), Metrics(sweep.valid(metrics.vector)), log_probs, entropy, route)
 
 
-@torch.compiler.disable
+@outside_graphs
 def linear_token_log_probs(
     hidden: Tensor,
     weight: Tensor,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import autograd, ops
-from .checks import check_inplace
-from .inputs import check_contents, check_logit_args, choose_backend, read_tokens
-from .outputs import TokenLogProbs
-from .routes import Require, check_require, route_of
-from .spec import LogitArgs
-from .support import Support, check_not_inplace, supported_log_probs
+from .backends import ops
+from .backends.spec import LogitArgs
+from .calls import autograd
+from .calls.arguments import check_inplace
+from .calls.inputs import check_contents, check_logit_args, choose_backend, read_tokens
+from .calls.outputs import TokenLogProbs
+from .calls.routes import Require, check_require, route_of
+from .calls.support import Support, check_not_inplace, supported_log_probs
 
 
 def token_log_probs(

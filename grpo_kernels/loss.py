@@ -8,27 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd, ops
-from .aggregation import Normalizer
-from .checks import check_inplace, check_positive
-from .config import LossConfig
-from .inputs import (
-    LossInputs,
-    check_contents,
-    check_logit_args,
-    choose_backend,
-    read_batch,
-    read_tokens,
-)
-from .metrics import Metrics
-from .modules import LossModule
-from .objective import Records, TokenBatch, fast_token_terms, reduce_records
-from .outputs import LossOutput
-from .presets import resolve_config
-from .routes import Require, check_require, one_pass_spec, route_of
-from .rows import Rows
-from .spec import NUMBERS, LogitArgs, ObjectiveSpec
-from .support import Support, check_not_inplace, supported_log_probs
+from .backends import ops
+from .backends.contract import Rows
+from .backends.spec import NUMBERS, LogitArgs, ObjectiveSpec
+from .calls import autograd
+from .calls.arguments import check_inplace
+from .calls.inputs import LossInputs, check_contents, check_logit_args, choose_backend, read_batch, read_tokens
+from .calls.modules import LossModule
+from .calls.outputs import LossOutput
+from .calls.routes import Require, check_require, one_pass_spec, route_of
+from .calls.support import Support, check_not_inplace, supported_log_probs
+from .calls.terms import Records, TokenBatch, fast_token_terms, reduce_records
+from .objectives.aggregation import Normalizer
+from .objectives.checks import check_positive
+from .objectives.config import LossConfig
+from .objectives.metrics import Metrics
+from .objectives.presets import resolve_config
 
 
 def grpo_loss(

@@ -29,8 +29,8 @@ from grpo_kernels import (
     Unclipped,
     Vespo,
     grpo_loss,
-    reference,
-)  # fmt: skip
+)
+from grpo_kernels.verification import reference
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton's kernels run in its interpreter (conftest.py)."""

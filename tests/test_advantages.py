@@ -9,7 +9,8 @@ import statistics
 import pytest
 import torch
 
-from grpo_kernels import advantages, value_loss
+from grpo_kernels import value_loss
+from grpo_kernels.objectives import advantages
 
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0, 3.0, 3.0, 3.0, 3.0, 0.5, 2.5, -1.0, 0.0])
 GROUPS = [REWARDS[i : i + 4].tolist() for i in range(0, 12, 4)]

@@ -10,7 +10,7 @@ from cases import make
 from distributed import run_ranks
 
 from grpo_kernels import KL, Clip, LossConfig, grpo_loss, linear_grpo_loss, normalizer
-from grpo_kernels.config import AGGREGATIONS
+from grpo_kernels.objectives.config import AGGREGATIONS
 
 
 def config_of(aggregation: str, level: str = "token", **changes) -> LossConfig:

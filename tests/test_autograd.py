@@ -11,7 +11,7 @@ from cases import make
 from conftest import DEVICE
 
 from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped, grpo_loss, token_log_probs
-from grpo_kernels.verify import complete
+from grpo_kernels.verification.verify import complete
 
 ROUTES = {
     "one pass": {"config": complete("dapo")},

@@ -9,11 +9,11 @@ import re
 import pytest
 import torch
 
-from grpo_kernels import reference
 from grpo_kernels.__main__ import main
 from grpo_kernels.bench import command, measure, providers, report
 from grpo_kernels.bench.models import MODELS
 from grpo_kernels.bench.workload import DTYPES, KINDS, Spec, Workload
+from grpo_kernels.verification import reference
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from cases import INTERPRETED, make
 
 from grpo_kernels import Clip, LossConfig, grpo_loss, token_log_probs
 from grpo_kernels.backends import cpu
-from grpo_kernels.verify import complete
+from grpo_kernels.verification.verify import complete
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 CSRC = Path(__file__).resolve().parent.parent / "csrc" / "cpu"

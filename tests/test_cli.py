@@ -12,9 +12,10 @@ import pytest
 import torch
 from conftest import usable_backends
 
-from grpo_kernels import Clip, LossConfig, backends, verify
+from grpo_kernels import Clip, LossConfig, backends
 from grpo_kernels.__main__ import main
 from grpo_kernels.backends import cpu, cuda
+from grpo_kernels.verification import verify
 
 
 def test_info(capsys):

@@ -8,7 +8,7 @@ import math
 import pytest
 from cases import SURROGATES
 
-from grpo_kernels import (
+from grpo_kernels import (  # fmt: skip
     KL,
     Cispo,
     Clip,
@@ -24,10 +24,10 @@ from grpo_kernels import (
     TruncatedIS,
     Unclipped,
     Vespo,
-)  # fmt: skip
-from grpo_kernels.config import AGGREGATIONS, LEVELS
-from grpo_kernels.presets import PRESETS
-from grpo_kernels.surrogates import BUILT_IN
+)
+from grpo_kernels.objectives.config import AGGREGATIONS, LEVELS
+from grpo_kernels.objectives.presets import PRESETS
+from grpo_kernels.objectives.surrogates import BUILT_IN
 
 
 def test_is_a_value():

@@ -26,9 +26,9 @@ from test_numerics import assert_rule
 
 from grpo_kernels import backends, grpo_loss, token_log_probs
 from grpo_kernels.backends import cuda, native
-from grpo_kernels.rows import Rows
-from grpo_kernels.spec import LogitArgs, numbers_vector
-from grpo_kernels.verify import complete
+from grpo_kernels.backends.contract import Rows
+from grpo_kernels.backends.spec import LogitArgs, numbers_vector
+from grpo_kernels.verification.verify import complete
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = native.FOLDER / "libgrpo_cuda.so"

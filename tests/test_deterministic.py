@@ -11,8 +11,11 @@ from cases import label, make
 from test_zero_weights import every_config, with_everything
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels import TopK, TopP, advantages, linear_grpo_loss, ops, reference, token_log_probs
-from grpo_kernels.backends import torch as plain
+from grpo_kernels import TopK, TopP, linear_grpo_loss, token_log_probs
+from grpo_kernels.backends import eager as plain
+from grpo_kernels.backends import ops
+from grpo_kernels.objectives import advantages
+from grpo_kernels.verification import reference
 
 aten = torch.ops.aten
 REFUSED = (

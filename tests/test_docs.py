@@ -10,7 +10,7 @@ import torch
 
 import grpo_kernels
 from grpo_kernels.info import presets_table, surrogates_table
-from grpo_kernels.metrics import REPORTED
+from grpo_kernels.objectives.metrics import REPORTED
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

@@ -17,11 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from grpo_kernels import backends, grpo_loss, token_log_probs
 from grpo_kernels.backends import cpu
+from grpo_kernels.backends.contract import Rows
+from grpo_kernels.backends.spec import LogitArgs, numbers_vector
 from grpo_kernels.bench.measure import peak_bytes, quiet, step
 from grpo_kernels.bench.providers import ours_by_name
 from grpo_kernels.bench.workload import DTYPES, Spec, Workload
-from grpo_kernels.rows import Rows
-from grpo_kernels.spec import LogitArgs, numbers_vector
 
 plain = backends.get("torch")
 BENCHMARKED = [(tokens, vocab, dtype) for tokens, vocab in ((128, 32000), (64, 151_936)) for dtype in DTYPES]

@@ -479,7 +479,7 @@ def test_dropout_and_masked_rows_do_not_matter():
 
 def test_a_budget_of_one_proof(monkeypatch):
     """Contents of device tensors are looked at once per state: no comparison in later calls, on any rank."""
-    from grpo_kernels import model_head
+    from grpo_kernels.hf import model_head
 
     compared = []
     plain = model_head._difference
@@ -637,7 +637,7 @@ def test_a_compiled_backbone():
 @pytest.mark.parametrize("spread", [0.1, 2.0, 20.0])
 def test_the_proof_tells_rounding_from_a_change(dtype, spread):
     """A head's logits, capped in the dtype and in double precision, differ by rounding; by 2 % or one column do not."""
-    from grpo_kernels.model_head import _difference
+    from grpo_kernels.hf.model_head import _difference
 
     torch.manual_seed(2)
     exact = spread * torch.randn(1, 1, 5000, dtype=torch.float64)

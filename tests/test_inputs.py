@@ -15,18 +15,18 @@ from grpo_kernels import (
     OffPolicyMask,
     Rejection,
     TopK,
-    advantages,
     align,
     grpo_loss,
     linear_grpo_loss,
     linear_token_log_probs,
     match,
     normalizer,
-    reference,
     token_log_probs,
     value_loss,
-)  # fmt: skip
-from grpo_kernels.checks import checks_enabled
+)
+from grpo_kernels.objectives import advantages
+from grpo_kernels.objectives.checks import checks_enabled
+from grpo_kernels.verification import reference
 
 INF, NAN = math.inf, math.nan
 

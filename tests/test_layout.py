@@ -15,11 +15,11 @@ from grpo_kernels import (
     linear_grpo_loss,
     linear_token_log_probs,
     normalizer,
-    reference,
     token_log_probs,
-)  # fmt: skip
-from grpo_kernels.tolerance import compare, truth_of
-from grpo_kernels.verify import complete
+)
+from grpo_kernels.verification import reference
+from grpo_kernels.verification.tolerance import compare, truth_of
+from grpo_kernels.verification.verify import complete
 
 INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 

@@ -14,13 +14,12 @@ from grpo_kernels import (
     LinearGRPOLoss,
     LossConfig,
     Unclipped,
-    chunks,
-    head,
     linear_grpo_loss,
     linear_token_log_probs,
-    reference,
     token_log_probs,
 )
+from grpo_kernels.calls import chunks, head
+from grpo_kernels.verification import reference
 
 LEVELS = ("token", "sequence", "sequence_token", "sequence_product")
 MANY = 1 << 20

@@ -21,11 +21,11 @@ from grpo_kernels import (
     TruncatedIS,
     Unclipped,
     grpo_loss,
-    ops,
     token_log_probs,
-)  # fmt: skip
-from grpo_kernels.tolerance import compare, truth_of
-from grpo_kernels.verify import complete
+)
+from grpo_kernels.backends import ops
+from grpo_kernels.verification.tolerance import compare, truth_of
+from grpo_kernels.verification.verify import complete
 
 VOCABULARIES = (1, 2, 31, 32, 33, 97, 1000, 4096, 4097, 32000, 50257)
 

@@ -26,12 +26,12 @@ from grpo_kernels import (
     Unclipped,
     Vespo,
     match,
-    reference,
     shadow,
-)  # fmt: skip
+)
 from grpo_kernels.__main__ import main
 from grpo_kernels.matching.call import Caller, role_of
 from grpo_kernels.matching.report import source_of
+from grpo_kernels.verification import reference
 
 # Losses as they are found in the wild, in our own words
 

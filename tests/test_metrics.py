@@ -7,7 +7,7 @@ import torch
 from cases import make
 
 from grpo_kernels import KL, Clip, LossConfig, MaskedIS, Metrics, backends
-from grpo_kernels.metrics import FIELDS, REPORTED
+from grpo_kernels.objectives.metrics import FIELDS, REPORTED
 
 
 @pytest.mark.parametrize("scheme", [False, True])
@@ -156,7 +156,7 @@ def test_unknown_metric():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("missing", ["nothing", "old", "ref", "rollout", "all"])
 def test_sums_are_pytorchs(backend, missing, dtype):
-    """token_sums of C++ and Triton against backends/torch.py: fp64 sums of the same terms in another order."""
+    """token_sums of C++ and Triton against backends/eager.py: fp64 sums of the same terms in another order."""
     for tokens in (0, 1, 511, 512, 513, 40_000):
         for estimator in (1, 2, 3, 4):
             inputs = token_records(tokens, missing, dtype)

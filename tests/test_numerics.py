@@ -8,8 +8,9 @@ import pytest
 import torch
 from cases import INTERPRETED, exact_log_probs, make
 
-from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped, grpo_loss, inputs, token_log_probs
-from grpo_kernels.tolerance import compare, truth_of
+from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped, grpo_loss, token_log_probs
+from grpo_kernels.calls import inputs
+from grpo_kernels.verification.tolerance import compare, truth_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

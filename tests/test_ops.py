@@ -20,12 +20,12 @@ from grpo_kernels import (
     TruncatedIS,
     grpo_loss,
     normalizer,
-    ops,
     token_log_probs,
-)  # fmt: skip
-from grpo_kernels.metrics import FIELDS
-from grpo_kernels.spec import LogitArgs, numbers_vector, objective_spec
-from grpo_kernels.verify import complete
+)
+from grpo_kernels.backends import ops
+from grpo_kernels.backends.spec import LogitArgs, numbers_vector, objective_spec
+from grpo_kernels.objectives.metrics import FIELDS
+from grpo_kernels.verification.verify import complete
 
 
 def rows_of(case, config=None) -> tuple[torch.Tensor, ...]:

@@ -12,8 +12,9 @@ import pytest
 import torch
 from cases import ROLLOUTS, configs, exact_log_probs, label, make
 
-from grpo_kernels import KL, Cispo, Gmpo, LossConfig, MaskedIS, OffPolicyMask, TruncatedIS, Vespo, reference
-from grpo_kernels.surrogates import BUILT_IN, Clip
+from grpo_kernels import KL, Cispo, Gmpo, LossConfig, MaskedIS, OffPolicyMask, TruncatedIS, Vespo
+from grpo_kernels.objectives.surrogates import BUILT_IN, Clip
+from grpo_kernels.verification import reference
 
 
 def problem_of(case, config: LossConfig, **changes) -> oracle.Problem:

@@ -10,8 +10,8 @@ import torch
 from cases import make
 
 from grpo_kernels import Clip, LossConfig, Surrogate, Unclipped, linear_grpo_loss, register_surrogate
-from grpo_kernels.surrogates import SURROGATES
-from grpo_kernels.tolerance import compare, truth_of
+from grpo_kernels.objectives.surrogates import SURROGATES
+from grpo_kernels.verification.tolerance import compare, truth_of
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,9 @@ from grpo_kernels import (
     grpo_loss,
     linear_grpo_loss,
     linear_token_log_probs,
-    reference,
     token_log_probs,
 )
+from grpo_kernels.verification import reference
 
 TWO_PASSES = {
     "pooled ratios": ({"config": "gspo"}, "level 'sequence' pools the ratios"),

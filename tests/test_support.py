@@ -8,8 +8,9 @@ import pytest
 import torch
 from cases import make
 
-from grpo_kernels import MinP, TopK, TopP, grpo_loss, reference, token_log_probs
-from grpo_kernels.tolerance import compare, truth_of
+from grpo_kernels import MinP, TopK, TopP, grpo_loss, token_log_probs
+from grpo_kernels.verification import reference
+from grpo_kernels.verification.tolerance import compare, truth_of
 
 SUPPORTS = (TopK(5), TopP(0.8), MinP(0.1), (TopK(20), TopP(0.7)), (TopP(0.9), MinP(0.05)))
 
@@ -104,7 +105,7 @@ def test_everything_is_the_whole_vocabulary(backend):
 
 
 def test_packed_and_many_parts(backend, monkeypatch):
-    monkeypatch.setattr("grpo_kernels.support.CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr("grpo_kernels.calls.support.CHUNK_ELEMENTS", 300)
     case = make(batch=1, length=12, extra_row=False)
     whole = token_log_probs(case.logits, case.token_ids, support=TopK(7), backend=backend)
     packed = token_log_probs(case.logits[0], case.token_ids[0], support=TopK(7), backend=backend)

@@ -8,24 +8,14 @@ import pytest
 import torch
 from cases import KLS, ONE_PASS, SURROGATES
 
-from grpo_kernels import (
-    KL,
-    Cispo,
-    Clip,
-    DppoTV,
-    LossConfig,
-    MaskedIS,
-    Rejection,
-    TruncatedIS,
-    backends,
-    reference,
-)  # fmt: skip
-from grpo_kernels.kl import kl_terms
-from grpo_kernels.maths import k3_of, times
-from grpo_kernels.objective import TokenBatch, token_terms
-from grpo_kernels.rows import Padded
-from grpo_kernels.spec import LogitArgs, numbers_vector, objective_spec
-from grpo_kernels.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, Point
+from grpo_kernels import KL, Cispo, Clip, DppoTV, LossConfig, MaskedIS, Rejection, TruncatedIS, backends
+from grpo_kernels.backends.spec import LogitArgs, numbers_vector, objective_spec
+from grpo_kernels.calls.terms import TokenBatch, token_terms
+from grpo_kernels.objectives.kl import kl_terms
+from grpo_kernels.objectives.maths import k3_of, times
+from grpo_kernels.objectives.sequences import Padded
+from grpo_kernels.objectives.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, Point
+from grpo_kernels.verification import reference
 
 
 def grid(dtype: torch.dtype = torch.float64, count: int = 20000) -> tuple[torch.Tensor, ...]:

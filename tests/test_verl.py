@@ -11,7 +11,7 @@ from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn, kl_penalty
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
 from verl.workers.config import ActorConfig, PolicyLossConfig
 
-from grpo_kernels import (
+from grpo_kernels import (  # fmt: skip
     KL,
     Cispo,
     Clip,
@@ -25,7 +25,7 @@ from grpo_kernels import (
     Sapo,
     TruncatedIS,
     grpo_loss,
-)  # fmt: skip
+)
 
 pytestmark = pytest.mark.peers
 B, T, V = 5, 9, 60

@@ -15,7 +15,7 @@ import torch
 from cases import DTYPES, LEVELS, ROLLOUTS, SURROGATES, label, make, one_of_each, sampler
 
 from grpo_kernels import KL, Clip, LossConfig, TopK, grpo_loss, linear_grpo_loss
-from grpo_kernels.presets import PRESETS
+from grpo_kernels.objectives.presets import PRESETS
 
 POISON = (math.nan, math.inf, -math.inf, 3e38)
 PER_TOKEN = ("logits", "advantages", "old_log_probs", "ref_log_probs", "rollout_log_probs", "token_weights")

@@ -23,10 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from grpo_kernels.backends.contract import Rows
 from grpo_kernels.backends.triton import forward, gradient, launch, one_pass, sums
 from grpo_kernels.backends.triton.blocks import blocks_for
-from grpo_kernels.rows import Rows
-from grpo_kernels.surrogates import BUILT_IN
+from grpo_kernels.objectives.surrogates import BUILT_IN
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 POINTERS = {"token_ids": "i64", "live": "i1", "masked_in": "i1", "flags": "u8", "chunk_records": "fp64", "sums": "fp64"}

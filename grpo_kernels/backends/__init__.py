@@ -2,7 +2,7 @@
 
 A backend is a module with ``log_probs``, ``log_probs_backward``, ``fused_loss`` over ``Rows``, ``token_terms`` and
 ``token_sums`` over their records, ``rescale``, and ``unsupported(request) -> str | None``, the reason why it cannot
-serve a call; torch.py has no ``fused_loss`` and no ``token_terms``: objective.py serves it. Functions write into
+serve a call; eager.py has no ``fused_loss`` and no ``token_terms``: calls/terms.py serves it. Functions write into
 tensors that the caller allocated, (B, T) fp32 or fp64 like ``rows.numbers``; only ``token_sums`` reduces over rows:
 
     log_probs(rows, log_prob, entropy, anchor, log_sum)
@@ -35,11 +35,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import torch as pytorch  # this package's own torch.py takes the plain name here once it is imported
+import torch
 
-from ..checks import check_name, fail
+from ..objectives.checks import check_name, fail
+from ..objectives.compiler import constant_in_graphs
 
-_MODULES = {"cpu": "cpu", "cuda": "cuda", "triton": "triton", "torch": "torch"}
+_MODULES = {"cpu": "cpu", "cuda": "cuda", "triton": "triton", "torch": "eager"}
 """Backends in the order of automatic choice, and their modules here."""
 
 
@@ -47,9 +48,9 @@ _MODULES = {"cpu": "cpu", "cuda": "cuda", "triton": "triton", "torch": "torch"}
 class Request:
     """What a backend is asked whether it can serve."""
 
-    device: pytorch.device
+    device: torch.device
     """Of the logits."""
-    dtype: pytorch.dtype = pytorch.float32
+    dtype: torch.dtype = torch.float32
     vocab: int = 32768
     fused: bool = False
     """The one-pass loss, not log-probs and their backward."""
@@ -92,7 +93,7 @@ def names() -> tuple[str, ...]:
     return tuple(_MODULES)
 
 
-@pytorch.compiler.assume_constant_result
+@constant_in_graphs
 def has_token_terms(name: str) -> bool:
     return hasattr(get(name), "token_terms")
 
@@ -102,9 +103,9 @@ def get(name: str) -> ModuleType:
     return importlib.import_module(f".{_MODULES[name]}", __package__)
 
 
-def on_device(device: pytorch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Launches go to that GPU."""
-    return pytorch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def choose(function: str, request: Request, name: str | None) -> Choice:
@@ -128,13 +129,13 @@ def choose(function: str, request: Request, name: str | None) -> Choice:
     fail(function, expected, f"{logits} ({reasons})", error=RuntimeError)
 
 
-@pytorch.compiler.assume_constant_result
+@constant_in_graphs
 def _choose(
-    device: str, index: int | None, dtype: pytorch.dtype, vocab: int, fused: bool, softcap: bool, name: str | None
+    device: str, index: int | None, dtype: torch.dtype, vocab: int, fused: bool, softcap: bool, name: str | None
 ) -> tuple[str, bool, str, str]:
     """The fields of a ``Choice``, whose name is "" for none. torch.compile runs it instead of tracing it."""
     named, name = name, switched() or name
-    where = pytorch.device(device) if index is None else pytorch.device(device, index)
+    where = torch.device(device) if index is None else torch.device(device, index)
     request = Request(where, dtype, vocab, fused, softcap, by_name=name is not None)
     reasons: dict[str, str] = {}
     for candidate in _MODULES if name is None else (name,):

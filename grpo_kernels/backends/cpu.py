@@ -11,10 +11,10 @@ from ctypes import c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
-from ..rows import Rows
 from . import Request, native
-from .torch import rescale as rescale
-from .torch import token_id_message
+from .contract import Rows
+from .eager import rescale as rescale
+from .eager import token_id_message
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
 _ABI_VERSION = 4

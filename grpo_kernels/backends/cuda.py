@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..rows import Rows, batch_and_row_stride
 from . import Request, native, on_device
+from .contract import Rows, batch_and_row_stride
 
 _ABI_VERSION = 3
 _OLDEST_CAPABILITY = (9, 0)
@@ -164,7 +164,7 @@ def token_terms(log_prob: Tensor, *rest: Any) -> None:
 
 
 def token_sums(log_prob: Tensor, *rest: Any) -> None:
-    """``rest`` as in backends/torch.py."""
+    """``rest`` as in backends/eager.py."""
     _on_tokens(log_prob.device).token_sums(log_prob, *rest)
 
 

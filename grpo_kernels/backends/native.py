@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from ..rows import Rows, batch_and_row_stride
+from .contract import Rows, batch_and_row_stride
 
 FOLDER = Path(__file__).resolve().parent.parent / "native"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from ..checks import check_device_name, check_name
-from ..progress import progress_bar
+from ..objectives.checks import check_device_name, check_name
+from ..verification.progress import progress_bar
 from . import measure, report
 from .models import MODELS
 from .plot import plot

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import records, reference
 from ..backends import on_device
-from ..config import LossConfig
+from ..objectives.config import LossConfig
+from ..verification import records, reference
 from .providers import Provider
 from .workload import SEQUENCES, Spec, Workload
 

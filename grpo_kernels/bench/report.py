@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__, records
+from .. import __version__
+from ..verification import records
 from .workload import Spec
 
 Row = dict[str, Any]

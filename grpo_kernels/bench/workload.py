@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import LossConfig
-from ..kl import KL
 from ..linear import linear_token_log_probs
 from ..log_probs import token_log_probs
+from ..objectives.config import LossConfig
+from ..objectives.kl import KL
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BETA = 0.04

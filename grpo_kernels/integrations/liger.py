@@ -21,16 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..aggregation import on_tokens, sequence_weights
-from ..checks import check_shape
-from ..config import LossConfig
-from ..inputs import LossInputs, read_batch, read_linear_tokens, read_tokens
+from ..calls.inputs import LossInputs, read_batch, read_linear_tokens, read_tokens
+from ..calls.terms import TokenBatch, token_terms
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..maths import weighed
-from ..objective import TokenBatch, token_terms
-from ..surrogates import Cispo
+from ..objectives.aggregation import on_tokens, sequence_weights
+from ..objectives.checks import check_shape
+from ..objectives.config import LossConfig
+from ..objectives.maths import weighed
+from ..objectives.surrogates import Cispo
 from .objectives import OVER_ITEMS, UNBOUNDED, Objective, sampler_log_probs
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_name
-from ..config import LossConfig
-from ..kl import KL
-from ..rollout import FOLDED, TruncatedIS
-from ..surrogates import Cispo, Clip, Sapo, Surrogate, Vespo
+from ..objectives.checks import check_name
+from ..objectives.config import LossConfig
+from ..objectives.kl import KL
+from ..objectives.rollout import FOLDED, TruncatedIS
+from ..objectives.surrogates import Cispo, Clip, Sapo, Surrogate, Vespo
 
 AGGREGATIONS = {
     "grpo": "sequence_mean",

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import hf
+from ..calls.outputs import LossOutput, TokenLogProbs
 from ..linear import linear_token_log_probs
-from ..outputs import LossOutput, TokenLogProbs
 from .objectives import OVER_ITEMS, UNBOUNDED, sampler_log_probs
 from .trl_options import check_arguments, check_trainer, objective_of
 
@@ -332,8 +332,15 @@ class _LogProbs:
             return found
         if not torch.is_autocast_enabled(hidden.device.type):  # TRL computes in the hidden states' dtype
             weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        bounds = {"temperature": temperature, "logit_scale": logit_scale, "logit_softcap": final_logit_softcapping}
-        log_probs, entropy = linear_token_log_probs(hidden, weight, targets, bias=bias, **bounds)
+        log_probs, entropy = linear_token_log_probs(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            logit_softcap=final_logit_softcapping,
+        )
         return log_probs, entropy if "entropy" in outputs else None, None, None, None
 
 

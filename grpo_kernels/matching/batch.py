@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import read_mask
+from ..objectives.checks import read_mask
 
 VOCAB = 13
 LENGTHS = (7, 5, 1, 0, 6, 3, 4, 2, 6, 7, 3, 1, 7, 4, 5, 5)

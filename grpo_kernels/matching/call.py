@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_name
+from ..objectives.checks import check_name
 from .batch import Batch
 
 GIVEN_TEMPERATURE = 0.7

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_name
+from ..objectives.checks import check_name
 from . import match
 from .call import ROLES
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import LossConfig
 from ..loss import grpo_loss
+from ..objectives.config import LossConfig
 from .batch import Batch
 from .call import ITEMS_FACTOR
 from .probe import Probe, directions

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kl import KL
-from ..surrogates import Clip, Point, Reinforce, Surrogate, Unclipped
+from ..objectives.kl import KL
+from ..objectives.surrogates import Clip, Point, Reinforce, Surrogate, Unclipped
 
 Curve = Callable[[Tensor, int], Tensor]
 """(n,) log-ratios and the sign of the advantage to (n,) slopes over weight and |A|: -r·sign for an unclipped ratio."""

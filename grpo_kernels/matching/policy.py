@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..config import LossConfig
-from ..surrogates import Cispo, Clip, Dro, Gmpo, Reinforce, Surrogate, Unclipped
+from ..objectives.config import LossConfig
+from ..objectives.surrogates import Cispo, Clip, Dro, Gmpo, Reinforce, Surrogate, Unclipped
 from . import fit, soft
 
 if TYPE_CHECKING:

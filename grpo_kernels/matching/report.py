@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import LossConfig
-from ..surrogates import Surrogate
+from ..objectives.config import LossConfig
+from ..objectives.surrogates import Surrogate
 
 SHIFTS = {0: "its own input token, not the one after it", 2: "the token after the one that it predicts"}
 

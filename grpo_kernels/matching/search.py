@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..config import Level, LossConfig
-from ..kl import KL
-from ..surrogates import Surrogate, Unclipped
+from ..objectives.config import Level, LossConfig
+from ..objectives.kl import KL
+from ..objectives.surrogates import Surrogate, Unclipped
 from . import fit
 from .batch import Batch
 from .finding import Finding

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import LossConfig
+from ..calls.outputs import LossOutput
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..outputs import LossOutput
+from ..objectives.config import LossConfig
 from .call import Caller
 
 LOGITS_OPTIONS = ("temperature", "logit_scale", "logit_softcap")

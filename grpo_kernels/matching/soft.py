@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..surrogates import Cispo, DppoKL, DppoTV, Sapo, Surrogate, Vespo
+from ..objectives.surrogates import Cispo, DppoKL, DppoTV, Sapo, Surrogate, Vespo
 from .fit import NEAR, Curve, plain, slopes_of
 
 Everywhere = Callable[[Tensor], Tensor]

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import advantages as estimators
-from .. import reference
-from ..aggregation import normalizer
 from ..hf import attach
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..metrics import Metrics
+from ..objectives import advantages as estimators
+from ..objectives.aggregation import normalizer
+from ..objectives.metrics import Metrics
+from ..verification import reference
 from .options import Options, add_options, read_options
 from .policy import load_policy, response_inputs, response_logits
 from .report import RunFolder, read_saved_options

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import backends
-from ..checks import check_device_name, check_name
-from ..config import LossConfig
-from ..kl import KL
+from ..objectives.checks import check_device_name, check_name
+from ..objectives.config import LossConfig
+from ..objectives.kl import KL
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_kernels.metrics import FIELDS
-from grpo_kernels.rows import Rows
+from grpo_kernels.backends.contract import Rows
+from grpo_kernels.objectives.metrics import FIELDS
 
 from . import arithmetic, launches
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...rows import Rows, batch_and_row_stride
 from .. import Request
+from ..contract import Rows, batch_and_row_stride
 
 _MINIMUM_TRITON = (3, 6)
 _LONGEST_VOCABULARY = 2**30
@@ -132,7 +132,7 @@ def fused_loss(
 
 
 def token_sums(log_prob: Tensor, *rest: Any) -> None:
-    """``rest`` as in backends/torch.py."""
+    """``rest`` as in backends/eager.py."""
     from . import launch, sums
 
     *tensors, kl_estimator, sequences, loss, totals = rest

@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ...rows import Rows, batch_and_row_stride
 from .. import on_device
+from ..contract import Rows, batch_and_row_stride
 from .blocks import Blocks, blocks_for, target_of
 
 _PROGRAMS_PER_PROCESSOR = 4

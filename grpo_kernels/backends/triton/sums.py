@@ -1,6 +1,6 @@
 """From the records of rows to the loss and the sums behind its metrics, fp64: two launches in place of forty.
 
-backends/torch.py holds the same sums in PyTorch, csrc/cpu/token_sums.h in C++; grpo_kernels/metrics.py names the
+backends/eager.py holds the same sums in PyTorch, csrc/cpu/token_sums.h in C++; objectives/metrics.py names the
 fields. Chunks of tokens are added left to right, so the bits do not depend on the device.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...metrics import FIELDS, SUMS
+from ...objectives.metrics import FIELDS, SUMS
 from .maths import expm1
 from .surrogates import ABS, CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, K1, K2, log_ratio_of
 

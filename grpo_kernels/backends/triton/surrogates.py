@@ -1,4 +1,4 @@
-"""The per-token maths of the loss for Triton: twin of ``grpo_kernels/surrogates/token.py`` and ``kl.py``, and of
+"""The per-token maths of the loss for Triton: twin of ``objectives/surrogates/token.py`` and ``kl.py``, and of
 csrc/common/surrogates.h.
 
 The same names in the same order; a parity test holds the three together. Slopes are selected branch by branch, never
@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .maths import divide, exp_of, expm1
 
-# Where each hyper-parameter sits in the vector of numbers (grpo_kernels/spec.py).
+# Where each hyper-parameter sits in the vector of numbers (grpo_kernels/backends/spec.py).
 TEMPERATURE = tl.constexpr(0)
 LOGIT_SCALE = tl.constexpr(1)
 LOGIT_SOFTCAP = tl.constexpr(2)

@@ -1,0 +1,326 @@
+"""Plain PyTorch, a few rows at a time: any device and dtype, the fallback of every other backend.
+
+Two passes only. Same numerics contract as the kernels: fp32 after the load (fp64 for fp64), the sampled
+column left out of the sum of exponentials, entropy in shifted form. A chunk of rows goes through a few operations in
+place, over one or two buffers; numbers of which a row has one are computed for all rows at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..objectives.maths import log_ratio_of
+from ..objectives.metrics import reduce_ratios
+from ..objectives.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW
+from . import Request
+from .contract import Rows
+
+CHUNKS = 16
+"""A chunk is this part of the rows, so that buffers are small beside the logits ..."""
+CHUNK_ELEMENTS = (7 << 16, 1 << 20)
+"""... within these numbers of logits on a CPU, where chunks cost time in Python and buffers belong in the cache, ..."""
+LAUNCHED_ELEMENTS = (1 << 20, 1 << 24)
+"""... and within these on other devices, where every operation is a launch."""
+_LOG2_E = math.log2(math.e)
+_NO_POWER = -1100.0
+"""An exponent of 2 whose power is 0, in fp64 too. It stands for -inf, whose product with 0 is not 0."""
+
+
+def unsupported(request: Request) -> str | None:
+    return "it has no one-pass loss" if request.fused else None
+
+
+def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, anchor: Tensor, log_sum: Tensor) -> None:
+    ids, in_range = _columns(rows)
+    factor = _factor(rows)
+    largest, sampled, weighted, rest = statistics = [torch.empty_like(log_prob) for _ in range(4)]
+    for chunk in _chunks(rows, 2, rows.live, ids, *statistics):
+        if not chunk.dead:
+            _sum_rows(chunk, factor, *chunk.per_row)
+    z_sampled = (sampled - largest) * factor
+    total = rest + z_sampled.exp()
+    log_total = total.log()
+    found = (
+        torch.where(z_sampled == 0, -torch.log1p(rest), z_sampled - log_total),
+        (log_total - weighted / (total * _LOG2_E)).clamp(min=0),
+        largest,
+        log_total,
+    )
+    for output, value in zip((log_prob, entropy, anchor, log_sum), found, strict=True):
+        output.copy_(torch.where(rows.live, torch.where(in_range, value, math.nan), 0.0))
+
+
+def _sum_rows(
+    chunk: _Chunk, factor: Tensor, ids: Tensor, largest: Tensor, sampled: Tensor, weighted: Tensor, rest: Tensor
+) -> None:
+    """Largest and sampled value; of the powers e relative to the largest Σ e·log2 e, and Σ e but for the sampled."""
+    powers, exps = chunk.buffers
+    values = _load(chunk, powers.numbers)
+    torch.amax(values, -1, keepdim=True, out=largest)
+    torch.gather(values, -1, ids, out=sampled)
+    torch.sub(values, largest, out=powers.numbers).mul_(factor * _LOG2_E)  # exact where they are close
+    exps.exp2_(powers)
+    count = len(ids)
+    weighted.copy_(_several(powers.numbers.mul_(exps.numbers)).nansum(-1, keepdim=True)[:count])  # -inf * 0 is NaN
+    rest.copy_(_several(exps.numbers.scatter_(-1, ids, 0.0)).sum(-1, keepdim=True)[:count])
+
+
+def log_probs_backward(
+    rows: Rows,
+    log_prob: Tensor,
+    entropy: Tensor,
+    anchor: Tensor,
+    log_sum: Tensor,
+    grad_log_prob: Tensor | None,
+    grad_entropy: Tensor | None,
+    out: Tensor,
+) -> None:
+    ids, _ = _columns(rows)
+    factor = _factor(rows)
+    zero = torch.zeros_like(log_prob)
+    g, h = (zero if slope is None else torch.where(rows.live, slope, 0.0) for slope in (grad_log_prob, grad_entropy))
+    read = rows.live & ((g != 0) | (h != 0))
+
+    def of_read(values: Tensor, other: float = 0.0) -> Tensor:
+        return torch.where(read, values, other)
+
+    weight = of_read(torch.where(log_sum.isnan(), math.nan, -factor))
+    per_row = [ids, of_read(anchor, math.inf)]  # a row that is not read has no powers, whatever its logits are
+    if grad_entropy is None:  # the sum as a part of the weight spares a sweep
+        total = of_read(log_sum.exp(), 1.0)
+        per_row += [of_read(torch.expm1(log_prob)) * total, weight * g / total]
+    else:
+        numbers = (log_sum * _LOG2_E, entropy, log_prob.clamp(min=_NO_POWER))
+        per_row += [of_read(torch.expm1(log_prob)), weight, g, h, *map(of_read, numbers)]
+    finite = grad_entropy is None and _all_of(read)  # then a power of -inf does no harm
+    for chunk in _chunks(rows, 1 if grad_entropy is None and not rows.softcap else 2, read, *per_row):
+        into = rows.row_view(out)[chunk.at]
+        if chunk.dead:
+            into.zero_()
+        else:
+            into.copy_(_gradient(chunk, factor, finite, *chunk.per_row).view_as(into))
+
+
+def _gradient(
+    chunk: _Chunk,
+    factor: Tensor,
+    finite: bool,
+    ids: Tensor,
+    anchor: Tensor,
+    of_sampled: Tensor,
+    weight: Tensor,
+    *of_entropy: Tensor,
+) -> Tensor:
+    """weight·e, e = exp(z - z_anchor), or weight·( g·p + h·p·(log p + H) ), where e or p of the sampled column is
+    ``of_sampled``; times the slope of the cap."""
+    powers, p = chunk.buffers[0], chunk.buffers[-1]
+    torch.sub(_load(chunk, powers.numbers), anchor, out=powers.numbers).mul_(factor * _LOG2_E)
+    if of_entropy:
+        g, h, log_sum, entropy, log_prob = of_entropy
+        powers.numbers.sub_(log_sum)
+    if not finite:
+        powers.numbers.nan_to_num_(nan=_NO_POWER, neginf=_NO_POWER)
+    p.exp2_(powers)
+    if of_entropy:
+        log_p = powers.numbers.mul_(1 / _LOG2_E).scatter_(-1, ids, log_prob)
+        bonus = log_p.add_(entropy).mul_(p.numbers).mul_(h)
+        gradient = p.numbers.scatter_(-1, ids, of_sampled).mul_(g).add_(bonus)
+    else:
+        gradient = p.numbers.scatter_(-1, ids, of_sampled)
+    if chunk.rows.softcap:
+        _times_slope_(gradient, chunk, powers)
+    return gradient.mul_(weight)
+
+
+def _times_slope_(gradient: Tensor, chunk: _Chunk, q: _Buffer) -> None:
+    """Times the cap's dz/dlogit: 1 - tanh² as 4q/(1+q)², which keeps its precision where tanh is nearly 1."""
+    _, scale, cap = chunk.rows.numbers[:3].unbind()
+    q.numbers.copy_(chunk.logits).mul_(scale / cap).abs_().mul_(-2 * _LOG2_E)
+    q.numbers.nan_to_num_(nan=_NO_POWER, neginf=_NO_POWER)  # of dead rows, and of infinite logits
+    q.exp2_(q)
+    gradient.mul_(q.numbers).mul_(4 * scale)
+    gradient.div_(q.numbers.add_(1)).div_(q.numbers)
+
+
+class _Buffer:
+    """Room for the numbers of a chunk, (rows, V).
+
+    PyTorch computes 2^x of the last few numbers of a thread's share with other instructions, which round otherwise.
+    For a row to have the same bits wherever it lies, shares are made whole vectors by numbers behind the rows.
+    """
+
+    def __init__(self, memory: Tensor, count: int, vocab: int) -> None:
+        self.numbers = memory[: count * vocab].view(count, vocab)
+        self._whole = memory[: _whole_vectors(count * vocab)]
+
+    def exp2_(self, exponents: _Buffer) -> None:
+        """2 to the power of another buffer's numbers, or of its own."""
+        torch.exp2(exponents._whole, out=self._whole)
+
+
+def _whole_vectors(count: int) -> int:
+    """At least ``count`` numbers, which TensorIterator shares among threads without cutting a vector."""
+    vector, least_share = 64, 1 << 15
+    shares = max(1, min(torch.get_num_threads(), -(-count // least_share)))
+    return -(-count // (vector * shares)) * vector * shares
+
+
+class _Chunk(NamedTuple):
+    """Whole sequences, or some tokens of one."""
+
+    rows: Rows
+    at: tuple[slice, slice]
+    buffers: list[_Buffer]
+    per_row: tuple[Tensor, ...]
+    """(rows, 1) each, views."""
+    dead: bool
+    """Known to have no row that counts: on a CPU, other devices would have to be waited for."""
+
+    @property
+    def logits(self) -> Tensor:
+        """(rows, V)"""
+        return self.rows.row_view(self.rows.logits)[self.at].flatten(0, 1)
+
+
+def _chunks(rows: Rows, buffers: int, read: Tensor, *per_row: Tensor) -> Iterator[_Chunk]:
+    """``read``: bool (B, T), the rows whose logits count."""
+    places = _places(rows)
+    counts = [(b.stop - b.start) * (t.stop - t.start) for b, t in places]
+    size = _whole_vectors(max(counts, default=0) * rows.vocab)
+    memory = [torch.empty(size, dtype=rows.numbers.dtype, device=rows.logits.device) for _ in range(buffers)]
+    made = {count: [_Buffer(room, count, rows.vocab) for room in memory] for count in set(counts)}
+    views = [values.view(-1, 1).split(counts) for values in per_row if counts]
+    may_be_dead = read.device.type == "cpu" and not _all_of(read)
+    for at, count, *mine in zip(places, counts, *views, strict=True):
+        yield _Chunk(rows, at, made[count], tuple(mine), may_be_dead and not bool(read[at].any()))
+
+
+def _places(rows: Rows) -> list[tuple[slice, slice]]:
+    """Sequences and tokens of each chunk."""
+    batch, length = rows.token_ids.shape
+    fewest, most = CHUNK_ELEMENTS if rows.logits.device.type == "cpu" else LAUNCHED_ELEMENTS
+    elements = min(max(fewest, batch * length * rows.vocab // CHUNKS), most)
+    size = max(1, elements // rows.vocab)
+    return [(b, t) for b in _parts(batch, max(1, size // max(1, length))) for t in _parts(length, size)]
+
+
+def _parts(length: int, most: int) -> list[slice]:
+    """Equal ones, up to one."""
+    count = -(-length // most)
+    return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
+
+
+def _all_of(read: Tensor) -> bool:
+    """Known to be so: see ``_Chunk.dead``."""
+    return read.device.type == "cpu" and bool(read.all())
+
+
+def _columns(rows: Rows) -> tuple[Tensor, Tensor]:
+    """Of the sampled tokens, and where they are in the vocabulary. Raises IndexError on a CPU."""
+    ids = rows.token_ids
+    in_range = (ids >= 0) & (ids < rows.vocab)
+    if ids.device.type == "cpu" and bool((bad := rows.live & ~in_range).any()):
+        raise IndexError(token_id_message(rows, int(bad.flatten().nonzero()[0])))
+    return torch.where(in_range, ids, 0), in_range
+
+
+def _factor(rows: Rows) -> Tensor:
+    """z is this times what ``_load`` returns."""
+    temperature, scale, _ = rows.numbers[:3].unbind()
+    return (1.0 if rows.softcap else scale) / temperature
+
+
+def _load(chunk: _Chunk, buffer: Tensor) -> Tensor:
+    """Logits in fp32 (fp64), capped where there is a cap: in the buffer, or where they are."""
+    logits, rows = chunk.logits, chunk.rows
+    if logits.dtype == buffer.dtype and not rows.softcap:
+        return logits
+    buffer.copy_(logits)
+    if rows.softcap:
+        _, scale, cap = rows.numbers[:3].unbind()
+        buffer.mul_(scale / cap).tanh_().mul_(cap)
+    return buffer
+
+
+def _several(values: Tensor) -> Tensor:
+    """A lone row twice: PyTorch adds it up in another order than one of several."""
+    return values if len(values) > 1 else values.expand(2, -1)
+
+
+def token_sums(
+    log_prob: Tensor,
+    entropy: Tensor,
+    policy: Tensor,
+    kl: Tensor,
+    flags: Tensor,
+    live: Tensor,
+    masked_in: Tensor,
+    policy_weight: Tensor,
+    kl_weight: Tensor | None,
+    entropy_weight: Tensor | None,
+    old: Tensor | None,
+    ref: Tensor | None,
+    rollout: Tensor | None,
+    rollout_weight: Tensor | None,
+    kl_estimator: int,
+    sequences: int,
+    loss: Tensor,
+    sums: Tensor,
+) -> None:
+    """A few operations on stacked columns: on a GPU every one of them is a launch."""
+    zero = torch.zeros_like(log_prob)
+
+    def weighted(weight: Tensor | None, value: Tensor) -> Tensor:
+        return zero if weight is None else torch.where(weight == 0, zero, weight * value)
+
+    terms = (weighted(policy_weight, policy), weighted(kl_weight, kl), -weighted(entropy_weight, entropy))
+    counts = (masked_in, masked_in & ~live, log_prob == -math.inf, entropy)
+    others = torch.stack([log_prob if other is None else other for other in (ref, old, rollout)])
+    absent = torch.ones_like(live)  # NaN - NaN is not 0
+    unknown = absent if rollout is None else rollout.isnan()
+    ignored = torch.stack([absent if other is None else ~live for other in (ref, old)] + [~live | unknown])
+    differences = torch.where(ignored, 0.0, log_ratio_of(log_prob, others)).to(sums.dtype)
+    k3 = torch.expm1(-differences) + torch.where(differences == -math.inf, 0.0, differences)  # fp64: no series needed
+    to_ref, to_old, to_rollout = differences
+    plain = (to_ref, to_ref * to_ref / 2, k3[0], to_ref.abs())[kl_estimator - 1]
+    known = torch.zeros_like(live) if rollout is None else live & ~unknown
+    old_to_rollout = log_ratio_of(log_prob if old is None else old, others[2]).to(sums.dtype)
+    rho = torch.where(known, old_to_rollout.exp(), 0.0)
+    applied = torch.where(known, 1.0 if rollout_weight is None else rollout_weight.to(sums.dtype), 0.0).to(sums.dtype)
+    compared = torch.zeros_like(live) if ref is None else live
+    divergences = (plain, compared, to_old, k3[1], to_rollout, k3[2], known)
+    factors = (rho, rho * rho, applied, applied * applied, known & (applied == 0))
+    columns = torch.stack([column.flatten() for column in (*terms, *counts, *divergences, *factors)]).to(sums.dtype)
+    token = columns.sum(-1)
+    clipped = [((flags & bit) != 0).flatten() for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
+    ratios = reduce_ratios(to_old.exp().flatten(), live.flatten(), clipped)
+    count = torch.full((1,), sequences, dtype=sums.dtype, device=sums.device)
+    lowest = torch.full((2, 1), -math.inf, dtype=sums.dtype, device=sums.device)
+    largest = torch.where(known, torch.stack([rho, applied]), -math.inf).flatten(1)
+    sums.copy_(torch.cat([token, count, ratios, torch.cat([largest, lowest], 1).amax(1)]))
+    loss.copy_(token[:3].sum())
+
+
+def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
+    if gradient.device.type == "cpu":
+        if torch.equal(upstream, announced):
+            return
+        gradient.mul_(upstream / announced)
+    else:
+        factor = torch.where(upstream == announced, 1.0, upstream / announced)
+        gradient.copy_(gradient.to(factor.dtype) * factor)  # a factor rounded to half precision would be a bias
+
+
+def token_id_message(rows: Rows, row: int) -> str:
+    length = rows.token_ids.shape[1]
+    batch, token = divmod(row, length)
+    token_id = int(rows.token_ids[batch, token])
+    return (
+        f"token_ids[{batch}, {token}] = {token_id} at a live position is outside the vocabulary [0, {rows.vocab}). "
+        "Mask that position, or check that ids and logits come from one tokenizer (ids of -100 need mask=0)."
+    )

@@ -1,0 +1,134 @@
+"""What a kernel is told about an objective: five compile-time choices and one vector of numbers.
+
+Numbers travel in memory, on the device: annealing one recompiles nothing and a captured CUDA graph
+replays with new values.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from ..objectives.config import LossConfig
+from ..objectives.kl import ESTIMATORS, GRADIENTS
+from ..objectives.rollout import Rollout
+
+NUMBERS = (
+    "temperature",
+    "logit_scale",
+    "logit_softcap",  # 0: none
+    "grad_scale",
+    "log_ratio_limit",  # inf: none
+    "kl_input_limit",  # inf: none
+    "kl_output_limit",  # inf: none
+    "kl_ratio_cap",
+    "rollout_low",
+    "rollout_high",
+    "entropy_threshold",  # -inf: none
+)
+"""Order of the vector; up to eight parameters of the surrogate follow (csrc/common/surrogates.h)."""
+SURROGATE_PARAMETERS = 8
+
+
+class ObjectiveSpec(NamedTuple):
+    """The choices that select code."""
+
+    surrogate: int
+    kl_estimator: int
+    """0: no KL term, else 1 + its place in ESTIMATORS."""
+    kl_gradient: int
+    """Its place in GRADIENTS."""
+    kl_ratio_weighted: int
+    rollout: int
+    """0: no rollout correction in the kernel, else the ``kernel_id`` of the scheme."""
+
+
+def objective_spec(config: LossConfig, with_kl: bool, schemes: tuple[Rollout, ...] = ()) -> ObjectiveSpec | None:
+    """None: the surrogate, or the rollout ``schemes`` that are still to be applied, have no one-pass arm."""
+    kl, surrogate = config.kl, config.surrogate.kernel_id
+    if surrogate is None or not (schemes == () or in_kernel(schemes)):
+        return None
+    estimator = 1 + ESTIMATORS.index(kl.estimator) if with_kl else 0
+    rollout = schemes[0].kernel_id if schemes else 0
+    return ObjectiveSpec(surrogate, estimator, GRADIENTS.index(kl.gradient), int(kl.ratio_weighted), rollout)
+
+
+def in_kernel(schemes: tuple[Rollout, ...]) -> bool:
+    """Whether a kernel applies these schemes: a single one, of a token's own ratio."""
+    return len(schemes) == 1 and schemes[0].kernel_id != 0 and not schemes[0].pooled
+
+
+class LogitArgs(NamedTuple):
+    """How logits become log-probs: z = softcap(logit * scale) / temperature. Numbers or 0-d tensors."""
+
+    temperature: float | Tensor = 1.0
+    logit_scale: float | Tensor = 1.0
+    logit_softcap: float | Tensor | None = None
+
+
+def numbers_vector(
+    logit_args: LogitArgs,
+    grad_scale: float | Tensor,
+    config: LossConfig | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    entropy_threshold: float | Tensor | None = None,
+) -> Tensor:
+    """The vector of NUMBERS and the surrogate's parameters, ``dtype`` on ``device``.
+
+    Python numbers alone give a cached tensor: nothing is copied to the device twice.
+    """
+    softcap = 0.0 if logit_args.logit_softcap is None else logit_args.logit_softcap
+    values: list[float | Tensor] = [logit_args.temperature, logit_args.logit_scale, softcap, grad_scale]
+    if config is not None:
+        limits = (config.log_ratio_limit, *config.kl.limit)
+        values += [math.inf if limit is None else float(limit) for limit in limits]
+        values += [config.kl.ratio_cap, *(config.schemes[0].bounds() if in_kernel(config.schemes) else (0.0, math.inf))]
+        values.append(-math.inf if entropy_threshold is None else entropy_threshold)
+        if config.surrogate.kernel_id is not None:
+            values += config.surrogate.parameters()
+    values += [0.0] * (len(NUMBERS) + SURROGATE_PARAMETERS - len(values))
+    if any(isinstance(value, Tensor) for value in values):
+        return _mixed(values, dtype, device)
+    return _plain(tuple(float(value) for value in values), dtype, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # backward saves it
+        if device.type != "cuda":
+            return torch.tensor(values, dtype=dtype, device=device)
+        pinned = torch.tensor(values, dtype=dtype, pin_memory=True)  # a plain copy would wait for the device
+        return pinned.to(device, non_blocking=True)
+
+
+def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """By kernels alone, for a CUDA graph in capture: its memory is the graph's, so it must not be cached."""
+    vector = torch.zeros(len(values), dtype=dtype, device=device)
+    for i, value in enumerate(values):
+        if value:
+            vector[i].fill_(value)
+    return vector
+
+
+def _plain(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # a fake tensor must not stay
+        return torch.tensor(values, dtype=dtype, device=device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _filled(values, dtype, device)
+    return _cached(values, dtype, device)
+
+
+def _mixed(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    vector = _plain(tuple(0.0 if isinstance(value, Tensor) else float(value) for value in values), dtype, device)
+    parts = [
+        value.detach().to(device=device, dtype=dtype, non_blocking=True) if isinstance(value, Tensor) else vector[i]
+        for i, value in enumerate(values)
+    ]
+    return torch.stack(parts)

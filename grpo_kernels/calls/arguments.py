@@ -1,0 +1,133 @@
+"""Checks of the tensors of one call: logits, a head, what torch.func and autograd must not do with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..objectives.checks import FLOAT_DTYPES, fail
+
+if TYPE_CHECKING:
+    from ..objectives.config import LossConfig
+
+
+def check_logits(function: str, logits: Tensor, tensors: Mapping[str, object]) -> None:
+    if not isinstance(logits, Tensor):
+        fail(function, "logits to be a tensor", type(logits).__name__, tensors, error=TypeError)
+    if logits.dtype not in FLOAT_DTYPES:
+        fail(function, "logits in float32, bfloat16, float16 or float64", str(logits.dtype), tensors, error=TypeError)
+    if logits.dim() not in (2, 3):
+        hint = (
+            "flatten leading dimensions: logits.flatten(0, -3), token_ids.flatten(0, -2)" if logits.dim() > 3 else None
+        )
+        fail(function, "logits (B, T, V), (B, T+1, V) or packed (N, V)", f"{logits.dim()} dimensions", tensors, hint)
+    if logits.shape[-1] == 0:
+        fail(function, "at least one vocabulary column", f"shape {tuple(logits.shape)}", tensors)
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        hint = "the vocabulary must be the contiguous dimension: logits.contiguous()"
+        fail(function, "logits with last stride 1", f"strides {logits.stride()}", tensors, hint)
+
+
+def check_head(
+    function: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Mapping[str, object]
+) -> None:
+    """Hidden states and LM head."""
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            module = "the weight of the head, not the module: model.lm_head.weight" if name == "weight" else None
+            fail(function, f"{name} to be a tensor", type(tensor).__name__, hint=module, error=TypeError)
+        if hasattr(tensor, "full_tensor") or (hasattr(tensor, "ds_id") and tensor.numel() == 0):
+            hint = (
+                "only inside the forward of the module that shards it is it whole, and its gradient reduced: "
+                "grpo_kernels.hf.attach computes the loss there; FSDP2's register_fsdp_forward_method(head, name) "
+                "makes a method of the head such a forward (full_tensor() would keep each rank's own gradient)"
+            )
+            fail(function, f"a whole {name}", f"a sharded one ({type(tensor).__name__})", hint=hint)
+        if tensor.dtype not in FLOAT_DTYPES:
+            quantised = "a quantised head must be dequantised first" if name == "weight" else None
+            fail(function, f"{name} of a floating dtype", str(tensor.dtype), tensors, quantised, TypeError)
+    if hidden.dim() not in (2, 3):
+        expected = "hidden (B, T, H), (B, T+1, H) or packed (N, H)"
+        fail(function, expected, f"{hidden.dim()} dimensions", tensors)
+    if weight.dim() != 2 or weight.shape[0] == 0:
+        fail(function, "weight (V, H) with V > 0", f"shape {tuple(weight.shape)}", tensors)
+    if hidden.shape[-1] != weight.shape[1]:
+        turned = "weight is (V, H), as nn.Linear keeps it: weight.T" if hidden.shape[-1] == weight.shape[0] else None
+        expected = f"weight (V, {hidden.shape[-1]}) for these hidden states"
+        fail(function, expected, str(tuple(weight.shape)), tensors, turned)
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        fail(function, f"bias ({weight.shape[0]},)", str(tuple(bias.shape)), tensors)
+    autocast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
+    if not autocast and any(tensor is not None and tensor.dtype != hidden.dtype for tensor in (weight, bias)):
+        hint = "hidden.to(weight.dtype), or torch.autocast"
+        fail(function, f"hidden states, weight and bias of one dtype ({hidden.dtype})", "several", tensors, hint)
+
+
+def check_no_transforms(function: str, logits: Tensor) -> None:
+    """Forward mode and torch.func would silently drop or misread the gradient; say so instead."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(logits):
+        raise RuntimeError(
+            f"{function}: torch.func transforms (grad, vmap, jvp) are not supported. Call it outside the transform "
+            "and use loss.backward() or torch.autograd.grad."
+        )
+    forward_ad = torch.autograd.forward_ad
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
+        raise RuntimeError(f"{function}: forward-mode differentiation is not supported; use loss.backward().")
+
+
+def check_inplace(function: str, logits: Tensor, tensors: Mapping[str, object]) -> None:
+    """``inplace=True`` overwrites the logits with their gradient: refuse where that would be wrong."""
+    if logits.is_leaf and logits.requires_grad:
+        hint = "a leaf that requires grad keeps its values; use inplace=False"
+        fail(function, "logits computed by a model with inplace=True", "a leaf that requires grad", tensors, hint)
+    if _overlaps_itself(logits):
+        hint = "use inplace=False, or logits.contiguous()"
+        fail(function, "logits without internal overlap with inplace=True", f"strides {logits.stride()}", tensors, hint)
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            f"{function}: inplace=True inside activation checkpointing's recomputation: the logits that it was given "
+            "may already be the gradient. Keep the loss outside the checkpointed region, or use inplace=False."
+        )
+
+
+def _overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two elements may share memory: a dimension steps less than what lies inside it."""
+    reach = 1
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach = stride * (size - 1) + reach
+    return False
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it was made under ``torch.inference_mode()``: autograd saves no such ones for backward."""
+    if torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone()
+
+
+def check_pooled(
+    function: str, config: LossConfig, old: Tensor | None, rollout: Tensor | None, tensors: Mapping[str, object]
+) -> None:
+    """Log-probs that are summed over a sequence have fp32's digits: what bf16 rounds off adds up."""
+    rounded = (torch.bfloat16, torch.float16)
+    if not any(value is not None and value.dtype in rounded for value in (old, rollout)):
+        return
+    schemes = [scheme for scheme in config.schemes if scheme.pooled]
+    levels = [level for level in (config.level, config.kl.level_beside(config.level)) if level != "token"]
+    of_old = [*(f'level="{level}"' for level in levels), *(repr(s) for s in schemes if not s.of_policy)]
+    for name, value, reasons in (
+        ("old_log_probs", old, of_old),
+        ("rollout_log_probs", rollout, [repr(s) for s in schemes]),
+    ):
+        if reasons and value is not None and value.dtype in rounded:
+            hint = "rounded log-probs make wrong ratios of sequences: store them in float32, as they were computed"
+            fail(function, f"{name} in float32 with {reasons[0]}", str(value.dtype), tensors, hint)

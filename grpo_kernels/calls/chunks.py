@@ -1,0 +1,168 @@
+"""Which rows of hidden states are worked on, and how many at a time.
+
+Masked rows cost nothing: live ones are gathered, chunk by chunk, and results scattered back. The most rows of a chunk
+follow from shapes, dtypes and ``chunk_bytes`` alone, never from free memory, so that results reproduce.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..objectives.checks import fail, may_look
+from ..objectives.maths import accumulate_dtype
+from ..objectives.sequences import Packed, Padded, Sequences
+from .head import head_kind
+from .inputs import Tokens
+from .terms import TokenBatch
+
+CHUNK_BYTES = 1 << 30
+_GPU_MULTIPLE = 128
+"""Rows of a GEMM on a GPU are padded to this with dead ones."""
+
+
+_PER_TOKEN = ("masked_in", "advantages", "old", "ref", "rollout", "policy_weight", "kl_weight", "entropy_weight")
+"""What a chunk needs of a ``TokenBatch`` beside ``live``."""
+
+
+def chunk_rows(tokens: Tokens, operands: torch.dtype, chunk_bytes: int) -> int:
+    """How many rows' logits, hidden states and their gradients fit ``chunk_bytes``."""
+    kind = head_kind(tokens.states.device.type, operands, tokens.dtype)
+    fixed, per_row = kind.bytes(tokens.states.shape[-1], tokens.vocab, operands, tokens.dtype)
+    rows = (chunk_bytes - fixed) // per_row
+    if rows < 1:
+        got = f"chunk_bytes={chunk_bytes}"
+        fail(tokens.function, f"chunk_bytes >= {fixed + per_row}, the room of one row", got, tokens.tensors)
+    return rows // _GPU_MULTIPLE * _GPU_MULTIPLE if rows >= _GPU_MULTIPLE else rows
+
+
+def pads(device: str) -> bool:
+    """Whether chunks are padded on this kind of device."""
+    return device == "cuda"
+
+
+@dataclass(frozen=True)
+class LiveRows:
+    """The live tokens of a call in order, then padding: (1, n) tensors, and the way back."""
+
+    shape: tuple[int, int]
+    """(B, T) of the token tensors."""
+    index: Tensor
+    """(n,) of each in the flattened (B, T); 0 for padding."""
+    live: Tensor
+    """(1, n) bool, False for padding."""
+    cut: Tensor | None
+    """0-d bool: there were more than ``live_tokens``; None where they were counted."""
+    everything: bool
+    """Every token is live, and nothing is padded."""
+    chunks: tuple[tuple[int, int], ...]
+    """First and last + 1 row of each."""
+    bounds: Tensor | None
+    """(S+1,) of the sequences among the rows, where no chunk cuts one; None where one does, or nobody asked."""
+
+    @classmethod
+    def of(
+        cls, tokens: Tokens, chunk: int, live_tokens: int | None, check: bool | None, sequences: Sequences | None = None
+    ) -> LiveRows:
+        """Chunks of ``chunk`` rows, given ``sequences`` of as many whole sequences as fit, if the longest does. Waits
+        for the device once, to count, unless told ``live_tokens``."""
+        flat = tokens.live.reshape(-1)
+        lengths = None if sequences is None else sequences.sum(tokens.live.to(accumulate_dtype(flat.device)))
+        counts, cut = _count(tokens, lengths, live_tokens, check)
+        count = padded = sum(counts)
+        if pads(flat.device.type):
+            padded = -(-count // _GPU_MULTIPLE) * _GPU_MULTIPLE
+        index = torch.nonzero_static(flat, size=padded, fill_value=-1).squeeze(-1)
+        if padded > count:  # live_tokens may be fewer than there are
+            index[count:] = -1
+        live = index >= 0
+        bounds, chunks = None, [(first, min(first + chunk, padded)) for first in range(0, padded, chunk)]
+        room = chunk - (padded - count)
+        if lengths is not None and max(counts, default=0) <= room:
+            ends = lengths.to(torch.int64).cumsum(0)  # in integers: CUDA has no deterministic running sum of floats
+            bounds = torch.cat([ends.new_zeros(1), ends])
+            chunks = _chunks_of_sequences(counts, room, padded)
+        batch, length = tokens.token_ids.shape
+        everything = cut is None and count == padded == flat.numel()
+        return cls((batch, length), index.clamp(min=0), live[None], cut, everything, tuple(chunks), bounds)
+
+    @property
+    def count(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def longest(self) -> int:
+        return max((last - first for first, last in self.chunks), default=0)
+
+    def hidden(self, states: Tensor, first: int, last: int) -> Tensor:
+        """(last - first, H) rows of ``states`` (B, T or T+1, H) or (N, H), gathered where they do not lie together."""
+        if self.everything and self.count == states.shape[:-1].numel() and states.is_contiguous():
+            return states.flatten(0, -2)[first:last]
+        index = self.index[first:last]
+        whole = states.unsqueeze(0) if states.dim() == 2 else states
+        rows = whole[index // self.shape[1], index % self.shape[1]]
+        if not pads(self.live.device.type):
+            return rows
+        return rows.masked_fill_(~self.live[0, first:last, None], 0)  # padding repeats some row, which may hold NaN
+
+    def put_hidden(self, values: Tensor, out: Tensor, states: Tensor, first: int, last: int) -> None:
+        """Write the rows of a chunk into ``out``, (rows of states + 1, H): padding goes to the spare last row."""
+        index = self.index[first:last]
+        row = index // self.shape[1] * states.shape[-2] + index % self.shape[1]
+        out[torch.where(self.live[0, first:last], row, out.shape[0] - 1)] = values.to(out.dtype)
+
+    def take(self, values: Tensor | None) -> Tensor | None:
+        """(1, n) of (B, T)."""
+        return None if values is None else values.reshape(-1)[self.index][None]
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """(B, T) of (1, n), 0 elsewhere."""
+        out = values.new_zeros(self.shape[0] * self.shape[1] + 1)
+        out[torch.where(self.live[0], self.index, out.shape[0] - 1)] = values[0]  # padding goes to the spare place
+        return out[:-1].view(self.shape)
+
+    def batch(self, batch: TokenBatch) -> TokenBatch:
+        """Of the live tokens alone, (1, n); ``narrow`` says which sequences a part of it holds."""
+        taken: dict[str, Any] = {name: self.take(getattr(batch, name)) for name in _PER_TOKEN}
+        return dataclasses.replace(batch, live=self.live, rollout_weight=None, **taken)
+
+    def narrow(self, batch: TokenBatch, first: int, last: int) -> TokenBatch:
+        """Tokens [first, last) of ``batch``'s result; without ``bounds`` one sequence, for the maths of tokens."""
+        fields = {name: getattr(batch, name) for name in ("live", *_PER_TOKEN)}
+        cut: dict[str, Any] = {name: value[:, first:last] for name, value in fields.items() if value is not None}
+        sequences: Sequences = Padded(1)
+        if self.bounds is not None:
+            sequences = Packed.of(self.bounds.clamp(first, last) - first, last - first)
+        return dataclasses.replace(batch, sequences=sequences, **cut)
+
+
+def _chunks_of_sequences(lengths: list[int], chunk: int, count: int) -> list[tuple[int, int]]:
+    """As many whole sequences as fit into each; the last one ends at ``count``, padding included."""
+    starts, end = [0], 0
+    for length in lengths:
+        if end + length - starts[-1] > chunk:
+            starts.append(end)
+        end += length
+    return list(zip(starts, [*starts[1:], count], strict=True)) if count else []
+
+
+def _count(
+    tokens: Tokens, lengths: Tensor | None, live_tokens: int | None, check: bool | None
+) -> tuple[list[int], Tensor | None]:
+    """How many rows to work on, sequence by sequence where ``lengths`` can be read, and ``LiveRows.cut``."""
+    live = tokens.live
+    if live_tokens is not None and (type(live_tokens) is not int or live_tokens < 0):
+        error = ValueError if type(live_tokens) is int else TypeError
+        fail(tokens.function, "live_tokens to be an int >= 0", repr(live_tokens), error=error)
+    if live_tokens is None or may_look(live, check):
+        counts = [int(live.sum())] if lengths is None else [int(length) for length in lengths.tolist()]
+        if live_tokens is not None and sum(counts) > live_tokens:
+            expected = f"live_tokens >= {sum(counts)}, the live tokens"
+            fail(tokens.function, expected, repr(live_tokens), tokens.tensors)
+        return counts, None
+    count = min(live_tokens, live.numel())
+    return [count], live.sum() > count

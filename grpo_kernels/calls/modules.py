@@ -1,0 +1,31 @@
+"""What ``GRPOLoss`` and ``LinearGRPOLoss`` share: a loss function with its configuration and options fixed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..objectives.checks import check_name
+from ..objectives.config import LossConfig
+from ..objectives.presets import resolve_config
+
+
+class LossModule(nn.Module):
+    """Keeps a resolved configuration and keywords of ``function``, which the subclass's ``forward`` calls."""
+
+    function: ClassVar[Callable[..., Any]]
+
+    def __init__(self, config: LossConfig | str = "grpo", **options: Any) -> None:
+        super().__init__()
+        self.config = resolve_config(config)
+        parameters = inspect.signature(self.function).parameters.values()
+        known = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "config")
+        for name in options:
+            check_name(f"{type(self).__name__}: the option", name, known)
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return repr(self.config)

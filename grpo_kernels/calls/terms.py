@@ -1,0 +1,245 @@
+"""The [tokens]-sized half of the loss: log-probs to records (two-pass route), records to loss and metrics (both).
+
+``token_terms`` is the twin of the function of that name in csrc/common/surrogates.h.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends import ops
+from ..backends.spec import objective_spec
+from ..objectives.config import LossConfig
+from ..objectives.kl import ESTIMATORS, KLTerms, kl_terms
+from ..objectives.maths import accumulate_dtype, clamp, log_ratio_of, times, weighed, within
+from ..objectives.metrics import FIELDS, Metrics, reduce_ratios
+from ..objectives.rollout import FOLDED, Rollout, rollout_weights
+from ..objectives.sequences import Sequences
+from ..objectives.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, Point
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The token-sized inputs of one loss, all contiguous (B, T). Where ``live`` is not, they hold anything."""
+
+    live: Tensor
+    """bool: counts in the loss and is read."""
+    masked_in: Tensor
+    """bool: counts in the denominators (live or skipped)."""
+    sequences: Sequences
+    advantages: Tensor
+    old: Tensor | None
+    ref: Tensor | None
+    rollout: Tensor | None
+    policy_weight: Tensor
+    """The aggregation's weight, the token's own and that of rollout schemes already applied; this and the next two are
+    0 where ``masked_in`` is not."""
+    kl_weight: Tensor | None
+    entropy_weight: Tensor | None
+    schemes: tuple[Rollout, ...] = ()
+    """Rollout schemes that are still to be applied."""
+    rollout_weight: Tensor | None = None
+    """The factors of those already applied, for the metrics."""
+    entropy_threshold: Tensor | float | None = None
+    """Tokens of less entropy have no policy term."""
+
+    def pool(self, values: Tensor, mean: bool) -> Tensor:
+        """Sums or means over each sequence's live tokens, at every token."""
+        live = torch.where(self.live, values, 0.0)
+        return self.sequences.expand(_per_sequence(mean, live, self)).expand_as(values)
+
+    def factors(self, config: LossConfig, log_prob: Tensor, schemes: tuple[Rollout, ...]) -> Tensor:
+        """Of these rollout schemes."""
+        assert self.rollout is not None
+        others = (self.old, self.rollout, self.advantages, config.log_ratio_limit)
+        return rollout_weights(schemes, log_prob, *others, self.pool)
+
+
+def pools(config: LossConfig, batch: TokenBatch) -> bool:
+    """Whether a token's slope needs the other tokens of its sequence."""
+    levels = (config.level, config.kl.level_beside(config.level))
+    return levels != ("token", "token") or any(scheme.pooled for scheme in batch.schemes)
+
+
+class Records(NamedTuple):
+    """What the loss and its metrics are reduced from, all (B, T), 0 at dead rows."""
+
+    log_prob: Tensor
+    entropy: Tensor
+    policy: Tensor
+    """The surrogate's value times the rollout weight, otherwise unweighted."""
+    kl: Tensor
+    """The KL term's value, unweighted, ratio included."""
+    flags: Tensor
+    """uint8, CLIPPED_* of surrogates/base.py."""
+    rollout_weight: Tensor
+    """The factor in ``policy``; empty (0,) where no scheme was left to apply."""
+
+
+def fast_token_terms(
+    config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor, numbers: Tensor, backend: str
+) -> tuple[Records, Tensor]:
+    """``token_terms`` by the backend's kernel where it has one for them: on a GPU one launch in place of sixty."""
+    by_token = not pools(config, batch)
+    spec = objective_spec(config, batch.kl_weight is not None, batch.schemes) if by_token else None
+    if spec is None or not backends.has_token_terms(backend):
+        return token_terms(config, batch, log_prob, entropy)
+    inputs = (batch.advantages, batch.policy_weight, batch.old, batch.ref, batch.rollout, batch.kl_weight, list(spec))
+    *terms, slope = ops.token_terms(log_prob, entropy, batch.live, numbers, *inputs, backend)
+    return Records(log_prob, entropy, *terms), slope
+
+
+def token_terms(
+    config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor | None = None
+) -> tuple[Records, Tensor]:
+    """The records of every token and d loss / d log_prob, weights included in the last.
+
+    ``entropy`` is needed with a threshold alone.
+    """
+    live, surrogate = batch.live, config.surrogate
+    old = log_prob if batch.old is None else batch.old
+    own = torch.where(live, log_ratio_of(log_prob, old), 0.0)  # NaN stays NaN
+    bounded, free, own_flags = surrogate.clip_log_ratios(own, batch.advantages)
+    in_ratio, in_value, applied = _rollout_factors(config, batch, log_prob)
+    if in_ratio is not None:
+        bounded = bounded + torch.where(live, in_ratio.log().clamp(*FOLDED), 0.0)
+    pooled = _Ratio.of(config.level, bounded, config.log_ratio_limit, batch)
+    possible = log_prob != float("-inf")  # a token of probability 0 has no direction to give: it saturates
+
+    policy = surrogate.terms(Point(log_prob, pooled.log, pooled.ratio, batch.advantages, old))
+    weight, value = batch.policy_weight, policy.value
+    if in_value is not None:
+        weight, value = weighed(weight, in_value), weighed(in_value, value)
+    if batch.entropy_threshold is not None:
+        assert entropy is not None
+        low = entropy < batch.entropy_threshold
+        weight, value = torch.where(low, 0.0, weight), torch.where(low, 0.0, value)
+    slope = _distribute(config.level, weighed(weight, torch.where(pooled.inside, policy.slope, 0.0)), batch)
+    passes = possible if free is None else possible & free
+    slope = torch.where(passes, slope, 0.0) + weighed(weight, policy.direct)
+
+    kl_level = config.kl.level_beside(config.level)
+    if kl_level != config.level or bounded is not own:  # the KL's ratio is π/π_old as it is
+        pooled = _Ratio.of(kl_level, own, config.log_ratio_limit, batch)
+    kl_value, kl_slope = _kl_part(config, kl_level, batch, log_prob, pooled, possible)
+    dead = torch.zeros_like(log_prob)
+    flags = policy.flags if own_flags is None else policy.flags | own_flags
+    records = Records(
+        log_prob,
+        dead if entropy is None else entropy,
+        torch.where(live, value, dead),
+        torch.where(live, kl_value, dead),
+        torch.where(live, flags, 0),
+        log_prob.new_empty(0) if applied is None else torch.where(live, applied, dead),
+    )
+    return records, torch.where(live, slope + kl_slope, dead)
+
+
+class _Ratio(NamedTuple):
+    """Pooled and saturated, at every token."""
+
+    log: Tensor
+    ratio: Tensor
+    inside: Tensor
+    """bool: where it does not saturate."""
+
+    @classmethod
+    def of(cls, level: str, own: Tensor, limit: float | None, batch: TokenBatch) -> _Ratio:
+        raw = own if level == "token" else batch.pool(own, level != "sequence_product")
+        log_ratio = clamp(raw, limit)
+        return cls(log_ratio, log_ratio.exp(), within(raw, limit))
+
+
+def _rollout_factors(
+    config: LossConfig, batch: TokenBatch, log_prob: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those that are part of the ratio, those of the value, and all of them; None where there are none."""
+    in_ratio = tuple(s for s in batch.schemes if config.surrogate.folds(s))
+    in_value = tuple(s for s in batch.schemes if not config.surrogate.folds(s))
+    ratio, value = (
+        batch.factors(config, log_prob, schemes) if len(schemes) else None for schemes in (in_ratio, in_value)
+    )
+    if ratio is None or value is None:
+        return ratio, value, value if ratio is None else ratio
+    return ratio, value, times(ratio, value)
+
+
+def _kl_part(
+    config: LossConfig, level: str, batch: TokenBatch, log_prob: Tensor, pooled: _Ratio, possible: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The KL's value, unweighted, and its part of the slope."""
+    if batch.kl_weight is None or batch.ref is None:
+        zero = torch.zeros_like(log_prob)
+        return zero, zero
+    kl = kl_terms(config.kl, log_ratio_of(log_prob, batch.ref), pooled.ratio)
+    kl = kl._replace(slope=torch.where(possible, kl.slope, 0.0))
+    if not config.kl.ratio_weighted:
+        return kl.value, weighed(batch.kl_weight, kl.slope)
+    slope = _ratio_weighted_slope(level, pooled.ratio, pooled.inside, possible, kl, batch)
+    return times(pooled.ratio, kl.value), slope
+
+
+def _ratio_weighted_slope(
+    level: str, ratio: Tensor, inside: Tensor, passes: Tensor, kl: KLTerms, batch: TokenBatch
+) -> Tensor:
+    """Of weight * ratio * k: through k by every token alone, through the ratio as the level spreads it."""
+    value, slope, slope_with_ratio = kl
+    assert batch.kl_weight is not None
+    if level in ("token", "sequence_token"):
+        return weighed(batch.kl_weight, times(ratio, torch.where(inside & passes, slope_with_ratio, slope)))
+    weighted = weighed(batch.kl_weight, times(ratio, value))
+    through_ratio = _distribute(level, torch.where(inside, weighted, 0.0), batch)
+    return weighed(batch.kl_weight, times(ratio, slope)) + torch.where(passes, through_ratio, 0.0)
+
+
+def _distribute(level: str, slope: Tensor, batch: TokenBatch) -> Tensor:
+    """d loss / d (pooled log-ratio) of every token -> d loss / d log_prob of every token."""
+    if level in ("token", "sequence_token"):
+        return slope
+    return batch.pool(slope, level == "sequence")
+
+
+def _per_sequence(mean: bool, values: Tensor, batch: TokenBatch) -> Tensor:
+    """Sums (or means over live tokens) of (B, T) values that are 0 at dead rows; 0 for an empty sequence."""
+    dtype = accumulate_dtype(values.device)
+    total = batch.sequences.sum(values.to(dtype))
+    if mean:
+        total = total / batch.sequences.sum(batch.live.to(dtype)).clamp(min=1)
+    return total.to(values.dtype)
+
+
+def reduce_records(config: LossConfig, batch: TokenBatch, records: Records, backend: str) -> tuple[Tensor, Metrics]:
+    """The loss (0-d, the records' dtype) and its metrics: the one place where records are summed."""
+    applied = batch.rollout_weight
+    if batch.schemes:
+        applied = records.rollout_weight if applied is None else times(records.rollout_weight, applied)
+    loss, vector = ops.token_sums(
+        *records[:5],
+        *(batch.live, batch.masked_in, batch.policy_weight, batch.kl_weight, batch.entropy_weight),
+        *(batch.old, batch.ref, batch.rollout, applied),
+        *(ESTIMATORS.index(config.kl.estimator) + 1, batch.sequences.count, backend),
+    )
+    if config.level != "token":
+        ratios = _sequence_ratios(config, batch, records)
+        first = FIELDS.index("ratio_sum")
+        vector = torch.cat([vector[:first], ratios, vector[first + len(ratios) :]])
+    return loss, Metrics(vector)
+
+
+def _sequence_ratios(config: LossConfig, batch: TokenBatch, records: Records) -> Tensor:
+    """metrics.RATIO_SUMS and extremes of the ratio over non-empty sequences. One counts as clipped where one of its
+    tokens does."""
+    dtype = accumulate_dtype(records.log_prob.device)
+    live = batch.sequences.sum(batch.live.to(dtype)) > 0
+    ratio = torch.ones(live.shape, dtype=dtype, device=live.device)
+    if batch.old is not None:
+        log_ratio = torch.where(batch.live, log_ratio_of(records.log_prob, batch.old), 0.0).to(dtype)
+        ratio = _per_sequence(config.level != "sequence_product", log_ratio, batch).exp()
+    flags = [(records.flags & bit) != 0 for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
+    clipped = [batch.sequences.sum(flag.to(dtype)) > 0 for flag in flags]
+    return reduce_ratios(ratio, live, clipped)

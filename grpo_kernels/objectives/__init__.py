@@ -1,0 +1,1 @@
+"""What papers define, in PyTorch alone: surrogates, KL, rollout weights, aggregations, metrics, advantages."""

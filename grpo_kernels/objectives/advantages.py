@@ -1,0 +1,291 @@
+"""Advantages: from rewards to the A of the loss. Plain PyTorch on (B,), (B, T) or packed tensors, no gradient.
+
+Groups are consecutive sequences that answer one prompt: rewards (B,) with B = prompts * group_size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import check_scalar, check_shape, fail, read_mask
+from .sequences import Packed, Padded, Sequences
+
+
+def raw(rewards: Tensor) -> Tensor:
+    """The rewards themselves, detached (REINFORCE without a baseline; Williams 1992)."""
+    return rewards.detach()
+
+
+def centered(rewards: Tensor) -> Tensor:
+    """R_i - mean(R) over the batch (REINFORCE with a mean baseline). Shape of ``rewards``."""
+    rewards = _floating(rewards)
+    return rewards - rewards.mean()
+
+
+def group_centered(rewards: Tensor, group_size: int) -> Tensor:
+    """R_i - mean of its group (Dr. GRPO; Liu et al. 2025, arXiv:2503.20783). (B,) -> (B,)."""
+    groups = _groups("group_centered", rewards, group_size)
+    return (groups - groups.mean(-1, keepdim=True)).reshape(-1)
+
+
+def group_normalized(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
+    """(R_i - mean) / (std + eps) within its group, with the population std (GRPO; arXiv:2402.03300).
+
+    TRL divides by the sample std and uses eps 1e-4. A group of equal rewards gives exact zeros.
+    """
+    groups = _groups("group_normalized", rewards, group_size)
+    difference = groups - groups.mean(-1, keepdim=True)
+    scaled = difference / (groups.std(-1, keepdim=True, correction=0) + eps)
+    return torch.where(_constant(groups), 0.0, scaled).reshape(-1)
+
+
+def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
+    """R_i - mean of the *other* rewards of its group (RLOO; Ahmadian et al. 2024, arXiv:2402.14740).
+
+    Needs group_size >= 2; a group of equal rewards gives exact zeros.
+    """
+    groups = _groups("leave_one_out", rewards, group_size)
+    if group_size < 2:
+        fail("leave_one_out", "group_size >= 2", str(group_size))
+    others = (groups.sum(-1, keepdim=True) - groups) / (group_size - 1)
+    return torch.where(_constant(groups), 0.0, groups - others).reshape(-1)
+
+
+def has_signal(rewards: Tensor, group_size: int) -> Tensor:
+    """bool (B,): the sequence's group has unequal rewards, so some advantage is not 0 (DAPO's dynamic sampling)."""
+    return (~_constant(_groups("has_signal", rewards, group_size))).expand(-1, group_size).reshape(-1)
+
+
+def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
+    """DAPO's soft over-long penalty, to add to the reward (arXiv:2503.14476, eq. 13). (B,) lengths -> (B,) in [-1, 0].
+
+    0 up to max_length - buffer, then linear down to -1 at max_length, -1 beyond.
+    """
+    if not 0 < buffer <= max_length:
+        fail("overlong_penalty", "0 < buffer <= max_length", f"buffer={buffer}, max_length={max_length}")
+    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
+
+
+def reward_to_go(
+    rewards: Tensor,
+    mask: Tensor,
+    discount: float = 1.0,
+    baseline: float | Tensor | None = None,
+    discount_from_start: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Σ_{u>=t} γ^(u-t) r_u - b_t for each token: (B, T) rewards -> (B, T), 0 where masked.
+
+    Time counts live tokens: masked ones (tool output, padding) neither collect nor discount.
+
+    Args:
+        discount: γ in [0, 1].
+        baseline: a number, one for each sequence ((B, 1), packed (S,)) or for each token, subtracted (it leaves the
+            gradient unbiased if it does not depend on the action).
+        discount_from_start: multiply by γ^(t-1) too, the exact gradient of the discounted objective; the usual form
+            leaves it out (Nota & Thomas 2020, arXiv:1906.07073).
+        cu_seqlens: (S+1,) bounds of packed sequences; rewards and mask are then (N,) or (1, N), as for the loss.
+    """
+    _check_unit("reward_to_go", "discount", discount)
+    tokens = _Tokens.read("reward_to_go", cu_seqlens, rewards=rewards, mask=mask)
+    live = tokens.live
+    r = torch.where(live, tokens.rows(_floating(rewards)), 0.0)
+    links = torch.full_like(r, discount).masked_fill(~live, 1.0)[:, :-1]
+    out = _backward_scan(r, links.masked_fill(tokens.first[:, 1:] != tokens.first[:, :-1], 0.0))
+    if baseline is not None:
+        out = out - tokens.baseline("reward_to_go", baseline)
+    if discount_from_start:
+        before = live.cumsum(-1) - live.to(torch.int64)  # live tokens of the row; those of its sequence are wanted
+        out = out * discount ** (before - before.gather(-1, tokens.first)).to(r.dtype)
+    return torch.where(live, out, 0.0).view(rewards.shape)
+
+
+def n_step(
+    rewards: Tensor, values: Tensor, mask: Tensor, discount: float, steps: int, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """n-step returns Σ_{k<n} γ^k r_{t+k} + γ^n V_{t+n}: (B, T) -> (B, T), 0 where masked.
+
+    Time counts live tokens; V beyond the last live token is 0, so ``steps`` >= T gives Monte-Carlo returns.
+    Subtract ``values`` for an advantage (Sutton & Barto 2018, ch. 7). ``cu_seqlens``: packed, as in ``reward_to_go``.
+    """
+    _check_unit("n_step", "discount", discount)
+    if steps < 1:
+        fail("n_step", "steps >= 1", str(steps))
+    tokens = _Tokens.read("n_step", cu_seqlens, rewards=rewards, values=values, mask=mask)
+    line = _Line.of(tokens, _floating(rewards), values.detach())
+    r, v = line.columns
+    out = r.clone()
+    for k in range(1, min(steps, r.shape[-1])):
+        out += discount**k * line.ahead(r, k)
+    if steps < r.shape[-1]:
+        out += discount**steps * line.ahead(v, steps)
+    return line.spread(out).view(rewards.shape)
+
+
+def gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    discount: float = 1.0,
+    lam: float = 0.95,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438): advantages and returns, (B, T).
+
+    δ_t = r_t + γ V_{t+1} - V_t, A_t = Σ_k (γλ)^k δ_{t+k}, returns = A + V. Time counts live tokens, V after the
+    last one is 0 (the episode ends there); both outputs are 0 where masked. ``cu_seqlens``: packed, as in
+    ``reward_to_go``.
+    """
+    _check_unit("gae", "discount", discount)
+    _check_unit("gae", "lam", lam)
+    tokens = _Tokens.read("gae", cu_seqlens, rewards=rewards, values=values, mask=mask)
+    line = _Line.of(tokens, _floating(rewards), values.detach())
+    r, v = line.columns
+    delta = r + discount * line.ahead(v, 1) - v
+    links = torch.full_like(delta[:, 1:], discount * lam)
+    advantages = _backward_scan(delta, links.masked_fill(line.first[:, 1:] != line.first[:, :-1], 0.0))
+    outputs = (line.spread(found).view(rewards.shape) for found in (advantages, advantages + v))
+    return next(outputs), next(outputs)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip: float | None = 0.2,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """PPO's clipped value loss, mean over live tokens of ½·max((V-R)², (V_clip-R)²); (B, T) tensors -> 0-d.
+
+    V_clip = V_old + clamp(V - V_old, ±clip) (Schulman et al. 2017; Huang et al. 2022, "The 37 implementation details
+    of PPO"). ``clip=None`` leaves the clip out. Differentiable in ``values``; an all-masked batch gives 0.
+    ``cu_seqlens``: packed, (N,) or (1, N).
+    """
+    named = {"values": values, "old_values": old_values, "returns": returns, "mask": mask}
+    tokens = _Tokens.read("value_loss", cu_seqlens, **named)
+    live = tokens.live
+    values = torch.where(live, tokens.rows(values), 0.0)
+    returns = torch.where(live, tokens.rows(returns.detach()), 0.0)
+    losses = (values - returns) ** 2
+    if clip is not None:
+        old = torch.where(live, tokens.rows(old_values.detach()), 0.0)
+        losses = torch.maximum(losses, (old + (values - old).clamp(-clip, clip) - returns) ** 2)
+    return 0.5 * losses.sum() / live.sum().clamp(min=1)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The tokens of a call in rows, (B, T), a packed batch as one row."""
+
+    live: Tensor
+    """bool"""
+    first: Tensor
+    """int64: where in its row each token's sequence begins."""
+    sequences: Sequences
+    shape: torch.Size
+    """As the user gave them."""
+
+    @classmethod
+    def read(cls, function: str, cu_seqlens: Tensor | None, **tensors: Tensor) -> _Tokens:
+        """Of tensors of one shape, the last of them the mask."""
+        mask, shape = tensors["mask"], tensors["mask"].shape
+        fitting = len(shape) == 2 if cu_seqlens is None else shape in ((mask.numel(),), (1, mask.numel()))
+        if not fitting or any(tensor.shape != shape for tensor in tensors.values()):
+            wanted = "(B, T)" if cu_seqlens is None else "(N,) or (1, N) with cu_seqlens"
+            fail(function, f"{', '.join(tensors)} of one shape {wanted}", "others", tensors)
+        live = read_mask(function, mask, tensors)
+        if cu_seqlens is None:
+            return cls(live, torch.zeros_like(live, dtype=torch.int64), Padded(shape[0]), shape)
+        count = mask.numel()
+        packed = Packed.read(function, cu_seqlens, count, {**tensors, "cu_seqlens": cu_seqlens})
+        first = packed.expand(packed.cu_seqlens[:-1].clamp(max=max(count - 1, 0)))  # of an empty last one: any
+        return cls(live.view(1, count) & packed.inside(), first, packed, shape)
+
+    def rows(self, values: Tensor) -> Tensor:
+        return values.reshape(self.live.shape)
+
+    def baseline(self, function: str, baseline: float | Tensor) -> float | Tensor:
+        """Broadcastable to the rows."""
+        if not isinstance(baseline, Tensor):
+            check_scalar(function, "baseline", baseline)
+            return baseline
+        baseline, count = baseline.detach(), self.sequences.count
+        if baseline.dim() == 0:
+            return baseline
+        per_sequence = ((count, 1),) if isinstance(self.sequences, Padded) else ((count, 1), (count,))
+        check_shape(function, "baseline", baseline, (tuple(self.shape), *per_sequence), {"baseline": baseline})
+        if baseline.shape == self.shape:
+            return self.rows(baseline)
+        return self.sequences.expand(baseline.reshape(count))
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The live tokens of each row moved to the left, in order: time counts those alone."""
+
+    live: Tensor
+    order: Tensor
+    """What was moved where."""
+    first: Tensor
+    """Where each token's sequence begins, -1 behind the last live one."""
+    columns: tuple[Tensor, ...]
+    """Of the tensors it was made of; 0 behind the last live token."""
+
+    @classmethod
+    def of(cls, tokens: _Tokens, *tensors: Tensor) -> _Line:
+        order = torch.sort(~tokens.live, dim=-1, stable=True).indices
+        columns = (torch.where(tokens.live, tokens.rows(tensor), 0.0).gather(-1, order) for tensor in tensors)
+        first = torch.where(tokens.live, tokens.first, -1).gather(-1, order)
+        return cls(tokens.live, order, first, tuple(columns))
+
+    def ahead(self, values: Tensor, steps: int) -> Tensor:
+        """At each token that of ``steps`` later, 0 where its sequence has ended."""
+        out = torch.zeros_like(values)
+        same = self.first[:, steps:] == self.first[:, :-steps]
+        out[:, :-steps] = torch.where(same, values[:, steps:], 0.0)
+        return out
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Back where they were, 0 where nothing is live."""
+        return torch.where(self.live, torch.zeros_like(values).scatter(-1, self.order, values), 0.0)
+
+
+def _groups(function: str, rewards: Tensor, group_size: int) -> Tensor:
+    if rewards.dim() != 1 or group_size < 1 or rewards.shape[0] % group_size:
+        expected = f"rewards (B,) with B a multiple of group_size {group_size}"
+        fail(function, expected, f"shape {tuple(rewards.shape)}", {"rewards": rewards})
+    return _floating(rewards).view(-1, group_size)
+
+
+def _floating(rewards: Tensor) -> Tensor:
+    """Detached; integer rewards as the default float type."""
+    return rewards.detach() if rewards.is_floating_point() else rewards.detach().to(torch.get_default_dtype())
+
+
+def _constant(groups: Tensor) -> Tensor:
+    """(G, 1): all rewards of the group are the same."""
+    return (groups == groups[:, :1]).all(-1, keepdim=True)
+
+
+def _check_unit(function: str, name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        fail(function, f"{name} in [0, 1]", repr(value))
+
+
+def _backward_scan(values: Tensor, links: Tensor) -> Tensor:
+    """out_t = values_t + links_t * out_{t+1} over (B, T), of links (B, T-1), in log2(T) steps.
+
+    A link of 0 ends a sequence: whatever lies behind it has no part, NaN neither.
+    """
+    length, step = values.shape[-1], 1
+    out, reach = values.clone(), links
+    while step < length:
+        # reach is the product of the links from t to t + step
+        out[:, :-step] += torch.where(reach == 0, 0.0, reach * out[:, step:])
+        reach = reach[:, :-step] * reach[:, step:]
+        step *= 2
+    return out

@@ -1,0 +1,257 @@
+"""Checks of what users pass, and the one format of their messages.
+
+Shapes, dtypes and devices are always checked; contents where that waits for nothing (CPU) or with
+``check=True`` / ``GRPO_KERNELS_CHECK=1`` (``may_look``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def describe(tensor: Tensor) -> str:
+    """dtype, shape and device in one line."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
+
+
+def fail(
+    function: str,
+    expected: str,
+    got: str,
+    tensors: Mapping[str, object] | None = None,
+    hint: str | None = None,
+    error: type[Exception] = ValueError,
+) -> NoReturn:
+    """Raise ``error``: what was expected, what came, every tensor of the call, a hint."""
+    lines = [f"{function}: expected {expected}; got {got}."]
+    for name, value in (tensors or {}).items():
+        if isinstance(value, Tensor):
+            lines.append(f"  {name:<18} {describe(value)}")
+    if hint:
+        lines.append(f"  hint: {hint}")
+    raise error("\n".join(lines))
+
+
+def checks_enabled(check: bool | None) -> bool:
+    """``check=`` of the call, else the environment's GRPO_KERNELS_CHECK."""
+    if check is not None:
+        return check
+    return os.environ.get("GRPO_KERNELS_CHECK", "").lower() not in ("", "0", "false", "no", "off")
+
+
+_WITHOUT_CONTENTS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
+"""Modes whose tensors stand for others; one that counts FLOPs or chooses what to save changes no contents."""
+
+
+def may_look(tensor: Tensor, check: bool | None = None) -> bool:
+    """Whether contents may be looked at: of CPU tensors always, elsewhere with checks on, since that waits for the
+    device; never in a graph that is traced or captured, nor where there are none to see (fake, meta, vmap)."""
+    if torch.compiler.is_compiling() or any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in _WITHOUT_CONTENTS
+    ):
+        return False
+    if isinstance(tensor, FakeTensor) or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    if tensor.is_cpu:
+        return True
+    if tensor.is_meta or not checks_enabled(check):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def asked_to_look(tensor: Tensor, check: bool | None = None) -> bool:
+    """As ``may_look``, for what only ``check=True`` asks for."""
+    return checks_enabled(check) and may_look(tensor, check)
+
+
+def check_name(kind: str, name: object, allowed: Iterable[str]) -> None:
+    """Raise a ValueError with the nearest valid name unless ``name`` is one of ``allowed``."""
+    names = list(allowed)
+    if name in names:
+        return
+    lowered = {known.lower(): known for known in reversed(names)}
+    near = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.0)
+    raise ValueError(f"{kind} must be one of {', '.join(names)}; got {name!r}. Did you mean {lowered[near[0]]!r}?")
+
+
+def check_limit(what: str, value: float | None) -> None:
+    """A clamp of a config: a finite number > 0, or None."""
+    if value is not None and not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
+        raise ValueError(f"{what} must be a finite number > 0, or None for no limit; got {value!r}.")
+
+
+def check_number(
+    what: str, value: float, at_least: float = -math.inf, above: float = -math.inf, infinite: bool = False
+) -> None:
+    """A number of a config: finite (or perhaps infinite), inside its bounds."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and value >= at_least and value > above and (math.isfinite(value) or (infinite and value > 0)):
+        return
+    bound = f" >= {at_least:g}" if at_least > -math.inf else f" > {above:g}" if above > -math.inf else ""
+    raise ValueError(f"{what} must be a {'' if infinite else 'finite '}number{bound}; got {value!r}.")
+
+
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""What fp32 holds with all of its digits; below and above, kernels would compute with 0 and infinity."""
+
+
+def check_positive(function: str, name: str, value: float | Tensor, check: bool | None = None) -> float | None:
+    """As ``check_scalar``, > 0 and inside of what fp32 holds."""
+    wanted = "a finite number > 0"
+    number = check_scalar(function, name, value, check, wanted)
+    if number is not None and not number > 0:
+        fail(function, f"{name} to be {wanted}", repr(number))
+    if number is not None and not SMALLEST <= number <= LARGEST:
+        fail(function, f"{name} in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it", repr(number))
+    return number
+
+
+def check_scalar(
+    function: str,
+    name: str,
+    value: float | Tensor,
+    check: bool | None = None,
+    wanted: str = "a finite number or a 0-d tensor",
+) -> float | None:
+    """A finite number, or a 0-d tensor of one. Returns the number; None where a tensor may not be looked at."""
+    number: float | None = None
+    if not isinstance(value, Tensor):
+        number = value
+    elif value.dim() != 0:
+        fail(function, f"{name} to be a number or a 0-d tensor", f"shape {tuple(value.shape)}")
+    elif value.requires_grad and torch.is_grad_enabled():
+        fail(function, f"{name} without requires_grad: it gets no gradient", "one with", hint=f"{name}.detach()")
+    elif may_look(value, check):
+        number = value.item()
+    else:
+        return None
+    if not (isinstance(number, (int, float)) and -math.inf < number < math.inf):  # a symbolic one too
+        fail(function, f"{name} to be {wanted}", repr(number))
+    return number
+
+
+def check_device(function: str, tensors: Mapping[str, object]) -> None:
+    """That all are where the first one is."""
+    what, first = next(iter(tensors.items()))
+    assert isinstance(first, Tensor)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.device != first.device and tensor.dim() > 0:
+            hint = f"{name}.to({what}.device)"
+            fail(function, f"{name} on the device of {what}, {first.device}", str(tensor.device), tensors, hint)
+
+
+_NEEDED = ("token_ids", "advantages")
+
+
+def check_tensors(function: str, named: Mapping[str, object]) -> None:
+    """That what was given is tensors; None is an argument left out, but for those that every call needs."""
+    for name, value in named.items():
+        if value is None and name in _NEEDED:
+            fail(function, f"{name} to be a tensor", "None", error=TypeError)
+        if value is not None and not isinstance(value, Tensor):
+            hint = f"torch.as_tensor({name})" if isinstance(value, (list, tuple)) else None
+            fail(function, f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
+
+
+def read_mask(
+    function: str, mask: Tensor, tensors: Mapping[str, object], check: bool | None = None, name: str = "mask"
+) -> Tensor:
+    """bool: where a mask is not 0. Every mask is read here; one that holds what no mask can raises."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_complex():
+        fail(function, f"{name} of bool or numbers", str(mask.dtype), tensors, error=TypeError)
+    if mask.dtype != torch.uint8 and mask.numel() > 0 and may_look(mask, check):
+        _check_mask(function, name, mask, tensors, check)
+    return mask != 0
+
+
+def _check_mask(function: str, name: str, mask: Tensor, tensors: Mapping[str, object], check: bool | None) -> None:
+    """NaN, infinities and negative numbers; with checks on fractions too."""
+    low, high = (float(bound) for bound in torch.aminmax(mask.detach()))
+    if low >= 0 and high < math.inf:  # NaN is neither
+        if mask.is_floating_point() and checks_enabled(check) and bool((fractions := mask != mask.round()).any()):
+            hint = "factors of tokens are token_weights="
+            fail(function, f"{name} of whole numbers", _first(name, mask, fractions), tensors, hint)
+        return
+    hint = f"whatever is not 0 counts; {name} > 0 where a token does"
+    if high <= 0 and low <= _ADDITIVE:
+        hint = f"an additive mask is 0 where tokens count: {name} == 0"
+    elif low == _IGNORED:
+        hint = f"labels say by {_IGNORED} what does not count: labels != {_IGNORED}"
+    elif mask.is_floating_point() and -math.inf < low and high < math.inf and "advantages" in tensors:
+        hint = "the advantages come first: (token_ids, advantages, mask)"
+    wrong = ~((mask >= 0) & (mask < math.inf))
+    fail(function, f"{name} to be finite and >= 0", _first(name, mask, wrong), tensors, hint)
+
+
+_ADDITIVE = -1e3
+"""What models add to scores they hide is -inf, the dtype's lowest, or -1e4 and beyond."""
+_IGNORED = -100
+
+
+def _first(name: str, values: Tensor, wrong: Tensor) -> str:
+    """The first of the wrong values, and where it is."""
+    position = wrong.nonzero()[0].tolist()
+    return f"{name}[{', '.join(map(str, position))}] = {values[tuple(position)].item():.6g}"
+
+
+def check_finite(
+    function: str, name: str, values: Tensor, counts: Tensor, tensors: Mapping[str, object], hint: str | None = None
+) -> None:
+    """Whatever ``values`` are where ``counts`` is not."""
+    wrong = counts & ~values.isfinite()
+    if bool(wrong.any()):
+        fail(function, f"{name} to be finite where they count", _first(name, values, wrong), tensors, hint)
+
+
+def check_bounds(
+    function: str, cu_seqlens: Tensor, tokens: int, tensors: Mapping[str, object], check: bool | None = None
+) -> None:
+    """Of packed sequences. Their values are looked at where that waits for nothing, or with checks on."""
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        fail(function, "cu_seqlens (S+1,) of int32 or int64", "another tensor", tensors)
+    if may_look(cu_seqlens, check):
+        bounds = cu_seqlens.tolist()
+        if bounds[0] < 0 or bounds[-1] > tokens or bounds != sorted(bounds):
+            fail(function, f"cu_seqlens that never fall, within [0, {tokens}]", str(bounds)[:60], tensors)
+
+
+def check_device_name(option: str, name: str) -> None:
+    """That a device of the command line exists here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{option} {name} cannot be used here: {reason}. --device cpu always can.") from None
+
+
+def has_shape(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Dimension by dimension: a tuple that holds a symbol is in no tuple of tuples, for torch.compile."""
+    return tensor.dim() == len(shape) and all(mine == size for mine, size in zip(tensor.shape, shape, strict=True))
+
+
+def check_shape(
+    function: str,
+    name: str,
+    tensor: Tensor,
+    allowed: tuple[tuple[int, ...], ...],
+    tensors: Mapping[str, object],
+    hint: Callable[[str, Tensor], str | None] | None = None,
+) -> None:
+    """``hint`` makes one of the name and the tensor."""
+    if not any(has_shape(tensor, shape) for shape in allowed):
+        wanted = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
+        found = None if hint is None else hint(name, tensor)
+        fail(function, f"{name} of shape {wanted}", str(tuple(tensor.shape)), tensors, found)

@@ -1,0 +1,59 @@
+"""Arithmetic of the per-token maths that keeps infinities and small differences exact.
+
+Twinned in ``csrc/common/surrogates.h`` and ``backends/triton/surrogates.py``.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def times(a: Tensor, b: Tensor) -> Tensor:
+    """a * b where a factor that is exactly zero wins over an infinite one (NaN stays NaN)."""
+    zero = ((a == 0) & ~b.isnan()) | ((b == 0) & ~a.isnan())
+    return torch.where(zero, 0.0, a * b)
+
+
+def weighed(weight: Tensor, x: Tensor) -> Tensor:
+    """weight * x where a weight of zero wins over anything, NaN as well: what weighs nothing has no part in a loss. A
+    zero of x wins over an infinite weight."""
+    zero = (weight == 0) | ((x == 0) & ~weight.isnan())
+    return torch.where(zero, 0.0, weight * x)
+
+
+def log_ratio_of(a: Tensor, b: Tensor) -> Tensor:
+    """a - b; equal log-probs differ by exactly zero, also where both are -inf."""
+    return torch.where(a == b, 0.0, a - b)
+
+
+def within(x: Tensor, limit: float | None) -> Tensor:
+    """Where x lies inside [-limit, limit], bounds included; NaN counts as inside."""
+    return torch.ones_like(x, dtype=torch.bool) if limit is None else ~(x.abs() > limit)
+
+
+def clamp(x: Tensor, limit: float | None) -> Tensor:
+    return x if limit is None else x.clamp(-limit, limit)
+
+
+def k3_of(u: Tensor) -> Tensor:
+    """exp(u) - u - 1 without cancellation: u^2/2 (1 + u/3 (1 + u/4 (...))) near zero."""
+    near = u.abs() < 1
+    v = torch.where(near, u, 0.0)
+    total = torch.ones_like(v)
+    for k in range((18 if u.dtype == torch.float64 else 11) + 2, 2, -1):
+        total = 1 + v * (1 / k) * total
+    far = torch.where(u == math.inf, u, torch.expm1(u) - u)
+    return torch.where(near, v * v / 2 * total, far)
+
+
+def real_dtype(logits: torch.dtype) -> torch.dtype:
+    """Of everything but logits of that dtype and their gradient: fp64 for fp64 logits, else fp32."""
+    return torch.float64 if logits == torch.float64 else torch.float32
+
+
+def accumulate_dtype(device: torch.device) -> torch.dtype:
+    """Of sums over tokens: fp64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64

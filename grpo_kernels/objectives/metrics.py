@@ -1,0 +1,175 @@
+"""Metrics of one or many micro-batches, as one small device vector of sums, counts and extremes.
+
+Ratios of sums are formed on access, so merged metrics are those of the merged batch; nothing waits for the
+device until a value is printed. Nothing counted gives 0, never NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+TOKEN_SUMS = (
+    *("policy_loss", "kl_loss", "entropy_loss"),
+    *("tokens", "skipped_tokens", "impossible_tokens", "entropy_sum"),
+    *("kl_sum", "kl_count", "k1_old_sum", "k3_old_sum"),
+    *("k1_rollout_sum", "k3_rollout_sum", "rollout_count", "rollout_ratio_sum", "rollout_ratio_square_sum"),
+    *("rollout_weight_sum", "rollout_weight_square_sum", "rollout_rejected_count"),
+)
+"""Sums over tokens."""
+RATIO_SUMS = ("ratio_sum", "ratio_count", "clipped_low", "clipped_high", "clipped_dual")
+"""Sums over tokens, or over sequences at the sequence levels."""
+SUMS = (*TOKEN_SUMS, "sequences", *RATIO_SUMS)
+EXTREMES = ("ratio_min", "ratio_max", "rollout_ratio_max", "rollout_weight_max")
+FIELDS = SUMS + EXTREMES
+"""What the vector of a ``Metrics`` holds, in order (csrc/cpu/token_sums.h has the same)."""
+
+REPORTED: Mapping[str, str] = {
+    "policy_loss": "the policy term of the loss",
+    "kl_loss": "the KL term of the loss, coefficient included",
+    "entropy_loss": "the entropy term of the loss, coefficient and sign included",
+    "tokens": "live tokens",
+    "sequences": "sequences, empty ones included",
+    "skipped_tokens": "live tokens left unread (skip_zero_advantage)",
+    "impossible_tokens": "live tokens of probability 0",
+    "kl": "mean of the KL estimator to the reference, unweighted and unclamped",
+    "k1_old": "mean of ℓ - old",
+    "k3_old": "mean of exp(old - ℓ) - (old - ℓ) - 1",
+    "k1_rollout": "mean of ℓ - rollout, over tokens whose rollout log-prob is known",
+    "k3_rollout": "mean of exp(rollout - ℓ) - (rollout - ℓ) - 1, over the same",
+    "rollout_ratio_mean": "mean of ρ = exp(old - rollout) as it is, over the same; 0 without rollout",
+    "rollout_ratio_max": "largest such ρ",
+    "rollout_effective_sample_size": "(Σρ)² / (n·Σρ²), over the same",
+    "rollout_weight_mean": "mean of the factor that the config's rollout correction makes of it (1 without one)",
+    "rollout_weight_max": "largest such factor",
+    "rollout_weight_effective_sample_size": "(Σw)² / (n·Σw²) of these factors",
+    "rollout_rejected": "fraction of factors that are 0",
+    "entropy": "mean entropy, nats",
+    "ratio_mean": "mean ratio to the old policy, over tokens (sequences at sequence levels), unsaturated",
+    "ratio_min": "smallest such ratio",
+    "ratio_max": "largest such ratio",
+    "clip_low": "fraction bounded from below: clipped at 1 - low (or the surrogate's own lower bound)",
+    "clip_high": "fraction bounded from above: clipped at 1 + high, capped",
+    "clip_dual": "fraction bounded at dual (DPPO: at its cap)",
+    "clip_fraction": "low + high + dual: fraction at a bound (a sequence may count twice)",
+}
+"""What ``as_dict`` holds, and its meaning."""
+
+_RATIOS = {
+    "kl": ("kl_sum", "kl_count"),
+    "k1_rollout": ("k1_rollout_sum", "rollout_count"),
+    "k3_rollout": ("k3_rollout_sum", "rollout_count"),
+    "rollout_ratio_mean": ("rollout_ratio_sum", "rollout_count"),
+    "rollout_weight_mean": ("rollout_weight_sum", "rollout_count"),
+    "rollout_rejected": ("rollout_rejected_count", "rollout_count"),
+    "ratio_mean": ("ratio_sum", "ratio_count"),
+    "clip_low": ("clipped_low", "ratio_count"),
+    "clip_high": ("clipped_high", "ratio_count"),
+    "clip_dual": ("clipped_dual", "ratio_count"),
+}
+
+
+class Metrics:
+    """Named access to one vector of ``FIELDS``; every value is a 0-d tensor on the device.
+
+    ``a + b`` merges micro-batches, ``all_reduce(group)`` ranks, ``as_dict()`` gives floats-to-be.
+    """
+
+    __slots__ = ("vector",)
+
+    def __init__(self, vector: Tensor) -> None:
+        self.vector = vector
+
+    @classmethod
+    def of(cls, **values: Tensor | float) -> Metrics:
+        """From every one of FIELDS by name."""
+        tensors = [torch.as_tensor(values[name]) for name in FIELDS]
+        like = max(tensors, key=lambda tensor: (tensor.device.type != "cpu", tensor.dtype == torch.float64))
+        return cls(torch.stack([tensor.to(like.device, like.dtype) for tensor in tensors]))
+
+    def __add__(self, other: object) -> Metrics:
+        if not isinstance(other, Metrics):
+            return NotImplemented
+        return Metrics(_merge(torch.stack([self.vector, other.vector])))
+
+    def __radd__(self, other: object) -> Metrics:
+        """So that sum() works."""
+        if other == 0:
+            return self
+        return NotImplemented
+
+    def all_reduce(self, group: ProcessGroup | None = None) -> Metrics:
+        """The metrics of every rank together: one all-gather, merged in rank order."""
+        size = torch.distributed.get_world_size(group)
+        vectors = [torch.empty_like(self.vector) for _ in range(size)]
+        torch.distributed.all_gather(vectors, self.vector, group=group)
+        return Metrics(_merge(torch.stack(vectors)))
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in EXTREMES:
+            count = "rollout_count" if name.startswith("rollout") else "ratio_count"
+            return torch.where(self._field(count) > 0, self._field(name), 0.0)
+        if name in _RATIOS:
+            total, count = _RATIOS[name]
+            return _ratio(self._field(total), self._field(count))
+        if name in ("entropy", "k1_old", "k3_old"):
+            return _ratio(self._field(f"{name}_sum"), self._field("tokens") - self._field("skipped_tokens"))
+        if name in FIELDS:
+            return self._field(name)
+        raise AttributeError(f"no metric {name!r}; there are {', '.join(REPORTED)}")
+
+    @property
+    def clip_fraction(self) -> Tensor:
+        return self.clip_low + self.clip_high + self.clip_dual
+
+    @property
+    def rollout_effective_sample_size(self) -> Tensor:
+        return self._effective_sample_size("rollout_ratio")
+
+    @property
+    def rollout_weight_effective_sample_size(self) -> Tensor:
+        return self._effective_sample_size("rollout_weight")
+
+    def _effective_sample_size(self, name: str) -> Tensor:
+        squares = self._field("rollout_count") * self._field(f"{name}_square_sum")
+        return _ratio(self._field(f"{name}_sum") ** 2, squares)
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """Every reported metric by name, 0-d tensors."""
+        return {name: getattr(self, name) for name in REPORTED}
+
+    def _field(self, name: str) -> Tensor:
+        return self.vector[FIELDS.index(name)]
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={float(value):.6g}" for name, value in self.as_dict().items())
+        return f"Metrics({values})"
+
+
+def _ratio(total: Tensor, count: Tensor) -> Tensor:
+    return torch.where(count == 0, 0.0, total / count)
+
+
+def _merge(vectors: Tensor) -> Tensor:
+    """(n, FIELDS) vectors to one: sums in order, extremes over those that counted a ratio."""
+    sums = vectors[0, : len(SUMS)]
+    for vector in vectors[1:]:
+        sums = sums + vector[: len(SUMS)]
+    smallest = vectors[:, FIELDS.index("ratio_min")].amin(0)
+    largest = vectors[:, FIELDS.index("ratio_max") :].amax(0)
+    return torch.cat([sums, smallest[None], largest])
+
+
+def reduce_ratios(ratio: Tensor, counted: Tensor, clipped: list[Tensor]) -> Tensor:
+    """metrics.RATIO_SUMS and extremes of the ratio, of flat tensors, in the ratio's dtype."""
+    sums = torch.stack([torch.where(counted, ratio, 0.0), counted, *clipped]).to(ratio.dtype).sum(-1)
+    bounds = torch.stack([torch.where(counted, ratio, float("inf")), torch.where(counted, -ratio, float("inf"))])
+    infinity = torch.full((2, 1), float("inf"), dtype=ratio.dtype, device=ratio.device)
+    smallest, largest = torch.cat([bounds, infinity], 1).amin(1)
+    return torch.cat([sums, torch.stack([smallest, -largest])])

@@ -1,0 +1,100 @@
+"""Layout: which tokens form a sequence.
+
+Token tensors are (B, T) inside the package; a packed batch is one row of N tokens, B = 1, with sequence bounds in
+``cu_seqlens``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import check_bounds, fail, read_mask
+from .compiler import define
+
+
+def _sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return torch.segment_reduce(values, "sum", offsets=cu_seqlens, unsafe=True)
+
+
+def _sequence_sum_fake(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return values.new_empty(cu_seqlens.shape[0] - 1)
+
+
+sequence_sum = define("sequence_sum(Tensor values, Tensor cu_seqlens) -> Tensor", _sequence_sum, _sequence_sum_fake)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """Sequences that are the rows of (B, T) token tensors."""
+
+    count: int
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Per-sequence sums (B,) of (B, T) values."""
+        return values.sum(-1)
+
+    def expand(self, per_sequence: Tensor) -> Tensor:
+        """(B,) values at every token: broadcastable to (B, T)."""
+        return per_sequence.unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences that lie one after the other in (1, N) token tensors; sums run in a fixed order."""
+
+    cu_seqlens: Tensor
+    sequence_of: Tensor
+    """(N,) index of each token's sequence."""
+
+    @classmethod
+    def read(
+        cls,
+        function: str,
+        cu_seqlens: Tensor,
+        tokens: int,
+        tensors: Mapping[str, object],
+        check: bool | None = None,
+    ) -> Packed:
+        """Of the bounds that a user gave; whatever they are, nothing is read outside of the tokens."""
+        check_bounds(function, cu_seqlens, tokens, tensors, check)
+        return cls.of(cu_seqlens.to(torch.int64).clamp(0, tokens), tokens)
+
+    @classmethod
+    def of(cls, cu_seqlens: Tensor, tokens: int) -> Packed:
+        positions = torch.arange(tokens, device=cu_seqlens.device)
+        index = torch.searchsorted(cu_seqlens[1:].contiguous(), positions, right=True)
+        return cls(cu_seqlens, index.clamp(max=cu_seqlens.shape[0] - 2))
+
+    @property
+    def count(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    def sum(self, values: Tensor) -> Tensor:
+        return sequence_sum(values.reshape(-1), self.cu_seqlens)
+
+    def expand(self, per_sequence: Tensor) -> Tensor:
+        return per_sequence[self.sequence_of].unsqueeze(0)
+
+    def inside(self) -> Tensor:
+        """(1, N): tokens that belong to a sequence at all, neither before the first bound nor past the last. Whoever
+        asks which tokens of a packed batch count asks here."""
+        positions = torch.arange(self.sequence_of.shape[0], device=self.cu_seqlens.device)
+        return ((positions >= self.cu_seqlens[0]) & (positions < self.cu_seqlens[-1])).unsqueeze(0)
+
+
+Sequences = Padded | Packed
+
+
+def read_live(function: str, mask: Tensor, cu_seqlens: Tensor | None, check: bool | None = None) -> Tensor:
+    """bool, of the mask's shape: the tokens that count, which lie in a sequence where these have bounds."""
+    tensors = {"mask": mask, "cu_seqlens": cu_seqlens}
+    live = read_mask(function, mask, tensors, check)
+    if cu_seqlens is None:
+        return live
+    if mask.dim() not in (1, 2) or mask.numel() != mask.shape[-1]:
+        fail(function, "packed masks (N,) or (1, N) with cu_seqlens", f"shape {tuple(mask.shape)}", tensors)
+    return live & Packed.read(function, cu_seqlens, mask.shape[-1], tensors, check).inside().view(mask.shape)

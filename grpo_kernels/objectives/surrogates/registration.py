@@ -1,0 +1,183 @@
+"""Surrogates of a user's own: ``register_surrogate``, and the check of their slopes against their values."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from ..compiler import outside_graphs
+from . import BUILT_IN, SURROGATES, Point, Surrogate, Terms
+from .base import no_flags
+
+_RTOL = 1e-6
+_Class = TypeVar("_Class", bound=type)
+
+
+def register_surrogate(cls: _Class) -> _Class:
+    """A surrogate of your own for ``LossConfig``: on every device, with the fused vocabulary kernels, in two passes.
+
+    The class derives from ``Surrogate`` and has
+
+    - its parameters, as annotated fields (it becomes a frozen dataclass);
+    - ``name`` and ``equation``; ``paper``, ``uses_ratio`` and ``flat_at_zero_advantage`` where the defaults do not fit;
+    - ``value(t)``: f at every token of ``t``, a ``Point`` (log_prob, log_ratio, ratio, advantage, old_log_prob), with
+      ``detach()`` where a paper stops the gradient;
+    - ``slopes(t)``, if you like: (∂f/∂log_ratio, ∂f/∂log_prob at a fixed ratio). Without it autograd makes them.
+
+    ``slopes`` that are not the derivatives of ``value`` are refused, at once if the class can be made without
+    arguments, else by the ``LossConfig`` that takes it.
+
+    Raises:
+        TypeError: not a Surrogate, or no ``value``.
+        ValueError: a name that is taken; slopes that are wrong, with the worst point.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Surrogate)):
+        raise TypeError(f"register_surrogate decorates a class that derives from Surrogate; got {cls!r}.")
+    if not callable(getattr(cls, "value", None)):
+        raise TypeError(f"{cls.__name__} needs value(self, t), the surrogate at every token of a Point.")
+    made: Any = cls if "__dataclass_fields__" in vars(cls) else dataclasses.dataclass(frozen=True, repr=False)(cls)
+    made.name = getattr(made, "name", cls.__name__.lower())
+    own = {"equation": f"{cls.__name__}(ℓ, r, A)", "slope_equation": "by autograd", "paper": "registered"}
+    for attribute, default in own.items():  # not those of a base class, which is another objective
+        setattr(made, attribute, vars(cls).get(attribute, default))
+    made.found_in, made.written = "registered", Surrogate.written
+    taken = SURROGATES.get(made.name)
+    if taken is not None and (taken in BUILT_IN or taken.__qualname__ != made.__qualname__):
+        raise ValueError(f"a surrogate named {made.name!r} exists already ({taken.__qualname__}): choose another name.")
+    made.terms, made.kernel_id = _terms, None
+    if made.takes_rollout or made.clip_log_ratios is not Surrogate.clip_log_ratios:
+        raise TypeError(f"{cls.__name__}: takes_rollout and clip_log_ratios are for surrogates of the package alone.")
+    if not any(field.default is field.default_factory is dataclasses.MISSING for field in dataclasses.fields(made)):
+        check_slopes(made())
+    SURROGATES[made.name] = made
+    registered: _Class = made
+    return registered
+
+
+def check_surrogate(surrogate: Surrogate) -> None:
+    """That a surrogate is one that can be computed, and that its slopes are right."""
+    if type(surrogate) in BUILT_IN:
+        return
+    if SURROGATES.get(getattr(surrogate, "name", "")) is not type(surrogate):
+        raise TypeError(f"{type(surrogate).__name__} is not registered: decorate it with @register_surrogate.")
+    check_slopes(surrogate)
+
+
+@outside_graphs
+def _terms(surrogate: Any, t: Point) -> Terms:
+    """``Surrogate.terms`` of a registered class."""
+    flags = no_flags(t.log_prob)
+    if hasattr(surrogate, "slopes"):
+        return Terms(surrogate.value(t).expand_as(t.log_prob), *_slopes(surrogate, t), flags)
+    value, (slope, direct) = by_autograd(surrogate, t)
+    return Terms(value, slope, direct, flags)
+
+
+def _slopes(surrogate: Any, t: Point) -> tuple[Tensor, Tensor]:
+    """What ``slopes`` returns; numbers stand for every token."""
+    slope, direct = (torch.as_tensor(part).to(t.log_prob).expand_as(t.log_prob) for part in surrogate.slopes(t))
+    return slope, direct
+
+
+_IN_PLACE = re.compile(r"__(get|set|setitem|delitem|i\w+)__|[^_].*_")
+"""Attributes and what writes in place: these need the tensor itself."""
+
+
+class _Step(torch.autograd.Function):
+    """What one operation takes of a tensor, whose gradient through that operation is 0 where it is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return torch.where(upstream.isnan(), 0.0, upstream)
+
+
+class _BranchByBranch(TorchFunctionMode):
+    """Derivatives of the chosen branch alone. ``torch.where``, ``minimum`` and ``clamp`` hand a gradient of 0 to what
+    they did not choose, and autograd multiplies it on: where that overflowed, 0·inf is NaN and would spoil the sum.
+    Here every operation's contribution is looked at by itself, so that the others stay."""
+
+    def __torch_function__(
+        self, function: Any, kinds: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
+    ) -> Any:
+        if not _IN_PLACE.fullmatch(getattr(function, "__name__", "__get__")):
+            arguments = tree_map(_step, arguments)
+        return function(*arguments, **(options or {}))
+
+
+def _step(x: Any) -> Any:
+    return _Step.apply(x) if isinstance(x, Tensor) and x.is_floating_point() and x.requires_grad else x
+
+
+def by_autograd(surrogate: Any, t: Point) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Value, and its derivatives in log-ratio and log-prob: those of the chosen branches, NaN where the value is."""
+    with torch.enable_grad(), torch.inference_mode(False):
+        log_prob, log_ratio = (x.detach().clone().requires_grad_() for x in (t.log_prob, t.log_ratio))
+        others = (x.detach().clone() for x in (t.advantage, t.old_log_prob))
+        with _BranchByBranch():
+            value = surrogate.value(Point(log_prob, log_ratio, log_ratio.exp(), *others)).expand_as(log_prob)
+        if not value.requires_grad:
+            return value.detach(), (torch.zeros_like(value), torch.zeros_like(value))
+        inputs = (log_ratio, log_prob)
+        slope, direct = torch.autograd.grad(value.sum(), inputs, allow_unused=True, materialize_grads=True)
+    unknown = value.detach().isnan()
+    return value.detach(), (slope.masked_fill(unknown, math.nan), direct.masked_fill(unknown, math.nan))
+
+
+@functools.lru_cache(maxsize=256)
+def check_slopes(surrogate: Any) -> None:
+    """Compare ``slopes`` with autograd's of ``value``, on a grid away from round numbers, where bounds lie; and check
+    what the class says of itself: flat at A = 0, a function of the ratio."""
+    t = _grid()
+    value, wanted = by_autograd(surrogate, t)
+    few = by_autograd(surrogate, Point(*(x[:7] for x in t)))[0]
+    if not torch.allclose(few, value[:7], rtol=1e-9, atol=1e-12, equal_nan=True):
+        raise ValueError(
+            f"{surrogate!r}: its value at a token depends on the other tokens: return f of every token by itself, "
+            "without means or sums. Sequences are pooled by level=, tokens by aggregation=."
+        )
+    if not any(bool((part != 0).any()) for part in wanted):
+        raise ValueError(
+            f"{surrogate!r}: its value has no gradient in log_prob, log_ratio or ratio: leave out detach(), no_grad "
+            "and numpy, but where a paper stops the gradient."
+        )
+    idle = t.advantage == 0
+    if surrogate.flat_at_zero_advantage and any(bool((part[idle] != 0).any()) for part in (value, *wanted)):
+        raise ValueError(f"{surrogate!r}: its value is not 0 at advantages of 0: say flat_at_zero_advantage = False.")
+    if not surrogate.uses_ratio and bool((wanted[0] != 0).any()):
+        raise ValueError(f"{surrogate!r}: its value has a slope in the ratio: leave uses_ratio = False out.")
+    if not hasattr(surrogate, "slopes"):
+        return
+    found = _slopes(surrogate, t)
+    for what, mine, theirs in zip(("log_ratio", "log_prob"), found, wanted, strict=True):
+        size = torch.maximum(mine.abs(), theirs.abs()).clamp(min=1e-9)
+        error = torch.where(mine == theirs, 0.0, (mine - theirs).abs() / size).nan_to_num(nan=math.inf)
+        worst = int(error.argmax())
+        if float(error[worst]) > _RTOL:
+            at = ", ".join(f"{name}={float(getattr(t, name)[worst]):.6g}" for name in Point._fields)
+            raise ValueError(
+                f"{surrogate!r}: slopes() is not the derivative of value(): ∂f/∂{what} should be "
+                f"{float(theirs[worst]):.8g} and is {float(mine[worst]):.8g} at {at}. Mend slopes(), put detach() "
+                "into value() where the gradient stops, or leave slopes() out: autograd makes them."
+            )
+
+
+def _grid() -> Point:
+    """Ratios from 1e-4 to 1e4, advantages of both signs and 0, likely and unlikely tokens."""
+    log_ratio = torch.cat([torch.linspace(-9.2, 9.2, 41), torch.linspace(-0.9, 0.9, 41)]).double() + 1e-3 * math.pi
+    advantage = torch.tensor([-1.7, -0.31, 0.0, 0.47, 2.3], dtype=torch.float64)
+    log_prob = torch.tensor([-12.3, -2.71, -0.0123], dtype=torch.float64)
+    grid = torch.meshgrid(log_prob, log_ratio, advantage, indexing="ij")
+    ell, x, A = (axis.flatten() for axis in grid)
+    return Point(ell, x, x.exp(), A, ell - x)

@@ -1,0 +1,261 @@
+"""The ULP rule: how far a result may lie from the float64 truth.
+
+An honest fp32 computation of one gradient element errs by rounding its result once (``u_out``), and by a few units
+of 2^-24 for each quantity of size 1, |z - R|, |G|, |ℓ|, |old|, |ref| that it subtracts and exponentiates, R the row's
+largest z and G = lse - R: an offset that all logits share costs nothing, since it is subtracted first. A softcap rounds
+z itself, so |z| counts as well there. The rule allows ``C`` = 4 such units; honest kernels need up to 1.4, a gradient
+off by 1 % needs thousands. It is free of scale: small probabilities are checked as strictly as large ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..calls.inputs import LossInputs, read_batch, read_tokens
+from ..calls.terms import TokenBatch, token_terms
+from ..objectives.config import LossConfig
+from ..objectives.maths import log_ratio_of, times
+from .reference import grpo_loss as reference_loss
+
+C = 4.0
+UNIT = 2.0**-24
+
+OUTPUT_UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Relative rounding error of a gradient's dtype."""
+
+
+def smallest(dtype: torch.dtype) -> float:
+    """Below this nothing is promised: the smallest normal number; of fp16 the smallest subnormal."""
+    return 2.0**-24 if dtype == torch.float16 else torch.finfo(dtype).tiny
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A loss in float64, and the sizes that errors are measured against; row tensors are (B, T)."""
+
+    loss: Tensor
+    log_probs: Tensor
+    entropy: Tensor
+    gradient: Tensor
+    """(B, T, V): the rows that predict a token, without the unused last one."""
+    metrics: dict[str, Tensor]
+    scale: Tensor
+    """(B, T): 1 + |z - R| + |G| + |ℓ| + |old| + |ref|, what a row's errors grow with; see above."""
+    element: Tensor
+    """(B, T, V): size of the terms that are added up in each gradient element."""
+    coefficient: Tensor
+    """(B, T): what a row's probabilities are multiplied by; those below the smallest normal number may count as 0."""
+    term: Tensor
+    """0-d: sum of the sizes of the loss's terms, each times its row's scale."""
+    edge: Tensor
+    """(B, T): too close to a bound of the clip (or of a limit) for fp32 to tell the side."""
+
+    def gradient_bound(self, dtype: torch.dtype, grad_scale: float = 1.0) -> Tensor:
+        """(B, T, V): how far a gradient element may be off that was stored in this dtype, times ``grad_scale``."""
+        fp64 = dtype == torch.float64
+        unit = 2.0**-53 * 64 if fp64 else UNIT
+        floor = smallest(dtype) * (1 + self.coefficient[..., None])
+        return OUTPUT_UNIT[dtype] * self.gradient.abs() + C * unit * self.scale[..., None] * self.element + floor
+
+    def log_prob_bound(self, real: torch.dtype) -> Tensor:
+        """(B, T), for log-probs and entropy: rounding of the output, and of the logits' scaling."""
+        unit = 2.0**-53 * 64 if real == torch.float64 else UNIT
+        return C * unit * self.scale
+
+    def loss_bound(self, real: torch.dtype) -> Tensor:
+        return C * (2.0**-53 * 64 if real == torch.float64 else UNIT) * self.term + smallest(real)
+
+
+def truth_of(logits: Tensor, token_ids: Tensor, advantages: Tensor, mask: Tensor | None, **options: Any) -> Truth:
+    """The reference in float64 on the values of ``logits``, with the options of a ``grpo_loss`` call."""
+    leaf = logits.detach().double().requires_grad_()
+    doubled: dict[str, Any] = {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()
+    }
+    out = reference_loss(leaf, token_ids, advantages.double(), mask, **doubled)
+    if out.loss.requires_grad:
+        out.loss.backward()
+    gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+    config = doubled.get("config", "grpo")
+    config = LossConfig.preset(config) if isinstance(config, str) else config
+    batch = _batch(leaf.detach(), token_ids, advantages.double(), mask, config, doubled)
+    return _sizes(leaf.detach(), gradient, out, token_ids, config, batch, doubled)
+
+
+def _batch(
+    logits: Tensor, token_ids: Tensor, advantages: Tensor, mask: Tensor | None, config: LossConfig, o: dict[str, Any]
+) -> TokenBatch:
+    tokens = read_tokens("truth_of", logits, token_ids, mask, {})
+    given = LossInputs(
+        *(advantages, o.get("old_log_probs"), o.get("ref_log_probs"), o.get("rollout_log_probs")),
+        *(o.get("token_weights"), o.get("cu_seqlens"), o.get("normalizer"), o.get("kl_coef"), o.get("entropy_coef")),
+        *(bool(o.get("skip_zero_advantage")), None, o.get("entropy_threshold")),
+    )
+    return read_batch(tokens, config, given)[1]
+
+
+def _sizes(
+    logits: Tensor,
+    gradient: Tensor,
+    out: Any,
+    token_ids: Tensor,
+    config: LossConfig,
+    batch: TokenBatch,
+    o: dict[str, Any],
+) -> Truth:
+    shape = batch.live.shape
+    ids = token_ids.reshape(shape)
+    whole = logits.reshape(shape[0], -1, logits.shape[-1])
+    rows, gradient_rows = whole[:, : shape[1]], gradient.reshape(whole.shape)[:, : shape[1]]
+    live = batch.live
+    rows = torch.where(live[..., None], rows, 0.0)
+    scale, cap = o.get("logit_scale", 1.0), o.get("logit_softcap")
+    z, derivative = rows * scale, torch.ones_like(rows) * scale
+    if cap is not None:
+        derivative = derivative * (1 - torch.tanh(z / cap) ** 2)
+        z = cap * torch.tanh(z / cap)
+    z, derivative = z / o.get("temperature", 1.0), derivative / o.get("temperature", 1.0)
+    log_p = torch.log_softmax(z, -1)
+    p = log_p.exp()
+    log_prob, entropy = out.log_probs.reshape(shape), out.entropy.reshape(shape)
+
+    def known(values: Tensor | None) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=live.device) if values is None else values.abs()
+
+    largest = z.amax(-1, keepdim=True)
+    below = torch.where(z.isinf(), 0.0, largest - z).amax(-1).clamp(max=_UNDERFLOW)
+    log_sum = (torch.logsumexp(z, -1) - largest.squeeze(-1)).abs()
+    sizes = 1 + below + log_sum + torch.where(log_prob.isinf(), 0.0, log_prob).abs()
+    if cap is not None:
+        sizes = sizes + torch.where(z.isinf(), 0.0, z).abs().amax(-1)
+    sizes = sizes + torch.where(live, known(batch.old) + known(batch.ref), 0.0)
+    if config.schemes and batch.rollout is not None:
+        sizes = sizes + torch.where(live, batch.rollout.nan_to_num(nan=0.0).abs(), 0.0)
+
+    kl_size = torch.zeros_like(log_prob)
+    if batch.kl_weight is not None and batch.ref is not None:
+        u = torch.where(live, log_ratio_of(batch.ref, log_prob), 0.0).clamp(max=50)
+        kl_size = batch.kl_weight.abs() * (u.exp() + u.abs() + (u * u / 2 if config.kl.estimator == "k2" else 0) + 1)
+        if (config.kl.ratio_weighted or config.kl.gradient == "weighted_k2") and batch.old is not None:
+            kl_size = kl_size * torch.where(live, log_ratio_of(log_prob, batch.old), 0.0).clamp(max=20).exp()
+    plain = dataclasses.replace(batch, kl_weight=None)
+    records, policy_slope = token_terms(config, plain, log_prob, entropy)
+    ahead, behind = (token_terms(config, plain, log_prob + step, entropy) for step in (_STEP, -_STEP))
+    # What a surrogate makes of an error in its ratio may be larger than its slope: SAPO's gate, DRO's spring.
+    growth = (ahead[1] - behind[1]).abs() / (2 * _STEP)
+    value_growth = batch.policy_weight.abs() * (ahead[0].policy - behind[0].policy).abs() / (2 * _STEP)
+    policy_slope = torch.maximum(policy_slope.abs(), growth.nan_to_num(nan=0.0, posinf=0.0))
+    value_growth = torch.maximum(policy_slope, value_growth.nan_to_num(nan=0.0, posinf=0.0))
+    slope_size = policy_slope + kl_size
+    if config.level != "token":  # a pooled slope errs with the whole sequence
+        pooled = batch.sequences.sum(kl_size + policy_slope)
+        slope_size = torch.maximum(slope_size, batch.sequences.expand(pooled).expand(shape) * (kl_size > 0))
+    h_size = known(batch.entropy_weight)
+    element = (slope_size[..., None] + h_size[..., None] * (log_p.clamp(min=-700).abs() + entropy[..., None] + 1)) * p
+    own = slope_size + h_size * p.gather(-1, _safe(ids, live)[..., None]).squeeze(-1) * (1 + log_prob.abs() + entropy)
+    element = element.scatter(-1, _safe(ids, live)[..., None], own[..., None]) * derivative.abs()
+    policy_size = times(batch.policy_weight, records.policy).abs()
+    kl_term = torch.zeros_like(policy_size) if batch.kl_weight is None else kl_size
+    term = ((policy_size + value_growth + kl_term + h_size * (1 + entropy)) * sizes)[live].sum()
+    metrics = {name: value.double() for name, value in out.metrics.as_dict().items()}
+    edge = _edges(config, batch, log_prob, entropy, sizes)
+    underflow = -math.log(torch.finfo(torch.float32).tiny)
+    coefficient = (slope_size + h_size * (underflow + entropy)) * derivative.abs().amax(-1)
+    return Truth(
+        *(out.loss.detach(), log_prob, entropy, gradient_rows, metrics),
+        *(sizes, torch.where(live[..., None], element, 0.0), torch.where(live, coefficient, 0.0), term, edge),
+    )
+
+
+def _safe(ids: Tensor, live: Tensor) -> Tensor:
+    return torch.where(live, ids, 0).long()
+
+
+_UNDERFLOW = 746.0
+"""Nats below the largest at which a probability is 0 in float64: such columns round nothing."""
+_STEP = 1e-7
+"""Nats, of a derivative in float64: smaller than the width of an edge."""
+
+
+def _edges(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor, sizes: Tensor) -> Tensor:
+    """Rows at which 16 units decide on which side of a bound a token lies: a clip's, a rollout scheme's, a
+    threshold's."""
+    width = torch.where(batch.live, 16 * UNIT * sizes, 0.0)
+    edge = torch.zeros_like(batch.live)
+    if batch.old is not None or batch.schemes:
+        below, above = (token_terms(config, batch, log_prob + w, entropy)[0] for w in (-width, width))
+        edge |= below.flags != above.flags
+        if batch.schemes:
+            edge |= (below.rollout_weight == 0) != (above.rollout_weight == 0)
+    if batch.old is not None and batch.rollout is not None and config.schemes:
+        shifted = [dataclasses.replace(batch, old=batch.old + w) for w in (-width, width)]
+        kept_below, kept_above = (moved.factors(config, log_prob, config.schemes) == 0 for moved in shifted)
+        edge |= kept_below != kept_above
+    if batch.entropy_threshold is not None:
+        edge |= (entropy - batch.entropy_threshold).abs() < width
+    if batch.ref is not None and config.kl.estimator == "abs":
+        edge |= log_ratio_of(log_prob, batch.ref).abs() < width
+    return edge & batch.live
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Largest errors as shares of what the rule allows (above 1: broken), and where."""
+
+    log_prob: float
+    entropy: float
+    loss: float
+    gradient: float
+    gradient_ulps: float
+    """Largest gradient error in last places of the terms that an element adds up (of itself, where none cancel)."""
+    edges: float
+    """Share of live rows left out because fp32 cannot tell the side of the clip."""
+
+    @property
+    def holds(self) -> bool:
+        return max(self.log_prob, self.entropy, self.loss, self.gradient) <= 1 and self.edges <= 0.01
+
+
+def compare(
+    truth: Truth, loss: Tensor, log_probs: Tensor, entropy: Tensor, gradient: Tensor, grad_scale: float = 1.0
+) -> Comparison:
+    """A result against the truth; NaN anywhere breaks the rule.
+
+    ``gradient`` is shaped like the logits, in their dtype, and was computed for the loss times ``grad_scale``.
+    """
+    shape = truth.log_probs.shape
+    real = log_probs.dtype
+    rows = gradient.detach().reshape(shape[0], -1, gradient.shape[-1])[:, : shape[1]].double() / grad_scale
+    keep = ~truth.edge
+    error = (rows - truth.gradient).abs()
+    bound = truth.gradient_bound(gradient.dtype, grad_scale)
+    share = torch.where(keep[..., None], error / bound, 0.0)
+    size = torch.maximum(truth.gradient.abs(), truth.element)
+    ulp = 2 * OUTPUT_UNIT[gradient.dtype] * size + smallest(gradient.dtype) / grad_scale
+    per_row = truth.log_prob_bound(real)
+    loss_share = (loss.detach().double() - truth.loss).abs() / truth.loss_bound(real)
+    return Comparison(
+        log_prob=_worst(_difference(log_probs.double().reshape(shape), truth.log_probs) / per_row),
+        entropy=_worst((entropy.double().reshape(shape) - truth.entropy).abs() / per_row),
+        loss=_worst(loss_share) if not bool(truth.edge.any()) else 0.0,
+        gradient=_worst(share),
+        gradient_ulps=_worst(torch.where(keep[..., None], error / ulp, 0.0)),
+        edges=float(truth.edge.sum() / max(1, truth.edge.numel())),
+    )
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    return log_ratio_of(a, b).abs()
+
+
+def _worst(shares: Tensor) -> float:
+    if shares.numel() == 0:
+        return 0.0
+    return float("inf") if bool(shares.isnan().any()) else float(shares.max())
