@@ -1,6 +1,11 @@
 """Fused GRPO-family policy losses: log-softmax, ratio, clip, KL, gradient and metrics in one pass over the logits."""
 
-from . import advantages, hf, reference
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import advantages, hf
 from . import surrogates as surrogates
 from .calls.outputs import LossOutput, TokenLogProbs
 from .calls.routes import Route
@@ -9,7 +14,6 @@ from .calls.tokens import align
 from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
 from .loss import GRPOLoss, grpo_loss
-from .matching import MatchReport, match, shadow
 from .objectives.advantages import value_loss
 from .objectives.aggregation import Normalizer, normalizer
 from .objectives.config import LossConfig
@@ -18,6 +22,10 @@ from .objectives.metrics import Metrics
 from .objectives.rollout import MaskedIS, OffPolicyMask, Rejection, TruncatedIS
 from .objectives.surrogates import Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, Reinforce, Sapo, Surrogate, Unclipped, Vespo
 from .objectives.surrogates.registration import register_surrogate
+
+if TYPE_CHECKING:
+    from . import reference
+    from .matching import MatchReport, match, shadow
 
 __version__ = "0.1.1"
 
@@ -64,3 +72,20 @@ __all__ = [
     "token_log_probs",
     "value_loss",
 ]
+
+_LAZY = {"match": "matching", "shadow": "matching", "MatchReport": "matching", "reference": ""}
+"""What is imported when it is first asked for, and the module that has it: the loss needs none of them."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import a lazy name. It is kept, so that this runs once for each."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f".{_LAZY[name] or name}", __name__)
+    value = getattr(module, name) if _LAZY[name] else module
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

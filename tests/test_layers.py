@@ -1,0 +1,134 @@
+"""The package's folders are layers: nothing imports upwards, and the loss loads nothing that it does not need."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import grpo_kernels
+
+PACKAGE = Path(grpo_kernels.__file__).parent
+LAYERS = {
+    "objectives": 0,
+    "backends": 1,
+    "calls": 2,
+    **dict.fromkeys(("loss", "log_probs", "linear", "hf", "advantages", "surrogates"), 3),
+    **dict.fromkeys(("integrations", "verification"), 4),
+    **dict.fromkeys(("matching", "bench", "training", "info", "__main__"), 5),
+}
+"""Of a folder or a file at the root: it imports from its own layer and from lower ones."""
+EXCEPTIONS = {
+    ("__init__", "matching"): "lazy: match, shadow, MatchReport",
+    ("__init__", "reference"): "lazy",
+    ("reference", "verification"): "the public place of the reference",
+}
+"""Imports by name that are against the rule."""
+
+
+def room(path: Path) -> str:
+    """The folder or file at the package's root that a module belongs to."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_rooms(path: Path, source: str) -> set[str]:
+    """Rooms that a module's imports name, relative or absolute, inside functions as well."""
+    package = [PACKAGE.name, *path.relative_to(PACKAGE).parent.parts]
+    rooms = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            targets = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            targets = [[*base, alias.name] for alias in node.names]
+        else:
+            continue
+        rooms |= {target[1] for target in targets if target[0] == PACKAGE.name and len(target) > 1}
+    return {name for name in rooms if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").exists()}
+
+
+def climbing(path: Path, source: str) -> list[str]:
+    here = room(path)
+    layer = LAYERS.get(here, 3)
+    return [
+        f"{path.relative_to(PACKAGE)} imports {name}"
+        for name in sorted(imported_rooms(path, source))
+        if name != here and LAYERS.get(name, 3) > layer and (here, name) not in EXCEPTIONS
+    ]
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_nothing_imports_upwards():
+    assert len(MODULES) > 80
+    assert [arrow for path in MODULES for arrow in climbing(path, path.read_text())] == []
+
+
+def test_a_climbing_import_is_seen():
+    """However it is written, and inside a function too."""
+    for line in (
+        "from ..calls import terms",
+        "import grpo_kernels.calls.terms",
+        "def f():\n    from ..calls.terms import x",
+    ):
+        assert climbing(PACKAGE / "backends" / "cpu.py", line) == ["backends/cpu.py imports calls"]
+    assert climbing(PACKAGE / "calls" / "cpu.py", "from ..backends import ops") == []
+
+
+def test_every_room_has_a_layer():
+    rooms = {room(path) for path in MODULES} - {"__init__", "reference"}
+    assert rooms == set(LAYERS)
+    assert len(list(PACKAGE.glob("*.py"))) <= 14
+
+
+LOADED = """
+import json, sys
+before = set(sys.modules)
+import grpo_kernels
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def test_what_the_import_loads():
+    """No match, no program, no Triton and none of PyTorch's compiler, which takes as long to import as PyTorch."""
+    loaded = json.loads(subprocess.run([sys.executable, "-c", LOADED], capture_output=True, check=True).stdout)
+    assert "grpo_kernels.loss" in loaded
+    unwanted = ("torch._dynamo", "torch._inductor", "triton", "transformers", "matplotlib")
+    unwanted += tuple(f"grpo_kernels.{name}" for name, layer in LAYERS.items() if layer > 3)
+    assert [name for name in loaded if name.startswith(unwanted)] == []
+
+
+def test_import_takes_a_fraction_of_the_import_of_torch():
+    """Least of three: other processes take turns on the cores."""
+    code = "import time; a = time.perf_counter(); import torch; b = time.perf_counter(); import grpo_kernels; "
+    code += "print((time.perf_counter() - b) / (b - a))"
+    runs = (subprocess.run([sys.executable, "-c", code], capture_output=True, check=True) for _ in range(3))
+    assert min(float(run.stdout) for run in runs) <= 0.3
+
+
+def test_names_survive_the_import_of_every_module():
+    """A submodule's import sets an attribute of its package: none may take the place of a public name."""
+    skipped = ("integrations.trl", "backends.triton.", "__main__")  # need TRL, Triton's language
+    for module in pkgutil.walk_packages([str(PACKAGE)], "grpo_kernels."):
+        if not any(part in module.name for part in skipped):
+            importlib.import_module(module.name)
+    for name in grpo_kernels.__all__:
+        assert getattr(grpo_kernels, name) is not None
+    assert callable(grpo_kernels.match)
+    assert callable(grpo_kernels.shadow)
+    for place in ("advantages", "reference", "surrogates"):
+        assert importlib.import_module(f"grpo_kernels.{place}") is getattr(grpo_kernels, place)
+
+
+def test_no_other_name_is_made_up():
+    with pytest.raises(AttributeError, match="has no attribute 'matches'"):
+        grpo_kernels.matches
+    assert "match" in dir(grpo_kernels)
