@@ -20,22 +20,16 @@ from .backends import ops
 from .backends.contract import Rows
 from .backends.spec import NUMBERS, LogitArgs, ObjectiveSpec
 from .calls import autograd
+from .calls.arguments import check_logit_args
+from .calls.batch import LossInputs, TokenBatch, read_batch
 from .calls.chunks import CHUNK_BYTES, LiveRows, chunk_rows
+from .calls.contents import check_ids, check_shift
 from .calls.head import Wants, head_kind, operand_dtype
-from .calls.inputs import (
-    LossInputs,
-    Tokens,
-    check_ids,
-    check_logit_args,
-    check_shift,
-    choose_backend,
-    read_batch,
-    read_linear_tokens,
-)
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, TokenLogProbs
-from .calls.routes import Require, check_require, one_pass_spec, route_of
-from .calls.terms import Records, TokenBatch, fast_token_terms, pools, reduce_records
+from .calls.routes import Require, check_require, choose_backend, one_pass_spec, route_of
+from .calls.terms import Records, fast_token_terms, pools, reduce_records
+from .calls.tokens import Tokens, read_linear_tokens
 from .loss import announced_scale
 from .objectives.aggregation import Normalizer
 from .objectives.checks import asked_to_look, check_scalar

@@ -8,11 +8,12 @@ from torch import Tensor
 from .backends import ops
 from .backends.spec import LogitArgs
 from .calls import autograd
-from .calls.arguments import check_inplace
-from .calls.inputs import check_contents, check_logit_args, choose_backend, read_tokens
+from .calls.arguments import check_inplace, check_logit_args
+from .calls.contents import check_contents
 from .calls.outputs import TokenLogProbs
-from .calls.routes import Require, check_require, route_of
+from .calls.routes import Require, check_require, choose_backend, route_of
 from .calls.support import Support, check_not_inplace, supported_log_probs
+from .calls.tokens import read_tokens
 
 
 def token_log_probs(

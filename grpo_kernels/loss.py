@@ -12,13 +12,15 @@ from .backends import ops
 from .backends.contract import Rows
 from .backends.spec import NUMBERS, LogitArgs, ObjectiveSpec
 from .calls import autograd
-from .calls.arguments import check_inplace
-from .calls.inputs import LossInputs, check_contents, check_logit_args, choose_backend, read_batch, read_tokens
+from .calls.arguments import check_inplace, check_logit_args
+from .calls.batch import LossInputs, TokenBatch, read_batch
+from .calls.contents import check_contents
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput
-from .calls.routes import Require, check_require, one_pass_spec, route_of
+from .calls.routes import Require, check_require, choose_backend, one_pass_spec, route_of
 from .calls.support import Support, check_not_inplace, supported_log_probs
-from .calls.terms import Records, TokenBatch, fast_token_terms, reduce_records
+from .calls.terms import Records, fast_token_terms, reduce_records
+from .calls.tokens import read_tokens
 from .objectives.aggregation import Normalizer
 from .objectives.checks import check_positive
 from .objectives.config import LossConfig

@@ -73,7 +73,7 @@ MUTANTS = {
     "direct slope dropped": ("calls/terms.py", "+ weighed(weight, policy.direct)", ""),
     "rollout: level": ("objectives/rollout.py", 'scheme.level == "geometric"', 'scheme.level != "geometric"'),
     "rollout: unknown": ("objectives/rollout.py", "torch.where(known, factor, 1.0)", "factor"),
-    "rollout: current policy": ("calls/inputs.py", "if not scheme.of_policy)", ")"),
+    "rollout: current policy": ("calls/batch.py", "if not scheme.of_policy)", ")"),
     "entropy threshold": ("calls/terms.py", "low = entropy < batch", "low = entropy > batch"),
     "support: drawn token": ("calls/support.py", "kept.scatter_(1, safe[:, None], True)", "pass"),
     "triton: rollout": ("backends/triton/surrogates.py", "policy_weight = weighed(policy_weight, weight)", "pass"),
@@ -90,7 +90,11 @@ MUTANTS = {
         "log_ratio.exp(), within(raw, None)",
     ),
     "ratio: sign": ("calls/terms.py", "cls(log_ratio, log_ratio.exp()", "cls(log_ratio, (-log_ratio).exp()"),
-    "gspo: sum for mean": ("calls/terms.py", 'level != "sequence_product", log_ratio', 'level == "none", log_ratio'),
+    "gspo: sum for mean": (
+        "calls/terms.py",
+        'log_ratio, config.level != "sequence_product"',
+        'log_ratio, config.level == "none"',
+    ),
     "gspo: slope not shared": (
         "calls/terms.py",
         'if level in ("token", "sequence_token"):\n        return slope',
@@ -102,7 +106,7 @@ MUTANTS = {
         "passes = possible | True if free is None",
     ),
     "kl weight forgotten": ("calls/terms.py", "weighed(batch.kl_weight, kl.slope)", "kl.slope"),
-    "token weights forgotten": ("calls/inputs.py", "policy_weight * factor, 0.0", "policy_weight, 0.0"),
+    "token weights forgotten": ("calls/batch.py", "policy_weight * factor, 0.0", "policy_weight, 0.0"),
     "entropy weight: sign": ("loss.py", "else -batch.entropy_weight", "else batch.entropy_weight"),
     "mean: off by one": ("objectives/aggregation.py", ".clamp(min=1) * count)", ".clamp(min=2) * count)"),
     "normalizer ignored": (

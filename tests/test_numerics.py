@@ -9,7 +9,7 @@ import torch
 from cases import INTERPRETED, exact_log_probs, make
 
 from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped, grpo_loss, token_log_probs
-from grpo_kernels.calls import inputs
+from grpo_kernels.calls import batch as reading
 from grpo_kernels.verification.tolerance import compare, truth_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -317,7 +317,7 @@ def test_exploding_ratio(backend):
 @pytest.mark.parametrize("advantage", [0.0, -0.0, 1e30, math.nan])
 def test_extreme_advantages(backend, advantage, monkeypatch):
     """NaN is refused where contents are looked at; on a device it stays in its row."""
-    monkeypatch.setattr(inputs, "may_look", lambda *_: False)
+    monkeypatch.setattr(reading, "may_look", lambda *_: False)
     case = make(batch=3, empty=False)
     case.mask[:] = True
     _, clean = case.run(backend)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..objectives.checks import FLOAT_DTYPES, fail
+from ..backends.spec import LogitArgs
+from ..objectives.checks import FLOAT_DTYPES, LARGEST, SMALLEST, check_positive, fail
 
 if TYPE_CHECKING:
     from ..objectives.config import LossConfig
@@ -131,3 +132,20 @@ def check_pooled(
         if reasons and value is not None and value.dtype in rounded:
             hint = "rounded log-probs make wrong ratios of sequences: store them in float32, as they were computed"
             fail(function, f"{name} in float32 with {reasons[0]}", str(value.dtype), tensors, hint)
+
+
+def check_logit_args(function: str, args: LogitArgs, check: bool | None = None) -> None:
+    """Each a positive number that fp32 holds, and so are the quotients that kernels form of them."""
+    temperature = check_positive(function, "temperature", args.temperature, check)
+    scale = check_positive(function, "logit_scale", args.logit_scale, check)
+    _check_quotient(function, "logit_scale / temperature", scale, temperature)
+    if args.logit_softcap is not None:
+        cap = check_positive(function, "logit_softcap", args.logit_softcap, check)
+        _check_quotient(function, "logit_scale / logit_softcap", scale, cap)
+        _check_quotient(function, "logit_softcap / temperature", cap, temperature)
+
+
+def _check_quotient(function: str, names: str, over: float | None, under: float | None) -> None:
+    if over is not None and under is not None and not SMALLEST <= over / under <= LARGEST:
+        expected = f"{names} in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it"
+        fail(function, expected, f"{over!r} / {under!r}")

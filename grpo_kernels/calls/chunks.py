@@ -16,9 +16,9 @@ from torch import Tensor
 from ..objectives.checks import fail, may_look
 from ..objectives.maths import accumulate_dtype
 from ..objectives.sequences import Packed, Padded, Sequences
+from .batch import TokenBatch
 from .head import head_kind
-from .inputs import Tokens
-from .terms import TokenBatch
+from .tokens import Tokens
 
 CHUNK_BYTES = 1 << 30
 _GPU_MULTIPLE = 128

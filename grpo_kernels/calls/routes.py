@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from .. import backends
 from ..backends import Choice
-from ..backends.spec import ObjectiveSpec, objective_spec
+from ..backends.spec import LogitArgs, ObjectiveSpec, objective_spec
 from ..objectives.checks import check_name, fail
 from ..objectives.config import LossConfig
-from .inputs import LossInputs, Tokens, advantages_per_sequence
-from .terms import TokenBatch
+from .batch import LossInputs, TokenBatch, advantages_per_sequence
+from .tokens import Tokens
 
 Require = Literal["fused"]
 REQUIREMENTS = ("fused",)
@@ -74,3 +75,10 @@ def check_require(tokens: Tokens, require: Require | None, route: Route) -> None
         got = f"{route.passes} pass{'es' * (route.passes > 1)} of backend {route.backend!r}: {route.reason}"
         hint = "without require= the call takes this route; `python -m grpo_kernels info` tells what is usable here"
         fail(tokens.function, expected, got, tokens.tensors, hint, RuntimeError)
+
+
+def choose_backend(tokens: Tokens, backend: str | None, args: LogitArgs, fused: bool = False) -> backends.Choice:
+    """The backend, and whether it serves the one-pass loss where that is wanted (``fused``)."""
+    softcap = args.logit_softcap is not None
+    request = backends.Request(tokens.states.device, tokens.dtype, tokens.vocab, fused, softcap)
+    return backends.choose(tokens.function, request, backend)

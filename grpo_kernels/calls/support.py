@@ -24,7 +24,8 @@ from ..objectives.checks import check_device, check_shape, fail, read_mask
 from ..objectives.compiler import outside_graphs
 from ..objectives.maths import weighed
 from .autograd import once
-from .inputs import Tokens, check_ids
+from .contents import check_ids
+from .tokens import Tokens
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits copied at a time."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,46 +17,9 @@ from ..objectives.config import LossConfig
 from ..objectives.kl import ESTIMATORS, KLTerms, kl_terms
 from ..objectives.maths import accumulate_dtype, clamp, log_ratio_of, times, weighed, within
 from ..objectives.metrics import FIELDS, Metrics, reduce_ratios
-from ..objectives.rollout import FOLDED, Rollout, rollout_weights
-from ..objectives.sequences import Sequences
+from ..objectives.rollout import FOLDED
 from ..objectives.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, Point
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """The token-sized inputs of one loss, all contiguous (B, T). Where ``live`` is not, they hold anything."""
-
-    live: Tensor
-    """bool: counts in the loss and is read."""
-    masked_in: Tensor
-    """bool: counts in the denominators (live or skipped)."""
-    sequences: Sequences
-    advantages: Tensor
-    old: Tensor | None
-    ref: Tensor | None
-    rollout: Tensor | None
-    policy_weight: Tensor
-    """The aggregation's weight, the token's own and that of rollout schemes already applied; this and the next two are
-    0 where ``masked_in`` is not."""
-    kl_weight: Tensor | None
-    entropy_weight: Tensor | None
-    schemes: tuple[Rollout, ...] = ()
-    """Rollout schemes that are still to be applied."""
-    rollout_weight: Tensor | None = None
-    """The factors of those already applied, for the metrics."""
-    entropy_threshold: Tensor | float | None = None
-    """Tokens of less entropy have no policy term."""
-
-    def pool(self, values: Tensor, mean: bool) -> Tensor:
-        """Sums or means over each sequence's live tokens, at every token."""
-        live = torch.where(self.live, values, 0.0)
-        return self.sequences.expand(_per_sequence(mean, live, self)).expand_as(values)
-
-    def factors(self, config: LossConfig, log_prob: Tensor, schemes: tuple[Rollout, ...]) -> Tensor:
-        """Of these rollout schemes."""
-        assert self.rollout is not None
-        others = (self.old, self.rollout, self.advantages, config.log_ratio_limit)
-        return rollout_weights(schemes, log_prob, *others, self.pool)
+from .batch import TokenBatch
 
 
 def pools(config: LossConfig, batch: TokenBatch) -> bool:
@@ -204,15 +166,6 @@ def _distribute(level: str, slope: Tensor, batch: TokenBatch) -> Tensor:
     return batch.pool(slope, level == "sequence")
 
 
-def _per_sequence(mean: bool, values: Tensor, batch: TokenBatch) -> Tensor:
-    """Sums (or means over live tokens) of (B, T) values that are 0 at dead rows; 0 for an empty sequence."""
-    dtype = accumulate_dtype(values.device)
-    total = batch.sequences.sum(values.to(dtype))
-    if mean:
-        total = total / batch.sequences.sum(batch.live.to(dtype)).clamp(min=1)
-    return total.to(values.dtype)
-
-
 def reduce_records(config: LossConfig, batch: TokenBatch, records: Records, backend: str) -> tuple[Tensor, Metrics]:
     """The loss (0-d, the records' dtype) and its metrics: the one place where records are summed."""
     applied = batch.rollout_weight
@@ -239,7 +192,7 @@ def _sequence_ratios(config: LossConfig, batch: TokenBatch, records: Records) ->
     ratio = torch.ones(live.shape, dtype=dtype, device=live.device)
     if batch.old is not None:
         log_ratio = torch.where(batch.live, log_ratio_of(records.log_prob, batch.old), 0.0).to(dtype)
-        ratio = _per_sequence(config.level != "sequence_product", log_ratio, batch).exp()
+        ratio = batch.per_sequence(log_ratio, config.level != "sequence_product").exp()
     flags = [(records.flags & bit) != 0 for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
     clipped = [batch.sequences.sum(flag.to(dtype)) > 0 for flag in flags]
     return reduce_ratios(ratio, live, clipped)

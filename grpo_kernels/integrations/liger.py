@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls.inputs import LossInputs, read_batch, read_linear_tokens, read_tokens
-from ..calls.terms import TokenBatch, token_terms
+from ..calls.batch import LossInputs, TokenBatch, read_batch
+from ..calls.terms import token_terms
+from ..calls.tokens import read_linear_tokens, read_tokens
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss

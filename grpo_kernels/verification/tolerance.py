@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls.inputs import LossInputs, read_batch, read_tokens
-from ..calls.terms import TokenBatch, token_terms
+from ..calls.batch import LossInputs, TokenBatch, read_batch
+from ..calls.terms import token_terms
+from ..calls.tokens import read_tokens
 from ..objectives.config import LossConfig
 from ..objectives.maths import log_ratio_of, times
 from .reference import grpo_loss as reference_loss

@@ -3,265 +3,76 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..backends import ops
-from ..backends.contract import Rows
-from ..backends.spec import LogitArgs, in_kernel, numbers_vector
+from ..backends.spec import in_kernel
 from ..objectives.aggregation import Normalizer, on_tokens, sequence_weights
 from ..objectives.checks import (
-    INTEGER_DTYPES,
-    LARGEST,
-    SMALLEST,
     asked_to_look,
-    check_device,
     check_finite,
-    check_positive,
     check_scalar,
     check_shape,
-    check_tensors,
     fail,
     has_shape,
     may_look,
-    read_mask,
 )
 from ..objectives.config import LossConfig
-from ..objectives.maths import weighed
+from ..objectives.maths import accumulate_dtype, weighed
+from ..objectives.rollout import Rollout, rollout_weights
 from ..objectives.sequences import Packed, Padded, Sequences
-from .arguments import check_head, check_logits, check_no_transforms, check_pooled, ordinary
-from .head import operand_dtype
-from .terms import TokenBatch
+from .arguments import check_pooled
+from .tokens import Tokens
+
+_POSITIVE_NATS = 1e-3  # rounding of somebody else's log-softmax
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """Ids and mask of a call, (B, T), beside the vocabulary rows they belong to."""
+class TokenBatch:
+    """The token-sized inputs of one loss, all contiguous (B, T). Where ``live`` is not, they hold anything."""
 
-    function: str
-    states: Tensor
-    """The logits, or the hidden states that they are computed from: the dimensions before the last are the rows'."""
-    vocab: int
-    dtype: torch.dtype
-    """Of the logits."""
-    token_ids: Tensor
-    """int64, contiguous."""
     live: Tensor
-    """bool, contiguous."""
-    shape: torch.Size
-    """Of token_ids as the user gave them: the shape of outputs."""
-    tensors: Mapping[str, object]
-    """The user's tensors by name, for messages."""
+    """bool: counts in the loss and is read."""
+    masked_in: Tensor
+    """bool: counts in the denominators (live or skipped)."""
+    sequences: Sequences
+    advantages: Tensor
+    old: Tensor | None
+    ref: Tensor | None
+    rollout: Tensor | None
+    policy_weight: Tensor
+    """The aggregation's weight, the token's own and that of rollout schemes already applied; this and the next two are
+    0 where ``masked_in`` is not."""
+    kl_weight: Tensor | None
+    entropy_weight: Tensor | None
+    schemes: tuple[Rollout, ...] = ()
+    """Rollout schemes that are still to be applied."""
+    rollout_weight: Tensor | None = None
+    """The factors of those already applied, for the metrics."""
+    entropy_threshold: Tensor | float | None = None
+    """Tokens of less entropy have no policy term."""
 
-    @property
-    def real(self) -> torch.dtype:
-        return ops.real_dtype(self.dtype)
+    def pool(self, values: Tensor, mean: bool) -> Tensor:
+        """Sums or means over each sequence's live tokens, at every token."""
+        live = torch.where(self.live, values, 0.0)
+        return self.sequences.expand(self.per_sequence(live, mean)).expand_as(values)
 
-    def per_token(self, name: str, value: Tensor) -> Tensor:
-        """A user's token-sized tensor as detached, contiguous (B, T)."""
-        allowed = (tuple(self.shape), tuple(self.token_ids.shape))
-        check_shape(self.function, name, value, allowed, self.tensors, self.shift_hint)
-        return value.detach().to(self.real).reshape(self.token_ids.shape).contiguous()
+    def per_sequence(self, values: Tensor, mean: bool) -> Tensor:
+        """Sums (or means over live tokens) of (B, T) values that are 0 at dead rows; 0 for an empty sequence."""
+        dtype = accumulate_dtype(values.device)
+        total = self.sequences.sum(values.to(dtype))
+        if mean:
+            total = total / self.sequences.sum(self.live.to(dtype)).clamp(min=1)
+        return total.to(values.dtype)
 
-    def shift_hint(self, name: str, value: Tensor) -> str | None:
-        """What to do where ids are shifted and another tensor is not, or the other way round."""
-        return _shift_hint(name, value, self.shape, next(iter(self.tensors)))
-
-    def numbers(
-        self,
-        logit_args: LogitArgs,
-        grad_scale: float | Tensor = 1.0,
-        config: LossConfig | None = None,
-        entropy_threshold: float | Tensor | None = None,
-    ) -> Tensor:
-        return numbers_vector(logit_args, grad_scale, config, self.real, self.states.device, entropy_threshold)
-
-    def rows(
-        self,
-        logit_args: LogitArgs,
-        grad_scale: float | Tensor = 1.0,
-        config: LossConfig | None = None,
-        entropy_threshold: float | Tensor | None = None,
-    ) -> Rows:
-        """Where the states are the logits."""
-        numbers = self.numbers(logit_args, grad_scale, config, entropy_threshold)
-        return Rows(self.states, self.token_ids, self.live, numbers, logit_args.logit_softcap is not None)
-
-
-def read_tokens(
-    function: str,
-    logits: Tensor,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    tensors: Mapping[str, object],
-    check: bool | None = None,
-) -> Tokens:
-    """Check logits, ids and mask against each other and bring ids and mask to (B, T)."""
-    named = {"logits": logits, "token_ids": token_ids, "mask": mask, **tensors}
-    check_logits(function, logits, named)
-    return read_ids(function, logits, logits.shape[-1], logits.dtype, token_ids, mask, named, check)
-
-
-def read_linear_tokens(
-    function: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    logits_dtype: torch.dtype | None,
-    tensors: Mapping[str, object],
-    check: bool | None = None,
-) -> Tokens:
-    """``read_tokens`` for hidden states and the head that makes logits of them."""
-    named = {"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids, "mask": mask, **tensors}
-    check_head(function, hidden, weight, bias, named)
-    operands = operand_dtype(hidden)
-    dtype = operands if logits_dtype is None else logits_dtype
-    if dtype != operands and (dtype != torch.float32 or operands.itemsize != 2):
-        expected = f"logits_dtype=torch.float32 (with half precision) or None for that of the GEMM ({operands})"
-        fail(function, expected, repr(logits_dtype), named)
-    for tensor in (weight, bias):
-        if tensor is not None:
-            check_no_transforms(function, tensor)
-    return read_ids(function, hidden, weight.shape[0], dtype, token_ids, mask, named, check)
-
-
-def read_ids(
-    function: str,
-    states: Tensor,
-    vocab: int,
-    dtype: torch.dtype,
-    token_ids: Tensor,
-    mask: Tensor | None,
-    named: Mapping[str, object],
-    check: bool | None = None,
-) -> Tokens:
-    """As ``read_tokens``, for logits or for what they are computed from (``named`` has it first)."""
-    what = next(iter(named))
-    check_tensors(function, named)
-    check_no_transforms(function, states)
-    check_device(function, named)
-    if token_ids.dtype not in INTEGER_DTYPES:
-        fail(function, "integer token_ids", str(token_ids.dtype), named, error=TypeError)
-    rows = states.shape[:-1]
-    fitting = any(has_shape(token_ids, shape) for shape in _token_shapes(tuple(rows)))
-    if not fitting:
-        wanted = " or ".join(str(shape) for shape in _token_shapes(tuple(rows)))
-        hint = f"align(input_ids, mask) gives ids for {what} (B, L, ...) as a causal model returns them"
-        fail(function, f"token_ids of shape {wanted}", str(tuple(token_ids.shape)), named, hint)
-    ids = token_ids.reshape(1, -1) if token_ids.dim() == 1 else token_ids
-    if mask is None:
-        live = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-    else:
-        shifted = functools.partial(_shift_hint, shape=token_ids.shape, what=what)
-        check_shape(function, "mask", mask, (tuple(token_ids.shape),), named, shifted)
-        live = read_mask(function, mask, named, check).reshape(ids.shape).contiguous()
-    ids = ordinary(ids.to(torch.int64).contiguous())
-    return Tokens(function, states, vocab, dtype, ids, ordinary(live), token_ids.shape, named)
-
-
-def _token_shapes(rows: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Shapes of token_ids for rows of these leading dimensions: T, or T+1 with the last row unused."""
-    shorter = (*rows[:-1], rows[-1] - 1)
-    return (rows, shorter) if rows[-1] > 0 else (rows,)
-
-
-def _shift_hint(name: str, value: Tensor, shape: torch.Size, what: str) -> str | None:
-    """``shape`` is that of token_ids. Packed tensors keep their length when they are shifted."""
-    if value.dim() != 2 or len(shape) != 2 or value.shape[0] != shape[0]:
-        return None
-    if value.shape[1] == shape[1] - 1:
-        return f"token_ids are not shifted: align(input_ids, mask) gives ids for {what} (B, L, ...) as they are"
-    if value.shape[1] != shape[1] + 1:
-        return None
-    if name == "mask":
-        return "token_ids are shifted and the mask is not: align(input_ids, mask) shifts both"
-    return (
-        f"token_ids are shifted and {name} is not: {name}[:, :-1] of what belongs to the rows of a model, "
-        f"{name}[:, 1:] of what belongs to its tokens (align shifts ids and mask)"
-    )
-
-
-def check_logit_args(function: str, args: LogitArgs, check: bool | None = None) -> None:
-    """Each a positive number that fp32 holds, and so are the quotients that kernels form of them."""
-    temperature = check_positive(function, "temperature", args.temperature, check)
-    scale = check_positive(function, "logit_scale", args.logit_scale, check)
-    _check_quotient(function, "logit_scale / temperature", scale, temperature)
-    if args.logit_softcap is not None:
-        cap = check_positive(function, "logit_softcap", args.logit_softcap, check)
-        _check_quotient(function, "logit_scale / logit_softcap", scale, cap)
-        _check_quotient(function, "logit_softcap / temperature", cap, temperature)
-
-
-def _check_quotient(function: str, names: str, over: float | None, under: float | None) -> None:
-    if over is not None and under is not None and not SMALLEST <= over / under <= LARGEST:
-        expected = f"{names} in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it"
-        fail(function, expected, f"{over!r} / {under!r}")
-
-
-def check_contents(tokens: Tokens, backend: str, logit_args: LogitArgs, check: bool | None) -> None:
-    """With checks on: ids in range, and ids that look shifted by one row. Waits for the device."""
-    check_ids(tokens, check)
-    if not asked_to_look(tokens.states, check):
-        return
-    rows = tokens.rows(logit_args)
-
-    def log_probs(ids: Tensor, live: Tensor) -> Tensor:
-        return ops.log_probs(tokens.states.detach(), ids, live, rows.numbers, rows.softcap, backend)[0]
-
-    check_shift(tokens, log_probs)
-
-
-def check_ids(tokens: Tokens, check: bool | None) -> None:
-    """With checks on: that live ids are in the vocabulary."""
-    if not asked_to_look(tokens.token_ids, check):
-        return
-    function, ids, live = tokens.function, tokens.token_ids, tokens.live
-    bad = live & ((ids < 0) | (ids >= tokens.vocab))
-    if bool(bad.any()):
-        position = tuple(int(i) for i in bad.nonzero()[0])
-        got = f"token_ids[{position[0]}, {position[1]}] = {int(ids[position])} at a live position"
-        fail(function, f"token ids in [0, {tokens.vocab})", got, tokens.tensors, "mask that position", IndexError)
-
-
-_POSITIVE_NATS = 1e-3  # rounding of somebody else's log-softmax
-_SHIFT_TOKENS, _SHIFT_NATS, _SHIFT_ERRORS = 16, 1.0, 6.0
-"""Tokens that are evidence at all; their mean gain, and how many of its standard errors it must be."""
-
-
-def check_shift(tokens: Tokens, log_probs: Callable[[Tensor, Tensor], Tensor]) -> None:
-    """Ids that were not shifted, or cut at the wrong end (``ids[:, :-1]``), have an accepted shape and the wrong
-    meaning: every token is likelier one row earlier, which saw what comes before it and not the token itself.
-    ``log_probs`` gives those of (ids, live).
-
-    Tokens drawn from the policy are less likely there on average, whatever it is; of tokens that have nothing to do
-    with it, and of a few that it would never draw, the standard error tells. One row later is no evidence: an untrained
-    model with tied embeddings predicts the token that it has just read.
-    """
-    ids, live = tokens.token_ids, tokens.live.clone()
-    live[:, :1] = False
-    here = log_probs(ids, live).view_as(ids)
-    earlier = log_probs(ids.roll(-1, 1), live.roll(-1, 1)).view_as(ids).roll(1, 1)
-    gains = (earlier - here)[live].double()
-    gains = gains[gains.isfinite()]
-    if gains.numel() < _SHIFT_TOKENS:
-        return
-    gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(gains.numel())
-    if gain > max(_SHIFT_NATS, _SHIFT_ERRORS * error):
-        fail(
-            tokens.function,
-            f"token_ids[:, t] to be the token that row t of the {next(iter(tokens.tensors))} predicts",
-            f"tokens that are {gain:.2f} nats likelier one row earlier, on average over {gains.numel()}",
-            tokens.tensors,
-            "align(input_ids, mask) shifts ids and mask (ids[:, 1:], not ids[:, :-1]); what the model returned stays",
-        )
+    def factors(self, config: LossConfig, log_prob: Tensor, schemes: tuple[Rollout, ...]) -> Tensor:
+        """Of these rollout schemes."""
+        assert self.rollout is not None
+        others = (self.old, self.rollout, self.advantages, config.log_ratio_limit)
+        return rollout_weights(schemes, log_prob, *others, self.pool)
 
 
 @dataclass(frozen=True)
@@ -482,10 +293,3 @@ def _check_skip(tokens: Tokens, config: LossConfig, policy_only: bool, per_seque
     if reason:
         expected = "skip_zero_advantage=True with a loss that ignores tokens of A = 0"
         fail(tokens.function, expected, reason, tokens.tensors)
-
-
-def choose_backend(tokens: Tokens, backend: str | None, args: LogitArgs, fused: bool = False) -> backends.Choice:
-    """The backend, and whether it serves the one-pass loss where that is wanted (``fused``)."""
-    softcap = args.logit_softcap is not None
-    request = backends.Request(tokens.states.device, tokens.dtype, tokens.vocab, fused, softcap)
-    return backends.choose(tokens.function, request, backend)

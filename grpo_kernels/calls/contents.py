@@ -1,0 +1,70 @@
+"""Checks of contents that wait for the device: ids in range, ids that are not shifted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..backends import ops
+from ..backends.spec import LogitArgs
+from ..objectives.checks import asked_to_look, fail
+from .tokens import Tokens
+
+
+def check_contents(tokens: Tokens, backend: str, logit_args: LogitArgs, check: bool | None) -> None:
+    """With checks on: ids in range, and ids that look shifted by one row. Waits for the device."""
+    check_ids(tokens, check)
+    if not asked_to_look(tokens.states, check):
+        return
+    rows = tokens.rows(logit_args)
+
+    def log_probs(ids: Tensor, live: Tensor) -> Tensor:
+        return ops.log_probs(tokens.states.detach(), ids, live, rows.numbers, rows.softcap, backend)[0]
+
+    check_shift(tokens, log_probs)
+
+
+def check_ids(tokens: Tokens, check: bool | None) -> None:
+    """With checks on: that live ids are in the vocabulary."""
+    if not asked_to_look(tokens.token_ids, check):
+        return
+    function, ids, live = tokens.function, tokens.token_ids, tokens.live
+    bad = live & ((ids < 0) | (ids >= tokens.vocab))
+    if bool(bad.any()):
+        position = tuple(int(i) for i in bad.nonzero()[0])
+        got = f"token_ids[{position[0]}, {position[1]}] = {int(ids[position])} at a live position"
+        fail(function, f"token ids in [0, {tokens.vocab})", got, tokens.tensors, "mask that position", IndexError)
+
+
+_SHIFT_TOKENS, _SHIFT_NATS, _SHIFT_ERRORS = 16, 1.0, 6.0
+"""Tokens that are evidence at all; their mean gain, and how many of its standard errors it must be."""
+
+
+def check_shift(tokens: Tokens, log_probs: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Ids that were not shifted, or cut at the wrong end (``ids[:, :-1]``), have an accepted shape and the wrong
+    meaning: every token is likelier one row earlier, which saw what comes before it and not the token itself.
+    ``log_probs`` gives those of (ids, live).
+
+    Tokens drawn from the policy are less likely there on average, whatever it is; of tokens that have nothing to do
+    with it, and of a few that it would never draw, the standard error tells. One row later is no evidence: an untrained
+    model with tied embeddings predicts the token that it has just read.
+    """
+    ids, live = tokens.token_ids, tokens.live.clone()
+    live[:, :1] = False
+    here = log_probs(ids, live).view_as(ids)
+    earlier = log_probs(ids.roll(-1, 1), live.roll(-1, 1)).view_as(ids).roll(1, 1)
+    gains = (earlier - here)[live].double()
+    gains = gains[gains.isfinite()]
+    if gains.numel() < _SHIFT_TOKENS:
+        return
+    gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(gains.numel())
+    if gain > max(_SHIFT_NATS, _SHIFT_ERRORS * error):
+        fail(
+            tokens.function,
+            f"token_ids[:, t] to be the token that row t of the {next(iter(tokens.tensors))} predicts",
+            f"tokens that are {gain:.2f} nats likelier one row earlier, on average over {gains.numel()}",
+            tokens.tensors,
+            "align(input_ids, mask) shifts ids and mask (ids[:, 1:], not ids[:, :-1]); what the model returned stays",
+        )
