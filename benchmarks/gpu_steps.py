@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.backends import Request, cuda, native
-from grpo_kernels.backends.contract import Rows
+from grpo_kernels.backends.contract import RowGradients, Rows, RowStats, TokenInputs, TokenRecords
 from grpo_kernels.backends.memory import gradient_like
 from grpo_kernels.backends.spec import LogitArgs, numbers_vector, objective_spec
 from grpo_kernels.objectives.config import LossConfig
@@ -92,11 +92,11 @@ def make(setting: Setting, shape: Shape, live: Tensor | None = None, beta: float
     return Batch(Rows(logits, ids, live, numbers, False), config, real, 1024.0 if dtype == torch.float16 else 1 / n)
 
 
-def log_probs(batch: Batch) -> list[Tensor]:
-    """Log-probs, entropies, anchors and sums (1, N)."""
-    out = batch.unwritten(4)
-    cuda.log_probs(batch.rows, *out)
-    return out
+def log_probs(batch: Batch) -> RowStats:
+    """Statistics of the rows, (1, N)."""
+    stats = RowStats(*batch.unwritten(4))
+    cuda.log_probs(batch.rows, stats)
+    return stats
 
 
 class Fused(NamedTuple):
@@ -110,13 +110,13 @@ class Fused(NamedTuple):
 def prepared(batch: Batch, old: Tensor, ref: Tensor, out: Tensor) -> Fused:
     """The gradient goes to ``out``; advantages are 1."""
     one, kl = batch.per_row(1.0), bool(batch.config.kl.coef)
-    weight, results = batch.weight * one, batch.unwritten(6)
+    weight, unwritten = batch.weight * one, batch.unwritten(6)
     spec = objective_spec(batch.config, kl)
     assert spec is not None
     flags = torch.full(one.shape, 255, dtype=torch.uint8, device=one.device)
-    known = (old, ref if kl else None, None, BETA * weight if kl else None, None)
-    given = (batch.rows, one, weight, *known, list(spec), *results, flags, one.new_empty(0), out)
-    return Fused(lambda: cuda.fused_loss(*given), [*results, flags])
+    inputs = TokenInputs(one, weight, old, ref if kl else None, None, BETA * weight if kl else None, None)
+    stats, records = RowStats(*unwritten[:4]), TokenRecords(*unwritten[4:], flags, one.new_empty(0))
+    return Fused(lambda: cuda.fused_loss(batch.rows, inputs, spec, stats, records, out), [*unwritten, flags])
 
 
 def fused(batch: Batch, old: Tensor, ref: Tensor, out: Tensor) -> list[Tensor]:
@@ -199,8 +199,8 @@ def environment(setting: Setting) -> bool:
     return not spilled
 
 
-def scored(setting: Setting, shape: Shape, live: Tensor | None = None) -> tuple[Batch, list[Tensor]]:
-    """A batch (``make``) and its log-probs, entropies, anchors and sums, when the kernel has ended."""
+def scored(setting: Setting, shape: Shape, live: Tensor | None = None) -> tuple[Batch, RowStats]:
+    """A batch (``make``) and the statistics of its rows, when the kernel has ended."""
     batch = make(setting, shape, live)
     found = log_probs(batch)
     wait(setting, f"log_probs {shape}" + ("" if live is None else f", {int(live.sum())} live rows"))
@@ -234,9 +234,9 @@ def gradients(setting: Setting, *shapes: Shape) -> bool:
 
 
 def _backward(
-    setting: Setting, shape: Shape, batch: Batch, found: list[Tensor], slope: Tensor, before: Tensor, out: Tensor
+    setting: Setting, shape: Shape, batch: Batch, found: RowStats, slope: Tensor, before: Tensor, out: Tensor
 ) -> bool:
-    cuda.log_probs_backward(batch.rows, *found, slope, None, out)
+    cuda.log_probs_backward(batch.rows, found, RowGradients(slope, None), out)
     wait(setting, f"log_probs_backward {shape}")
     return check_gradient(batch, before, out, slope, f"{shape}{_place(batch, out)}")
 
@@ -256,7 +256,7 @@ def one_pass(setting: Setting, *shapes: Shape) -> bool:
     return holds
 
 
-def _fused(setting: Setting, shape: Shape, batch: Batch, found: list[Tensor], before: Tensor, out: Tensor) -> bool:
+def _fused(setting: Setting, shape: Shape, batch: Batch, found: RowStats, before: Tensor, out: Tensor) -> bool:
     what = f"{shape}{_place(batch, out)}"
     old, ref = found[0] + 0.1, found[0] - 0.1
     *mine, policy, kl, flags = fused(batch, old, ref, out)
@@ -332,9 +332,10 @@ def _copy(setting: Setting) -> float:
 def _time(setting: Setting, shape: Shape, beta: float, copy: float) -> None:
     batch = make(setting, shape, beta=beta)
     logits, plan = batch.rows.logits, cuda.plan(0, shape.dtype, shape.vocab)
-    old, ref, out, terms = batch.per_row(-9.0), batch.per_row(-9.3), torch.empty_like(logits), batch.unwritten(4)
+    old, ref, out = batch.per_row(-9.0), batch.per_row(-9.3), torch.empty_like(logits)
+    stats = RowStats(*batch.unwritten(4))
     calls = {  # the last replaces the logits
-        "log_probs_ms": lambda: cuda.log_probs(batch.rows, *terms),
+        "log_probs_ms": lambda: cuda.log_probs(batch.rows, stats),
         "one_pass_ms": prepared(batch, old, ref, out).call,
         "in_place_ms": prepared(batch, old, ref, logits).call,
     }

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from .backends import ops
-from .backends.contract import Rows
+from .backends.contract import RowGradients, Rows, RowStats, TokenRecords, TokenValues
 from .backends.spec import NUMBERS, LogitArgs, ObjectiveSpec
 from .calls import autograd
 from .calls.arguments import check_logit_args
 from .calls.batch import LossInputs, TokenBatch, read_batch
-from .calls.chunks import CHUNK_BYTES, LiveRows, chunk_rows
+from .calls.chunks import CHUNK_BYTES, LiveRows, chunk_rows, cut
 from .calls.contents import check_ids, check_shift
 from .calls.head import Wants, head_kind, operand_dtype
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, TokenLogProbs
 from .calls.routes import Require, check_require, choose_backend, one_pass_spec, route_of
-from .calls.terms import Records, fast_token_terms, pools, reduce_records
+from .calls.terms import fast_token_terms, pools, reduce_records
 from .calls.tokens import Tokens, read_linear_tokens
 from .loss import announced_scale
 from .objectives.aggregation import Normalizer
@@ -128,11 +128,11 @@ def linear_grpo_loss(
     sweep = _sweep(tokens, numbers, logit_args, chosen, hidden, live_tokens, chunk_bytes, check, pooled, wide)
     with torch.no_grad():
         call = _Loss(config, batch, sweep, spec, choice.fuses)
-        loss, metrics, records, gradients = call.run(wants, hidden, weight, bias)
+        loss, metrics, values, gradients = call.run(wants, hidden, weight, bias)
     if any(wants):
         known = (sweep.valid(sweep.announced), tokens.token_ids, chosen, "linear_grpo_loss")
         loss = autograd.KnownGradients.apply(loss, *known, hidden, weight, bias, *gradients)
-    log_probs, entropy = (sweep.valid(values).view(tokens.shape) for values in (records.log_prob, records.entropy))
+    log_probs, entropy = (sweep.valid(value).view(tokens.shape) for value in (values.log_prob, values.entropy))
     return LossOutput(sweep.valid(loss), Metrics(sweep.valid(metrics.vector)), log_probs, entropy, route)
 
 
@@ -196,12 +196,13 @@ def _check_contents(
 def _fp16_scale(batch: TokenBatch, config: LossConfig, logit_args: LogitArgs) -> Tensor:
     """A power of two that brings the largest slope of a logit near 2⁻⁶: 2²² below what fp16 overflows at, for ratios,
     and 2¹⁸ above its smallest number, for probabilities. Tokens that weigh nothing have no part in it."""
-    if batch.policy_weight.numel() == 0:
-        return torch.ones((), device=batch.policy_weight.device)
-    sizes = batch.advantages.abs()
+    inputs = batch.inputs
+    if inputs.policy_weight.numel() == 0:
+        return torch.ones((), device=inputs.policy_weight.device)
+    sizes = inputs.advantage.abs()
     if not config.surrogate.flat_at_zero_advantage:
         sizes = sizes.clamp(min=64)  # a slope of its own: DRO's spring at 20 nats
-    factors = (weighed(batch.policy_weight, sizes), batch.kl_weight, batch.entropy_weight)
+    factors = (weighed(inputs.policy_weight, sizes), inputs.kl_weight, inputs.entropy_weight)
     largest = torch.stack([values.abs().amax() for values in factors if values is not None]).amax()
     largest = largest * logit_args.logit_scale / logit_args.temperature
     return torch.exp2(-largest.clamp(min=2**-24, max=2.0**100).nan_to_num(nan=1.0).log2().floor() - 6)
@@ -289,12 +290,12 @@ class Sweep:
             gradient = gradient[:-1].view(hidden.shape)
         return gradient, *head.gradients()
 
-    def log_probs(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        """log_prob, entropy, anchor and log_sum, (1, n)."""
-        stats = tuple(torch.zeros_like(self.token_ids, dtype=self.numbers.dtype) for _ in range(4))
+    def log_probs(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> RowStats:
+        """Return the statistics of the live rows, (1, n)."""
+        stats = RowStats(*(torch.zeros_like(self.token_ids, dtype=self.numbers.dtype) for _ in RowStats._fields))
 
         def visit(rows: Rows, first: int, last: int) -> None:
-            outputs = ops.log_probs(rows.logits, *rows.arguments, self.backend)
+            outputs = ops.log_probs(rows, self.backend)
             for total, output in zip(stats, outputs, strict=True):
                 total[:, first:last] = output
 
@@ -307,16 +308,14 @@ class Sweep:
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        stats: Sequence[Tensor],
-        grad_log_prob: Tensor | None,
-        grad_entropy: Tensor | None,
+        stats: RowStats,
+        gradients: RowGradients,
     ) -> Gradients:
         """From (B, T) slopes in log-prob and entropy and ``log_probs``'s ``stats``; the logits are computed again."""
-        per_row = (*stats, self.live_rows.take(grad_log_prob), self.live_rows.take(grad_entropy))
+        slopes = RowGradients(*(None if slope is None else self.live_rows.take(slope) for slope in gradients))
 
         def visit(rows: Rows, first: int, last: int) -> None:
-            mine = (None if values is None else values[:, first:last].contiguous() for values in per_row)
-            ops.log_probs_backward_(rows.logits, *rows.arguments, *mine, self.backend)
+            ops.log_probs_backward_(rows, cut(stats, first, last), cut(slopes, first, last), self.backend)
 
         return self.run(visit, Wants(*wants), hidden, weight, bias)
 
@@ -335,73 +334,73 @@ class _Loss:
 
     def run(
         self, wants: Wants, hidden: Tensor, weight: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Metrics, Records, Gradients]:
+    ) -> tuple[Tensor, Metrics, TokenValues, Gradients]:
         head = (hidden, weight, bias)
         if not any(wants):
-            log_prob, entropy, *_ = self.sweep.log_probs(*head)
-            records, _ = self._terms(log_prob, entropy)
+            values, records, _ = self._terms(self.sweep.log_probs(*head))
             gradients: Gradients = (None, None, None)
         elif self._of_rows or self.sweep.live_rows.bounds is not None:
-            records, gradients = self._one_sweep(wants, head)
+            values, records, gradients = self._one_sweep(wants, head)
         else:
             stats = self.sweep.log_probs(*head)
-            records, slopes = self._terms(*stats[:2])
-            gradients = self.sweep.gradients(wants, *head, stats, *slopes)
-        loss, metrics = reduce_records(self.config, self.batch, records, self.sweep.backend)
-        return loss, metrics, records, gradients
+            values, records, slopes = self._terms(stats)
+            gradients = self.sweep.gradients(wants, *head, stats, slopes)
+        loss, metrics = reduce_records(self.config, self.batch, values, records, self.sweep.backend)
+        return loss, metrics, values, gradients
 
     @property
     def _of_rows(self) -> bool:
         """Every row's slope follows from the row."""
         return not isinstance(self.spec, str) or not pools(self.config, self.batch)
 
-    def _one_sweep(self, wants: Wants, head: HeadTensors) -> tuple[Records, Gradients]:
+    def _one_sweep(self, wants: Wants, head: HeadTensors) -> tuple[TokenValues, TokenRecords, Gradients]:
         """Every row's slope follows from the rows of its chunk."""
         sweep = self.sweep
         mine = sweep.live_rows.batch(self.batch)
         real = torch.zeros_like(sweep.token_ids, dtype=sweep.numbers.dtype)
         flags = torch.zeros_like(real, dtype=torch.uint8)
         weight = torch.zeros_like(real) if self.batch.schemes else real.new_empty(0)
-        records = [*(torch.zeros_like(real) for _ in range(4)), flags, weight]
+        log_prob, entropy = torch.zeros_like(real), torch.zeros_like(real)
+        records = TokenRecords(torch.zeros_like(real), torch.zeros_like(real), flags, weight)
 
         def visit(rows: Rows, first: int, last: int) -> None:
             part = sweep.live_rows.narrow(mine, first, last)
             fused = self.fuses and not isinstance(self.spec, str)
-            found = self._fused(rows, part) if fused else self._two_passes(rows, part)
-            for total, values in zip(records, found, strict=True):
+            outputs = self._fused(rows, part) if fused else self._two_passes(rows, part)
+            for total, chunk in zip((log_prob, entropy, *records), (*outputs[:2], *outputs[2]), strict=True):
                 if total.dim() > 1:
-                    total[:, first:last] = values
+                    total[:, first:last] = chunk
 
         gradients = sweep.run(visit, wants, *head)
         scatter = sweep.live_rows.scatter
-        return Records(*(scatter(total) if total.dim() > 1 else total for total in records)), gradients
+        values = TokenValues(scatter(log_prob), scatter(entropy), self.batch.live)
+        return values, TokenRecords(*(scatter(total) if total.dim() > 1 else total for total in records)), gradients
 
-    def _fused(self, rows: Rows, part: TokenBatch) -> Records:
+    def _fused(self, rows: Rows, part: TokenBatch) -> tuple[Tensor, Tensor, TokenRecords]:
         assert not isinstance(self.spec, str)
-        inputs = (part.advantages, part.policy_weight, part.old, part.ref, part.rollout, part.kl_weight)
-        choices = (list(self.spec), self.sweep.backend)
-        return Records(*ops.fused_loss_(rows.logits, *rows.arguments, *inputs, part.entropy_weight, *choices))
+        return ops.fused_loss_(rows, part.inputs, self.spec, self.sweep.backend)
 
-    def _two_passes(self, rows: Rows, part: TokenBatch) -> Records:
+    def _two_passes(self, rows: Rows, part: TokenBatch) -> tuple[Tensor, Tensor, TokenRecords]:
         backend = self.sweep.backend
-        log_prob, entropy, anchor, log_sum = ops.log_probs(rows.logits, *rows.arguments, backend)
+        stats = ops.log_probs(rows, backend)
         # On-policy, what pools can be the token's own.
         config = dataclasses.replace(self.config, level="token") if self._of_rows else self.config
-        records, slope = fast_token_terms(config, part, log_prob, entropy, rows.numbers, backend)
-        slopes = self._announce(slope, part.entropy_weight)
-        ops.log_probs_backward_(rows.logits, *rows.arguments, log_prob, entropy, anchor, log_sum, *slopes, backend)
-        return records
+        records, slope = fast_token_terms(config, part, stats.log_prob, stats.entropy, rows.numbers, backend)
+        slopes = self._announce(slope, part.inputs.entropy_weight)
+        ops.log_probs_backward_(rows, stats, slopes, backend)
+        return stats.log_prob, stats.entropy, records
 
-    def _terms(self, log_prob: Tensor, entropy: Tensor) -> tuple[Records, tuple[Tensor, Tensor | None]]:
-        """From (1, n): records and announced slopes, (B, T)."""
-        log_prob, entropy = (self.sweep.live_rows.scatter(values) for values in (log_prob, entropy))
+    def _terms(self, stats: RowStats) -> tuple[TokenValues, TokenRecords, RowGradients]:
+        """From (1, n): values, records and announced slopes, (B, T)."""
+        log_prob, entropy = (self.sweep.live_rows.scatter(values) for values in stats[:2])
         numbers, backend = self.sweep.numbers, self.sweep.backend
         records, slope = fast_token_terms(self.config, self.batch, log_prob, entropy, numbers, backend)
-        return records, self._announce(slope, self.batch.entropy_weight)
+        values = TokenValues(log_prob, entropy, self.batch.live)
+        return values, records, self._announce(slope, self.batch.inputs.entropy_weight)
 
-    def _announce(self, slope: Tensor, entropy_weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _announce(self, slope: Tensor, entropy_weight: Tensor | None) -> RowGradients:
         scale = self.sweep.announced
-        return slope * scale, None if entropy_weight is None else -entropy_weight * scale
+        return RowGradients(slope * scale, None if entropy_weight is None else -entropy_weight * scale)
 
 
 class LinearGRPOLoss(LossModule):

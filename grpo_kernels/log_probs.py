@@ -71,7 +71,7 @@ def token_log_probs(
         return TokenLogProbs(*(output.view(tokens.shape) for output in found))
     rows = tokens.rows(logit_args)
     if needs_gradient:
-        outputs = autograd.LogProbs.apply(logits, *rows.arguments, chosen, inplace)
+        outputs = autograd.LogProbs.apply(logits, rows, chosen, inplace)
     else:
-        outputs = ops.log_probs(logits.detach(), *rows.arguments, chosen)[:2]
+        outputs = ops.log_probs(rows._replace(logits=logits.detach()), chosen)[:2]
     return TokenLogProbs(*(output.view(tokens.shape) for output in outputs))

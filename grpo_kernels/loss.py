@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .backends import ops
-from .backends.contract import Rows
+from .backends.contract import RowGradients, Rows, TokenValues
 from .backends.spec import NUMBERS, LogitArgs, ObjectiveSpec
 from .calls import autograd
 from .calls.arguments import check_inplace, check_logit_args
@@ -19,7 +19,7 @@ from .calls.modules import LossModule
 from .calls.outputs import LossOutput
 from .calls.routes import Require, check_require, choose_backend, one_pass_spec, route_of
 from .calls.support import Support, check_not_inplace, supported_log_probs
-from .calls.terms import Records, fast_token_terms, reduce_records
+from .calls.terms import fast_token_terms, reduce_records
 from .calls.tokens import read_tokens
 from .objectives.aggregation import Normalizer
 from .objectives.checks import check_positive
@@ -130,14 +130,16 @@ def grpo_loss(
 
     if support is not None:
         check_not_inplace("grpo_loss", inplace, tokens.tensors)
-        loss, metrics, records = call.of_log_probs(*supported_log_probs(logits, tokens, support, logit_args, backend))
+        loss, metrics, log_prob, entropy = call.of_log_probs(
+            *supported_log_probs(logits, tokens, support, logit_args, backend)
+        )
     elif not needs_gradient:
-        loss, metrics, records = call.forward_only()
+        loss, metrics, log_prob, entropy = call.forward_only()
     elif route.passes == 1 and not isinstance(spec, str):
-        loss, metrics, records = call.one_pass(spec)
+        loss, metrics, log_prob, entropy = call.one_pass(spec)
     else:
-        loss, metrics, records = call.two_passes()
-    return LossOutput(loss, metrics, records.log_prob.view(tokens.shape), records.entropy.view(tokens.shape), route)
+        loss, metrics, log_prob, entropy = call.two_passes()
+    return LossOutput(loss, metrics, log_prob.view(tokens.shape), entropy.view(tokens.shape), route)
 
 
 def announced_scale(function: str, grad_scale: float | Tensor | None, check: bool | None) -> float | Tensor:
@@ -148,9 +150,13 @@ def announced_scale(function: str, grad_scale: float | Tensor | None, check: boo
     return grad_scale
 
 
+_Outcome = tuple[Tensor, Metrics, Tensor, Tensor]
+"""Loss, metrics, log-probs and entropies."""
+
+
 @dataclass(frozen=True)
 class _Call:
-    """The three routes of one loss; each returns loss, metrics and records."""
+    """The three routes of one loss; each returns its outcome."""
 
     config: LossConfig
     rows: Rows
@@ -158,54 +164,52 @@ class _Call:
     backend: str
     inplace: bool
 
-    def forward_only(self) -> tuple[Tensor, Metrics, Records]:
+    def forward_only(self) -> _Outcome:
         rows = self.rows
         with torch.no_grad():
-            log_prob, entropy, *_ = ops.log_probs(rows.logits, *rows.arguments, self.backend)
-            loss, metrics, records, _ = self._settle(log_prob, entropy)
-        return loss, metrics, records
+            stats = ops.log_probs(rows, self.backend)
+            loss, metrics, _ = self._settle(stats.log_prob, stats.entropy)
+        return loss, metrics, stats.log_prob, stats.entropy
 
-    def one_pass(self, spec: ObjectiveSpec) -> tuple[Tensor, Metrics, Records]:
+    def one_pass(self, spec: ObjectiveSpec) -> _Outcome:
         rows, batch = self.rows, self.batch
-        arguments = (
-            *(*rows.arguments, batch.advantages, batch.policy_weight, batch.old, batch.ref, batch.rollout),
-            *(batch.kl_weight, batch.entropy_weight, list(spec), self.backend),
-        )
         with torch.no_grad():
             gradient = rows.logits.detach()
+            arguments = (rows._replace(logits=gradient), batch.inputs, spec, self.backend)
             if self.inplace:
-                records = Records(*ops.fused_loss_(gradient, *arguments))
+                log_prob, entropy, records = ops.fused_loss_(*arguments)
             else:
-                *outputs, gradient = ops.fused_loss(gradient, *arguments)
-                records = Records(*outputs)
-            value, metrics = reduce_records(self.config, batch, records, self.backend)
+                log_prob, entropy, records, gradient = ops.fused_loss(*arguments)
+            values = TokenValues(log_prob, entropy, batch.live)
+            value, metrics = reduce_records(self.config, batch, values, records, self.backend)
         announced = rows.numbers[NUMBERS.index("grad_scale")]
         known = (announced, rows.token_ids, self.backend, "grpo_loss")
-        return autograd.KnownGradients.apply(value, *known, rows.logits, gradient), metrics, records
+        loss = autograd.KnownGradients.apply(value, *known, rows.logits, gradient)
+        return loss, metrics, log_prob, entropy
 
-    def two_passes(self) -> tuple[Tensor, Metrics, Records]:
+    def two_passes(self) -> _Outcome:
         rows = self.rows
         with torch.no_grad():
-            log_prob, entropy, anchor, log_sum = ops.log_probs(rows.logits.detach(), *rows.arguments, self.backend)
-            value, metrics, records, slopes = self._settle(log_prob, entropy)
-        stats = (log_prob, entropy, anchor, log_sum, *slopes)
-        loss = autograd.LossGradient.apply(rows.logits, value, *rows.arguments, *stats, self.backend, self.inplace)
-        return loss, metrics, records
+            stats = ops.log_probs(rows._replace(logits=rows.logits.detach()), self.backend)
+            value, metrics, gradients = self._settle(stats.log_prob, stats.entropy)
+        loss = autograd.LossGradient.apply(rows.logits, value, rows, stats, gradients, self.backend, self.inplace)
+        return loss, metrics, stats.log_prob, stats.entropy
 
-    def of_log_probs(self, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Metrics, Records]:
+    def of_log_probs(self, log_prob: Tensor, entropy: Tensor) -> _Outcome:
         """From log-probs and entropies that make their own gradient."""
         with torch.no_grad():
-            value, metrics, records, slopes = self._settle(log_prob.detach(), entropy.detach())
-        return autograd.LossOfLogProbs.apply(log_prob, entropy, value, *slopes), metrics, records
+            value, metrics, gradients = self._settle(log_prob.detach(), entropy.detach())
+        loss = autograd.LossOfLogProbs.apply(log_prob, entropy, value, *gradients)
+        return loss, metrics, log_prob.detach(), entropy.detach()
 
-    def _settle(
-        self, log_prob: Tensor, entropy: Tensor
-    ) -> tuple[Tensor, Metrics, Records, tuple[Tensor, Tensor | None]]:
-        """Loss, metrics and records of log-probs, and its slopes in them and in the entropies."""
+    def _settle(self, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Metrics, RowGradients]:
+        """Return loss and metrics of log-probs, and its slopes in them and in the entropies."""
         batch, numbers = self.batch, self.rows.numbers
         records, slope = fast_token_terms(self.config, batch, log_prob, entropy, numbers, self.backend)
-        value, metrics = reduce_records(self.config, batch, records, self.backend)
-        return value, metrics, records, (slope, None if batch.entropy_weight is None else -batch.entropy_weight)
+        values = TokenValues(log_prob, entropy, batch.live)
+        value, metrics = reduce_records(self.config, batch, values, records, self.backend)
+        weight = batch.inputs.entropy_weight
+        return value, metrics, RowGradients(slope, None if weight is None else -weight)
 
 
 class GRPOLoss(LossModule):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import importlib.metadata
 import json
 import re
@@ -84,14 +83,14 @@ def broken_kernel(fault, original):
     """The CPU's one-pass kernel with a fault."""
 
     def kernel(rows, *rest):
-        out, log_prob = rest[-1], rest[8]
+        out, log_prob = rest[-1], rest[2].log_prob
         if fault == "last block missing":
-            rows = dataclasses.replace(rows, logits=rows.logits.clone())
+            rows = rows._replace(logits=rows.logits.clone())
             rows.logits[..., -64:] = float("-inf")
         if fault == "no temperature":
             numbers = rows.numbers.clone()
             numbers[0] = 1
-            rows = dataclasses.replace(rows, numbers=numbers)
+            rows = rows._replace(numbers=numbers)
         original(rows, *rest)
         if fault == "gradient x 0.99":
             out.mul_(0.99)
@@ -137,7 +136,7 @@ def test_verify_finds_what_depends_on_the_batch(capsys, monkeypatch):
 
     def kernel(rows, *rest):
         original(rows, *rest)
-        rest[8].mul_(1 + 1e-7 * (len(rows.token_ids) - 1))
+        rest[2].log_prob.mul_(1 + 1e-7 * (len(rows.token_ids) - 1))
 
     monkeypatch.setattr(cpu, "fused_loss", kernel)
     arguments = ["--preset", "grpo", "--dtype", "fp32", "--backend", "cpu", "--vocab", "50", "--tokens", "8"]

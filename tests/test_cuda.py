@@ -26,7 +26,7 @@ from test_numerics import assert_rule
 
 from grpo_kernels import backends, grpo_loss, token_log_probs
 from grpo_kernels.backends import cuda, native
-from grpo_kernels.backends.contract import Rows
+from grpo_kernels.backends.contract import RowGradients, Rows, RowStats
 from grpo_kernels.backends.spec import LogitArgs, numbers_vector
 from grpo_kernels.verification.verify import complete
 
@@ -246,9 +246,9 @@ def test_a_gradient_aligned_otherwise_is_refused():
     logits, ids = torch.randn(1, 4, 97), torch.randint(97, (1, 4))
     numbers = numbers_vector(LogitArgs(), 1.0, None, torch.float32, logits.device)
     rows = Rows(logits, ids, torch.ones_like(ids, dtype=torch.bool), numbers, False)
-    stats = [torch.zeros(1, 4) for _ in range(5)]
+    *stats, slope = (torch.zeros(1, 4) for _ in range(5))
     with pytest.raises(ValueError, match="as the logits' rows do; got a first row .* bytes off, strides"):
-        cuda.log_probs_backward(rows, *stats, None, torch.empty(1, 4, 98)[..., :97])
+        cuda.log_probs_backward(rows, RowStats(*stats), RowGradients(slope, None), torch.empty(1, 4, 98)[..., :97])
 
 
 @everywhere

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from grpo_kernels import backends, grpo_loss, token_log_probs
 from grpo_kernels.backends import cpu
-from grpo_kernels.backends.contract import Rows
+from grpo_kernels.backends.contract import RowGradients, Rows, RowStats
 from grpo_kernels.backends.spec import LogitArgs, numbers_vector
 from grpo_kernels.bench.measure import peak_bytes, quiet, step
 from grpo_kernels.bench.providers import ours_by_name
@@ -164,15 +164,15 @@ def test_sweeps(monkeypatch, dtype, name):
     live = torch.ones(chunks, tokens, dtype=torch.bool)
     numbers = numbers_vector(LogitArgs(logit_softcap=cap), 1.0, None, torch.float32, logits.device)
     rows = Rows(logits, torch.randint(vocab, live.shape), live, numbers, cap is not None)
-    statistics = [torch.empty(live.shape) for _ in range(4)]
-    slopes = torch.randn(live.shape), torch.randn(live.shape) if name == "entropy" else None
+    statistics = RowStats(*(torch.empty(live.shape) for _ in range(4)))
+    slopes = RowGradients(torch.randn(live.shape), torch.randn(live.shape) if name == "entropy" else None)
     gradient = torch.empty_like(logits)
     with Swept(tokens * vocab) as swept:
-        plain.log_probs(rows, *statistics)
+        plain.log_probs(rows, statistics)
     assert swept.allocations == {"aten.empty.memory_format": 2}
     assert swept.count() <= chunks * (forward + loaded), swept.operations
     with Swept(tokens * vocab) as swept:
-        plain.log_probs_backward(rows, *statistics, *slopes, gradient)
+        plain.log_probs_backward(rows, statistics, slopes, gradient)
     assert swept.allocations == {"aten.empty.memory_format": buffers}
     assert swept.count() <= chunks * (backward + loaded), swept.operations
 

@@ -45,17 +45,17 @@ def onehot(rows, *_):
 
 
 FAULTS = {
-    "log-probs": (gpu_steps.sums, "log_probs", lambda *out: out[1].add_(1e-4)),
+    "log-probs": (gpu_steps.sums, "log_probs", lambda *given: given[1].log_prob.add_(1e-4)),
     "gradient": (gpu_steps.gradients, "log_probs_backward", lambda *given: given[-1].mul_(1.01)),
     "unwritten": (gpu_steps.gradients, "log_probs_backward", lambda *given: given[-1][0, 1, -1:].fill_(torch.nan)),
     "slope": (gpu_steps.one_pass, "fused_loss", lambda *given: given[-1].mul_(0.99)),
-    "bits": (gpu_steps.one_pass, "fused_loss", lambda *given: given[9].nextafter_(torch.zeros(()))),
+    "bits": (gpu_steps.one_pass, "fused_loss", lambda *given: given[3].log_prob.nextafter_(torch.zeros(()))),
     "slope of a row": (gpu_steps.one_pass, "fused_loss", lambda *given: given[-1][0, 1].mul_(2)),
     "a row of the gradient": (gpu_steps.gradients, "log_probs_backward", lambda *given: given[-1][0, 1].mul_(2)),
     "target alone": (gpu_steps.one_pass, "fused_loss", lambda *given: given[-1][0, 2].copy_(onehot(*given))),
-    "policy": (gpu_steps.one_pass, "fused_loss", lambda *given: given[13][0, 1].fill_(torch.nan)),
-    "KL": (gpu_steps.one_pass, "fused_loss", lambda *given: given[14][0, 1].add_(1e-3)),
-    "flags": (gpu_steps.one_pass, "fused_loss", lambda *given: given[15][0, 1].fill_(1)),
+    "policy": (gpu_steps.one_pass, "fused_loss", lambda *given: given[4].policy[0, 1].fill_(torch.nan)),
+    "KL": (gpu_steps.one_pass, "fused_loss", lambda *given: given[4].kl[0, 1].add_(1e-3)),
+    "flags": (gpu_steps.one_pass, "fused_loss", lambda *given: given[4].flags[0, 1].fill_(1)),
     "live row's slope": (gpu_steps.dead_rows, "fused_loss", lambda *given: given[-1][0, 3].mul_(2)),
     "dead row": (gpu_steps.dead_rows, "fused_loss", lambda *given: given[-1][0, 0, 5:6].fill_(1)),
     "live row": (gpu_steps.dead_rows, "fused_loss", lambda *given: given[-1][0, 3].zero_()),

@@ -7,6 +7,7 @@ import torch
 from cases import make
 
 from grpo_kernels import KL, Clip, LossConfig, MaskedIS, Metrics, backends
+from grpo_kernels.backends.contract import TokenInputs, TokenRecords, TokenValues
 from grpo_kernels.objectives.metrics import FIELDS, REPORTED
 
 
@@ -194,7 +195,10 @@ def token_records(tokens: int, missing: str, dtype: torch.dtype) -> list:
             others[0][0, 5] = float("-inf")
     for record in records:
         record[~live] = 0
-    return [*records, live, masked_in, *weights, *others, None if missing in ("old", "all") else factors]
+    values = TokenValues(records[0], records[1], live)
+    inputs = TokenInputs(real(), weights[0], *others, *weights[1:])
+    factors = torch.empty(0, dtype=dtype) if missing in ("old", "all") else factors
+    return [values, masked_in, inputs, TokenRecords(*records[2:], factors)]
 
 
 def sums_of(backend, inputs: list, estimator: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -105,9 +105,9 @@ MUTANTS = {
         "passes = possible if free is None",
         "passes = possible | True if free is None",
     ),
-    "kl weight forgotten": ("calls/terms.py", "weighed(batch.kl_weight, kl.slope)", "kl.slope"),
+    "kl weight forgotten": ("calls/terms.py", "weighed(weight, kl.slope)", "kl.slope"),
     "token weights forgotten": ("calls/batch.py", "policy_weight * factor, 0.0", "policy_weight, 0.0"),
-    "entropy weight: sign": ("loss.py", "else -batch.entropy_weight", "else batch.entropy_weight"),
+    "entropy weight: sign": ("loss.py", "None if weight is None else -weight", "None if weight is None else weight"),
     "mean: off by one": ("objectives/aggregation.py", ".clamp(min=1) * count)", ".clamp(min=2) * count)"),
     "normalizer ignored": (
         "objectives/aggregation.py",

@@ -23,8 +23,10 @@ from grpo_kernels import (
     token_log_probs,
 )
 from grpo_kernels.backends import ops
+from grpo_kernels.backends.contract import Rows, TokenInputs, TokenRecords
 from grpo_kernels.backends.spec import LogitArgs, numbers_vector, objective_spec
 from grpo_kernels.objectives.metrics import FIELDS
+from grpo_kernels.objectives.sequences import sequence_sum
 from grpo_kernels.verification.verify import complete
 
 
@@ -37,25 +39,23 @@ def op_calls(backend: str) -> dict:
     case, config = make(batch=3, length=4, vocab=37), complete("dapo", rollout=TruncatedIS(2.0))
     rows = rows_of(case, config)
     per_row = [torch.randn(3, 4) for _ in range(5)]
-    stats = ops.log_probs(case.logits, *rows, backend)
+    stats = ops.log_probs(Rows(case.logits, *rows), backend)
     old, ref = case.options["old_log_probs"], case.options["ref_log_probs"]
-    weights = (per_row[0], per_row[1].abs(), old, ref, old, per_row[2].abs(), None)
+    inputs = TokenInputs(per_row[0], per_row[1].abs(), old, ref, old, per_row[2].abs(), None)
+    compared = TokenInputs(per_row[0], per_row[4], old, ref, None, None, None)
     flags = torch.zeros(3, 4, dtype=torch.uint8)
+    records = TokenRecords(per_row[2], per_row[3], flags, torch.empty(0))
     calls = {
         "log_probs": (case.logits, *rows, backend),
         "log_probs_backward": (case.logits, *rows, *stats, per_row[3], None, backend),
         "log_probs_backward_": (case.logits.clone(), *rows, *stats, per_row[3], per_row[4], backend),
-        "token_sums": (
-            *(per_row[0], per_row[1], per_row[2], per_row[3], flags, case.mask, case.mask),
-            *(per_row[4], None, None, old, ref, None, None, 3, 3, backend),
-        ),
+        "token_sums": (per_row[0], per_row[1], case.mask, case.mask, *compared, *records, 3, 3, backend),
     }
     if backend != "torch":
-        spec = list(objective_spec(config, True, config.schemes))
-        inputs = (case.mask, rows[2], *weights[:-1], spec, backend)
-        calls["token_terms"] = (stats[0], stats[1], *inputs)
-        calls["fused_loss"] = (case.logits, *rows, *weights, spec, backend)
-        calls["fused_loss_"] = (case.logits.clone(), *rows, *weights, spec, backend)
+        spec = objective_spec(config, True, config.schemes)
+        calls["token_terms"] = (stats[0], stats[1], case.mask, rows[2], *inputs, *spec, backend)
+        calls["fused_loss"] = (case.logits, *rows, *inputs, *spec, backend)
+        calls["fused_loss_"] = (case.logits.clone(), *rows, *inputs, *spec, backend)
     return calls
 
 
@@ -77,17 +77,17 @@ def test_opcheck(backend, name):
         pytest.skip("the torch backend has no one-pass loss")
     # They register no autograd formula: the public functions attach gradients themselves.
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(getattr(ops, name), calls[name], test_utils=checks)
+    torch.library.opcheck(getattr(ops, name).operator, calls[name], test_utils=checks)
 
 
 def test_opcheck_of_helpers():
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        ops.rescale_,
+        ops.rescale_.operator,
         (torch.randn(5, 7), torch.zeros(5), torch.tensor(2.0), torch.tensor(1.0), "torch"),
         test_utils=checks,
     )
-    torch.library.opcheck(ops.sequence_sum, (torch.randn(5), torch.tensor([0, 2, 5])), test_utils=checks)
+    torch.library.opcheck(sequence_sum, (torch.randn(5), torch.tensor([0, 2, 5])), test_utils=checks)
 
 
 def compiled(function):

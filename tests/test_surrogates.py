@@ -9,6 +9,7 @@ import torch
 from cases import KLS, ONE_PASS, SURROGATES
 
 from grpo_kernels import KL, Cispo, Clip, DppoTV, LossConfig, MaskedIS, Rejection, TruncatedIS, backends
+from grpo_kernels.backends.contract import TokenInputs, TokenRecords, TokenValues
 from grpo_kernels.backends.spec import LogitArgs, numbers_vector, objective_spec
 from grpo_kernels.calls.batch import TokenBatch
 from grpo_kernels.calls.terms import token_terms
@@ -50,18 +51,18 @@ def reference_value(surrogate, log_prob, old, advantages):
 def batch_of(log_prob, old, ref, advantages, **weights) -> TokenBatch:
     """A batch of one live sequence."""
     everything = torch.ones(1, len(log_prob), dtype=torch.bool)
-    rest = {"policy_weight": torch.ones_like(log_prob), "kl_weight": None, "rollout": None, **weights}
-    rest = {name: value[None] if isinstance(value, torch.Tensor) else value for name, value in rest.items()}
-    old, ref = (None if other is None else other[None] for other in (old, ref))
-    common = {"sequences": Padded(1), "advantages": advantages[None], "entropy_weight": None}
-    return TokenBatch(live=everything, masked_in=everything, old=old, ref=ref, **common, **rest)
+    tensors = {"policy_weight": torch.ones_like(log_prob), "old": old, "ref": ref, "advantage": advantages}
+    options = {**dict.fromkeys(TokenInputs._fields), **tensors, **weights}
+    options = {name: value[None] if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+    inputs = TokenInputs(**{name: options.pop(name) for name in TokenInputs._fields})
+    return TokenBatch(live=everything, masked_in=everything, sequences=Padded(1), inputs=inputs, **options)
 
 
 def python_terms(config, log_prob, old, ref, advantages, entropy=None, **weights):
-    """objective.token_terms on one sequence: (n,) policy, KL, flags, rollout weight and slope."""
+    """terms.token_terms on one sequence: (n,) policy, KL, flags, rollout weight and slope."""
     batch = batch_of(log_prob, old, ref, advantages, **weights)
     records, slope = token_terms(config, batch, log_prob[None], None if entropy is None else entropy[None])
-    return [x[0] if x.numel() else x for x in (*records[2:], slope)]
+    return [x[0] if x.numel() else x for x in (*records, slope)]
 
 
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=str)
@@ -161,15 +162,16 @@ def test_k3_is_accurate_for_small_differences(size):
 def kernel_terms(backend, config: LossConfig, log_prob, old, ref, advantages, rollout, entropy, threshold, weights):
     """csrc/common/surrogates.h, or Triton's twin, on the same numbers."""
     numbers = numbers_vector(LogitArgs(), 1.0, config, log_prob.dtype, log_prob.device, threshold)
-    spec = list(objective_spec(config, True, config.schemes))
     policy, kl, slope = (torch.empty_like(log_prob) for _ in range(3))
     flags = torch.empty_like(log_prob, dtype=torch.uint8)
     rollout_weight = torch.empty_like(log_prob) if config.schemes else log_prob.new_empty(0)
     live = torch.ones(log_prob.shape, dtype=torch.bool)
     policy_weight, kl_weight = weights
-    inputs = (log_prob, entropy, live, numbers, advantages, policy_weight, old, ref, rollout, kl_weight, spec)
-    backends.get(backend).token_terms(*inputs, policy, kl, flags, rollout_weight, slope)
-    return policy, kl, flags, rollout_weight, slope
+    values, spec = TokenValues(log_prob, entropy, live), objective_spec(config, True, config.schemes)
+    inputs = TokenInputs(advantages, policy_weight, old, ref, rollout, kl_weight, None)
+    records = TokenRecords(policy, kl, flags, rollout_weight)
+    backends.get(backend).token_terms(values, numbers, inputs, spec, records, slope)
+    return *records, slope
 
 
 def assert_twins_agree(twin, config, dtype, with_old, threshold=None):

@@ -33,7 +33,7 @@ POINTERS = {"token_ids": "i64", "live": "i1", "masked_in": "i1", "flags": "u8", 
 STRIDES = ("batch_stride", "row_stride", "out_batch_stride", "out_row_stride")
 LENGTHS = ("length", "vocab", "parts", "blocks", "spans", "rows", "count", "chunks", "sequences")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-GRPO = {"SURROGATE": 2, "KL_ESTIMATOR": 3, "KL_GRADIENT": 0, "KL_RATIO_WEIGHTED": 0, "ROLLOUT": 0}
+GRPO = {"SURROGATE": 2, "KL_ESTIMATOR": 3, "KL_GRADIENT": 0, "KL_RATIO_WEIGHTED": 0, "ROLLOUT_SCHEME": 0}
 
 
 def target_of(name: str) -> GPUTarget:

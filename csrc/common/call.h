@@ -1,14 +1,50 @@
-// What every kernel of a call is told, whichever library it is in (grpo_kernels/backends/native.py mirrors it).
-// Tensors belong to the caller.
+// What every kernel of a call is told, whichever library it is in. Tensors belong to the caller.
+// The structs are the named tuples of grpo_kernels/backends/contract.py, field by field; backends/native.py makes the
+// whole of them, and tests/test_contract.py reads both.
 #pragma once
 
 #include <stdint.h>
 
 typedef enum { kFloat32, kFloat64, kBFloat16, kFloat16 } GrpoDtype;
 
-// Row r is logits + (r / length) * batch_stride + (r % length) * row_stride, in elements; out likewise.
 // [rows] tensors are contiguous, fp32, or fp64 when the logits are ("real" below).
-struct GrpoCall {
+
+// real[rows]: outputs of log_probs and fused_loss, inputs of log_probs_backward (stats.h)
+struct GrpoRowStats {
+  void* log_prob;
+  void* entropy;
+  void* anchor;
+  void* log_sum;
+};
+
+// real[rows]: inputs of log_probs_backward, null for 0; the first is an output of token_terms
+struct GrpoRowGradients {
+  void* grad_log_prob;
+  const void* grad_entropy;
+};
+
+// real[rows]: inputs of fused_loss, token_terms and token_sums; from old on each may be null
+struct GrpoTokenInputs {
+  const void* advantage;
+  const void* policy_weight;
+  const void* old;
+  const void* ref;
+  const void* rollout;
+  const void* kl_weight;
+  const void* entropy_weight;
+};
+
+// real[rows], but for the flags: outputs of fused_loss and token_terms, inputs of token_sums; the last is null without a
+// rollout scheme
+struct GrpoTokenRecords {
+  void* policy;
+  void* kl;
+  uint8_t* flags;
+  void* rollout_weight;
+};
+
+// Row r is logits + (r / length) * batch_stride + (r % length) * row_stride, in elements; out likewise.
+struct GrpoCall : GrpoRowStats, GrpoRowGradients, GrpoTokenInputs, GrpoTokenRecords {
   int32_t dtype;
   int32_t surrogate, kl_estimator, kl_gradient, kl_ratio_weighted, rollout_scheme;  // fused_loss, token_terms
   int64_t rows, length, vocab;
@@ -20,15 +56,4 @@ struct GrpoCall {
   // Gradient: written to out (which may be the logits), unless null.
   void* out;
   int64_t out_batch_stride, out_row_stride;
-  // real[rows]: outputs of log_probs and fused_loss, inputs of log_probs_backward (stats.h)
-  void *log_prob, *entropy, *anchor, *log_sum;
-  // real[rows]: d loss / d log_prob (an output of token_terms) and d loss / d entropy, inputs of log_probs_backward
-  void* grad_log_prob;
-  const void* grad_entropy;
-  // real[rows]: inputs of fused_loss and token_terms; old, ref and the last three may be null
-  const void *advantage, *policy_weight, *old, *ref, *kl_weight, *entropy_weight, *rollout;
-  // their outputs: real[rows] twice, flags, and real[rows] with a rollout scheme
-  void *policy, *kl;
-  uint8_t* flags;
-  void* rollout_weight;
 };

@@ -44,7 +44,7 @@ struct ObjectiveSpec {
   int kl_estimator;
   int kl_gradient;
   int kl_ratio_weighted;
-  int rollout;
+  int rollout_scheme;
 };
 
 GRPO_FN float exp_of(float x) { return expf(x); }
@@ -293,8 +293,8 @@ GRPO_FN TokenTerms<real> token_terms(const ObjectiveSpec& spec, const real* numb
   const Surrogate<real> policy = surrogate_terms(spec.surrogate, numbers + kSurrogateFirst, point);
   TokenTerms<real> out{policy.value, 0, 0, policy.flags, 1};
   real weight = token.policy_weight;
-  if (spec.rollout != kNoRollout) {
-    out.rollout_weight = rollout_weight(spec.rollout, numbers, old, token.rollout);
+  if (spec.rollout_scheme != kNoRollout) {
+    out.rollout_weight = rollout_weight(spec.rollout_scheme, numbers, old, token.rollout);
     weight = weighed(weight, out.rollout_weight);
     out.policy = weighed(out.rollout_weight, out.policy);
   }

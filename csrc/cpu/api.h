@@ -6,7 +6,7 @@
 
 extern "C" {
 
-#define GRPO_CPU_ABI_VERSION 4
+#define GRPO_CPU_ABI_VERSION 5
 
 typedef enum { kGeneric, kAVX2, kAVX512, kInstructionSets } GrpoInstructionSet;
 typedef enum { kOk, kTokenIdOutOfRange, kUnsupportedInstructionSet, kUnknownDtype } GrpoStatus;
@@ -19,18 +19,16 @@ struct GrpoCpuParams : GrpoCall {
   int64_t bad_row;  // out: a row whose token id is out of range
 };
 
-// The records of rows and the tensors that they are weighted and compared with, real[rows]; ref, old, rollout,
-// rollout_weight, kl_weight and entropy_weight may be null.
-typedef struct {
-  int32_t dtype, threads, kl_estimator, reserved;
-  int64_t rows, sequences;
-  const uint8_t *live, *masked_in, *flags;
-  const void *log_prob, *entropy, *policy, *kl;
-  const void *policy_weight, *kl_weight, *entropy_weight, *old, *ref, *rollout, *rollout_weight;
-  double* partials;  // [ceil(rows / 512)][29]
-  double* sums;      // [29], the fields of grpo_kernels/metrics.py
+// The records of tokens and what they are weighted and compared with.
+struct GrpoCpuTokenSums : GrpoTokenInputs, GrpoTokenRecords {
+  const void *log_prob, *entropy;  // real[rows]
+  const uint8_t *live, *masked_in;
+  double* partials;  // [grpo_cpu_partial_sums(rows)]
+  double* sums;      // the fields of grpo_kernels/objectives/metrics.py
   void* loss;        // real
-} GrpoCpuTokenSums;
+  int64_t rows, sequences;
+  int32_t dtype, threads, kl_estimator, reserved;
+};
 
 #define GRPO_EXPORT __attribute__((visibility("default")))
 
@@ -41,6 +39,9 @@ GRPO_EXPORT int32_t grpo_cpu_instruction_sets(void);
 // How many reals of scratch a thread needs, with and without room for a row's exponentials (the fused loss of half
 // precision logits keeps them there).
 GRPO_EXPORT int64_t grpo_cpu_scratch(int64_t vocab, int32_t exponentials);
+
+// How many numbers of scratch token_sums needs.
+GRPO_EXPORT int64_t grpo_cpu_partial_sums(int64_t rows);
 
 GRPO_EXPORT int32_t grpo_cpu_log_probs(GrpoCpuParams*);
 GRPO_EXPORT int32_t grpo_cpu_log_probs_backward(GrpoCpuParams*);

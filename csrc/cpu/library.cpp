@@ -67,6 +67,8 @@ int64_t grpo_cpu_scratch(int64_t vocab, int32_t exponentials) {
   return room_for_largest(vocab) + (exponentials ? (vocab + 31) / 16 * 16 : 16);
 }
 
+int64_t grpo_cpu_partial_sums(int64_t rows) { return chunks_of(rows) * kFields; }
+
 int32_t grpo_cpu_log_probs(GrpoCpuParams* p) {
   const GrpoCpuKernels* kernels = kernels_of(p);
   return kernels ? kernels->log_probs(p) : kUnsupportedInstructionSet;

@@ -1,5 +1,5 @@
 // From the records of rows to the loss and the sums behind its metrics: fp64, in an order that does not depend on the
-// number of threads. backends/torch.py holds the same sums in PyTorch; grpo_kernels/metrics.py names the fields.
+// number of threads. backends/eager.py holds the same sums in PyTorch; objectives/metrics.py names the fields.
 #pragma once
 
 #include "../common/surrogates.h"
@@ -124,9 +124,11 @@ inline void clear(double* sums) {
   for (int i = kRatioMax; i < kFields; ++i) sums[i] = -INFINITY;
 }
 
+inline int64_t chunks_of(int64_t rows) { return (rows + kTokensPerChunk - 1) / kTokensPerChunk; }
+
 template <class real>
 void token_sums(const GrpoCpuTokenSums& p) {
-  const int64_t chunks = (p.rows + kTokensPerChunk - 1) / kTokensPerChunk;
+  const int64_t chunks = chunks_of(p.rows);
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(p.threads) if (chunks > 1)
 #endif

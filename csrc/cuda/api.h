@@ -6,7 +6,7 @@
 
 extern "C" {
 
-#define GRPO_CUDA_ABI_VERSION 3
+#define GRPO_CUDA_ABI_VERSION 4
 
 struct GrpoCudaParams : GrpoCall {
   int32_t device;

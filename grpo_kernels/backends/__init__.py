@@ -1,62 +1,28 @@
-"""Which kernels serve a call.
-
-A backend is a module with ``log_probs``, ``log_probs_backward``, ``fused_loss`` over ``Rows``, ``token_terms`` and
-``token_sums`` over their records, ``rescale``, and ``unsupported(request) -> str | None``, the reason why it cannot
-serve a call; eager.py has no ``fused_loss`` and no ``token_terms``: calls/terms.py serves it. Functions write into
-tensors that the caller allocated, (B, T) fp32 or fp64 like ``rows.numbers``; only ``token_sums`` reduces over rows:
-
-    log_probs(rows, log_prob, entropy, anchor, log_sum)
-    log_probs_backward(rows, log_prob, entropy, anchor, log_sum, grad_log_prob, grad_entropy, out)
-    fused_loss(rows, advantage, policy_weight, old, ref, rollout, kl_weight, entropy_weight, spec,
-               log_prob, entropy, anchor, log_sum, policy, kl, flags, rollout_weight, out)
-    token_sums(log_prob, entropy, policy, kl, flags, live, masked_in, policy_weight, kl_weight, entropy_weight,
-               old, ref, rollout, rollout_weight, kl_estimator, sequences, loss, sums)
-    token_terms(log_prob, entropy, live, numbers, advantage, policy_weight, old, ref, rollout, kl_weight, spec,
-                policy, kl, flags, rollout_weight, slope)
-    rescale(gradient, upstream, announced)       # gradient *= upstream / announced, unless they are equal
-
-``out`` is shaped like the logits and may be the logits. A dead row's outputs are 0, its gradient is 0 and its
-logits are not looked at. ``anchor`` is the value (a logit, under a softcap the capped one) that a row's powers are
-relative to, near its largest, and ``log_sum`` the logarithm of Σ_j exp(z_j - z_anchor): p_j = exp((z_j - z_anchor) -
-log_sum) keeps the digits that one log-sum-exp in fp32 loses to a common offset of the logits. ``rollout_weight`` is
-empty unless ``spec`` has a rollout scheme. A new backend is one module and one line in ``_MODULES``.
-"""
+"""Which kernels serve a call: the backends by name, and the choice among them. ``contract.py`` says what one is."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib
 import os
 import warnings
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
 from ..objectives.checks import check_name, fail
 from ..objectives.compiler import constant_in_graphs
+from .contract import Backend, FusedBackend, Request
+
+if TYPE_CHECKING:
+    from . import cpu, cuda, eager, triton
+
+    _PLAIN: Backend = eager
+    _FUSED: tuple[FusedBackend, ...] = (cpu, cuda, triton)
 
 _MODULES = {"cpu": "cpu", "cuda": "cuda", "triton": "triton", "torch": "eager"}
 """Backends in the order of automatic choice, and their modules here."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a backend is asked whether it can serve."""
-
-    device: torch.device
-    """Of the logits."""
-    dtype: torch.dtype = torch.float32
-    vocab: int = 32768
-    fused: bool = False
-    """The one-pass loss, not log-probs and their backward."""
-    softcap: bool = False
-    by_name: bool = False
-    """Not in automatic choice, where ``cuda`` has to be proven on such a device."""
 
 
 class Choice(NamedTuple):
@@ -93,19 +59,21 @@ def names() -> tuple[str, ...]:
     return tuple(_MODULES)
 
 
+@functools.cache
+def get(name: str) -> Backend:
+    """Return the backend of that name, imported when it is first asked for."""
+    backend: Backend = importlib.import_module(f".{_MODULES[name]}", __package__)
+    return backend
+
+
+def get_fused(name: str) -> FusedBackend:
+    """Return a backend that was chosen for one pass."""
+    return cast(FusedBackend, get(name))
+
+
 @constant_in_graphs
 def has_token_terms(name: str) -> bool:
     return hasattr(get(name), "token_terms")
-
-
-@functools.cache
-def get(name: str) -> ModuleType:
-    return importlib.import_module(f".{_MODULES[name]}", __package__)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Launches go to that GPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def choose(function: str, request: Request, name: str | None) -> Choice:

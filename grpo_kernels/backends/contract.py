@@ -1,31 +1,41 @@
-"""What passes between calls and kernels."""
+"""What passes between calls and kernels: the one list of a row's and a token's tensors, and what a backend is.
+
+Named tuples of tensors go in and out; operators (``ops.py``), the structs of the compiled libraries (``native.py``,
+csrc/common/call.h) and the launches of Triton's kernels follow their fields. Tensors of rows and tokens are contiguous
+(B, T), fp32, or fp64 where the logits are, unless their comment says otherwise. A backend is a module of the functions
+of ``Backend`` and one line in ``backends/__init__.py``; with those of ``FusedBackend`` it serves one pass.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from .spec import ObjectiveSpec
 
-@dataclass(frozen=True)
-class Rows:
-    """The vocabulary rows of one call: what every backend function reads.
 
-    ``logits`` is (B, T or T+1, V) or (T or T+1, V), any batch and row stride, last stride 1; row (b, t)
-    predicts ``token_ids[b, t]``. ``token_ids`` int64 and ``live`` bool are contiguous (B, T); ``numbers``
-    is the vector of ``spec.NUMBERS``, fp64 for fp64 logits, else fp32; ``softcap`` says whether its cap is one.
+class Rows(NamedTuple):
+    """The vocabulary rows of one call.
+
+    Row (b, t) predicts ``token_ids[b, t]``. A row that is not ``live`` is not looked at: its outputs are 0, and so is
+    its gradient.
     """
 
     logits: Tensor
+    """(B, T or T+1, V) or (T or T+1, V), any batch and row stride, last stride 1."""
     token_ids: Tensor
+    """int64"""
     live: Tensor
+    """bool"""
     numbers: Tensor
+    """The vector of ``spec.NUMBERS`` and the surrogate's parameters."""
     softcap: bool
-
-    @property
-    def arguments(self) -> tuple[Tensor, Tensor, Tensor, bool]:
-        """What every operator takes after the logits."""
-        return self.token_ids, self.live, self.numbers, self.softcap
+    """Whether its softcap is one."""
 
     @property
     def vocab(self) -> int:
@@ -37,13 +47,151 @@ class Rows:
         return batch_and_row_stride(self.logits)
 
     def row_view(self, tensor: Tensor) -> Tensor:
-        """(B, T, V) view of a tensor shaped like the logits: the rows that predict a token."""
+        """Return a (B, T, V) view of a tensor shaped like the logits: the rows that predict a token."""
         batch, length = self.token_ids.shape
         whole = tensor.unsqueeze(0) if tensor.dim() == 2 else tensor
         return whole[:batch, :length]
 
 
 def batch_and_row_stride(tensor: Tensor) -> tuple[int, int]:
-    """Of a tensor shaped like logits; 0 where there is one batch or one row alone, which nothing is so far from."""
+    """Return the strides of a tensor shaped like logits; 0 where there is one batch or one row alone, which nothing is
+    so far from."""
     batch = tensor.stride(0) if tensor.dim() == 3 and tensor.shape[0] > 1 else 0
     return batch, tensor.stride(-2) if tensor.shape[-2] > 1 else 0
+
+
+class RowStats(NamedTuple):
+    """What the softmax of a row comes to: p_j = exp((z_j - z_anchor) - log_sum), z = softcap(logit·scale)/temperature.
+
+    Two parts keep the digits that one log-sum-exp in fp32 loses to a common offset of the logits.
+    """
+
+    log_prob: Tensor
+    """ℓ, of the row's token."""
+    entropy: Tensor
+    """H = -Σ_j p_j log p_j, nats."""
+    anchor: Tensor
+    """The value (a logit, under a softcap the capped one) that the row's powers are relative to, near its largest."""
+    log_sum: Tensor
+    """log Σ_j exp(z_j - z_anchor)"""
+
+
+class RowGradients(NamedTuple):
+    """The loss's slopes in what a row comes to; None: 0."""
+
+    grad_log_prob: Tensor | None
+    """∂loss/∂ℓ"""
+    grad_entropy: Tensor | None
+    """∂loss/∂H"""
+
+
+class TokenInputs(NamedTuple):
+    """What the maths of a token takes beside its log-prob and entropy. Where a token is not live, anything."""
+
+    advantage: Tensor
+    policy_weight: Tensor
+    """The weight in the loss of the surrogate: the aggregation's, the token's own, rollout factors already applied."""
+    old: Tensor | None
+    """Log-probs of the policy that the ratio is taken to; None: on-policy."""
+    ref: Tensor | None
+    """Log-probs of the KL's reference policy."""
+    rollout: Tensor | None
+    """Log-probs of the sampler, NaN where unknown."""
+    kl_weight: Tensor | None
+    """The weight in the loss of the KL, coefficient included; None: no KL term."""
+    entropy_weight: Tensor | None
+    """The weight in the loss of -H, coefficient included; None: no bonus."""
+
+
+class TokenValues(NamedTuple):
+    """What a token's row came to, and whether the token counts."""
+
+    log_prob: Tensor
+    entropy: Tensor
+    live: Tensor
+    """bool"""
+
+
+class TokenRecords(NamedTuple):
+    """What the loss and its metrics are reduced from, beside log-probs and entropies; 0 at dead rows."""
+
+    policy: Tensor
+    """The surrogate's value times the rollout factor, otherwise unweighted."""
+    kl: Tensor
+    """The KL term's value, unweighted, ratio included."""
+    flags: Tensor
+    """uint8, CLIPPED_* of objectives/surrogates/base.py."""
+    rollout_weight: Tensor
+    """The rollout factor in ``policy``; empty, (0,), where no scheme was applied."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a backend is asked whether it can serve."""
+
+    device: torch.device
+    """Of the logits."""
+    dtype: torch.dtype = torch.float32
+    vocab: int = 32768
+    fused: bool = False
+    """The one-pass loss, not log-probs and their backward."""
+    softcap: bool = False
+    by_name: bool = False
+    """Not in automatic choice, where ``cuda`` has to be proven on such a device."""
+
+
+class Backend(Protocol):
+    """Kernels over rows. They write into tensors that the caller allocated."""
+
+    def unsupported(self, request: Request) -> str | None:
+        """Return the reason why it cannot serve a call, or None."""
+
+    def log_probs(self, rows: Rows, stats: RowStats) -> None:
+        """Write what every row comes to."""
+
+    def log_probs_backward(self, rows: Rows, stats: RowStats, gradients: RowGradients, out: Tensor) -> None:
+        """Write the logits' gradient; ``out`` is shaped like the logits and may be the logits."""
+
+    def token_sums(
+        self,
+        values: TokenValues,
+        masked_in: Tensor,
+        inputs: TokenInputs,
+        records: TokenRecords,
+        kl_estimator: int,
+        sequences: int,
+        loss: Tensor,
+        sums: Tensor,
+    ) -> None:
+        """Reduce records to the loss (0-d) and the sums behind its metrics (``metrics.FIELDS``, fp64).
+
+        ``masked_in`` (bool) counts in the denominators, ``kl_estimator`` is 1 + its place in ``kl.ESTIMATORS``.
+        """
+
+    def rescale(self, gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
+        """Multiply a gradient by upstream / announced in place, unless they are equal."""
+
+
+class FusedBackend(Backend, Protocol):
+    """A backend that serves the one-pass loss, and the maths of tokens in a kernel of their own."""
+
+    def fused_loss(
+        self, rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, stats: RowStats, records: TokenRecords, out: Tensor
+    ) -> None:
+        """Write statistics, records and the gradient of every row while its logits are read once."""
+
+    def token_terms(
+        self,
+        values: TokenValues,
+        numbers: Tensor,
+        inputs: TokenInputs,
+        spec: ObjectiveSpec,
+        records: TokenRecords,
+        slope: Tensor,
+    ) -> None:
+        """Write the records and ∂loss/∂ℓ of tokens whose log-probs are known (``calls/terms.py`` has the maths)."""
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Let launches go to that GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -5,21 +5,21 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Mapping
 from ctypes import c_int32, c_int64, c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import Request, native
-from .contract import Rows
+from . import native
+from .contract import Request, Rows, TokenInputs, TokenRecords, TokenValues
 from .eager import rescale as rescale
 from .eager import token_id_message
+from .spec import ObjectiveSpec
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _OK, _TOKEN_ID_OUT_OF_RANGE = 0, 1
-_TOKENS_PER_CHUNK = 512
 
 LIBRARY = native.FOLDER / "libgrpo_cpu.so"
 
@@ -37,14 +37,12 @@ class _Params(native.Call):
 class _TokenSums(ctypes.Structure):
     """GrpoCpuTokenSums of csrc/cpu/api.h, field by field."""
 
-    _fields_ = [
-        *((name, c_int32) for name in ("dtype", "threads", "kl_estimator", "reserved")),
+    _fields_ = (
+        *native.pointers(TokenInputs, TokenRecords, TokenValues),
+        *((name, c_void_p) for name in ("masked_in", "partials", "sums", "loss")),
         *((name, c_int64) for name in ("rows", "sequences")),
-        *((name, c_void_p) for name in ("live", "masked_in", "flags", "log_prob", "entropy", "policy", "kl")),
-        *((name, c_void_p) for name in ("policy_weight", "kl_weight", "entropy_weight", "old", "ref", "rollout")),
-        ("rollout_weight", c_void_p),
-        *((name, c_void_p) for name in ("partials", "sums", "loss")),
-    ]
+        *((name, c_int32) for name in ("dtype", "threads", "kl_estimator", "reserved")),
+    )
 
 
 @functools.cache
@@ -54,6 +52,8 @@ def library() -> ctypes.CDLL:
     loaded = native.load(LIBRARY, "grpo_cpu_abi", expected)
     loaded.grpo_cpu_scratch.restype = c_int64
     loaded.grpo_cpu_scratch.argtypes = [c_int64, c_int32]
+    loaded.grpo_cpu_partial_sums.restype = c_int64
+    loaded.grpo_cpu_partial_sums.argtypes = [c_int64]
     return loaded
 
 
@@ -84,83 +84,55 @@ def unsupported(request: Request) -> str | None:
 
 
 def token_sums(
-    log_prob: Tensor,
-    entropy: Tensor,
-    policy: Tensor,
-    kl: Tensor,
-    flags: Tensor,
-    live: Tensor,
+    values: TokenValues,
     masked_in: Tensor,
-    policy_weight: Tensor,
-    kl_weight: Tensor | None,
-    entropy_weight: Tensor | None,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    rollout_weight: Tensor | None,
+    inputs: TokenInputs,
+    records: TokenRecords,
     kl_estimator: int,
     sequences: int,
     loss: Tensor,
     sums: Tensor,
 ) -> None:
-    tokens = log_prob.numel()
-    partials = torch.empty((tokens + _TOKENS_PER_CHUNK - 1) // _TOKENS_PER_CHUNK * sums.numel(), dtype=sums.dtype)
-    params = _TokenSums(native.DTYPES[log_prob.dtype], torch.get_num_threads(), kl_estimator, 0, tokens, sequences)
-    records = {"log_prob": log_prob, "entropy": entropy, "policy": policy, "kl": kl, "flags": flags}
-    masks = {"live": live, "masked_in": masked_in, "old": old, "ref": ref, "rollout": rollout}
-    masks["rollout_weight"] = rollout_weight
-    weights = {"policy_weight": policy_weight, "kl_weight": kl_weight, "entropy_weight": entropy_weight}
-    native.point(params, {**records, **masks, **weights, "partials": partials, "sums": sums, "loss": loss})
+    tokens, threads = values.live.numel(), torch.get_num_threads()
+    partials = torch.empty(library().grpo_cpu_partial_sums(tokens), dtype=sums.dtype)
+    params = _TokenSums(
+        dtype=native.DTYPES[loss.dtype],
+        threads=threads,
+        kl_estimator=kl_estimator,
+        rows=tokens,
+        sequences=sequences,
+        masked_in=masked_in.data_ptr(),
+        partials=partials.data_ptr(),
+        sums=sums.data_ptr(),
+        loss=loss.data_ptr(),
+    )
+    native.fill(params, values, inputs, records)
     library().grpo_cpu_token_sums(ctypes.byref(params))
 
 
 def token_terms(
-    log_prob: Tensor,
-    entropy: Tensor,
-    live: Tensor,
+    values: TokenValues,
     numbers: Tensor,
-    advantage: Tensor,
-    policy_weight: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    kl_weight: Tensor | None,
-    spec: list[int],
-    policy: Tensor,
-    kl: Tensor,
-    flags: Tensor,
-    rollout_weight: Tensor,
+    inputs: TokenInputs,
+    spec: ObjectiveSpec,
+    records: TokenRecords,
     slope: Tensor,
 ) -> None:
-    params = _Params(rows=log_prob.numel(), dtype=native.DTYPES[numbers.dtype], numbers=numbers.data_ptr())
-    inputs: dict[str, Tensor | None] = {
-        "log_prob": log_prob,
-        "entropy": entropy,
-        "live": live,
-        "advantage": advantage,
-        "policy_weight": policy_weight,
-    }
-    inputs |= {"old": old, "ref": ref, "rollout": rollout, "kl_weight": kl_weight}
-    outputs = {"policy": policy, "kl": kl, "flags": flags, "rollout_weight": rollout_weight, "grad_log_prob": slope}
-    native.fill(params, spec, {**inputs, **outputs})
+    params = _Params(rows=slope.numel(), numbers=numbers.data_ptr(), grad_log_prob=slope.data_ptr())
+    native.fill(params, values, inputs, spec, records)
+    params.dtype = native.DTYPES[numbers.dtype]
     library().grpo_cpu_token_terms(ctypes.byref(params))
 
 
-def _call(
-    function: str,
-    rows: Rows,
-    per_row: Mapping[str, Tensor | None],
-    spec: list[int] | None = None,
-    out: Tensor | None = None,
-) -> None:
+def _call(function: str, rows: Rows, *parts: tuple[Any, ...], out: Tensor | None = None) -> None:
     loaded = library()
     threads = torch.get_num_threads()
-    exponentials = spec is not None and rows.logits.dtype != rows.numbers.dtype
+    exponentials = function == "grpo_cpu_fused_loss" and rows.logits.dtype != rows.numbers.dtype
     stride = loaded.grpo_cpu_scratch(rows.vocab, exponentials)
     scratch = torch.empty(threads * stride, dtype=rows.numbers.dtype)
     own = {"threads": threads, "scratch": scratch.data_ptr(), "scratch_stride": stride}
     own["instruction_set"] = INSTRUCTION_SETS.index(instruction_set())
-    params = native.call_of(_Params, rows, per_row, spec, out, **own)
+    params = native.call_of(_Params, rows, parts, out, **own)
     status = getattr(loaded, function)(ctypes.byref(params))
     if status == _TOKEN_ID_OUT_OF_RANGE:
         raise IndexError(token_id_message(rows, params.bad_row))

@@ -9,19 +9,27 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Mapping
 from ctypes import c_char_p, c_int32, c_void_p
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import Request, native, on_device
-from .contract import Rows, batch_and_row_stride
+from . import native
+from .contract import (
+    FusedBackend,
+    Request,
+    Rows,
+    TokenInputs,
+    TokenRecords,
+    TokenValues,
+    batch_and_row_stride,
+    on_device,
+)
+from .spec import ObjectiveSpec
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _OLDEST_CAPABILITY = (9, 0)
 CLUSTERS = (1, 2, 4, 8, 16)
 
@@ -147,8 +155,8 @@ def _lacking(request: Request, index: int, name: str) -> str | None:
     return None
 
 
-def _on_tokens(where: torch.device) -> ModuleType:
-    """The backend whose [tokens]-sized kernels serve beside these."""
+def _on_tokens(where: torch.device) -> FusedBackend:
+    """Return the backend whose [tokens]-sized kernels serve beside these."""
     if where.type == "cpu":
         from . import cpu
 
@@ -158,14 +166,29 @@ def _on_tokens(where: torch.device) -> ModuleType:
     return triton
 
 
-def token_terms(log_prob: Tensor, *rest: Any) -> None:
-    """``rest`` as in backends/cpu.py."""
-    _on_tokens(log_prob.device).token_terms(log_prob, *rest)
+def token_terms(
+    values: TokenValues,
+    numbers: Tensor,
+    inputs: TokenInputs,
+    spec: ObjectiveSpec,
+    records: TokenRecords,
+    slope: Tensor,
+) -> None:
+    _on_tokens(slope.device).token_terms(values, numbers, inputs, spec, records, slope)
 
 
-def token_sums(log_prob: Tensor, *rest: Any) -> None:
-    """``rest`` as in backends/eager.py."""
-    _on_tokens(log_prob.device).token_sums(log_prob, *rest)
+def token_sums(
+    values: TokenValues,
+    masked_in: Tensor,
+    inputs: TokenInputs,
+    records: TokenRecords,
+    kl_estimator: int,
+    sequences: int,
+    loss: Tensor,
+    sums: Tensor,
+) -> None:
+    backend = _on_tokens(loss.device)
+    backend.token_sums(values, masked_in, inputs, records, kl_estimator, sequences, loss, sums)
 
 
 def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
@@ -184,13 +207,7 @@ def _check_alignment(logits: Tensor, out: Tensor) -> None:
         )
 
 
-def _call(
-    function: str,
-    rows: Rows,
-    per_row: Mapping[str, Tensor | None],
-    spec: list[int] | None = None,
-    out: Tensor | None = None,
-) -> None:
+def _call(function: str, rows: Rows, *parts: tuple[Any, ...], out: Tensor | None = None) -> None:
     where, count = rows.logits.device, rows.token_ids.numel()
     index = where.index or 0
     layout = plan(index, rows.logits.dtype, rows.vocab)
@@ -204,7 +221,7 @@ def _call(
         _check_alignment(rows.logits, out)
     if where.type == "cuda":
         own["stream"] = torch.cuda.current_stream(where).cuda_stream
-    params = native.call_of(_Params, rows, per_row, spec, out, **own)
+    params = native.call_of(_Params, rows, parts, out, **own)
     with on_device(where):
         error = getattr(library(), function)(ctypes.byref(params))
     if error:

@@ -17,8 +17,7 @@ from torch import Tensor
 from ..objectives.maths import log_ratio_of
 from ..objectives.metrics import reduce_ratios
 from ..objectives.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW
-from . import Request
-from .contract import Rows
+from .contract import Request, RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
 
 CHUNKS = 16
 """A chunk is this part of the rows, so that buffers are small beside the logits ..."""
@@ -35,23 +34,23 @@ def unsupported(request: Request) -> str | None:
     return "it has no one-pass loss" if request.fused else None
 
 
-def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, anchor: Tensor, log_sum: Tensor) -> None:
+def log_probs(rows: Rows, stats: RowStats) -> None:
     ids, in_range = _columns(rows)
     factor = _factor(rows)
-    largest, sampled, weighted, rest = statistics = [torch.empty_like(log_prob) for _ in range(4)]
+    largest, sampled, weighted, rest = statistics = [torch.empty_like(stats.log_prob) for _ in range(4)]
     for chunk in _chunks(rows, 2, rows.live, ids, *statistics):
         if not chunk.dead:
             _sum_rows(chunk, factor, *chunk.per_row)
     z_sampled = (sampled - largest) * factor
     total = rest + z_sampled.exp()
     log_total = total.log()
-    found = (
-        torch.where(z_sampled == 0, -torch.log1p(rest), z_sampled - log_total),
-        (log_total - weighted / (total * _LOG2_E)).clamp(min=0),
-        largest,
-        log_total,
+    values = RowStats(
+        log_prob=torch.where(z_sampled == 0, -torch.log1p(rest), z_sampled - log_total),
+        entropy=(log_total - weighted / (total * _LOG2_E)).clamp(min=0),
+        anchor=largest,
+        log_sum=log_total,
     )
-    for output, value in zip((log_prob, entropy, anchor, log_sum), found, strict=True):
+    for output, value in zip(stats, values, strict=True):
         output.copy_(torch.where(rows.live, torch.where(in_range, value, math.nan), 0.0))
 
 
@@ -70,20 +69,12 @@ def _sum_rows(
     rest.copy_(_several(exps.numbers.scatter_(-1, ids, 0.0)).sum(-1, keepdim=True)[:count])
 
 
-def log_probs_backward(
-    rows: Rows,
-    log_prob: Tensor,
-    entropy: Tensor,
-    anchor: Tensor,
-    log_sum: Tensor,
-    grad_log_prob: Tensor | None,
-    grad_entropy: Tensor | None,
-    out: Tensor,
-) -> None:
+def log_probs_backward(rows: Rows, stats: RowStats, gradients: RowGradients, out: Tensor) -> None:
+    log_prob, entropy, anchor, log_sum = stats
     ids, _ = _columns(rows)
     factor = _factor(rows)
     zero = torch.zeros_like(log_prob)
-    g, h = (zero if slope is None else torch.where(rows.live, slope, 0.0) for slope in (grad_log_prob, grad_entropy))
+    g, h = (zero if slope is None else torch.where(rows.live, slope, 0.0) for slope in gradients)
     read = rows.live & ((g != 0) | (h != 0))
 
     def of_read(values: Tensor, other: float = 0.0) -> Tensor:
@@ -91,14 +82,14 @@ def log_probs_backward(
 
     weight = of_read(torch.where(log_sum.isnan(), math.nan, -factor))
     per_row = [ids, of_read(anchor, math.inf)]  # a row that is not read has no powers, whatever its logits are
-    if grad_entropy is None:  # the sum as a part of the weight spares a sweep
+    if gradients.grad_entropy is None:  # the sum as a part of the weight spares a sweep
         total = of_read(log_sum.exp(), 1.0)
         per_row += [of_read(torch.expm1(log_prob)) * total, weight * g / total]
     else:
         numbers = (log_sum * _LOG2_E, entropy, log_prob.clamp(min=_NO_POWER))
         per_row += [of_read(torch.expm1(log_prob)), weight, g, h, *map(of_read, numbers)]
-    finite = grad_entropy is None and _all_of(read)  # then a power of -inf does no harm
-    for chunk in _chunks(rows, 1 if grad_entropy is None and not rows.softcap else 2, read, *per_row):
+    finite = gradients.grad_entropy is None and _all_of(read)  # then a power of -inf does no harm
+    for chunk in _chunks(rows, 1 if gradients.grad_entropy is None and not rows.softcap else 2, read, *per_row):
         into = rows.row_view(out)[chunk.at]
         if chunk.dead:
             into.zero_()
@@ -253,32 +244,29 @@ def _several(values: Tensor) -> Tensor:
 
 
 def token_sums(
-    log_prob: Tensor,
-    entropy: Tensor,
-    policy: Tensor,
-    kl: Tensor,
-    flags: Tensor,
-    live: Tensor,
+    values: TokenValues,
     masked_in: Tensor,
-    policy_weight: Tensor,
-    kl_weight: Tensor | None,
-    entropy_weight: Tensor | None,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    rollout_weight: Tensor | None,
+    inputs: TokenInputs,
+    records: TokenRecords,
     kl_estimator: int,
     sequences: int,
     loss: Tensor,
     sums: Tensor,
 ) -> None:
     """A few operations on stacked columns: on a GPU every one of them is a launch."""
+    log_prob, entropy, live = values
+    old, ref, rollout = inputs.old, inputs.ref, inputs.rollout
+    weight = records.rollout_weight
     zero = torch.zeros_like(log_prob)
 
     def weighted(weight: Tensor | None, value: Tensor) -> Tensor:
         return zero if weight is None else torch.where(weight == 0, zero, weight * value)
 
-    terms = (weighted(policy_weight, policy), weighted(kl_weight, kl), -weighted(entropy_weight, entropy))
+    terms = (
+        weighted(inputs.policy_weight, records.policy),
+        weighted(inputs.kl_weight, records.kl),
+        -weighted(inputs.entropy_weight, entropy),
+    )
     counts = (masked_in, masked_in & ~live, log_prob == -math.inf, entropy)
     others = torch.stack([log_prob if other is None else other for other in (ref, old, rollout)])
     absent = torch.ones_like(live)  # NaN - NaN is not 0
@@ -291,13 +279,13 @@ def token_sums(
     known = torch.zeros_like(live) if rollout is None else live & ~unknown
     old_to_rollout = log_ratio_of(log_prob if old is None else old, others[2]).to(sums.dtype)
     rho = torch.where(known, old_to_rollout.exp(), 0.0)
-    applied = torch.where(known, 1.0 if rollout_weight is None else rollout_weight.to(sums.dtype), 0.0).to(sums.dtype)
+    applied = torch.where(known, weight.to(sums.dtype) if weight.numel() else 1.0, 0.0).to(sums.dtype)
     compared = torch.zeros_like(live) if ref is None else live
     divergences = (plain, compared, to_old, k3[1], to_rollout, k3[2], known)
     factors = (rho, rho * rho, applied, applied * applied, known & (applied == 0))
     columns = torch.stack([column.flatten() for column in (*terms, *counts, *divergences, *factors)]).to(sums.dtype)
     token = columns.sum(-1)
-    clipped = [((flags & bit) != 0).flatten() for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
+    clipped = [((records.flags & bit) != 0).flatten() for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
     ratios = reduce_ratios(to_old.exp().flatten(), live.flatten(), clipped)
     count = torch.full((1,), sequences, dtype=sums.dtype, device=sums.device)
     lowest = torch.full((2, 1), -math.inf, dtype=sums.dtype, device=sums.device)

@@ -4,64 +4,53 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from .contract import Rows, batch_and_row_stride
+from .contract import RowGradients, Rows, RowStats, TokenInputs, TokenRecords, batch_and_row_stride
+from .spec import ObjectiveSpec
 
 FOLDER = Path(__file__).resolve().parent.parent / "native"
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_SPEC = ("surrogate", "kl_estimator", "kl_gradient", "kl_ratio_weighted", "rollout_scheme")
-"""spec.ObjectiveSpec, as the struct names it."""
+
+
+def pointers(*kinds: Any) -> tuple[tuple[str, Any], ...]:
+    """Return the fields of a struct that holds the tensors of these named tuples."""
+    return tuple((name, c_void_p) for kind in kinds for name in kind._fields)
 
 
 class Call(ctypes.Structure):
     """GrpoCall, field by field; a library's own parameters follow."""
 
     _fields_ = (
-        ("dtype", c_int32),
-        *((name, c_int32) for name in _SPEC),
+        *pointers(RowStats, RowGradients, TokenInputs, TokenRecords),
+        *((name, c_int32) for name in ("dtype", *ObjectiveSpec._fields)),
         *((name, c_int64) for name in ("rows", "length", "vocab")),
         ("logits", c_void_p),
         *((name, c_int64) for name in ("batch_stride", "row_stride")),
         *((name, c_void_p) for name in ("token_ids", "live", "numbers", "out")),
         *((name, c_int64) for name in ("out_batch_stride", "out_row_stride")),
-        *((name, c_void_p) for name in ("log_prob", "entropy", "anchor", "log_sum", "grad_log_prob", "grad_entropy")),
-        *((name, c_void_p) for name in ("advantage", "policy_weight", "old", "ref", "kl_weight", "entropy_weight")),
-        *((name, c_void_p) for name in ("rollout", "policy", "kl", "flags", "rollout_weight")),
     )
 
 
 _Params = TypeVar("_Params", bound=Call)
 
 
-class _Run(Protocol):
-    """Calls the library's function of that name."""
+class Run(Protocol):
+    """Calls the library's function of that name with the tensors of ``parts``, named tuples."""
 
-    def __call__(
-        self,
-        function: str,
-        rows: Rows,
-        per_row: Mapping[str, Tensor | None],
-        spec: list[int] | None = None,
-        out: Tensor | None = None,
-    ) -> None: ...
+    def __call__(self, function: str, rows: Rows, *parts: tuple[Any, ...], out: Tensor | None = None) -> None: ...
 
 
 def call_of(
-    params: type[_Params],
-    rows: Rows,
-    per_row: Mapping[str, Tensor | None],
-    spec: list[int] | None,
-    out: Tensor | None,
-    **own: Any,
+    params: type[_Params], rows: Rows, parts: tuple[tuple[Any, ...], ...], out: Tensor | None, **own: Any
 ) -> _Params:
-    """The parameters of a call over rows; ``own`` are the library's."""
+    """Return the parameters of a call over rows; ``own`` are the library's."""
     batch_stride, row_stride = rows.strides
     call = params(
         dtype=DTYPES[rows.logits.dtype],
@@ -79,71 +68,41 @@ def call_of(
     if out is not None:
         call.out = out.data_ptr()
         call.out_batch_stride, call.out_row_stride = batch_and_row_stride(out)
-    fill(call, spec, per_row)
+    fill(call, *parts)
     return call
 
 
-def row_functions(prefix: str, run: _Run) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
-    """``log_probs``, ``log_probs_backward`` and ``fused_loss`` of a backend whose library calls them ``prefix`` ..."""
+def fill(params: ctypes.Structure, *parts: Any) -> None:
+    """Set the fields of named tuples: addresses of tensors, numbers as they are, null where there is nothing."""
+    for part in parts:
+        for name, value in zip(part._fields, part, strict=True):
+            if value is not None:
+                setattr(params, name, value.data_ptr() if isinstance(value, Tensor) else value)
 
-    def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, anchor: Tensor, log_sum: Tensor) -> None:
-        stats = {"log_prob": log_prob, "entropy": entropy, "anchor": anchor, "log_sum": log_sum}
+
+class RowFunctions(NamedTuple):
+    """The functions over rows of a backend."""
+
+    log_probs: Callable[[Rows, RowStats], None]
+    log_probs_backward: Callable[[Rows, RowStats, RowGradients, Tensor], None]
+    fused_loss: Callable[[Rows, TokenInputs, ObjectiveSpec, RowStats, TokenRecords, Tensor], None]
+
+
+def row_functions(prefix: str, run: Run) -> RowFunctions:
+    """Return the functions of a backend whose library calls them ``prefix`` ..."""
+
+    def log_probs(rows: Rows, stats: RowStats) -> None:
         run(f"{prefix}_log_probs", rows, stats)
 
-    def log_probs_backward(
-        rows: Rows,
-        log_prob: Tensor,
-        entropy: Tensor,
-        anchor: Tensor,
-        log_sum: Tensor,
-        grad_log_prob: Tensor | None,
-        grad_entropy: Tensor | None,
-        out: Tensor,
-    ) -> None:
-        per_row = {"log_prob": log_prob, "entropy": entropy, "anchor": anchor, "log_sum": log_sum}
-        gradients = {"grad_log_prob": grad_log_prob, "grad_entropy": grad_entropy}
-        run(f"{prefix}_log_probs_backward", rows, {**per_row, **gradients}, out=out)
+    def log_probs_backward(rows: Rows, stats: RowStats, gradients: RowGradients, out: Tensor) -> None:
+        run(f"{prefix}_log_probs_backward", rows, stats, gradients, out=out)
 
     def fused_loss(
-        rows: Rows,
-        advantage: Tensor,
-        policy_weight: Tensor,
-        old: Tensor | None,
-        ref: Tensor | None,
-        rollout: Tensor | None,
-        kl_weight: Tensor | None,
-        entropy_weight: Tensor | None,
-        spec: list[int],
-        log_prob: Tensor,
-        entropy: Tensor,
-        anchor: Tensor,
-        log_sum: Tensor,
-        policy: Tensor,
-        kl: Tensor,
-        flags: Tensor,
-        rollout_weight: Tensor,
-        out: Tensor,
+        rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, stats: RowStats, records: TokenRecords, out: Tensor
     ) -> None:
-        outputs = {"log_prob": log_prob, "entropy": entropy, "anchor": anchor, "log_sum": log_sum}
-        outputs |= {"policy": policy, "kl": kl, "flags": flags, "rollout_weight": rollout_weight}
-        weights = {"policy_weight": policy_weight, "kl_weight": kl_weight, "entropy_weight": entropy_weight}
-        per_row = {"advantage": advantage, "old": old, "ref": ref, "rollout": rollout, **weights, **outputs}
-        run(f"{prefix}_fused_loss", rows, per_row, spec=spec, out=out)
+        run(f"{prefix}_fused_loss", rows, inputs, spec, stats, records, out=out)
 
-    return log_probs, log_probs_backward, fused_loss
-
-
-def fill(call: Call, spec: list[int] | None, per_row: Mapping[str, Tensor | None]) -> None:
-    if spec is not None:
-        for name, value in zip(_SPEC, spec, strict=True):
-            setattr(call, name, value)
-    point(call, per_row)
-
-
-def point(params: ctypes.Structure, tensors: Mapping[str, Tensor | None]) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None:
-            setattr(params, name, tensor.data_ptr())
+    return RowFunctions(log_probs, log_probs_backward, fused_loss)
 
 
 class Unavailable(RuntimeError):

@@ -1,53 +1,123 @@
 """The operators behind the public functions, registered with ``torch.library``.
 
-An operator takes the whole logits tensor (a slice would be cloned by torch.compile), allocates the
-outputs and hands them to the backend named in its last argument. None has an autograd formula: the
-public functions attach gradients with the small ``autograd.Function``s of ``autograd.py``.
+An operator takes the whole logits tensor (a slice would be cloned by torch.compile), allocates the outputs and hands
+them to the backend named in its last argument. None has an autograd formula: the public functions attach gradients with
+the small ``autograd.Function``s of ``calls/autograd.py``.
+
+Each is a function of the named tuples of ``contract.py``, called by position. What torch.library takes is flat:
+``_operator`` makes the schema of the function's annotations, flattens arguments once and rebuilds them once.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from .. import backends
 from ..objectives.compiler import define
 from ..objectives.maths import accumulate_dtype, real_dtype
 from ..objectives.metrics import FIELDS
 from . import memory
+from .contract import RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
+from .spec import ObjectiveSpec
 
-_ROWS = "Tensor token_ids, Tensor live, Tensor numbers, bool softcap"
-_BACKWARD = (
-    f"{_ROWS}, Tensor log_prob, Tensor entropy, Tensor anchor, Tensor log_sum, "
-    "Tensor? grad_log_prob, Tensor? grad_entropy"
-)
-_FUSED = (
-    f"{_ROWS}, Tensor advantage, Tensor policy_weight, Tensor? old, Tensor? ref, Tensor? rollout, "
-    "Tensor? kl_weight, Tensor? entropy_weight, int[] spec"
-)
-_TERMS = (
-    "Tensor log_prob, Tensor entropy, Tensor live, Tensor numbers, Tensor advantage, Tensor policy_weight, "
-    "Tensor? old, Tensor? ref, Tensor? rollout, Tensor? kl_weight, int[] spec"
-)
-_SUMMED = (
-    "Tensor log_prob, Tensor entropy, Tensor policy, Tensor kl, Tensor flags, Tensor live, Tensor masked_in, "
-    "Tensor policy_weight, Tensor? kl_weight, Tensor? entropy_weight, Tensor? old, Tensor? ref, Tensor? rollout, "
-    "Tensor? rollout_weight, int kl_estimator, int sequences"
-)
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool", str: "str"}
 
 
-def _per_row(logits: Tensor, token_ids: Tensor, count: int) -> tuple[Tensor, ...]:
-    dtype = real_dtype(logits.dtype)
-    return tuple(torch.empty(token_ids.shape, dtype=dtype, device=logits.device) for _ in range(count))
+def _operator(
+    fake: Callable[_Arguments, _Result], writes: str = ""
+) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
+    """Register a typed function as an operator of its name.
+
+    Args:
+        fake: the same without a backend: it allocates the outputs.
+        writes: the name of the tensor that is overwritten.
+    """
+
+    def register(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+        arguments = typing.get_type_hints(function)
+        result = arguments.pop("return")
+        parts = typing.get_args(result) if typing.get_origin(result) is tuple else (result,)
+        results = [part for part in parts if part is not type(None)]
+        taken = ", ".join(
+            f"{_SCHEMA[kind].replace('Tensor', 'Tensor(a!)') if name == writes else _SCHEMA[kind]} {name}"
+            for argument, whole in arguments.items()
+            for name, kind in _fields(whole, argument)
+        )
+        given = [_SCHEMA[kind] for whole in results for _, kind in _fields(whole)]
+        kinds, result_kinds = _counted(arguments.values()), _counted(results)
+
+        def of_flat(compute: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *flat: _flattened(compute(*_rebuilt(flat, kinds)))
+
+        returned = given[0] if len(given) == 1 else f"({', '.join(given)})"
+        schema = f"{function.__name__}({taken}) -> {returned}"
+        registered = define(schema, of_flat(function), of_flat(fake))
+
+        def call(*whole: Any) -> Any:
+            values = registered(*_flattened(whole))
+            if len(given) < 2:
+                return values
+            rebuilt = _rebuilt(values, result_kinds)
+            return rebuilt if len(results) > 1 else rebuilt[0]
+
+        call.operator = registered  # type: ignore[attr-defined]
+        return cast(Callable[_Arguments, _Result], call)
+
+    return register
 
 
-def _rollout_weight_like(log_prob: Tensor, spec: list[int]) -> Tensor:
-    """Empty where the kernel applies no rollout scheme: the last number of an ``ObjectiveSpec``."""
-    return torch.empty_like(log_prob) if spec[-1] else log_prob.new_empty(0)
+def _fields(kind: Any, name: str = "") -> Sequence[tuple[str, Any]]:
+    """Return names and types of a named tuple's fields, or those of one value."""
+    return list(typing.get_type_hints(kind).items()) if hasattr(kind, "_fields") else [(name, kind)]
 
 
-def _gradient_like_fake(logits: Tensor) -> Tensor:
+def _counted(kinds: typing.Iterable[Any]) -> list[tuple[Any, int]]:
+    """Return each with the number of its fields; 0 where it is one value."""
+    return [(kind, len(getattr(kind, "_fields", ()))) for kind in kinds]
+
+
+def _flattened(values: Any) -> Any:
+    """Return values with the fields of named tuples in their places; one value, or None, as it is."""
+    if not isinstance(values, tuple):
+        return values
+    flat: list[Any] = []
+    for value in values:
+        if isinstance(value, tuple):
+            flat += value
+        else:
+            flat.append(value)
+    return tuple(flat)
+
+
+def _rebuilt(flat: Sequence[Any], kinds: list[tuple[Any, int]]) -> tuple[Any, ...]:
+    """Return the named tuples and values that were flattened."""
+    values, first = [], 0
+    for kind, count in kinds:
+        values.append(kind(*flat[first : first + count]) if count else flat[first])
+        first += count or 1
+    return tuple(values)
+
+
+def _new_stats(rows: Rows) -> RowStats:
+    dtype, device = real_dtype(rows.logits.dtype), rows.logits.device
+    return RowStats(*[torch.empty(rows.token_ids.shape, dtype=dtype, device=device) for _ in RowStats._fields])
+
+
+def _new_records(like: Tensor, spec: ObjectiveSpec) -> TokenRecords:
+    """Return records of the shape of ``like``, one of a token's real numbers."""
+    flags = torch.empty(like.shape, dtype=torch.uint8, device=like.device)
+    weight = torch.empty_like(like) if spec.rollout_scheme else like.new_empty(0)
+    return TokenRecords(torch.empty_like(like), torch.empty_like(like), flags, weight)
+
+
+def _fake_gradient(logits: Tensor) -> Tensor:
     """Without the offset of the real one, which follows from an address."""
     return logits.new_empty_strided(logits.shape, memory.row_strides(logits))
 
@@ -65,137 +135,125 @@ def _zero_unused_rows(gradient: Tensor, token_ids: Tensor) -> None:
         gradient.narrow(-2, token_ids.shape[1], unused).zero_()
 
 
-def _backend(name: str) -> Any:
-    from .. import backends
-
-    return backends.get(name)
-
-
-def _rows(*arguments: Any) -> Any:
-    from .contract import Rows
-
-    return Rows(*arguments)
+@_operator(fake=lambda rows, backend: _new_stats(rows))
+def log_probs(rows: Rows, backend: str) -> RowStats:
+    """Return what every row comes to."""
+    stats = _new_stats(rows)
+    backends.get(backend).log_probs(rows, stats)
+    return stats
 
 
-def _log_probs(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *row_arguments, backend = rest
-    outputs = _per_row(logits, token_ids, 4)
-    _backend(backend).log_probs(_rows(logits, token_ids, *row_arguments), *outputs)
-    return outputs
-
-
-def _log_probs_fake(logits: Tensor, token_ids: Tensor, *rest: Any) -> Any:
-    return _per_row(logits, token_ids, 4)
-
-
-def _backward_into(out: Tensor, logits: Tensor, token_ids: Tensor, *rest: Any) -> None:
-    live, numbers, softcap, *per_row, backend = rest
-    _backend(backend).log_probs_backward(_rows(logits, token_ids, live, numbers, softcap), *per_row, out)
-    _zero_unused_rows(out, token_ids)
-
-
-def _log_probs_backward(logits: Tensor, *rest: Any) -> Tensor:
-    out = memory.gradient_like(logits)
-    _backward_into(out, logits, *rest)
+@_operator(fake=lambda rows, stats, gradients, backend: _fake_gradient(rows.logits))
+def log_probs_backward(rows: Rows, stats: RowStats, gradients: RowGradients, backend: str) -> Tensor:
+    """Return the logits' gradient."""
+    out = memory.gradient_like(rows.logits)
+    backends.get(backend).log_probs_backward(rows, stats, gradients, out)
+    _zero_unused_rows(out, rows.token_ids)
     return out
 
 
-def _log_probs_backward_(logits: Tensor, *rest: Any) -> None:
-    _backward_into(logits, logits, *rest)
-    _note_write(logits)
+@_operator(fake=lambda rows, stats, gradients, backend: None, writes="logits")
+def log_probs_backward_(rows: Rows, stats: RowStats, gradients: RowGradients, backend: str) -> None:
+    """Write the gradient over the logits."""
+    backends.get(backend).log_probs_backward(rows, stats, gradients, rows.logits)
+    _zero_unused_rows(rows.logits, rows.token_ids)
+    _note_write(rows.logits)
 
 
-def _fused_into(out: Tensor, logits: Tensor, token_ids: Tensor, *rest: Any) -> Any:
-    live, numbers, softcap, *inputs, spec, backend = rest
-    *stats, policy, kl = _per_row(logits, token_ids, 6)
-    log_prob, entropy, *_ = stats
-    flags = torch.empty(token_ids.shape, dtype=torch.uint8, device=logits.device)
-    rows = _rows(logits, token_ids, live, numbers, softcap)
-    weight = _rollout_weight_like(log_prob, spec)
-    _backend(backend).fused_loss(rows, *inputs, spec, *stats, policy, kl, flags, weight, out)
-    _zero_unused_rows(out, token_ids)
-    return log_prob, entropy, policy, kl, flags, weight
+def _fused_into(
+    out: Tensor, rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, backend: str
+) -> tuple[Tensor, Tensor, TokenRecords]:
+    stats = _new_stats(rows)
+    records = _new_records(stats.log_prob, spec)
+    backends.get_fused(backend).fused_loss(rows, inputs, spec, stats, records, out)
+    _zero_unused_rows(out, rows.token_ids)
+    return stats.log_prob, stats.entropy, records
 
 
-def _fused_loss(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    out = memory.gradient_like(logits)
-    return (*_fused_into(out, logits, *rest), out)
+def _fake_fused_loss_(
+    rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, backend: str
+) -> tuple[Tensor, Tensor, TokenRecords]:
+    log_prob, entropy, *_ = _new_stats(rows)
+    return log_prob, entropy, _new_records(log_prob, spec)
 
 
-def _fused_loss_(logits: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    outputs = _fused_into(logits, logits, *rest)
-    _note_write(logits)
+def _fake_fused_loss(
+    rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, backend: str
+) -> tuple[Tensor, Tensor, TokenRecords, Tensor]:
+    return *_fake_fused_loss_(rows, inputs, spec, backend), _fake_gradient(rows.logits)
+
+
+@_operator(fake=_fake_fused_loss)
+def fused_loss(
+    rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, backend: str
+) -> tuple[Tensor, Tensor, TokenRecords, Tensor]:
+    """Return log-probs, entropies, records and the logits' gradient."""
+    out = memory.gradient_like(rows.logits)
+    return *_fused_into(out, rows, inputs, spec, backend), out
+
+
+@_operator(fake=_fake_fused_loss_, writes="logits")
+def fused_loss_(
+    rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, backend: str
+) -> tuple[Tensor, Tensor, TokenRecords]:
+    """Return log-probs, entropies and records; write the gradient over the logits."""
+    outputs = _fused_into(rows.logits, rows, inputs, spec, backend)
+    _note_write(rows.logits)
     return outputs
 
 
-def _fused_loss_fake_(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    log_prob, *others = _per_row(logits, token_ids, 4)
-    flags = torch.empty(token_ids.shape, dtype=torch.uint8, device=logits.device)
-    return log_prob, *others, flags, _rollout_weight_like(log_prob, rest[-2])
+def _new_terms(
+    values: TokenValues, numbers: Tensor, inputs: TokenInputs, spec: ObjectiveSpec, backend: str
+) -> tuple[TokenRecords, Tensor]:
+    return _new_records(values.log_prob, spec), torch.empty_like(values.log_prob)
 
 
-def _fused_loss_fake(logits: Tensor, token_ids: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return (*_fused_loss_fake_(logits, token_ids, *rest), _gradient_like_fake(logits))
+@_operator(fake=_new_terms)
+def token_terms(
+    values: TokenValues, numbers: Tensor, inputs: TokenInputs, spec: ObjectiveSpec, backend: str
+) -> tuple[TokenRecords, Tensor]:
+    """Return the records of tokens whose log-probs are known, and ∂loss/∂ℓ."""
+    records, slope = _new_terms(values, numbers, inputs, spec, backend)
+    backends.get_fused(backend).token_terms(values, numbers, inputs, spec, records, slope)
+    return records, slope
 
 
-def _token_terms(log_prob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    *inputs, backend = rest
-    outputs = _token_terms_fake(log_prob, *rest)
-    _backend(backend).token_terms(log_prob, *inputs, *outputs)
-    return outputs
+def _new_sums(
+    values: TokenValues,
+    masked_in: Tensor,
+    inputs: TokenInputs,
+    records: TokenRecords,
+    kl_estimator: int,
+    sequences: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    like = values.log_prob
+    sums = torch.empty(len(FIELDS), dtype=accumulate_dtype(like.device), device=like.device)
+    return torch.empty((), dtype=like.dtype, device=like.device), sums
 
 
-def _token_terms_fake(log_prob: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    policy, kl, slope = (torch.empty_like(log_prob) for _ in range(3))
-    return policy, kl, torch.empty_like(log_prob, dtype=torch.uint8), _rollout_weight_like(log_prob, rest[-2]), slope
-
-
-def _token_sums(log_prob: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *inputs, backend = rest
-    loss, sums = _token_sums_fake(log_prob)
-    _backend(backend).token_sums(log_prob, *inputs, loss, sums)
+@_operator(fake=_new_sums)
+def token_sums(
+    values: TokenValues,
+    masked_in: Tensor,
+    inputs: TokenInputs,
+    records: TokenRecords,
+    kl_estimator: int,
+    sequences: int,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the loss and the sums behind its metrics."""
+    loss, sums = _new_sums(values, masked_in, inputs, records, kl_estimator, sequences, backend)
+    backends.get(backend).token_sums(values, masked_in, inputs, records, kl_estimator, sequences, loss, sums)
     return loss, sums
 
 
-def _token_sums_fake(log_prob: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    loss = torch.empty((), dtype=log_prob.dtype, device=log_prob.device)
-    return loss, torch.empty(len(FIELDS), dtype=accumulate_dtype(log_prob.device), device=log_prob.device)
-
-
-def _rescale_(gradient: Tensor, token_ids: Tensor, upstream: Tensor, announced: Tensor, backend: str) -> None:
-    """gradient *= upstream / announced, unless they are equal: then nothing is read or written.
+@_operator(fake=lambda gradient, token_ids, upstream, announced, backend: None, writes="gradient")
+def rescale_(gradient: Tensor, token_ids: Tensor, upstream: Tensor, announced: Tensor, backend: str) -> None:
+    """Multiply a gradient by upstream / announced, unless they are equal: then nothing is read or written.
 
     ``token_ids`` is here for its shape: a compiled backward that saw T only as the T + 1 rows of the gradient would
     not compile (inductor of torch 2.13: "For s + 1, expected [s] to have been codegen-ed").
     """
-    _backend(backend).rescale(gradient, upstream, announced)
+    backends.get(backend).rescale(gradient, upstream, announced)
     _note_write(gradient)
-
-
-_FOUR = "(Tensor, Tensor, Tensor, Tensor)"
-_FIVE = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-_SIX = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-_SEVEN = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-
-log_probs = define(f"log_probs(Tensor logits, {_ROWS}, str backend) -> {_FOUR}", _log_probs, _log_probs_fake)
-log_probs_backward = define(
-    f"log_probs_backward(Tensor logits, {_BACKWARD}, str backend) -> Tensor",
-    _log_probs_backward,
-    lambda logits, *rest: _gradient_like_fake(logits),
-)
-log_probs_backward_ = define(
-    f"log_probs_backward_(Tensor(a!) logits, {_BACKWARD}, str backend) -> ()",
-    _log_probs_backward_,
-    lambda logits, *rest: None,
-)
-fused_loss = define(f"fused_loss(Tensor logits, {_FUSED}, str backend) -> {_SEVEN}", _fused_loss, _fused_loss_fake)
-fused_loss_ = define(
-    f"fused_loss_(Tensor(a!) logits, {_FUSED}, str backend) -> {_SIX}", _fused_loss_, _fused_loss_fake_
-)
-token_terms = define(f"token_terms({_TERMS}, str backend) -> {_FIVE}", _token_terms, _token_terms_fake)
-token_sums = define(f"token_sums({_SUMMED}, str backend) -> (Tensor, Tensor)", _token_sums, _token_sums_fake)
-rescale_ = define(
-    "rescale_(Tensor(a!) gradient, Tensor token_ids, Tensor upstream, Tensor announced, str backend) -> ()",
-    _rescale_,
-    lambda *args: None,
-)

@@ -45,7 +45,7 @@ class ObjectiveSpec(NamedTuple):
     kl_gradient: int
     """Its place in GRADIENTS."""
     kl_ratio_weighted: int
-    rollout: int
+    rollout_scheme: int
     """0: no rollout correction in the kernel, else the ``kernel_id`` of the scheme."""
 
 

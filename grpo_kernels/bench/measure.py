@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends import on_device
+from ..backends.contract import on_device
 from ..objectives.config import LossConfig
 from ..verification import records, reference
 from .providers import Provider

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backends import ops
-from ..backends.contract import Rows
+from ..backends.contract import RowGradients, Rows, RowStats
 from .arguments import ordinary
 
 _SPENT = (
@@ -95,36 +95,23 @@ class LossGradient(torch.autograd.Function):
         ctx: Any,
         logits: Tensor,
         loss: Tensor,
-        token_ids: Tensor,
-        live: Tensor,
-        numbers: Tensor,
-        softcap: bool,
-        log_prob: Tensor,
-        entropy: Tensor,
-        anchor: Tensor,
-        log_sum: Tensor,
-        slope: Tensor,
-        entropy_slope: Tensor | None,
+        rows: Rows,
+        stats: RowStats,
+        gradients: RowGradients,
         backend: str,
         inplace: bool,
     ) -> Tensor:
-        ctx.save_for_backward(
-            logits, token_ids, live, numbers, log_prob, entropy, anchor, log_sum, slope, entropy_slope
-        )
-        ctx.softcap, ctx.backend, ctx.inplace = softcap, backend, inplace
+        ctx.save_for_backward(logits, *rows[1:4], *stats, *gradients)
+        ctx.softcap, ctx.backend, ctx.inplace = rows.softcap, backend, inplace
         return loss.clone()
 
     @staticmethod
     @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        logits, token_ids, live, numbers, log_prob, entropy, anchor, log_sum, slope, entropy_slope = ctx.saved_tensors
-        slope = slope * upstream
-        entropy_slope = None if entropy_slope is None else entropy_slope * upstream
-        rows = Rows(logits, token_ids, live, numbers, ctx.softcap)
-        gradient = backward_rows(
-            rows, log_prob, entropy, anchor, log_sum, slope, entropy_slope, ctx.backend, ctx.inplace
-        )
-        return gradient, *(None,) * 13
+        logits, token_ids, live, numbers, *saved = ctx.saved_tensors
+        rows, stats = Rows(logits, token_ids, live, numbers, ctx.softcap), RowStats(*saved[:4])
+        gradients = RowGradients(*(None if slope is None else slope * upstream for slope in saved[4:]))
+        return backward_rows(rows, stats, gradients, ctx.backend, ctx.inplace), *(None,) * 6
 
 
 class LossOfLogProbs(torch.autograd.Function):
@@ -148,32 +135,22 @@ class LogProbs(torch.autograd.Function):
     """Log-probs and entropies of rows, differentiable in both."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        token_ids: Tensor,
-        live: Tensor,
-        numbers: Tensor,
-        softcap: bool,
-        backend: str,
-        inplace: bool,
-    ) -> tuple[Tensor, Tensor]:
-        log_prob, entropy, anchor, log_sum = ops.log_probs(logits, token_ids, live, numbers, softcap, backend)
-        ctx.save_for_backward(logits, token_ids, live, numbers, log_prob, entropy, anchor, log_sum)
+    def forward(ctx: Any, logits: Tensor, rows: Rows, backend: str, inplace: bool) -> tuple[Tensor, Tensor]:
+        stats = ops.log_probs(rows._replace(logits=logits), backend)
+        ctx.save_for_backward(logits, *rows[1:4], *stats)
         ctx.set_materialize_grads(False)
-        ctx.softcap, ctx.backend, ctx.inplace = softcap, backend, inplace
-        return log_prob, entropy
+        ctx.softcap, ctx.backend, ctx.inplace = rows.softcap, backend, inplace
+        return stats.log_prob, stats.entropy
 
     @staticmethod
     @once
-    def backward(ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_log_prob is None and grad_entropy is None:
-            return (None,) * 7
-        logits, token_ids, live, numbers, log_prob, entropy, anchor, log_sum = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream == (None, None):
+            return None, None, None, None
+        logits, token_ids, live, numbers, *stats = ctx.saved_tensors
         rows = Rows(logits, token_ids, live, numbers, ctx.softcap)
-        g, h = (None if upstream is None else upstream.contiguous() for upstream in (grad_log_prob, grad_entropy))
-        gradient = backward_rows(rows, log_prob, entropy, anchor, log_sum, g, h, ctx.backend, ctx.inplace)
-        return gradient, *(None,) * 6
+        gradients = RowGradients(*(None if slope is None else slope.contiguous() for slope in upstream))
+        return backward_rows(rows, RowStats(*stats), gradients, ctx.backend, ctx.inplace), None, None, None
 
 
 class LinearLogProbs(torch.autograd.Function):
@@ -187,35 +164,22 @@ class LinearLogProbs(torch.autograd.Function):
             ctx.save_for_backward(*head, *stats)
         ctx.set_materialize_grads(False)
         ctx.sweep = sweep
-        return sweep.live_rows.scatter(stats[0]), sweep.live_rows.scatter(stats[1])
+        return sweep.live_rows.scatter(stats.log_prob), sweep.live_rows.scatter(stats.entropy)
 
     @staticmethod
     @once
-    def backward(ctx: Any, grad_log_prob: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if grad_log_prob is None and grad_entropy is None:
-            return (None,) * 4
-        hidden, weight, bias, *stats = ctx.saved_tensors
-        gradients = ctx.sweep.gradients(
-            ctx.needs_input_grad[1:], hidden, weight, bias, stats, grad_log_prob, grad_entropy
-        )
-        return None, *gradients
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream == (None, None):
+            return None, None, None, None
+        *head, log_prob, entropy, anchor, log_sum = ctx.saved_tensors
+        stats, gradients = RowStats(log_prob, entropy, anchor, log_sum), RowGradients(*upstream)
+        return None, *ctx.sweep.gradients(ctx.needs_input_grad[1:], *head, stats, gradients)
 
 
-def backward_rows(
-    rows: Rows,
-    log_prob: Tensor,
-    entropy: Tensor,
-    anchor: Tensor,
-    log_sum: Tensor,
-    grad_log_prob: Tensor | None,
-    grad_entropy: Tensor | None,
-    backend: str,
-    inplace: bool,
-) -> Tensor:
-    """The logits' gradient, in a tensor of its own or over the logits."""
-    arguments = (*rows.arguments, log_prob, entropy, anchor, log_sum, grad_log_prob, grad_entropy, backend)
+def backward_rows(rows: Rows, stats: RowStats, gradients: RowGradients, backend: str, inplace: bool) -> Tensor:
+    """Return the logits' gradient, in a tensor of its own or over the logits."""
     if not inplace:
-        return ops.log_probs_backward(rows.logits, *arguments)
-    target = rows.logits.detach()
-    ops.log_probs_backward_(target, *arguments)
-    return target
+        return ops.log_probs_backward(rows, stats, gradients, backend)
+    target = rows._replace(logits=rows.logits.detach())
+    ops.log_probs_backward_(target, stats, gradients, backend)
+    return target.logits

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends.contract import TokenInputs
 from ..backends.spec import in_kernel
 from ..objectives.aggregation import Normalizer, on_tokens, sequence_weights
 from ..objectives.checks import (
@@ -39,15 +40,8 @@ class TokenBatch:
     masked_in: Tensor
     """bool: counts in the denominators (live or skipped)."""
     sequences: Sequences
-    advantages: Tensor
-    old: Tensor | None
-    ref: Tensor | None
-    rollout: Tensor | None
-    policy_weight: Tensor
-    """The aggregation's weight, the token's own and that of rollout schemes already applied; this and the next two are
-    0 where ``masked_in`` is not."""
-    kl_weight: Tensor | None
-    entropy_weight: Tensor | None
+    inputs: TokenInputs
+    """Weights are 0 where ``masked_in`` is not."""
     schemes: tuple[Rollout, ...] = ()
     """Rollout schemes that are still to be applied."""
     rollout_weight: Tensor | None = None
@@ -70,8 +64,9 @@ class TokenBatch:
 
     def factors(self, config: LossConfig, log_prob: Tensor, schemes: tuple[Rollout, ...]) -> Tensor:
         """Of these rollout schemes."""
-        assert self.rollout is not None
-        others = (self.old, self.rollout, self.advantages, config.log_ratio_limit)
+        inputs = self.inputs
+        assert inputs.rollout is not None
+        others = (inputs.old, inputs.rollout, inputs.advantage, config.log_ratio_limit)
         return rollout_weights(schemes, log_prob, *others, self.pool)
 
 
@@ -152,13 +147,15 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
         live=tokens.live,
         masked_in=masked_in,
         sequences=sequences,
-        advantages=advantages,
-        policy_weight=policy_weight,
-        kl_weight=_scaled(token_weight, kl_coef),
-        entropy_weight=_scaled(entropy_weight, entropy_coef),
+        inputs=TokenInputs(
+            advantage=advantages,
+            policy_weight=policy_weight,
+            kl_weight=_scaled(token_weight, kl_coef),
+            entropy_weight=_scaled(entropy_weight, entropy_coef),
+            **per_token,
+        ),
         schemes=config.schemes,
         entropy_threshold=given.entropy_threshold,
-        **per_token,
     )
     batch = _apply_known(config, batch)
     _check_advantages(tokens, batch, given)
@@ -190,27 +187,28 @@ def _check_weights(tokens: Tokens, factor: Tensor, weight: Tensor, check: bool |
 
 def _check_advantages(tokens: Tokens, batch: TokenBatch, given: LossInputs) -> None:
     """Of tokens that have a part in the loss: a group of which nothing counts may have any."""
-    if not may_look(batch.advantages, given.check) or math.isfinite(
+    if not may_look(batch.inputs.advantage, given.check) or math.isfinite(
         float(given.advantages.detach().to(tokens.real).sum())
     ):
         return
-    counts = batch.live & (batch.policy_weight != 0)
+    counts = batch.live & (batch.inputs.policy_weight != 0)
     hint = "mask what has none: a group without a reward, or whose rewards are not finite"
-    check_finite(tokens.function, "advantages", batch.advantages, counts, tokens.tensors, hint)
+    check_finite(tokens.function, "advantages", batch.inputs.advantage, counts, tokens.tensors, hint)
 
 
 def _apply_known(config: LossConfig, batch: TokenBatch) -> TokenBatch:
     """With the rollout factors in the weights that follow from old log-probs, unless a kernel applies them: so the
     one-pass loss stays one pass."""
-    if batch.old is None or config.surrogate.takes_rollout or in_kernel(batch.schemes):
+    inputs = batch.inputs
+    if inputs.old is None or config.surrogate.takes_rollout or in_kernel(batch.schemes):
         return batch
     known = tuple(scheme for scheme in batch.schemes if not scheme.of_policy)
     if len(known) == 0:
         return batch
-    factors = torch.where(batch.live, batch.factors(config, batch.old, known), 0.0)
+    factors = torch.where(batch.live, batch.factors(config, inputs.old, known), 0.0)
     left = tuple(scheme for scheme in batch.schemes if scheme.of_policy)
-    weight = weighed(batch.policy_weight, factors)
-    return dataclasses.replace(batch, policy_weight=weight, schemes=left, rollout_weight=factors)
+    inputs = inputs._replace(policy_weight=weighed(inputs.policy_weight, factors))
+    return dataclasses.replace(batch, inputs=inputs, schemes=left, rollout_weight=factors)
 
 
 def _read_sequences(tokens: Tokens, cu_seqlens: Tensor | None, check: bool | None) -> tuple[Sequences, Tokens]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple, TypeVar, overload
 
 import torch
 from torch import Tensor
 
+from ..backends.contract import TokenInputs
 from ..objectives.checks import fail, may_look
 from ..objectives.maths import accumulate_dtype
 from ..objectives.sequences import Packed, Padded, Sequences
@@ -25,8 +26,13 @@ _GPU_MULTIPLE = 128
 """Rows of a GEMM on a GPU are padded to this with dead ones."""
 
 
-_PER_TOKEN = ("masked_in", "advantages", "old", "ref", "rollout", "policy_weight", "kl_weight", "entropy_weight")
-"""What a chunk needs of a ``TokenBatch`` beside ``live``."""
+_Tuple = TypeVar("_Tuple", bound=NamedTuple)
+
+
+def cut(values: _Tuple, first: int, last: int) -> _Tuple:
+    """Return the tokens [first, last) of a named tuple of (1, n) tensors, or of what is None."""
+    parts = (None if value is None else value[:, first:last] for value in values)
+    return values._make(parts)
 
 
 def chunk_rows(tokens: Tokens, operands: torch.dtype, chunk_bytes: int) -> int:
@@ -115,6 +121,10 @@ class LiveRows:
         row = index // self.shape[1] * states.shape[-2] + index % self.shape[1]
         out[torch.where(self.live[0, first:last], row, out.shape[0] - 1)] = values.to(out.dtype)
 
+    @overload
+    def take(self, values: Tensor) -> Tensor: ...
+    @overload
+    def take(self, values: None) -> None: ...
     def take(self, values: Tensor | None) -> Tensor | None:
         """(1, n) of (B, T)."""
         return None if values is None else values.reshape(-1)[self.index][None]
@@ -127,17 +137,18 @@ class LiveRows:
 
     def batch(self, batch: TokenBatch) -> TokenBatch:
         """Of the live tokens alone, (1, n); ``narrow`` says which sequences a part of it holds."""
-        taken: dict[str, Any] = {name: self.take(getattr(batch, name)) for name in _PER_TOKEN}
-        return dataclasses.replace(batch, live=self.live, rollout_weight=None, **taken)
+        inputs = TokenInputs(*(None if values is None else self.take(values) for values in batch.inputs))  # type: ignore[arg-type]
+        masked_in = self.take(batch.masked_in)
+        return dataclasses.replace(batch, live=self.live, masked_in=masked_in, inputs=inputs, rollout_weight=None)
 
     def narrow(self, batch: TokenBatch, first: int, last: int) -> TokenBatch:
         """Tokens [first, last) of ``batch``'s result; without ``bounds`` one sequence, for the maths of tokens."""
-        fields = {name: getattr(batch, name) for name in ("live", *_PER_TOKEN)}
-        cut: dict[str, Any] = {name: value[:, first:last] for name, value in fields.items() if value is not None}
+        live, masked_in = batch.live[:, first:last], batch.masked_in[:, first:last]
         sequences: Sequences = Padded(1)
         if self.bounds is not None:
             sequences = Packed.of(self.bounds.clamp(first, last) - first, last - first)
-        return dataclasses.replace(batch, sequences=sequences, **cut)
+        inputs = cut(batch.inputs, first, last)
+        return dataclasses.replace(batch, live=live, masked_in=masked_in, sequences=sequences, inputs=inputs)
 
 
 def _chunks_of_sequences(lengths: list[int], chunk: int, count: int) -> list[tuple[int, int]]:

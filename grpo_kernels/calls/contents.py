@@ -21,7 +21,8 @@ def check_contents(tokens: Tokens, backend: str, logit_args: LogitArgs, check: b
     rows = tokens.rows(logit_args)
 
     def log_probs(ids: Tensor, live: Tensor) -> Tensor:
-        return ops.log_probs(tokens.states.detach(), ids, live, rows.numbers, rows.softcap, backend)[0]
+        logits = tokens.states.detach()
+        return ops.log_probs(rows._replace(logits=logits, token_ids=ids, live=live), backend).log_prob
 
     check_shift(tokens, log_probs)
 

@@ -35,16 +35,16 @@ def one_pass_spec(config: LossConfig, batch: TokenBatch, given: LossInputs) -> O
     """
     if config.kl.level_beside(config.level) != config.level:
         return f"the KL's ratio is pooled at level {config.kl.level!r}, the policy's at {config.level!r}"
-    if config.level != "token" and batch.old is not None:
+    if config.level != "token" and batch.inputs.old is not None:
         return f"level {config.level!r} pools the ratios of a sequence before any of its slopes is known"
     if config.level not in ("token", "sequence_token"):
         uniform = config.level == "sequence" and given.token_weights is None
         uniform &= advantages_per_sequence(batch.sequences, given.advantages)
-        uniform &= batch.kl_weight is None or not config.kl.ratio_weighted
+        uniform &= batch.inputs.kl_weight is None or not config.kl.ratio_weighted
         uniform &= len(config.schemes) == 0 and given.entropy_threshold is None
         if not uniform:
             return f"level {config.level!r} spreads the slopes of a sequence over its tokens, which differ here"
-    spec = objective_spec(config, batch.kl_weight is not None, batch.schemes)
+    spec = objective_spec(config, batch.inputs.kl_weight is not None, batch.schemes)
     if spec is None and config.surrogate.kernel_id is None:
         return f"{type(config.surrogate).__name__} has no one-pass kernel"
     return spec or f"no one-pass kernel applies {', '.join(map(repr, batch.schemes))} inside of a row"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..backends import ops
-from ..backends.contract import Rows
+from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.spec import NUMBERS, LogitArgs
 from ..objectives.checks import check_device, check_shape, fail, read_mask
 from ..objectives.compiler import outside_graphs
@@ -117,22 +117,22 @@ class Supported:
             fail(tokens.function, expected, repr(support), tokens.tensors, error=TypeError)
         return cls(rows, filters, None)
 
-    def log_probs(self, backend: str) -> tuple[Tensor, ...]:
-        """log_prob, entropy, anchor, log_sum (B, T) of the renormalised distribution, which temperature is part of."""
+    def log_probs(self, backend: str) -> RowStats:
+        """Return the statistics (B, T) of the renormalised distribution, which temperature is part of."""
         stats = [torch.zeros_like(self.rows.token_ids, dtype=self.rows.numbers.dtype) for _ in range(4)]
         for part, index, _ in self._parts():
-            for total, values in zip(stats, ops.log_probs(part.logits, *part.arguments, backend), strict=True):
+            for total, values in zip(stats, ops.log_probs(part, backend), strict=True):
                 total.view(-1)[index] = values[0]
-        return tuple(stats)
+        return RowStats(*stats)
 
-    def gradient(self, backend: str, stats: tuple[Tensor, ...], g: Tensor | None, h: Tensor | None) -> Tensor:
+    def gradient(self, backend: str, stats: RowStats, gradients: RowGradients) -> Tensor:
         """In the logits, from slopes in log-prob and entropy, (B, T)."""
         rows = self.rows
         out = torch.zeros_like(rows.logits, memory_format=torch.contiguous_format)
         target, length = rows.row_view(out), rows.token_ids.shape[1]
         for part, index, slope in self._parts():
-            mine = (None if x is None else x.reshape(-1)[index][None] for x in (*stats, g, h))
-            ops.log_probs_backward_(part.logits, *part.arguments, *mine, backend)
+            own = [None if x is None else x.reshape(-1)[index][None] for x in (*stats, *gradients)]
+            ops.log_probs_backward_(part, RowStats(*own[:4]), RowGradients(*own[4:]), backend)  # type: ignore[arg-type]
             gradient = part.logits[0] if slope is None else weighed(part.logits[0], slope)
             target[index // length, index % length] = gradient.to(out.dtype)
         return out
@@ -196,7 +196,7 @@ class SupportedLogProbs(torch.autograd.Function):
         if g is None and h is None:
             return None, None, None
         _, *stats = ctx.saved_tensors  # the logits: so that a write to them in between is noticed
-        return ctx.supported.gradient(ctx.backend, tuple(stats), g, h), None, None
+        return ctx.supported.gradient(ctx.backend, RowStats(*stats), RowGradients(g, h)), None, None
 
 
 @outside_graphs

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import ops
+from ..backends.contract import TokenRecords, TokenValues
 from ..backends.spec import objective_spec
 from ..objectives.config import LossConfig
 from ..objectives.kl import ESTIMATORS, KLTerms, kl_terms
@@ -28,53 +29,36 @@ def pools(config: LossConfig, batch: TokenBatch) -> bool:
     return levels != ("token", "token") or any(scheme.pooled for scheme in batch.schemes)
 
 
-class Records(NamedTuple):
-    """What the loss and its metrics are reduced from, all (B, T), 0 at dead rows."""
-
-    log_prob: Tensor
-    entropy: Tensor
-    policy: Tensor
-    """The surrogate's value times the rollout weight, otherwise unweighted."""
-    kl: Tensor
-    """The KL term's value, unweighted, ratio included."""
-    flags: Tensor
-    """uint8, CLIPPED_* of surrogates/base.py."""
-    rollout_weight: Tensor
-    """The factor in ``policy``; empty (0,) where no scheme was left to apply."""
-
-
 def fast_token_terms(
     config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor, numbers: Tensor, backend: str
-) -> tuple[Records, Tensor]:
+) -> tuple[TokenRecords, Tensor]:
     """``token_terms`` by the backend's kernel where it has one for them: on a GPU one launch in place of sixty."""
     by_token = not pools(config, batch)
-    spec = objective_spec(config, batch.kl_weight is not None, batch.schemes) if by_token else None
+    spec = objective_spec(config, batch.inputs.kl_weight is not None, batch.schemes) if by_token else None
     if spec is None or not backends.has_token_terms(backend):
         return token_terms(config, batch, log_prob, entropy)
-    inputs = (batch.advantages, batch.policy_weight, batch.old, batch.ref, batch.rollout, batch.kl_weight, list(spec))
-    *terms, slope = ops.token_terms(log_prob, entropy, batch.live, numbers, *inputs, backend)
-    return Records(log_prob, entropy, *terms), slope
+    return ops.token_terms(TokenValues(log_prob, entropy, batch.live), numbers, batch.inputs, spec, backend)
 
 
 def token_terms(
     config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor | None = None
-) -> tuple[Records, Tensor]:
+) -> tuple[TokenRecords, Tensor]:
     """The records of every token and d loss / d log_prob, weights included in the last.
 
     ``entropy`` is needed with a threshold alone.
     """
-    live, surrogate = batch.live, config.surrogate
-    old = log_prob if batch.old is None else batch.old
+    live, inputs, surrogate = batch.live, batch.inputs, config.surrogate
+    old = log_prob if inputs.old is None else inputs.old
     own = torch.where(live, log_ratio_of(log_prob, old), 0.0)  # NaN stays NaN
-    bounded, free, own_flags = surrogate.clip_log_ratios(own, batch.advantages)
+    bounded, free, own_flags = surrogate.clip_log_ratios(own, inputs.advantage)
     in_ratio, in_value, applied = _rollout_factors(config, batch, log_prob)
     if in_ratio is not None:
         bounded = bounded + torch.where(live, in_ratio.log().clamp(*FOLDED), 0.0)
     pooled = _Ratio.of(config.level, bounded, config.log_ratio_limit, batch)
     possible = log_prob != float("-inf")  # a token of probability 0 has no direction to give: it saturates
 
-    policy = surrogate.terms(Point(log_prob, pooled.log, pooled.ratio, batch.advantages, old))
-    weight, value = batch.policy_weight, policy.value
+    policy = surrogate.terms(Point(log_prob, pooled.log, pooled.ratio, inputs.advantage, old))
+    weight, value = inputs.policy_weight, policy.value
     if in_value is not None:
         weight, value = weighed(weight, in_value), weighed(in_value, value)
     if batch.entropy_threshold is not None:
@@ -91,9 +75,7 @@ def token_terms(
     kl_value, kl_slope = _kl_part(config, kl_level, batch, log_prob, pooled, possible)
     dead = torch.zeros_like(log_prob)
     flags = policy.flags if own_flags is None else policy.flags | own_flags
-    records = Records(
-        log_prob,
-        dead if entropy is None else entropy,
+    records = TokenRecords(
         torch.where(live, value, dead),
         torch.where(live, kl_value, dead),
         torch.where(live, flags, 0),
@@ -135,28 +117,29 @@ def _kl_part(
     config: LossConfig, level: str, batch: TokenBatch, log_prob: Tensor, pooled: _Ratio, possible: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The KL's value, unweighted, and its part of the slope."""
-    if batch.kl_weight is None or batch.ref is None:
+    ref, weight = batch.inputs.ref, batch.inputs.kl_weight
+    if weight is None or ref is None:
         zero = torch.zeros_like(log_prob)
         return zero, zero
-    kl = kl_terms(config.kl, log_ratio_of(log_prob, batch.ref), pooled.ratio)
+    kl = kl_terms(config.kl, log_ratio_of(log_prob, ref), pooled.ratio)
     kl = kl._replace(slope=torch.where(possible, kl.slope, 0.0))
     if not config.kl.ratio_weighted:
-        return kl.value, weighed(batch.kl_weight, kl.slope)
-    slope = _ratio_weighted_slope(level, pooled.ratio, pooled.inside, possible, kl, batch)
+        return kl.value, weighed(weight, kl.slope)
+    slope = _ratio_weighted_slope(level, pooled, possible, kl, weight, batch)
     return times(pooled.ratio, kl.value), slope
 
 
 def _ratio_weighted_slope(
-    level: str, ratio: Tensor, inside: Tensor, passes: Tensor, kl: KLTerms, batch: TokenBatch
+    level: str, pooled: _Ratio, passes: Tensor, kl: KLTerms, weight: Tensor, batch: TokenBatch
 ) -> Tensor:
     """Of weight * ratio * k: through k by every token alone, through the ratio as the level spreads it."""
     value, slope, slope_with_ratio = kl
-    assert batch.kl_weight is not None
+    ratio, inside = pooled.ratio, pooled.inside
     if level in ("token", "sequence_token"):
-        return weighed(batch.kl_weight, times(ratio, torch.where(inside & passes, slope_with_ratio, slope)))
-    weighted = weighed(batch.kl_weight, times(ratio, value))
+        return weighed(weight, times(ratio, torch.where(inside & passes, slope_with_ratio, slope)))
+    weighted = weighed(weight, times(ratio, value))
     through_ratio = _distribute(level, torch.where(inside, weighted, 0.0), batch)
-    return weighed(batch.kl_weight, times(ratio, slope)) + torch.where(passes, through_ratio, 0.0)
+    return weighed(weight, times(ratio, slope)) + torch.where(passes, through_ratio, 0.0)
 
 
 def _distribute(level: str, slope: Tensor, batch: TokenBatch) -> Tensor:
@@ -166,32 +149,31 @@ def _distribute(level: str, slope: Tensor, batch: TokenBatch) -> Tensor:
     return batch.pool(slope, level == "sequence")
 
 
-def reduce_records(config: LossConfig, batch: TokenBatch, records: Records, backend: str) -> tuple[Tensor, Metrics]:
+def reduce_records(
+    config: LossConfig, batch: TokenBatch, values: TokenValues, records: TokenRecords, backend: str
+) -> tuple[Tensor, Metrics]:
     """The loss (0-d, the records' dtype) and its metrics: the one place where records are summed."""
     applied = batch.rollout_weight
-    if batch.schemes:
-        applied = records.rollout_weight if applied is None else times(records.rollout_weight, applied)
-    loss, vector = ops.token_sums(
-        *records[:5],
-        *(batch.live, batch.masked_in, batch.policy_weight, batch.kl_weight, batch.entropy_weight),
-        *(batch.old, batch.ref, batch.rollout, applied),
-        *(ESTIMATORS.index(config.kl.estimator) + 1, batch.sequences.count, backend),
-    )
+    if applied is not None:
+        weight = times(records.rollout_weight, applied) if batch.schemes else applied
+        records = records._replace(rollout_weight=weight)
+    estimator, sequences = ESTIMATORS.index(config.kl.estimator) + 1, batch.sequences.count
+    loss, vector = ops.token_sums(values, batch.masked_in, batch.inputs, records, estimator, sequences, backend)
     if config.level != "token":
-        ratios = _sequence_ratios(config, batch, records)
+        ratios = _sequence_ratios(config, batch, values.log_prob, records)
         first = FIELDS.index("ratio_sum")
         vector = torch.cat([vector[:first], ratios, vector[first + len(ratios) :]])
     return loss, Metrics(vector)
 
 
-def _sequence_ratios(config: LossConfig, batch: TokenBatch, records: Records) -> Tensor:
+def _sequence_ratios(config: LossConfig, batch: TokenBatch, log_prob: Tensor, records: TokenRecords) -> Tensor:
     """metrics.RATIO_SUMS and extremes of the ratio over non-empty sequences. One counts as clipped where one of its
     tokens does."""
-    dtype = accumulate_dtype(records.log_prob.device)
+    dtype = accumulate_dtype(log_prob.device)
     live = batch.sequences.sum(batch.live.to(dtype)) > 0
     ratio = torch.ones(live.shape, dtype=dtype, device=live.device)
-    if batch.old is not None:
-        log_ratio = torch.where(batch.live, log_ratio_of(records.log_prob, batch.old), 0.0).to(dtype)
+    if batch.inputs.old is not None:
+        log_ratio = torch.where(batch.live, log_ratio_of(log_prob, batch.inputs.old), 0.0).to(dtype)
         ratio = batch.per_sequence(log_ratio, config.level != "sequence_product").exp()
     flags = [(records.flags & bit) != 0 for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
     clipped = [batch.sequences.sum(flag.to(dtype)) > 0 for flag in flags]

@@ -105,7 +105,7 @@ def triton_grpo_loss(
     log_probs = token_log_probs(logits, completion_ids, completion_mask, **rows).log_probs
     alone = _each_counts_once(batch, weights, beta)
     records, _ = token_terms(config, alone, log_probs.detach())
-    value, kl = weighed(alone.policy_weight, records.policy) + beta * records.kl, records.kl
+    value, kl = weighed(alone.inputs.policy_weight, records.policy) + beta * records.kl, records.kl
     losses = _PerToken.apply(log_probs, config, alone, value)
     if not reduce:
         return losses, kl if beta != 0 else None, _counted(counting, batch, log_probs)[1].float()
@@ -253,9 +253,10 @@ def _normalizer(loss_type: str, items: float | Tensor | None) -> float | Tensor 
 
 def _each_counts_once(batch: TokenBatch, weights: Tensor | None, beta: float) -> TokenBatch:
     """Whatever the tokens are reduced to afterwards."""
-    ones = batch.live.to(batch.advantages)
+    ones = batch.live.to(batch.inputs.advantage)
     policy = ones if weights is None else torch.where(batch.live, weights.to(ones), 0.0)
-    return dataclasses.replace(batch, policy_weight=policy, kl_weight=beta * ones if beta != 0 else None)
+    inputs = batch.inputs._replace(policy_weight=policy, kl_weight=beta * ones if beta != 0 else None)
+    return dataclasses.replace(batch, inputs=inputs)
 
 
 @torch.no_grad()
@@ -264,14 +265,14 @@ def _counted(counting: LossConfig, batch: TokenBatch, log_probs: Tensor) -> tupl
     ``counting`` is the objective without delta; of CISPO's capped ones those of A > 0."""
     records, _ = token_terms(counting, dataclasses.replace(batch, schemes=()), log_probs.detach())
     bounded = records.flags != 0
-    return records.kl, bounded & (batch.advantages > 0) if isinstance(counting.surrogate, Cispo) else bounded
+    return records.kl, bounded & (batch.inputs.advantage > 0) if isinstance(counting.surrogate, Cispo) else bounded
 
 
 def _metrics(counting: LossConfig, batch: TokenBatch, log_probs: Tensor) -> list[Tensor]:
     """Means over live tokens: the KL where there is one, and how many are bounded."""
     count = batch.live.sum().clamp(min=1)
     kl, bounded = (values.sum() / count for values in _counted(counting, batch, log_probs))
-    return [bounded] if batch.kl_weight is None else [kl, bounded]
+    return [bounded] if batch.inputs.kl_weight is None else [kl, bounded]
 
 
 class _PerToken(torch.autograd.Function):
@@ -286,10 +287,10 @@ class _PerToken(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (log_probs,) = ctx.saved_tensors
-        kl = ctx.batch.kl_weight
-        weights = {
-            "policy_weight": ctx.batch.policy_weight * upstream,
-            "kl_weight": None if kl is None else kl * upstream,
-        }
-        slope = token_terms(ctx.config, dataclasses.replace(ctx.batch, **weights), log_probs)[1]
+        inputs = ctx.batch.inputs
+        kl = inputs.kl_weight
+        weighted = inputs._replace(
+            policy_weight=inputs.policy_weight * upstream, kl_weight=None if kl is None else kl * upstream
+        )
+        slope = token_terms(ctx.config, dataclasses.replace(ctx.batch, inputs=weighted), log_probs)[1]
         return slope, None, None, None

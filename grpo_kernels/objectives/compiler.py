@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 
 _LIBRARY = torch.library.Library("grpo_kernels", "DEF")
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+"""Of every operator by name: what it runs, with flat arguments."""
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -21,6 +23,7 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     """Register an operator and return it; ``fake`` gives its outputs' shapes. It has no formula for autograd."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))  # a gradient's follow from its logits'
+    IMPLEMENTATIONS[name] = implementation
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"grpo_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.grpo_kernels, name).default

@@ -126,6 +126,7 @@ def _sizes(
     log_p = torch.log_softmax(z, -1)
     p = log_p.exp()
     log_prob, entropy = out.log_probs.reshape(shape), out.entropy.reshape(shape)
+    inputs = batch.inputs
 
     def known(values: Tensor | None) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=live.device) if values is None else values.abs()
@@ -136,34 +137,34 @@ def _sizes(
     sizes = 1 + below + log_sum + torch.where(log_prob.isinf(), 0.0, log_prob).abs()
     if cap is not None:
         sizes = sizes + torch.where(z.isinf(), 0.0, z).abs().amax(-1)
-    sizes = sizes + torch.where(live, known(batch.old) + known(batch.ref), 0.0)
-    if config.schemes and batch.rollout is not None:
-        sizes = sizes + torch.where(live, batch.rollout.nan_to_num(nan=0.0).abs(), 0.0)
+    sizes = sizes + torch.where(live, known(inputs.old) + known(inputs.ref), 0.0)
+    if config.schemes and inputs.rollout is not None:
+        sizes = sizes + torch.where(live, inputs.rollout.nan_to_num(nan=0.0).abs(), 0.0)
 
     kl_size = torch.zeros_like(log_prob)
-    if batch.kl_weight is not None and batch.ref is not None:
-        u = torch.where(live, log_ratio_of(batch.ref, log_prob), 0.0).clamp(max=50)
-        kl_size = batch.kl_weight.abs() * (u.exp() + u.abs() + (u * u / 2 if config.kl.estimator == "k2" else 0) + 1)
-        if (config.kl.ratio_weighted or config.kl.gradient == "weighted_k2") and batch.old is not None:
-            kl_size = kl_size * torch.where(live, log_ratio_of(log_prob, batch.old), 0.0).clamp(max=20).exp()
-    plain = dataclasses.replace(batch, kl_weight=None)
+    if inputs.kl_weight is not None and inputs.ref is not None:
+        u = torch.where(live, log_ratio_of(inputs.ref, log_prob), 0.0).clamp(max=50)
+        kl_size = inputs.kl_weight.abs() * (u.exp() + u.abs() + (u * u / 2 if config.kl.estimator == "k2" else 0) + 1)
+        if (config.kl.ratio_weighted or config.kl.gradient == "weighted_k2") and inputs.old is not None:
+            kl_size = kl_size * torch.where(live, log_ratio_of(log_prob, inputs.old), 0.0).clamp(max=20).exp()
+    plain = dataclasses.replace(batch, inputs=inputs._replace(kl_weight=None))
     records, policy_slope = token_terms(config, plain, log_prob, entropy)
     ahead, behind = (token_terms(config, plain, log_prob + step, entropy) for step in (_STEP, -_STEP))
     # What a surrogate makes of an error in its ratio may be larger than its slope: SAPO's gate, DRO's spring.
     growth = (ahead[1] - behind[1]).abs() / (2 * _STEP)
-    value_growth = batch.policy_weight.abs() * (ahead[0].policy - behind[0].policy).abs() / (2 * _STEP)
+    value_growth = inputs.policy_weight.abs() * (ahead[0].policy - behind[0].policy).abs() / (2 * _STEP)
     policy_slope = torch.maximum(policy_slope.abs(), growth.nan_to_num(nan=0.0, posinf=0.0))
     value_growth = torch.maximum(policy_slope, value_growth.nan_to_num(nan=0.0, posinf=0.0))
     slope_size = policy_slope + kl_size
     if config.level != "token":  # a pooled slope errs with the whole sequence
         pooled = batch.sequences.sum(kl_size + policy_slope)
         slope_size = torch.maximum(slope_size, batch.sequences.expand(pooled).expand(shape) * (kl_size > 0))
-    h_size = known(batch.entropy_weight)
+    h_size = known(inputs.entropy_weight)
     element = (slope_size[..., None] + h_size[..., None] * (log_p.clamp(min=-700).abs() + entropy[..., None] + 1)) * p
     own = slope_size + h_size * p.gather(-1, _safe(ids, live)[..., None]).squeeze(-1) * (1 + log_prob.abs() + entropy)
     element = element.scatter(-1, _safe(ids, live)[..., None], own[..., None]) * derivative.abs()
-    policy_size = times(batch.policy_weight, records.policy).abs()
-    kl_term = torch.zeros_like(policy_size) if batch.kl_weight is None else kl_size
+    policy_size = times(inputs.policy_weight, records.policy).abs()
+    kl_term = torch.zeros_like(policy_size) if inputs.kl_weight is None else kl_size
     term = ((policy_size + value_growth + kl_term + h_size * (1 + entropy)) * sizes)[live].sum()
     metrics = {name: value.double() for name, value in out.metrics.as_dict().items()}
     edge = _edges(config, batch, log_prob, entropy, sizes)
@@ -188,21 +189,21 @@ _STEP = 1e-7
 def _edges(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor, sizes: Tensor) -> Tensor:
     """Rows at which 16 units decide on which side of a bound a token lies: a clip's, a rollout scheme's, a
     threshold's."""
-    width = torch.where(batch.live, 16 * UNIT * sizes, 0.0)
+    inputs, width = batch.inputs, torch.where(batch.live, 16 * UNIT * sizes, 0.0)
     edge = torch.zeros_like(batch.live)
-    if batch.old is not None or batch.schemes:
+    if inputs.old is not None or batch.schemes:
         below, above = (token_terms(config, batch, log_prob + w, entropy)[0] for w in (-width, width))
         edge |= below.flags != above.flags
         if batch.schemes:
             edge |= (below.rollout_weight == 0) != (above.rollout_weight == 0)
-    if batch.old is not None and batch.rollout is not None and config.schemes:
-        shifted = [dataclasses.replace(batch, old=batch.old + w) for w in (-width, width)]
+    if inputs.old is not None and inputs.rollout is not None and config.schemes:
+        shifted = [dataclasses.replace(batch, inputs=inputs._replace(old=inputs.old + w)) for w in (-width, width)]
         kept_below, kept_above = (moved.factors(config, log_prob, config.schemes) == 0 for moved in shifted)
         edge |= kept_below != kept_above
     if batch.entropy_threshold is not None:
         edge |= (entropy - batch.entropy_threshold).abs() < width
-    if batch.ref is not None and config.kl.estimator == "abs":
-        edge |= log_ratio_of(log_prob, batch.ref).abs() < width
+    if inputs.ref is not None and config.kl.estimator == "abs":
+        edge |= log_ratio_of(log_prob, inputs.ref).abs() < width
     return edge & batch.live
 
 

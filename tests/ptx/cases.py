@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_kernels.backends.contract import Rows
+from grpo_kernels.backends.contract import RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
+from grpo_kernels.backends.spec import ObjectiveSpec
 from grpo_kernels.objectives.metrics import FIELDS
 
 from . import arithmetic, launches
@@ -21,7 +22,7 @@ from . import arithmetic, launches
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
 ROUNDING = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 0.0, FP64: 0.0}
-SPEC = [2, 3, 0, 0, 0]
+SPEC = ObjectiveSpec(2, 3, 0, 0, 0)
 """Clip, with k3."""
 GRAD_SCALE = 0.5
 STATS = ("log_prob", "entropy", "anchor", "log_sum")
@@ -242,29 +243,32 @@ class Run:
         slope = d["policy_weight"] * np.where(stopped, 0, -ratio * a) + d["kl_weight"] * (1 - np.exp(away))
         return policy, np.exp(away) - away - 1, slope
 
+    def _records(self) -> TokenRecords:
+        real = [self._output(name) for name in ("policy", "kl")]
+        return TokenRecords(*real, self._output("flags", torch.uint8), torch.empty(0))
+
     # What is run.
 
     def log_probs(self) -> None:
-        rows, outputs = self._rows(), [self._output(name) for name in STATS]
+        rows, stats = self._rows(), RowStats(*[self._output(name) for name in STATS])
         with self._backend() as backend:
-            backend.log_probs(rows, *outputs)
+            backend.log_probs(rows, stats)
         self._check_stats()
 
     def backward(self) -> None:
-        rows, stats, out, d = self._rows(), self._known(*STATS), self._out(), self.data
+        rows, stats, out, d = self._rows(), RowStats(*self._known(*STATS)), self._out(), self.data
         g, h = d["g"], d["h"] if self.case.entropy else None
         with self._backend() as backend:
-            backend.log_probs_backward(rows, *stats, g, h, out)
+            backend.log_probs_backward(rows, stats, RowGradients(g, h), out)
         self._check_gradient(out, flat(g), flat(g if h is None else h) * (h is not None))
 
     def fused(self) -> None:
         rows, (old, ref), d = self._rows(), self._others(), self.data
-        outputs = [self._output(name) for name in (*STATS, "policy", "kl")]
-        flags, empty, out = self._output("flags", torch.uint8), torch.empty(0), self._out()
+        stats, records, out = RowStats(*[self._output(name) for name in STATS]), self._records(), self._out()
         weight = d["entropy_weight"] if self.case.entropy else None
         with self._backend() as backend:
-            inputs = (d["advantage"], d["policy_weight"], old, ref, None, d["kl_weight"], weight)
-            backend.fused_loss(rows, *inputs, SPEC, *outputs, flags, empty, out)
+            inputs = TokenInputs(d["advantage"], d["policy_weight"], old, ref, None, d["kl_weight"], weight)
+            backend.fused_loss(rows, inputs, SPEC, stats, records, out)
         self._check_stats()
         policy, kl, slope = self._terms()
         self._compare("policy", flat(self.outputs["policy"]), np.where(self.live, policy, 0), 2e-5, 1e-6)
@@ -276,16 +280,15 @@ class Run:
         """token_terms, and token_sums from its records."""
         self._rows()
         log_prob, entropy, (old, ref), d = *self._known("log_prob", "entropy"), self._others(), self.data
-        policy, kl, slope = (self._output(name) for name in ("policy", "kl", "slope"))
-        flags, empty = self._output("flags", torch.uint8), torch.empty(0)
+        records, slope = self._records(), self._output("slope")
         loss = self._mapped("loss", torch.zeros(4, dtype=FP64))
         sums = self._mapped("sums", torch.zeros(len(FIELDS), dtype=FP64))
         weights = [d[f"{name}_weight"] for name in ("policy", "kl", "entropy")]
         with self._backend() as backend:
-            given = (log_prob, entropy, d["live"], d["numbers"], d["advantage"], weights[0], old, ref, None, weights[1])
-            backend.token_terms(*given, SPEC, policy, kl, flags, empty, slope)
-            records = (log_prob, entropy, policy, kl, flags, d["live"], d["live"], *weights)
-            backend.token_sums(*records, old, ref, None, None, 3, 2, loss, sums)
+            values = TokenValues(log_prob, entropy, d["live"])
+            inputs = TokenInputs(d["advantage"], weights[0], old, ref, None, *weights[1:])
+            backend.token_terms(values, d["numbers"], inputs, SPEC, records, slope)
+            backend.token_sums(values, d["live"], inputs, records, 3, 2, loss, sums)
         wanted = self._terms()
         for name, value, size in zip(("policy", "kl", "slope"), wanted, (1e-6, 2e-5, 2e-5), strict=True):
             self._compare(name, flat(self.outputs[name]), np.where(self.live, value, 0), 5e-5, size)

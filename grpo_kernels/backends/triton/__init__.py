@@ -7,13 +7,21 @@ kernels, launch.py grids, blocks.py block sizes.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import Request
-from ..contract import Rows, batch_and_row_stride
+from ..contract import (
+    Request,
+    RowGradients,
+    Rows,
+    RowStats,
+    TokenInputs,
+    TokenRecords,
+    TokenValues,
+    batch_and_row_stride,
+)
+from ..spec import ObjectiveSpec
 
 _MINIMUM_TRITON = (3, 6)
 _LONGEST_VOCABULARY = 2**30
@@ -57,42 +65,32 @@ def _interpreted() -> bool:
     return bool(knobs.runtime.interpret)
 
 
-def log_probs(rows: Rows, log_prob: Tensor, entropy: Tensor, anchor: Tensor, log_sum: Tensor) -> None:
+def log_probs(rows: Rows, stats: RowStats) -> None:
     from . import forward, launch
 
     count, device = rows.token_ids.numel(), rows.logits.device
     blocks = launch.blocks_of(rows)
     spans = -(-rows.vocab // blocks.span)
-    outputs, sizes = (log_prob, entropy, anchor, log_sum), (rows.token_ids.shape[1], rows.vocab)
+    sizes = (rows.token_ids.shape[1], rows.vocab)
     constants = launch.row_constants(rows, blocks)
     row_arguments = launch.row_arguments(rows)
     if spans == 1 or count >= launch.programs_wanted(device):
-        launch.launch(forward.log_probs_kernel, count, device, *row_arguments, *outputs, *sizes, **constants)
+        launch.launch(forward.log_probs_kernel, count, device, *row_arguments, *stats, *sizes, **constants)
         return
     partial = torch.empty(count, spans, 2, dtype=rows.numbers.dtype, device=device)
     arguments = (*row_arguments, partial, *sizes, spans)
     launch.launch(forward.span_sums_kernel, count * spans, device, *arguments, **constants)
-    arguments = (*row_arguments, partial, *outputs, *sizes, spans)
+    arguments = (*row_arguments, partial, *stats, *sizes, spans)
     launch.launch(forward.merge_spans_kernel, count, device, *arguments, **constants)
 
 
-def log_probs_backward(
-    rows: Rows,
-    log_prob: Tensor,
-    entropy: Tensor,
-    anchor: Tensor,
-    log_sum: Tensor,
-    grad_log_prob: Tensor | None,
-    grad_entropy: Tensor | None,
-    out: Tensor,
-) -> None:
+def log_probs_backward(rows: Rows, stats: RowStats, gradients: RowGradients, out: Tensor) -> None:
     from . import gradient, launch
 
     count, device = rows.token_ids.numel(), rows.logits.device
     blocks = launch.blocks_of(rows)
     parts, share = launch.gradient_parts(count, rows.vocab, blocks.block, device)
-    per_row = (log_prob, entropy, anchor, log_sum, grad_log_prob, grad_entropy)
-    arguments = (*launch.row_arguments(rows), *per_row, *launch.out_arguments(out))
+    arguments = (*launch.row_arguments(rows), *stats, *gradients, *launch.out_arguments(out))
     sizes = (rows.token_ids.shape[1], rows.vocab, parts, share)
     constants = {"BLOCK": blocks.block, "SOFTCAP": rows.softcap, "warps": blocks.warps}
     constants |= launch.vector_constants(rows.logits, out)
@@ -100,49 +98,41 @@ def log_probs_backward(
 
 
 def fused_loss(
-    rows: Rows,
-    advantage: Tensor,
-    policy_weight: Tensor,
-    old: Tensor | None,
-    ref: Tensor | None,
-    rollout: Tensor | None,
-    kl_weight: Tensor | None,
-    entropy_weight: Tensor | None,
-    spec: list[int],
-    log_prob: Tensor,
-    entropy: Tensor,
-    anchor: Tensor,
-    log_sum: Tensor,
-    policy: Tensor,
-    kl: Tensor,
-    flags: Tensor,
-    rollout_weight: Tensor,
-    out: Tensor,
+    rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, stats: RowStats, records: TokenRecords, out: Tensor
 ) -> None:
     from . import launch, one_pass
 
     blocks = launch.blocks_of(rows)
-    per_row = (advantage, policy_weight, old, ref, rollout, kl_weight, entropy_weight)
-    outputs = (log_prob, entropy, anchor, log_sum, policy, kl, flags, rollout_weight)
-    arguments = (*launch.row_arguments(rows), *per_row, *outputs, *launch.out_arguments(out))
+    arguments = (*launch.row_arguments(rows), *inputs, *stats, *records, *launch.out_arguments(out))
     sizes = (rows.token_ids.shape[1], rows.vocab)
     constants = launch.one_pass_constants(rows, blocks, out) | _spec_constants(spec)
     count, device = rows.token_ids.numel(), rows.logits.device
     launch.launch(one_pass.one_pass_kernel, count, device, *arguments, *sizes, **constants)
 
 
-def token_sums(log_prob: Tensor, *rest: Any) -> None:
-    """``rest`` as in backends/eager.py."""
-    from . import launch, sums
+def token_sums(
+    values: TokenValues,
+    masked_in: Tensor,
+    inputs: TokenInputs,
+    records: TokenRecords,
+    kl_estimator: int,
+    sequences: int,
+    loss: Tensor,
+    sums: Tensor,
+) -> None:
+    from . import launch
+    from . import sums as kernels
 
-    *tensors, kl_estimator, sequences, loss, totals = rest
-    count, device = log_prob.numel(), log_prob.device
-    chunks = -(-count // sums.TOKENS_PER_CHUNK)
-    partial = torch.empty(chunks, sums.WIDTH.value, dtype=totals.dtype, device=device)
-    constants = {"KL_ESTIMATOR": kl_estimator, "CHUNK": sums.TOKENS_PER_CHUNK}
-    launch.launch(sums.chunk_sums_kernel, chunks, device, log_prob, *tensors, partial, count, **constants)
-    at_once = sums.CHUNKS_AT_ONCE
-    launch.launch(sums.merge_chunks_kernel, 1, device, partial, loss, totals, chunks, sequences, AT_ONCE=at_once)
+    count, device = values.live.numel(), values.live.device
+    chunks = -(-count // kernels.TOKENS_PER_CHUNK)
+    partial = torch.empty(chunks, kernels.WIDTH.value, dtype=sums.dtype, device=device)
+    *records_of_all, rollout_weight = records
+    weight = rollout_weight if rollout_weight.numel() else None
+    arguments = (*values, masked_in, *inputs, *records_of_all, weight, partial, count)
+    constants = {"KL_ESTIMATOR": kl_estimator, "CHUNK": kernels.TOKENS_PER_CHUNK}
+    launch.launch(kernels.chunk_sums_kernel, chunks, device, *arguments, **constants)
+    at_once = kernels.CHUNKS_AT_ONCE
+    launch.launch(kernels.merge_chunks_kernel, 1, device, partial, loss, sums, chunks, sequences, AT_ONCE=at_once)
 
 
 def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
@@ -157,18 +147,23 @@ def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
     launch.launch(kernels.rescale_kernel, programs, device, *arguments, **constants, BLOCK=4096, warps=8)
 
 
-def token_terms(log_prob: Tensor, *rest: Any) -> None:
-    """``rest`` as in backends/cpu.py."""
+def token_terms(
+    values: TokenValues,
+    numbers: Tensor,
+    inputs: TokenInputs,
+    spec: ObjectiveSpec,
+    records: TokenRecords,
+    slope: Tensor,
+) -> None:
     from . import launch, one_pass
 
-    *inputs, spec, policy, kl, flags, rollout_weight, slope = rest
-    count, device = log_prob.numel(), log_prob.device
+    count, device = slope.numel(), slope.device
     constants = {**_spec_constants(spec), "BLOCK": one_pass.TOKENS_PER_PROGRAM}
     programs = -(-count // one_pass.TOKENS_PER_PROGRAM)
-    outputs = (policy, kl, flags, rollout_weight, slope)
-    launch.launch(one_pass.token_terms_kernel, programs, device, log_prob, *inputs, *outputs, count, **constants)
+    arguments = (*values, numbers, *inputs, *records, slope, count)
+    launch.launch(one_pass.token_terms_kernel, programs, device, *arguments, **constants)
 
 
-def _spec_constants(spec: list[int]) -> dict[str, int]:
-    names = ("SURROGATE", "KL_ESTIMATOR", "KL_GRADIENT", "KL_RATIO_WEIGHTED", "ROLLOUT")
-    return dict(zip(names, spec, strict=True))
+def _spec_constants(spec: ObjectiveSpec) -> dict[str, int]:
+    """Return the compile-time choices by the kernels' names for them."""
+    return {name.upper(): value for name, value in spec._asdict().items()}

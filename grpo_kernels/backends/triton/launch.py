@@ -10,8 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .. import on_device
-from ..contract import Rows, batch_and_row_stride
+from ..contract import Rows, batch_and_row_stride, on_device
 from .blocks import Blocks, blocks_for, target_of
 
 _PROGRAMS_PER_PROCESSOR = 4

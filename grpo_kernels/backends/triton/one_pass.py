@@ -87,7 +87,7 @@ def row_terms(
     KL_ESTIMATOR: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
-    ROLLOUT: tl.constexpr,
+    ROLLOUT_SCHEME: tl.constexpr,
 ):
     """Write a row's terms (or those of several, ``inside`` a mask); d loss / d log_prob."""
     row_old = row_log_prob
@@ -99,7 +99,7 @@ def row_terms(
     if KL_ESTIMATOR != NO_KL:
         row_ref = tl.load(ref + row_index, mask=inside)
         weight = tl.load(kl_weight + row_index, mask=inside)
-    if ROLLOUT != NO_ROLLOUT:
+    if ROLLOUT_SCHEME != NO_ROLLOUT:
         row_rollout = tl.load(rollout + row_index, mask=inside)
     policy_value, kl_value, slope, row_flags, row_weight = token_terms(
         numbers,
@@ -115,12 +115,12 @@ def row_terms(
         KL_ESTIMATOR,
         KL_GRADIENT,
         KL_RATIO_WEIGHTED,
-        ROLLOUT,
+        ROLLOUT_SCHEME,
     )
     tl.store(policy + row_index, policy_value, mask=inside)
     tl.store(kl + row_index, kl_value, mask=inside)
     tl.store(flags + row_index, row_flags.to(tl.uint8), mask=inside)
-    if ROLLOUT != NO_ROLLOUT:
+    if ROLLOUT_SCHEME != NO_ROLLOUT:
         tl.store(rollout_weight + row_index, row_weight, mask=inside)
     return slope
 
@@ -165,7 +165,7 @@ def one_pass_kernel(
     KL_ESTIMATOR: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
-    ROLLOUT: tl.constexpr,
+    ROLLOUT_SCHEME: tl.constexpr,
 ):
     """One program a row: its log-prob, the terms of its loss, its gradient. ``out`` may be the logits.
 
@@ -180,7 +180,7 @@ def one_pass_kernel(
         tl.store(policy + row_index, zero)
         tl.store(kl + row_index, zero)
         tl.store(flags + row_index, zero.to(tl.uint8))
-        if ROLLOUT != NO_ROLLOUT:
+        if ROLLOUT_SCHEME != NO_ROLLOUT:
             tl.store(rollout_weight + row_index, zero)
         fill(out, zero, 0, tl.cdiv(vocab, BLOCK), vocab, BLOCK)
         return
@@ -235,7 +235,7 @@ def one_pass_kernel(
         KL_ESTIMATOR,
         KL_GRADIENT,
         KL_RATIO_WEIGHTED,
-        ROLLOUT,
+        ROLLOUT_SCHEME,
     )
     h = zero
     HAS_H: tl.constexpr = entropy_weight is not None
@@ -272,6 +272,7 @@ def token_terms_kernel(
     ref,
     rollout,
     kl_weight,
+    entropy_weight,
     policy,
     kl,
     flags,
@@ -282,7 +283,7 @@ def token_terms_kernel(
     KL_ESTIMATOR: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
-    ROLLOUT: tl.constexpr,
+    ROLLOUT_SCHEME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The per-token maths alone, between the two passes."""
@@ -309,12 +310,12 @@ def token_terms_kernel(
         KL_ESTIMATOR,
         KL_GRADIENT,
         KL_RATIO_WEIGHTED,
-        ROLLOUT,
+        ROLLOUT_SCHEME,
     )
     dead = inside & (alive == 0)
     tl.store(policy + at, 0, mask=dead)
     tl.store(kl + at, 0, mask=dead)
     tl.store(flags + at, 0, mask=dead)
-    if ROLLOUT != NO_ROLLOUT:
+    if ROLLOUT_SCHEME != NO_ROLLOUT:
         tl.store(rollout_weight + at, 0, mask=dead)
     tl.store(slope + at, tl.where(alive, row_slope, 0), mask=inside)

@@ -252,15 +252,15 @@ def kl_terms(KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr, numbers, dif
 
 
 @triton.jit
-def rollout_weight(ROLLOUT: tl.constexpr, numbers, log_prob, rollout):
+def rollout_weight(ROLLOUT_SCHEME: tl.constexpr, numbers, log_prob, rollout):
     """The rollout correction's factor, of rho = exp(log_prob - rollout); 1 where the sampler's is unknown."""
     low = tl.load(numbers + ROLLOUT_LOW)
     high = tl.load(numbers + ROLLOUT_HIGH)
     rho = exp_of(clamp(log_ratio_of(log_prob, rollout), tl.load(numbers + LOG_RATIO_LIMIT)))
     outside = (rho < low) | (rho > high)
-    if ROLLOUT == TRUNCATED_IS:
+    if ROLLOUT_SCHEME == TRUNCATED_IS:
         weight = tl.where(rho > high, high, tl.where(rho < low, low, rho))
-    elif ROLLOUT == MASKED_IS:
+    elif ROLLOUT_SCHEME == MASKED_IS:
         weight = tl.where(outside, 0, rho)
     else:
         weight = tl.where(outside, 0, rho * 0 + 1)
@@ -282,7 +282,7 @@ def token_terms(
     KL_ESTIMATOR: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
-    ROLLOUT: tl.constexpr,
+    ROLLOUT_SCHEME: tl.constexpr,
 ):
     """Policy value, KL value, both unweighted but for the rollout weight in the first, d loss / d log_prob with the
     weights in it, flags, rollout weight.
@@ -301,8 +301,8 @@ def token_terms(
         SURROGATE, numbers, log_prob, old, log_ratio, ratio, advantage
     )
     weight = possible.to(log_prob.dtype) * 0 + 1
-    if ROLLOUT != NO_ROLLOUT:
-        weight = rollout_weight(ROLLOUT, numbers, old, rollout)
+    if ROLLOUT_SCHEME != NO_ROLLOUT:
+        weight = rollout_weight(ROLLOUT_SCHEME, numbers, old, rollout)
         policy_weight = weighed(policy_weight, weight)
         policy = weighed(weight, policy)
     below = entropy < tl.load(numbers + ENTROPY_THRESHOLD)
