@@ -1,4 +1,4 @@
-# Every target does its own set-up: `make train` and `make test` work on a fresh machine with python3 >= 3.10
+# Every target does its own set-up: `make train` and `make test` work on a fresh machine with python3 >= 3.11
 # and a C++ compiler. `make train PYTHON=/path/python` uses that interpreter as it is when it has torch.
 PYTHON ?= python3
 VENV := .venv

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -61,6 +62,16 @@ def test_versions_agree():
     assert project
     assert project[1] == grpo_kernels.__version__
     assert f"## {project[1]}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_oldest_python_is_one_version_everywhere():
+    """What pip, ruff and mypy hold the code to, and what the texts promise."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    oldest = settings["project"]["requires-python"].removeprefix(">=")
+    assert settings["tool"]["ruff"]["target-version"] == f"py{oldest.replace('.', '')}"
+    assert settings["tool"]["mypy"]["python_version"] == oldest
+    for name in ("Makefile", ".ci/run", "README.md"):
+        assert re.findall(r"[Pp]ython3? >= ([\d.]+)", (ROOT / name).read_text()) == [oldest], name
 
 
 def isolated_tree(folder: Path) -> Path:
