@@ -28,8 +28,9 @@ test: $(READY)
 test-peers: $(VENV)/peers
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "peers and not nightly" $(ARGS)
 
+# Every stale part; make nightly PART=list shows them, PART="NAME NAME" runs these.
 nightly: $(VENV)/peers
-	$(VENV)/bin/python -m pytest $(PARALLEL) $(ARGS)
+	$(VENV)/bin/python -m tests.nightly $(PART)
 
 # Beside TRL, Liger and PyTorch's own; make bench ARGS="--out DIR" writes tables and plots.
 bench: $(VENV)/peers

@@ -134,7 +134,12 @@ def _place_on_a_gpu(item: pytest.Item) -> int:
     return 2 if item.callspec.params["backend"] == "torch" else 1
 
 
+COLLECTED = pytest.StashKey[list[pytest.Item]]()
+"""Every test of this run's files, whether or not it is chosen."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    config.stash[COLLECTED] = [*items]
     if DEVICE != "cpu":
         items[:] = [item for item in items if _takes_a_backend(item) or item.get_closest_marker("gpu")]
         items.sort(key=_place_on_a_gpu)

@@ -1,0 +1,62 @@
+"""The parts: which nightly tests each has, and which files' changes make its last run worth nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pytest
+
+KERNELS = (
+    "grpo_kernels/**",
+    *(f"!grpo_kernels/{folder}/**" for folder in ("bench", "integrations", "matching", "training")),
+)
+"""What any backend computes with."""
+CUDA = (*KERNELS, "csrc/cuda/**", "csrc/common/**", "tests/cuda_emulator/**")
+PTX = ("grpo_kernels/backends/**", "csrc/cuda/**", "csrc/common/**", "tests/ptx/**")
+EVERY = ("tests/conftest.py", "tests/cases.py", "constraints.txt")
+ON_TRITON, ON_CUDA = r"[\[-]triton[\]-]", r"[\[-]cuda[\]-]"
+"""Ids of a backend's cases."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    minutes: int
+    """On two cores of an EPYC that others use too."""
+    files: tuple[str, ...]
+    guarded: tuple[str, ...]
+    """Globs besides those of the part's own files; with a ! before it, what they leave out."""
+    cases: str = ""
+    """What the ids of its tests in these files match; of every one, if empty."""
+
+    @property
+    def guards(self) -> tuple[str, ...]:
+        return (*self.guarded, *(f"tests/{file}.py" for file in self.files), *EVERY)
+
+    def takes(self, item: pytest.Item) -> bool:
+        nightly = item.get_closest_marker("nightly") is not None
+        return nightly and item.path.stem in self.files and re.search(self.cases, item.nodeid) is not None
+
+
+ROWS = ("test_loss", "test_numerics", "test_bits", "test_autograd", "test_support", "test_ops", "test_registration")
+CALLS = ("test_linear", "test_layout", "test_inputs", "test_aggregation", "test_metrics")
+
+PARTS = {
+    "cuda": Part(5, (*ROWS, *CALLS, "test_zero_weights"), CUDA, ON_CUDA),
+    "cuda-kernels": Part(8, ("test_cuda",), (*CUDA, "tests/test_loss.py", "tests/test_numerics.py")),
+    "triton-rows": Part(12, ROWS, KERNELS, ON_TRITON),
+    "triton-calls": Part(12, CALLS, KERNELS, ON_TRITON),
+    "triton-zero-weights": Part(12, ("test_zero_weights",), KERNELS, ON_TRITON),
+    "cpu": Part(4, ("test_numerics", "test_ops", "test_zero_weights"), (*KERNELS, "csrc/**"), r"[\[-](cpu|torch)[\]-]"),
+    "compiled": Part(5, ("test_build", "test_triton", "test_gpu_parts", "test_surrogates"), (*KERNELS, "csrc/**")),
+    "ptx": Part(20, ("test_ptx",), PTX, "test_all_cases"),
+    "ptx-faults": Part(20, ("test_ptx",), PTX, "test_planted_fault"),
+    "mutants": Part(15, ("test_mutants",), (*KERNELS, "tests/*.py"), r"\[(?!triton)"),
+    "mutants-triton": Part(15, ("test_mutants",), (*KERNELS, "tests/*.py"), r"\[triton"),
+    "match": Part(5, ("test_match",), ("grpo_kernels/**",)),
+    "training": Part(3, ("test_training", "test_memory"), ("grpo_kernels/**", "csrc/**")),
+    "trl": Part(5, ("test_trl",), ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**")),
+    "gpu-check": Part(20, ("test_gpu_rehearsal",), (*CUDA, "benchmarks/gpu_*.py", "tests/test_gpu_check.py")),
+}
