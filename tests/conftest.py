@@ -120,7 +120,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 SAMPLES = {"triton": 5, "cuda": 6}
 """Of each test's cases, as many run in CI on interpreted Triton and emulated CUDA kernels, evenly spread; the others
-are nightly."""
+are nightly. A test whose cases are long has numbers of its own: pytest.mark.sample(triton=2)."""
 
 
 def _takes_a_backend(item: pytest.Item) -> bool:
@@ -147,11 +147,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     cases: dict = {}
     for item in items:
-        if _takes_a_backend(item) and (backend := item.callspec.params["backend"]) in SAMPLES:
-            cases.setdefault((item.path, item.originalname, backend), []).append(item)
+        if _takes_a_backend(item):
+            cases.setdefault((item.path, item.originalname, item.callspec.params["backend"]), []).append(item)
     for (_, _, backend), mine in cases.items():
-        sample = SAMPLES[backend]
-        kept = {round(i * (len(mine) - 1) / (sample - 1)) for i in range(sample)}
+        marker = mine[0].get_closest_marker("sample")
+        sample = (SAMPLES | (marker.kwargs if marker else {})).get(backend, len(mine))
+        kept = {round(i * (len(mine) - 1) / max(sample - 1, 1)) for i in range(sample)}
         for i, item in enumerate(mine):
             if i not in kept:
                 item.add_marker("nightly")

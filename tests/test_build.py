@@ -86,6 +86,15 @@ def isolated_tree(folder: Path) -> Path:
     return folder
 
 
+def lend_library(tree: Path) -> None:
+    """The CPU library of this tree, as one that build_wheel's choices made: setup.py takes it over."""
+    folder = tree / "grpo_kernels" / "native"
+    folder.mkdir()
+    shutil.copy2(cpu.LIBRARY, folder)
+    record = {**native.build_record(cpu.LIBRARY), "choices": "GRPO_KERNELS_CUDA_ARCHITECTURES="}
+    (folder / cpu.LIBRARY.name).with_suffix(".json").write_text(json.dumps(record))
+
+
 def build_wheel(tree: Path, **environment: str) -> Path:
     """`pip wheel` in build isolation: torch is not there. Skips without pip, and where it cannot fetch setuptools."""
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--wheel-dir", "wheels", "--quiet"]
@@ -118,9 +127,14 @@ print(json.dumps({**info.collect(), "file": grpo_kernels.__file__, "gradient": x
 """
 
 
-def test_wheel(tmp_path):
-    """One wheel for every Python, without PyTorch at build time, and it works."""
-    wheel = build_wheel(isolated_tree(tmp_path / "tree"))
+@pytest.mark.parametrize("library", ["built before", pytest.param("compiled", marks=pytest.mark.nightly)])
+def test_wheel(tmp_path, library):
+    """One wheel for every Python, without PyTorch at build time, and it works; in every run with the CPU library that
+    `make test` has compiled in the same isolation."""
+    tree = isolated_tree(tmp_path / "tree")
+    if library == "built before":
+        lend_library(tree)
+    wheel = build_wheel(tree)
     assert re.fullmatch(r"grpo_kernels-[\d.]+-py3-none-\w+\.whl", wheel.name)
     report = json.loads(run_wheel(wheel, tmp_path / "site", REPORT))
     assert report["file"].startswith(str(tmp_path / "site"))

@@ -60,9 +60,12 @@ def test_info_says_why_not(capsys, monkeypatch):
     assert "GRPO_KERNELS_CPU_ISA=sse9: this machine runs generic" in capsys.readouterr().out
 
 
-def test_verify(capsys):
+@pytest.mark.parametrize(
+    "some", [("grpo", "gspo"), pytest.param(("cispo", "vespo"), marks=pytest.mark.nightly)], ids=" ".join
+)
+def test_verify(capsys, some):
+    """Interpreter and emulator are slow: they get one objective of one pass and one of two."""
     sizes = ["--vocab", "501", "--tokens", "16"]
-    some = ["grpo", "gspo", "cispo", "vespo"]  # interpreter and emulator are slow
     chosen = [part for name in some for part in ("--preset", name)]
     for backend in backends.names():
         if backend in ("triton", "cuda") and backend in usable_backends():

@@ -227,7 +227,14 @@ def read_back(config, temperature=0.8):
     assert report.gradient_difference < 1e-9
 
 
-@pytest.mark.parametrize("config", random.Random(0).sample(list(every_config()), 20), ids=source_of)
+CONFIGS = random.Random(0).sample(list(every_config()), 20)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*CONFIGS[::2], *(pytest.param(config, marks=pytest.mark.nightly) for config in CONFIGS[1::2])],
+    ids=source_of,
+)
 def test_configs_are_read_back(config):
     """The reference is the loss: the search must find the config that it was given."""
     read_back(config)

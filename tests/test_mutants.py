@@ -218,7 +218,7 @@ MUTANTS = {
     "mask: read": ("objectives/checks.py", "return mask != 0", "return mask == 1"),
 }
 SAMPLED = {"clip: slope kept": "surrogates", "second backward": "autograd", "direct slope dropped": "surrogates"}
-"""In every run, and the test file that notices each soonest; the others are nightly."""
+"""In every run, each by the one test file that must notice it; the others are nightly, and all of TESTS run."""
 TESTS = (
     "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages "
     "test_numerics test_linear test_triton test_support test_zero_weights"
@@ -239,8 +239,7 @@ def test_mutant_is_noticed(tmp_path, name):
     shutil.copy2(ROOT / "pyproject.toml", tmp_path)
     source = tmp_path / "grpo_kernels" / file
     source.write_text(source.read_text().replace(old, new, 1))
-    first = [f"test_{SAMPLED[name]}"] if name in SAMPLED else []
-    tests = [f"tests/{test}.py" for test in dict.fromkeys([*first, *TESTS.split()])]
+    tests = [f"tests/test_{SAMPLED[name]}.py"] if name in SAMPLED else [f"tests/{test}.py" for test in TESTS.split()]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-m", "not nightly", *tests]
     command += ["-k", "triton" if name.startswith("triton") else "not triton"]  # interpreted kernels are slow
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -101,8 +101,19 @@ def _nondeterministic_fill():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("config", ["dapo", "gspo", complete("grpo", entropy_coef=0.1)], ids=str)
-@pytest.mark.parametrize("inplace", [False, True])
+COMPILED = {"dapo": False, "gspo": True, complete("grpo", entropy_coef=0.1): True}
+"""In every run, in place or not; the other is nightly."""
+
+
+@pytest.mark.parametrize(
+    ("config", "inplace"),
+    [
+        pytest.param(config, inplace, marks=() if COMPILED[config] is inplace else pytest.mark.nightly)
+        for config in COMPILED
+        for inplace in (False, True)
+    ],
+    ids=str,
+)
 def test_compile(backend, config, inplace):
     """One graph, the same bits as eager."""
     case = make()
@@ -219,6 +230,7 @@ def test_compiled_gradients_are_not_copied(backend):
     assert len(re.findall(r"empty_strided_\w+\(\(2, [56], 97\)", "".join(codes))) == 1
 
 
+@pytest.mark.sample(triton=0, torch=0)  # what compiles is above the backends
 def test_annealing_recompiles_nothing(backend):
     """Numbers as 0-d tensors and new lengths: at most one graph for static and one for dynamic shapes."""
     from torch._dynamo.utils import counters
