@@ -24,7 +24,7 @@ ON_TRITON, ON_CUDA = r"[\[-]triton[\]-]", r"[\[-]cuda[\]-]"
 @dataclasses.dataclass(frozen=True)
 class Part:
     minutes: int
-    """On two cores of an EPYC that others use too."""
+    """An estimate for two cores, from the cases that run for every change; the table has what it took."""
     files: tuple[str, ...]
     guarded: tuple[str, ...]
     """Globs besides those of the part's own files; with a ! before it, what they leave out."""
