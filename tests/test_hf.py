@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from grpo_kernels import LossOutput, TokenLogProbs, align, grpo_loss, hf, token_log_probs
+from grpo_kernels import LossOutput, TokenLogProbs, TopK, align, grpo_loss, hf, token_log_probs
 
 transformers = pytest.importorskip("transformers")
 
@@ -248,6 +248,23 @@ def test_refused_by_name():
     for function in (hf.attach, hf.detach):
         with pytest.raises(ValueError, match="accelerator.prepare"):
             function(prepared)
+
+
+@pytest.mark.parametrize(
+    ("from_logits", "name", "value"),
+    [(False, "support", TopK(5)), (False, "inplace", True), (True, "chunk_bytes", 1 << 20), (True, "live_tokens", 3)],
+)
+def test_a_keyword_of_the_other_loss(from_logits, name, value):
+    """Not a misspelling of one that is known: which way of attaching takes it is said."""
+    message = f"(?s)^attach: .* got {name}=, which .* alone has.*hint: attach.*from_logits=True.* takes {name}="
+    with pytest.raises(ValueError, match=message):
+        hf.attach(tiny(), from_logits=from_logits, **{name: value})
+    model = hf.attach(tiny(), from_logits=from_logits)
+    with pytest.raises(ValueError, match=message):
+        model(**inputs(), grpo={**tokens_of(inputs()), name: value})
+    hf.attach(tiny(), from_logits=not from_logits, **{name: value})
+    with pytest.raises(ValueError, match="the option must be one of"):
+        hf.attach(tiny(), from_logits=from_logits, token_ids=torch.ones(3))
 
 
 def own_log_probs(model, given, token_ids):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def attach(
     _check_unprepared(inner, "attach")
     names = [name for name in _keywords(grpo_loss if from_logits else linear_grpo_loss) if name not in _TOKENS]
     for name in options:
-        check_name("attach: the option", name, names)
+        _check_keyword("attach: the option", name, names)
     bind(inner, resolved, from_logits, options)
     return model
 
@@ -186,7 +186,7 @@ def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any], c
     if inputs.get("labels") is not None:
         fail("attach", "grpo= or labels=", "both", hint="the loss is grpo's; add one of labels in a call of its own")
     for name in grpo:
-        check_name("grpo=dict(...): the name", name, names)
+        _check_keyword("grpo=dict(...): the name", name, names)
     check_name("grpo=dict(output=...)", grpo.get("output", OUTPUTS[0]), OUTPUTS)
     if grpo.get("token_ids") is None:
         fail("attach", "grpo=dict(token_ids=..., ...)", f"only {', '.join(grpo) or 'an empty dict'}")
@@ -198,6 +198,20 @@ def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any], c
         _check_router_loss(inputs, config)
     _check_shifted(grpo, inputs, grpo.get("check", check))
     _check_positions(grpo.get("cu_seqlens"), inputs.get("position_ids"), grpo.get("check", check))
+
+
+def _check_keyword(kind: str, name: str, names: Collection[str]) -> None:
+    """As ``check_name``; a keyword of the loss on the other side of ``from_logits`` is not misspelt."""
+    if name in names:
+        return
+    of_logits, of_hidden = _keywords(grpo_loss), _keywords(linear_grpo_loss)
+    if name in of_logits and name not in of_hidden:
+        hint = f"attach(..., from_logits=True) runs the model's own head and grpo_loss, and takes {name}="
+        fail("attach", "keywords of linear_grpo_loss", f"{name}=, which grpo_loss alone has", hint=hint)
+    if name in of_hidden and name not in of_logits:
+        hint = f"attach without from_logits=True runs linear_grpo_loss, and takes {name}="
+        fail("attach", "keywords of grpo_loss", f"{name}=, which linear_grpo_loss alone has", hint=hint)
+    check_name(kind, name, names)
 
 
 def _check_router_loss(inputs: Mapping[str, Any], config: Any) -> None:
