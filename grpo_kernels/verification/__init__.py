@@ -1,1 +1,2 @@
-"""Why to believe the kernels: the reference in plain PyTorch, the rule of tolerance, and ``verify``."""
+"""Why to believe the kernels: the reference in plain PyTorch, the rule of tolerance, ``verify``, and what goes with
+what."""
