@@ -15,10 +15,11 @@ from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
 from .loss import GRPOLoss, grpo_loss
 from .objectives.advantages import value_loss
-from .objectives.aggregation import Normalizer, normalizer
+from .objectives.aggregation import Constant, GroupMean, SequenceMean, SequenceSum, TokenMean
 from .objectives.config import LossConfig
 from .objectives.kl import KL
 from .objectives.metrics import Metrics
+from .objectives.normalizer import Normalizer, normalizer
 from .objectives.rollout import MaskedIS, OffPolicyMask, Rejection, TruncatedIS
 from .objectives.surrogates import Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, Reinforce, Sapo, Surrogate, Unclipped, Vespo
 from .objectives.surrogates.registration import register_surrogate
@@ -33,11 +34,13 @@ __all__ = [
     "KL",
     "Cispo",
     "Clip",
+    "Constant",
     "DppoKL",
     "DppoTV",
     "Dro",
     "GRPOLoss",
     "Gmpo",
+    "GroupMean",
     "LinearGRPOLoss",
     "LossConfig",
     "LossOutput",
@@ -51,8 +54,11 @@ __all__ = [
     "Rejection",
     "Route",
     "Sapo",
+    "SequenceMean",
+    "SequenceSum",
     "Surrogate",
     "TokenLogProbs",
+    "TokenMean",
     "TopK",
     "TopP",
     "TruncatedIS",

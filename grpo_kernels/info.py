@@ -95,7 +95,7 @@ def presets_table() -> str:
     lines = ["| preset | f | level | aggregation | paper | the paper's coefficients |", "| --- |" + " --- |" * 5]
     for name, preset in LossConfig.presets().items():
         config = preset.config
-        cells = [f"`{name}`", f"`{config.surrogate!r}`", config.level, config.aggregation, preset.paper]
+        cells = [f"`{name}`", f"`{config.surrogate!r}`", config.level, config.weighting.name, preset.paper]
         lines.append("| " + " | ".join([*cells, preset.coefficients]) + " |")
     return "\n".join(lines)
 

@@ -31,13 +31,12 @@ from .calls.routes import Require, check_require, choose_backend, one_pass_spec,
 from .calls.terms import fast_token_terms, pools, reduce_records
 from .calls.tokens import Tokens, read_linear_tokens
 from .loss import announced_scale
-from .objectives.aggregation import Normalizer
 from .objectives.checks import asked_to_look, check_scalar
 from .objectives.compiler import outside_graphs
-from .objectives.config import LossConfig
+from .objectives.config import LossConfig, resolve_config
 from .objectives.maths import weighed
 from .objectives.metrics import Metrics
-from .objectives.presets import resolve_config
+from .objectives.normalizer import Normalizer
 from .objectives.sequences import Sequences
 
 Visit = Callable[[Rows, int, int], None]

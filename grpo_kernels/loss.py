@@ -21,11 +21,10 @@ from .calls.routes import Require, check_require, choose_backend, one_pass_spec,
 from .calls.support import Support, check_not_inplace, supported_log_probs
 from .calls.terms import fast_token_terms, reduce_records
 from .calls.tokens import read_tokens
-from .objectives.aggregation import Normalizer
 from .objectives.checks import check_positive
-from .objectives.config import LossConfig
+from .objectives.config import LossConfig, resolve_config
 from .objectives.metrics import Metrics
-from .objectives.presets import resolve_config
+from .objectives.normalizer import Normalizer
 
 
 def grpo_loss(

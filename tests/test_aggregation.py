@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import typing
 
 import pytest
 import torch
 from cases import make
 from distributed import run_ranks
 
-from grpo_kernels import KL, Clip, LossConfig, grpo_loss, linear_grpo_loss, normalizer
+from grpo_kernels import (  # fmt: skip
+    KL,
+    Clip,
+    Constant,
+    GroupMean,
+    LossConfig,
+    SequenceMean,
+    SequenceSum,
+    TokenMean,
+    grpo_loss,
+    linear_grpo_loss,
+    normalizer,
+)
+from grpo_kernels.objectives.aggregation import Aggregation, AggregationName
 from grpo_kernels.objectives.config import AGGREGATIONS
 
 
@@ -181,6 +196,77 @@ def test_aggregations_that_need_numbers():
         case.run(config=LossConfig(aggregation="group_mean"))
     with pytest.raises(ValueError, match="; got 3"):
         case.run(config=LossConfig(aggregation="group_mean", group_size=3))
+
+
+INSTANCES = (
+    (TokenMean(), "token_mean", {}),
+    (SequenceMean(), "sequence_mean", {}),
+    (SequenceSum(), "sequence_sum", {}),
+    (Constant(13), "constant", {"constant_length": 13}),
+    (Constant(), "constant", {}),
+    (GroupMean(2), "group_mean", {"group_size": 2}),
+    (GroupMean(), "group_mean", {}),
+)
+
+
+def test_every_aggregation_has_an_instance_here():
+    assert {name for _, name, _ in INSTANCES} == set(AGGREGATIONS)
+    assert typing.get_args(AggregationName) == tuple(AGGREGATIONS)
+
+
+@pytest.mark.parametrize(("instance", "name", "numbers"), INSTANCES, ids=str)
+def test_an_instance_is_its_name_and_number(instance, name, numbers):
+    ours, named = LossConfig(aggregation=instance), LossConfig(aggregation=name, **numbers)
+    assert ours == named
+    assert (hash(ours), repr(ours), ours.equation()) == (hash(named), repr(named), named.equation())
+    assert ours.aggregation == name
+    assert ours.weighting == named.weighting == instance
+    assert LossConfig(aggregation=instance, **numbers) == named
+    assert dataclasses.replace(ours, aggregation="token_mean").aggregation == "token_mean"
+    mask = torch.ones(4, 2)
+    if numbers or not instance.options:
+        assert repr(normalizer(mask, instance)) == repr(normalizer(mask, named))
+
+
+def test_numbers_of_an_instance_and_beside_it():
+    with pytest.raises(ValueError, match=r"Constant\(length=8\) has its own constant_length; got constant_length=9"):
+        LossConfig(aggregation=Constant(8), constant_length=9)
+    with pytest.raises(ValueError, match=r"GroupMean\(size=8\) has its own group_size; got group_size=4"):
+        LossConfig(aggregation=GroupMean(8), group_size=4)
+    assert LossConfig(aggregation=Constant(), constant_length=9).weighting == Constant(9)
+    longer = dataclasses.replace(LossConfig(aggregation=Constant(8)), constant_length=16)
+    assert longer.weighting == Constant(16)
+    with pytest.raises(ValueError, match=r"Constant\(length=...\) must be a positive integer; got 0"):
+        Constant(0)
+    with pytest.raises(ValueError, match=r"GroupMean\(size=...\) must be a positive integer; got 2.5"):
+        GroupMean(2.5)
+
+
+def test_an_aggregation_with_a_number_of_its_own():
+    """One class is all that it takes: no field of the config, no branch of a call."""
+
+    @dataclasses.dataclass(frozen=True)
+    class LengthPower(Aggregation):
+        """Between the sum (0) and the mean (1) over the tokens of a sequence."""
+
+        power: float = 0.5
+
+        name = "length_power"
+        equation = "Σ_i (Σ_t m·f / max(Σ_t m, 1)^power) / B"
+
+        def weights(self, mask, sequences, normalizer=None):
+            mean, total = (kind().weights(mask, sequences, normalizer) for kind in (SequenceMean, SequenceSum))
+            return mean**self.power * total ** (1 - self.power)
+
+    case = batch()
+    config = LossConfig(aggregation=LengthPower(0.25))
+    assert config == LossConfig(aggregation=LengthPower(0.25)) != LossConfig(aggregation=LengthPower(0.5))
+    assert "max(Σ_t m, 1)^power" in config.equation()
+    count = normalizer(case.mask, config)
+    assert (count.unit, float(count)) == ("sequences", 16)
+    for power, name in ((0.0, "sequence_sum"), (1.0, "sequence_mean")):
+        loss = case.run(config=LossConfig(aggregation=LengthPower(power)), normalizer=count)[0].loss
+        torch.testing.assert_close(loss, case.run(config=LossConfig(aggregation=name))[0].loss, rtol=1e-6, atol=0)
 
 
 def _rank_part(rank: int, aggregation: str) -> tuple:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
+import typing
 
 import pytest
+import torch
 from cases import SURROGATES
 
 from grpo_kernels import (  # fmt: skip
@@ -16,6 +20,7 @@ from grpo_kernels import (  # fmt: skip
     DppoTV,
     Dro,
     Gmpo,
+    GRPOLoss,
     LossConfig,
     MaskedIS,
     OffPolicyMask,
@@ -26,6 +31,7 @@ from grpo_kernels import (  # fmt: skip
     Vespo,
 )
 from grpo_kernels.objectives.config import AGGREGATIONS, LEVELS
+from grpo_kernels.objectives.levels import LevelName
 from grpo_kernels.objectives.presets import PRESETS
 from grpo_kernels.objectives.surrogates import BUILT_IN
 
@@ -185,3 +191,51 @@ def test_wrong_types():
 def test_levels_accept_ratio_surrogates():
     for level in LEVELS:
         assert LossConfig(Unclipped(), level=level).level == level
+
+
+@pytest.mark.parametrize("config", [preset.config for preset in PRESETS.values()], ids=list(PRESETS))
+def test_copies_are_equal(config):
+    for other in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config), dataclasses.replace(config)):
+        assert (other, hash(other), repr(other)) == (config, hash(config), repr(config))
+        assert (type(other.level), type(other.aggregation)) == (str, str)
+
+
+def test_levels_say_how_they_pool_and_spread():
+    values = torch.tensor([[1.0, 3.0]])
+
+    def pool(x, mean):
+        return (x.mean(-1, True) if mean else x.sum(-1, True)).expand_as(x)
+
+    got = {
+        name: (level.pool(values, pool).tolist()[0], level.distribute(values, pool).tolist()[0])
+        for name, level in LEVELS.items()
+    }
+    own, mean, total = [1.0, 3.0], [2.0, 2.0], [4.0, 4.0]
+    assert got == {
+        "token": (own, own),
+        "sequence": (mean, mean),
+        "sequence_token": (mean, own),
+        "sequence_product": (total, total),
+    }
+    assert [name for name, level in LEVELS.items() if not level.pools] == ["token"]
+    assert [name for name, level in LEVELS.items() if level.spreads] == ["sequence", "sequence_product"]
+    assert typing.get_args(LevelName) == tuple(LEVELS)
+
+
+def test_level_of_the_kl():
+    """Its own where it has a ratio to weigh with, else the policy's."""
+    for kl, name in ((KL(0.1), "sequence"), (KL(0.1, level="token"), "sequence")):
+        assert LossConfig(level="sequence", kl=kl).kl_pooling is LEVELS[name]
+    weighted = LossConfig(level="sequence", kl=KL(0.1, ratio_weighted=True, level="token"))
+    assert (weighted.pooling, weighted.kl_pooling) == (LEVELS["sequence"], LEVELS["token"])
+
+
+def test_names_in_any_case():
+    assert LossConfig.preset("GRPO", kl=KL(0.1)) == LossConfig.preset("grpo", kl=KL(0.1))
+    assert GRPOLoss("Dr_GRPO").config == PRESETS["dr_grpo"].config
+    assert LossConfig(level="Sequence", aggregation="TOKEN_MEAN") == LossConfig(
+        level="sequence", aggregation="token_mean"
+    )
+    assert LossConfig(entropy_aggregation="Token_Mean").entropy_aggregation == "token_mean"
+    assert KL(0.1, "K1", gradient="Pathwise", level="TOKEN") == KL(0.1, "k1", level="token")
+    assert MaskedIS(level="Geometric") == MaskedIS(level="geometric")

@@ -83,6 +83,44 @@ def test_a_climbing_import_is_seen():
     assert climbing(PACKAGE / "calls" / "cpu.py", "from ..backends import ops") == []
 
 
+def arrows(folder: Path) -> dict[str, set[str]]:
+    """Of each module in a folder, or of each of its packages as one: the others that its imports name, for types and
+    inside functions as well."""
+    modules = {path.relative_to(folder).with_suffix("").parts for path in folder.rglob("*.py")}
+    rooms = {parts[0] for parts in modules}
+    graph: dict[str, set[str]] = {name: set() for name in rooms}
+    for here in modules:
+        source = folder.joinpath(*here).with_suffix(".py").read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and 0 < node.level <= len(here):
+                place = [*here[: len(here) - node.level], *filter(None, (node.module or "").split("."))]
+                targets = {(*place, alias.name)[0] for alias in node.names}
+                graph[here[0]] |= {name if name in rooms else "__init__" for name in targets}
+    return {name: targets - {name} for name, targets in graph.items()}
+
+
+def circles(graph: dict[str, set[str]]) -> set[str]:
+    """What is left when modules that import nothing which is left are taken away, again and again."""
+    left = dict(graph)
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    return set(left)
+
+
+@pytest.mark.parametrize("folder", ["objectives", "objectives/surrogates"])
+def test_objectives_import_in_one_direction(folder):
+    graph = arrows(PACKAGE / folder)
+    assert len(graph) >= 5
+    assert circles(graph) == set()
+
+
+def test_a_circle_is_seen():
+    graph = arrows(PACKAGE / "objectives")
+    assert graph["presets"] == {"config", "surrogates"}
+    assert {"checks", "config"} <= circles(graph | {"checks": {"config"}})
+
+
 def test_every_room_has_a_layer():
     rooms = {room(path) for path in MODULES} - {"__init__", "reference"}
     assert rooms == set(LAYERS)

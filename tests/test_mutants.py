@@ -92,13 +92,13 @@ MUTANTS = {
     "ratio: sign": ("calls/terms.py", "cls(log_ratio, log_ratio.exp()", "cls(log_ratio, (-log_ratio).exp()"),
     "gspo: sum for mean": (
         "calls/terms.py",
-        'log_ratio, config.level != "sequence_product"',
-        'log_ratio, config.level == "none"',
+        "config.pooling.pool(log_ratio, batch.per_sequence)",
+        "batch.per_sequence(log_ratio, False)",
     ),
     "gspo: slope not shared": (
-        "calls/terms.py",
-        'if level in ("token", "sequence_token"):\n        return slope',
-        "return slope\n    if 0:\n        return slope",
+        "objectives/levels.py",
+        "_share(self.spread, slope, pool)",
+        "slope",
     ),
     "impossible tokens": (
         "calls/terms.py",
@@ -114,7 +114,7 @@ MUTANTS = {
         "sequences.count if normalizer is None else normalizer",
         "sequences.count",
     ),
-    "world size": ("objectives/aggregation.py", "Normalizer(total / world_size", "Normalizer(total"),
+    "world size": ("objectives/normalizer.py", "Normalizer(total / world_size", "Normalizer(total"),
     "normalizer: outside of the bounds": (
         "objectives/sequences.py",
         "return live & Packed.read(",

@@ -123,7 +123,7 @@ def check_pooled(
     if not any(value is not None and value.dtype in rounded for value in (old, rollout)):
         return
     schemes = [scheme for scheme in config.schemes if scheme.pooled]
-    levels = [level for level in (config.level, config.kl.level_beside(config.level)) if level != "token"]
+    levels = [level.name for level in (config.pooling, config.kl_pooling) if level.pools]
     of_old = [*(f'level="{level}"' for level in levels), *(repr(s) for s in schemes if not s.of_policy)]
     for name, value, reasons in (
         ("old_log_probs", old, of_old),

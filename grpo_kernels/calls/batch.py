@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends.contract import TokenInputs
 from ..backends.spec import in_kernel
-from ..objectives.aggregation import Normalizer, on_tokens, sequence_weights
+from ..objectives.aggregation import AGGREGATIONS, on_tokens
 from ..objectives.checks import (
     asked_to_look,
     check_finite,
@@ -23,6 +23,7 @@ from ..objectives.checks import (
 )
 from ..objectives.config import LossConfig
 from ..objectives.maths import accumulate_dtype, weighed
+from ..objectives.normalizer import Normalizer
 from ..objectives.rollout import Rollout, rollout_weights
 from ..objectives.sequences import Packed, Padded, Sequences
 from .arguments import check_pooled
@@ -123,12 +124,11 @@ def read_batch(tokens: Tokens, config: LossConfig, given: LossInputs) -> tuple[T
         tokens = _replace_live(tokens, tokens.live & (advantages != 0))
 
     denominator = _read_normalizer(tokens, config, given)
-    options = (config.constant_length, config.group_size)
-    weights = sequence_weights(config.aggregation, masked_in, sequences, denominator, *options)
+    weights = config.weighting.weights(masked_in, sequences, denominator)
     token_weight = policy_weight = on_tokens(weights, masked_in, sequences, tokens.real)
     entropy_weight = token_weight
     if config.entropy_aggregation is not None:
-        own = sequence_weights(config.entropy_aggregation, masked_in, sequences)
+        own = AGGREGATIONS[config.entropy_aggregation]().weights(masked_in, sequences)
         entropy_weight = on_tokens(own, masked_in, sequences, tokens.real)
     if given.token_weights is not None:
         # Where the mask is, the weight stays 0 whatever the user's number is.
@@ -286,7 +286,7 @@ def _check_skip(tokens: Tokens, config: LossConfig, policy_only: bool, per_seque
         reason = "a KL term or an entropy bonus, whose gradient is not 0 at A = 0"
     elif not config.surrogate.flat_at_zero_advantage:
         reason = f"{config.surrogate!r}, whose slope is not 0 at A = 0"
-    elif (config.level != "token" or any(scheme.pooled for scheme in config.schemes)) and not per_sequence:
+    elif (config.pooling.pools or any(scheme.pooled for scheme in config.schemes)) and not per_sequence:
         reason = "ratios pooled over sequences with an advantage per token: they need every token of their sequence"
     if reason:
         expected = "skip_zero_advantage=True with a loss that ignores tokens of A = 0"

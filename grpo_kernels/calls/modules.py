@@ -9,8 +9,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from ..objectives.checks import check_name
-from ..objectives.config import LossConfig
-from ..objectives.presets import resolve_config
+from ..objectives.config import LossConfig, resolve_config
 
 
 class LossModule(nn.Module):

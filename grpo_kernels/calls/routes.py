@@ -33,12 +33,12 @@ def one_pass_spec(config: LossConfig, batch: TokenBatch, given: LossInputs) -> O
     It is at token level; on-policy also at the sequence levels, if the mean of the slopes over a sequence is each of
     them (one advantage, one weight), but not for the sum ("sequence_product").
     """
-    if config.kl.level_beside(config.level) != config.level:
+    if config.kl_pooling != config.pooling:
         return f"the KL's ratio is pooled at level {config.kl.level!r}, the policy's at {config.level!r}"
-    if config.level != "token" and batch.inputs.old is not None:
+    if config.pooling.pools and batch.inputs.old is not None:
         return f"level {config.level!r} pools the ratios of a sequence before any of its slopes is known"
-    if config.level not in ("token", "sequence_token"):
-        uniform = config.level == "sequence" and given.token_weights is None
+    if config.pooling.spreads:
+        uniform = config.pooling.spread == "mean" and given.token_weights is None
         uniform &= advantages_per_sequence(batch.sequences, given.advantages)
         uniform &= batch.inputs.kl_weight is None or not config.kl.ratio_weighted
         uniform &= len(config.schemes) == 0 and given.entropy_threshold is None

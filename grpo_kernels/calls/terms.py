@@ -16,6 +16,7 @@ from ..backends.contract import TokenRecords, TokenValues
 from ..backends.spec import objective_spec
 from ..objectives.config import LossConfig
 from ..objectives.kl import ESTIMATORS, KLTerms, kl_terms
+from ..objectives.levels import Level
 from ..objectives.maths import accumulate_dtype, clamp, log_ratio_of, times, weighed, within
 from ..objectives.metrics import FIELDS, Metrics, reduce_ratios
 from ..objectives.rollout import FOLDED
@@ -25,8 +26,7 @@ from .batch import TokenBatch
 
 def pools(config: LossConfig, batch: TokenBatch) -> bool:
     """Whether a token's slope needs the other tokens of its sequence."""
-    levels = (config.level, config.kl.level_beside(config.level))
-    return levels != ("token", "token") or any(scheme.pooled for scheme in batch.schemes)
+    return config.pooling.pools or config.kl_pooling.pools or any(scheme.pooled for scheme in batch.schemes)
 
 
 def fast_token_terms(
@@ -54,7 +54,7 @@ def token_terms(
     in_ratio, in_value, applied = _rollout_factors(config, batch, log_prob)
     if in_ratio is not None:
         bounded = bounded + torch.where(live, in_ratio.log().clamp(*FOLDED), 0.0)
-    pooled = _Ratio.of(config.level, bounded, config.log_ratio_limit, batch)
+    pooled = _Ratio.of(config.pooling, bounded, config.log_ratio_limit, batch)
     possible = log_prob != float("-inf")  # a token of probability 0 has no direction to give: it saturates
 
     policy = surrogate.terms(Point(log_prob, pooled.log, pooled.ratio, inputs.advantage, old))
@@ -65,14 +65,14 @@ def token_terms(
         assert entropy is not None
         low = entropy < batch.entropy_threshold
         weight, value = torch.where(low, 0.0, weight), torch.where(low, 0.0, value)
-    slope = _distribute(config.level, weighed(weight, torch.where(pooled.inside, policy.slope, 0.0)), batch)
+    slope = weighed(weight, torch.where(pooled.inside, policy.slope, 0.0))
+    slope = config.pooling.distribute(slope, batch.pool)
     passes = possible if free is None else possible & free
     slope = torch.where(passes, slope, 0.0) + weighed(weight, policy.direct)
 
-    kl_level = config.kl.level_beside(config.level)
-    if kl_level != config.level or bounded is not own:  # the KL's ratio is π/π_old as it is
-        pooled = _Ratio.of(kl_level, own, config.log_ratio_limit, batch)
-    kl_value, kl_slope = _kl_part(config, kl_level, batch, log_prob, pooled, possible)
+    if config.kl_pooling != config.pooling or bounded is not own:  # the KL's ratio is π/π_old as it is
+        pooled = _Ratio.of(config.kl_pooling, own, config.log_ratio_limit, batch)
+    kl_value, kl_slope = _kl_part(config, batch, log_prob, pooled, possible)
     dead = torch.zeros_like(log_prob)
     flags = policy.flags if own_flags is None else policy.flags | own_flags
     records = TokenRecords(
@@ -93,8 +93,8 @@ class _Ratio(NamedTuple):
     """bool: where it does not saturate."""
 
     @classmethod
-    def of(cls, level: str, own: Tensor, limit: float | None, batch: TokenBatch) -> _Ratio:
-        raw = own if level == "token" else batch.pool(own, level != "sequence_product")
+    def of(cls, level: Level, own: Tensor, limit: float | None, batch: TokenBatch) -> _Ratio:
+        raw = level.pool(own, batch.pool)
         log_ratio = clamp(raw, limit)
         return cls(log_ratio, log_ratio.exp(), within(raw, limit))
 
@@ -114,7 +114,7 @@ def _rollout_factors(
 
 
 def _kl_part(
-    config: LossConfig, level: str, batch: TokenBatch, log_prob: Tensor, pooled: _Ratio, possible: Tensor
+    config: LossConfig, batch: TokenBatch, log_prob: Tensor, pooled: _Ratio, possible: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The KL's value, unweighted, and its part of the slope."""
     ref, weight = batch.inputs.ref, batch.inputs.kl_weight
@@ -125,28 +125,21 @@ def _kl_part(
     kl = kl._replace(slope=torch.where(possible, kl.slope, 0.0))
     if not config.kl.ratio_weighted:
         return kl.value, weighed(weight, kl.slope)
-    slope = _ratio_weighted_slope(level, pooled, possible, kl, weight, batch)
+    slope = _ratio_weighted_slope(config.kl_pooling, pooled, possible, kl, weight, batch)
     return times(pooled.ratio, kl.value), slope
 
 
 def _ratio_weighted_slope(
-    level: str, pooled: _Ratio, passes: Tensor, kl: KLTerms, weight: Tensor, batch: TokenBatch
+    level: Level, pooled: _Ratio, passes: Tensor, kl: KLTerms, weight: Tensor, batch: TokenBatch
 ) -> Tensor:
     """Of weight * ratio * k: through k by every token alone, through the ratio as the level spreads it."""
     value, slope, slope_with_ratio = kl
     ratio, inside = pooled.ratio, pooled.inside
-    if level in ("token", "sequence_token"):
+    if not level.spreads:
         return weighed(weight, times(ratio, torch.where(inside & passes, slope_with_ratio, slope)))
     weighted = weighed(weight, times(ratio, value))
-    through_ratio = _distribute(level, torch.where(inside, weighted, 0.0), batch)
+    through_ratio = level.distribute(torch.where(inside, weighted, 0.0), batch.pool)
     return weighed(weight, times(ratio, slope)) + torch.where(passes, through_ratio, 0.0)
-
-
-def _distribute(level: str, slope: Tensor, batch: TokenBatch) -> Tensor:
-    """d loss / d (pooled log-ratio) of every token -> d loss / d log_prob of every token."""
-    if level in ("token", "sequence_token"):
-        return slope
-    return batch.pool(slope, level == "sequence")
 
 
 def reduce_records(
@@ -159,7 +152,7 @@ def reduce_records(
         records = records._replace(rollout_weight=weight)
     estimator, sequences = ESTIMATORS.index(config.kl.estimator) + 1, batch.sequences.count
     loss, vector = ops.token_sums(values, batch.masked_in, batch.inputs, records, estimator, sequences, backend)
-    if config.level != "token":
+    if config.pooling.pools:
         ratios = _sequence_ratios(config, batch, values.log_prob, records)
         first = FIELDS.index("ratio_sum")
         vector = torch.cat([vector[:first], ratios, vector[first + len(ratios) :]])
@@ -174,7 +167,7 @@ def _sequence_ratios(config: LossConfig, batch: TokenBatch, log_prob: Tensor, re
     ratio = torch.ones(live.shape, dtype=dtype, device=live.device)
     if batch.inputs.old is not None:
         log_ratio = torch.where(batch.live, log_ratio_of(log_prob, batch.inputs.old), 0.0).to(dtype)
-        ratio = batch.per_sequence(log_ratio, config.level != "sequence_product").exp()
+        ratio = config.pooling.pool(log_ratio, batch.per_sequence).exp()
     flags = [(records.flags & bit) != 0 for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
     clipped = [batch.sequences.sum(flag.to(dtype)) > 0 for flag in flags]
     return reduce_ratios(ratio, live, clipped)

@@ -21,8 +21,7 @@ from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..objectives.checks import check_name, fail, may_look
 from ..objectives.compiler import outside_graphs
-from ..objectives.config import LossConfig
-from ..objectives.presets import resolve_config
+from ..objectives.config import LossConfig, resolve_config
 from ..objectives.sequences import read_live
 from .model_head import MODEL_TYPES as MODEL_TYPES
 from .model_head import Proof, head_of, in_fsdp_units, row_logits, weight_and_bias

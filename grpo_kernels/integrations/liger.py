@@ -27,7 +27,7 @@ from ..calls.tokens import read_linear_tokens, read_tokens
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..objectives.aggregation import on_tokens, sequence_weights
+from ..objectives.aggregation import on_tokens
 from ..objectives.checks import check_shape
 from ..objectives.config import LossConfig
 from ..objectives.maths import weighed
@@ -109,8 +109,8 @@ def triton_grpo_loss(
     losses = _PerToken.apply(log_probs, config, alone, value)
     if not reduce:
         return losses, kl if beta != 0 else None, _counted(counting, batch, log_probs)[1].float()
-    aggregation = (config.aggregation, batch.masked_in, batch.sequences, normalizer, config.constant_length)
-    share = on_tokens(sequence_weights(*aggregation), batch.masked_in, batch.sequences, losses.dtype)
+    counted = (batch.masked_in, batch.sequences)
+    share = on_tokens(config.weighting.weights(*counted, normalizer), *counted, losses.dtype)
     return (losses * share).sum(), _metrics(counting, batch, log_probs)
 
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..objectives.config import Level, LossConfig
+from ..objectives.config import LossConfig
 from ..objectives.kl import KL
+from ..objectives.levels import LevelName
 from ..objectives.surrogates import Surrogate, Unclipped
 from . import fit
 from .batch import Batch
@@ -36,7 +37,7 @@ class Search:
     strange: dict[str, dict[str, Any]] = field(default_factory=dict)
     notes: dict[str, dict[str, Any]] = field(default_factory=dict)
     weights: Weights | None = None
-    level: Level = "token"
+    level: LevelName = "token"
     surrogate: fit.Surrogates = field(default_factory=lambda: fit.Surrogates(Unclipped(), None))
     kl: KL = field(default_factory=KL)
     entropy_coef: float = 0.0
@@ -219,7 +220,7 @@ class Search:
             found += [int(row.sum()) for row, own in zip(changed, live, strict=True) if own.sum() > 1 and row.any()]
         return found
 
-    def _own_slopes(self) -> Level:
+    def _own_slopes(self) -> LevelName:
         """Pooled: whether a token's slope follows its own advantage; only seen where advantages come by token."""
         probe = self.probe
         form = probe.caller.form

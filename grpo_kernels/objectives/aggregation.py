@@ -1,83 +1,180 @@
 """Per-token weights: how token losses become one loss, padded and packed alike.
 
-The aggregation is nothing but the weight w of each token, built on the device before any kernel runs;
-``normalizer`` gives the denominators of a whole optimizer step to its micro-batches, as a ``Normalizer`` that knows
-what it counted.
+An aggregation is nothing but the weight w of each token, built on the device before any kernel runs. Each is one small
+class; a config names it, or takes an instance with its number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+import abc
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .checks import check_name, fail
-from .config import AGGREGATIONS, LossConfig
 from .maths import accumulate_dtype
-from .presets import PRESETS, resolve_config
-from .sequences import Sequences, read_live
+from .sequences import Sequences
 
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+AggregationName = Literal["token_mean", "sequence_mean", "sequence_sum", "constant", "group_mean"]
+Unit = Literal["tokens", "sequences", "groups"]
 
 
-def sequence_weights(
-    aggregation: str,
-    mask: Tensor,
-    sequences: Sequences,
-    normalizer: float | Tensor | None = None,
-    constant_length: int | None = None,
-    group_size: int | None = None,
-) -> Tensor:
-    """The weight in the loss of every token that counts: (S,), one for each sequence, or 0-d for all of them.
+@dataclass(frozen=True)
+class Aggregation(abc.ABC):
+    """A way to make one loss of token losses f, with m the mask and B the number of sequences."""
+
+    name: ClassVar[str]
+    equation: ClassVar[str]
+    unit: ClassVar[Unit] = "sequences"
+    """What its denominator counts, which a ``normalizer`` replaces."""
+    options: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Its numbers that a config can be given on their own, by the names that they have there."""
+
+    @property
+    def group_size(self) -> int | None:
+        """Sequences of a group, where its denominator counts those."""
+        return None
+
+    def written(self) -> str:
+        """The equation with this instance's numbers."""
+        return self.equation
+
+    @abc.abstractmethod
+    def weights(self, mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None = None) -> Tensor:
+        """The weight in the loss of every token that counts: (S,), one for each sequence, or 0-d for all of them.
+
+        Args:
+            mask: bool (B, T), the tokens that count.
+            normalizer: replaces the denominator over the batch, in the aggregation's unit.
+
+        Returns:
+            In the accumulation dtype; ``on_tokens`` spreads it.
+        """
+
+
+@dataclass(frozen=True)
+class TokenMean(Aggregation):
+    """The mean over all tokens of the batch: DAPO as trainers compute it."""
+
+    name = "token_mean"
+    equation = "Σ m·f / max(Σ m, 1)"
+    unit = "tokens"
+
+    def weights(self, mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None = None) -> Tensor:
+        return 1 / _denominator(mask.sum() if normalizer is None else normalizer, mask)
+
+
+@dataclass(frozen=True)
+class SequenceMean(Aggregation):
+    """The mean over sequences of the mean over their tokens: GRPO."""
+
+    name = "sequence_mean"
+    equation = "Σ_i (Σ_t m·f / max(Σ_t m, 1)) / B"
+
+    def weights(self, mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None = None) -> Tensor:
+        count = _sequence_count(mask, sequences, normalizer)
+        return 1 / (sequences.sum(mask.to(count.dtype)).clamp(min=1) * count)
+
+
+@dataclass(frozen=True)
+class SequenceSum(Aggregation):
+    """The mean over sequences of the sum over their tokens: REINFORCE, LUSPO."""
+
+    name = "sequence_sum"
+    equation = "Σ_i Σ_t m·f / B"
+
+    def weights(self, mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None = None) -> Tensor:
+        return 1 / _sequence_count(mask, sequences, normalizer)
+
+
+@dataclass(frozen=True)
+class Constant(Aggregation):
+    """The sum over tokens, divided by the number of sequences times a constant: Dr. GRPO.
 
     Args:
-        mask: bool (B, T), the tokens that count.
-        normalizer: replaces the denominator over the batch: live tokens for "token_mean", groups for
-            "group_mean", else sequences.
-
-    Returns:
-        In the accumulation dtype; ``on_tokens`` spreads it.
+        length: the constant, the longest completion allowed; None: not known yet, and needed by a loss.
     """
-    dtype = accumulate_dtype(mask.device)
-    if aggregation == "token_mean":
-        return 1 / _denominator(mask.sum() if normalizer is None else normalizer, mask)
-    if aggregation == "group_mean":
-        return _group_weights(mask, sequences, group_size, normalizer)
-    count = _denominator(sequences.count if normalizer is None else normalizer, mask)
-    if aggregation == "constant":
-        if constant_length is None:
+
+    length: int | None = None
+
+    name = "constant"
+    equation = "Σ m·f / (B·constant_length)"
+    options = MappingProxyType({"length": "constant_length"})
+
+    def __post_init__(self) -> None:
+        _check_count(self, "length")
+
+    def written(self) -> str:
+        return self.equation.replace("constant_length", str(self.length)) if self.length else self.equation
+
+    def weights(self, mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None = None) -> Tensor:
+        if self.length is None:
             raise ValueError(
                 'aggregation="constant" divides by a constant length: give constant_length (Dr. GRPO: the longest '
                 'completion allowed), as in LossConfig.preset("dr_grpo", constant_length=1024).'
             )
-        return 1 / (count * constant_length)
-    if aggregation == "sequence_mean":
-        return 1 / (sequences.sum(mask.to(dtype)).clamp(min=1) * count)
-    return 1 / count
+        return 1 / (_sequence_count(mask, sequences, normalizer) * self.length)
+
+
+@dataclass(frozen=True)
+class GroupMean(Aggregation):
+    """The mean over groups of the mean over the tokens of all their sequences: eq. 8 of DAPO.
+
+    Args:
+        size: consecutive sequences that share a prompt; None: not known yet, and needed by a loss.
+    """
+
+    size: int | None = None
+
+    name = "group_mean"
+    equation = "Σ_groups (Σ m·f / max(Σ m, 1)) / groups"
+    unit = "groups"
+    options = MappingProxyType({"size": "group_size"})
+
+    def __post_init__(self) -> None:
+        _check_count(self, "size")
+
+    @property
+    def group_size(self) -> int | None:
+        return self.size
+
+    def weights(self, mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None = None) -> Tensor:
+        if self.size is None or sequences.count % self.size:
+            raise ValueError(
+                f'aggregation="group_mean" needs group_size, a divisor of the {sequences.count} sequences of the batch '
+                f"(consecutive sequences share a prompt); got {self.size}."
+            )
+        groups = sequences.count // self.size
+        lengths = sequences.sum(mask.to(accumulate_dtype(mask.device)))
+        tokens = lengths.view(groups, self.size).sum(-1).clamp(min=1)
+        count = _denominator(groups if normalizer is None else normalizer, mask)
+        return (1 / (tokens * count)).repeat_interleave(self.size, output_size=sequences.count)
+
+
+AGGREGATIONS: Mapping[str, type[Aggregation]] = MappingProxyType(
+    {cls.name: cls for cls in (TokenMean, SequenceMean, SequenceSum, Constant, GroupMean)}
+)
+"""By name; tests enumerate them."""
 
 
 def on_tokens(weights: Tensor, mask: Tensor, sequences: Sequences, real: torch.dtype) -> Tensor:
-    """``sequence_weights`` at every token, contiguous (B, T) in ``real``, rounded once; 0 where the mask is."""
+    """An aggregation's weights at every token, contiguous (B, T) in ``real``, rounded once; 0 where the mask is."""
     weights = weights.to(real)
     return (mask * (sequences.expand(weights) if weights.dim() else weights)).contiguous()
 
 
-def _group_weights(
-    mask: Tensor, sequences: Sequences, group_size: int | None, normalizer: float | Tensor | None
-) -> Tensor:
-    if group_size is None or sequences.count % group_size:
-        raise ValueError(
-            f'aggregation="group_mean" needs group_size, a divisor of the {sequences.count} sequences of the batch '
-            f"(consecutive sequences share a prompt); got {group_size}."
-        )
-    groups = sequences.count // group_size
-    lengths = sequences.sum(mask.to(accumulate_dtype(mask.device)))
-    tokens = lengths.view(groups, group_size).sum(-1).clamp(min=1)
-    count = _denominator(groups if normalizer is None else normalizer, mask)
-    return (1 / (tokens * count)).repeat_interleave(group_size, output_size=sequences.count)
+def numbers_elsewhere(aggregation: Aggregation) -> bool:
+    """Whether a config's other fields hold all of its numbers, so that its name says the rest."""
+    known = AGGREGATIONS.get(aggregation.name) is type(aggregation)
+    return known and all(field.name in aggregation.options for field in dataclasses.fields(aggregation))
+
+
+def _sequence_count(mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None) -> Tensor:
+    return _denominator(sequences.count if normalizer is None else normalizer, mask)
 
 
 def _denominator(value: float | Tensor, mask: Tensor) -> Tensor:
@@ -89,138 +186,7 @@ def _denominator(value: float | Tensor, mask: Tensor) -> Tensor:
     return torch.where(value == 0, 1.0, value)
 
 
-# Not a dataclass: FSDP's mixed precision looks into those, and would round the count to bf16.
-class Normalizer:
-    """A denominator and what it counts: a loss that is averaged over something else refuses it.
-
-    ``n / k``, ``n * k`` and ``n + m`` give another one; ``float(n)`` is the number, and waits for the device.
-    """
-
-    def __init__(self, value: Tensor, unit: str, group_size: int | None = None) -> None:
-        self._value, self._unit, self._group_size = value, unit, group_size
-
-    @property
-    def value(self) -> Tensor:
-        """0-d, on the device of the masks."""
-        return self._value
-
-    @property
-    def unit(self) -> str:
-        """ "tokens", "sequences" or "groups"."""
-        return self._unit
-
-    @property
-    def group_size(self) -> int | None:
-        """Sequences of a group, where it counts those."""
-        return self._group_size
-
-    def __add__(self, other: object) -> Normalizer:
-        """Of the micro-batches of both."""
-        if not isinstance(other, Normalizer):
-            return self if isinstance(other, int) and other == 0 else NotImplemented  # where sum() begins
-        if other._counted != self._counted:
-            fail("normalizer", f"another one in {self._counted} to add", f"one in {other._counted}")
-        return Normalizer(self._value + other._value, self._unit, self._group_size)
-
-    __radd__ = __add__
-
-    def __mul__(self, factor: float) -> Normalizer:
-        return Normalizer(self._value * factor, self._unit, self._group_size)
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float) -> Normalizer:
-        return Normalizer(self._value / divisor, self._unit, self._group_size)
-
-    def __float__(self) -> float:
-        return float(self._value)
-
-    def __repr__(self) -> str:
-        return f"Normalizer({self._value!r}, {self._counted!r})"
-
-    @property
-    def _counted(self) -> str:
-        return self._unit if self._group_size is None else f"{self._unit} of {self._group_size}"
-
-    def of_loss(self, function: str, config: LossConfig, tensors: Mapping[str, object] | None = None) -> Tensor:
-        """The value, for the loss of ``config``."""
-        aggregation, group_size = _aggregation_of(config)
-        needed = Normalizer(self._value, _unit_of(aggregation), group_size)
-        if needed._counted != self._counted:
-            expected = f'a normalizer in {needed._counted}, which aggregation="{aggregation}" divides by'
-            fail(function, expected, f"one in {self._counted}", tensors, "normalizer(masks, config): the loss's config")
-        return self._value
-
-
-def normalizer(
-    masks: Tensor | Sequence[Tensor],
-    config: LossConfig | str | None = None,
-    world_size: int = 1,
-    group: ProcessGroup | None = None,
-    cu_seqlens: Tensor | Sequence[Tensor] | None = None,
-) -> Normalizer:
-    """The denominator of one optimizer step, to pass as ``normalizer=`` to each of its micro-batches.
-
-    Their losses then *add up* to the loss of the whole batch, and gradients averaged over ``world_size``
-    ranks (DDP, FSDP) to its gradient. Where the framework divides by the number of micro-batches k itself
-    (accelerate, DeepSpeed), pass ``normalizer / k`` and ``grad_scale=1 / k``.
-
-    Args:
-        masks: the loss masks of this rank's micro-batches (one or several), as given to the loss.
-        config: the loss's own: a LossConfig, a preset's name or an aggregation. It says what is counted.
-        world_size: ranks P over which gradients are averaged.
-        group: a process group to sum over; None: the masks are all there is (or every rank has the same).
-        cu_seqlens: bounds (S+1,) of each packed micro-batch, (N,) or (1, N); what lies outside of them does not count.
-
-    Returns:
-        Normalizer on the masks' device: live tokens ("token_mean"), groups ("group_mean") or sequences, over all
-        micro-batches and ranks, divided by P.
-    """
-    if config is None:
-        hint = 'a LossConfig, "grpo" or "token_mean": whether tokens or sequences are counted follows from it'
-        fail("normalizer", "the config of the loss, normalizer(masks, config)", "none", hint=hint, error=TypeError)
-    micro_batches = [masks] if isinstance(masks, Tensor) else list(masks)
-    bounds = [cu_seqlens] if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    _check_micro_batches(micro_batches, bounds, world_size)
-    aggregation, group_size = _aggregation_of(config)
-    unit = _unit_of(aggregation)
-    if unit == "tokens":
-        each = [None] * len(micro_batches) if bounds is None else bounds
-        counts = [read_live("normalizer", *part).sum() for part in zip(micro_batches, each, strict=True)]
-    else:
-        if aggregation == "group_mean" and group_size is None:
-            fail("normalizer", 'a LossConfig with group_size for "group_mean"', repr(config))
-        sizes = [b.shape[0] - 1 for b in bounds] if bounds is not None else [m.shape[0] for m in micro_batches]
-        if bounds is None and any(mask.dim() == 1 for mask in micro_batches):
-            fail("normalizer", "cu_seqlens with packed masks (N,)", "none", {"mask": micro_batches[0]})
-        if any(size % (group_size or 1) for size in sizes):
-            fail("normalizer", f"whole groups of {group_size} sequences in every micro-batch", f"{sizes} sequences")
-        counts = [torch.tensor(size // (group_size or 1), device=micro_batches[0].device) for size in sizes]
-    total = torch.stack(counts).sum().to(accumulate_dtype(micro_batches[0].device))
-    if group is not None:
-        torch.distributed.all_reduce(total, group=group)
-    return Normalizer(total / world_size, unit, group_size)
-
-
-def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None, world_size: int) -> None:
-    if not masks or not all(isinstance(mask, Tensor) for mask in masks):
-        got = type(masks[0]).__name__ if masks else "none"
-        fail("normalizer", "at least one mask, each a tensor", got, error=TypeError if masks else ValueError)
-    if bounds is not None and len(bounds) != len(masks):
-        fail("normalizer", f"cu_seqlens of each of the {len(masks)} micro-batches", f"{len(bounds)}")
-    if world_size < 1:
-        fail("normalizer", "world_size >= 1", repr(world_size))
-
-
-def _aggregation_of(config: LossConfig | str) -> tuple[str, int | None]:
-    if isinstance(config, str) and config not in PRESETS:
-        check_name("normalizer: config", config, [*PRESETS, *AGGREGATIONS])
-        return config, None
-    resolved = resolve_config(config)
-    size = resolved.group_size if resolved.aggregation == "group_mean" else None
-    return resolved.aggregation, size
-
-
-def _unit_of(aggregation: str) -> str:
-    """What the denominator of an aggregation counts."""
-    return {"token_mean": "tokens", "group_mean": "groups"}.get(aggregation, "sequences")
+def _check_count(aggregation: Aggregation, name: str) -> None:
+    value = getattr(aggregation, name)
+    if value is not None and not (isinstance(value, int) and value > 0):
+        raise ValueError(f"{type(aggregation).__name__}({name}=...) must be a positive integer; got {value!r}.")

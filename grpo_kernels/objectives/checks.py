@@ -85,6 +85,20 @@ def check_name(kind: str, name: object, allowed: Iterable[str]) -> None:
     raise ValueError(f"{kind} must be one of {', '.join(names)}; got {name!r}. Did you mean {lowered[near[0]]!r}?")
 
 
+def read_name(kind: str, name: object, allowed: Iterable[str]) -> str:
+    """The one of ``allowed`` that ``name`` is, whatever its case; as ``check_name`` where it is none of them."""
+    names = list(allowed)
+    if isinstance(name, str) and name not in names:
+        name = {known.lower(): known for known in names}.get(name.lower(), name)
+    check_name(kind, name, names)
+    return str(name)
+
+
+def settle_name(instance: object, field: str, kind: str, allowed: Iterable[str]) -> None:
+    """``read_name`` of a field of a frozen dataclass, which holds the valid name afterwards."""
+    object.__setattr__(instance, field, read_name(kind, getattr(instance, field), allowed))
+
+
 def check_limit(what: str, value: float | None) -> None:
     """A clamp of a config: a finite number > 0, or None."""
     if value is not None and not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):

@@ -6,29 +6,15 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from .checks import check_limit, check_name, check_number
-from .kl import KL, LEVELS
+from .aggregation import AGGREGATIONS, Aggregation, AggregationName, numbers_elsewhere
+from .checks import check_limit, check_name, check_number, read_name, settle_name
+from .kl import KL
+from .levels import LEVELS, Level, LevelName
 from .rollout import Rollout
 from .surrogates import Clip, Surrogate
 from .surrogates.registration import check_surrogate
-
-if TYPE_CHECKING:
-    from .presets import Preset
-
-Level = Literal["token", "sequence", "sequence_token", "sequence_product"]
-Aggregation = Literal["token_mean", "sequence_mean", "sequence_sum", "constant", "group_mean"]
-
-AGGREGATIONS: Mapping[str, str] = MappingProxyType(
-    {
-        "token_mean": "Σ m·f / max(Σ m, 1)",
-        "sequence_mean": "Σ_i (Σ_t m·f / max(Σ_t m, 1)) / B",
-        "sequence_sum": "Σ_i Σ_t m·f / B",
-        "constant": "Σ m·f / (B·constant_length)",
-        "group_mean": "Σ_groups (Σ m·f / max(Σ m, 1)) / groups",
-    }
-)
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,7 +26,8 @@ class LossConfig:
     Args:
         surrogate: f, a class of ``grpo_kernels.surrogates`` with its own parameters.
         level: how log-ratios are pooled into r: "token", "sequence", "sequence_token", "sequence_product".
-        aggregation: the weights w: "token_mean", "sequence_mean", "sequence_sum", "constant", "group_mean".
+        aggregation: the weights w: "token_mean", "sequence_mean", "sequence_sum", "constant", "group_mean"; or an
+            instance such as ``Constant(1024)``, which is the name with its number in the field below.
         kl: the penalty k towards the reference policy.
         rollout: ρ, the correction of the sampler's mismatch: a scheme such as ``TruncatedIS(2.0)``, or several whose
             factors multiply; needs ``rollout_log_probs``.
@@ -56,8 +43,8 @@ class LossConfig:
     """
 
     surrogate: Surrogate = Clip()
-    level: Level = "token"
-    aggregation: Aggregation = "sequence_mean"
+    level: LevelName = "token"
+    aggregation: AggregationName | Aggregation = "sequence_mean"
     kl: KL = KL()
     rollout: Rollout | tuple[Rollout, ...] = ()
     entropy_coef: float = 0.0
@@ -72,22 +59,39 @@ class LossConfig:
         check_surrogate(self.surrogate)
         if not isinstance(self.kl, KL):
             raise TypeError(f"LossConfig(kl=...) must be a KL such as KL(0.04); got {self.kl!r}.")
-        check_name("level", self.level, LEVELS)
-        check_name("aggregation", self.aggregation, AGGREGATIONS)
+        settle_name(self, "level", "level", LEVELS)
+        self._read_aggregation()
         if self.entropy_aggregation is not None:
-            check_name("entropy_aggregation", self.entropy_aggregation, ("token_mean",))
+            settle_name(self, "entropy_aggregation", "entropy_aggregation", ("token_mean",))
         check_number("entropy_coef", self.entropy_coef)
         check_limit("log_ratio_limit", self.log_ratio_limit)
         for name in ("constant_length", "group_size"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int) and value > 0):
                 raise ValueError(f"{name} must be a positive integer; got {value!r}.")
-        if self.level != "token" and not self.surrogate.uses_ratio:
+        if self.pooling.pools and not self.surrogate.uses_ratio:
             raise ValueError(
                 f'level="{self.level}" pools ratios, and {self.surrogate!r} has none. Use level="token", or '
                 "Unclipped() for a policy gradient with a ratio."
             )
         self._check_rollout()
+
+    def _read_aggregation(self) -> None:
+        """Leave a name, with its number in the field for it, wherever those say all of an instance."""
+        given = self.aggregation
+        if not isinstance(given, Aggregation):
+            settle_name(self, "aggregation", "aggregation", AGGREGATIONS)
+            return
+        for own, option in given.options.items():
+            number, beside = getattr(given, own), getattr(self, option)
+            if number is not None and beside is not None and number != beside:
+                raise ValueError(
+                    f"aggregation={given!r} has its own {option}; got {option}={beside!r} beside it. Give one of "
+                    f"them; {option}={number!r} alone changes a config that has one."
+                )
+            object.__setattr__(self, option, beside if number is None else number)
+        if numbers_elsewhere(given):
+            object.__setattr__(self, "aggregation", given.name)
 
     def _check_rollout(self) -> None:
         if not isinstance(self.rollout, tuple):
@@ -106,12 +110,28 @@ class LossConfig:
         """``rollout`` as a tuple, whatever was given."""
         return self.rollout if isinstance(self.rollout, tuple) else (self.rollout,)
 
+    @property
+    def pooling(self) -> Level:
+        """``level`` as what it does."""
+        return LEVELS[self.level]
+
+    @property
+    def kl_pooling(self) -> Level:
+        """Of the ratio that weighs the KL."""
+        return LEVELS[self.kl.level_beside(self.level)]
+
+    @property
+    def weighting(self) -> Aggregation:
+        """``aggregation`` as what it does, with its numbers."""
+        if isinstance(self.aggregation, Aggregation):
+            return self.aggregation
+        kind = AGGREGATIONS[self.aggregation]
+        return kind(**{own: getattr(self, option) for own, option in kind.options.items()})
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LossConfig:
         """A published objective by name, with ``changes`` to its fields: ``preset("grpo", kl=KL(0.04))``."""
-        from .presets import PRESETS
-
-        check_name("preset", name, PRESETS)
+        name = read_name("preset", name, PRESETS)
         known = [f.name for f in dataclasses.fields(cls)]
         for field in changes:
             check_name(f"preset({name!r}, ...): the field", field, known)
@@ -120,8 +140,6 @@ class LossConfig:
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:
         """Every preset by name, with its paper and the paper's coefficients."""
-        from .presets import PRESETS
-
         return MappingProxyType(PRESETS)
 
     def equation(self) -> str:
@@ -132,16 +150,10 @@ class LossConfig:
         terms = ["·".join([*(f"[{factor}]" for factor in factors), f"({term})"]) if factors else term]
         if self.kl.coef:
             terms.append(f"{self.kl.coef:g}·{self.kl.written()}")
-        pooled = {"token": "r = exp(ℓ - old)", "sequence": "r = exp(mean_t(ℓ - old))"}
-        pooled["sequence_token"] = "r = exp(sg(mean_t(ℓ - old)) + ℓ - sg(ℓ))"
-        pooled["sequence_product"] = "r = exp(Σ_t(ℓ - old))"
-        where = f", {pooled[self.level]}" if self.surrogate.uses_ratio else ""
+        where = f", {self.pooling.equation}" if self.surrogate.uses_ratio else ""
         where += "".join(f", r of ratios times {factor}" for factor in folded)
         entropy = f" - {self.entropy_coef:g}·entropy" if self.entropy_coef else ""
-        aggregation = AGGREGATIONS[self.aggregation]
-        if self.constant_length:
-            aggregation = aggregation.replace("constant_length", str(self.constant_length))
-        return f"loss = {aggregation}{entropy}, f = {' + '.join(terms)}{where}"
+        return f"loss = {self.weighting.written()}{entropy}, f = {' + '.join(terms)}{where}"
 
     def __repr__(self) -> str:
         default = LossConfig()
@@ -151,3 +163,24 @@ class LossConfig:
             if value != getattr(default, field.name) or field.name in ("level", "aggregation"):
                 shown.append(f"{field.name}={value!r}")
         return f"LossConfig({', '.join(shown)})  # {self.equation()}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    config: LossConfig
+    paper: str
+    coefficients: str
+    """What the paper uses beside the objective; presets leave KL and entropy at 0."""
+
+
+PRESETS: dict[str, Preset] = {}
+"""Published objectives by name: presets.py fills it, and is imported with the package."""
+
+
+def resolve_config(config: LossConfig | str) -> LossConfig:
+    """A LossConfig, or the preset of that name."""
+    if isinstance(config, LossConfig):
+        return config
+    if not isinstance(config, str):
+        raise TypeError(f"config must be a LossConfig or the name of a preset; got {type(config).__name__}.")
+    return PRESETS[read_name("preset", config, PRESETS)].config

@@ -5,27 +5,17 @@ The per-token maths is twinned in ``csrc/common/surrogates.h`` and ``backends/tr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import check_limit, check_name, check_number
+from .checks import check_limit, check_number, settle_name
+from .levels import LEVELS
 from .maths import clamp, k3_of, times, within
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
-LEVELS: Mapping[str, str] = MappingProxyType(
-    {
-        "token": "r = exp(ℓ - old), every token by itself",
-        "sequence": "s = exp(mean over live tokens of ℓ - old), gradient through the mean (GSPO)",
-        "sequence_token": "the value of s, the gradient of each token alone (GSPO-token)",
-        "sequence_product": "s = exp(sum over live tokens of ℓ - old) = π(y)/π_old(y)",
-    }
-)
-"""How log-ratios are pooled, of the policy term and of the KL's ratio."""
 GRADIENTS = ("pathwise", "straight_through_k2", "weighted_k2", "score_function")
 
 
@@ -64,15 +54,15 @@ class KL:
 
     def __post_init__(self) -> None:
         check_number("KL(coef=...)", self.coef)
-        check_name("KL(estimator=...)", self.estimator, ESTIMATORS)
-        check_name("KL(gradient=...)", self.gradient, GRADIENTS)
+        settle_name(self, "estimator", "KL(estimator=...)", ESTIMATORS)
+        settle_name(self, "gradient", "KL(gradient=...)", GRADIENTS)
         if not (isinstance(self.limit, tuple) and len(self.limit) == 2):
             raise ValueError(f"KL(limit=...) must be a pair (input, output) of limits; got {self.limit!r}.")
         for name, value in zip(("input", "output"), self.limit, strict=True):
             check_limit(f"KL(limit=...): the {name} limit", value)
         check_number("KL(ratio_cap=...)", self.ratio_cap, above=0, infinite=True)
         if self.level is not None:
-            check_name("KL(level=...)", self.level, LEVELS)
+            settle_name(self, "level", "KL(level=...)", LEVELS)
         if self.ratio_weighted and self.gradient != "pathwise":
             raise ValueError(
                 'KL(ratio_weighted=True) needs gradient="pathwise": the ratio carries gradient itself. With a detached '

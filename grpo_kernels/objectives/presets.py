@@ -2,23 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from .checks import check_name
-from .config import LossConfig
+from .config import PRESETS, LossConfig, Preset
 from .surrogates import Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, Reinforce, Sapo, Vespo
 
-
-@dataclass(frozen=True)
-class Preset:
-    config: LossConfig
-    paper: str
-    coefficients: str
-    """What the paper uses beside the objective; presets leave KL and entropy at 0."""
-
-
 _CLIP = Clip(0.2, 0.2)
-PRESETS: dict[str, Preset] = {
+PRESETS |= {
     "reinforce": Preset(
         LossConfig(Reinforce(), aggregation="sequence_sum"),
         "Williams 1992, Machine Learning 8",
@@ -120,13 +108,3 @@ PRESETS: dict[str, Preset] = {
         "beta is to be chosen: preset('dro', surrogate=Dro(beta=...))",
     ),
 }
-
-
-def resolve_config(config: LossConfig | str) -> LossConfig:
-    """A LossConfig, or the preset of that name."""
-    if isinstance(config, LossConfig):
-        return config
-    if not isinstance(config, str):
-        raise TypeError(f"config must be a LossConfig or the name of a preset; got {type(config).__name__}.")
-    check_name("preset", config, PRESETS)
-    return PRESETS[config].config

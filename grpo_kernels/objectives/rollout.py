@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .checks import check_name, check_number
+from .checks import check_number, settle_name
+from .levels import Pool
 from .maths import clamp, log_ratio_of, times
 
 RolloutLevel = Literal["token", "sequence", "geometric"]
@@ -28,8 +28,6 @@ ROLLOUT_LEVELS = {
 }
 FOLDED = (math.log(1e-8), 20.0)
 """Bounds of the logarithm of a factor that is part of a ratio, and of that ratio's (TRL's, of VESPO)."""
-Pool = Callable[[Tensor, bool], Tensor]
-"""(B, T) values to their sums over each sequence's live tokens, or means if the flag says so, at every token."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class _Band(Rollout):
         check_number(f"{kind}(high=...)", self.high, above=0, infinite=True)
         if self.high < self.low:
             raise ValueError(f"{kind}: high must be at least low; got low={self.low!r}, high={self.high!r}.")
-        check_name(f"{kind}(level=...)", self.level, ROLLOUT_LEVELS)
+        settle_name(self, "level", f"{kind}(level=...)", ROLLOUT_LEVELS)
 
     @property
     def pooled(self) -> bool:

@@ -23,8 +23,8 @@ from ..hf import attach
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..objectives import advantages as estimators
-from ..objectives.aggregation import normalizer
 from ..objectives.metrics import Metrics
+from ..objectives.normalizer import normalizer
 from ..verification import reference
 from .options import Options, add_options, read_options
 from .policy import load_policy, response_inputs, response_logits

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import backends
-from ..objectives.checks import check_device_name, check_name
+from ..objectives.checks import check_device_name, check_name, settle_name
 from ..objectives.config import LossConfig
 from ..objectives.kl import KL
 
@@ -70,7 +70,7 @@ class Options:
         self._require("overlong_buffer", self.overlong_buffer <= limit, f"at most the {limit} tokens of a response")
         self._require("group", self.group > 1 or not self.dynamic_sampling, "at least 2 with --dynamic-sampling")
         self._require("linear_loss", not (self.linear_loss and self.reference_loss), "given without --reference-loss")
-        check_name("--loss", self.loss, LossConfig.presets())
+        settle_name(self, "loss", "--loss", LossConfig.presets())
         if self.backend is not None:
             check_name("--backend", self.backend, backends.names())
         if self.device is not None:

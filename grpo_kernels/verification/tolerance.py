@@ -156,7 +156,7 @@ def _sizes(
     policy_slope = torch.maximum(policy_slope.abs(), growth.nan_to_num(nan=0.0, posinf=0.0))
     value_growth = torch.maximum(policy_slope, value_growth.nan_to_num(nan=0.0, posinf=0.0))
     slope_size = policy_slope + kl_size
-    if config.level != "token":  # a pooled slope errs with the whole sequence
+    if config.pooling.pools:  # a pooled slope errs with the whole sequence
         pooled = batch.sequences.sum(kl_size + policy_slope)
         slope_size = torch.maximum(slope_size, batch.sequences.expand(pooled).expand(shape) * (kl_size > 0))
     h_size = known(inputs.entropy_weight)

@@ -23,7 +23,7 @@ from .. import backends
 from ..linear import linear_grpo_loss
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..objectives.checks import check_device_name, check_name
+from ..objectives.checks import check_device_name, check_name, read_name
 from ..objectives.config import LossConfig
 from ..objectives.kl import KL
 from ..objectives.surrogates import Clip
@@ -118,7 +118,7 @@ def case_of(logits: Tensor, config: LossConfig, generator: torch.Generator, **sc
 
     def near() -> Tensor:
         noise = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
-        spread = 0.3 if config.level == "token" else 3e-3
+        spread = 3e-3 if config.pooling.pools else 0.3
         return log_probs + spread * noise
 
     options = {"old_log_probs": near(), "ref_log_probs": near(), "config": config, **scaling}
@@ -285,11 +285,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    presets = arguments.preset or list(LossConfig.presets())
+    known = LossConfig.presets()
+    presets = [read_name("--preset", name, known) for name in arguments.preset or known]
     dtypes = arguments.dtype or list(DTYPES)
-    for kind, given, allowed in (("--preset", presets, LossConfig.presets()), ("--dtype", dtypes, DTYPES)):
-        for name in given:
-            check_name(kind, name, allowed)
+    for name in dtypes:
+        check_name("--dtype", name, DTYPES)
     if arguments.vocab < 1 or arguments.tokens < SEQUENCES:
         raise ValueError(f"--vocab must be at least 1 and --tokens at least {SEQUENCES}.")
     check_device_name("--device", arguments.device)

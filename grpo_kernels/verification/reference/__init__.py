@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ...calls.arguments import check_pooled
 from ...calls.outputs import LossOutput
-from ...objectives.aggregation import Normalizer
 from ...objectives.checks import read_mask
-from ...objectives.config import LossConfig
-from ...objectives.presets import resolve_config
+from ...objectives.config import LossConfig, resolve_config
+from ...objectives.normalizer import Normalizer
 from .metrics import metrics_of
 from .terms import VALUES as VALUES
 from .terms import Inputs as Inputs
@@ -74,7 +73,7 @@ def grpo_loss(
     sequence, sequences, mask = _sequences(shape, mask, cu_seqlens)
     counted = mask.reshape(-1).nonzero().squeeze(-1)
     advantages = _per_token(advantages.detach().to(real), sequences, sequence, shape)
-    weight = _weights(config.aggregation, sequence[counted], sequences, config, normalizer, real)
+    weight = _weights(config.weighting.name, sequence[counted], sequences, config, normalizer, real)
     entropy_weight = weight
     if config.entropy_aggregation is not None:
         entropy_weight = _weights(config.entropy_aggregation, sequence[counted], sequences, config, None, real)
@@ -205,7 +204,7 @@ def _weights(
     normalizer: float | Tensor | None,
     real: torch.dtype,
 ) -> Tensor:
-    """The weight of each counted token; see config.AGGREGATIONS."""
+    """The weight of each counted token; see objectives/aggregation.py."""
     one = torch.ones(len(sequence), dtype=real, device=sequence.device)
     if aggregation == "token_mean":
         return one / (max(len(sequence), 1) if normalizer is None else normalizer)

@@ -1,0 +1,61 @@
+"""Levels: how log-ratios are pooled into the ratio of a loss, and how the slope of that ratio gets back to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from torch import Tensor
+
+LevelName = Literal["token", "sequence", "sequence_token", "sequence_product"]
+Pool = Callable[[Tensor, bool], Tensor]
+"""(B, T) values to their sums over each sequence's live tokens, or means if the flag says so: at every token, or once
+for each sequence."""
+Share = Literal["own", "mean", "sum"]
+"""A token's own value, or the mean or the sum of its sequence's."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """A way to pool log-ratios; a config names it, ``LEVELS`` has it."""
+
+    name: LevelName
+    pooled: Share
+    """What of the log-ratios stands for each token."""
+    spread: Share
+    """What of the slopes in those comes to each token's own log-prob."""
+    equation: str
+
+    @property
+    def pools(self) -> bool:
+        """Whether a token's ratio needs the other tokens of its sequence."""
+        return self.pooled != "own"
+
+    @property
+    def spreads(self) -> bool:
+        """Whether a token's slope needs those of the other tokens."""
+        return self.spread != "own"
+
+    def pool(self, log_ratio: Tensor, pool: Pool) -> Tensor:
+        """Log-ratios of tokens -> the one that stands for each."""
+        return _share(self.pooled, log_ratio, pool)
+
+    def distribute(self, slope: Tensor, pool: Pool) -> Tensor:
+        """d loss / d (pooled log-ratio) of every token -> d loss / d log_prob of every token."""
+        return _share(self.spread, slope, pool)
+
+
+def _share(share: Share, values: Tensor, pool: Pool) -> Tensor:
+    return values if share == "own" else pool(values, share == "mean")
+
+
+_LEVELS = (
+    Level("token", "own", "own", "r = exp(ℓ - old)"),
+    Level("sequence", "mean", "mean", "r = exp(mean_t(ℓ - old))"),  # GSPO
+    Level("sequence_token", "mean", "own", "r = exp(sg(mean_t(ℓ - old)) + ℓ - sg(ℓ))"),  # GSPO-token
+    Level("sequence_product", "sum", "sum", "r = exp(Σ_t(ℓ - old))"),  # π(y)/π_old(y)
+)
+LEVELS: Mapping[str, Level] = MappingProxyType({level.name: level for level in _LEVELS})
+"""By name, of the policy term and of the KL's ratio."""

@@ -1,0 +1,154 @@
+"""The denominator of an optimizer step, counted once and given to its micro-batches, which average over it.
+
+A ``Normalizer`` knows what it counted; a loss that is averaged over something else refuses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .aggregation import AGGREGATIONS, Aggregation
+from .checks import fail, read_name
+from .config import PRESETS, LossConfig, resolve_config
+from .maths import accumulate_dtype
+from .sequences import read_live
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+# Not a dataclass: FSDP's mixed precision looks into those, and would round the count to bf16.
+class Normalizer:
+    """A denominator and what it counts: a loss that is averaged over something else refuses it.
+
+    ``n / k``, ``n * k`` and ``n + m`` give another one; ``float(n)`` is the number, and waits for the device.
+    """
+
+    def __init__(self, value: Tensor, unit: str, group_size: int | None = None) -> None:
+        self._value, self._unit, self._group_size = value, unit, group_size
+
+    @property
+    def value(self) -> Tensor:
+        """0-d, on the device of the masks."""
+        return self._value
+
+    @property
+    def unit(self) -> str:
+        """ "tokens", "sequences" or "groups"."""
+        return self._unit
+
+    @property
+    def group_size(self) -> int | None:
+        """Sequences of a group, where it counts those."""
+        return self._group_size
+
+    def __add__(self, other: object) -> Normalizer:
+        """Of the micro-batches of both."""
+        if not isinstance(other, Normalizer):
+            return self if isinstance(other, int) and other == 0 else NotImplemented  # where sum() begins
+        if other._counted != self._counted:
+            fail("normalizer", f"another one in {self._counted} to add", f"one in {other._counted}")
+        return Normalizer(self._value + other._value, self._unit, self._group_size)
+
+    __radd__ = __add__
+
+    def __mul__(self, factor: float) -> Normalizer:
+        return Normalizer(self._value * factor, self._unit, self._group_size)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Normalizer:
+        return Normalizer(self._value / divisor, self._unit, self._group_size)
+
+    def __float__(self) -> float:
+        return float(self._value)
+
+    def __repr__(self) -> str:
+        return f"Normalizer({self._value!r}, {self._counted!r})"
+
+    @property
+    def _counted(self) -> str:
+        return self._unit if self._group_size is None else f"{self._unit} of {self._group_size}"
+
+    def of_loss(self, function: str, config: LossConfig, tensors: Mapping[str, object] | None = None) -> Tensor:
+        """The value, for the loss of ``config``."""
+        aggregation = config.weighting
+        needed = Normalizer(self._value, aggregation.unit, aggregation.group_size)
+        if needed._counted != self._counted:
+            expected = f'a normalizer in {needed._counted}, which aggregation="{aggregation.name}" divides by'
+            fail(function, expected, f"one in {self._counted}", tensors, "normalizer(masks, config): the loss's config")
+        return self._value
+
+
+def normalizer(
+    masks: Tensor | Sequence[Tensor],
+    config: LossConfig | Aggregation | str | None = None,
+    world_size: int = 1,
+    group: ProcessGroup | None = None,
+    cu_seqlens: Tensor | Sequence[Tensor] | None = None,
+) -> Normalizer:
+    """The denominator of one optimizer step, to pass as ``normalizer=`` to each of its micro-batches.
+
+    Their losses then *add up* to the loss of the whole batch, and gradients averaged over ``world_size``
+    ranks (DDP, FSDP) to its gradient. Where the framework divides by the number of micro-batches k itself
+    (accelerate, DeepSpeed), pass ``normalizer / k`` and ``grad_scale=1 / k``.
+
+    Args:
+        masks: the loss masks of this rank's micro-batches (one or several), as given to the loss.
+        config: the loss's own: a LossConfig, a preset's name, or an aggregation or its name. It says what is counted.
+        world_size: ranks P over which gradients are averaged.
+        group: a process group to sum over; None: the masks are all there is (or every rank has the same).
+        cu_seqlens: bounds (S+1,) of each packed micro-batch, (N,) or (1, N); what lies outside of them does not count.
+
+    Returns:
+        Normalizer on the masks' device: live tokens ("token_mean"), groups ("group_mean") or sequences, over all
+        micro-batches and ranks, divided by P.
+    """
+    if config is None:
+        hint = 'a LossConfig, "grpo" or "token_mean": whether tokens or sequences are counted follows from it'
+        fail("normalizer", "the config of the loss, normalizer(masks, config)", "none", hint=hint, error=TypeError)
+    micro_batches = [masks] if isinstance(masks, Tensor) else list(masks)
+    bounds = [cu_seqlens] if isinstance(cu_seqlens, Tensor) else cu_seqlens
+    _check_micro_batches(micro_batches, bounds, world_size)
+    aggregation = _aggregation_of(config)
+    unit, group_size = aggregation.unit, aggregation.group_size
+    if unit == "tokens":
+        each = [None] * len(micro_batches) if bounds is None else bounds
+        counts = [read_live("normalizer", *part).sum() for part in zip(micro_batches, each, strict=True)]
+    else:
+        if unit == "groups" and group_size is None:
+            fail("normalizer", f'a LossConfig with group_size for "{aggregation.name}"', repr(config))
+        sizes = [b.shape[0] - 1 for b in bounds] if bounds is not None else [m.shape[0] for m in micro_batches]
+        if bounds is None and any(mask.dim() == 1 for mask in micro_batches):
+            fail("normalizer", "cu_seqlens with packed masks (N,)", "none", {"mask": micro_batches[0]})
+        if any(size % (group_size or 1) for size in sizes):
+            fail("normalizer", f"whole groups of {group_size} sequences in every micro-batch", f"{sizes} sequences")
+        counts = [torch.tensor(size // (group_size or 1), device=micro_batches[0].device) for size in sizes]
+    total = torch.stack(counts).sum().to(accumulate_dtype(micro_batches[0].device))
+    if group is not None:
+        torch.distributed.all_reduce(total, group=group)
+    return Normalizer(total / world_size, unit, group_size)
+
+
+def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None, world_size: int) -> None:
+    if not masks or not all(isinstance(mask, Tensor) for mask in masks):
+        got = type(masks[0]).__name__ if masks else "none"
+        fail("normalizer", "at least one mask, each a tensor", got, error=TypeError if masks else ValueError)
+    if bounds is not None and len(bounds) != len(masks):
+        fail("normalizer", f"cu_seqlens of each of the {len(masks)} micro-batches", f"{len(bounds)}")
+    if world_size < 1:
+        fail("normalizer", "world_size >= 1", repr(world_size))
+
+
+def _aggregation_of(config: LossConfig | Aggregation | str) -> Aggregation:
+    if isinstance(config, Aggregation):
+        return config
+    if isinstance(config, str):
+        name = read_name("normalizer: config", config, [*PRESETS, *AGGREGATIONS])
+        if name in AGGREGATIONS:
+            return AGGREGATIONS[name]()
+    return resolve_config(config).weighting
