@@ -32,6 +32,7 @@ from grpo_kernels import (  # fmt: skip
 )
 from grpo_kernels.objectives.config import AGGREGATIONS, LEVELS
 from grpo_kernels.objectives.levels import LevelName
+from grpo_kernels.objectives.names import ELSEWHERE, translated
 from grpo_kernels.objectives.presets import PRESETS
 from grpo_kernels.objectives.surrogates import BUILT_IN
 
@@ -239,3 +240,45 @@ def test_names_in_any_case():
     assert LossConfig(entropy_aggregation="Token_Mean").entropy_aggregation == "token_mean"
     assert KL(0.1, "K1", gradient="Pathwise", level="TOKEN") == KL(0.1, "k1", level="token")
     assert MaskedIS(level="Geometric") == MaskedIS(level="geometric")
+
+
+ELSEWHERE_CALLED = [
+    ({"beta": 0.04}, "kl=KL(0.04)"),
+    ({"kl_coef": 0.1}, "kl=KL(0.1)"),
+    ({"epsilon": 0.2}, "surrogate=Clip(0.2, 0.2)"),
+    ({"epsilon_high": 0.28}, "surrogate=Clip(high=0.28)"),
+    ({"clip_ratio_low": 0.1}, "surrogate=Clip(low=0.1)"),
+    ({"delta": 4.0}, "surrogate=Clip(dual=4.0)"),
+    ({"loss_type": "dapo"}, "config=LossConfig.preset('dapo')"),
+    ({"importance_sampling_level": "sequence"}, "level='sequence'"),
+    ({"loss_agg_mode": "token-mean"}, "aggregation=..."),
+    ({"num_generations": 8}, "group_size=8"),
+]
+
+
+@pytest.mark.parametrize(("options", "meant"), ELSEWHERE_CALLED, ids=str)
+def test_names_of_other_packages(options, meant):
+    """Of a field, of an option of a module, and of the class itself, which raises Python's own TypeError."""
+    (name,) = options
+    with pytest.raises(ValueError, match=r"preset\('grpo', ...\): the field must be one of surrogate, ") as raised:
+        LossConfig.preset("grpo", **options)
+    assert str(raised.value).endswith(f"; got {name!r}. Did you mean {meant}?")
+    with pytest.raises(TypeError) as raised:
+        LossConfig(**options)
+    expected = f"LossConfig.__init__() got an unexpected keyword argument {name!r}. Did you mean {meant}?"
+    assert str(raised.value) == expected
+    if name != "kl_coef":
+        meant = meant if meant.startswith("config=") else f"config=LossConfig({meant})"
+        with pytest.raises(ValueError, match="GRPOLoss: the option must be one of") as raised:
+            GRPOLoss("grpo", **options)
+        assert str(raised.value).endswith(f"; got {name!r}. Did you mean {meant}?")
+
+
+def test_no_field_is_called_otherwise():
+    """A name in the table that were a field or an option would be accepted before it is looked up."""
+    fields = [field.name for field in dataclasses.fields(LossConfig)]
+    assert set(ELSEWHERE).isdisjoint(fields)
+    assert {ours for ours, _ in ELSEWHERE.values()} <= {*fields, "config"}
+    assert translated("level_of_ratios", 1, fields) is None
+    with pytest.raises(TypeError, match="unexpected keyword argument 'levels'. Did you mean 'level'?"):
+        LossConfig(levels="token")

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from ..objectives.checks import check_name
 from ..objectives.config import LossConfig, resolve_config
+from ..objectives.names import check_options
 
 
 class LossModule(nn.Module):
@@ -22,8 +22,7 @@ class LossModule(nn.Module):
         self.config = resolve_config(config)
         parameters = inspect.signature(self.function).parameters.values()
         known = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "config")
-        for name in options:
-            check_name(f"{type(self).__name__}: the option", name, known)
+        check_options(f"{type(self).__name__}: the option", options, known)
         self.options = options
 
     def extra_repr(self) -> str:

@@ -22,6 +22,7 @@ from ..loss import grpo_loss
 from ..objectives.checks import check_name, fail, may_look
 from ..objectives.compiler import outside_graphs
 from ..objectives.config import LossConfig, resolve_config
+from ..objectives.names import check_options
 from ..objectives.sequences import read_live
 from .model_head import MODEL_TYPES as MODEL_TYPES
 from .model_head import Proof, head_of, in_fsdp_units, row_logits, weight_and_bias
@@ -87,8 +88,7 @@ def attach(
         fail("attach", "a model that is not attached", "one that is", hint="grpo_kernels.hf.detach(model) first")
     _check_unprepared(inner, "attach")
     names = [name for name in _keywords(grpo_loss if from_logits else linear_grpo_loss) if name not in _TOKENS]
-    for name in options:
-        _check_keyword("attach: the option", name, names)
+    _check_keywords("attach: the option", options, names)
     bind(inner, resolved, from_logits, options)
     return model
 
@@ -184,8 +184,7 @@ def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any], c
         fail("attach", "grpo=dict(token_ids=..., ...)", type(grpo).__name__, error=TypeError)
     if inputs.get("labels") is not None:
         fail("attach", "grpo= or labels=", "both", hint="the loss is grpo's; add one of labels in a call of its own")
-    for name in grpo:
-        _check_keyword("grpo=dict(...): the name", name, names)
+    _check_keywords("grpo=dict(...): the name", grpo, names)
     check_name("grpo=dict(output=...)", grpo.get("output", OUTPUTS[0]), OUTPUTS)
     if grpo.get("token_ids") is None:
         fail("attach", "grpo=dict(token_ids=..., ...)", f"only {', '.join(grpo) or 'an empty dict'}")
@@ -199,18 +198,19 @@ def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any], c
     _check_positions(grpo.get("cu_seqlens"), inputs.get("position_ids"), grpo.get("check", check))
 
 
-def _check_keyword(kind: str, name: str, names: Collection[str]) -> None:
-    """As ``check_name``; a keyword of the loss on the other side of ``from_logits`` is not misspelt."""
-    if name in names:
-        return
+def _check_keywords(kind: str, options: Mapping[str, object], names: Collection[str]) -> None:
+    """As ``check_options``; a keyword of the loss on the other side of ``from_logits`` is not misspelt."""
     of_logits, of_hidden = _keywords(grpo_loss), _keywords(linear_grpo_loss)
-    if name in of_logits and name not in of_hidden:
-        hint = f"attach(..., from_logits=True) runs the model's own head and grpo_loss, and takes {name}="
-        fail("attach", "keywords of linear_grpo_loss", f"{name}=, which grpo_loss alone has", hint=hint)
-    if name in of_hidden and name not in of_logits:
-        hint = f"attach without from_logits=True runs linear_grpo_loss, and takes {name}="
-        fail("attach", "keywords of grpo_loss", f"{name}=, which linear_grpo_loss alone has", hint=hint)
-    check_name(kind, name, names)
+    for name in options:
+        if name in names:
+            continue
+        if name in of_logits and name not in of_hidden:
+            hint = f"attach(..., from_logits=True) runs the model's own head and grpo_loss, and takes {name}="
+            fail("attach", "keywords of linear_grpo_loss", f"{name}=, which grpo_loss alone has", hint=hint)
+        if name in of_hidden and name not in of_logits:
+            hint = f"attach without from_logits=True runs linear_grpo_loss, and takes {name}="
+            fail("attach", "keywords of grpo_loss", f"{name}=, which linear_grpo_loss alone has", hint=hint)
+    check_options(kind, options, names)
 
 
 def _check_router_loss(inputs: Mapping[str, Any], config: Any) -> None:

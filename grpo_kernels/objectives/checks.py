@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -75,14 +75,17 @@ def asked_to_look(tensor: Tensor, check: bool | None = None) -> bool:
     return checks_enabled(check) and may_look(tensor, check)
 
 
-def check_name(kind: str, name: object, allowed: Iterable[str]) -> None:
-    """Raise a ValueError with the nearest valid name unless ``name`` is one of ``allowed``."""
+def check_name(kind: str, name: object, allowed: Iterable[str], meant: str | None = None) -> None:
+    """Raise a ValueError unless ``name`` is one of ``allowed``: with what was ``meant``, or the nearest valid name."""
     names = list(allowed)
-    if name in names:
-        return
+    if name not in names:
+        meant = repr(nearest(name, names)) if meant is None else meant
+        raise ValueError(f"{kind} must be one of {', '.join(names)}; got {name!r}. Did you mean {meant}?")
+
+
+def nearest(name: object, names: Sequence[str]) -> str:
     lowered = {known.lower(): known for known in reversed(names)}
-    near = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.0)
-    raise ValueError(f"{kind} must be one of {', '.join(names)}; got {name!r}. Did you mean {lowered[near[0]]!r}?")
+    return lowered[difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.0)[0]]
 
 
 def read_name(kind: str, name: object, allowed: Iterable[str]) -> str:

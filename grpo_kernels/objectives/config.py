@@ -9,14 +9,16 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from .aggregation import AGGREGATIONS, Aggregation, AggregationName, numbers_elsewhere
-from .checks import check_limit, check_name, check_number, read_name, settle_name
+from .checks import check_limit, check_number, read_name, settle_name
 from .kl import KL
 from .levels import LEVELS, Level, LevelName
+from .names import check_options, translates_fields
 from .rollout import Rollout
 from .surrogates import Clip, Surrogate
 from .surrogates.registration import check_surrogate
 
 
+@translates_fields
 @dataclass(frozen=True, repr=False)
 class LossConfig:
     """An objective of the GRPO family.
@@ -132,9 +134,7 @@ class LossConfig:
     def preset(cls, name: str, **changes: Any) -> LossConfig:
         """A published objective by name, with ``changes`` to its fields: ``preset("grpo", kl=KL(0.04))``."""
         name = read_name("preset", name, PRESETS)
-        known = [f.name for f in dataclasses.fields(cls)]
-        for field in changes:
-            check_name(f"preset({name!r}, ...): the field", field, known)
+        check_options(f"preset({name!r}, ...): the field", changes, [f.name for f in dataclasses.fields(cls)])
         return dataclasses.replace(PRESETS[name].config, **changes)
 
     @classmethod

@@ -1,0 +1,70 @@
+"""What other packages call the options of a loss: whoever uses such a name here is told ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from .checks import check_name, nearest
+
+_Class = TypeVar("_Class", bound=type)
+
+ELSEWHERE = {
+    **dict.fromkeys(("beta", "kl_beta", "kl_coef", "kl_coeff", "kl_loss_coef", "init_kl_coef"), ("kl", "KL({0})")),
+    **dict.fromkeys(("kl_penalty", "kl_loss_type", "kl_estimator"), ("kl", "KL(..., estimator={0})")),
+    "use_bias_correction_kl": ("kl", "KL(..., ratio_weighted={0})"),
+    **dict.fromkeys(
+        ("epsilon", "eps", "clip", "clip_eps", "clip_range", "clip_ratio", "cliprange", "eps_clip"),
+        ("surrogate", "Clip({0}, {0})"),
+    ),
+    **dict.fromkeys(("epsilon_low", "eps_low", "clip_ratio_low", "eps_clip_low"), ("surrogate", "Clip(low={0})")),
+    **dict.fromkeys(("epsilon_high", "eps_high", "clip_ratio_high", "eps_clip_high"), ("surrogate", "Clip(high={0})")),
+    **dict.fromkeys(("delta", "clip_ratio_c", "dual_clip"), ("surrogate", "Clip(dual={0})")),
+    **dict.fromkeys(("loss_type", "loss_mode"), ("config", "LossConfig.preset({0})")),
+    "importance_sampling_level": ("level", "{0}"),
+    "loss_agg_mode": ("aggregation", "..."),
+    "max_completion_length": ("constant_length", "{0}"),
+    "num_generations": ("group_size", "{0}"),
+    **dict.fromkeys(("ent_coef", "entropy_coeff"), ("entropy_coef", "{0}")),
+    **dict.fromkeys(
+        ("tis_imp_ratio_cap", "rollout_is_threshold", "vllm_importance_sampling_cap"), ("rollout", "TruncatedIS({0})")
+    ),
+}
+"""Of TRL, Liger, verl and OpenRLHF: our name, and its value where theirs is {0}."""
+
+
+def translated(name: str, value: object, allowed: Iterable[str]) -> str | None:
+    """Ours in place of ``name=value``; None where no other package is known to say it. ``allowed`` are the names that
+    the called function or class takes: what is none of them belongs in its config."""
+    if name not in ELSEWHERE:
+        return None
+    ours, expression = ELSEWHERE[name]
+    shown = repr(value) if isinstance(value, (int, float, str)) else "..."
+    written = f"{ours}={expression.format(shown)}"
+    return written if ours == "config" or ours in allowed else f"config=LossConfig({written})"
+
+
+def check_options(kind: str, options: Mapping[str, object], allowed: Iterable[str]) -> None:
+    """Raise a ValueError, with ours, for the first option that is none of ``allowed``."""
+    names = list(allowed)
+    for name, value in options.items():
+        check_name(kind, name, names, translated(name, value, names))
+
+
+def translates_fields(cls: _Class) -> _Class:
+    """Let the TypeError of a dataclass that is given an unknown field say which one was meant."""
+    init, names = cls.__init__, [field.name for field in dataclasses.fields(cls)]  # type: ignore[misc]
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **fields: Any) -> None:
+        for name, value in fields.items():
+            if name not in names:
+                meant = translated(name, value, names) or f"{nearest(name, names)!r}"
+                message = f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}"
+                raise TypeError(f"{message}. Did you mean {meant}?")
+        init(self, *args, **fields)
+
+    cls.__init__ = checked  # type: ignore[misc]
+    return cls
