@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from .backends import ops
-from .backends.spec import LogitArgs
+from .backends.spec import LogitArgs, numbers_vector
 from .calls import autograd
 from .calls.arguments import check_inplace, check_logit_args
 from .calls.contents import check_contents
 from .calls.outputs import TokenLogProbs
-from .calls.routes import Require, check_require, choose_backend, route_of
+from .calls.routes import Require, choose_log_probs
 from .calls.support import Support, check_not_inplace, supported_log_probs
 from .calls.tokens import read_tokens
 
@@ -58,20 +58,19 @@ def token_log_probs(
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("token_log_probs", logit_args, check)
     tokens = read_tokens("token_log_probs", logits, token_ids, mask, {}, check)
-    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
-    if inplace and needs_gradient:
+    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+    if inplace and wants_gradient:
         check_inplace("token_log_probs", logits, tokens.tensors)
-    choice = choose_backend(tokens, backend, logit_args)
-    check_require(tokens, require, route_of(choice, None, wants_gradient=False, copies=support is not None))
-    chosen = choice.backend
-    check_contents(tokens, chosen, logit_args, check)
+    softcap, copies = logit_softcap is not None, support is not None
+    route = choose_log_probs(tokens, backend=backend, softcap=softcap, require=require, copies=copies)
+    check_contents(tokens, route.backend, logit_args)
     if support is not None:
         check_not_inplace("token_log_probs", inplace, tokens.tensors)
-        found = supported_log_probs(logits, tokens, support, logit_args, chosen)
-        return TokenLogProbs(*(output.view(tokens.shape) for output in found))
-    rows = tokens.rows(logit_args)
-    if needs_gradient:
-        outputs = autograd.LogProbs.apply(logits, rows, chosen, inplace)
+        log_prob, entropy = supported_log_probs(logits, tokens, support, logit_args, route.backend)
+        return TokenLogProbs(log_prob.view(tokens.shape), entropy.view(tokens.shape))
+    rows = tokens.rows(numbers_vector(logit_args, 1.0, None, tokens.real, logits.device), softcap)
+    if wants_gradient:
+        log_prob, entropy = autograd.LogProbs.apply(logits, rows, route.backend, inplace)
     else:
-        outputs = ops.log_probs(rows._replace(logits=logits.detach()), chosen)[:2]
-    return TokenLogProbs(*(output.view(tokens.shape) for output in outputs))
+        log_prob, entropy, *_ = ops.log_probs(rows._replace(logits=logits.detach()), route.backend)
+    return TokenLogProbs(log_prob.view(tokens.shape), entropy.view(tokens.shape))

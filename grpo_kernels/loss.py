@@ -9,21 +9,21 @@ import torch
 from torch import Tensor
 
 from .backends import ops
-from .backends.contract import RowGradients, Rows, TokenValues
-from .backends.spec import NUMBERS, LogitArgs, ObjectiveSpec
+from .backends.contract import Rows, TokenValues
+from .backends.spec import NUMBERS, LogitArgs, ObjectiveSpec, numbers_vector
 from .calls import autograd
-from .calls.arguments import check_inplace, check_logit_args
-from .calls.batch import LossInputs, TokenBatch, read_batch
+from .calls.arguments import check_inplace, check_logit_args, checked_scale
+from .calls.batch import LossArguments, read_batch
 from .calls.contents import check_contents
 from .calls.modules import LossModule
-from .calls.outputs import LossOutput
-from .calls.routes import Require, check_require, choose_backend, one_pass_spec, route_of
+from .calls.outputs import LossOutput, Outcome
+from .calls.routes import Require, choose
 from .calls.support import Support, check_not_inplace, supported_log_probs
-from .calls.terms import fast_token_terms, reduce_records
+from .calls.terms import Settled, TokenBatch, reduce_records, settle
+from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
+from .calls.token_losses import token_losses as losses_of_tokens
 from .calls.tokens import read_tokens
-from .objectives.checks import check_positive
 from .objectives.config import LossConfig, resolve_config
-from .objectives.metrics import Metrics
 from .objectives.normalizer import Normalizer
 
 
@@ -50,6 +50,7 @@ def grpo_loss(
     inplace: bool = False,
     support: Support | None = None,
     skip_zero_advantage: bool = False,
+    token_losses: bool = False,
     check: bool | None = None,
     backend: str | None = None,
     require: Require | None = None,
@@ -88,6 +89,9 @@ def grpo_loss(
         support: the tokens that the sampler could draw, as for ``token_log_probs``; give old and reference log-probs
             over their own. Two passes.
         skip_zero_advantage: rows with A = 0 are not read; their outputs are 0.
+        token_losses: return the loss of every token, unweighted by the aggregation, in ``out.token_losses`` (and no
+            ``out.loss``): for a reduction of your own, which the gradient follows. Two passes; ``normalizer``,
+            ``grad_scale`` and ``inplace`` are refused.
         check: also check contents on a device, which waits for it, and more of them everywhere (ids in range and not
             shifted, masks without fractions, weights >= 0). None: the environment's GRPO_KERNELS_CHECK.
         backend: "cpu", "cuda", "triton", "torch"; None: the fastest that serves the call ("cuda" only where proven).
@@ -95,7 +99,8 @@ def grpo_loss(
         require: "fused": raise where compiled kernels would not compute loss and gradient in one pass.
 
     Returns:
-        LossOutput(loss, metrics, log_probs, entropy, route); only ``loss`` is differentiable, in ``logits`` alone.
+        LossOutput(loss, metrics, log_probs, entropy, route, token_losses); only ``loss`` (or ``token_losses``) is
+        differentiable, in ``logits`` alone.
         ``route`` says which backend computed it, in how many passes over the logits, and why.
 
     Raises:
@@ -105,57 +110,74 @@ def grpo_loss(
             backward.
     """
     config = resolve_config(config)
-    given = LossInputs(
-        *(advantages, old_log_probs, ref_log_probs, rollout_log_probs, token_weights, cu_seqlens, normalizer),
-        *(kl_coef, entropy_coef, skip_zero_advantage, check, entropy_threshold),
+    arguments = LossArguments(
+        advantages=advantages,
+        old_log_probs=old_log_probs,
+        ref_log_probs=ref_log_probs,
+        rollout_log_probs=rollout_log_probs,
+        token_weights=token_weights,
+        cu_seqlens=cu_seqlens,
+        normalizer=normalizer,
+        kl_coef=kl_coef,
+        entropy_coef=entropy_coef,
+        entropy_threshold=entropy_threshold,
+        skip_zero_advantage=skip_zero_advantage,
+        token_losses=token_losses,
     )
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("grpo_loss", logit_args, check)
-    tokens = read_tokens("grpo_loss", logits, token_ids, mask, given.tensors, check)
-    needs_gradient = torch.is_grad_enabled() and logits.requires_grad
-    if inplace and needs_gradient:
+    tokens = read_tokens("grpo_loss", logits, token_ids, mask, arguments.tensors, check)
+    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+    if token_losses:
+        refuse_what_losses_of_tokens_lack(tokens, grad_scale, inplace)
+    if inplace and wants_gradient:
         check_inplace("grpo_loss", logits, tokens.tensors)
-    choice = choose_backend(tokens, backend, logit_args, needs_gradient)
-    tokens, batch = read_batch(tokens, config, given)
-    spec: ObjectiveSpec | str = one_pass_spec(config, batch, given)
-    if logits.dtype == torch.float16 and grad_scale is None:
-        spec = "an fp16 gradient is written once its factor is known: announce it, grad_scale="
-    route = route_of(choice, spec if isinstance(spec, str) else None, needs_gradient, copies=support is not None)
-    check_require(tokens, require, route)
-    backend = choice.backend
-    check_contents(tokens, backend, logit_args, check)
-    rows = tokens.rows(logit_args, announced_scale("grpo_loss", grad_scale, check), config, entropy_threshold)
-    call = _Call(config, rows, batch, backend, inplace)
+    tokens, batch = read_batch(tokens, config, arguments)
+    plan = choose(
+        tokens,
+        config,
+        batch,
+        arguments,
+        backend=backend,
+        softcap=logit_softcap is not None,
+        require=require,
+        wants_gradient=wants_gradient,
+        copies=support is not None,
+        unknown=_unknown_slope(logits, grad_scale, token_losses),
+    )
+    backend = plan.route.backend
+    check_contents(tokens, backend, logit_args)
+    scale = 1.0 if grad_scale is None else checked_scale("grpo_loss", grad_scale, check)
+    numbers = numbers_vector(logit_args, scale, config, tokens.real, logits.device, entropy_threshold)
+    call = _Call(config, tokens.rows(numbers, logit_softcap is not None), batch, backend, inplace)
 
     if support is not None:
         check_not_inplace("grpo_loss", inplace, tokens.tensors)
-        loss, metrics, log_prob, entropy = call.of_log_probs(
-            *supported_log_probs(logits, tokens, support, logit_args, backend)
-        )
-    elif not needs_gradient:
-        loss, metrics, log_prob, entropy = call.forward_only()
-    elif route.passes == 1 and not isinstance(spec, str):
-        loss, metrics, log_prob, entropy = call.one_pass(spec)
+        known = supported_log_probs(logits, tokens, support, logit_args, backend)
+        outcome = call.tokens_of(*known) if token_losses else call.of_log_probs(*known)
+    elif not wants_gradient and not token_losses:
+        outcome = call.forward_only()
+    elif token_losses:
+        outcome = call.tokens_of(*autograd.LogProbs.apply(logits, call.rows, backend, False))
+    elif plan.fused and plan.spec is not None:
+        outcome = call.one_pass(plan.spec)
     else:
-        loss, metrics, log_prob, entropy = call.two_passes()
-    return LossOutput(loss, metrics, log_prob.view(tokens.shape), entropy.view(tokens.shape), route)
+        outcome = call.two_passes()
+    return outcome.output(tokens.shape, plan.route, token_losses)
 
 
-def announced_scale(function: str, grad_scale: float | Tensor | None, check: bool | None) -> float | Tensor:
-    """The factor that gradients are written with."""
-    if grad_scale is None:
-        return 1.0
-    check_positive(function, "grad_scale", grad_scale, check)
-    return grad_scale
-
-
-_Outcome = tuple[Tensor, Metrics, Tensor, Tensor]
-"""Loss, metrics, log-probs and entropies."""
+def _unknown_slope(logits: Tensor, grad_scale: float | Tensor | None, token_losses: bool) -> str | None:
+    """Return why a row's slope is not known in forward, whatever the objective."""
+    if token_losses:
+        return ON_DEMAND
+    if logits.dtype == torch.float16 and grad_scale is None:
+        return "an fp16 gradient is written once its factor is known: announce it, grad_scale="
+    return None
 
 
 @dataclass(frozen=True)
 class _Call:
-    """The three routes of one loss; each returns its outcome."""
+    """The routes of one loss."""
 
     config: LossConfig
     rows: Rows
@@ -163,14 +185,13 @@ class _Call:
     backend: str
     inplace: bool
 
-    def forward_only(self) -> _Outcome:
-        rows = self.rows
+    def forward_only(self) -> Outcome:
         with torch.no_grad():
-            stats = ops.log_probs(rows, self.backend)
-            loss, metrics, _ = self._settle(stats.log_prob, stats.entropy)
-        return loss, metrics, stats.log_prob, stats.entropy
+            stats = ops.log_probs(self.rows, self.backend)
+            settled = self._settle(stats.log_prob, stats.entropy)
+        return Outcome(settled.loss, settled.metrics, stats.log_prob, stats.entropy)
 
-    def one_pass(self, spec: ObjectiveSpec) -> _Outcome:
+    def one_pass(self, spec: ObjectiveSpec) -> Outcome:
         rows, batch = self.rows, self.batch
         with torch.no_grad():
             gradient = rows.logits.detach()
@@ -184,31 +205,35 @@ class _Call:
         announced = rows.numbers[NUMBERS.index("grad_scale")]
         known = (announced, rows.token_ids, self.backend, "grpo_loss")
         loss = autograd.KnownGradients.apply(value, *known, rows.logits, gradient)
-        return loss, metrics, log_prob, entropy
+        return Outcome(loss, metrics, log_prob, entropy)
 
-    def two_passes(self) -> _Outcome:
+    def two_passes(self) -> Outcome:
         rows = self.rows
         with torch.no_grad():
             stats = ops.log_probs(rows._replace(logits=rows.logits.detach()), self.backend)
-            value, metrics, gradients = self._settle(stats.log_prob, stats.entropy)
-        loss = autograd.LossGradient.apply(rows.logits, value, rows, stats, gradients, self.backend, self.inplace)
-        return loss, metrics, stats.log_prob, stats.entropy
+            settled = self._settle(stats.log_prob, stats.entropy)
+        loss = autograd.LossGradient.apply(
+            rows.logits, settled.loss, rows, stats, settled.gradients, self.backend, self.inplace
+        )
+        return Outcome(loss, settled.metrics, stats.log_prob, stats.entropy)
 
-    def of_log_probs(self, log_prob: Tensor, entropy: Tensor) -> _Outcome:
+    def of_log_probs(self, log_prob: Tensor, entropy: Tensor) -> Outcome:
         """From log-probs and entropies that make their own gradient."""
         with torch.no_grad():
-            value, metrics, gradients = self._settle(log_prob.detach(), entropy.detach())
-        loss = autograd.LossOfLogProbs.apply(log_prob, entropy, value, *gradients)
-        return loss, metrics, log_prob.detach(), entropy.detach()
+            settled = self._settle(log_prob.detach(), entropy.detach())
+        loss = autograd.LossOfLogProbs.apply(log_prob, entropy, settled.loss, *settled.gradients)
+        return Outcome(loss, settled.metrics, log_prob.detach(), entropy.detach())
 
-    def _settle(self, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Metrics, RowGradients]:
-        """Return loss and metrics of log-probs, and its slopes in them and in the entropies."""
-        batch, numbers = self.batch, self.rows.numbers
-        records, slope = fast_token_terms(self.config, batch, log_prob, entropy, numbers, self.backend)
-        values = TokenValues(log_prob, entropy, batch.live)
-        value, metrics = reduce_records(self.config, batch, values, records, self.backend)
-        weight = batch.inputs.entropy_weight
-        return value, metrics, RowGradients(slope, None if weight is None else -weight)
+    def tokens_of(self, log_prob: Tensor, entropy: Tensor) -> Outcome:
+        """Losses of tokens, from such log-probs and entropies."""
+        with torch.no_grad():
+            metrics = self._settle(log_prob.detach(), entropy.detach()).metrics
+        losses = losses_of_tokens(self.config, self.batch, log_prob, entropy)
+        return Outcome(losses, metrics, log_prob.detach(), entropy.detach())
+
+    def _settle(self, log_prob: Tensor, entropy: Tensor) -> Settled:
+        values = TokenValues(log_prob, entropy, self.batch.live)
+        return settle(self.config, self.batch, values, self.rows.numbers, self.backend)
 
 
 class GRPOLoss(LossModule):

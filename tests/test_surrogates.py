@@ -11,8 +11,7 @@ from cases import KLS, ONE_PASS, SURROGATES
 from grpo_kernels import KL, Cispo, Clip, DppoTV, LossConfig, MaskedIS, Rejection, TruncatedIS, backends
 from grpo_kernels.backends.contract import TokenInputs, TokenRecords, TokenValues
 from grpo_kernels.backends.spec import LogitArgs, numbers_vector, objective_spec
-from grpo_kernels.calls.batch import TokenBatch
-from grpo_kernels.calls.terms import token_terms
+from grpo_kernels.calls.terms import TokenBatch, token_terms
 from grpo_kernels.objectives.kl import kl_terms
 from grpo_kernels.objectives.maths import k3_of, times
 from grpo_kernels.objectives.sequences import Padded

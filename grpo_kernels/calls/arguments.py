@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -135,7 +136,21 @@ def check_pooled(
 
 
 def check_logit_args(function: str, args: LogitArgs, check: bool | None = None) -> None:
-    """Each a positive number that fp32 holds, and so are the quotients that kernels form of them."""
+    """Raise unless each is a positive number that fp32 holds, and so are the quotients that kernels form of them."""
+    plain = {type(value) for value in args} <= {int, float, type(None)}
+    if plain and not torch.compiler.is_compiling():
+        _check_logit_numbers(function, args)
+    else:
+        _check_logit_args(function, args, check)
+
+
+@functools.lru_cache(maxsize=64)
+def _check_logit_numbers(function: str, args: LogitArgs) -> None:
+    """Plain numbers are looked at once."""
+    _check_logit_args(function, args, None)
+
+
+def _check_logit_args(function: str, args: LogitArgs, check: bool | None) -> None:
     temperature = check_positive(function, "temperature", args.temperature, check)
     scale = check_positive(function, "logit_scale", args.logit_scale, check)
     _check_quotient(function, "logit_scale / temperature", scale, temperature)
@@ -149,3 +164,9 @@ def _check_quotient(function: str, names: str, over: float | None, under: float 
     if over is not None and under is not None and not SMALLEST <= over / under <= LARGEST:
         expected = f"{names} in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it"
         fail(function, expected, f"{over!r} / {under!r}")
+
+
+def checked_scale(function: str, grad_scale: float | Tensor, check: bool | None) -> float | Tensor:
+    """Return the factor that gradients are written with."""
+    check_positive(function, "grad_scale", grad_scale, check)
+    return grad_scale

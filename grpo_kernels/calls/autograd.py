@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from ..backends import ops
 from ..backends.contract import RowGradients, Rows, RowStats
 from .arguments import ordinary
+from .head import HeadTensors, Wants
 
 _SPENT = (
     "{function}: a second backward through one call. Its gradient was computed during forward and has been handed "
@@ -154,14 +155,13 @@ class LogProbs(torch.autograd.Function):
 
 
 class LinearLogProbs(torch.autograd.Function):
-    """Log-probs and entropies from hidden states; ``sweep`` (linear.py) computes both ways, chunk by chunk."""
+    """Log-probs and entropies from hidden states; ``sweep`` (sweep.py) computes both ways, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx: Any, sweep: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        stats = sweep.log_probs(hidden, weight, bias)
+    def forward(ctx: Any, sweep: Any, *head: Tensor | None) -> tuple[Tensor, Tensor]:
+        stats = sweep.log_probs(HeadTensors(*head))  # type: ignore[arg-type]
         if any(ctx.needs_input_grad):
-            head = (None if tensor is None else ordinary(tensor) for tensor in (hidden, weight, bias))
-            ctx.save_for_backward(*head, *stats)
+            ctx.save_for_backward(*(None if tensor is None else ordinary(tensor) for tensor in head), *stats)
         ctx.set_materialize_grads(False)
         ctx.sweep = sweep
         return sweep.live_rows.scatter(stats.log_prob), sweep.live_rows.scatter(stats.entropy)
@@ -171,9 +171,9 @@ class LinearLogProbs(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream == (None, None):
             return None, None, None, None
-        *head, log_prob, entropy, anchor, log_sum = ctx.saved_tensors
-        stats, gradients = RowStats(log_prob, entropy, anchor, log_sum), RowGradients(*upstream)
-        return None, *ctx.sweep.gradients(ctx.needs_input_grad[1:], *head, stats, gradients)
+        hidden, weight, bias, *stats = ctx.saved_tensors
+        wants, head = Wants(*ctx.needs_input_grad[1:]), HeadTensors(hidden, weight, bias)
+        return None, *ctx.sweep.gradients(wants, head, RowStats(*stats), RowGradients(*upstream))
 
 
 def backward_rows(rows: Rows, stats: RowStats, gradients: RowGradients, backend: str, inplace: bool) -> Tensor:

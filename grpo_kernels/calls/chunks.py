@@ -17,9 +17,9 @@ from ..backends.contract import TokenInputs
 from ..objectives.checks import fail, may_look
 from ..objectives.maths import accumulate_dtype
 from ..objectives.sequences import Packed, Padded, Sequences
-from .batch import TokenBatch
 from .head import head_kind
-from .tokens import Tokens
+from .terms import TokenBatch
+from .tokens import RowTokens
 
 CHUNK_BYTES = 1 << 30
 _GPU_MULTIPLE = 128
@@ -35,7 +35,7 @@ def cut(values: _Tuple, first: int, last: int) -> _Tuple:
     return values._make(parts)
 
 
-def chunk_rows(tokens: Tokens, operands: torch.dtype, chunk_bytes: int) -> int:
+def chunk_rows(tokens: RowTokens, operands: torch.dtype, chunk_bytes: int) -> int:
     """How many rows' logits, hidden states and their gradients fit ``chunk_bytes``."""
     kind = head_kind(tokens.states.device.type, operands, tokens.dtype)
     fixed, per_row = kind.bytes(tokens.states.shape[-1], tokens.vocab, operands, tokens.dtype)
@@ -71,14 +71,12 @@ class LiveRows:
     """(S+1,) of the sequences among the rows, where no chunk cuts one; None where one does, or nobody asked."""
 
     @classmethod
-    def of(
-        cls, tokens: Tokens, chunk: int, live_tokens: int | None, check: bool | None, sequences: Sequences | None = None
-    ) -> LiveRows:
+    def of(cls, tokens: RowTokens, chunk: int, live_tokens: int | None, sequences: Sequences | None = None) -> LiveRows:
         """Chunks of ``chunk`` rows, given ``sequences`` of as many whole sequences as fit, if the longest does. Waits
         for the device once, to count, unless told ``live_tokens``."""
         flat = tokens.live.reshape(-1)
         lengths = None if sequences is None else sequences.sum(tokens.live.to(accumulate_dtype(flat.device)))
-        counts, cut = _count(tokens, lengths, live_tokens, check)
+        counts, cut = _count(tokens, lengths, live_tokens)
         count = padded = sum(counts)
         if pads(flat.device.type):
             padded = -(-count // _GPU_MULTIPLE) * _GPU_MULTIPLE
@@ -161,15 +159,13 @@ def _chunks_of_sequences(lengths: list[int], chunk: int, count: int) -> list[tup
     return list(zip(starts, [*starts[1:], count], strict=True)) if count else []
 
 
-def _count(
-    tokens: Tokens, lengths: Tensor | None, live_tokens: int | None, check: bool | None
-) -> tuple[list[int], Tensor | None]:
+def _count(tokens: RowTokens, lengths: Tensor | None, live_tokens: int | None) -> tuple[list[int], Tensor | None]:
     """How many rows to work on, sequence by sequence where ``lengths`` can be read, and ``LiveRows.cut``."""
     live = tokens.live
     if live_tokens is not None and (type(live_tokens) is not int or live_tokens < 0):
         error = ValueError if type(live_tokens) is int else TypeError
         fail(tokens.function, "live_tokens to be an int >= 0", repr(live_tokens), error=error)
-    if live_tokens is None or may_look(live, check):
+    if live_tokens is None or may_look(live, tokens.checks):
         counts = [int(live.sum())] if lengths is None else [int(length) for length in lengths.tolist()]
         if live_tokens is not None and sum(counts) > live_tokens:
             expected = f"live_tokens >= {sum(counts)}, the live tokens"

@@ -8,17 +8,18 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..backends import ops
-from ..backends.spec import LogitArgs
-from ..objectives.checks import asked_to_look, fail
-from .tokens import Tokens
+from ..backends.spec import LogitArgs, numbers_vector
+from ..objectives.checks import fail, may_look
+from .tokens import RowTokens
 
 
-def check_contents(tokens: Tokens, backend: str, logit_args: LogitArgs, check: bool | None) -> None:
-    """With checks on: ids in range, and ids that look shifted by one row. Waits for the device."""
-    check_ids(tokens, check)
-    if not asked_to_look(tokens.states, check):
+def check_contents(tokens: RowTokens, backend: str, logit_args: LogitArgs) -> None:
+    """With checks on, raise where ids are out of range or look shifted by one row. Waits for the device."""
+    if not (tokens.checks and may_look(tokens.states, tokens.checks)):
         return
-    rows = tokens.rows(logit_args)
+    check_ids(tokens)
+    numbers = numbers_vector(logit_args, 1.0, None, tokens.real, tokens.states.device)
+    rows = tokens.rows(numbers, logit_args.logit_softcap is not None)
 
     def log_probs(ids: Tensor, live: Tensor) -> Tensor:
         logits = tokens.states.detach()
@@ -27,9 +28,9 @@ def check_contents(tokens: Tokens, backend: str, logit_args: LogitArgs, check: b
     check_shift(tokens, log_probs)
 
 
-def check_ids(tokens: Tokens, check: bool | None) -> None:
-    """With checks on: that live ids are in the vocabulary."""
-    if not asked_to_look(tokens.token_ids, check):
+def check_ids(tokens: RowTokens, always: bool = False) -> None:
+    """With checks on, or always, raise where live ids are not in the vocabulary."""
+    if not ((always or tokens.checks) and may_look(tokens.token_ids, True)):
         return
     function, ids, live = tokens.function, tokens.token_ids, tokens.live
     bad = live & ((ids < 0) | (ids >= tokens.vocab))
@@ -43,7 +44,7 @@ _SHIFT_TOKENS, _SHIFT_NATS, _SHIFT_ERRORS = 16, 1.0, 6.0
 """Tokens that are evidence at all; their mean gain, and how many of its standard errors it must be."""
 
 
-def check_shift(tokens: Tokens, log_probs: Callable[[Tensor, Tensor], Tensor]) -> None:
+def check_shift(tokens: RowTokens, log_probs: Callable[[Tensor, Tensor], Tensor]) -> None:
     """Ids that were not shifted, or cut at the wrong end (``ids[:, :-1]``), have an accepted shape and the wrong
     meaning: every token is likelier one row earlier, which saw what comes before it and not the token itself.
     ``log_probs`` gives those of (ids, live).

@@ -18,12 +18,36 @@ cache."""
 _NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
+class HeadTensors(NamedTuple):
+    """What logits are made of, or their gradients, in the callers' dtypes."""
+
+    hidden: Tensor
+    """(B, T or T+1, H) or (N, H)"""
+    weight: Tensor
+    """(V, H)"""
+    bias: Tensor | None
+    """(V,)"""
+
+
+class HeadGradients(NamedTuple):
+    """The gradients in ``HeadTensors``; None where none is wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
 class Wants(NamedTuple):
     """Which gradients are computed."""
 
     hidden: bool
     weight: bool
     bias: bool
+
+    @classmethod
+    def of(cls, head: HeadTensors) -> Wants:
+        enabled = torch.is_grad_enabled()
+        return cls(*(enabled and tensor is not None and tensor.requires_grad for tensor in head))
 
 
 @functools.cache

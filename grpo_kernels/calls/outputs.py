@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
 
 from ..objectives.metrics import Metrics
@@ -11,8 +12,10 @@ from .routes import Route
 
 
 class LossOutput(NamedTuple):
+    """A loss and what came with it."""
+
     loss: Tensor
-    """0-d, fp32 (fp64 for fp64 logits); differentiable."""
+    """0-d, fp32 (fp64 for fp64 logits); differentiable. With ``token_losses=True`` there is none: it raises."""
     metrics: Metrics
     log_probs: Tensor
     """Shape of token_ids, detached; 0 at masked positions."""
@@ -20,9 +23,48 @@ class LossOutput(NamedTuple):
     """Shape of token_ids, nats, detached; 0 at masked positions."""
     route: Route | None = None
     """Backend, passes and the reason for them; None of the reference."""
+    token_losses: Tensor | None = None
+    """With ``token_losses=True``: u·ρ·f + kl_coef·k - entropy_coef·H of every token, without the aggregation's weight,
+    shape of token_ids, 0 at masked positions; differentiable under any reduction of the caller's."""
+
+
+class TokenLosses(LossOutput):
+    """What a call with ``token_losses=True`` returns."""
+
+    __slots__ = ()
+
+    @property
+    def loss(self) -> NoReturn:
+        raise AttributeError(
+            "token_losses=True gives out.token_losses, for the caller to reduce, as in (out.token_losses * w).sum(), and "
+            "no loss. Leave token_losses out for the config's own aggregation."
+        )
+
+    @classmethod
+    def of(cls, token_losses: Tensor, **others: Any) -> TokenLosses:
+        return cls(None, **others, token_losses=token_losses)  # type: ignore[arg-type]
+
+
+class Outcome(NamedTuple):
+    """What a route came to, (B, T)."""
+
+    loss: Tensor
+    """0-d, or losses of tokens; differentiable."""
+    metrics: Metrics
+    log_prob: Tensor
+    entropy: Tensor
+
+    def output(self, shape: torch.Size, route: Route, token_losses: bool) -> LossOutput:
+        log_probs, entropy = self.log_prob.view(shape), self.entropy.view(shape)
+        if not token_losses:
+            return LossOutput(self.loss, self.metrics, log_probs, entropy, route)
+        losses = self.loss.view(shape)
+        return TokenLosses.of(losses, metrics=self.metrics, log_probs=log_probs, entropy=entropy, route=route)
 
 
 class TokenLogProbs(NamedTuple):
+    """Log-probs and entropies of tokens."""
+
     log_probs: Tensor
     """Shape of token_ids, fp32 (fp64 for fp64 logits); differentiable; 0 at masked positions."""
     entropy: Tensor

@@ -1,16 +1,18 @@
-"""Which kernels a loss takes, and why: decided before anything is computed."""
+"""Which kernels a call takes, and why: decided before anything is computed, of logits and of hidden states alike."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from .. import backends
 from ..backends import Choice
-from ..backends.spec import LogitArgs, ObjectiveSpec, objective_spec
+from ..backends.spec import ObjectiveSpec, objective_spec
 from ..objectives.checks import check_name, fail
 from ..objectives.config import LossConfig
-from .batch import LossInputs, TokenBatch, advantages_per_sequence
-from .tokens import Tokens
+from .batch import LossArguments, advantages_per_sequence
+from .terms import TokenBatch
+from .tokens import RowTokens, Tokens
 
 Require = Literal["fused"]
 REQUIREMENTS = ("fused",)
@@ -27,58 +29,115 @@ class Route(NamedTuple):
     """Why it is not fewer passes, or not a faster backend."""
 
 
-def one_pass_spec(config: LossConfig, batch: TokenBatch, given: LossInputs) -> ObjectiveSpec | str:
-    """What to tell the one-pass kernel; or why it cannot serve, where a row's slope is not known from that row alone.
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done for a loss."""
 
-    It is at token level; on-policy also at the sequence levels, if the mean of the slopes over a sequence is each of
-    them (one advantage, one weight), but not for the sum ("sequence_product").
+    route: Route
+    spec: ObjectiveSpec | None
+    """What to tell a one-pass kernel; None where a row's slope does not follow from the row, or no kernel has it."""
+    fused: bool
+    """Whether loss and gradient come in that one pass."""
+
+
+def choose(
+    tokens: RowTokens,
+    config: LossConfig,
+    batch: TokenBatch,
+    arguments: LossArguments,
+    *,
+    backend: str | None,
+    softcap: bool,
+    require: Require | None,
+    wants_gradient: bool,
+    copies: bool = False,
+    unknown: str | None = None,
+) -> Plan:
+    """Choose backend and passes of a loss.
+
+    Args:
+        backend: the one asked for by name.
+        softcap: whether logits have one.
+        require: "fused": raise where compiled kernels would not compute loss and gradient in one pass.
+        wants_gradient: whether any of what the loss depends on requires one.
+        copies: whether rows are copied first, for a truncated support.
+        unknown: why a row's slope is not known in forward, whatever the objective; None where it may be.
+
+    Raises:
+        RuntimeError: a backend that cannot serve the call, or not as required.
     """
-    if config.kl_pooling != config.pooling:
-        return f"the KL's ratio is pooled at level {config.kl.level!r}, the policy's at {config.level!r}"
-    if config.pooling.pools and batch.inputs.old is not None:
-        return f"level {config.level!r} pools the ratios of a sequence before any of its slopes is known"
-    if config.pooling.spreads:
-        uniform = config.pooling.spread == "mean" and given.token_weights is None
-        uniform &= advantages_per_sequence(batch.sequences, given.advantages)
+    choice = _choose_backend(tokens, backend, softcap, fused=wants_gradient)
+    spec, reason = _one_pass_spec(config, batch, arguments)
+    route = _route_of(choice, unknown or reason, wants_gradient, copies)
+    if require is not None:
+        _check_require(tokens, require, route)
+    return Plan(route, spec, fused=wants_gradient and route.passes == 1)
+
+
+def choose_log_probs(
+    tokens: RowTokens, *, backend: str | None, softcap: bool, require: Require | None, copies: bool = False
+) -> Route:
+    """Choose the backend of log-probs alone."""
+    choice = _choose_backend(tokens, backend, softcap, fused=False)
+    route = _route_of(choice, None, wants_gradient=False, copies=copies)
+    if require is not None:
+        _check_require(tokens, require, route)
+    return route
+
+
+def _choose_backend(tokens: RowTokens, backend: str | None, softcap: bool, fused: bool) -> Choice:
+    request = backends.Request(tokens.states.device, tokens.dtype, tokens.vocab, fused, softcap)
+    return backends.choose(tokens.function, request, backend)
+
+
+def _one_pass_spec(
+    config: LossConfig, batch: TokenBatch, arguments: LossArguments
+) -> tuple[ObjectiveSpec | None, str | None]:
+    """Return what to tell the one-pass kernel, or why it cannot serve.
+
+    A row's slope is known from that row alone at token level; on-policy also at the sequence levels, if the mean of the
+    slopes over a sequence is each of them (one advantage, one weight), but not for the sum ("sequence_product").
+    """
+    pooling = config.pooling
+    if config.kl_pooling != pooling:
+        return None, f"the KL's ratio is pooled at level {config.kl.level!r}, the policy's at {config.level!r}"
+    if pooling.pools and batch.inputs.old is not None:
+        return None, f"level {config.level!r} pools the ratios of a sequence before any of its slopes is known"
+    if pooling.spreads:
+        uniform = pooling.spread == "mean" and arguments.token_weights is None
+        uniform &= advantages_per_sequence(batch.sequences, arguments.advantages)
         uniform &= batch.inputs.kl_weight is None or not config.kl.ratio_weighted
-        uniform &= len(config.schemes) == 0 and given.entropy_threshold is None
+        uniform &= len(config.schemes) == 0 and arguments.entropy_threshold is None
         if not uniform:
-            return f"level {config.level!r} spreads the slopes of a sequence over its tokens, which differ here"
+            return None, f"level {config.level!r} spreads the slopes of a sequence over its tokens, which differ here"
     spec = objective_spec(config, batch.inputs.kl_weight is not None, batch.schemes)
-    if spec is None and config.surrogate.kernel_id is None:
-        return f"{type(config.surrogate).__name__} has no one-pass kernel"
-    return spec or f"no one-pass kernel applies {', '.join(map(repr, batch.schemes))} inside of a row"
+    if spec is not None:
+        return spec, None
+    if config.surrogate.kernel_id is None:
+        return None, f"{type(config.surrogate).__name__} has no one-pass kernel"
+    return None, f"no one-pass kernel applies {', '.join(map(repr, batch.schemes))} inside of a row"
 
 
-def route_of(chosen: Choice, two_passes: str | None, wants_gradient: bool, copies: bool = False) -> Route:
-    """``two_passes`` is the reason for them, None if the objective takes one. ``copies``: rows are copied first."""
+def _route_of(choice: Choice, two_passes: str | None, wants_gradient: bool, copies: bool) -> Route:
+    """Return the route; ``two_passes`` is the reason for them, None if the objective takes one."""
     if copies:
         passes, reason = 2, "support= works on copies of the rows"
     elif not wants_gradient:
         passes, reason = 1, "no gradient is wanted"
     elif two_passes is not None:
         passes, reason = 2, two_passes
-    elif not chosen.fuses:
-        passes, reason = 2, chosen.unfused
+    elif not choice.fuses:
+        passes, reason = 2, choice.unfused
     else:
         passes, reason = 1, "every row's slope follows from that row"
-    return Route(chosen.backend, passes, "; ".join([reason, *([chosen.passed_over] if chosen.passed_over else [])]))
+    return Route(choice.backend, passes, "; ".join([reason, *([choice.passed_over] if choice.passed_over else [])]))
 
 
-def check_require(tokens: Tokens, require: Require | None, route: Route) -> None:
+def _check_require(tokens: Tokens, require: Require, route: Route) -> None:
     """Refuse a call that would not be computed as it is required to be."""
-    if require is None:
-        return
     check_name(f"{tokens.function}: require", require, REQUIREMENTS)
     if route.backend == "torch" or route.passes > 1:
         expected = "a call that compiled kernels serve in one pass (require='fused')"
         got = f"{route.passes} pass{'es' * (route.passes > 1)} of backend {route.backend!r}: {route.reason}"
         hint = "without require= the call takes this route; `python -m grpo_kernels info` tells what is usable here"
         fail(tokens.function, expected, got, tokens.tensors, hint, RuntimeError)
-
-
-def choose_backend(tokens: Tokens, backend: str | None, args: LogitArgs, fused: bool = False) -> backends.Choice:
-    """The backend, and whether it serves the one-pass loss where that is wanted (``fused``)."""
-    softcap = args.logit_softcap is not None
-    request = backends.Request(tokens.states.device, tokens.dtype, tokens.vocab, fused, softcap)
-    return backends.choose(tokens.function, request, backend)

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from ..backends import ops
 from ..backends.contract import RowGradients, Rows, RowStats
-from ..backends.spec import NUMBERS, LogitArgs
+from ..backends.spec import NUMBERS, LogitArgs, numbers_vector
 from ..objectives.checks import check_device, check_shape, fail, read_mask
 from ..objectives.compiler import outside_graphs
 from ..objectives.maths import weighed
 from .autograd import once
 from .contents import check_ids
-from .tokens import Tokens
+from .tokens import RowTokens
 
 CHUNK_ELEMENTS = 1 << 22
 """Logits copied at a time."""
@@ -103,9 +103,10 @@ class Supported:
     """(B·T, V)"""
 
     @classmethod
-    def of(cls, tokens: Tokens, support: Support, logit_args: LogitArgs) -> Supported:
-        rows = tokens.rows(logit_args)
-        check_ids(tokens, True if rows.logits.device.type == "cpu" else None)  # rows are numbered anew below
+    def of(cls, tokens: RowTokens, support: Support, logit_args: LogitArgs) -> Supported:
+        numbers = numbers_vector(logit_args, 1.0, None, tokens.real, tokens.states.device)
+        rows = tokens.rows(numbers, logit_args.logit_softcap is not None)
+        check_ids(tokens, always=rows.logits.device.type == "cpu")  # rows are numbered anew below
         if isinstance(support, Tensor):
             shape, named = (*tokens.shape, tokens.vocab), {**tokens.tensors, "support": support}
             check_shape(tokens.function, "support", support, (shape,), named)
@@ -201,7 +202,7 @@ class SupportedLogProbs(torch.autograd.Function):
 
 @outside_graphs
 def supported_log_probs(
-    logits: Tensor, tokens: Tokens, support: Support, logit_args: LogitArgs, backend: str
+    logits: Tensor, tokens: RowTokens, support: Support, logit_args: LogitArgs, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(B, T) log-probs and entropies, differentiable in ``logits`` where gradients are on."""
     supported = Supported.of(tokens, support, logit_args)

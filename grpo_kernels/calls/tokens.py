@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Rows
-from ..backends.spec import LogitArgs, numbers_vector
 from ..objectives.checks import (
     INTEGER_DTYPES,
     check_device,
     check_shape,
     check_tensors,
+    checks_enabled,
     fail,
-    has_shape,
+    fits,
     read_mask,
 )
-from ..objectives.config import LossConfig
 from ..objectives.maths import real_dtype
 from ..objectives.sequences import Packed
 from .arguments import check_head, check_logits, check_no_transforms, ordinary
@@ -32,56 +31,46 @@ from .head import operand_dtype
 
 @dataclass(frozen=True)
 class Tokens:
-    """Ids and mask of a call, (B, T), beside the vocabulary rows they belong to."""
+    """The tokens of a call, and which of them count."""
 
     function: str
+    live: Tensor
+    """bool (B, T), contiguous."""
+    shape: torch.Size
+    """Of token tensors as the user gave them: the shape of outputs."""
+    real: torch.dtype
+    """Of what is computed of them: fp64 for fp64 logits, else fp32."""
+    tensors: Mapping[str, object]
+    """The user's tensors by name, for messages; what the rows are made of comes first."""
+    checks: bool
+    """Whether contents are looked at wherever that is possible: ``check=``, else GRPO_KERNELS_CHECK."""
+
+    def per_token(self, name: str, value: Tensor) -> Tensor:
+        """Return a user's token-sized tensor as detached, contiguous (B, T)."""
+        allowed = (tuple(self.shape), tuple(self.live.shape))
+        check_shape(self.function, name, value, allowed, self.tensors, self.shift_hint)
+        return value.detach().to(self.real).reshape(self.live.shape).contiguous()
+
+    def shift_hint(self, name: str, value: Tensor) -> str | None:
+        """Return what to do where ids are shifted and another tensor is not, or the other way round."""
+        return _shift_hint(name, value, self.shape, next(iter(self.tensors)))
+
+
+@dataclass(frozen=True)
+class RowTokens(Tokens):
+    """Tokens with their ids, beside the vocabulary rows that predict them."""
+
     states: Tensor
     """The logits, or the hidden states that they are computed from: the dimensions before the last are the rows'."""
     vocab: int
     dtype: torch.dtype
     """Of the logits."""
     token_ids: Tensor
-    """int64, contiguous."""
-    live: Tensor
-    """bool, contiguous."""
-    shape: torch.Size
-    """Of token_ids as the user gave them: the shape of outputs."""
-    tensors: Mapping[str, object]
-    """The user's tensors by name, for messages."""
+    """int64 (B, T), contiguous."""
 
-    @property
-    def real(self) -> torch.dtype:
-        return real_dtype(self.dtype)
-
-    def per_token(self, name: str, value: Tensor) -> Tensor:
-        """A user's token-sized tensor as detached, contiguous (B, T)."""
-        allowed = (tuple(self.shape), tuple(self.token_ids.shape))
-        check_shape(self.function, name, value, allowed, self.tensors, self.shift_hint)
-        return value.detach().to(self.real).reshape(self.token_ids.shape).contiguous()
-
-    def shift_hint(self, name: str, value: Tensor) -> str | None:
-        """What to do where ids are shifted and another tensor is not, or the other way round."""
-        return _shift_hint(name, value, self.shape, next(iter(self.tensors)))
-
-    def numbers(
-        self,
-        logit_args: LogitArgs,
-        grad_scale: float | Tensor = 1.0,
-        config: LossConfig | None = None,
-        entropy_threshold: float | Tensor | None = None,
-    ) -> Tensor:
-        return numbers_vector(logit_args, grad_scale, config, self.real, self.states.device, entropy_threshold)
-
-    def rows(
-        self,
-        logit_args: LogitArgs,
-        grad_scale: float | Tensor = 1.0,
-        config: LossConfig | None = None,
-        entropy_threshold: float | Tensor | None = None,
-    ) -> Rows:
-        """Where the states are the logits."""
-        numbers = self.numbers(logit_args, grad_scale, config, entropy_threshold)
-        return Rows(self.states, self.token_ids, self.live, numbers, logit_args.logit_softcap is not None)
+    def rows(self, numbers: Tensor, softcap: bool) -> Rows:
+        """Return the rows, where the states are the logits."""
+        return Rows(self.states, self.token_ids, self.live, numbers, softcap)
 
 
 def read_tokens(
@@ -91,11 +80,11 @@ def read_tokens(
     mask: Tensor | None,
     tensors: Mapping[str, object],
     check: bool | None = None,
-) -> Tokens:
+) -> RowTokens:
     """Check logits, ids and mask against each other and bring ids and mask to (B, T)."""
     named = {"logits": logits, "token_ids": token_ids, "mask": mask, **tensors}
     check_logits(function, logits, named)
-    return read_ids(function, logits, logits.shape[-1], logits.dtype, token_ids, mask, named, check)
+    return _read_ids(function, logits, logits.shape[-1], logits.dtype, token_ids, mask, named, check)
 
 
 def read_linear_tokens(
@@ -108,8 +97,8 @@ def read_linear_tokens(
     logits_dtype: torch.dtype | None,
     tensors: Mapping[str, object],
     check: bool | None = None,
-) -> Tokens:
-    """``read_tokens`` for hidden states and the head that makes logits of them."""
+) -> RowTokens:
+    """As ``read_tokens``, for hidden states and the head that makes logits of them."""
     named = {"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids, "mask": mask, **tensors}
     check_head(function, hidden, weight, bias, named)
     operands = operand_dtype(hidden)
@@ -120,10 +109,35 @@ def read_linear_tokens(
     for tensor in (weight, bias):
         if tensor is not None:
             check_no_transforms(function, tensor)
-    return read_ids(function, hidden, weight.shape[0], dtype, token_ids, mask, named, check)
+    return _read_ids(function, hidden, weight.shape[0], dtype, token_ids, mask, named, check)
 
 
-def read_ids(
+def read_log_prob_tokens(
+    function: str,
+    log_probs: Tensor,
+    entropy: Tensor | None,
+    mask: Tensor | None,
+    tensors: Mapping[str, object],
+    check: bool | None = None,
+) -> Tokens:
+    """As ``read_tokens``, where log-probs (B, T), packed (N,) or (1, N) are there already."""
+    named = {"log_probs": log_probs, "entropy": entropy, "mask": mask, **tensors}
+    check_tensors(function, named)
+    for name, tensor in (("log_probs", log_probs), ("entropy", entropy)):
+        if tensor is not None and not tensor.is_floating_point():
+            fail(function, f"{name} of a floating dtype", str(tensor.dtype), named, error=TypeError)
+    if log_probs.dim() not in (1, 2):
+        fail(function, "log_probs (B, T), packed (N,) or (1, N)", f"{log_probs.dim()} dimensions", named)
+    check_no_transforms(function, log_probs)
+    check_device(function, named)
+    if entropy is not None:
+        check_shape(function, "entropy", entropy, (tuple(log_probs.shape),), named)
+    checks = checks_enabled(check)
+    live = _read_live(function, mask, log_probs, named, checks)
+    return Tokens(function, live, log_probs.shape, real_dtype(log_probs.dtype), named, checks)
+
+
+def _read_ids(
     function: str,
     states: Tensor,
     vocab: int,
@@ -132,29 +146,32 @@ def read_ids(
     mask: Tensor | None,
     named: Mapping[str, object],
     check: bool | None = None,
-) -> Tokens:
-    """As ``read_tokens``, for logits or for what they are computed from (``named`` has it first)."""
-    what = next(iter(named))
+) -> RowTokens:
     check_tensors(function, named)
     check_no_transforms(function, states)
     check_device(function, named)
     if token_ids.dtype not in INTEGER_DTYPES:
         fail(function, "integer token_ids", str(token_ids.dtype), named, error=TypeError)
-    rows = states.shape[:-1]
-    fitting = any(has_shape(token_ids, shape) for shape in _token_shapes(tuple(rows)))
-    if not fitting:
-        wanted = " or ".join(str(shape) for shape in _token_shapes(tuple(rows)))
+    shapes = _token_shapes(tuple(states.shape[:-1]))
+    if not fits(token_ids, *shapes):
+        what, wanted = next(iter(named)), " or ".join(map(str, shapes))
         hint = f"align(input_ids, mask) gives ids for {what} (B, L, ...) as a causal model returns them"
         fail(function, f"token_ids of shape {wanted}", str(tuple(token_ids.shape)), named, hint)
-    ids = token_ids.reshape(1, -1) if token_ids.dim() == 1 else token_ids
+    checks = checks_enabled(check)
+    live = _read_live(function, mask, token_ids, named, checks)
+    ids = ordinary(token_ids.reshape(live.shape).to(torch.int64).contiguous())
+    shared = (function, ordinary(live), token_ids.shape, real_dtype(dtype), named, checks)
+    return RowTokens(*shared, states, vocab, dtype, ids)
+
+
+def _read_live(function: str, mask: Tensor | None, like: Tensor, named: Mapping[str, object], checks: bool) -> Tensor:
+    """Return bool (B, T), contiguous: where the mask of the shape of ``like`` is not 0."""
+    shape = (1, *like.shape) if like.dim() == 1 else like.shape
     if mask is None:
-        live = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
-    else:
-        shifted = functools.partial(_shift_hint, shape=token_ids.shape, what=what)
-        check_shape(function, "mask", mask, (tuple(token_ids.shape),), named, shifted)
-        live = read_mask(function, mask, named, check).reshape(ids.shape).contiguous()
-    ids = ordinary(ids.to(torch.int64).contiguous())
-    return Tokens(function, states, vocab, dtype, ids, ordinary(live), token_ids.shape, named)
+        return torch.ones(shape, dtype=torch.bool, device=like.device)
+    shifted = functools.partial(_shift_hint, shape=like.shape, what=next(iter(named)))
+    check_shape(function, "mask", mask, (tuple(like.shape),), named, shifted)
+    return read_mask(function, mask, named, checks).reshape(shape).contiguous()
 
 
 def _token_shapes(rows: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

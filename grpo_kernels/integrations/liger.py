@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls.batch import LossInputs, TokenBatch, read_batch
-from ..calls.terms import token_terms
+from ..calls.batch import LossArguments, read_batch
+from ..calls.terms import TokenBatch, token_terms
 from ..calls.tokens import read_linear_tokens, read_tokens
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
@@ -86,7 +86,7 @@ def triton_grpo_loss(
     rollout, weights = _rollout(function, asked, old_logp, vllm_is_ratio, completion_ids, completion_mask)
     config, counting = asked.config(rollout is not None), dataclasses.replace(asked, delta=None).config()
     normalizer, ref = _normalizer(loss_type, num_items_in_batch), ref_logp if beta != 0 else None
-    given = LossInputs(advantages, old_logp, ref, rollout, weights, normalizer=normalizer)
+    given = LossArguments(advantages, old_logp, ref, rollout, weights, normalizer=normalizer)
     tokens = read_tokens(function, logits, completion_ids, completion_mask, given.tensors)
     _, batch = read_batch(tokens, config, given)
     if reduce and not inplace:
@@ -196,7 +196,7 @@ class LigerFusedLinearGRPOLoss(nn.Module):
                 ref_per_token_logps = out.log_probs
         normalizer = _normalizer(self.loss_type, num_items_in_batch)
         known = (advantages, old_per_token_logps, ref_per_token_logps)
-        given = LossInputs(*known, rollout, weights, normalizer=normalizer)
+        given = LossArguments(*known, rollout, weights, normalizer=normalizer)
         head = (_input, lin_weight, bias)
         tokens = read_linear_tokens(function, *head, ids, attention_mask, None, given.tensors)
         _, batch = read_batch(tokens, config, given)

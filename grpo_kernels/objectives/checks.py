@@ -254,9 +254,17 @@ def check_device_name(option: str, name: str) -> None:
         raise ValueError(f"{option} {name} cannot be used here: {reason}. --device cpu always can.") from None
 
 
-def has_shape(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Dimension by dimension: a tuple that holds a symbol is in no tuple of tuples, for torch.compile."""
-    return tensor.dim() == len(shape) and all(mine == size for mine, size in zip(tensor.shape, shape, strict=True))
+def fits(tensor: Tensor, *shapes: tuple[int, ...]) -> bool:
+    """Whether a tensor has one of these shapes, dimension by dimension: for torch.compile a tuple that holds a symbol
+    is in no tuple of tuples."""
+    for shape in shapes:
+        if tensor.dim() == len(shape):
+            for extent, wanted in zip(tensor.shape, shape, strict=True):
+                if extent != wanted:
+                    break
+            else:
+                return True
+    return False
 
 
 def check_shape(
@@ -268,7 +276,7 @@ def check_shape(
     hint: Callable[[str, Tensor], str | None] | None = None,
 ) -> None:
     """``hint`` makes one of the name and the tensor."""
-    if not any(has_shape(tensor, shape) for shape in allowed):
+    if not fits(tensor, *allowed):
         wanted = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
         found = None if hint is None else hint(name, tensor)
         fail(function, f"{name} of shape {wanted}", str(tuple(tensor.shape)), tensors, found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -107,22 +108,22 @@ class LossConfig:
                     'Use level="token", as in TruncatedIS(2.0) or MaskedIS(0.5, 5.0).'
                 )
 
-    @property
+    @functools.cached_property
     def schemes(self) -> tuple[Rollout, ...]:
         """``rollout`` as a tuple, whatever was given."""
         return self.rollout if isinstance(self.rollout, tuple) else (self.rollout,)
 
-    @property
+    @functools.cached_property
     def pooling(self) -> Level:
         """``level`` as what it does."""
         return LEVELS[self.level]
 
-    @property
+    @functools.cached_property
     def kl_pooling(self) -> Level:
         """Of the ratio that weighs the KL."""
         return LEVELS[self.kl.level_beside(self.level)]
 
-    @property
+    @functools.cached_property
     def weighting(self) -> Aggregation:
         """``aggregation`` as what it does, with its numbers."""
         if isinstance(self.aggregation, Aggregation):

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls.batch import LossInputs, TokenBatch, read_batch
-from ..calls.terms import token_terms
+from ..calls.batch import LossArguments, read_batch
+from ..calls.terms import TokenBatch, token_terms
 from ..calls.tokens import read_tokens
 from ..objectives.config import LossConfig
 from ..objectives.maths import log_ratio_of, times
@@ -94,12 +94,9 @@ def _batch(
     logits: Tensor, token_ids: Tensor, advantages: Tensor, mask: Tensor | None, config: LossConfig, o: dict[str, Any]
 ) -> TokenBatch:
     tokens = read_tokens("truth_of", logits, token_ids, mask, {})
-    given = LossInputs(
-        *(advantages, o.get("old_log_probs"), o.get("ref_log_probs"), o.get("rollout_log_probs")),
-        *(o.get("token_weights"), o.get("cu_seqlens"), o.get("normalizer"), o.get("kl_coef"), o.get("entropy_coef")),
-        *(bool(o.get("skip_zero_advantage")), None, o.get("entropy_threshold")),
-    )
-    return read_batch(tokens, config, given)[1]
+    names = {field.name for field in dataclasses.fields(LossArguments)}
+    arguments = LossArguments(advantages, **{name: value for name, value in o.items() if name in names})
+    return read_batch(tokens, config, arguments)[1]
 
 
 def _sizes(
