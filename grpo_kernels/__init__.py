@@ -23,6 +23,7 @@ from .objectives.normalizer import Normalizer, normalizer
 from .objectives.rollout import MaskedIS, OffPolicyMask, Rejection, TruncatedIS
 from .objectives.surrogates import Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, Reinforce, Sapo, Surrogate, Unclipped, Vespo
 from .objectives.surrogates.registration import register_surrogate
+from .policy import policy_loss
 
 if TYPE_CHECKING:
     from . import reference
@@ -72,6 +73,7 @@ __all__ = [
     "linear_token_log_probs",
     "match",
     "normalizer",
+    "policy_loss",
     "reference",
     "register_surrogate",
     "shadow",

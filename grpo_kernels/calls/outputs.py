@@ -36,8 +36,8 @@ class TokenLosses(LossOutput):
     @property
     def loss(self) -> NoReturn:
         raise AttributeError(
-            "token_losses=True gives out.token_losses, for the caller to reduce, as in (out.token_losses * w).sum(), and "
-            "no loss. Leave token_losses out for the config's own aggregation."
+            "token_losses=True gives out.token_losses, for the caller to reduce, like (out.token_losses * w).sum(), "
+            "and no loss. Leave token_losses out for the config's own aggregation."
         )
 
     @classmethod
