@@ -461,4 +461,4 @@ def test_the_switch_of_checks(monkeypatch, value, on):
 
 def test_names_in_capitals_have_a_neighbour():
     with pytest.raises(ValueError, match="Did you mean 'grpo'"):
-        LossConfig.preset("GRPO")
+        LossConfig.preset("GRPOS")
