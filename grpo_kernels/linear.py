@@ -23,7 +23,7 @@ from .calls.terms import TokenBatch, pools, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
 from .calls.token_losses import token_losses as losses_of_tokens
 from .calls.tokens import RowTokens, read_linear_tokens
-from .objectives.checks import check_scalar, may_look
+from .objectives.checks import check_scalar
 from .objectives.compiler import outside_graphs
 from .objectives.config import LossConfig, resolve_config
 from .objectives.maths import weighed
@@ -145,13 +145,11 @@ def linear_grpo_loss(
         if any(wants):
             known = (sweep.valid(sweep.announced), tokens.token_ids, sweep.backend, "linear_grpo_loss")
             loss = autograd.KnownGradients.apply(loss, *known, *head, *gradients)
-    outcome = Outcome(
-        loss=sweep.valid(loss),
-        metrics=Metrics(sweep.valid(metrics.vector)),
-        log_prob=sweep.valid(values.log_prob),
-        entropy=sweep.valid(values.entropy),
-    )
-    return outcome.output(tokens.shape, plan.route, token_losses)
+    loss, metrics = sweep.valid(loss), Metrics(sweep.valid(metrics.vector))
+    log_prob, entropy = sweep.valid(values.log_prob), sweep.valid(values.entropy)
+    if token_losses:
+        return Outcome(loss, metrics, log_prob, entropy).of_tokens(tokens.shape, plan.route)
+    return LossOutput(loss, metrics, log_prob.view(tokens.shape), entropy.view(tokens.shape), plan.route)
 
 
 @outside_graphs
@@ -195,7 +193,7 @@ def linear_token_log_probs(
 def _check_contents(tokens: RowTokens, head: HeadTensors, logit_args: LogitArgs) -> None:
     """With checks on, raise where ids are out of range or look shifted. On a CPU the range is looked at in any case."""
     check_ids(tokens, always=head.hidden.device.type == "cpu")
-    if not (tokens.checks and may_look(head.hidden, tokens.checks)):
+    if not (tokens.checks and tokens.looks):
         return
     options = {"bias": head.bias, **logit_args._asdict(), "check": False}
 

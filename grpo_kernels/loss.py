@@ -132,6 +132,8 @@ def grpo_loss(
         refuse_what_losses_of_tokens_lack(tokens, grad_scale, inplace)
     if inplace and wants_gradient:
         check_inplace("grpo_loss", logits, tokens.tensors)
+    unknown = UNSCALED if grad_scale is None and logits.dtype == torch.float16 else None
+    unknown = ON_DEMAND if token_losses else unknown
     tokens, batch = read_batch(tokens, config, arguments)
     plan = choose(
         tokens,
@@ -143,13 +145,15 @@ def grpo_loss(
         require=require,
         wants_gradient=wants_gradient,
         copies=support is not None,
-        unknown=_unknown_slope(logits, grad_scale, token_losses),
+        unknown=unknown,
     )
     backend = plan.route.backend
-    check_contents(tokens, backend, logit_args)
+    if tokens.checks:
+        check_contents(tokens, backend, logit_args)
     scale = 1.0 if grad_scale is None else checked_scale("grpo_loss", grad_scale, check)
     numbers = numbers_vector(logit_args, scale, config, tokens.real, logits.device, entropy_threshold)
-    call = _Call(config, tokens.rows(numbers, logit_softcap is not None), batch, backend, inplace)
+    rows = Rows(logits, tokens.token_ids, tokens.live, numbers, logit_softcap is not None)
+    call = _Call(config, rows, batch, backend, inplace)
 
     if support is not None:
         check_not_inplace("grpo_loss", inplace, tokens.tensors)
@@ -163,16 +167,14 @@ def grpo_loss(
         outcome = call.one_pass(plan.spec)
     else:
         outcome = call.two_passes()
-    return outcome.output(tokens.shape, plan.route, token_losses)
-
-
-def _unknown_slope(logits: Tensor, grad_scale: float | Tensor | None, token_losses: bool) -> str | None:
-    """Return why a row's slope is not known in forward, whatever the objective."""
     if token_losses:
-        return ON_DEMAND
-    if logits.dtype == torch.float16 and grad_scale is None:
-        return "an fp16 gradient is written once its factor is known: announce it, grad_scale="
-    return None
+        return outcome.of_tokens(tokens.shape, plan.route)
+    log_probs, entropy = outcome.log_prob.view(tokens.shape), outcome.entropy.view(tokens.shape)
+    return LossOutput(outcome.loss, outcome.metrics, log_probs, entropy, plan.route)
+
+
+UNSCALED = "an fp16 gradient is written once its factor is known: announce it, grad_scale="
+"""Why fp16 logits take two passes without one."""
 
 
 @dataclass(frozen=True)

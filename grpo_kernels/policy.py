@@ -92,11 +92,11 @@ def policy_loss(
         values = TokenValues(log_prob.detach(), entropies.detach(), batch.live)
         settled = settle(config, batch, values, numbers, choice.backend)
     if token_losses:
-        loss = losses_of_tokens(config, batch, log_prob, entropies)
-    else:
-        loss = autograd.LossOfLogProbs.apply(log_prob, entropies, settled.loss, *settled.gradients)
-    outcome = Outcome(loss, settled.metrics, values.log_prob, values.entropy)
-    return outcome.output(tokens.shape, route, token_losses)
+        losses = losses_of_tokens(config, batch, log_prob, entropies)
+        return Outcome(losses, settled.metrics, *values[:2]).of_tokens(tokens.shape, route)
+    loss = autograd.LossOfLogProbs.apply(log_prob, entropies, settled.loss, *settled.gradients)
+    known, of_rows = values.log_prob.view(tokens.shape), values.entropy.view(tokens.shape)
+    return LossOutput(loss, settled.metrics, known, of_rows, route)
 
 
 def _of_tokens(tokens: Tokens, values: Tensor | None) -> Tensor:

@@ -130,7 +130,11 @@ MUTANTS = {
         'FIELDS.index("ratio_max") :].amin(0)',
     ),
     "metrics: count": ("objectives/metrics.py", '"kl": ("kl_sum", "kl_count")', '"kl": ("kl_sum", "ratio_count")'),
-    "unused row": ("backends/ops.py", "    if unused:\n", "    if False:\n"),
+    "unused row": (
+        "backends/memory.py",
+        "if length is not None and length < logits.shape[-2]:",
+        "if False:",
+    ),
     "rescale forgotten": (
         "backends/eager.py",
         "gradient.mul_(upstream / announced)",

@@ -7,6 +7,7 @@ import functools
 import importlib
 import os
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -66,9 +67,8 @@ def get(name: str) -> Backend:
     return backend
 
 
-def get_fused(name: str) -> FusedBackend:
-    """Return a backend that was chosen for one pass."""
-    return cast(FusedBackend, get(name))
+get_fused = cast(Callable[[str], FusedBackend], get)
+"""Returns a backend that was chosen for one pass."""
 
 
 @constant_in_graphs

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .contract import Request, Rows, TokenInputs, TokenRecords, TokenValues
+from .contract import Request, RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
 from .eager import rescale as rescale
 from .eager import token_id_message
 from .spec import ObjectiveSpec
@@ -124,11 +124,25 @@ def token_terms(
     library().grpo_cpu_token_terms(ctypes.byref(params))
 
 
+def log_probs(rows: Rows, stats: RowStats) -> None:
+    _call("grpo_cpu_log_probs", rows, stats)
+
+
+def log_probs_backward(rows: Rows, stats: RowStats, gradients: RowGradients, out: Tensor) -> None:
+    _call("grpo_cpu_log_probs_backward", rows, stats, gradients, out=out)
+
+
+def fused_loss(
+    rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, stats: RowStats, records: TokenRecords, out: Tensor
+) -> None:
+    _call("grpo_cpu_fused_loss", rows, inputs, spec, stats, records, out=out)
+
+
 def _call(function: str, rows: Rows, *parts: tuple[Any, ...], out: Tensor | None = None) -> None:
     loaded = library()
     threads = torch.get_num_threads()
     exponentials = function == "grpo_cpu_fused_loss" and rows.logits.dtype != rows.numbers.dtype
-    stride = loaded.grpo_cpu_scratch(rows.vocab, exponentials)
+    stride = loaded.grpo_cpu_scratch(rows.logits.shape[-1], exponentials)
     scratch = torch.empty(threads * stride, dtype=rows.numbers.dtype)
     own = {"threads": threads, "scratch": scratch.data_ptr(), "scratch_stride": stride}
     own["instruction_set"] = INSTRUCTION_SETS.index(instruction_set())
@@ -138,6 +152,3 @@ def _call(function: str, rows: Rows, *parts: tuple[Any, ...], out: Tensor | None
         raise IndexError(token_id_message(rows, params.bad_row))
     if status != _OK:
         raise RuntimeError(f"{function} failed with status {status}: reinstall grpo_kernels and report this.")
-
-
-log_probs, log_probs_backward, fused_loss = native.row_functions("grpo_cpu", _call)

@@ -20,7 +20,9 @@ from . import native
 from .contract import (
     FusedBackend,
     Request,
+    RowGradients,
     Rows,
+    RowStats,
     TokenInputs,
     TokenRecords,
     TokenValues,
@@ -207,6 +209,20 @@ def _check_alignment(logits: Tensor, out: Tensor) -> None:
         )
 
 
+def log_probs(rows: Rows, stats: RowStats) -> None:
+    _call("grpo_cuda_log_probs", rows, stats)
+
+
+def log_probs_backward(rows: Rows, stats: RowStats, gradients: RowGradients, out: Tensor) -> None:
+    _call("grpo_cuda_log_probs_backward", rows, stats, gradients, out=out)
+
+
+def fused_loss(
+    rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, stats: RowStats, records: TokenRecords, out: Tensor
+) -> None:
+    _call("grpo_cuda_fused_loss", rows, inputs, spec, stats, records, out=out)
+
+
 def _call(function: str, rows: Rows, *parts: tuple[Any, ...], out: Tensor | None = None) -> None:
     where, count = rows.logits.device, rows.token_ids.numel()
     index = where.index or 0
@@ -226,6 +242,3 @@ def _call(function: str, rows: Rows, *parts: tuple[Any, ...], out: Tensor | None
         error = getattr(library(), function)(ctypes.byref(params))
     if error:
         raise RuntimeError(f"{function} on {where}: {_text(error)}. backend='triton' or 'torch' avoids this library.")
-
-
-log_probs, log_probs_backward, fused_loss = native.row_functions("grpo_cuda", _call)

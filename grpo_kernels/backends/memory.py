@@ -29,8 +29,9 @@ def row_strides(logits: Tensor) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def gradient_like(logits: Tensor) -> Tensor:
-    """Uninitialised, of the logits' shape, with ``row_strides``; the first row is as far from 16 bytes as theirs."""
+def gradient_like(logits: Tensor, length: int | None = None) -> Tensor:
+    """Uninitialised, of the logits' shape, with ``row_strides``; the first row is as far from 16 bytes as theirs. Rows
+    after ``length``, which predict no token, are zeros."""
     strides, size = row_strides(logits), logits.element_size()
     skew = logits.data_ptr() % 16 // size
     count = skew + sum((extent - 1) * stride for extent, stride in zip(logits.shape, strides, strict=True)) + 1
@@ -39,7 +40,10 @@ def gradient_like(logits: Tensor) -> Tensor:
         start = -(-storage.data_ptr() // _PAGE) * _PAGE
         end = (storage.data_ptr() + count * size) // _PAGE * _PAGE
         advise(start, end - start, _MADV_HUGEPAGE)  # advice: a system that does not know it takes small pages
-    return storage.new_empty(0).set_(storage.untyped_storage(), skew, logits.shape, strides)  # no view of another
+    gradient = storage.new_empty(0).set_(storage.untyped_storage(), skew, logits.shape, strides)  # no view of another
+    if length is not None and length < logits.shape[-2]:
+        gradient.narrow(-2, length, logits.shape[-2] - length).zero_()
+    return gradient
 
 
 @functools.cache

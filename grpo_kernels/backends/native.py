@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Callable
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,34 +40,27 @@ class Call(ctypes.Structure):
 _Params = TypeVar("_Params", bound=Call)
 
 
-class Run(Protocol):
-    """Calls the library's function of that name with the tensors of ``parts``, named tuples."""
-
-    def __call__(self, function: str, rows: Rows, *parts: tuple[Any, ...], out: Tensor | None = None) -> None: ...
-
-
 def call_of(
     params: type[_Params], rows: Rows, parts: tuple[tuple[Any, ...], ...], out: Tensor | None, **own: Any
 ) -> _Params:
     """Return the parameters of a call over rows; ``own`` are the library's."""
-    batch_stride, row_stride = rows.strides
+    logits = rows.logits
     call = params(
-        dtype=DTYPES[rows.logits.dtype],
+        dtype=DTYPES[logits.dtype],
         rows=rows.token_ids.numel(),
         length=rows.token_ids.shape[1],
-        vocab=rows.vocab,
-        logits=rows.logits.data_ptr(),
-        batch_stride=batch_stride,
-        row_stride=row_stride,
+        vocab=logits.shape[-1],
+        logits=logits.data_ptr(),
         token_ids=rows.token_ids.data_ptr(),
         live=rows.live.data_ptr(),
         numbers=rows.numbers.data_ptr(),
         **own,
     )
+    fill(call, *parts)
+    call.batch_stride, call.row_stride = batch_and_row_stride(logits)
     if out is not None:
         call.out = out.data_ptr()
         call.out_batch_stride, call.out_row_stride = batch_and_row_stride(out)
-    fill(call, *parts)
     return call
 
 
@@ -78,31 +70,6 @@ def fill(params: ctypes.Structure, *parts: Any) -> None:
         for name, value in zip(part._fields, part, strict=True):
             if value is not None:
                 setattr(params, name, value.data_ptr() if isinstance(value, Tensor) else value)
-
-
-class RowFunctions(NamedTuple):
-    """The functions over rows of a backend."""
-
-    log_probs: Callable[[Rows, RowStats], None]
-    log_probs_backward: Callable[[Rows, RowStats, RowGradients, Tensor], None]
-    fused_loss: Callable[[Rows, TokenInputs, ObjectiveSpec, RowStats, TokenRecords, Tensor], None]
-
-
-def row_functions(prefix: str, run: Run) -> RowFunctions:
-    """Return the functions of a backend whose library calls them ``prefix`` ..."""
-
-    def log_probs(rows: Rows, stats: RowStats) -> None:
-        run(f"{prefix}_log_probs", rows, stats)
-
-    def log_probs_backward(rows: Rows, stats: RowStats, gradients: RowGradients, out: Tensor) -> None:
-        run(f"{prefix}_log_probs_backward", rows, stats, gradients, out=out)
-
-    def fused_loss(
-        rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, stats: RowStats, records: TokenRecords, out: Tensor
-    ) -> None:
-        run(f"{prefix}_fused_loss", rows, inputs, spec, stats, records, out=out)
-
-    return RowFunctions(log_probs, log_probs_backward, fused_loss)
 
 
 class Unavailable(RuntimeError):

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .. import backends
 from ..objectives.compiler import define
-from ..objectives.maths import accumulate_dtype, real_dtype
 from ..objectives.metrics import FIELDS
+from ..objectives.sequences import accumulate_dtype
 from . import memory
 from .contract import RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
 from .spec import ObjectiveSpec
@@ -52,20 +52,46 @@ def _operator(
         )
         given = [_SCHEMA[kind] for whole in results for _, kind in _fields(whole)]
         kinds, result_kinds = _counted(arguments.values()), _counted(results)
+        nested = len(results) > 1 and len(given) > len(results)
 
         def of_flat(compute: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *flat: _flattened(compute(*_rebuilt(flat, kinds)))
+            def run(*flat: Any) -> Any:
+                values, first = [], 0
+                for kind, count in kinds:
+                    values.append(kind(*flat[first : first + count]) if count else flat[first])
+                    first += count or 1
+                result = compute(*values)
+                if len(given) < 2 or not nested:
+                    return result
+                outputs: list[Any] = []
+                for part in result:
+                    if isinstance(part, tuple):
+                        outputs += part
+                    else:
+                        outputs.append(part)
+                return tuple(outputs)
+
+            return run
 
         returned = given[0] if len(given) == 1 else f"({', '.join(given)})"
         schema = f"{function.__name__}({taken}) -> {returned}"
         registered = define(schema, of_flat(function), of_flat(fake))
 
-        def call(*whole: Any) -> Any:
-            values = registered(*_flattened(whole))
-            if len(given) < 2:
-                return values
-            rebuilt = _rebuilt(values, result_kinds)
-            return rebuilt if len(results) > 1 else rebuilt[0]
+        def call(*arguments: Any) -> Any:
+            flat: list[Any] = []
+            for argument in arguments:
+                if isinstance(argument, tuple):
+                    flat += argument
+                else:
+                    flat.append(argument)
+            result = registered(*flat)
+            if len(given) == len(results):
+                return result  # no named tuple is in it
+            values, first = [], 0
+            for kind, count in result_kinds:
+                values.append(kind(*result[first : first + count]) if count else result[first])
+                first += count or 1
+            return tuple(values) if len(results) > 1 else values[0]
 
         call.operator = registered  # type: ignore[attr-defined]
         return cast(Callable[_Arguments, _Result], call)
@@ -83,31 +109,9 @@ def _counted(kinds: typing.Iterable[Any]) -> list[tuple[Any, int]]:
     return [(kind, len(getattr(kind, "_fields", ()))) for kind in kinds]
 
 
-def _flattened(values: Any) -> Any:
-    """Return values with the fields of named tuples in their places; one value, or None, as it is."""
-    if not isinstance(values, tuple):
-        return values
-    flat: list[Any] = []
-    for value in values:
-        if isinstance(value, tuple):
-            flat += value
-        else:
-            flat.append(value)
-    return tuple(flat)
-
-
-def _rebuilt(flat: Sequence[Any], kinds: list[tuple[Any, int]]) -> tuple[Any, ...]:
-    """Return the named tuples and values that were flattened."""
-    values, first = [], 0
-    for kind, count in kinds:
-        values.append(kind(*flat[first : first + count]) if count else flat[first])
-        first += count or 1
-    return tuple(values)
-
-
 def _new_stats(rows: Rows) -> RowStats:
-    dtype, device = real_dtype(rows.logits.dtype), rows.logits.device
-    return RowStats(*[torch.empty(rows.token_ids.shape, dtype=dtype, device=device) for _ in RowStats._fields])
+    shape, like = rows.token_ids.shape, rows.numbers
+    return RowStats(*[torch.empty(shape, dtype=like.dtype, device=like.device) for _ in RowStats._fields])
 
 
 def _new_records(like: Tensor, spec: ObjectiveSpec) -> TokenRecords:
@@ -128,11 +132,10 @@ def _note_write(tensor: Tensor) -> None:
         torch.autograd.graph.increment_version(tensor)
 
 
-def _zero_unused_rows(gradient: Tensor, token_ids: Tensor) -> None:
-    """The row after the last token of (B, T+1, V) logits predicts nothing."""
-    unused = gradient.shape[-2] - token_ids.shape[1]
-    if unused:
-        gradient.narrow(-2, token_ids.shape[1], unused).zero_()
+def _zero_unused_rows(rows: Rows) -> None:
+    """The row after the last token of (B, T+1, V) logits predicts nothing: its gradient, in place, is 0."""
+    length = rows.token_ids.shape[1]
+    rows.logits.narrow(-2, length, rows.logits.shape[-2] - length).zero_()
 
 
 @_operator(fake=lambda rows, backend: _new_stats(rows))
@@ -146,9 +149,8 @@ def log_probs(rows: Rows, backend: str) -> RowStats:
 @_operator(fake=lambda rows, stats, gradients, backend: _fake_gradient(rows.logits))
 def log_probs_backward(rows: Rows, stats: RowStats, gradients: RowGradients, backend: str) -> Tensor:
     """Return the logits' gradient."""
-    out = memory.gradient_like(rows.logits)
+    out = memory.gradient_like(rows.logits, rows.token_ids.shape[1])
     backends.get(backend).log_probs_backward(rows, stats, gradients, out)
-    _zero_unused_rows(out, rows.token_ids)
     return out
 
 
@@ -156,18 +158,8 @@ def log_probs_backward(rows: Rows, stats: RowStats, gradients: RowGradients, bac
 def log_probs_backward_(rows: Rows, stats: RowStats, gradients: RowGradients, backend: str) -> None:
     """Write the gradient over the logits."""
     backends.get(backend).log_probs_backward(rows, stats, gradients, rows.logits)
-    _zero_unused_rows(rows.logits, rows.token_ids)
+    _zero_unused_rows(rows)
     _note_write(rows.logits)
-
-
-def _fused_into(
-    out: Tensor, rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, backend: str
-) -> tuple[Tensor, Tensor, TokenRecords]:
-    stats = _new_stats(rows)
-    records = _new_records(stats.log_prob, spec)
-    backends.get_fused(backend).fused_loss(rows, inputs, spec, stats, records, out)
-    _zero_unused_rows(out, rows.token_ids)
-    return stats.log_prob, stats.entropy, records
 
 
 def _fake_fused_loss_(
@@ -188,8 +180,11 @@ def fused_loss(
     rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, backend: str
 ) -> tuple[Tensor, Tensor, TokenRecords, Tensor]:
     """Return log-probs, entropies, records and the logits' gradient."""
-    out = memory.gradient_like(rows.logits)
-    return *_fused_into(out, rows, inputs, spec, backend), out
+    stats = _new_stats(rows)
+    records = _new_records(stats.log_prob, spec)
+    out = memory.gradient_like(rows.logits, rows.token_ids.shape[1])
+    backends.get_fused(backend).fused_loss(rows, inputs, spec, stats, records, out)
+    return stats.log_prob, stats.entropy, records, out
 
 
 @_operator(fake=_fake_fused_loss_, writes="logits")
@@ -197,9 +192,12 @@ def fused_loss_(
     rows: Rows, inputs: TokenInputs, spec: ObjectiveSpec, backend: str
 ) -> tuple[Tensor, Tensor, TokenRecords]:
     """Return log-probs, entropies and records; write the gradient over the logits."""
-    outputs = _fused_into(rows.logits, rows, inputs, spec, backend)
+    stats = _new_stats(rows)
+    records = _new_records(stats.log_prob, spec)
     _note_write(rows.logits)
-    return outputs
+    _zero_unused_rows(rows)
+    backends.get_fused(backend).fused_loss(rows, inputs, spec, stats, records, rows.logits)
+    return stats.log_prob, stats.entropy, records
 
 
 def _new_terms(
@@ -255,5 +253,5 @@ def rescale_(gradient: Tensor, token_ids: Tensor, upstream: Tensor, announced: T
     ``token_ids`` is here for its shape: a compiled backward that saw T only as the T + 1 rows of the gradient would
     not compile (inductor of torch 2.13: "For s + 1, expected [s] to have been codegen-ed").
     """
-    backends.get(backend).rescale(gradient, upstream, announced)
     _note_write(gradient)
+    backends.get(backend).rescale(gradient, upstream, announced)

@@ -161,7 +161,7 @@ class LinearLogProbs(torch.autograd.Function):
     def forward(ctx: Any, sweep: Any, *head: Tensor | None) -> tuple[Tensor, Tensor]:
         stats = sweep.log_probs(HeadTensors(*head))  # type: ignore[arg-type]
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*(None if tensor is None else ordinary(tensor) for tensor in head), *stats)
+            ctx.save_for_backward(*(None if tensor is None else ordinary(tensor)[0] for tensor in head), *stats)
         ctx.set_materialize_grads(False)
         ctx.sweep = sweep
         return sweep.live_rows.scatter(stats.log_prob), sweep.live_rows.scatter(stats.entropy)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import TokenInputs
-from ..objectives.aggregation import AGGREGATIONS, on_tokens
-from ..objectives.checks import check_finite, check_scalar, check_shape, fail, fits, may_look
+from ..objectives.aggregation import AGGREGATIONS
+from ..objectives.checks import check_finite, check_scalar, check_shape, fail, fits
 from ..objectives.config import LossConfig
 from ..objectives.normalizer import Normalizer
-from ..objectives.sequences import Packed, Padded, Sequences
+from ..objectives.sequences import Packed, Padded, Sequences, on_tokens
 from .arguments import check_pooled
 from .terms import TokenBatch, with_known_factors
 from .tokens import Tokens
@@ -58,8 +58,7 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
     """Return the tokens, with skipped ones no longer live, and every tensor of tokens that the loss takes."""
     sequences, tokens = _read_sequences(tokens, arguments.cu_seqlens)
     masked_in = tokens.live
-    per_sequence = advantages_per_sequence(sequences, arguments.advantages)
-    advantage = _read_advantages(tokens, sequences, arguments.advantages, per_sequence)
+    advantage, per_sequence = _read_advantages(tokens, sequences, arguments.advantages)
     kl_coef = _read_coefficient(tokens, "kl_coef", arguments.kl_coef, config.kl.coef)
     entropy_coef = _read_coefficient(tokens, "entropy_coef", arguments.entropy_coef, config.entropy_coef)
     _check_needed(tokens, config, arguments, kl_coef is not None)
@@ -73,14 +72,15 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
     policy_weight = weight
     if arguments.token_weights is not None:
         policy_weight = _times_token_weights(tokens, weight, arguments.token_weights)
+    old, ref, rollout = arguments.old_log_probs, arguments.ref_log_probs, arguments.rollout_log_probs
     inputs = TokenInputs(
         advantage=advantage,
         policy_weight=policy_weight,
-        old=_read_log_probs(tokens, "old_log_probs", arguments.old_log_probs, policy_weight),
-        ref=_read_log_probs(tokens, "ref_log_probs", arguments.ref_log_probs, weight),
-        rollout=_read_log_probs(tokens, "rollout_log_probs", arguments.rollout_log_probs, policy_weight),
-        kl_weight=_scaled(weight, kl_coef),
-        entropy_weight=_scaled(entropy_weight, entropy_coef),
+        old=None if old is None else _read_log_probs(tokens, "old_log_probs", old, policy_weight),
+        ref=None if ref is None else _read_log_probs(tokens, "ref_log_probs", ref, weight),
+        rollout=None if rollout is None else _read_log_probs(tokens, "rollout_log_probs", rollout, policy_weight),
+        kl_weight=None if kl_coef is None else _scaled(weight, kl_coef),
+        entropy_weight=None if entropy_coef is None else _scaled(entropy_weight, entropy_coef),
     )
     batch = TokenBatch(
         live=tokens.live,
@@ -92,7 +92,8 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
     )
     if batch.schemes:
         batch = with_known_factors(config, batch)
-    _check_advantages(tokens, batch, arguments.advantages)
+    if tokens.looks:
+        _check_advantages(tokens, batch, arguments.advantages)
     return tokens, batch
 
 
@@ -119,8 +120,10 @@ def _replace_live(tokens: _Tokens, live: Tensor) -> _Tokens:
     return dataclasses.replace(tokens, live=live.contiguous())
 
 
-def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor, per_sequence: bool) -> Tensor:
+def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor) -> tuple[Tensor, bool]:
+    """Return advantages at every token, and whether there is one for each sequence."""
     count, shape = sequences.count, tuple(tokens.live.shape)
+    per_sequence = fits(advantages, (count,), (count, 1))
     if not per_sequence:
         allowed = ((count,), (count, 1), tuple(tokens.shape), shape)
         check_shape(tokens.function, "advantages", advantages, allowed, tokens.tensors, tokens.shift_hint)
@@ -128,15 +131,14 @@ def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor, p
         hint = "the order is (token_ids, advantages, mask)"
         fail(tokens.function, "advantages that are numbers", "torch.bool", tokens.tensors, hint, TypeError)
     values = advantages.detach().to(tokens.real)
-    if per_sequence:
-        return sequences.expand(values.reshape(count)).expand(shape).contiguous()
-    return values.reshape(shape).contiguous()
+    values = sequences.expand(values.reshape(count)).expand(shape) if per_sequence else values.reshape(shape)
+    return values.contiguous(), per_sequence
 
 
 def _check_advantages(tokens: Tokens, batch: TokenBatch, advantages: Tensor) -> None:
     """Raise where tokens that have a part in the loss have none: a group of which nothing counts may have any."""
     values = batch.inputs.advantage
-    if not may_look(values, tokens.checks) or math.isfinite(float(advantages.detach().to(tokens.real).sum())):
+    if math.isfinite(float(advantages.detach().to(tokens.real).sum())):
         return
     counts = batch.live & (batch.inputs.policy_weight != 0)
     hint = "mask what has none: a group without a reward, or whose rewards are not finite"
@@ -153,10 +155,8 @@ def _read_coefficient(
     return argument if isinstance(argument, Tensor) or argument != 0 else None
 
 
-def _scaled(weight: Tensor, coefficient: float | Tensor | None) -> Tensor | None:
-    if isinstance(coefficient, Tensor):
-        coefficient = coefficient.detach().to(weight)
-    return None if coefficient is None else weight * coefficient
+def _scaled(weight: Tensor, coefficient: float | Tensor) -> Tensor:
+    return weight * (coefficient.detach().to(weight) if isinstance(coefficient, Tensor) else coefficient)
 
 
 def _check_needed(tokens: Tokens, config: LossConfig, arguments: LossArguments, with_kl: bool) -> None:
@@ -167,7 +167,8 @@ def _check_needed(tokens: Tokens, config: LossConfig, arguments: LossArguments, 
     if config.schemes and arguments.rollout_log_probs is None:
         expected = f"rollout_log_probs (the sampler's) for {', '.join(map(repr, config.schemes))}"
         fail(tokens.function, expected, "none", tokens.tensors, "rollout=() leaves the correction out")
-    check_pooled(tokens.function, config, arguments.old_log_probs, arguments.rollout_log_probs, tokens.tensors)
+    if config.pooling.pools or config.kl_pooling.pools or config.schemes:
+        check_pooled(tokens.function, config, arguments.old_log_probs, arguments.rollout_log_probs, tokens.tensors)
 
 
 def _check_skip(tokens: Tokens, config: LossConfig, policy_only: bool, per_sequence: bool) -> None:
@@ -194,7 +195,9 @@ def _read_weights(
             fail(tokens.function, "no normalizer= with token_losses=True", "one", tokens.tensors, hint)
         ones = masked_in.to(tokens.real)
         return ones, ones
-    denominator = _read_normalizer(tokens, config, arguments.normalizer)
+    denominator = arguments.normalizer
+    if denominator is not None:
+        denominator = _read_normalizer(tokens, config, denominator)
     weight = on_tokens(config.weighting.weights(masked_in, sequences, denominator), masked_in, sequences, tokens.real)
     if config.entropy_aggregation is None:
         return weight, weight
@@ -202,11 +205,7 @@ def _read_weights(
     return weight, on_tokens(of_entropy, masked_in, sequences, tokens.real)
 
 
-def _read_normalizer(
-    tokens: Tokens, config: LossConfig, normalizer: float | Tensor | Normalizer | None
-) -> float | Tensor | None:
-    if normalizer is None:
-        return None
+def _read_normalizer(tokens: Tokens, config: LossConfig, normalizer: float | Tensor | Normalizer) -> float | Tensor:
     if isinstance(normalizer, Normalizer):
         normalizer = normalizer.of_loss(tokens.function, config, tokens.tensors)
     number = check_scalar(tokens.function, "normalizer", normalizer, tokens.checks)
@@ -219,7 +218,7 @@ def _times_token_weights(tokens: Tokens, weight: Tensor, token_weights: Tensor) 
     """Return the weights times the user's, 0 where the mask is, whatever the user's number is there."""
     factor = tokens.per_token("token_weights", token_weights)
     weight = torch.where(tokens.live, weight * factor, 0.0)
-    if not may_look(factor, tokens.checks):
+    if not tokens.looks:
         return weight
     if not math.isfinite(float(weight.sum())):  # one number says most often that all are
         hint = "a token that is to have no part has weight 0, or is masked"
@@ -229,14 +228,12 @@ def _times_token_weights(tokens: Tokens, weight: Tensor, token_weights: Tensor) 
     return weight
 
 
-def _read_log_probs(tokens: Tokens, name: str, log_probs: Tensor | None, weight: Tensor) -> Tensor | None:
+def _read_log_probs(tokens: Tokens, name: str, log_probs: Tensor, weight: Tensor) -> Tensor:
     """Return log-probs to compare with; ``weight`` is 0 where they have no part in the loss."""
-    if log_probs is None:
-        return None
     if not log_probs.is_floating_point():
         fail(tokens.function, f"{name} of a floating dtype", str(log_probs.dtype), tokens.tensors, error=TypeError)
     values = tokens.per_token(name, log_probs)
-    if tokens.checks and may_look(values, tokens.checks):
+    if tokens.checks and tokens.looks:
         known = values if name != "rollout_log_probs" else values.nan_to_num(nan=0.0)
         wrong = tokens.live & (weight != 0) & ~(known <= _POSITIVE_NATS)
         if bool(wrong.any()):

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ..backends.contract import TokenInputs
 from ..objectives.checks import fail, may_look
-from ..objectives.maths import accumulate_dtype
-from ..objectives.sequences import Packed, Padded, Sequences
+from ..objectives.sequences import Packed, Padded, Sequences, accumulate_dtype
 from .head import head_kind
 from .terms import TokenBatch
 from .tokens import RowTokens

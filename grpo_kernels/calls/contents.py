@@ -15,7 +15,7 @@ from .tokens import RowTokens
 
 def check_contents(tokens: RowTokens, backend: str, logit_args: LogitArgs) -> None:
     """With checks on, raise where ids are out of range or look shifted by one row. Waits for the device."""
-    if not (tokens.checks and may_look(tokens.states, tokens.checks)):
+    if not (tokens.checks and tokens.looks):
         return
     check_ids(tokens)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, tokens.states.device)

@@ -54,12 +54,9 @@ class Outcome(NamedTuple):
     log_prob: Tensor
     entropy: Tensor
 
-    def output(self, shape: torch.Size, route: Route, token_losses: bool) -> LossOutput:
-        log_probs, entropy = self.log_prob.view(shape), self.entropy.view(shape)
-        if not token_losses:
-            return LossOutput(self.loss, self.metrics, log_probs, entropy, route)
-        losses = self.loss.view(shape)
-        return TokenLosses.of(losses, metrics=self.metrics, log_probs=log_probs, entropy=entropy, route=route)
+    def of_tokens(self, shape: torch.Size, route: Route) -> TokenLosses:
+        outputs = {"log_probs": self.log_prob.view(shape), "entropy": self.entropy.view(shape)}
+        return TokenLosses.of(self.loss.view(shape), metrics=self.metrics, route=route, **outputs)
 
 
 class TokenLogProbs(NamedTuple):

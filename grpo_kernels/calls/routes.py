@@ -68,10 +68,20 @@ def choose(
     """
     choice = _choose_backend(tokens, backend, softcap, fused=wants_gradient)
     spec, reason = _one_pass_spec(config, batch, arguments)
-    route = _route_of(choice, unknown or reason, wants_gradient, copies)
+    if copies:
+        passes, reason = 2, "support= works on copies of the rows"
+    elif not wants_gradient:
+        passes, reason = 1, "no gradient is wanted"
+    elif unknown is not None or reason is not None:
+        passes, reason = 2, unknown or reason
+    elif not choice.fuses:
+        passes, reason = 2, choice.unfused
+    else:
+        passes, reason = 1, "every row's slope follows from that row"
+    route = Route(choice.backend, passes, f"{reason}; {choice.passed_over}" if choice.passed_over else str(reason))
     if require is not None:
         _check_require(tokens, require, route)
-    return Plan(route, spec, fused=wants_gradient and route.passes == 1)
+    return Plan(route, spec, fused=wants_gradient and passes == 1)
 
 
 def choose_log_probs(
@@ -79,7 +89,10 @@ def choose_log_probs(
 ) -> Route:
     """Choose the backend of log-probs alone."""
     choice = _choose_backend(tokens, backend, softcap, fused=False)
-    route = _route_of(choice, None, wants_gradient=False, copies=copies)
+    reason = "support= works on copies of the rows" if copies else "no gradient is wanted"
+    if choice.passed_over:
+        reason = f"{reason}; {choice.passed_over}"
+    route = Route(choice.backend, 2 if copies else 1, reason)
     if require is not None:
         _check_require(tokens, require, route)
     return route
@@ -116,21 +129,6 @@ def _one_pass_spec(
     if config.surrogate.kernel_id is None:
         return None, f"{type(config.surrogate).__name__} has no one-pass kernel"
     return None, f"no one-pass kernel applies {', '.join(map(repr, batch.schemes))} inside of a row"
-
-
-def _route_of(choice: Choice, two_passes: str | None, wants_gradient: bool, copies: bool) -> Route:
-    """Return the route; ``two_passes`` is the reason for them, None if the objective takes one."""
-    if copies:
-        passes, reason = 2, "support= works on copies of the rows"
-    elif not wants_gradient:
-        passes, reason = 1, "no gradient is wanted"
-    elif two_passes is not None:
-        passes, reason = 2, two_passes
-    elif not choice.fuses:
-        passes, reason = 2, choice.unfused
-    else:
-        passes, reason = 1, "every row's slope follows from that row"
-    return Route(choice.backend, passes, "; ".join([reason, *([choice.passed_over] if choice.passed_over else [])]))
 
 
 def _check_require(tokens: Tokens, require: Require, route: Route) -> None:

@@ -21,10 +21,10 @@ from ..backends.spec import in_kernel, objective_spec
 from ..objectives.config import LossConfig
 from ..objectives.kl import ESTIMATORS, KLTerms, kl_terms
 from ..objectives.levels import Level
-from ..objectives.maths import accumulate_dtype, clamp, log_ratio_of, times, weighed, within
+from ..objectives.maths import clamp, log_ratio_of, times, weighed, within
 from ..objectives.metrics import FIELDS, Metrics, reduce_ratios
 from ..objectives.rollout import FOLDED, Rollout, rollout_weights
-from ..objectives.sequences import Sequences
+from ..objectives.sequences import Sequences, accumulate_dtype
 from ..objectives.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, Point
 
 

@@ -21,7 +21,9 @@ from ..objectives.checks import (
     checks_enabled,
     fail,
     fits,
+    may_look,
     read_mask,
+    read_token_mask,
 )
 from ..objectives.maths import real_dtype
 from ..objectives.sequences import Packed
@@ -44,6 +46,8 @@ class Tokens:
     """The user's tensors by name, for messages; what the rows are made of comes first."""
     checks: bool
     """Whether contents are looked at wherever that is possible: ``check=``, else GRPO_KERNELS_CHECK."""
+    looks: bool
+    """Whether the contents of this call's tensors may be looked at: ``may_look``."""
 
     def per_token(self, name: str, value: Tensor) -> Tensor:
         """Return a user's token-sized tensor as detached, contiguous (B, T)."""
@@ -84,6 +88,7 @@ def read_tokens(
     """Check logits, ids and mask against each other and bring ids and mask to (B, T)."""
     named = {"logits": logits, "token_ids": token_ids, "mask": mask, **tensors}
     check_logits(function, logits, named)
+    check_no_transforms(function, logits)
     return _read_ids(function, logits, logits.shape[-1], logits.dtype, token_ids, mask, named, check)
 
 
@@ -106,7 +111,7 @@ def read_linear_tokens(
     if dtype != operands and (dtype != torch.float32 or operands.itemsize != 2):
         expected = f"logits_dtype=torch.float32 (with half precision) or None for that of the GEMM ({operands})"
         fail(function, expected, repr(logits_dtype), named)
-    for tensor in (weight, bias):
+    for tensor in (hidden, weight, bias):
         if tensor is not None:
             check_no_transforms(function, tensor)
     return _read_ids(function, hidden, weight.shape[0], dtype, token_ids, mask, named, check)
@@ -133,8 +138,9 @@ def read_log_prob_tokens(
     if entropy is not None:
         check_shape(function, "entropy", entropy, (tuple(log_probs.shape),), named)
     checks = checks_enabled(check)
-    live = _read_live(function, mask, log_probs, named, checks)
-    return Tokens(function, live, log_probs.shape, real_dtype(log_probs.dtype), named, checks)
+    hint = functools.partial(_shift_hint, shape=log_probs.shape, what="log_probs")
+    looks, live = may_look(log_probs, checks), read_token_mask(function, mask, log_probs, named, checks, hint)
+    return Tokens(function, live, log_probs.shape, real_dtype(log_probs.dtype), named, checks, looks)
 
 
 def _read_ids(
@@ -148,36 +154,21 @@ def _read_ids(
     check: bool | None = None,
 ) -> RowTokens:
     check_tensors(function, named)
-    check_no_transforms(function, states)
     check_device(function, named)
     if token_ids.dtype not in INTEGER_DTYPES:
         fail(function, "integer token_ids", str(token_ids.dtype), named, error=TypeError)
-    shapes = _token_shapes(tuple(states.shape[:-1]))
+    *leading, length = states.shape[:-1]  # T rows, or T+1 with the last one unused
+    shapes = [(*leading, length), (*leading, length - 1)][: 1 + (length > 0)]
     if not fits(token_ids, *shapes):
         what, wanted = next(iter(named)), " or ".join(map(str, shapes))
-        hint = f"align(input_ids, mask) gives ids for {what} (B, L, ...) as a causal model returns them"
-        fail(function, f"token_ids of shape {wanted}", str(tuple(token_ids.shape)), named, hint)
+        aligned = f"align(input_ids, mask) gives ids for {what} (B, L, ...) as a causal model returns them"
+        fail(function, f"token_ids of shape {wanted}", str(tuple(token_ids.shape)), named, aligned)
     checks = checks_enabled(check)
-    live = _read_live(function, mask, token_ids, named, checks)
-    ids = ordinary(token_ids.reshape(live.shape).to(torch.int64).contiguous())
-    shared = (function, ordinary(live), token_ids.shape, real_dtype(dtype), named, checks)
-    return RowTokens(*shared, states, vocab, dtype, ids)
-
-
-def _read_live(function: str, mask: Tensor | None, like: Tensor, named: Mapping[str, object], checks: bool) -> Tensor:
-    """Return bool (B, T), contiguous: where the mask of the shape of ``like`` is not 0."""
-    shape = (1, *like.shape) if like.dim() == 1 else like.shape
-    if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=like.device)
-    shifted = functools.partial(_shift_hint, shape=like.shape, what=next(iter(named)))
-    check_shape(function, "mask", mask, (tuple(like.shape),), named, shifted)
-    return read_mask(function, mask, named, checks).reshape(shape).contiguous()
-
-
-def _token_shapes(rows: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-    """Shapes of token_ids for rows of these leading dimensions: T, or T+1 with the last row unused."""
-    shorter = (*rows[:-1], rows[-1] - 1)
-    return (rows, shorter) if rows[-1] > 0 else (rows,)
+    hint = functools.partial(_shift_hint, shape=token_ids.shape, what=next(iter(named)))
+    looks, live = may_look(token_ids, checks), read_token_mask(function, mask, token_ids, named, checks, hint)
+    live, ids = ordinary(live, token_ids.reshape(live.shape).to(torch.int64).contiguous())
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    return RowTokens(function, live, token_ids.shape, real, named, checks, looks, states, vocab, dtype, ids)
 
 
 def _shift_hint(name: str, value: Tensor, shape: torch.Size, what: str) -> str | None:

@@ -27,10 +27,10 @@ from ..calls.tokens import read_linear_tokens, read_tokens
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..objectives.aggregation import on_tokens
 from ..objectives.checks import check_shape
 from ..objectives.config import LossConfig
 from ..objectives.maths import weighed
+from ..objectives.sequences import on_tokens
 from ..objectives.surrogates import Cispo
 from .objectives import OVER_ITEMS, UNBOUNDED, Objective, sampler_log_probs
 

@@ -16,8 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .maths import accumulate_dtype
-from .sequences import Sequences
+from .sequences import Sequences, accumulate_dtype
 
 AggregationName = Literal["token_mean", "sequence_mean", "sequence_sum", "constant", "group_mean"]
 Unit = Literal["tokens", "sequences", "groups"]
@@ -159,12 +158,6 @@ AGGREGATIONS: Mapping[str, type[Aggregation]] = MappingProxyType(
     {cls.name: cls for cls in (TokenMean, SequenceMean, SequenceSum, Constant, GroupMean)}
 )
 """By name; tests enumerate them."""
-
-
-def on_tokens(weights: Tensor, mask: Tensor, sequences: Sequences, real: torch.dtype) -> Tensor:
-    """An aggregation's weights at every token, contiguous (B, T) in ``real``, rounded once; 0 where the mask is."""
-    weights = weights.to(real)
-    return (mask * (sequences.expand(weights) if weights.dim() else weights)).contiguous()
 
 
 def numbers_elsewhere(aggregation: Aggregation) -> bool:

@@ -194,6 +194,22 @@ def read_mask(
     return mask != 0
 
 
+def read_token_mask(
+    function: str,
+    mask: Tensor | None,
+    like: Tensor,
+    tensors: Mapping[str, object],
+    check: bool,
+    hint: Callable[[str, Tensor], str | None],
+) -> Tensor:
+    """Return bool (B, T), contiguous: where a mask of the shape of ``like`` is not 0; packed (N,) gives (1, N)."""
+    shape = (1, *like.shape) if like.dim() == 1 else like.shape
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=like.device)
+    check_shape(function, "mask", mask, (tuple(like.shape),), tensors, hint)
+    return read_mask(function, mask, tensors, check).reshape(shape).contiguous()
+
+
 def _check_mask(function: str, name: str, mask: Tensor, tensors: Mapping[str, object], check: bool | None) -> None:
     """NaN, infinities and negative numbers; with checks on fractions too."""
     low, high = (float(bound) for bound in torch.aminmax(mask.detach()))

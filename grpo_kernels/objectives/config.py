@@ -184,4 +184,5 @@ def resolve_config(config: LossConfig | str) -> LossConfig:
         return config
     if not isinstance(config, str):
         raise TypeError(f"config must be a LossConfig or the name of a preset; got {type(config).__name__}.")
-    return PRESETS[read_name("preset", config, PRESETS)].config
+    name = config if config in PRESETS else read_name("preset", config, PRESETS)
+    return PRESETS[name].config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,12 +29,12 @@ class Level:
     """What of the slopes in those comes to each token's own log-prob."""
     equation: str
 
-    @property
+    @functools.cached_property
     def pools(self) -> bool:
         """Whether a token's ratio needs the other tokens of its sequence."""
         return self.pooled != "own"
 
-    @property
+    @functools.cached_property
     def spreads(self) -> bool:
         """Whether a token's slope needs those of the other tokens."""
         return self.spread != "own"

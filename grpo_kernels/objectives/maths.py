@@ -52,8 +52,3 @@ def k3_of(u: Tensor) -> Tensor:
 def real_dtype(logits: torch.dtype) -> torch.dtype:
     """Of everything but logits of that dtype and their gradient: fp64 for fp64 logits, else fp32."""
     return torch.float64 if logits == torch.float64 else torch.float32
-
-
-def accumulate_dtype(device: torch.device) -> torch.dtype:
-    """Of sums over tokens: fp64 wherever the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64

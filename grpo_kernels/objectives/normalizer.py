@@ -14,8 +14,7 @@ from torch import Tensor
 from .aggregation import AGGREGATIONS, Aggregation
 from .checks import fail, read_name
 from .config import PRESETS, LossConfig, resolve_config
-from .maths import accumulate_dtype
-from .sequences import read_live
+from .sequences import accumulate_dtype, read_live
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -27,6 +27,11 @@ def _sequence_sum_fake(values: Tensor, cu_seqlens: Tensor) -> Tensor:
 sequence_sum = define("sequence_sum(Tensor values, Tensor cu_seqlens) -> Tensor", _sequence_sum, _sequence_sum_fake)
 
 
+def accumulate_dtype(device: torch.device) -> torch.dtype:
+    """Of sums over tokens: fp64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 @dataclass(frozen=True)
 class Padded:
     """Sequences that are the rows of (B, T) token tensors."""
@@ -87,6 +92,12 @@ class Packed:
 
 
 Sequences = Padded | Packed
+
+
+def on_tokens(weights: Tensor, mask: Tensor, sequences: Sequences, real: torch.dtype) -> Tensor:
+    """An aggregation's weights at every token, contiguous (B, T) in ``real``, rounded once; 0 where the mask is."""
+    weights = weights.to(real)
+    return (mask * (sequences.expand(weights) if weights.dim() else weights)).contiguous()
 
 
 def read_live(function: str, mask: Tensor, cu_seqlens: Tensor | None, check: bool | None = None) -> Tensor:
