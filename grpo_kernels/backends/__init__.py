@@ -14,7 +14,8 @@ import torch
 
 from ..objectives.checks import check_name, fail
 from ..objectives.compiler import constant_in_graphs
-from .contract import Backend, FusedBackend, Request
+from .contract import Backend, FusedBackend
+from .contract import Request as Request
 
 if TYPE_CHECKING:
     from . import cpu, cuda, eager, triton

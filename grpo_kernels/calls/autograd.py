@@ -44,7 +44,7 @@ def once(backward: Callable[..., Any]) -> Any:
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = differentiable(ctx, *upstream)
+        gradients: tuple[Tensor | None, ...] = differentiable(ctx, *upstream)
         if not torch.is_grad_enabled():
             return gradients
         return tuple(None if g is None else _Final.apply(g.detach().requires_grad_()) for g in gradients)
