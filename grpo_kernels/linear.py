@@ -143,8 +143,10 @@ def linear_grpo_loss(
         with torch.no_grad():
             loss, metrics, values, gradients = LinearLoss(config, batch, sweep, plan).compute(wants, head)
         if any(wants):
-            known = (sweep.valid(sweep.announced), tokens.token_ids, sweep.backend, "linear_grpo_loss")
-            loss = autograd.KnownGradients.apply(loss, *known, *head, *gradients)
+            announced, ids = sweep.valid(sweep.announced), tokens.token_ids
+            loss = autograd.KnownGradients.apply(
+                loss, announced, ids, sweep.backend, "linear_grpo_loss", *head, *gradients
+            )
     loss, metrics = sweep.valid(loss), Metrics(sweep.valid(metrics.vector))
     log_prob, entropy = sweep.valid(values.log_prob), sweep.valid(values.entropy)
     if token_losses:
@@ -206,8 +208,8 @@ def _check_contents(tokens: RowTokens, head: HeadTensors, logit_args: LogitArgs)
 
 
 def _fp16_scale(batch: TokenBatch, config: LossConfig, logit_args: LogitArgs) -> Tensor:
-    """A power of two that brings the largest slope of a logit near 2⁻⁶: 2²² below what fp16 overflows at, for ratios,
-    and 2¹⁸ above its smallest number, for probabilities. Tokens that weigh nothing have no part in it."""
+    """Return a power of two that brings the largest slope of a logit near 2⁻⁶: 2²² below what fp16 overflows at, for
+    ratios, and 2¹⁸ above its smallest number, for probabilities. Tokens that weigh nothing have no part in it."""
     inputs = batch.inputs
     if inputs.policy_weight.numel() == 0:
         return torch.ones((), device=inputs.policy_weight.device)

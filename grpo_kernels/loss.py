@@ -157,8 +157,8 @@ def grpo_loss(
 
     if support is not None:
         check_not_inplace("grpo_loss", inplace, tokens.tensors)
-        known = supported_log_probs(logits, tokens, support, logit_args, backend)
-        outcome = call.tokens_of(*known) if token_losses else call.of_log_probs(*known)
+        outputs = supported_log_probs(logits, tokens, support, logit_args, backend)
+        outcome = call.tokens_of(*outputs) if token_losses else call.of_log_probs(*outputs)
     elif not wants_gradient and not token_losses:
         outcome = call.forward_only()
     elif token_losses:
@@ -205,8 +205,9 @@ class _Call:
             values = TokenValues(log_prob, entropy, batch.live)
             value, metrics = reduce_records(self.config, batch, values, records, self.backend)
         announced = rows.numbers[NUMBERS.index("grad_scale")]
-        known = (announced, rows.token_ids, self.backend, "grpo_loss")
-        loss = autograd.KnownGradients.apply(value, *known, rows.logits, gradient)
+        loss = autograd.KnownGradients.apply(
+            value, announced, rows.token_ids, self.backend, "grpo_loss", rows.logits, gradient
+        )
         return Outcome(loss, metrics, log_prob, entropy)
 
     def two_passes(self) -> Outcome:
@@ -220,14 +221,14 @@ class _Call:
         return Outcome(loss, settled.metrics, stats.log_prob, stats.entropy)
 
     def of_log_probs(self, log_prob: Tensor, entropy: Tensor) -> Outcome:
-        """From log-probs and entropies that make their own gradient."""
+        """Return the loss of log-probs and entropies that make their own gradient."""
         with torch.no_grad():
             settled = self._settle(log_prob.detach(), entropy.detach())
         loss = autograd.LossOfLogProbs.apply(log_prob, entropy, settled.loss, *settled.gradients)
         return Outcome(loss, settled.metrics, log_prob.detach(), entropy.detach())
 
     def tokens_of(self, log_prob: Tensor, entropy: Tensor) -> Outcome:
-        """Losses of tokens, from such log-probs and entropies."""
+        """Return losses of tokens, from such log-probs and entropies."""
         with torch.no_grad():
             metrics = self._settle(log_prob.detach(), entropy.detach()).metrics
         losses = losses_of_tokens(self.config, self.batch, log_prob, entropy)

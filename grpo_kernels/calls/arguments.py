@@ -36,7 +36,7 @@ def check_logits(function: str, logits: Tensor, tensors: Mapping[str, object]) -
 def check_head(
     function: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Mapping[str, object]
 ) -> None:
-    """Hidden states and LM head."""
+    """Raise unless hidden states and LM head fit each other, and are whole and floating."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
@@ -71,7 +71,7 @@ def check_head(
 
 
 def check_no_transforms(function: str, logits: Tensor) -> None:
-    """Forward mode and torch.func would silently drop or misread the gradient; say so instead."""
+    """Raise inside forward mode and torch.func, which would drop or misread the gradient in silence."""
     if torch.compiler.is_compiling():
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(logits):
@@ -85,7 +85,7 @@ def check_no_transforms(function: str, logits: Tensor) -> None:
 
 
 def check_inplace(function: str, logits: Tensor, tensors: Mapping[str, object]) -> None:
-    """``inplace=True`` overwrites the logits with their gradient: refuse where that would be wrong."""
+    """Refuse ``inplace=True``, which overwrites the logits with their gradient, where that would be wrong."""
     if logits.is_leaf and logits.requires_grad:
         hint = "a leaf that requires grad keeps its values; use inplace=False"
         fail(function, "logits computed by a model with inplace=True", "a leaf that requires grad", tensors, hint)
@@ -147,7 +147,7 @@ def check_logit_args(function: str, args: LogitArgs, check: bool | None = None) 
 
 @functools.lru_cache(maxsize=64)
 def _check_logit_numbers(function: str, args: LogitArgs) -> None:
-    """Plain numbers are looked at once."""
+    """Look at plain numbers once."""
     _check_logit_args(function, args, None)
 
 

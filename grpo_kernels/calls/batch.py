@@ -234,8 +234,8 @@ def _read_log_probs(tokens: Tokens, name: str, log_probs: Tensor, weight: Tensor
         fail(tokens.function, f"{name} of a floating dtype", str(log_probs.dtype), tokens.tensors, error=TypeError)
     values = tokens.per_token(name, log_probs)
     if tokens.checks and tokens.looks:
-        known = values if name != "rollout_log_probs" else values.nan_to_num(nan=0.0)
-        wrong = tokens.live & (weight != 0) & ~(known <= _POSITIVE_NATS)
+        numbers = values if name != "rollout_log_probs" else values.nan_to_num(nan=0.0)
+        wrong = tokens.live & (weight != 0) & ~(numbers <= _POSITIVE_NATS)
         if bool(wrong.any()):
             got = f"{float(values[wrong][0]):.6g} (and as bad at {int(wrong.sum()) - 1} other live tokens)"
             fail(tokens.function, f"{name} <= 0", got, tokens.tensors, "it takes log-probs, not probabilities")

@@ -35,7 +35,7 @@ def cut(values: _Tuple, first: int, last: int) -> _Tuple:
 
 
 def chunk_rows(tokens: RowTokens, operands: torch.dtype, chunk_bytes: int) -> int:
-    """How many rows' logits, hidden states and their gradients fit ``chunk_bytes``."""
+    """Return how many rows' logits, hidden states and their gradients fit ``chunk_bytes``."""
     kind = head_kind(tokens.states.device.type, operands, tokens.dtype)
     fixed, per_row = kind.bytes(tokens.states.shape[-1], tokens.vocab, operands, tokens.dtype)
     rows = (chunk_bytes - fixed) // per_row
@@ -71,7 +71,7 @@ class LiveRows:
 
     @classmethod
     def of(cls, tokens: RowTokens, chunk: int, live_tokens: int | None, sequences: Sequences | None = None) -> LiveRows:
-        """Chunks of ``chunk`` rows, given ``sequences`` of as many whole sequences as fit, if the longest does. Waits
+        """Cut rows into chunks of ``chunk``, or of as many whole ``sequences`` as fit, if the longest does. Waits
         for the device once, to count, unless told ``live_tokens``."""
         flat = tokens.live.reshape(-1)
         lengths = None if sequences is None else sequences.sum(tokens.live.to(accumulate_dtype(flat.device)))
@@ -102,7 +102,7 @@ class LiveRows:
         return max((last - first for first, last in self.chunks), default=0)
 
     def hidden(self, states: Tensor, first: int, last: int) -> Tensor:
-        """(last - first, H) rows of ``states`` (B, T or T+1, H) or (N, H), gathered where they do not lie together."""
+        """Return (last - first, H) rows of ``states`` (B, T or T+1, H) or (N, H), gathered where they lie apart."""
         if self.everything and self.count == states.shape[:-1].numel() and states.is_contiguous():
             return states.flatten(0, -2)[first:last]
         index = self.index[first:last]
@@ -123,23 +123,23 @@ class LiveRows:
     @overload
     def take(self, values: None) -> None: ...
     def take(self, values: Tensor | None) -> Tensor | None:
-        """(1, n) of (B, T)."""
+        """Return (1, n) of (B, T)."""
         return None if values is None else values.reshape(-1)[self.index][None]
 
     def scatter(self, values: Tensor) -> Tensor:
-        """(B, T) of (1, n), 0 elsewhere."""
+        """Return (B, T) of (1, n), 0 elsewhere."""
         out = values.new_zeros(self.shape[0] * self.shape[1] + 1)
         out[torch.where(self.live[0], self.index, out.shape[0] - 1)] = values[0]  # padding goes to the spare place
         return out[:-1].view(self.shape)
 
     def batch(self, batch: TokenBatch) -> TokenBatch:
-        """Of the live tokens alone, (1, n); ``narrow`` says which sequences a part of it holds."""
+        """Return the batch of the live tokens alone, (1, n); ``narrow`` says which sequences a part of it holds."""
         inputs = TokenInputs(*(None if values is None else self.take(values) for values in batch.inputs))  # type: ignore[arg-type]
         masked_in = self.take(batch.masked_in)
         return dataclasses.replace(batch, live=self.live, masked_in=masked_in, inputs=inputs, rollout_weight=None)
 
     def narrow(self, batch: TokenBatch, first: int, last: int) -> TokenBatch:
-        """Tokens [first, last) of ``batch``'s result; without ``bounds`` one sequence, for the maths of tokens."""
+        """Return tokens [first, last) of ``batch``'s result; without ``bounds`` as one sequence."""
         live, masked_in = batch.live[:, first:last], batch.masked_in[:, first:last]
         sequences: Sequences = Padded(1)
         if self.bounds is not None:
@@ -149,7 +149,7 @@ class LiveRows:
 
 
 def _chunks_of_sequences(lengths: list[int], chunk: int, count: int) -> list[tuple[int, int]]:
-    """As many whole sequences as fit into each; the last one ends at ``count``, padding included."""
+    """Return chunks of as many whole sequences as fit; the last one ends at ``count``, padding included."""
     starts, end = [0], 0
     for length in lengths:
         if end + length - starts[-1] > chunk:
@@ -159,7 +159,7 @@ def _chunks_of_sequences(lengths: list[int], chunk: int, count: int) -> list[tup
 
 
 def _count(tokens: RowTokens, lengths: Tensor | None, live_tokens: int | None) -> tuple[list[int], Tensor | None]:
-    """How many rows to work on, sequence by sequence where ``lengths`` can be read, and ``LiveRows.cut``."""
+    """Return how many rows to work on, sequence by sequence where ``lengths`` can be read, and ``LiveRows.cut``."""
     live = tokens.live
     if live_tokens is not None and (type(live_tokens) is not int or live_tokens < 0):
         error = ValueError if type(live_tokens) is int else TypeError

@@ -60,13 +60,13 @@ def has_native_gemm(device: str, dtype: torch.dtype) -> bool:
 
 @functools.cache
 def cpu_bf16_instructions() -> tuple[str, ...]:
-    """Of this CPU, by name. Read once; the choice never depends on a timing, so results reproduce."""
+    """Return this CPU's, by name. Read once; the choice never depends on a timing, so results reproduce."""
     read: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return tuple(name for name in _NATIVE if read.get(name))
 
 
 def operand_dtype(hidden: Tensor) -> torch.dtype:
-    """What a linear layer would compute in, autocast included."""
+    """Return the dtype that a linear layer would compute in, autocast included."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -74,13 +74,13 @@ def operand_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def head_kind(device: str, operands: torch.dtype, logits: torch.dtype) -> type[Head]:
-    """The GEMMs for this kind of device and these dtypes."""
+    """Return the GEMMs for this kind of device and these dtypes."""
     mixed = device == "cpu" and operands != logits  # PyTorch has no such GEMM for CPUs
     return SlicedHead if mixed or not has_native_gemm(device, operands) else Head
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total += a @ b"""
+    """Compute total += a @ b in place."""
     return torch.addmm(total, a, b, out=total)
 
 
@@ -105,12 +105,12 @@ class Head:
 
     @staticmethod
     def bytes(hidden_size: int, vocab: int, operands: torch.dtype, logits: torch.dtype) -> tuple[int, int]:
-        """Of a call, and of each row of a chunk: its logits, its hidden state and that one's gradient."""
+        """Return those of a call, and of each row of a chunk: its logits, its hidden state and that one's gradient."""
         rounded = 0 if operands == logits else operands.itemsize
         return 0, vocab * (logits.itemsize + rounded) + 2 * hidden_size * operands.itemsize
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
-        """hidden (C, H) @ weight.T + bias, into ``out`` (C, V)."""
+        """Write hidden (C, H) @ weight.T + bias into ``out`` (C, V)."""
         if out.dtype != hidden.dtype:
             torch.mm(hidden, self.weight.t(), out_dtype=out.dtype, out=out)
             if self.bias is not None:
@@ -121,7 +121,7 @@ class Head:
             torch.addmm(self.bias, hidden, self.weight.t(), out=out)
 
     def backward(self, gradient: Tensor, hidden: Tensor) -> Tensor | None:
-        """From the logits' gradient (C, V): add to the weight's and the bias's, return the hidden states' (C, H)."""
+        """Add the logits' gradient (C, V) to the weight's and the bias's, and return the hidden states' (C, H)."""
         if self.wants.bias:
             self._add_bias(gradient)
         gradient = gradient.to(self.weight.dtype)
@@ -130,7 +130,7 @@ class Head:
         return gradient @ self.weight if self.wants.hidden else None
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Of weight and bias, in their own dtypes; zeros where no chunk came."""
+        """Return the weight's and bias's gradients in their own dtypes, zeros where no chunk came."""
         weight, bias = self._weight_sum, self._bias_sum
         if self.wants.weight and weight is None:
             weight = torch.zeros_like(self.weight)
@@ -186,7 +186,7 @@ class SlicedHead(Head):
 
     @staticmethod
     def bytes(hidden_size: int, vocab: int, operands: torch.dtype, logits: torch.dtype) -> tuple[int, int]:
-        """The slice; logits, fp32 rows of hidden states, their gradient and a slice's."""
+        """Return those of the slice; of logits, fp32 rows of hidden states, their gradient and a slice's."""
         states = 2 * hidden_size * (operands.itemsize + 4)
         return SLICE_COLUMNS * hidden_size * 4, vocab * logits.itemsize + states + SLICE_COLUMNS * 4
 
@@ -219,7 +219,7 @@ class SlicedHead(Head):
         return None if result is None else result.to(gradient.dtype)
 
     def _part_of(self, rows: int, columns: int) -> Tensor:
-        """Room for some columns of a chunk."""
+        """Return room for some columns of a chunk."""
         if self._part is None or self._part.shape[0] < rows:
             self._part = self._slice.new_empty(rows, SLICE_COLUMNS)
         return self._part[:rows, :columns]

@@ -21,8 +21,8 @@ class LossModule(nn.Module):
         super().__init__()
         self.config = resolve_config(config)
         parameters = inspect.signature(self.function).parameters.values()
-        known = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "config")
-        check_options(f"{type(self).__name__}: the option", options, known)
+        keywords = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "config")
+        check_options(f"{type(self).__name__}: the option", options, keywords)
         self.options = options
 
     def extra_repr(self) -> str:

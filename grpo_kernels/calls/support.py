@@ -42,7 +42,7 @@ class TopK:
             raise ValueError(f"TopK(k) must be an integer >= 1; got {self.k!r}.")
 
     def lowest(self, z: Tensor) -> Tensor:
-        """(n, 1): the smallest of each row that is kept, of z (n, V)."""
+        """Return (n, 1): the smallest of each row that is kept, of z (n, V)."""
         return z.topk(min(self.k, z.shape[-1]), -1).values[:, -1:]
 
 
@@ -127,19 +127,19 @@ class Supported:
         return RowStats(*stats)
 
     def gradient(self, backend: str, stats: RowStats, gradients: RowGradients) -> Tensor:
-        """In the logits, from slopes in log-prob and entropy, (B, T)."""
+        """Return that in the logits, from slopes in log-probs and entropies, (B, T)."""
         rows = self.rows
         out = torch.zeros_like(rows.logits, memory_format=torch.contiguous_format)
         target, length = rows.row_view(out), rows.token_ids.shape[1]
         for part, index, slope in self._parts():
-            own = [None if x is None else x.reshape(-1)[index][None] for x in (*stats, *gradients)]
-            ops.log_probs_backward_(part, RowStats(*own[:4]), RowGradients(*own[4:]), backend)  # type: ignore[arg-type]
+            values = [None if x is None else x.reshape(-1)[index][None] for x in (*stats, *gradients)]
+            ops.log_probs_backward_(part, RowStats(*values[:4]), RowGradients(*values[4:]), backend)  # type: ignore[arg-type]
             gradient = part.logits[0] if slope is None else weighed(part.logits[0], slope)
             target[index // length, index % length] = gradient.to(out.dtype)
         return out
 
     def _parts(self) -> Iterator[tuple[Rows, Tensor, Tensor | None]]:
-        """Some rows at a time, copied, -inf outside of the support; their places in the flattened (B, T); under a
+        """Give some rows at a time, copied, -inf outside of the support; their places in the flattened (B, T); under a
         softcap the slope of the copied values, which are capped."""
         rows = self.rows
         numbers = rows.numbers if not rows.softcap else _without_softcap(rows.numbers)
@@ -156,7 +156,7 @@ class Supported:
             yield Rows(values, ids[None], live[None], numbers, softcap=False), index, slope
 
     def _kept(self, values: Tensor, numbers: Tensor) -> Tensor:
-        """(n, V) bool, of logits without a softcap."""
+        """Return (n, V) bool, of logits without a softcap."""
         temperature, scale, _ = numbers[:3].unbind()
         z = values.to(numbers.dtype) * scale / temperature
         for one in self.filters:
@@ -165,15 +165,15 @@ class Supported:
 
 
 def _without_softcap(numbers: Tensor) -> Tensor:
-    """For values that are scaled and capped already."""
+    """Return numbers for values that are scaled and capped already."""
     numbers = numbers.clone()
     numbers[NUMBERS.index("logit_scale")], numbers[NUMBERS.index("logit_softcap")] = 1.0, 0.0
     return numbers
 
 
 def _capped(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """cap·tanh(logit·scale/cap), and its slope in the logit: scale·(1 - tanh²) as 4q/(1+q)², which keeps its precision
-    where tanh is nearly 1."""
+    """Return cap·tanh(logit·scale/cap), and its derivative in the logit: scale·(1 - tanh²) as 4q/(1+q)², which keeps
+    its precision where tanh is nearly 1."""
     _, scale, cap = numbers[:3].unbind()
     inner = logits * (scale / cap)
     q = torch.exp(-2 * inner.abs())
@@ -204,11 +204,11 @@ class SupportedLogProbs(torch.autograd.Function):
 def supported_log_probs(
     logits: Tensor, tokens: RowTokens, support: Support, logit_args: LogitArgs, backend: str
 ) -> tuple[Tensor, Tensor]:
-    """(B, T) log-probs and entropies, differentiable in ``logits`` where gradients are on."""
+    """Return (B, T) log-probs and entropies, differentiable in ``logits`` where gradients are on."""
     supported = Supported.of(tokens, support, logit_args)
     if torch.is_grad_enabled() and logits.requires_grad:
-        found: tuple[Tensor, Tensor] = SupportedLogProbs.apply(logits, supported, backend)
-        return found
+        log_probs: tuple[Tensor, Tensor] = SupportedLogProbs.apply(logits, supported, backend)
+        return log_probs
     with torch.no_grad():
         log_prob, entropy, *_ = supported.log_probs(backend)
         return log_prob, entropy

@@ -262,7 +262,7 @@ def _ratio_weighted_slope(
 def reduce_records(
     config: LossConfig, batch: TokenBatch, values: TokenValues, records: TokenRecords, backend: str
 ) -> tuple[Tensor, Metrics]:
-    """The loss (0-d, the records' dtype) and its metrics: the one place where records are summed."""
+    """Return the loss (0-d, the records' dtype) and its metrics: the one place where records are summed."""
     applied = batch.rollout_weight
     if applied is not None:
         weight = times(records.rollout_weight, applied) if batch.schemes else applied
@@ -277,8 +277,8 @@ def reduce_records(
 
 
 def _sequence_ratios(config: LossConfig, batch: TokenBatch, log_prob: Tensor, records: TokenRecords) -> Tensor:
-    """metrics.RATIO_SUMS and extremes of the ratio over non-empty sequences. One counts as clipped where one of its
-    tokens does."""
+    """Return metrics.RATIO_SUMS and extremes of the ratio over non-empty sequences. One counts as clipped where one of
+    its tokens does."""
     dtype = accumulate_dtype(log_prob.device)
     live = batch.sequences.sum(batch.live.to(dtype)) > 0
     ratio = torch.ones(live.shape, dtype=dtype, device=live.device)
