@@ -69,7 +69,8 @@ def test_what_a_process_prints(tmp_path):
 def test_the_time_of_a_step_is_not_rounded():
     """It was, to the next tenth of a second."""
     found = [gpu_process.fork(lambda: time.sleep(0.13) is None, 5.0).seconds for _ in range(3)]
-    assert 0.13 <= min(found) < 0.19
+    assert min(found) >= 0.13
+    assert any(abs(10 * seconds - round(10 * seconds)) > 0.01 for seconds in found)
 
 
 def alive(pid: int) -> bool:

@@ -9,7 +9,7 @@ import torch
 from cases import INTERPRETED, exact_log_probs, make
 
 from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped, grpo_loss, token_log_probs
-from grpo_kernels.calls import batch as reading
+from grpo_kernels.calls import tokens as reading
 from grpo_kernels.verification.tolerance import compare, truth_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -133,4 +135,8 @@ def _warn_of_fallback(reason: str) -> None:
         f"times slower ({reason}).\n  hint: install a C++ compiler, then grpo_kernels again; `python -m grpo_kernels "
         "info` says what is missing. backend='torch' asks for plain PyTorch and does not warn."
     )
-    warnings.warn(message, UserWarning, stacklevel=6)  # at the caller of the public function
+    ours = (str(Path(__file__).parent.parent), str(Path(torch.__file__).parent))  # and PyTorch's, of a module's call
+    level = 1
+    while sys._getframe(level).f_code.co_filename.startswith(ours):
+        level += 1
+    warnings.warn(message, UserWarning, stacklevel=level + 1)  # at the caller of the public function
