@@ -34,8 +34,8 @@ struct GrpoTokenInputs {
   const void* entropy_weight;
 };
 
-// real[rows], but for the flags: outputs of fused_loss and token_terms, inputs of token_sums; the last is null without a
-// rollout scheme
+// real[rows], but for the flags: outputs of fused_loss and token_terms, inputs of token_sums; the last is null without
+// a rollout scheme
 struct GrpoTokenRecords {
   void* policy;
   void* kl;
