@@ -72,7 +72,7 @@ MUTANTS = {
     "torch: weight of 0": ("backends/eager.py", "read = rows.live & ((g != 0) | (h != 0))", "read = rows.live"),
     "direct slope dropped": ("calls/terms.py", "+ weighed(weight, terms.direct)", ""),
     "rollout: level": ("objectives/rollout.py", 'scheme.level == "geometric"', 'scheme.level != "geometric"'),
-    "rollout: unknown": ("objectives/rollout.py", "torch.where(known, factor, 1.0)", "factor"),
+    "rollout: unknown": ("objectives/rollout.py", "torch.where(recorded, factor, 1.0)", "factor"),
     "rollout: current policy": ("calls/terms.py", "if not scheme.of_policy)", ")"),
     "entropy threshold": ("calls/terms.py", "low = entropy < batch", "low = entropy > batch"),
     "support: drawn token": ("calls/support.py", "kept.scatter_(1, safe[:, None], True)", "pass"),

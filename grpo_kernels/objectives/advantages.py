@@ -15,24 +15,24 @@ from .sequences import Packed, Padded, Sequences
 
 
 def raw(rewards: Tensor) -> Tensor:
-    """The rewards themselves, detached (REINFORCE without a baseline; Williams 1992)."""
+    """Return the rewards themselves, detached (REINFORCE without a baseline; Williams 1992)."""
     return rewards.detach()
 
 
 def centered(rewards: Tensor) -> Tensor:
-    """R_i - mean(R) over the batch (REINFORCE with a mean baseline). Shape of ``rewards``."""
+    """Return R_i - mean(R) over the batch, in the shape of ``rewards`` (REINFORCE with a mean baseline)."""
     rewards = _floating(rewards)
     return rewards - rewards.mean()
 
 
 def group_centered(rewards: Tensor, group_size: int) -> Tensor:
-    """R_i - mean of its group (Dr. GRPO; Liu et al. 2025, arXiv:2503.20783). (B,) -> (B,)."""
+    """Return R_i - mean of its group (Dr. GRPO; Liu et al. 2025, arXiv:2503.20783). (B,) -> (B,)."""
     groups = _groups("group_centered", rewards, group_size)
     return (groups - groups.mean(-1, keepdim=True)).reshape(-1)
 
 
 def group_normalized(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
-    """(R_i - mean) / (std + eps) within its group, with the population std (GRPO; arXiv:2402.03300).
+    """Return (R_i - mean) / (std + eps) within its group, with the population std (GRPO; arXiv:2402.03300).
 
     TRL divides by the sample std and uses eps 1e-4. A group of equal rewards gives exact zeros.
     """
@@ -43,7 +43,7 @@ def group_normalized(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Ten
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
-    """R_i - mean of the *other* rewards of its group (RLOO; Ahmadian et al. 2024, arXiv:2402.14740).
+    """Return R_i - mean of the *other* rewards of its group (RLOO; Ahmadian et al. 2024, arXiv:2402.14740).
 
     Needs group_size >= 2; a group of equal rewards gives exact zeros.
     """
@@ -55,14 +55,14 @@ def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
 
 
 def has_signal(rewards: Tensor, group_size: int) -> Tensor:
-    """bool (B,): the sequence's group has unequal rewards, so some advantage is not 0 (DAPO's dynamic sampling)."""
+    """Return, bool (B,), whether a sequence's group has unequal rewards, so some advantage is not 0 (for DAPO)."""
     return (~_constant(_groups("has_signal", rewards, group_size))).expand(-1, group_size).reshape(-1)
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
-    """DAPO's soft over-long penalty, to add to the reward (arXiv:2503.14476, eq. 13). (B,) lengths -> (B,) in [-1, 0].
+    """Return DAPO's soft over-long penalty, to add to the reward (arXiv:2503.14476, eq. 13). (B,) -> (B,) in [-1, 0].
 
-    0 up to max_length - buffer, then linear down to -1 at max_length, -1 beyond.
+    It is 0 up to lengths of max_length - buffer, then linear down to -1 at max_length, -1 beyond.
     """
     if not 0 < buffer <= max_length:
         fail("overlong_penalty", "0 < buffer <= max_length", f"buffer={buffer}, max_length={max_length}")
@@ -77,7 +77,7 @@ def reward_to_go(
     discount_from_start: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """Σ_{u>=t} γ^(u-t) r_u - b_t for each token: (B, T) rewards -> (B, T), 0 where masked.
+    """Return Σ_{u>=t} γ^(u-t) r_u - b_t for each token: (B, T) rewards -> (B, T), 0 where masked.
 
     Time counts live tokens: masked ones (tool output, padding) neither collect nor discount.
 
@@ -106,7 +106,7 @@ def reward_to_go(
 def n_step(
     rewards: Tensor, values: Tensor, mask: Tensor, discount: float, steps: int, cu_seqlens: Tensor | None = None
 ) -> Tensor:
-    """n-step returns Σ_{k<n} γ^k r_{t+k} + γ^n V_{t+n}: (B, T) -> (B, T), 0 where masked.
+    """Return n-step returns Σ_{k<n} γ^k r_{t+k} + γ^n V_{t+n}: (B, T) -> (B, T), 0 where masked.
 
     Time counts live tokens; V beyond the last live token is 0, so ``steps`` >= T gives Monte-Carlo returns.
     Subtract ``values`` for an advantage (Sutton & Barto 2018, ch. 7). ``cu_seqlens``: packed, as in ``reward_to_go``.
@@ -133,7 +133,9 @@ def gae(
     lam: float = 0.95,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438): advantages and returns, (B, T).
+    """Return advantages and returns, (B, T), by generalised advantage estimation.
+
+    Schulman et al. 2016, arXiv:1506.02438:
 
     δ_t = r_t + γ V_{t+1} - V_t, A_t = Σ_k (γλ)^k δ_{t+k}, returns = A + V. Time counts live tokens, V after the
     last one is 0 (the episode ends there); both outputs are 0 where masked. ``cu_seqlens``: packed, as in
@@ -147,7 +149,7 @@ def gae(
     delta = r + discount * line.ahead(v, 1) - v
     links = torch.full_like(delta[:, 1:], discount * lam)
     advantages = _backward_scan(delta, links.masked_fill(line.first[:, 1:] != line.first[:, :-1], 0.0))
-    outputs = (line.spread(found).view(rewards.shape) for found in (advantages, advantages + v))
+    outputs = (line.spread(columns).view(rewards.shape) for columns in (advantages, advantages + v))
     return next(outputs), next(outputs)
 
 
@@ -159,7 +161,7 @@ def value_loss(
     clip: float | None = 0.2,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """PPO's clipped value loss, mean over live tokens of ½·max((V-R)², (V_clip-R)²); (B, T) tensors -> 0-d.
+    """Return PPO's clipped value loss, the mean over live tokens of ½·max((V-R)², (V_clip-R)²); (B, T) -> 0-d.
 
     V_clip = V_old + clamp(V - V_old, ±clip) (Schulman et al. 2017; Huang et al. 2022, "The 37 implementation details
     of PPO"). ``clip=None`` leaves the clip out. Differentiable in ``values``; an all-masked batch gives 0.
@@ -184,14 +186,14 @@ class _Tokens:
     live: Tensor
     """bool"""
     first: Tensor
-    """int64: where in its row each token's sequence begins."""
+    """The place in its row at which each token's sequence begins, int64."""
     sequences: Sequences
     shape: torch.Size
-    """As the user gave them."""
+    """The shape of the user's tensors."""
 
     @classmethod
     def read(cls, function: str, cu_seqlens: Tensor | None, **tensors: Tensor) -> _Tokens:
-        """Of tensors of one shape, the last of them the mask."""
+        """Read a call's tensors, of one shape, one of them the ``mask``. Raise where they do not fit together."""
         mask, shape = tensors["mask"], tensors["mask"].shape
         fitting = len(shape) == 2 if cu_seqlens is None else shape in ((mask.numel(),), (1, mask.numel()))
         if not fitting or any(tensor.shape != shape for tensor in tensors.values()):
@@ -209,7 +211,7 @@ class _Tokens:
         return values.reshape(self.live.shape)
 
     def baseline(self, function: str, baseline: float | Tensor) -> float | Tensor:
-        """Broadcastable to the rows."""
+        """Return a user's baseline, broadcastable to the rows."""
         if not isinstance(baseline, Tensor):
             check_scalar(function, "baseline", baseline)
             return baseline
@@ -229,11 +231,11 @@ class _Line:
 
     live: Tensor
     order: Tensor
-    """What was moved where."""
+    """The columns of a row in their new order, int64 (B, T): live ones first."""
     first: Tensor
-    """Where each token's sequence begins, -1 behind the last live one."""
+    """The place at which each token's sequence begins, -1 behind the last live one."""
     columns: tuple[Tensor, ...]
-    """Of the tensors it was made of; 0 behind the last live token."""
+    """The tensors that it was made of, moved likewise; 0 behind the last live token."""
 
     @classmethod
     def of(cls, tokens: _Tokens, *tensors: Tensor) -> _Line:
@@ -243,14 +245,14 @@ class _Line:
         return cls(tokens.live, order, first, tuple(columns))
 
     def ahead(self, values: Tensor, steps: int) -> Tensor:
-        """At each token that of ``steps`` later, 0 where its sequence has ended."""
+        """Return at each token the value ``steps`` later, 0 where its sequence has ended."""
         out = torch.zeros_like(values)
         same = self.first[:, steps:] == self.first[:, :-steps]
         out[:, :-steps] = torch.where(same, values[:, steps:], 0.0)
         return out
 
     def spread(self, values: Tensor) -> Tensor:
-        """Back where they were, 0 where nothing is live."""
+        """Move values back to where their tokens were, 0 where nothing is live."""
         return torch.where(self.live, torch.zeros_like(values).scatter(-1, self.order, values), 0.0)
 
 
@@ -262,12 +264,12 @@ def _groups(function: str, rewards: Tensor, group_size: int) -> Tensor:
 
 
 def _floating(rewards: Tensor) -> Tensor:
-    """Detached; integer rewards as the default float type."""
+    """Return rewards without gradient, integer ones in the default float type."""
     return rewards.detach() if rewards.is_floating_point() else rewards.detach().to(torch.get_default_dtype())
 
 
 def _constant(groups: Tensor) -> Tensor:
-    """(G, 1): all rewards of the group are the same."""
+    """Return, bool (G, 1), whether all rewards of a group are the same."""
     return (groups == groups[:, :1]).all(-1, keepdim=True)
 
 
@@ -277,7 +279,7 @@ def _check_unit(function: str, name: str, value: float) -> None:
 
 
 def _backward_scan(values: Tensor, links: Tensor) -> Tensor:
-    """out_t = values_t + links_t * out_{t+1} over (B, T), of links (B, T-1), in log2(T) steps.
+    """Return out_t = values_t + links_t * out_{t+1} over (B, T), of links (B, T-1), in log2(T) steps.
 
     A link of 0 ends a sequence: whatever lies behind it has no part, NaN neither.
     """

@@ -29,29 +29,29 @@ class Aggregation(abc.ABC):
     name: ClassVar[str]
     equation: ClassVar[str]
     unit: ClassVar[Unit] = "sequences"
-    """What its denominator counts, which a ``normalizer`` replaces."""
+    """The things that its denominator counts; a ``normalizer`` replaces their number."""
     options: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """Its numbers that a config can be given on their own, by the names that they have there."""
+    """The config's fields for its numbers, by the names that those have here."""
 
     @property
     def group_size(self) -> int | None:
-        """Sequences of a group, where its denominator counts those."""
+        """Return the number of sequences of a group, where its denominator counts groups."""
         return None
 
     def written(self) -> str:
-        """The equation with this instance's numbers."""
+        """Return the equation with this instance's numbers."""
         return self.equation
 
     @abc.abstractmethod
     def weights(self, mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None = None) -> Tensor:
-        """The weight in the loss of every token that counts: (S,), one for each sequence, or 0-d for all of them.
+        """Return the weight in the loss of every token that counts: (S,), one a sequence, or 0-d for all of them.
 
         Args:
             mask: bool (B, T), the tokens that count.
             normalizer: replaces the denominator over the batch, in the aggregation's unit.
 
         Returns:
-            In the accumulation dtype; ``on_tokens`` spreads it.
+            The weights in the accumulation dtype; ``on_tokens`` spreads them.
         """
 
 
@@ -157,13 +157,13 @@ class GroupMean(Aggregation):
 AGGREGATIONS: Mapping[str, type[Aggregation]] = MappingProxyType(
     {cls.name: cls for cls in (TokenMean, SequenceMean, SequenceSum, Constant, GroupMean)}
 )
-"""By name; tests enumerate them."""
+"""Every aggregation by name."""
 
 
 def numbers_elsewhere(aggregation: Aggregation) -> bool:
     """Whether a config's other fields hold all of its numbers, so that its name says the rest."""
-    known = AGGREGATIONS.get(aggregation.name) is type(aggregation)
-    return known and all(field.name in aggregation.options for field in dataclasses.fields(aggregation))
+    named = AGGREGATIONS.get(aggregation.name) is type(aggregation)
+    return named and all(field.name in aggregation.options for field in dataclasses.fields(aggregation))
 
 
 def _sequence_count(mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None) -> Tensor:
@@ -171,7 +171,7 @@ def _sequence_count(mask: Tensor, sequences: Sequences, normalizer: float | Tens
 
 
 def _denominator(value: float | Tensor, mask: Tensor) -> Tensor:
-    """0-d on the mask's device; 0 (nothing to average over) becomes 1."""
+    """Return a denominator as a 0-d tensor on the mask's device; 0 (nothing to average over) becomes 1."""
     dtype = accumulate_dtype(mask.device)
     if not isinstance(value, Tensor):
         return torch.full((), value or 1.0, dtype=dtype, device=mask.device)

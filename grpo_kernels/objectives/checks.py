@@ -21,7 +21,7 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 def describe(tensor: Tensor) -> str:
-    """dtype, shape and device in one line."""
+    """Return a tensor's dtype, shape and device in one line."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
 
 
@@ -33,7 +33,7 @@ def fail(
     hint: str | None = None,
     error: type[Exception] = ValueError,
 ) -> NoReturn:
-    """Raise ``error``: what was expected, what came, every tensor of the call, a hint."""
+    """Raise ``error`` with what was expected, what came, every tensor of the call, and a hint."""
     lines = [f"{function}: expected {expected}; got {got}."]
     for name, value in (tensors or {}).items():
         if isinstance(value, Tensor):
@@ -44,7 +44,7 @@ def fail(
 
 
 def checks_enabled(check: bool | None) -> bool:
-    """``check=`` of the call, else the environment's GRPO_KERNELS_CHECK."""
+    """Whether checks of contents are on: by ``check=`` of the call, else by the environment's GRPO_KERNELS_CHECK."""
     if check is not None:
         return check
     return os.environ.get("GRPO_KERNELS_CHECK", "").lower() not in ("", "0", "false", "no", "off")
@@ -71,7 +71,7 @@ def may_look(tensor: Tensor, check: bool | None = None) -> bool:
 
 
 def asked_to_look(tensor: Tensor, check: bool | None = None) -> bool:
-    """As ``may_look``, for what only ``check=True`` asks for."""
+    """Whether contents may be looked at (``may_look``) for checks that are made only where they are asked for."""
     return checks_enabled(check) and may_look(tensor, check)
 
 
@@ -84,26 +84,26 @@ def check_name(kind: str, name: object, allowed: Iterable[str], meant: str | Non
 
 
 def nearest(name: object, names: Sequence[str]) -> str:
-    lowered = {known.lower(): known for known in reversed(names)}
+    lowered = {valid.lower(): valid for valid in reversed(names)}
     return lowered[difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.0)[0]]
 
 
 def read_name(kind: str, name: object, allowed: Iterable[str]) -> str:
-    """The one of ``allowed`` that ``name`` is, whatever its case; as ``check_name`` where it is none of them."""
+    """Return the one of ``allowed`` that ``name`` is, whatever its case. Raise as ``check_name`` where it is none."""
     names = list(allowed)
     if isinstance(name, str) and name not in names:
-        name = {known.lower(): known for known in names}.get(name.lower(), name)
+        name = {valid.lower(): valid for valid in names}.get(name.lower(), name)
     check_name(kind, name, names)
     return str(name)
 
 
 def settle_name(instance: object, field: str, kind: str, allowed: Iterable[str]) -> None:
-    """``read_name`` of a field of a frozen dataclass, which holds the valid name afterwards."""
+    """Put the valid name (``read_name``) in the place of what a field of a frozen dataclass holds."""
     object.__setattr__(instance, field, read_name(kind, getattr(instance, field), allowed))
 
 
 def check_limit(what: str, value: float | None) -> None:
-    """A clamp of a config: a finite number > 0, or None."""
+    """Raise unless a limit of a config is a finite number > 0, or None."""
     if value is not None and not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
         raise ValueError(f"{what} must be a finite number > 0, or None for no limit; got {value!r}.")
 
@@ -111,7 +111,7 @@ def check_limit(what: str, value: float | None) -> None:
 def check_number(
     what: str, value: float, at_least: float = -math.inf, above: float = -math.inf, infinite: bool = False
 ) -> None:
-    """A number of a config: finite (or perhaps infinite), inside its bounds."""
+    """Raise unless a number of a config is inside its bounds, and finite or ``infinite`` allowed."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and value >= at_least and value > above and (math.isfinite(value) or (infinite and value > 0)):
         return
@@ -120,11 +120,11 @@ def check_number(
 
 
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
-"""What fp32 holds with all of its digits; below and above, kernels would compute with 0 and infinity."""
+"""The range in which fp32 has all of its digits; below and above, kernels would compute with 0 and infinity."""
 
 
 def check_positive(function: str, name: str, value: float | Tensor, check: bool | None = None) -> float | None:
-    """As ``check_scalar``, > 0 and inside of what fp32 holds."""
+    """Return the number of a ``check_scalar``. Raise unless it is > 0 and inside of what fp32 holds."""
     wanted = "a finite number > 0"
     number = check_scalar(function, name, value, check, wanted)
     if number is not None and not number > 0:
@@ -141,7 +141,7 @@ def check_scalar(
     check: bool | None = None,
     wanted: str = "a finite number or a 0-d tensor",
 ) -> float | None:
-    """A finite number, or a 0-d tensor of one. Returns the number; None where a tensor may not be looked at."""
+    """Return a finite number, given as one or as a 0-d tensor; None where the tensor may not be looked at."""
     number: float | None = None
     if not isinstance(value, Tensor):
         number = value
@@ -159,7 +159,7 @@ def check_scalar(
 
 
 def check_device(function: str, tensors: Mapping[str, object]) -> None:
-    """That all are where the first one is."""
+    """Raise unless all tensors but 0-d ones are on the device of the first."""
     what, first = next(iter(tensors.items()))
     assert isinstance(first, Tensor)
     for name, tensor in tensors.items():
@@ -172,7 +172,7 @@ _NEEDED = ("token_ids", "advantages")
 
 
 def check_tensors(function: str, named: Mapping[str, object]) -> None:
-    """That what was given is tensors; None is an argument left out, but for those that every call needs."""
+    """Raise unless all arguments are tensors, or None where a call may leave them out."""
     for name, value in named.items():
         if value is None and name in _NEEDED:
             fail(function, f"{name} to be a tensor", "None", error=TypeError)
@@ -184,7 +184,7 @@ def check_tensors(function: str, named: Mapping[str, object]) -> None:
 def read_mask(
     function: str, mask: Tensor, tensors: Mapping[str, object], check: bool | None = None, name: str = "mask"
 ) -> Tensor:
-    """bool: where a mask is not 0. Every mask is read here; one that holds what no mask can raises."""
+    """Return, as bool, where a mask is not 0. Every mask is read here; raise on numbers that no mask can hold."""
     if mask.dtype == torch.bool:
         return mask
     if mask.is_complex():
@@ -211,7 +211,7 @@ def read_token_mask(
 
 
 def _check_mask(function: str, name: str, mask: Tensor, tensors: Mapping[str, object], check: bool | None) -> None:
-    """NaN, infinities and negative numbers; with checks on fractions too."""
+    """Raise on NaN, infinities and negative numbers; with checks on, on fractions too."""
     low, high = (float(bound) for bound in torch.aminmax(mask.detach()))
     if low >= 0 and high < math.inf:  # NaN is neither
         if mask.is_floating_point() and checks_enabled(check) and bool((fractions := mask != mask.round()).any()):
@@ -230,12 +230,12 @@ def _check_mask(function: str, name: str, mask: Tensor, tensors: Mapping[str, ob
 
 
 _ADDITIVE = -1e3
-"""What models add to scores they hide is -inf, the dtype's lowest, or -1e4 and beyond."""
+"""The bound below which a mask is an additive one: models add -inf, the dtype's lowest, or -1e4 and beyond."""
 _IGNORED = -100
 
 
 def _first(name: str, values: Tensor, wrong: Tensor) -> str:
-    """The first of the wrong values, and where it is."""
+    """Return the first of the wrong values, and where it is, as text."""
     position = wrong.nonzero()[0].tolist()
     return f"{name}[{', '.join(map(str, position))}] = {values[tuple(position)].item():.6g}"
 
@@ -243,7 +243,7 @@ def _first(name: str, values: Tensor, wrong: Tensor) -> str:
 def check_finite(
     function: str, name: str, values: Tensor, counts: Tensor, tensors: Mapping[str, object], hint: str | None = None
 ) -> None:
-    """Whatever ``values`` are where ``counts`` is not."""
+    """Raise unless ``values`` are finite where ``counts`` (bool) is; elsewhere they may be anything."""
     wrong = counts & ~values.isfinite()
     if bool(wrong.any()):
         fail(function, f"{name} to be finite where they count", _first(name, values, wrong), tensors, hint)
@@ -252,7 +252,8 @@ def check_finite(
 def check_bounds(
     function: str, cu_seqlens: Tensor, tokens: int, tensors: Mapping[str, object], check: bool | None = None
 ) -> None:
-    """Of packed sequences. Their values are looked at where that waits for nothing, or with checks on."""
+    """Raise unless ``cu_seqlens`` can bound packed sequences. Its values are looked at where that waits for nothing, or
+    with checks on."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         fail(function, "cu_seqlens (S+1,) of int32 or int64", "another tensor", tensors)
     if may_look(cu_seqlens, check):
@@ -262,7 +263,7 @@ def check_bounds(
 
 
 def check_device_name(option: str, name: str) -> None:
-    """That a device of the command line exists here."""
+    """Raise unless a device of the command line exists here."""
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -291,8 +292,8 @@ def check_shape(
     tensors: Mapping[str, object],
     hint: Callable[[str, Tensor], str | None] | None = None,
 ) -> None:
-    """``hint`` makes one of the name and the tensor."""
+    """Raise unless a tensor has one of the ``allowed`` shapes; ``hint`` makes one of the name and the tensor."""
     if not fits(tensor, *allowed):
         wanted = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
-        found = None if hint is None else hint(name, tensor)
-        fail(function, f"{name} of shape {wanted}", str(tuple(tensor.shape)), tensors, found)
+        advice = None if hint is None else hint(name, tensor)
+        fail(function, f"{name} of shape {wanted}", str(tuple(tensor.shape)), tensors, advice)

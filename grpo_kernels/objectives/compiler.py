@@ -15,7 +15,7 @@ import torch
 
 _LIBRARY = torch.library.Library("grpo_kernels", "DEF")
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
-"""Of every operator by name: what it runs, with flat arguments."""
+"""The function that every operator runs, with flat arguments, by the operator's name."""
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 

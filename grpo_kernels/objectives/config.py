@@ -80,21 +80,21 @@ class LossConfig:
         self._check_rollout()
 
     def _read_aggregation(self) -> None:
-        """Leave a name, with its number in the field for it, wherever those say all of an instance."""
-        given = self.aggregation
-        if not isinstance(given, Aggregation):
+        """Replace an instance by its name, and its number in the config's field for it, where those say all of it."""
+        aggregation = self.aggregation
+        if not isinstance(aggregation, Aggregation):
             settle_name(self, "aggregation", "aggregation", AGGREGATIONS)
             return
-        for own, option in given.options.items():
-            number, beside = getattr(given, own), getattr(self, option)
+        for field, option in aggregation.options.items():
+            number, beside = getattr(aggregation, field), getattr(self, option)
             if number is not None and beside is not None and number != beside:
                 raise ValueError(
-                    f"aggregation={given!r} has its own {option}; got {option}={beside!r} beside it. Give one of "
+                    f"aggregation={aggregation!r} has its own {option}; got {option}={beside!r} beside it. Give one of "
                     f"them; {option}={number!r} alone changes a config that has one."
                 )
             object.__setattr__(self, option, beside if number is None else number)
-        if numbers_elsewhere(given):
-            object.__setattr__(self, "aggregation", given.name)
+        if numbers_elsewhere(aggregation):
+            object.__setattr__(self, "aggregation", aggregation.name)
 
     def _check_rollout(self) -> None:
         if not isinstance(self.rollout, tuple):
@@ -110,41 +110,41 @@ class LossConfig:
 
     @functools.cached_property
     def schemes(self) -> tuple[Rollout, ...]:
-        """``rollout`` as a tuple, whatever was given."""
+        """Return ``rollout`` as a tuple, whatever was given."""
         return self.rollout if isinstance(self.rollout, tuple) else (self.rollout,)
 
     @functools.cached_property
     def pooling(self) -> Level:
-        """``level`` as what it does."""
+        """Return the ``Level`` that ``level`` names."""
         return LEVELS[self.level]
 
     @functools.cached_property
     def kl_pooling(self) -> Level:
-        """Of the ratio that weighs the KL."""
+        """Return the ``Level`` of the ratio that weighs the KL."""
         return LEVELS[self.kl.level_beside(self.level)]
 
     @functools.cached_property
     def weighting(self) -> Aggregation:
-        """``aggregation`` as what it does, with its numbers."""
+        """Return the ``Aggregation`` that ``aggregation`` names, with its numbers."""
         if isinstance(self.aggregation, Aggregation):
             return self.aggregation
         kind = AGGREGATIONS[self.aggregation]
-        return kind(**{own: getattr(self, option) for own, option in kind.options.items()})
+        return kind(**{field: getattr(self, option) for field, option in kind.options.items()})
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> LossConfig:
-        """A published objective by name, with ``changes`` to its fields: ``preset("grpo", kl=KL(0.04))``."""
+        """Return a published objective by name, with ``changes`` to its fields: ``preset("grpo", kl=KL(0.04))``."""
         name = read_name("preset", name, PRESETS)
         check_options(f"preset({name!r}, ...): the field", changes, [f.name for f in dataclasses.fields(cls)])
         return dataclasses.replace(PRESETS[name].config, **changes)
 
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:
-        """Every preset by name, with its paper and the paper's coefficients."""
+        """Return every preset by name, with its paper and the paper's coefficients."""
         return MappingProxyType(PRESETS)
 
     def equation(self) -> str:
-        """The objective as one line of maths (ℓ log-prob, A advantage, m mask, f the bracket)."""
+        """Return the objective as one line of maths (ℓ log-prob, A advantage, m mask, f the bracket)."""
         folded = [s.written() for s in self.schemes if self.surrogate.folds(s)]
         factors = [s.written() for s in self.schemes if not self.surrogate.folds(s)]
         term = self.surrogate.written()
@@ -168,10 +168,12 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class Preset:
+    """A published objective."""
+
     config: LossConfig
     paper: str
     coefficients: str
-    """What the paper uses beside the objective; presets leave KL and entropy at 0."""
+    """The paper's choices beside the objective; presets leave KL and entropy at 0."""
 
 
 PRESETS: dict[str, Preset] = {}
@@ -179,7 +181,7 @@ PRESETS: dict[str, Preset] = {}
 
 
 def resolve_config(config: LossConfig | str) -> LossConfig:
-    """A LossConfig, or the preset of that name."""
+    """Return a LossConfig as it is, or the preset of that name."""
     if isinstance(config, LossConfig):
         return config
     if not isinstance(config, str):

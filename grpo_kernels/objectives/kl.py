@@ -39,7 +39,7 @@ class KL:
         limit: (input, output) clamps: x to ±input before the estimator, its value to ±output after; the pathwise slope
             is 0 where a clamp bites, those through k2 where the input's does, that of the score function keeps the
             value. None: no clamp. verl uses (20, 10), TRL none.
-        ratio_cap: of "weighted_k2" (OpenRLHF: 10).
+        ratio_cap: the largest weight min(r, ratio_cap) of "weighted_k2", > 0 (OpenRLHF: 10).
         level: how log-ratios are pooled into the ratio that weighs the KL; None: as those of the policy term. Without a
             ratio (``ratio_weighted``, "weighted_k2") it has no effect.
     """
@@ -70,27 +70,29 @@ class KL:
             )
 
     def written(self) -> str:
-        """The penalty of a token as maths."""
+        """Return the penalty of a token as maths."""
         at = "" if self.level is None else f" at level {self.level}"
         ratio = f"r{at}·" if self.ratio_weighted else ""
         slope = "" if self.gradient == "pathwise" else f" [slope: {self.gradient}]"
         return f"{ratio}{self.estimator}(ℓ - ref){slope}"
 
     def level_beside(self, policy: str) -> str:
-        """Of its ratio, where the policy term's is ``policy``: the same where it has none."""
+        """Return the level of the KL's ratio beside a policy term of level ``policy``, which it is without one."""
         uses_ratio = self.ratio_weighted or self.gradient == "weighted_k2"
         return policy if self.level is None or not uses_ratio else self.level
 
 
 class KLTerms(NamedTuple):
+    """A KL estimator of x = log_prob - ref at every token, and its slopes in x."""
+
     value: Tensor
     slope: Tensor
     slope_with_ratio: Tensor
-    """Slope of value * exp(log_prob - const), divided by that ratio."""
+    """The slope of value * exp(log_prob - const), divided by that ratio."""
 
 
 def kl_terms(kl: KL, difference: Tensor, ratio: Tensor) -> KLTerms:
-    """One KL estimator of ``difference`` = log_prob - ref, with its clamps; ``ratio`` to the old policy."""
+    """Return the KL estimator of ``difference`` = log_prob - ref, with its clamps; ``ratio`` is to the old policy."""
     input_limit, output_limit = kl.limit
     inside = within(difference, input_limit)
     x = clamp(difference, input_limit)

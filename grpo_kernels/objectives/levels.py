@@ -12,8 +12,8 @@ from torch import Tensor
 
 LevelName = Literal["token", "sequence", "sequence_token", "sequence_product"]
 Pool = Callable[[Tensor, bool], Tensor]
-"""(B, T) values to their sums over each sequence's live tokens, or means if the flag says so: at every token, or once
-for each sequence."""
+"""Takes (B, T) values to their sums over each sequence's live tokens, or means if the flag says so: at every token, or
+once for each sequence."""
 Share = Literal["own", "mean", "sum"]
 """A token's own value, or the mean or the sum of its sequence's."""
 
@@ -24,9 +24,9 @@ class Level:
 
     name: LevelName
     pooled: Share
-    """What of the log-ratios stands for each token."""
+    """The log-ratio that stands for each token."""
     spread: Share
-    """What of the slopes in those comes to each token's own log-prob."""
+    """The slope that each token's own log-prob gets, of the slopes in those log-ratios."""
     equation: str
 
     @functools.cached_property
@@ -40,11 +40,11 @@ class Level:
         return self.spread != "own"
 
     def pool(self, log_ratio: Tensor, pool: Pool) -> Tensor:
-        """Log-ratios of tokens -> the one that stands for each."""
+        """Return the log-ratio that stands for each token, from the tokens' own, (B, T)."""
         return _share(self.pooled, log_ratio, pool)
 
     def distribute(self, slope: Tensor, pool: Pool) -> Tensor:
-        """d loss / d (pooled log-ratio) of every token -> d loss / d log_prob of every token."""
+        """Return d loss / d log_prob of every token, from d loss / d (pooled log-ratio) of every token, (B, T)."""
         return _share(self.spread, slope, pool)
 
 
@@ -59,4 +59,4 @@ _LEVELS = (
     Level("sequence_product", "sum", "sum", "r = exp(Σ_t(ℓ - old))"),  # π(y)/π_old(y)
 )
 LEVELS: Mapping[str, Level] = MappingProxyType({level.name: level for level in _LEVELS})
-"""By name, of the policy term and of the KL's ratio."""
+"""Levels by name, of the policy term and of the KL's ratio."""

@@ -12,25 +12,25 @@ from torch import Tensor
 
 
 def times(a: Tensor, b: Tensor) -> Tensor:
-    """a * b where a factor that is exactly zero wins over an infinite one (NaN stays NaN)."""
+    """Return a * b where a factor that is exactly zero wins over an infinite one (NaN stays NaN)."""
     zero = ((a == 0) & ~b.isnan()) | ((b == 0) & ~a.isnan())
     return torch.where(zero, 0.0, a * b)
 
 
 def weighed(weight: Tensor, x: Tensor) -> Tensor:
-    """weight * x where a weight of zero wins over anything, NaN as well: what weighs nothing has no part in a loss. A
-    zero of x wins over an infinite weight."""
+    """Return weight * x where a weight of zero wins over anything, NaN as well: a token of weight 0 has no part in a
+    loss. A zero of x wins over an infinite weight."""
     zero = (weight == 0) | ((x == 0) & ~weight.isnan())
     return torch.where(zero, 0.0, weight * x)
 
 
 def log_ratio_of(a: Tensor, b: Tensor) -> Tensor:
-    """a - b; equal log-probs differ by exactly zero, also where both are -inf."""
+    """Return a - b; equal log-probs differ by exactly zero, also where both are -inf."""
     return torch.where(a == b, 0.0, a - b)
 
 
 def within(x: Tensor, limit: float | None) -> Tensor:
-    """Where x lies inside [-limit, limit], bounds included; NaN counts as inside."""
+    """Return where x lies inside [-limit, limit], bounds included; NaN counts as inside."""
     return torch.ones_like(x, dtype=torch.bool) if limit is None else ~(x.abs() > limit)
 
 
@@ -39,7 +39,7 @@ def clamp(x: Tensor, limit: float | None) -> Tensor:
 
 
 def k3_of(u: Tensor) -> Tensor:
-    """exp(u) - u - 1 without cancellation: u^2/2 (1 + u/3 (1 + u/4 (...))) near zero."""
+    """Return exp(u) - u - 1 without cancellation: u^2/2 (1 + u/3 (1 + u/4 (...))) near zero."""
     near = u.abs() < 1
     v = torch.where(near, u, 0.0)
     total = torch.ones_like(v)
@@ -50,5 +50,5 @@ def k3_of(u: Tensor) -> Tensor:
 
 
 def real_dtype(logits: torch.dtype) -> torch.dtype:
-    """Of everything but logits of that dtype and their gradient: fp64 for fp64 logits, else fp32."""
+    """Return the dtype of all numbers but the logits and their gradient: fp64 beside fp64 logits, else fp32."""
     return torch.float64 if logits == torch.float64 else torch.float32

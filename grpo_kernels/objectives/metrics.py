@@ -28,7 +28,7 @@ RATIO_SUMS = ("ratio_sum", "ratio_count", "clipped_low", "clipped_high", "clippe
 SUMS = (*TOKEN_SUMS, "sequences", *RATIO_SUMS)
 EXTREMES = ("ratio_min", "ratio_max", "rollout_ratio_max", "rollout_weight_max")
 FIELDS = SUMS + EXTREMES
-"""What the vector of a ``Metrics`` holds, in order (csrc/cpu/token_sums.h has the same)."""
+"""The fields of a ``Metrics``'s vector, in order (csrc/cpu/token_sums.h has the same)."""
 
 REPORTED: Mapping[str, str] = {
     "policy_loss": "the policy term of the loss",
@@ -59,7 +59,7 @@ REPORTED: Mapping[str, str] = {
     "clip_dual": "fraction bounded at dual (DPPO: at its cap)",
     "clip_fraction": "low + high + dual: fraction at a bound (a sequence may count twice)",
 }
-"""What ``as_dict`` holds, and its meaning."""
+"""The entries of ``as_dict``, and their meaning."""
 
 _RATIOS = {
     "kl": ("kl_sum", "kl_count"),
@@ -88,7 +88,7 @@ class Metrics:
 
     @classmethod
     def of(cls, **values: Tensor | float) -> Metrics:
-        """From every one of FIELDS by name."""
+        """Make metrics of a number for every one of FIELDS, by name."""
         tensors = [torch.as_tensor(values[name]) for name in FIELDS]
         like = max(tensors, key=lambda tensor: (tensor.device.type != "cpu", tensor.dtype == torch.float64))
         return cls(torch.stack([tensor.to(like.device, like.dtype) for tensor in tensors]))
@@ -99,13 +99,13 @@ class Metrics:
         return Metrics(_merge(torch.stack([self.vector, other.vector])))
 
     def __radd__(self, other: object) -> Metrics:
-        """So that sum() works."""
+        """Add to the 0 that sum() begins with."""
         if other == 0:
             return self
         return NotImplemented
 
     def all_reduce(self, group: ProcessGroup | None = None) -> Metrics:
-        """The metrics of every rank together: one all-gather, merged in rank order."""
+        """Return the metrics of every rank together: one all-gather, merged in rank order."""
         size = torch.distributed.get_world_size(group)
         vectors = [torch.empty_like(self.vector) for _ in range(size)]
         torch.distributed.all_gather(vectors, self.vector, group=group)
@@ -141,7 +141,7 @@ class Metrics:
         return _ratio(self._field(f"{name}_sum") ** 2, squares)
 
     def as_dict(self) -> dict[str, Tensor]:
-        """Every reported metric by name, 0-d tensors."""
+        """Return every reported metric by name, as 0-d tensors."""
         return {name: getattr(self, name) for name in REPORTED}
 
     def _field(self, name: str) -> Tensor:
@@ -157,7 +157,8 @@ def _ratio(total: Tensor, count: Tensor) -> Tensor:
 
 
 def _merge(vectors: Tensor) -> Tensor:
-    """(n, FIELDS) vectors to one: sums in order, extremes over those that counted a ratio."""
+    """Merge vectors (n, FIELDS) into one: sums are added in order, extremes taken over all (a vector that counted no
+    ratio has infinite ones)."""
     sums = vectors[0, : len(SUMS)]
     for vector in vectors[1:]:
         sums = sums + vector[: len(SUMS)]
@@ -167,7 +168,10 @@ def _merge(vectors: Tensor) -> Tensor:
 
 
 def reduce_ratios(ratio: Tensor, counted: Tensor, clipped: list[Tensor]) -> Tensor:
-    """metrics.RATIO_SUMS and extremes of the ratio, of flat tensors, in the ratio's dtype."""
+    """Return RATIO_SUMS and the two extremes of ``ratio`` where it is ``counted``, (7,) in the ratio's dtype.
+
+    All tensors are flat, (n,); ``clipped`` are bool, for the low, the high and the dual bound.
+    """
     sums = torch.stack([torch.where(counted, ratio, 0.0), counted, *clipped]).to(ratio.dtype).sum(-1)
     bounds = torch.stack([torch.where(counted, ratio, float("inf")), torch.where(counted, -ratio, float("inf"))])
     infinity = torch.full((2, 1), float("inf"), dtype=ratio.dtype, device=ratio.device)

@@ -1,4 +1,4 @@
-"""What other packages call the options of a loss: whoever uses such a name here is told ours."""
+"""Names that other packages have for the options of a loss: whoever uses one here is told ours."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ ELSEWHERE = {
         ("tis_imp_ratio_cap", "rollout_is_threshold", "vllm_importance_sampling_cap"), ("rollout", "TruncatedIS({0})")
     ),
 }
-"""Of TRL, Liger, verl and OpenRLHF: our name, and its value where theirs is {0}."""
+"""Our name for an option of TRL, Liger, verl or OpenRLHF, and its value where theirs is {0}."""
 
 
 def translated(name: str, value: object, allowed: Iterable[str]) -> str | None:
-    """Ours in place of ``name=value``; None where no other package is known to say it. ``allowed`` are the names that
-    the called function or class takes: what is none of them belongs in its config."""
+    """Return ours in place of ``name=value``; None where no other package is known to say it. ``allowed`` are the names
+    that the called function or class takes: any other belongs in its config."""
     if name not in ELSEWHERE:
         return None
     ours, expression = ELSEWHERE[name]

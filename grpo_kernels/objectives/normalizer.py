@@ -32,21 +32,21 @@ class Normalizer:
 
     @property
     def value(self) -> Tensor:
-        """0-d, on the device of the masks."""
+        """Return the denominator, 0-d on the device of the masks."""
         return self._value
 
     @property
     def unit(self) -> str:
-        """ "tokens", "sequences" or "groups"."""
+        """Return what is counted: "tokens", "sequences" or "groups"."""
         return self._unit
 
     @property
     def group_size(self) -> int | None:
-        """Sequences of a group, where it counts those."""
+        """Return the number of sequences of a group, where groups are counted."""
         return self._group_size
 
     def __add__(self, other: object) -> Normalizer:
-        """Of the micro-batches of both."""
+        """Return the denominator of the micro-batches of both."""
         if not isinstance(other, Normalizer):
             return self if isinstance(other, int) and other == 0 else NotImplemented  # where sum() begins
         if other._counted != self._counted:
@@ -74,7 +74,7 @@ class Normalizer:
         return self._unit if self._group_size is None else f"{self._unit} of {self._group_size}"
 
     def of_loss(self, function: str, config: LossConfig, tensors: Mapping[str, object] | None = None) -> Tensor:
-        """The value, for the loss of ``config``."""
+        """Return the value for the loss of ``config``. Raise where that loss is averaged over something else."""
         aggregation = config.weighting
         needed = Normalizer(self._value, aggregation.unit, aggregation.group_size)
         if needed._counted != self._counted:
@@ -90,7 +90,7 @@ def normalizer(
     group: ProcessGroup | None = None,
     cu_seqlens: Tensor | Sequence[Tensor] | None = None,
 ) -> Normalizer:
-    """The denominator of one optimizer step, to pass as ``normalizer=`` to each of its micro-batches.
+    """Return the denominator of one optimizer step, to pass as ``normalizer=`` to each of its micro-batches.
 
     Their losses then *add up* to the loss of the whole batch, and gradients averaged over ``world_size``
     ranks (DDP, FSDP) to its gradient. Where the framework divides by the number of micro-batches k itself

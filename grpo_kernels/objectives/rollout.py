@@ -32,27 +32,27 @@ FOLDED = (math.log(1e-8), 20.0)
 
 @dataclass(frozen=True)
 class Rollout(abc.ABC):
-    """One scheme: a factor of each token."""
+    """A scheme of correction: it gives every token a factor of its policy term."""
 
     equation: ClassVar[str]
     paper: ClassVar[str]
     kernel_id: ClassVar[int] = 0
-    """Its number in csrc/common/surrogates.h at level "token"; 0: [tokens]-sized maths in PyTorch."""
+    """The scheme's number in csrc/common/surrogates.h at level "token"; 0: [tokens]-sized maths in PyTorch."""
     of_policy: ClassVar[bool] = False
-    """Follows from the current policy even where there is an old one."""
+    """Whether the factor follows from the current policy even where there is an old one."""
 
     @property
     def pooled(self) -> bool:
-        """Needs the other tokens of its sequence."""
+        """Whether a token's factor needs the other tokens of its sequence."""
         return True
 
     def bounds(self) -> tuple[float, float]:
-        """What a kernel is told."""
+        """Return the two numbers that a kernel is told: the lowest and the highest ρ that keeps its weight."""
         return 0.0, math.inf
 
     @abc.abstractmethod
     def written(self) -> str:
-        """The equation with this instance's numbers."""
+        """Return the equation with this instance's numbers."""
 
 
 class _Band(Rollout):
@@ -84,7 +84,7 @@ class _Band(Rollout):
 
     @abc.abstractmethod
     def factor(self, rho: Tensor) -> Tensor:
-        """Of each token, from ρ as the level pools it."""
+        """Return each token's factor, of the shape of ``rho``: ρ = exp(log-ratio) as the level pools it."""
 
     def inside(self, rho: Tensor) -> Tensor:
         return ~((rho < self.low) | (rho > self.high))
@@ -92,7 +92,14 @@ class _Band(Rollout):
 
 @dataclass(frozen=True)
 class TruncatedIS(_Band):
-    """clip(ρ, low, high): truncated importance sampling. At level "sequence" TRL's ``sequence_truncate``."""
+    """clip(ρ, low, high): truncated importance sampling. At level "sequence" TRL's ``sequence_truncate``.
+
+    Args:
+        high: the largest factor, > 0 and at least ``low``; inf leaves ρ unbounded. The default is TIS's C = 2.
+        low: the smallest factor, >= 0; the default 0 leaves ρ as small as it is, as in TIS.
+        level: what is bounded: "token" ρ of every token by itself (default, as in TIS), "sequence" the product of a
+            sequence's ρ, "geometric" their geometric mean.
+    """
 
     high: float = 2.0
     low: float = 0.0
@@ -109,7 +116,14 @@ class TruncatedIS(_Band):
 @dataclass(frozen=True)
 class MaskedIS(_Band):
     """ρ where low <= ρ <= high, else 0: MIS, IcePop. ``MaskedIS(0, 3, "sequence")`` is TRL's default, its
-    ``sequence_mask``."""
+    ``sequence_mask``.
+
+    Args:
+        low: the smallest ρ that counts, >= 0. The default 0.5 is OpenRLHF's and verl's.
+        high: the largest ρ that counts, > 0 and at least ``low``; inf: no upper bound. The default 5 is theirs too.
+        level: what is masked: "token" every token by its own ρ (default, as in IcePop), "sequence" all tokens of a
+            sequence by the product of its ρ, "geometric" by their geometric mean.
+    """
 
     low: float = 0.5
     high: float = 5.0
@@ -129,6 +143,12 @@ class Rejection(_Band):
 
     With ``TruncatedIS(high=inf)`` beside it, kept tokens have weight ρ: NeMo-RL's ``seq-mask-tis`` and OpenRLHF's
     ``seq`` masks are ``(TruncatedIS(high=inf), Rejection(0.999, 1.002, "geometric"))``.
+
+    Args:
+        low: the smallest ρ that is kept, >= 0. The default 0.5 is that of ``MaskedIS``.
+        high: the largest ρ that is kept, > 0 and at least ``low``; inf: no upper bound. The default 5 is also its.
+        level: what is kept or dropped: "token" every token by its own ρ (default), "sequence" whole sequences by the
+            product of their ρ, "geometric" by its geometric mean.
     """
 
     low: float = 0.5
@@ -145,9 +165,14 @@ class Rejection(_Band):
 
 @dataclass(frozen=True)
 class OffPolicyMask(Rollout):
-    """0 for sequences of A < 0 that the policy left: 1[A >= 0 or mean_t(rollout - ℓ) <= threshold], else 1.
+    """1[A >= 0 or mean_t(rollout - ℓ) <= threshold]: drops sequences of A < 0 that the policy left.
 
-    Of the current policy, whatever the old one is. With advantages by token, tokens of A >= 0 are kept.
+    The mean is over a sequence's live tokens, of the current policy whatever the old one is. With advantages by token,
+    tokens of A >= 0 are kept.
+
+    Args:
+        threshold: the largest mean fall of a sequence's log-probs that is kept, in nats a token, >= 0 (δ in the
+            paper); it has no default.
     """
 
     threshold: float
@@ -175,18 +200,18 @@ def rollout_weights(
     limit: float | None,
     pool: Pool,
 ) -> Tensor:
-    """The product of the schemes' factors, (B, T); anything where a token is not live.
+    """Return the product of the schemes' factors, (B, T); it is anything where a token is not live.
 
     Args:
         log_prob, old, rollout, advantages: (B, T); ``old`` None: the policy's own log-probs.
-        limit: log ρ saturates there, after pooling.
+        limit: log ρ saturates at ± this, after pooling; None: nowhere.
         pool: how to pool over sequences.
     """
-    known = ~rollout.isnan()
+    recorded = ~rollout.isnan()
     weight = torch.ones_like(log_prob)
 
     def behind(values: Tensor) -> Tensor:
-        return torch.where(known, log_ratio_of(values, rollout), 0.0)
+        return torch.where(recorded, log_ratio_of(values, rollout), 0.0)
 
     for scheme in schemes:
         if isinstance(scheme, OffPolicyMask):
@@ -197,5 +222,5 @@ def rollout_weights(
         if scheme.pooled:
             log_rho = pool(log_rho, scheme.level == "geometric")
         factor = scheme.factor(clamp(log_rho, limit).exp())
-        weight = times(weight, factor if scheme.pooled else torch.where(known, factor, 1.0))
+        weight = times(weight, factor if scheme.pooled else torch.where(recorded, factor, 1.0))
     return weight

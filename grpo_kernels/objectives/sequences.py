@@ -1,4 +1,4 @@
-"""Layout: which tokens form a sequence.
+"""The layout of a batch: which tokens form a sequence.
 
 Token tensors are (B, T) inside the package; a packed batch is one row of N tokens, B = 1, with sequence bounds in
 ``cu_seqlens``.
@@ -28,7 +28,7 @@ sequence_sum = define("sequence_sum(Tensor values, Tensor cu_seqlens) -> Tensor"
 
 
 def accumulate_dtype(device: torch.device) -> torch.dtype:
-    """Of sums over tokens: fp64 wherever the device has it."""
+    """Return the dtype of sums over tokens: fp64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -39,11 +39,11 @@ class Padded:
     count: int
 
     def sum(self, values: Tensor) -> Tensor:
-        """Per-sequence sums (B,) of (B, T) values."""
+        """Return per-sequence sums (B,) of (B, T) values."""
         return values.sum(-1)
 
     def expand(self, per_sequence: Tensor) -> Tensor:
-        """(B,) values at every token: broadcastable to (B, T)."""
+        """Return (B,) values, one a sequence, so that they broadcast to (B, T)."""
         return per_sequence.unsqueeze(-1)
 
 
@@ -53,7 +53,7 @@ class Packed:
 
     cu_seqlens: Tensor
     sequence_of: Tensor
-    """(N,) index of each token's sequence."""
+    """The index of each token's sequence, int64 (N,)."""
 
     @classmethod
     def read(
@@ -64,7 +64,7 @@ class Packed:
         tensors: Mapping[str, object],
         check: bool | None = None,
     ) -> Packed:
-        """Of the bounds that a user gave; whatever they are, nothing is read outside of the tokens."""
+        """Read the bounds that a user gave; whatever they are, nothing is read outside of the tokens."""
         check_bounds(function, cu_seqlens, tokens, tensors, check)
         return cls.of(cu_seqlens.to(torch.int64).clamp(0, tokens), tokens)
 
@@ -85,8 +85,8 @@ class Packed:
         return per_sequence[self.sequence_of].unsqueeze(0)
 
     def inside(self) -> Tensor:
-        """(1, N): tokens that belong to a sequence at all, neither before the first bound nor past the last. Whoever
-        asks which tokens of a packed batch count asks here."""
+        """Return, bool (1, N), which tokens belong to a sequence, neither before the first bound nor past the last.
+        Whoever asks which tokens of a packed batch count asks here."""
         positions = torch.arange(self.sequence_of.shape[0], device=self.cu_seqlens.device)
         return ((positions >= self.cu_seqlens[0]) & (positions < self.cu_seqlens[-1])).unsqueeze(0)
 
@@ -95,13 +95,13 @@ Sequences = Padded | Packed
 
 
 def on_tokens(weights: Tensor, mask: Tensor, sequences: Sequences, real: torch.dtype) -> Tensor:
-    """An aggregation's weights at every token, contiguous (B, T) in ``real``, rounded once; 0 where the mask is."""
+    """Spread an aggregation's weights: contiguous (B, T) in ``real``, rounded once; 0 where the mask is."""
     weights = weights.to(real)
     return (mask * (sequences.expand(weights) if weights.dim() else weights)).contiguous()
 
 
 def read_live(function: str, mask: Tensor, cu_seqlens: Tensor | None, check: bool | None = None) -> Tensor:
-    """bool, of the mask's shape: the tokens that count, which lie in a sequence where these have bounds."""
+    """Return, bool of the mask's shape, which tokens count: these lie in a sequence where sequences have bounds."""
     tensors = {"mask": mask, "cu_seqlens": cu_seqlens}
     live = read_mask(function, mask, tensors, check)
     if cu_seqlens is None:

@@ -1,8 +1,8 @@
 """The per-token maths of the policy term: every surrogate, its value and its slopes.
 
 A new surrogate is one class in ``token.py`` or ``sequence.py`` (value and slopes) and its value in
-``reference/terms.py``; CONTRIBUTING.md tells how to make it one-pass. A class of a user's own is
-``register_surrogate``'s (registration.py).
+``reference/terms.py``; CONTRIBUTING.md tells how to make it one-pass. registration.py has
+``register_surrogate``, for classes of a user's own.
 """
 
 from .base import CLIPPED_DUAL as CLIPPED_DUAL

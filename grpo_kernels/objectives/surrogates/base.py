@@ -1,4 +1,4 @@
-"""What a surrogate is: a function of a token's log-prob, its ratio and its advantage, and the two slopes of it."""
+"""The base class of surrogates: functions of a token's log-prob, its ratio and its advantage, with two slopes each."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL = 1, 2, 4
 
 
 class Point(NamedTuple):
-    """What a surrogate is a function of, at every token; all of one shape."""
+    """The arguments of a surrogate at every token; all of one shape."""
 
     log_prob: Tensor
     log_ratio: Tensor
-    """To the old policy, pooled as the level says, saturated at the config's limit."""
+    """The log-ratio to the old policy, pooled as the level says, saturated at the config's limit."""
     ratio: Tensor
     """exp(log_ratio)"""
     advantage: Tensor
     old_log_prob: Tensor
-    """Of the token itself, whatever the level; log_prob on-policy."""
+    """The token's own under the old policy, whatever the level; log_prob on-policy."""
 
 
 class Terms(NamedTuple):
@@ -47,8 +47,9 @@ class Clipped(NamedTuple):
 
     log_ratio: Tensor
     free: Tensor | None
-    """bool: where the slope passes; None: everywhere."""
+    """Where the slope passes, bool; None: everywhere."""
     flags: Tensor | None
+    """uint8, CLIPPED_* bits; None: no bound took effect anywhere."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +67,22 @@ class Surrogate:
     """∂f/∂ℓ of a token by itself."""
     paper: ClassVar[str]
     found_in: ClassVar[str]
-    """Which training systems have it, by their names for it."""
+    """The training systems that have it, by their names for it."""
     kernel_id: ClassVar[int | None] = None
-    """Its number in csrc/common/surrogates.h; None: no one-pass arm, the two-pass route serves it."""
+    """The surrogate's number in csrc/common/surrogates.h; None: it has no one-pass arm and takes two passes."""
     uses_ratio: ClassVar[bool] = True
-    """False: a function of the log-prob alone, so old log-probs and levels do not concern it."""
+    """Whether f is a function of the ratio; old log-probs and levels do not concern one of the log-prob alone."""
     flat_at_zero_advantage: ClassVar[bool] = True
-    """Value and slope are 0 where the advantage is 0."""
+    """Whether value and slope are 0 where the advantage is 0."""
     takes_rollout: ClassVar[bool] = False
-    """Rollout weights are part of its ratio, not factors of its value, but for masks of the current policy."""
+    """Whether rollout weights are part of its ratio, not factors of its value; masks of the current policy are not."""
 
     def terms(self, t: Point) -> Terms:
-        """Value, slopes and flags."""
+        """Return f, its slopes and its flags at every token."""
         raise NotImplementedError(f"{type(self).__name__} has no terms: register it with @register_surrogate.")
 
     def clip_log_ratios(self, log_ratio: Tensor, advantage: Tensor) -> Clipped:
-        """Bounds of a token's own log-ratio, before pooling; most have none."""
+        """Bound every token's own log-ratio, before pooling; most surrogates do not."""
         return Clipped(log_ratio, None, None)
 
     def folds(self, scheme: Rollout) -> bool:
@@ -89,21 +90,21 @@ class Surrogate:
         return self.takes_rollout and not scheme.of_policy
 
     def parameters(self) -> tuple[float, ...]:
-        """What a kernel is told: formed in float64, rounded once."""
+        """Return the numbers that a kernel is told: formed in float64, rounded once."""
         return ()
 
     def written(self) -> str:
-        """The equation with this instance's numbers."""
-        given = self._given().items()
-        shown = (f"{name} = {x:g}" if isinstance(x, (int, float)) else f"{name} = {x!r}" for name, x in given)
+        """Return the equation with this instance's numbers."""
+        fields = self._set_fields().items()
+        shown = (f"{name} = {x:g}" if isinstance(x, (int, float)) else f"{name} = {x!r}" for name, x in fields)
         numbers = ", ".join(shown)
         return f"{self.equation}, {numbers}" if numbers else self.equation
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={x!r}' for name, x in self._given().items())})"
+        return f"{type(self).__name__}({', '.join(f'{name}={x!r}' for name, x in self._set_fields().items())})"
 
-    def _given(self) -> dict[str, Any]:
-        """Its numbers by name, without those that are None."""
+    def _set_fields(self) -> dict[str, Any]:
+        """Return the surrogate's numbers by name, without those that are None."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
@@ -112,7 +113,7 @@ def nothing(x: Tensor) -> Tensor:
 
 
 def chosen(condition: Tensor, one: float, other: float, like: Tensor) -> Tensor:
-    """One of two numbers; torch.where on two of them would round both to fp32."""
+    """Return one of two numbers at every token; torch.where on two of them would round both to fp32."""
     return torch.where(condition, one, torch.full_like(like, other))
 
 
@@ -125,12 +126,12 @@ def no_flags(x: Tensor) -> Tensor:
 
 
 def check_field(surrogate: Surrogate, name: str, **bounds: Any) -> None:
-    """``check_number`` of one of its own numbers."""
+    """Raise unless a number of the surrogate is inside its bounds (``check_number``)."""
     check_number(f"{type(surrogate).__name__}({name}=...)", getattr(surrogate, name), **bounds)
 
 
 def check_band(surrogate: Surrogate, low: float) -> None:
-    """Of its fields low and high: bounds 1 - low and 1 + high of a ratio."""
+    """Raise unless the fields low and high make a band [1 - low, 1 + high] of ratios."""
     check_field(surrogate, "low", at_least=0)
     check_field(surrogate, "high", at_least=0)
     if low > 1:

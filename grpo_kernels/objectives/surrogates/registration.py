@@ -22,7 +22,7 @@ _Class = TypeVar("_Class", bound=type)
 
 
 def register_surrogate(cls: _Class) -> _Class:
-    """A surrogate of your own for ``LossConfig``: on every device, with the fused vocabulary kernels, in two passes.
+    """Register a surrogate of your own for ``LossConfig``: it runs on every device, in two passes.
 
     The class derives from ``Surrogate`` and has
 
@@ -45,8 +45,8 @@ def register_surrogate(cls: _Class) -> _Class:
         raise TypeError(f"{cls.__name__} needs value(self, t), the surrogate at every token of a Point.")
     made: Any = cls if "__dataclass_fields__" in vars(cls) else dataclasses.dataclass(frozen=True, repr=False)(cls)
     made.name = getattr(made, "name", cls.__name__.lower())
-    own = {"equation": f"{cls.__name__}(ℓ, r, A)", "slope_equation": "by autograd", "paper": "registered"}
-    for attribute, default in own.items():  # not those of a base class, which is another objective
+    defaults = {"equation": f"{cls.__name__}(ℓ, r, A)", "slope_equation": "by autograd", "paper": "registered"}
+    for attribute, default in defaults.items():  # not those of a base class, which is another objective
         setattr(made, attribute, vars(cls).get(attribute, default))
     made.found_in, made.written = "registered", Surrogate.written
     taken = SURROGATES.get(made.name)
@@ -63,7 +63,7 @@ def register_surrogate(cls: _Class) -> _Class:
 
 
 def check_surrogate(surrogate: Surrogate) -> None:
-    """That a surrogate is one that can be computed, and that its slopes are right."""
+    """Raise unless a surrogate is one that can be computed and its slopes are right."""
     if type(surrogate) in BUILT_IN:
         return
     if SURROGATES.get(getattr(surrogate, "name", "")) is not type(surrogate):
@@ -73,7 +73,7 @@ def check_surrogate(surrogate: Surrogate) -> None:
 
 @outside_graphs
 def _terms(surrogate: Any, t: Point) -> Terms:
-    """``Surrogate.terms`` of a registered class."""
+    """Compute ``Surrogate.terms`` for a registered class."""
     flags = no_flags(t.log_prob)
     if hasattr(surrogate, "slopes"):
         return Terms(surrogate.value(t).expand_as(t.log_prob), *_slopes(surrogate, t), flags)
@@ -82,17 +82,18 @@ def _terms(surrogate: Any, t: Point) -> Terms:
 
 
 def _slopes(surrogate: Any, t: Point) -> tuple[Tensor, Tensor]:
-    """What ``slopes`` returns; numbers stand for every token."""
+    """Return the class's ``slopes`` at every token; a number stands for all of them."""
     slope, direct = (torch.as_tensor(part).to(t.log_prob).expand_as(t.log_prob) for part in surrogate.slopes(t))
     return slope, direct
 
 
 _IN_PLACE = re.compile(r"__(get|set|setitem|delitem|i\w+)__|[^_].*_")
-"""Attributes and what writes in place: these need the tensor itself."""
+"""Attribute access and functions that write in place: these need the tensor itself."""
 
 
 class _Step(torch.autograd.Function):
-    """What one operation takes of a tensor, whose gradient through that operation is 0 where it is NaN."""
+    """The identity, put before one operation's use of a tensor: a gradient that comes back NaN through that operation
+    is 0 from here on."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -104,13 +105,23 @@ class _Step(torch.autograd.Function):
 
 
 class _BranchByBranch(TorchFunctionMode):
-    """Derivatives of the chosen branch alone. ``torch.where``, ``minimum`` and ``clamp`` hand a gradient of 0 to what
-    they did not choose, and autograd multiplies it on: where that overflowed, 0·inf is NaN and would spoil the sum.
-    Here every operation's contribution is looked at by itself, so that the others stay."""
+    """A mode in which autograd takes the derivatives of the chosen branches alone.
+
+    ``torch.where``, ``minimum`` and ``clamp`` hand a gradient of 0 to the branch they did not choose, and the chain
+    rule multiplies it by that branch's own derivative. Where the branch overflowed this is 0·inf = NaN, which would
+    spoil the tensor's gradient, a sum over all operations that took the tensor:
+
+        f = where(x > 50, x, exp(x)), x = 1000:  ∂f/∂x = 1 (branch x) + 0·exp(1000) = 1 + NaN
+
+    The mode puts a ``_Step`` before every use of a tensor by an operation. It is that one summand which passes the
+    step on the way back, so a NaN is taken out (here exp's, to 0) before it is added to the others. A value that is
+    NaN itself has slopes of NaN: ``by_autograd`` puts those back.
+    """
 
     def __torch_function__(
         self, function: Any, kinds: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
+        # A step is a view made by an autograd function: PyTorch refuses to write into such a one.
         if not _IN_PLACE.fullmatch(getattr(function, "__name__", "__get__")):
             arguments = tree_map(_step, arguments)
         return function(*arguments, **(options or {}))
@@ -121,7 +132,8 @@ def _step(x: Any) -> Any:
 
 
 def by_autograd(surrogate: Any, t: Point) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Value, and its derivatives in log-ratio and log-prob: those of the chosen branches, NaN where the value is."""
+    """Return the value and its derivatives in log-ratio and log-prob: those of the chosen branches, NaN where the value
+    is."""
     with torch.enable_grad(), torch.inference_mode(False):
         log_prob, log_ratio = (x.detach().clone().requires_grad_() for x in (t.log_prob, t.log_ratio))
         others = (x.detach().clone() for x in (t.advantage, t.old_log_prob))
@@ -159,22 +171,22 @@ def check_slopes(surrogate: Any) -> None:
         raise ValueError(f"{surrogate!r}: its value has a slope in the ratio: leave uses_ratio = False out.")
     if not hasattr(surrogate, "slopes"):
         return
-    found = _slopes(surrogate, t)
-    for what, mine, theirs in zip(("log_ratio", "log_prob"), found, wanted, strict=True):
-        size = torch.maximum(mine.abs(), theirs.abs()).clamp(min=1e-9)
-        error = torch.where(mine == theirs, 0.0, (mine - theirs).abs() / size).nan_to_num(nan=math.inf)
+    claimed = _slopes(surrogate, t)
+    for what, slope, derivative in zip(("log_ratio", "log_prob"), claimed, wanted, strict=True):
+        size = torch.maximum(slope.abs(), derivative.abs()).clamp(min=1e-9)
+        error = torch.where(slope == derivative, 0.0, (slope - derivative).abs() / size).nan_to_num(nan=math.inf)
         worst = int(error.argmax())
         if float(error[worst]) > _RTOL:
             at = ", ".join(f"{name}={float(getattr(t, name)[worst]):.6g}" for name in Point._fields)
             raise ValueError(
                 f"{surrogate!r}: slopes() is not the derivative of value(): ∂f/∂{what} should be "
-                f"{float(theirs[worst]):.8g} and is {float(mine[worst]):.8g} at {at}. Mend slopes(), put detach() "
+                f"{float(derivative[worst]):.8g} and is {float(slope[worst]):.8g} at {at}. Mend slopes(), put detach() "
                 "into value() where the gradient stops, or leave slopes() out: autograd makes them."
             )
 
 
 def _grid() -> Point:
-    """Ratios from 1e-4 to 1e4, advantages of both signs and 0, likely and unlikely tokens."""
+    """Return points in fp64: ratios from 1e-4 to 1e4, advantages of both signs and 0, likely and unlikely tokens."""
     log_ratio = torch.cat([torch.linspace(-9.2, 9.2, 41), torch.linspace(-0.9, 0.9, 41)]).double() + 1e-3 * math.pi
     advantage = torch.tensor([-1.7, -0.31, 0.0, 0.47, 2.3], dtype=torch.float64)
     log_prob = torch.tensor([-12.3, -2.71, -0.0123], dtype=torch.float64)

@@ -196,7 +196,7 @@ class Sapo(Surrogate):
 
 @dataclass(frozen=True, repr=False)
 class _Dppo(Surrogate, abc.ABC):
-    """A trust region in probabilities; ``moved_too_far`` is the divergence's own."""
+    """A trust region in probabilities; its subclasses are measures of how far a probability moved."""
 
     low: float = 0.2
     high: float = 0.2
@@ -213,7 +213,7 @@ class _Dppo(Surrogate, abc.ABC):
 
     @abc.abstractmethod
     def moved_too_far(self, t: Point) -> tuple[Tensor, Tensor]:
-        """Where the probability fell too far, and where it rose too far."""
+        """Return where the probability fell too far, and where it rose too far (bool)."""
 
     def terms(self, t: Point) -> Terms:
         fallen, risen = self.moved_too_far(t)
