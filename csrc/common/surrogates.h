@@ -1,6 +1,6 @@
 // The per-token maths of the loss, once for C++ and CUDA: from one token's log-probs and advantage to
-// the terms of the loss and their slope with respect to the log-prob. `grpo_kernels/surrogates/token.py` (with kl.py)
-// is the same maths in Python, with the same names in the same order; a parity test holds them together.
+// the terms of the loss and their slope with respect to the log-prob. objectives/surrogates/token.py (with kl.py beside
+// that folder) is the same maths in Python, with the same names in the same order; a parity test holds them together.
 //
 // Compile without -ffast-math and without contraction: the clip's comparison must be the same
 // everywhere, and a slope is selected branch by branch (0 * inf is NaN).
@@ -16,7 +16,7 @@
 
 namespace grpo {
 
-// Where each hyper-parameter sits in the vector of numbers (grpo_kernels/spec.py).
+// Where each hyper-parameter sits in the vector of numbers (grpo_kernels/backends/spec.py).
 enum Number {
   kTemperature,
   kLogitScale,

@@ -1,4 +1,4 @@
-"""Which kernels serve a call: the backends by name, and the choice among them. ``contract.py`` says what one is."""
+"""The backends by name, and the choice of the one that serves a call. ``contract.py`` has their functions."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _MODULES = {"cpu": "cpu", "cuda": "cuda", "triton": "triton", "torch": "eager"}
 
 
 class Choice(NamedTuple):
-    """Which backend serves a call."""
+    """The backend that serves a call."""
 
     backend: str
     fuses: bool
     """Whether it has the one-pass loss that was asked for."""
     unfused: str = ""
-    """Why it does not fuse."""
+    """The reason why it does not fuse; empty where it does or need not."""
     passed_over: str = ""
-    """Why it is not one before it in the order of automatic choice."""
+    """The reasons why it is none of those before it in the order of automatic choice."""
 
 
 _SWITCH = "GRPO_KERNELS_BACKEND"
@@ -46,7 +46,7 @@ _SWITCH = "GRPO_KERNELS_BACKEND"
 
 
 def switched() -> str | None:
-    """The backend that the environment names for every call."""
+    """Return the backend that the environment names for every call, or None."""
     name = os.environ.get(_SWITCH) or None
     if name is not None:
         check_name(_SWITCH, name, _MODULES)
@@ -80,7 +80,7 @@ def has_token_terms(name: str) -> bool:
 
 
 def choose(function: str, request: Request, name: str | None) -> Choice:
-    """The backend that the environment names, else the one asked for by name, else the first that can serve the call.
+    """Choose the backend that the environment names, else the one asked for, else the first that can serve the call.
 
     A backend that has no one-pass loss for the call still serves it in two passes.
 
@@ -104,7 +104,7 @@ def choose(function: str, request: Request, name: str | None) -> Choice:
 def _choose(
     device: str, index: int | None, dtype: torch.dtype, vocab: int, fused: bool, softcap: bool, name: str | None
 ) -> tuple[str, bool, str, str]:
-    """The fields of a ``Choice``, whose name is "" for none. torch.compile runs it instead of tracing it."""
+    """Return the fields of a ``Choice``, its name "" for none. torch.compile runs this instead of tracing it."""
     named, name = name, switched() or name
     where = torch.device(device) if index is None else torch.device(device, index)
     request = Request(where, dtype, vocab, fused, softcap, by_name=name is not None)
@@ -129,7 +129,7 @@ def _choose(
 
 @functools.cache
 def _warn_of_fallback(reason: str) -> None:
-    """Once: CPU tensors have kernels, and nobody asked for anything else."""
+    """Warn once: CPU tensors have kernels, and nobody asked for anything else."""
     message = (
         "grpo_kernels: expected compiled kernels for CPU tensors; got the plain PyTorch backend, which is several "
         f"times slower ({reason}).\n  hint: install a C++ compiler, then grpo_kernels again; `python -m grpo_kernels "

@@ -1,4 +1,4 @@
-"""What passes between calls and kernels: the one list of a row's and a token's tensors, and what a backend is.
+"""The contract between calls and kernels: the one list of a row's and a token's tensors, and the backends' functions.
 
 Named tuples of tensors go in and out; operators (``ops.py``), the structs of the compiled libraries (``native.py``,
 csrc/common/call.h) and the launches of Triton's kernels follow their fields. Tensors of rows and tokens are contiguous
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     numbers: Tensor
     """The vector of ``spec.NUMBERS`` and the surrogate's parameters."""
     softcap: bool
-    """Whether its softcap is one."""
+    """Whether logits go through a softcap; its size is one of the numbers."""
 
     @property
     def vocab(self) -> int:
@@ -61,13 +61,13 @@ def batch_and_row_stride(tensor: Tensor) -> tuple[int, int]:
 
 
 class RowStats(NamedTuple):
-    """What the softmax of a row comes to: p_j = exp((z_j - z_anchor) - log_sum), z = softcap(logit·scale)/temperature.
+    """The statistics of a row's softmax: p_j = exp((z_j - z_anchor) - log_sum), z = softcap(logit·scale)/temperature.
 
     Two parts keep the digits that one log-sum-exp in fp32 loses to a common offset of the logits.
     """
 
     log_prob: Tensor
-    """ℓ, of the row's token."""
+    """ℓ, the log-prob of the row's token, nats."""
     entropy: Tensor
     """H = -Σ_j p_j log p_j, nats."""
     anchor: Tensor
@@ -77,7 +77,7 @@ class RowStats(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """The loss's slopes in what a row comes to; None: 0."""
+    """The loss's slopes in a row's log-prob and entropy; None: 0."""
 
     grad_log_prob: Tensor | None
     """∂loss/∂ℓ"""
@@ -86,7 +86,7 @@ class RowGradients(NamedTuple):
 
 
 class TokenInputs(NamedTuple):
-    """What the maths of a token takes beside its log-prob and entropy. Where a token is not live, anything."""
+    """The inputs of a token's maths beside its log-prob and entropy; anything where a token is not live."""
 
     advantage: Tensor
     policy_weight: Tensor
@@ -104,7 +104,7 @@ class TokenInputs(NamedTuple):
 
 
 class TokenValues(NamedTuple):
-    """What a token's row came to, and whether the token counts."""
+    """The log-prob and entropy of a token's row, and whether the token counts."""
 
     log_prob: Tensor
     entropy: Tensor
@@ -113,7 +113,7 @@ class TokenValues(NamedTuple):
 
 
 class TokenRecords(NamedTuple):
-    """What the loss and its metrics are reduced from, beside log-probs and entropies; 0 at dead rows."""
+    """The records that the loss and its metrics are reduced from, beside log-probs and entropies; 0 at dead rows."""
 
     policy: Tensor
     """The surrogate's value times the rollout factor, otherwise unweighted."""
@@ -127,17 +127,17 @@ class TokenRecords(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """What a backend is asked whether it can serve."""
+    """A call that a backend is asked whether it can serve."""
 
     device: torch.device
-    """Of the logits."""
+    """The logits' device."""
     dtype: torch.dtype = torch.float32
     vocab: int = 32768
     fused: bool = False
-    """The one-pass loss, not log-probs and their backward."""
+    """Whether the one-pass loss is asked for, not log-probs and their backward."""
     softcap: bool = False
     by_name: bool = False
-    """Not in automatic choice, where ``cuda`` has to be proven on such a device."""
+    """Whether the user named the backend. In automatic choice ``cuda`` has to be proven on such a device."""
 
 
 class Backend(Protocol):
@@ -147,7 +147,7 @@ class Backend(Protocol):
         """Return the reason why it cannot serve a call, or None."""
 
     def log_probs(self, rows: Rows, stats: RowStats) -> None:
-        """Write what every row comes to."""
+        """Write the statistics of every row."""
 
     def log_probs_backward(self, rows: Rows, stats: RowStats, gradients: RowGradients, out: Tensor) -> None:
         """Write the logits' gradient; ``out`` is shaped like the logits and may be the logits."""

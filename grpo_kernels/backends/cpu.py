@@ -47,7 +47,7 @@ class _TokenSums(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library. Raises native.Unavailable with the reason."""
+    """Return the loaded library. Raise native.Unavailable, with the reason, where there is none."""
     expected = (_ABI_VERSION << 32) | (ctypes.sizeof(_Params) << 16) | ctypes.sizeof(_TokenSums)
     loaded = native.load(LIBRARY, "grpo_cpu_abi", expected)
     loaded.grpo_cpu_scratch.restype = c_int64
@@ -59,13 +59,13 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def available_instruction_sets() -> tuple[str, ...]:
-    """What the library has and this processor runs, slowest first."""
+    """Return the instruction sets that the library has and this processor runs, slowest first."""
     bits = library().grpo_cpu_instruction_sets()
     return tuple(name for i, name in enumerate(INSTRUCTION_SETS) if bits >> i & 1)
 
 
 def instruction_set() -> str:
-    """The one in use: the fastest, or GRPO_KERNELS_CPU_ISA."""
+    """Return the instruction set in use: the fastest, or the one that GRPO_KERNELS_CPU_ISA names."""
     available = available_instruction_sets()
     forced = os.environ.get("GRPO_KERNELS_CPU_ISA")
     if forced and forced not in available:
@@ -144,9 +144,9 @@ def _call(function: str, rows: Rows, *parts: tuple[Any, ...], out: Tensor | None
     exponentials = function == "grpo_cpu_fused_loss" and rows.logits.dtype != rows.numbers.dtype
     stride = loaded.grpo_cpu_scratch(rows.logits.shape[-1], exponentials)
     scratch = torch.empty(threads * stride, dtype=rows.numbers.dtype)
-    own = {"threads": threads, "scratch": scratch.data_ptr(), "scratch_stride": stride}
-    own["instruction_set"] = INSTRUCTION_SETS.index(instruction_set())
-    params = native.call_of(_Params, rows, parts, out, **own)
+    extra = {"threads": threads, "scratch": scratch.data_ptr(), "scratch_stride": stride}
+    extra["instruction_set"] = INSTRUCTION_SETS.index(instruction_set())
+    params = native.call_of(_Params, rows, parts, out, **extra)
     status = getattr(loaded, function)(ctypes.byref(params))
     if status == _TOKEN_ID_OUT_OF_RANGE:
         raise IndexError(token_id_message(rows, params.bad_row))

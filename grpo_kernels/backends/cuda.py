@@ -36,9 +36,9 @@ _OLDEST_CAPABILITY = (9, 0)
 CLUSTERS = (1, 2, 4, 8, 16)
 
 SHORT_ROW_BYTES = 32768
-"""Rows below that are Triton's in automatic choice. The settlers finish a row in some 1,800 cycles whatever its length
-(computed from estimated latencies), in which a multiprocessor of an H200 moves 33 KB in and out; Triton's one pass
-reads a row of up to 32,768 columns once, too, and has as many of them in flight as fit."""
+"""The length below which rows are Triton's in automatic choice. The settlers finish a row in some 1,800 cycles whatever
+its length (computed from estimated latencies), in which a multiprocessor of an H200 moves 33 KB in and out; Triton's
+one pass reads a row of up to 32,768 columns once, too, and has as many of them in flight as fit."""
 
 PROVEN: frozenset[str] = frozenset()
 """Kinds of GPU, as torch.cuda.get_device_name has them, that benchmarks/results/ holds a green run of
@@ -59,7 +59,7 @@ class _Params(native.Call):
 
 
 class Device(ctypes.Structure):
-    """GrpoCudaDevice: what a device offers."""
+    """GrpoCudaDevice of csrc/cuda/api.h: the capabilities of a device."""
 
     _fields_ = (
         *((name, c_int32) for name in ("major", "minor", "driver", "runtime", "shared_bytes", "local_bytes")),
@@ -68,14 +68,14 @@ class Device(ctypes.Structure):
 
 
 class Plan(ctypes.Structure):
-    """GrpoCudaPlan: how a row is laid out on a device."""
+    """GrpoCudaPlan of csrc/cuda/api.h: the layout of a row on a device."""
 
     _fields_ = tuple((name, c_int32) for name in ("cluster", "clusters", "tiles"))
 
 
 @functools.cache
 def _loaded() -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+    """Return the library, or the reason why there is none."""
     sizes = [ctypes.sizeof(struct) for struct in (_Params, Device, Plan)]
     expected = _ABI_VERSION << 48 | sizes[0] << 32 | sizes[1] << 16 | sizes[2]
     try:
@@ -87,39 +87,39 @@ def _loaded() -> ctypes.CDLL | str:
 
 
 def library() -> ctypes.CDLL:
-    """The loaded library. Raises native.Unavailable with the reason."""
-    if isinstance(found := _loaded(), str):
-        raise native.Unavailable(found)
-    return found
+    """Return the loaded library. Raise native.Unavailable, with the reason, where there is none."""
+    if isinstance(loaded := _loaded(), str):
+        raise native.Unavailable(loaded)
+    return loaded
 
 
 @functools.cache
 def emulated() -> bool:
     """Whether the library is there and runs on the CPU."""
-    found = _loaded()
-    return not isinstance(found, str) and bool(found.grpo_cuda_emulated())
+    loaded = _loaded()
+    return not isinstance(loaded, str) and bool(loaded.grpo_cuda_emulated())
 
 
 @functools.cache
 def device(index: int) -> Device:
-    """What the GPU offers. Raises native.Unavailable where the driver refuses, which the next call asks again: what it
-    reports may be an earlier fault of the process."""
-    found = Device()
+    """Return what the GPU offers. Raise native.Unavailable where the driver refuses, which the next call asks again: it
+    may report an earlier fault of the process."""
+    offered = Device()
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu", index)
     with on_device(where):  # the library leaves it current
-        error = library().grpo_cuda_device(index, ctypes.byref(found))
+        error = library().grpo_cuda_device(index, ctypes.byref(offered))
     if error:
         raise native.Unavailable(f"the CUDA driver refuses: {_text(error)}")
-    return found
+    return offered
 
 
 @functools.cache
 def plan(index: int, dtype: torch.dtype, vocab: int) -> Plan:
-    """The layout of a row; its cluster is 0 if the row does not fit."""
-    found = Plan()
-    arguments = (ctypes.byref(device(index)), native.DTYPES[dtype], ctypes.c_int64(vocab), ctypes.byref(found))
+    """Return the layout of a row of ``vocab`` columns; its cluster is 0 if the row does not fit."""
+    layout = Plan()
+    arguments = (ctypes.byref(device(index)), native.DTYPES[dtype], ctypes.c_int64(vocab), ctypes.byref(layout))
     library().grpo_cuda_plan(*arguments)
-    return found
+    return layout
 
 
 def _text(error: int) -> str:
@@ -147,9 +147,9 @@ def unsupported(request: Request) -> str | None:
 
 
 def _lacking(request: Request, index: int, name: str) -> str | None:
-    found = device(index)
-    if (found.major, found.minor) < _OLDEST_CAPABILITY:
-        return f"it needs compute capability 9.0; {name} has {found.major}.{found.minor}"
+    offered = device(index)
+    if (offered.major, offered.minor) < _OLDEST_CAPABILITY:
+        return f"it needs compute capability 9.0; {name} has {offered.major}.{offered.minor}"
     if reason := _on_tokens(request.device).unsupported(Request(request.device)):
         return f"its [tokens]-sized kernels are Triton's: {reason}"
     if plan(index, request.dtype, request.vocab).cluster == 0:
@@ -198,7 +198,7 @@ def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
 
 
 def _check_alignment(logits: Tensor, out: Tensor) -> None:
-    """Rows come and go by the same vectors of 16 bytes."""
+    """Raise unless the rows of both come and go by the same vectors of 16 bytes."""
     strides = zip(batch_and_row_stride(logits), batch_and_row_stride(out), strict=True)
     first = out.data_ptr() - logits.data_ptr()
     if first % 16 or any((b - a) * logits.element_size() % 16 for a, b in strides):
@@ -228,16 +228,16 @@ def _call(function: str, rows: Rows, *parts: tuple[Any, ...], out: Tensor | None
     index = where.index or 0
     layout = plan(index, rows.logits.dtype, rows.vocab)
     order = torch.empty(count + 1, dtype=torch.int32, device=where)
-    own = {"device": index, "order": order.data_ptr()}
-    own |= {"cluster": layout.cluster, "clusters": layout.clusters, "tiles": layout.tiles}
+    extra = {"device": index, "order": order.data_ptr()}
+    extra |= {"cluster": layout.cluster, "clusters": layout.clusters, "tiles": layout.tiles}
     if out is None:
         partials = torch.empty(count, layout.cluster, 4, dtype=rows.numbers.dtype, device=where)
-        own["partials"] = partials.data_ptr()
+        extra["partials"] = partials.data_ptr()
     else:
         _check_alignment(rows.logits, out)
     if where.type == "cuda":
-        own["stream"] = torch.cuda.current_stream(where).cuda_stream
-    params = native.call_of(_Params, rows, parts, out, **own)
+        extra["stream"] = torch.cuda.current_stream(where).cuda_stream
+    params = native.call_of(_Params, rows, parts, out, **extra)
     with on_device(where):
         error = getattr(library(), function)(ctypes.byref(params))
     if error:

@@ -20,9 +20,10 @@ from ..objectives.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW
 from .contract import Request, RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
 
 CHUNKS = 16
-"""A chunk is this part of the rows, so that buffers are small beside the logits ..."""
+"""The number of chunks that the rows are cut into, so that buffers are small beside the logits ..."""
 CHUNK_ELEMENTS = (7 << 16, 1 << 20)
-"""... within these numbers of logits on a CPU, where chunks cost time in Python and buffers belong in the cache, ..."""
+"""... within these bounds of a chunk's logits on a CPU, where chunks cost time in Python and buffers belong in the
+cache, ..."""
 LAUNCHED_ELEMENTS = (1 << 20, 1 << 24)
 """... and within these on other devices, where every operation is a launch."""
 _LOG2_E = math.log2(math.e)
@@ -37,15 +38,15 @@ def unsupported(request: Request) -> str | None:
 def log_probs(rows: Rows, stats: RowStats) -> None:
     ids, in_range = _columns(rows)
     factor = _factor(rows)
-    largest, sampled, weighted, rest = statistics = [torch.empty_like(stats.log_prob) for _ in range(4)]
+    largest, sampled, weighted, others = statistics = [torch.empty_like(stats.log_prob) for _ in range(4)]
     for chunk in _chunks(rows, 2, rows.live, ids, *statistics):
         if not chunk.dead:
             _sum_rows(chunk, factor, *chunk.per_row)
     z_sampled = (sampled - largest) * factor
-    total = rest + z_sampled.exp()
+    total = others + z_sampled.exp()
     log_total = total.log()
     values = RowStats(
-        log_prob=torch.where(z_sampled == 0, -torch.log1p(rest), z_sampled - log_total),
+        log_prob=torch.where(z_sampled == 0, -torch.log1p(others), z_sampled - log_total),
         entropy=(log_total - weighted / (total * _LOG2_E)).clamp(min=0),
         anchor=largest,
         log_sum=log_total,
@@ -55,9 +56,16 @@ def log_probs(rows: Rows, stats: RowStats) -> None:
 
 
 def _sum_rows(
-    chunk: _Chunk, factor: Tensor, ids: Tensor, largest: Tensor, sampled: Tensor, weighted: Tensor, rest: Tensor
+    chunk: _Chunk, factor: Tensor, ids: Tensor, largest: Tensor, sampled: Tensor, weighted: Tensor, others: Tensor
 ) -> None:
-    """Largest and sampled value; of the powers e relative to the largest Σ e·log2 e, and Σ e but for the sampled."""
+    """Write a chunk's row sums: the largest and the sampled value, Σ_j e_j·log2 e_j and Σ_j e_j without the sampled j.
+
+    e_j = 2^power_j with power_j = (value_j - largest)·factor·log2(e), so that e_j = exp(z_j - z_largest) <= 1. All
+    outputs are (rows, 1). ``log_probs`` makes of them, with s the sampled column and E = e_s + others,
+
+        log_prob = z_s - z_largest - log E, or -log1p(others) where s is the largest: exact for p near 1,
+        entropy = log E - Σ_j e_j·log e_j / E.
+    """
     powers, exps = chunk.buffers
     values = _load(chunk, powers.numbers)
     torch.amax(values, -1, keepdim=True, out=largest)
@@ -65,8 +73,11 @@ def _sum_rows(
     torch.sub(values, largest, out=powers.numbers).mul_(factor * _LOG2_E)  # exact where they are close
     exps.exp2_(powers)
     count = len(ids)
-    weighted.copy_(_several(powers.numbers.mul_(exps.numbers)).nansum(-1, keepdim=True)[:count])  # -inf * 0 is NaN
-    rest.copy_(_several(exps.numbers.scatter_(-1, ids, 0.0)).sum(-1, keepdim=True)[:count])
+    # A column of -inf has power -inf and e = 0, whose product is NaN: nansum leaves it out, as its limit is 0. A row
+    # that is NaN for another reason has a NaN in ``others`` or in ``sampled`` too.
+    weighted.copy_(_several(powers.numbers.mul_(exps.numbers)).nansum(-1, keepdim=True)[:count])
+    # The sampled e is left out before the sum: subtracted afterwards it would take small others' digits with it.
+    others.copy_(_several(exps.numbers.scatter_(-1, ids, 0.0)).sum(-1, keepdim=True)[:count])
 
 
 def log_probs_backward(rows: Rows, stats: RowStats, gradients: RowGradients, out: Tensor) -> None:
@@ -107,15 +118,28 @@ def _gradient(
     weight: Tensor,
     *of_entropy: Tensor,
 ) -> Tensor:
-    """weight·e, e = exp(z - z_anchor), or weight·( g·p + h·p·(log p + H) ), where e or p of the sampled column is
-    ``of_sampled``; times the slope of the cap."""
+    """Return the logits' gradient of a chunk, (rows, V), in one of its buffers.
+
+    With ℓ = z_s - lse, H the entropy, g = ∂loss/∂ℓ, h = ∂loss/∂H and z_j = value_j·factor,
+
+        ∂loss/∂z_j = g·(1[j = s] - p_j) - h·p_j·(log p_j + H) = -( g·p'_j + h·p_j·(log p_j + H) ),
+
+    p' being p but for p'_s = p_s - 1 = expm1(ℓ), which keeps its digits where p_s is near 1. Hence
+
+    - with an entropy term: weight·( g·p' + h·p·(log p + H) ), weight = -factor, p_j = 2^(power_j - log2 Σe);
+    - without one: weight·e', weight = -factor·g / Σe, e_j = 2^power_j = p_j·Σe, so that no sweep divides by the sum;
+      e'_s = expm1(ℓ)·Σe.
+
+    ``of_sampled`` is p'_s or e'_s, ``log_sum`` is log2 Σe; log p_s is the row's own log-prob, not that of the rounded
+    powers. Under a softcap dvalue/dlogit follows (``_times_slope_``).
+    """
     powers, p = chunk.buffers[0], chunk.buffers[-1]
     torch.sub(_load(chunk, powers.numbers), anchor, out=powers.numbers).mul_(factor * _LOG2_E)
     if of_entropy:
         g, h, log_sum, entropy, log_prob = of_entropy
         powers.numbers.sub_(log_sum)
     if not finite:
-        powers.numbers.nan_to_num_(nan=_NO_POWER, neginf=_NO_POWER)
+        powers.numbers.nan_to_num_(nan=_NO_POWER, neginf=_NO_POWER)  # -inf·0 is not 0
     p.exp2_(powers)
     if of_entropy:
         log_p = powers.numbers.mul_(1 / _LOG2_E).scatter_(-1, ids, log_prob)
@@ -129,7 +153,8 @@ def _gradient(
 
 
 def _times_slope_(gradient: Tensor, chunk: _Chunk, q: _Buffer) -> None:
-    """Times the cap's dz/dlogit: 1 - tanh² as 4q/(1+q)², which keeps its precision where tanh is nearly 1."""
+    """Multiply by the cap's dvalue/dlogit, scale·(1 - tanh²), as scale·4q/(1+q)², q = exp(-2|logit·scale/cap|), which
+    keeps its precision where tanh is nearly 1."""
     _, scale, cap = chunk.rows.numbers[:3].unbind()
     q.numbers.copy_(chunk.logits).mul_(scale / cap).abs_().mul_(-2 * _LOG2_E)
     q.numbers.nan_to_num_(nan=_NO_POWER, neginf=_NO_POWER)  # of dead rows, and of infinite logits
@@ -139,7 +164,7 @@ def _times_slope_(gradient: Tensor, chunk: _Chunk, q: _Buffer) -> None:
 
 
 class _Buffer:
-    """Room for the numbers of a chunk, (rows, V).
+    """Memory for the numbers of a chunk, (rows, V).
 
     PyTorch computes 2^x of the last few numbers of a thread's share with other instructions, which round otherwise.
     For a row to have the same bits wherever it lies, shares are made whole vectors by numbers behind the rows.
@@ -150,36 +175,36 @@ class _Buffer:
         self._whole = memory[: _whole_vectors(count * vocab)]
 
     def exp2_(self, exponents: _Buffer) -> None:
-        """2 to the power of another buffer's numbers, or of its own."""
+        """Write 2 to the power of another buffer's numbers, or of its own."""
         torch.exp2(exponents._whole, out=self._whole)
 
 
 def _whole_vectors(count: int) -> int:
-    """At least ``count`` numbers, which TensorIterator shares among threads without cutting a vector."""
+    """Return a size of at least ``count`` that TensorIterator shares among threads without cutting a vector."""
     vector, least_share = 64, 1 << 15
     shares = max(1, min(torch.get_num_threads(), -(-count // least_share)))
     return -(-count // (vector * shares)) * vector * shares
 
 
 class _Chunk(NamedTuple):
-    """Whole sequences, or some tokens of one."""
+    """A part of the rows: whole sequences, or some tokens of one."""
 
     rows: Rows
     at: tuple[slice, slice]
     buffers: list[_Buffer]
     per_row: tuple[Tensor, ...]
-    """(rows, 1) each, views."""
+    """Numbers of the chunk's rows, (rows, 1) each: views, so that statistics are written through them."""
     dead: bool
-    """Known to have no row that counts: on a CPU, other devices would have to be waited for."""
+    """Whether it is known that no row counts: on a CPU alone, as other devices would have to be waited for."""
 
     @property
     def logits(self) -> Tensor:
-        """(rows, V)"""
+        """Return the chunk's logits, (rows, V), in their own dtype."""
         return self.rows.row_view(self.rows.logits)[self.at].flatten(0, 1)
 
 
 def _chunks(rows: Rows, buffers: int, read: Tensor, *per_row: Tensor) -> Iterator[_Chunk]:
-    """``read``: bool (B, T), the rows whose logits count."""
+    """Walk over all rows chunk by chunk; ``read``, bool (B, T), are the rows whose logits count."""
     places = _places(rows)
     counts = [(b.stop - b.start) * (t.stop - t.start) for b, t in places]
     size = _whole_vectors(max(counts, default=0) * rows.vocab)
@@ -187,12 +212,12 @@ def _chunks(rows: Rows, buffers: int, read: Tensor, *per_row: Tensor) -> Iterato
     made = {count: [_Buffer(room, count, rows.vocab) for room in memory] for count in set(counts)}
     views = [values.view(-1, 1).split(counts) for values in per_row if counts]
     may_be_dead = read.device.type == "cpu" and not _all_of(read)
-    for at, count, *mine in zip(places, counts, *views, strict=True):
-        yield _Chunk(rows, at, made[count], tuple(mine), may_be_dead and not bool(read[at].any()))
+    for at, count, *parts in zip(places, counts, *views, strict=True):
+        yield _Chunk(rows, at, made[count], tuple(parts), may_be_dead and not bool(read[at].any()))
 
 
 def _places(rows: Rows) -> list[tuple[slice, slice]]:
-    """Sequences and tokens of each chunk."""
+    """Return the sequences and the tokens of each chunk."""
     batch, length = rows.token_ids.shape
     fewest, most = CHUNK_ELEMENTS if rows.logits.device.type == "cpu" else LAUNCHED_ELEMENTS
     elements = min(max(fewest, batch * length * rows.vocab // CHUNKS), most)
@@ -201,18 +226,19 @@ def _places(rows: Rows) -> list[tuple[slice, slice]]:
 
 
 def _parts(length: int, most: int) -> list[slice]:
-    """Equal ones, up to one."""
+    """Cut ``length`` into parts of at most ``most``, equal but for a difference of one."""
     count = -(-length // most)
     return [slice(length * i // count, length * (i + 1) // count) for i in range(count)]
 
 
 def _all_of(read: Tensor) -> bool:
-    """Known to be so: see ``_Chunk.dead``."""
+    """Whether it is known that all rows are read: on a CPU alone (``_Chunk.dead``)."""
     return read.device.type == "cpu" and bool(read.all())
 
 
 def _columns(rows: Rows) -> tuple[Tensor, Tensor]:
-    """Of the sampled tokens, and where they are in the vocabulary. Raises IndexError on a CPU."""
+    """Return the sampled tokens' columns, 0 for ids outside the vocabulary, and where ids are inside. Raise IndexError,
+    on a CPU, for a live token outside."""
     ids = rows.token_ids
     in_range = (ids >= 0) & (ids < rows.vocab)
     if ids.device.type == "cpu" and bool((bad := rows.live & ~in_range).any()):
@@ -221,13 +247,13 @@ def _columns(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _factor(rows: Rows) -> Tensor:
-    """z is this times what ``_load`` returns."""
+    """Return the factor, 0-d, that makes z of the values that ``_load`` returns."""
     temperature, scale, _ = rows.numbers[:3].unbind()
     return (1.0 if rows.softcap else scale) / temperature
 
 
 def _load(chunk: _Chunk, buffer: Tensor) -> Tensor:
-    """Logits in fp32 (fp64), capped where there is a cap: in the buffer, or where they are."""
+    """Return logits in fp32 (fp64), capped where there is a cap: in the buffer, or where they are."""
     logits, rows = chunk.logits, chunk.rows
     if logits.dtype == buffer.dtype and not rows.softcap:
         return logits
@@ -239,7 +265,7 @@ def _load(chunk: _Chunk, buffer: Tensor) -> Tensor:
 
 
 def _several(values: Tensor) -> Tensor:
-    """A lone row twice: PyTorch adds it up in another order than one of several."""
+    """Return rows as they are, but a lone one twice: PyTorch adds it up in another order than one of several."""
     return values if len(values) > 1 else values.expand(2, -1)
 
 
@@ -253,7 +279,7 @@ def token_sums(
     loss: Tensor,
     sums: Tensor,
 ) -> None:
-    """A few operations on stacked columns: on a GPU every one of them is a launch."""
+    """Reduce records by a few operations on stacked columns: on a GPU every one of them is a launch."""
     log_prob, entropy, live = values
     old, ref, rollout = inputs.old, inputs.ref, inputs.rollout
     weight = records.rollout_weight
@@ -276,20 +302,20 @@ def token_sums(
     k3 = torch.expm1(-differences) + torch.where(differences == -math.inf, 0.0, differences)  # fp64: no series needed
     to_ref, to_old, to_rollout = differences
     plain = (to_ref, to_ref * to_ref / 2, k3[0], to_ref.abs())[kl_estimator - 1]
-    known = torch.zeros_like(live) if rollout is None else live & ~unknown
+    recorded = torch.zeros_like(live) if rollout is None else live & ~unknown
     old_to_rollout = log_ratio_of(log_prob if old is None else old, others[2]).to(sums.dtype)
-    rho = torch.where(known, old_to_rollout.exp(), 0.0)
-    applied = torch.where(known, weight.to(sums.dtype) if weight.numel() else 1.0, 0.0).to(sums.dtype)
+    rho = torch.where(recorded, old_to_rollout.exp(), 0.0)
+    applied = torch.where(recorded, weight.to(sums.dtype) if weight.numel() else 1.0, 0.0).to(sums.dtype)
     compared = torch.zeros_like(live) if ref is None else live
-    divergences = (plain, compared, to_old, k3[1], to_rollout, k3[2], known)
-    factors = (rho, rho * rho, applied, applied * applied, known & (applied == 0))
+    divergences = (plain, compared, to_old, k3[1], to_rollout, k3[2], recorded)
+    factors = (rho, rho * rho, applied, applied * applied, recorded & (applied == 0))
     columns = torch.stack([column.flatten() for column in (*terms, *counts, *divergences, *factors)]).to(sums.dtype)
     token = columns.sum(-1)
     clipped = [((records.flags & bit) != 0).flatten() for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
     ratios = reduce_ratios(to_old.exp().flatten(), live.flatten(), clipped)
     count = torch.full((1,), sequences, dtype=sums.dtype, device=sums.device)
     lowest = torch.full((2, 1), -math.inf, dtype=sums.dtype, device=sums.device)
-    largest = torch.where(known, torch.stack([rho, applied]), -math.inf).flatten(1)
+    largest = torch.where(recorded, torch.stack([rho, applied]), -math.inf).flatten(1)
     sums.copy_(torch.cat([token, count, ratios, torch.cat([largest, lowest], 1).amax(1)]))
     loss.copy_(token[:3].sum())
 

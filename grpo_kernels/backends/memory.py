@@ -18,9 +18,10 @@ _MADV_HUGEPAGE = 14
 
 
 def row_strides(logits: Tensor) -> tuple[int, ...]:
-    """Of a gradient of (..., N, V) ``logits``: those of dense rows, longer by what it takes for each row to begin as
-    far from a multiple of 16 bytes as the logits' own, so that kernels move the same vectors in and out. Dense
-    wherever the logits are, or their strides are whole vectors more than dense ones."""
+    """Return the strides, in elements, of a gradient of (..., N, V) ``logits``: those of dense rows, longer by what
+    it takes for each row to begin as far from a multiple of 16 bytes as the logits' own, so that kernels move the same
+    vectors in and out. They are dense wherever the logits are, or their strides are whole
+    vectors more than dense ones."""
     width = 16 // logits.element_size()
     strides = [1]
     for extent, stride in zip(logits.shape[:0:-1], logits.stride()[-2::-1], strict=True):
@@ -30,8 +31,8 @@ def row_strides(logits: Tensor) -> tuple[int, ...]:
 
 
 def gradient_like(logits: Tensor, length: int | None = None) -> Tensor:
-    """Uninitialised, of the logits' shape, with ``row_strides``; the first row is as far from 16 bytes as theirs. Rows
-    after ``length``, which predict no token, are zeros."""
+    """Return uninitialised memory of the logits' shape, with ``row_strides``; the first row is as far from a multiple
+    of 16 bytes as theirs. Rows after ``length``, which predict no token, are zeros."""
     strides, size = row_strides(logits), logits.element_size()
     skew = logits.data_ptr() % 16 // size
     count = skew + sum((extent - 1) * stride for extent, stride in zip(logits.shape, strides, strict=True)) + 1

@@ -1,4 +1,4 @@
-"""What the compiled libraries share: how they are found, loaded and told of a call (csrc/common/call.h)."""
+"""The common part of the compiled libraries' backends: finding, loading and calling them (csrc/common/call.h)."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ _Params = TypeVar("_Params", bound=Call)
 
 
 def call_of(
-    params: type[_Params], rows: Rows, parts: tuple[tuple[Any, ...], ...], out: Tensor | None, **own: Any
+    params: type[_Params], rows: Rows, parts: tuple[tuple[Any, ...], ...], out: Tensor | None, **extra: Any
 ) -> _Params:
-    """Return the parameters of a call over rows; ``own`` are the library's."""
+    """Return the parameters of a call over rows; ``extra`` are the library's own."""
     logits = rows.logits
     call = params(
         dtype=DTYPES[logits.dtype],
@@ -54,7 +54,7 @@ def call_of(
         token_ids=rows.token_ids.data_ptr(),
         live=rows.live.data_ptr(),
         numbers=rows.numbers.data_ptr(),
-        **own,
+        **extra,
     )
     fill(call, *parts)
     call.batch_stride, call.row_stride = batch_and_row_stride(logits)
@@ -73,11 +73,11 @@ def fill(params: ctypes.Structure, *parts: Any) -> None:
 
 
 class Unavailable(RuntimeError):
-    """The library is not usable here; the message says why."""
+    """Raised where a library is not usable; the message says why."""
 
 
 def load(path: Path, abi_function: str, expected: int) -> ctypes.CDLL:
-    """The library at ``path``. Raises Unavailable with the reason."""
+    """Return the library at ``path``. Raise Unavailable, with the reason, where it is not usable."""
     if not path.exists():
         raise Unavailable(_why_not_built(path))
     try:
@@ -100,7 +100,7 @@ def _why_not_built(path: Path) -> str:
 
 
 def build_record(path: Path) -> dict[str, str]:
-    """What the build of a library wrote beside it: compiler, flags, sources' hash, or the error; empty without one."""
+    """Return the record of a library's build: compiler, flags, sources' hash, or the error; empty without one."""
     try:
         record: dict[str, str] = json.loads(path.with_suffix(".json").read_text())
     except (OSError, ValueError):

@@ -33,7 +33,7 @@ _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool",
 def _operator(
     fake: Callable[_Arguments, _Result], writes: str = ""
 ) -> Callable[[Callable[_Arguments, _Result]], Callable[_Arguments, _Result]]:
-    """Register a typed function as an operator of its name.
+    """Return a decorator that registers a typed function as an operator of its name.
 
     Args:
         fake: the same without a backend: it allocates the outputs.
@@ -50,9 +50,9 @@ def _operator(
             for argument, whole in arguments.items()
             for name, kind in _fields(whole, argument)
         )
-        given = [_SCHEMA[kind] for whole in results for _, kind in _fields(whole)]
+        schemas = [_SCHEMA[kind] for whole in results for _, kind in _fields(whole)]
         kinds, result_kinds = _counted(arguments.values()), _counted(results)
-        nested = len(results) > 1 and len(given) > len(results)
+        nested = len(results) > 1 and len(schemas) > len(results)
 
         def of_flat(compute: Callable[..., Any]) -> Callable[..., Any]:
             def run(*flat: Any) -> Any:
@@ -61,7 +61,7 @@ def _operator(
                     values.append(kind(*flat[first : first + count]) if count else flat[first])
                     first += count or 1
                 result = compute(*values)
-                if len(given) < 2 or not nested:
+                if len(schemas) < 2 or not nested:
                     return result
                 outputs: list[Any] = []
                 for part in result:
@@ -73,7 +73,7 @@ def _operator(
 
             return run
 
-        returned = given[0] if len(given) == 1 else f"({', '.join(given)})"
+        returned = schemas[0] if len(schemas) == 1 else f"({', '.join(schemas)})"
         schema = f"{function.__name__}({taken}) -> {returned}"
         registered = define(schema, of_flat(function), of_flat(fake))
 
@@ -85,7 +85,7 @@ def _operator(
                 else:
                     flat.append(argument)
             result = registered(*flat)
-            if len(given) == len(results):
+            if len(schemas) == len(results):
                 return result  # no named tuple is in it
             values, first = [], 0
             for kind, count in result_kinds:
@@ -100,12 +100,12 @@ def _operator(
 
 
 def _fields(kind: Any, name: str = "") -> Sequence[tuple[str, Any]]:
-    """Return names and types of a named tuple's fields, or those of one value."""
+    """Return the names and types of a named tuple's fields, or those of one value."""
     return list(typing.get_type_hints(kind).items()) if hasattr(kind, "_fields") else [(name, kind)]
 
 
 def _counted(kinds: typing.Iterable[Any]) -> list[tuple[Any, int]]:
-    """Return each with the number of its fields; 0 where it is one value."""
+    """Return every kind with the number of its fields; 0 where it is one value."""
     return [(kind, len(getattr(kind, "_fields", ()))) for kind in kinds]
 
 
@@ -122,25 +122,25 @@ def _new_records(like: Tensor, spec: ObjectiveSpec) -> TokenRecords:
 
 
 def _fake_gradient(logits: Tensor) -> Tensor:
-    """Without the offset of the real one, which follows from an address."""
+    """Return a gradient without the offset of the real one, which follows from an address."""
     return logits.new_empty_strided(logits.shape, memory.row_strides(logits))
 
 
 def _note_write(tensor: Tensor) -> None:
-    """Kernels write behind PyTorch's back: without this, nodes that saved the tensor would not notice."""
+    """Tell autograd of a write: kernels write behind its back, and nodes that saved the tensor would not notice."""
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)
 
 
 def _zero_unused_rows(rows: Rows) -> None:
-    """The row after the last token of (B, T+1, V) logits predicts nothing: its gradient, in place, is 0."""
+    """Write the gradient, 0, of the row after the last token of (B, T+1, V) logits, which predicts nothing."""
     length = rows.token_ids.shape[1]
     rows.logits.narrow(-2, length, rows.logits.shape[-2] - length).zero_()
 
 
 @_operator(fake=lambda rows, backend: _new_stats(rows))
 def log_probs(rows: Rows, backend: str) -> RowStats:
-    """Return what every row comes to."""
+    """Return the statistics of every row."""
     stats = _new_stats(rows)
     backends.get(backend).log_probs(rows, stats)
     return stats

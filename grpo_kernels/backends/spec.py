@@ -1,4 +1,4 @@
-"""What a kernel is told about an objective: five compile-time choices and one vector of numbers.
+"""An objective as kernels know it: five compile-time choices and one vector of numbers.
 
 Numbers travel in memory, on the device: annealing one recompiles nothing and a captured CUDA graph
 replays with new values.
@@ -32,7 +32,7 @@ NUMBERS = (
     "rollout_high",
     "entropy_threshold",  # -inf: none
 )
-"""Order of the vector; up to eight parameters of the surrogate follow (csrc/common/surrogates.h)."""
+"""The order of the vector; up to eight parameters of the surrogate follow (csrc/common/surrogates.h)."""
 SURROGATE_PARAMETERS = 8
 
 
@@ -41,16 +41,17 @@ class ObjectiveSpec(NamedTuple):
 
     surrogate: int
     kl_estimator: int
-    """0: no KL term, else 1 + its place in ESTIMATORS."""
+    """1 + the estimator's place in ESTIMATORS; 0: no KL term."""
     kl_gradient: int
-    """Its place in GRADIENTS."""
+    """The gradient's place in GRADIENTS."""
     kl_ratio_weighted: int
     rollout_scheme: int
-    """0: no rollout correction in the kernel, else the ``kernel_id`` of the scheme."""
+    """The scheme's ``kernel_id``; 0: no rollout correction in the kernel."""
 
 
 def objective_spec(config: LossConfig, with_kl: bool, schemes: tuple[Rollout, ...] = ()) -> ObjectiveSpec | None:
-    """None: the surrogate, or the rollout ``schemes`` that are still to be applied, have no one-pass arm."""
+    """Return the choices of an objective; None where the surrogate, or the rollout ``schemes`` that are still to be
+    applied, have no one-pass arm."""
     kl, surrogate = config.kl, config.surrogate.kernel_id
     if surrogate is None or not (schemes == () or in_kernel(schemes)):
         return None
@@ -65,7 +66,7 @@ def in_kernel(schemes: tuple[Rollout, ...]) -> bool:
 
 
 class LogitArgs(NamedTuple):
-    """How logits become log-probs: z = softcap(logit * scale) / temperature. Numbers or 0-d tensors."""
+    """The map from logits to those of the softmax: z = softcap(logit * scale) / temperature. Numbers or 0-d tensors."""
 
     temperature: float | Tensor = 1.0
     logit_scale: float | Tensor = 1.0
@@ -80,7 +81,7 @@ def numbers_vector(
     device: torch.device,
     entropy_threshold: float | Tensor | None = None,
 ) -> Tensor:
-    """The vector of NUMBERS and the surrogate's parameters, ``dtype`` on ``device``.
+    """Return the vector of NUMBERS and the surrogate's parameters, ``dtype`` on ``device``.
 
     Python numbers alone give a cached tensor: nothing is copied to the device twice.
     """
@@ -109,7 +110,7 @@ def _cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
 
 
 def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """By kernels alone, for a CUDA graph in capture: its memory is the graph's, so it must not be cached."""
+    """Fill a vector by kernels alone, for a CUDA graph in capture: memory of the graph must not be cached."""
     vector = torch.zeros(len(values), dtype=dtype, device=device)
     for i, value in enumerate(values):
         if value:

@@ -1,4 +1,4 @@
-"""How a row is cut: a small table, blocks.json, by kind of GPU, dtype and length of the row.
+"""The cut of a row into blocks: a small table, blocks.json, by kind of GPU, dtype and length of the row.
 
 "any" was chosen by counting instructions and by compiling for sm_80 to sm_100 without spills;
 benchmarks/tune_triton.py measures the entries of a kind of GPU (named as compilers do, "sm_90" or "gfx942") and writes
@@ -19,14 +19,14 @@ TABLE = Path(__file__).with_name("blocks.json")
 
 
 class Blocks(NamedTuple):
-    """All kernels of a kind of row take the same, or their bits would differ: the order of a sum depends on the span,
-    the block and the number of warps. Never a function of the number of rows."""
+    """The cut of a kind of row. All kernels take the same, or their bits would differ: the order of a sum depends on
+    the span, the block and the number of warps. Never a function of the number of rows."""
 
     span: int
     """Columns whose sums are added lane by lane."""
     block: int
     warps: int
-    """Of 32 threads."""
+    """Warps of 32 threads."""
     stages: int
     hold: bool
     """Whether the one-pass loss keeps a row of at most one span in registers, and so reads it once."""
@@ -34,7 +34,7 @@ class Blocks(NamedTuple):
     """Whether one pass of two sweeps is taken for rows that are not held: where it measured faster than two passes."""
 
     def held(self, vocab: int) -> int:
-        """How many blocks of a row stay in registers; 0: it is swept twice."""
+        """Return how many blocks of a row stay in registers; 0: it is swept twice."""
         return triton.cdiv(vocab, self.block) if self.hold and vocab <= self.span else 0
 
     def fuses(self, vocab: int) -> bool:
@@ -44,7 +44,7 @@ class Blocks(NamedTuple):
 
 @functools.cache
 def blocks_for(vocab: int, dtype: torch.dtype, softcap: bool = False, target: str = "any") -> Blocks:
-    """Of rows of ``vocab`` columns on the kind of GPU ``target``."""
+    """Return the cut of rows of ``vocab`` columns on the kind of GPU ``target``."""
     for entry in _entries(target):
         wanted = {"dtype": str(dtype).removeprefix("torch."), "softcap": softcap}
         fits = all(entry[name] in (None, value) for name, value in wanted.items())
@@ -54,7 +54,7 @@ def blocks_for(vocab: int, dtype: torch.dtype, softcap: bool = False, target: st
 
 
 def _shortened(blocks: Blocks, vocab: int) -> Blocks:
-    """Of rows of less than one block."""
+    """Return a cut with a block, and warps, no longer than a row needs."""
     whole = triton.next_power_of_2(vocab)
     if whole >= blocks.block:
         return blocks
@@ -62,19 +62,19 @@ def _shortened(blocks: Blocks, vocab: int) -> Blocks:
 
 
 def _entries(target: str) -> list[dict[str, Any]]:
-    own = table().get(target, []) if target != "any" else []
-    return [*own, *table()["any"]]
+    measured = table().get(target, []) if target != "any" else []
+    return [*measured, *table()["any"]]
 
 
 @functools.cache
 def table() -> dict[str, list[dict[str, Any]]]:
-    """Entries by kind of GPU."""
+    """Return the entries by kind of GPU."""
     return json.loads(TABLE.read_text())
 
 
 @functools.cache
 def target_of(device: torch.device) -> str:
-    """The kind of GPU, as compilers name it; "any" for the interpreter."""
+    """Return the kind of GPU, as compilers name it; "any" for the interpreter."""
     if device.type != "cuda":
         return "any"
     properties = torch.cuda.get_device_properties(device)

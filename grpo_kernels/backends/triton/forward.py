@@ -36,7 +36,7 @@ def store_stats(row_index, log_prob, entropy, anchor, log_sum, stats):
 
 @triton.jit
 def store_no_stats(row_index, log_prob, entropy, anchor, log_sum):
-    """Of a dead row."""
+    """Store the statistics of a dead row, zeros."""
     store_stats(row_index, log_prob, entropy, anchor, log_sum, (0, 0, 0, 0))
 
 
@@ -57,7 +57,8 @@ def span_sums(
     NEAR: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Of the columns [begin, begin + SPAN) that the row has. Only the block of the target looks for it."""
+    """Return the two sums of ``add_block`` over the row's columns in [begin, begin + SPAN). Only the block of the
+    target looks for it."""
     end = tl.minimum(begin + SPAN, vocab)
     whole = begin + (end - begin) // BLOCK * BLOCK
     total = tl.zeros([BLOCK], numbers.dtype.element_ty)
@@ -96,7 +97,7 @@ def row_sums(
     NEAR: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Of the whole row, span by span."""
+    """Return the two sums of ``add_block`` over the whole row, span by span."""
     total = tl.load(numbers) * 0
     weighted = total
     for begin in tl.range(0, vocab, SPAN):
@@ -130,7 +131,7 @@ def far_sums(
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """The row's sums relative to its largest value, and that value."""
+    """Return the row's sums relative to its largest value, and that value."""
     largest = row_max(row, vocab, numbers, mapping, BLOCK, SOFTCAP)
     anchor = anchor_of(largest)
     total, weighted = row_sums(
@@ -155,7 +156,7 @@ def settle(
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Statistics from the sums relative to the sampled value, or where those overflowed, to the largest."""
+    """Return statistics from the sums relative to the sampled value, or where those overflowed, to the largest."""
     slope = mapping[3]
     anchored_at = value
     if hold(total, weighted, value, slope):
@@ -189,7 +190,7 @@ def log_probs_kernel(
     STAGES: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """One program a row."""
+    """Write a row's statistics; one program a row."""
     row_index = tl.program_id(0)
     if tl.load(live + row_index) == 0:
         store_no_stats(row_index, log_prob, entropy, anchor, log_sum)
@@ -227,7 +228,7 @@ def span_sums_kernel(
     STAGES: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """For few rows, one program a span: its two sums, (rows, spans, 2)."""
+    """Write a span's two sums, into (rows, spans, 2); for few rows, one program a span."""
     row_index = tl.program_id(0) // spans
     span = tl.program_id(0) - row_index * spans
     if tl.load(live + row_index) == 0:
@@ -270,7 +271,7 @@ def merge_spans_kernel(
     STAGES: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """The sums of ``span_sums_kernel``, added left to right as ``log_probs_kernel`` does."""
+    """Write a row's statistics from ``span_sums_kernel``'s sums, added left to right as ``log_probs_kernel`` does."""
     row_index = tl.program_id(0)
     if tl.load(live + row_index) == 0:
         store_no_stats(row_index, log_prob, entropy, anchor, log_sum)

@@ -10,7 +10,7 @@ from .rows import AT_RUN_TIME, gradient_of, gradient_terms, in_vectors, logit_ma
 
 @triton.jit
 def fill(row, value, first, last, vocab, BLOCK: tl.constexpr):
-    """Blocks [first, last) of a row."""
+    """Fill the blocks [first, last) of a row with ``value``."""
     filling = tl.zeros([BLOCK], row.dtype.element_ty) + value.to(row.dtype.element_ty)
     for i in tl.range(first, last):
         columns = i * BLOCK + tl.arange(0, BLOCK)
@@ -32,7 +32,7 @@ def write_gradient(
     SOFTCAP: tl.constexpr,
     HAS_H: tl.constexpr,
 ):
-    """Blocks [first, last) of a row, the last one first: it is still in the nearest cache after a forward sweep."""
+    """Write blocks [first, last) of a row, the last one first: a forward sweep leaves it in the nearest cache."""
     real: tl.constexpr = numbers.dtype.element_ty
     for i in tl.range(0, last - first):
         columns = (last - 1 - i) * BLOCK + tl.arange(0, BLOCK)
@@ -68,7 +68,7 @@ def gradient_kernel(
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """``parts`` programs a row, ``blocks`` of it each. ``out`` may be the logits."""
+    """Write a row's gradient by ``parts`` programs, ``blocks`` of it each. ``out`` may be the logits."""
     row_index = tl.program_id(0) // parts
     first = (tl.program_id(0) - row_index * parts) * blocks
     last = tl.minimum(first + blocks, tl.cdiv(vocab, BLOCK))
@@ -113,12 +113,13 @@ def rescale_kernel(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """gradient *= upstream / announced, rows dealt out to however many programs; nothing where they are equal."""
+    """Multiply a gradient by upstream / announced in place, rows dealt out to all programs; leave it where they are
+    equal."""
     up = tl.load(upstream)
-    known = tl.load(announced)
-    if up == known:
+    assumed = tl.load(announced)
+    if up == assumed:
         return
-    factor = up / known
+    factor = up / assumed
     vocab = in_vectors(vocab, VECTOR)
     block = tl.arange(0, BLOCK)
     for row_index in tl.range(tl.program_id(0), rows, tl.num_programs(0)):

@@ -1,4 +1,4 @@
-"""From tensors to launches."""
+"""The way from tensors to launches: arguments, compile-time constants and grids."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from .blocks import Blocks, blocks_for, target_of
 
 _PROGRAMS_PER_PROCESSOR = 4
 _GRADIENT_COLUMNS = 32768
-"""Of a row, for one program of the gradient kernel."""
+"""The columns of a row that one program of the gradient kernel takes."""
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """How many multiprocessors; 1 for the interpreter."""
+    """Return the number of multiprocessors; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @functools.cache
 def warp_size(device: torch.device) -> int:
-    """Threads that run together: 64 on AMD's data-centre GPUs."""
+    """Return the number of threads that run together: 64 on AMD's data-centre GPUs."""
     return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
 
 
@@ -35,7 +35,7 @@ def programs_wanted(device: torch.device) -> int:
 
 
 def gradient_parts(rows: int, vocab: int, block: int, device: torch.device) -> tuple[int, int]:
-    """How many programs share a row's gradient, and how many blocks each takes."""
+    """Return how many programs share a row's gradient, and how many blocks each takes."""
     blocks = triton.cdiv(vocab, block)
     parts = max(triton.cdiv(vocab, _GRADIENT_COLUMNS), triton.cdiv(programs_wanted(device), max(rows, 1)))
     share = triton.cdiv(blocks, parts)
@@ -57,9 +57,9 @@ def row_constants(rows: Rows, blocks: Blocks, *written: Tensor) -> dict[str, Any
 
 
 def one_pass_constants(rows: Rows, blocks: Blocks, *written: Tensor) -> dict[str, Any]:
-    """Of the kernel that may hold a row's blocks in registers. On addresses that 8 bytes do not divide it takes twice
-    the warps: a vector is several loads there, and with all of them under way 16 warps spill some 300 bytes a thread
-    (measured by tests/triton_offline.py). The order of sums is SWEEP's, not the warps'."""
+    """Return constants of the kernel that may hold a row's blocks in registers. On addresses that 8 bytes do
+    not divide it takes twice the warps: a vector is several loads there, and with all of them under way 16 warps spill
+    some 300 bytes a thread (measured by tests/triton_offline.py). The order of sums is SWEEP's, not the warps'."""
     constants = row_constants(rows, blocks, *written) | {"HELD": blocks.held(rows.vocab)}
     if constants["HELD"] and constants["ALIGNMENT"] < 8:
         constants["warps"] *= 2
@@ -67,8 +67,8 @@ def one_pass_constants(rows: Rows, blocks: Blocks, *written: Tensor) -> dict[str
 
 
 def vector_constants(*tensors: Tensor) -> dict[str, int]:
-    """ALIGNMENT: bytes, at most 16, at whose multiples all rows of the tensors (shaped like logits) begin; VECTOR:
-    columns, at most as many as fit 16 bytes, that divide a row."""
+    """Return ALIGNMENT: bytes, at most 16, at whose multiples all rows of the tensors (shaped like logits) begin; and
+    VECTOR: columns, at most as many as fit 16 bytes, that divide a row."""
     size, vocab = tensors[0].element_size(), tensors[0].shape[-1]
     places = [n for t in tensors for n in (t.data_ptr(), *(size * stride for stride in batch_and_row_stride(t)))]
     return {"ALIGNMENT": math.gcd(16, *places), "VECTOR": math.gcd(16 // size, vocab)}
@@ -79,7 +79,7 @@ def out_arguments(out: Tensor) -> tuple[Any, ...]:
 
 
 def launch(kernel: Any, programs: int, device: torch.device, *arguments: Any, warps: int = 4, **constants: Any) -> None:
-    """On the current stream of ``device``. Contraction is off: kernels spell out their fused multiply-adds."""
+    """Launch a kernel on the current stream of ``device``. Contraction is off: kernels spell out multiply-adds."""
     if programs == 0:
         return
     with on_device(device):

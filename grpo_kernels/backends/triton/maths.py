@@ -20,13 +20,13 @@ LOWEST_POWER = tl.constexpr(-1200.0)
 
 @triton.jit
 def to_power(nats):
-    """nats * log2(e)"""
+    """Return nats * log2(e)."""
     return tl.fma(nats, LOG2E_HIGH, nats * LOG2E_LOW)
 
 
 @triton.jit
 def to_nats(power, plus):
-    """power * log(2) + plus"""
+    """Return power * log(2) + plus."""
     finite = tl.abs(power) < float("inf")
     low = tl.where(finite, power * LN2_LOW, 0)  # inf - inf otherwise
     return tl.fma(power, LN2_HIGH, low + plus)
@@ -34,7 +34,7 @@ def to_nats(power, plus):
 
 @triton.jit
 def divide(a, b):
-    """a / b, correctly rounded: plain fp32 division on a GPU is not."""
+    """Return a / b, correctly rounded: plain fp32 division on a GPU is not."""
     if a.dtype == tl.float64:
         return a / b
     else:
@@ -43,7 +43,7 @@ def divide(a, b):
 
 @triton.jit
 def exp_of(x):
-    """exp(x), in fp32 by the whole and the broken part of x * log2(e): a GPU's own is off by |x| units."""
+    """Return exp(x), in fp32 by the whole and the broken part of x * log2(e): a GPU's own is off by |x| units."""
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
@@ -54,7 +54,7 @@ def exp_of(x):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x): the logarithm of the rounded u = 1 + x, corrected by x / (u - 1) (Kahan)."""
+    """Return log(1 + x): the logarithm of the rounded u = 1 + x, corrected by x / (u - 1) (Kahan)."""
     u = 1 + x
     rounded = u - 1
     safe = tl.where((rounded == 0) | (u == float("inf")), 1, rounded)
@@ -64,7 +64,7 @@ def log1p(x):
 
 @triton.jit
 def expm1(x):
-    """exp(x) - 1: of the rounded u = exp(x), corrected by x / log(u) (Kahan); -1 and inf at the ends."""
+    """Return exp(x) - 1: that of the rounded u = exp(x), corrected by x / log(u) (Kahan); -1 and inf at the ends."""
     u = tl.exp(x)
     inner = (u != 1) & (u - 1 != -1) & (u < float("inf"))
     safe = tl.where(inner, u, 2)
@@ -74,7 +74,8 @@ def expm1(x):
 
 @triton.jit
 def tanh(y):
-    """fp32: an odd polynomial (relative error 5e-9) below 0.625, else (1 - q) / (1 + q) with q = exp(-2|y|)."""
+    """Return tanh(y), in fp32 by an odd polynomial (relative error 5e-9) below 0.625, else (1 - q) / (1 + q) with
+    q = exp(-2|y|)."""
     a = tl.abs(y)
     if y.dtype == tl.float64:
         fall = expm1(-2 * a)
@@ -92,6 +93,6 @@ def tanh(y):
 
 @triton.jit
 def tanh_slope(y):
-    """1 - tanh(y)^2 as 4q / (1 + q)^2, which keeps its precision where tanh is nearly 1."""
+    """Return 1 - tanh(y)^2 as 4q / (1 + q)^2, which keeps its precision where tanh is nearly 1."""
     q = tl.exp2(-2 * to_power(tl.abs(y)))
     return 4 * q / ((1 + q) * (1 + q))

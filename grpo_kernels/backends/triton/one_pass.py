@@ -29,12 +29,12 @@ from .rows import (
 from .surrogates import GRAD_SCALE, NO_KL, NO_ROLLOUT, token_terms
 
 TOKENS_PER_PROGRAM = 256
-"""Of the per-token maths alone."""
+"""The tokens of a program of the per-token maths alone."""
 
 
 @triton.jit
 def hold_row(row, vocab, numbers, HELD: tl.constexpr, BLOCK: tl.constexpr):
-    """A row in registers, block by block."""
+    """Load a row into registers, block by block."""
     held = ()
     for i in tl.static_range(HELD):
         held += (load_block(row, i * BLOCK, vocab, numbers, BLOCK, i == HELD - 1),)
@@ -55,7 +55,7 @@ def held_sums(
     BLOCK: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """``span_sums`` of a row in registers, relative to the sampled value."""
+    """Return the ``span_sums`` of a row in registers, relative to the sampled value."""
     total = tl.zeros([BLOCK], numbers.dtype.element_ty)
     weighted = total
     for i in tl.static_range(HELD):
@@ -89,7 +89,7 @@ def row_terms(
     KL_RATIO_WEIGHTED: tl.constexpr,
     ROLLOUT_SCHEME: tl.constexpr,
 ):
-    """Write a row's terms (or those of several, ``inside`` a mask); d loss / d log_prob."""
+    """Write a row's terms (or those of several, ``inside`` a mask); return d loss / d log_prob."""
     row_old = row_log_prob
     row_ref = row_log_prob
     row_rollout = row_log_prob
@@ -167,7 +167,7 @@ def one_pass_kernel(
     KL_RATIO_WEIGHTED: tl.constexpr,
     ROLLOUT_SCHEME: tl.constexpr,
 ):
-    """One program a row: its log-prob, the terms of its loss, its gradient. ``out`` may be the logits.
+    """Write a row's log-prob, the terms of its loss and its gradient; one program a row. ``out`` may be the logits.
 
     HELD > 0: the row, one span of so many blocks, stays in registers and is read once. HELD = 0: it is walked twice.
     """
@@ -286,7 +286,7 @@ def token_terms_kernel(
     ROLLOUT_SCHEME: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The per-token maths alone, between the two passes."""
+    """Write tokens' terms and d loss / d log_prob: the per-token maths alone, between the two passes."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     alive = tl.load(live + at, mask=inside, other=0) != 0

@@ -29,7 +29,7 @@ AT_RUN_TIME = (
 
 @triton.jit
 def row_at(tensor, row, length, batch_stride, row_stride, ALIGNMENT: tl.constexpr):
-    """Where row (batch, token) begins: at a multiple of ALIGNMENT bytes, which the compiler could not prove."""
+    """Return where row (batch, token) begins: at a multiple of ALIGNMENT bytes, which the compiler could not prove."""
     batch = row // length
     offset = batch.to(tl.int64) * batch_stride + (row - batch * length).to(tl.int64) * row_stride
     return tl.multiple_of(tensor + offset, ALIGNMENT)
@@ -37,32 +37,32 @@ def row_at(tensor, row, length, batch_stride, row_stride, ALIGNMENT: tl.constexp
 
 @triton.jit
 def in_vectors(vocab, VECTOR: tl.constexpr):
-    """``vocab``, which VECTOR divides, so that the compiler sees it: a vector of columns has one mask."""
+    """Return ``vocab``, which VECTOR divides, so that the compiler sees it: a vector of columns has one mask."""
     return vocab // VECTOR * VECTOR
 
 
 @triton.constexpr_function
 def halvings(count):
-    """Of ``count``, a power of two, until 1 is left."""
+    """Return how often ``count``, a power of two, is halved until 1 is left."""
     return max(count, 1).bit_length() - 1
 
 
 @triton.jit
 def halved(sums):
-    """(n, 2) -> (n / 2, 2): neighbours are added."""
+    """Add neighbours: (n, 2) -> (n / 2, 2)."""
     return tl.sum(tl.reshape(sums, [sums.shape[0] // 2, 2, 2]), 1)
 
 
 @triton.jit
 def dealt_out(sums):
-    """(n, 2) as it is, but one number to a thread: gathered by its own index, because that is laid out so."""
+    """Return (n, 2) as it is, but one number to a thread: gathered by its own index, because that is laid out so."""
     COUNT: tl.constexpr = sums.shape[0] * 2
     return tl.reshape(tl.gather(tl.reshape(sums, [COUNT]), tl.arange(0, COUNT), 0), [COUNT // 2, 2])
 
 
 @triton.jit
 def lane_sums(total, weighted, SWEEP: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Of all lanes, by sums of two alone, which have no order: of more, the compiler would add in the order in which
+    """Add up all lanes by sums of two alone, which have no order: of more, the compiler would add in the order in which
     lanes lie in registers, which depends on the rows' alignment and on the compiler.
 
     SWEEP columns are a vector of 16 bytes for each thread. Sweeps are added first, which a thread of an aligned row
@@ -84,7 +84,7 @@ def lane_sums(total, weighted, SWEEP: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 @triton.jit
 def logit_map(numbers, SOFTCAP: tl.constexpr):
-    """z = softcap(logit * scale) / temperature = value * derivative: inner, cap, derivative, and log2(e) * derivative.
+    """Return cap, derivative, and log2(e) * derivative: z = softcap(logit * scale) / temperature = value * derivative.
 
     value = cap * tanh(logit * inner) with a softcap, else the logit itself.
     """
@@ -110,7 +110,7 @@ def value_of(logit, inner, cap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def load_block(row, start, vocab, numbers, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Logits in working precision, -inf past the row's end."""
+    """Return logits in working precision, -inf past the row's end."""
     real: tl.constexpr = numbers.dtype.element_ty
     columns = start + tl.arange(0, BLOCK)
     if MASKED:
@@ -134,13 +134,14 @@ def max_or_nan(a, b):
 
 @triton.jit
 def anchor_of(value):
-    """The largest value as an origin; NaN for +inf."""
+    """Return the largest value as an origin; NaN for +inf."""
     return tl.where(value == float("inf"), float("nan"), value)
 
 
 @triton.jit
 def origin_of(value, slope):
-    """Of powers relative to ``value``: power_j = value_j * slope + origin, one multiply-add and one rounding."""
+    """Return the origin of powers relative to ``value``: power_j = value_j * slope + origin, one multiply-add and one
+    rounding."""
     return -(value * slope)
 
 
@@ -160,7 +161,7 @@ def add_block(
     NEAR: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """Lane by lane sums of 2^power and 2^power * power without the sampled column, which is here if TARGET.
+    """Add 2^power and 2^power * power to two sums, lane by lane, without the sampled column, which is here if TARGET.
 
     NEAR: powers by ``origin_of``; else relative to the value ``origin``, subtracted before they are scaled, so that
     finite logits of any size are legal.
@@ -179,7 +180,7 @@ def add_block(
 
 @triton.jit
 def residual_of(value, slope):
-    """By which every power relative to ``value`` is off, exactly: the rounding of its origin."""
+    """Return by how much every power relative to ``value`` is off, exactly: the rounding of its origin."""
     return tl.fma(value, slope, origin_of(value, slope))
 
 
@@ -193,7 +194,7 @@ def hold(total, weighted, value, slope):
 
 @triton.jit
 def unrounded(total, weighted, value, slope):
-    """The sums as if their origin were not rounded."""
+    """Return the sums as if their origin were not rounded."""
     residual = residual_of(value, slope)
     factor = tl.exp2(-residual)
     return total * factor, tl.fma(-residual, total, weighted) * factor
@@ -213,26 +214,28 @@ def sampled(
     ALIGNMENT: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """A row's place, its sampled column, and that column's logit and value; NaN for an id outside the vocabulary."""
+    """Return a row's place, its sampled column, and that column's logit and value; NaN for an id outside the
+    vocabulary."""
     real: tl.constexpr = numbers.dtype.element_ty
     row = row_at(logits, row_index, length, batch_stride, row_stride, ALIGNMENT)
     target = tl.load(token_ids + row_index)
-    known = (target >= 0) & (target < vocab)
-    target = tl.where(known, target, -1).to(tl.int32)  # columns are compared with it: in 64 bits that takes two steps
-    logit = tl.load(row + target, mask=known, other=float("nan")).to(real)
+    valid = (target >= 0) & (target < vocab)
+    target = tl.where(valid, target, -1).to(tl.int32)  # columns are compared with it: in 64 bits that takes two steps
+    logit = tl.load(row + target, mask=valid, other=float("nan")).to(real)
     return row, target, logit, value_of(logit, mapping[0], mapping[1], SOFTCAP)
 
 
 @triton.jit
-def finish_stats(anchored_at, rest, weighted_rest, value, slope):
-    """From the sums without the sampled column, relative to ``anchored_at``: log_prob, entropy, the anchor, log_sum."""
+def finish_stats(anchored_at, others, weighted_others, value, slope):
+    """Return log_prob, entropy, anchor and log_sum from the sums without the sampled column, which are relative to
+    ``anchored_at``."""
     power = (value - anchored_at) * slope
     certain = value == anchored_at
     power = tl.where(certain, 0, power)
     target = tl.exp2(max_or_nan(power, LOWEST_POWER))
-    total = rest + target
-    log_total = tl.where(certain, log1p(rest), tl.log(total))
-    weighted = weighted_rest + tl.where(target == 0, 0, target * power)
+    total = others + target
+    log_total = tl.where(certain, log1p(others), tl.log(total))
+    weighted = weighted_others + tl.where(target == 0, 0, target * power)
     log_prob = to_nats(power, -log_total)
     entropy = to_nats(-divide(weighted, total), log_total)
     entropy = tl.where(entropy < 0, 0, entropy)  # rounding of a row that is certain
@@ -243,7 +246,7 @@ def finish_stats(anchored_at, rest, weighted_rest, value, slope):
 
 @triton.jit
 def gradient_terms(stats, g, h, target_logit, mapping, SOFTCAP: tl.constexpr, HAS_H: tl.constexpr):
-    """anchor, shift, constant, linear for every column, and the gradient in the sampled logit.
+    """Return anchor, shift, constant, linear for every column, and the gradient in the sampled logit.
 
     d loss / d value_j = p_j (constant + linear power_j), p_j = 2^power_j, power_j = (value_j - anchor) * slope + shift.
     """
@@ -265,7 +268,7 @@ def gradient_terms(stats, g, h, target_logit, mapping, SOFTCAP: tl.constexpr, HA
 
 @triton.jit
 def gradient_of(logits, columns, target_column, mapping, terms, SOFTCAP: tl.constexpr, HAS_H: tl.constexpr):
-    """d loss / d logit of some columns."""
+    """Return d loss / d logit of some columns."""
     inner, cap, _, slope = mapping
     anchor, shift, constant, linear, target = terms
     power = tl.fma(value_of(logits, inner, cap, SOFTCAP) - anchor, slope, shift)

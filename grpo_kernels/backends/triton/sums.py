@@ -1,4 +1,4 @@
-"""From the records of rows to the loss and the sums behind its metrics, fp64: two launches in place of forty.
+"""The way from the records of rows to the loss and the sums behind its metrics, fp64: two launches in place of forty.
 
 backends/eager.py holds the same sums in PyTorch, csrc/cpu/token_sums.h in C++; objectives/metrics.py names the
 fields. Chunks of tokens are added left to right, so the bits do not depend on the device.
@@ -16,7 +16,7 @@ from .surrogates import ABS, CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, K1, K2, lo
 TOKENS_PER_CHUNK = 512
 CHUNKS_AT_ONCE = 16
 WIDTH = tl.constexpr(triton.next_power_of_2(len(FIELDS)))
-"""Of a chunk's record: FIELDS and padding."""
+"""The numbers of a chunk's record: FIELDS and padding to a power of two."""
 
 TERMS = tl.constexpr(3)  # policy, KL and entropy loss come first
 _SEQUENCES = tl.constexpr(FIELDS.index("sequences"))
@@ -30,7 +30,7 @@ _FIELDS = tl.constexpr(len(FIELDS))
 
 @triton.jit
 def weighted(weight, value, at, counted):
-    """weight * value as fp64; a token of weight 0 has no part in the loss, whatever its value."""
+    """Return weight * value as fp64; a token of weight 0 has no part in the loss, whatever its value."""
     w = tl.load(weight + at, mask=counted, other=0)
     v = tl.load(value + at, mask=counted, other=0)
     return tl.where(w == 0, 0, w * v).to(tl.float64)
@@ -38,7 +38,7 @@ def weighted(weight, value, at, counted):
 
 @triton.jit
 def divergence(log_prob, other, at, counted):
-    """log_prob - other, and its k3, fp64; 0 where not counted."""
+    """Return log_prob - other and its k3, fp64; 0 where not counted."""
     x = log_ratio_of(log_prob, tl.load(other + at, mask=counted, other=0)).to(tl.float64)
     x = tl.where(counted, x, 0)
     return x, tl.where(x == -float("inf"), float("inf"), expm1(-x) + x)
@@ -65,7 +65,7 @@ def chunk_sums_kernel(
     KL_ESTIMATOR: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """One program a chunk of tokens: its record of WIDTH numbers."""
+    """Write a chunk's record of WIDTH numbers; one program a chunk of tokens."""
     at = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     chunk_records += tl.program_id(0) * WIDTH
     inside = at < count
@@ -96,17 +96,17 @@ def chunk_sums_kernel(
     if old is not None:
         to_old, k3_old = divergence(p, old, at, counted)
         ratio = tl.where(counted, tl.exp(to_old), 0)
-    to_rollout, k3_rollout, known, rho, weight = zero, zero, zero, zero, zero
+    to_rollout, k3_rollout, rollout_count, rho, weight = zero, zero, zero, zero, zero
     if rollout is not None:
         sampler = tl.load(rollout + at, mask=counted, other=float("nan"))
         recorded = sampler == sampler
         to_rollout, k3_rollout = divergence(p, rollout, at, recorded)
-        known = recorded.to(tl.float64)
+        rollout_count = recorded.to(tl.float64)
         from_rollout = to_rollout
         if old is not None:
             from_rollout = log_ratio_of(tl.load(old + at, mask=counted, other=0), sampler).to(tl.float64)
         rho = tl.where(recorded, tl.exp(from_rollout), 0)
-        weight = known
+        weight = rollout_count
         if rollout_weight is not None:
             weight = tl.where(recorded, tl.load(rollout_weight + at, mask=counted, other=0), 0).to(tl.float64)
     row_flags = tl.load(flags + at, mask=counted, other=0)
@@ -125,12 +125,12 @@ def chunk_sums_kernel(
         k3_old,
         to_rollout,
         k3_rollout,
-        known,
+        rollout_count,
         rho,
         rho * rho,
         weight,
         weight * weight,
-        known * (weight == 0).to(tl.float64),
+        rollout_count * (weight == 0).to(tl.float64),
         zero,
         ratio,
         one,
@@ -142,13 +142,13 @@ def chunk_sums_kernel(
         tl.store(chunk_records + i, tl.sum(columns[i], 0))
     tl.store(chunk_records + _RATIO_MIN, tl.min(tl.where(counted, ratio, float("inf")), 0))
     tl.store(chunk_records + _RATIO_MAX, tl.max(tl.where(counted, ratio, -float("inf")), 0))
-    tl.store(chunk_records + _RATIO_MAX + 1, tl.max(tl.where(known != 0, rho, -float("inf")), 0))
-    tl.store(chunk_records + _RATIO_MAX + 2, tl.max(tl.where(known != 0, weight, -float("inf")), 0))
+    tl.store(chunk_records + _RATIO_MAX + 1, tl.max(tl.where(rollout_count != 0, rho, -float("inf")), 0))
+    tl.store(chunk_records + _RATIO_MAX + 2, tl.max(tl.where(rollout_count != 0, weight, -float("inf")), 0))
 
 
 @triton.jit(do_not_specialize=["chunks", "sequences"])
 def merge_chunks_kernel(chunk_records, loss, sums, chunks, sequences, AT_ONCE: tl.constexpr):
-    """One program: all records, column by column."""
+    """Merge all records, column by column, in one program."""
     field = tl.arange(0, WIDTH)
     row = tl.arange(0, AT_ONCE)
     total = tl.zeros([AT_ONCE, WIDTH], tl.float64)

@@ -50,27 +50,27 @@ CLIPPED_DUAL = tl.constexpr(4)
 
 @triton.jit
 def times(a, b):
-    """a * b where a factor that is exactly zero wins over an infinite one (NaN stays NaN)."""
+    """Return a * b where a factor that is exactly zero wins over an infinite one (NaN stays NaN)."""
     zero = ((a == 0) & (b == b)) | ((b == 0) & (a == a))
     return tl.where(zero, 0, a * b)
 
 
 @triton.jit
 def weighed(weight, x):
-    """weight * x where a weight of zero wins over anything, NaN as well; a zero of x wins over an infinite weight."""
+    """Return weight * x; a weight of zero wins over anything, NaN as well, a zero of x over an infinite weight."""
     zero = (weight == 0) | ((x == 0) & (weight == weight))
     return tl.where(zero, 0, weight * x)
 
 
 @triton.jit
 def log_ratio_of(a, b):
-    """a - b; equal log-probs differ by exactly zero, also where both are -inf."""
+    """Return a - b; equal log-probs differ by exactly zero, also where both are -inf."""
     return tl.where(a == b, 0, a - b)
 
 
 @triton.jit
 def within(x, limit):
-    """NaN counts as inside."""
+    """Return where x lies inside [-limit, limit]; NaN counts as inside."""
     return ((x > limit) | (x < -limit)) == 0
 
 
@@ -81,7 +81,7 @@ def clamp(x, limit):
 
 @triton.jit
 def k3_of(u):
-    """exp(u) - u - 1 without cancellation: u^2/2 (1 + u/3 (1 + u/4 (...))) near zero."""
+    """Return exp(u) - u - 1 without cancellation: u^2/2 (1 + u/3 (1 + u/4 (...))) near zero."""
     near = (u < 1) & (u > -1)
     v = tl.where(near, u, 0)
     total = v * 0 + 1
@@ -199,7 +199,7 @@ def dro(log_prob, log_ratio, advantage, beta):
 
 @triton.jit
 def surrogate_terms(SURROGATE: tl.constexpr, numbers, log_prob, old_log_prob, log_ratio, ratio, advantage):
-    """Value, slope with respect to the log-ratio, and to the log-prob at a fixed ratio, flags."""
+    """Return value, slope with respect to the log-ratio, and to the log-prob at a fixed ratio, flags."""
     first = tl.load(numbers + SURROGATE_FIRST)
     second = tl.load(numbers + SURROGATE_FIRST + 1)
     third = tl.load(numbers + SURROGATE_FIRST + 2)
@@ -223,7 +223,7 @@ def surrogate_terms(SURROGATE: tl.constexpr, numbers, log_prob, old_log_prob, lo
 
 @triton.jit
 def kl_terms(KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr, numbers, difference, ratio):
-    """One KL estimator of x = log_prob - ref, clamped: value, slope, slope of value * ratio divided by the ratio."""
+    """Return value, slope, and slope of value * ratio divided by the ratio, of a KL estimator of log_prob - ref."""
     input_limit = tl.load(numbers + KL_INPUT_LIMIT)
     output_limit = tl.load(numbers + KL_OUTPUT_LIMIT)
     inside = within(difference, input_limit)
@@ -253,7 +253,7 @@ def kl_terms(KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr, numbers, dif
 
 @triton.jit
 def rollout_weight(ROLLOUT_SCHEME: tl.constexpr, numbers, log_prob, rollout):
-    """The rollout correction's factor, of rho = exp(log_prob - rollout); 1 where the sampler's is unknown."""
+    """Return the rollout correction's factor, of rho = exp(log_prob - rollout); 1 where the sampler's is unknown."""
     low = tl.load(numbers + ROLLOUT_LOW)
     high = tl.load(numbers + ROLLOUT_HIGH)
     rho = exp_of(clamp(log_ratio_of(log_prob, rollout), tl.load(numbers + LOG_RATIO_LIMIT)))
@@ -284,8 +284,8 @@ def token_terms(
     KL_RATIO_WEIGHTED: tl.constexpr,
     ROLLOUT_SCHEME: tl.constexpr,
 ):
-    """Policy value, KL value, both unweighted but for the rollout weight in the first, d loss / d log_prob with the
-    weights in it, flags, rollout weight.
+    """Return policy value, KL value, both unweighted but for the rollout weight in the first, d loss / d log_prob with
+    the weights in it, flags, rollout weight.
 
     ``old`` is ``log_prob`` itself on-policy: then the ratio is 1, and NaN for a NaN.
     """
