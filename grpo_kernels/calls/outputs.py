@@ -33,6 +33,11 @@ class TokenLosses(LossOutput):
 
     __slots__ = ()
 
+    def __new__(cls, *values: Any, **named: Any) -> TokenLosses:
+        # torch.compile reads every field of a plain named tuple that crosses a graph break, and loss raises; a class
+        # with a constructor of its own is no such tuple to it.
+        return super().__new__(cls, *values, **named)
+
     @property
     def loss(self) -> NoReturn:
         raise AttributeError(
