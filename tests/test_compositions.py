@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from grpo_kernels.calls import batch as calls_batch
-from grpo_kernels.verification import compositions
-from grpo_kernels.verification.compositions import (
+from compositions import table as compositions
+from compositions.features import REFUSALS, Feature, features
+from compositions.table import (
     EITHER,
     REFUSED,
     RIGHT,
@@ -26,7 +25,8 @@ from grpo_kernels.verification.compositions import (
     verdict_of,
     verdict_of_pair,
 )
-from grpo_kernels.verification.features import REFUSALS, Feature, features
+
+from grpo_kernels.calls import batch as calls_batch
 from grpo_kernels.verification.tolerance import truth_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "compositions.md"
@@ -49,7 +49,15 @@ def committed() -> dict[tuple[str, str], Verdict]:
     return cells
 
 
-@pytest.mark.parametrize(("one", "other"), list(pairs()), ids=lambda feature: feature.name)
+def cases() -> list:
+    """Every pair. Of those that are compiled, which take half of the time, two of three are nightly."""
+    every = list(pairs())
+    compiled = [pair for pair in every if any("compile" in feature.around for feature in pair)]
+    nightly = [pair for i, pair in enumerate(compiled) if i % 3]
+    return [pytest.param(*pair, marks=[pytest.mark.nightly] if pair in nightly else []) for pair in every]
+
+
+@pytest.mark.parametrize(("one", "other"), cases(), ids=lambda feature: feature.name)
 def test_pair(one, other):
     verdict = verdict_of_pair(one, other)
     listed = REASONS.get(frozenset({one.name, other.name}))
@@ -97,7 +105,7 @@ def test_refusals_are_listed_once():
     assert {name for pair in every for name in pair} <= set(BY_NAME)
 
 
-WITHOUT_A_VALUE = ("inplace", "grad_scale", "require", "skip_zero_advantage")
+WITHOUT_A_VALUE = ("inplace", "grad_scale", "require", "token_losses", "skip_zero_advantage")
 """Features that change how a loss is computed, or what of its gradient is announced."""
 
 

@@ -3,7 +3,7 @@
 A verdict is what the public function did: right numbers in one pass or two, or a refusal by its own message. Wrong
 numbers raise. ``REFUSALS`` lists every refusal with its reason, so that a new one is noticed, and a lifted one too.
 
-    python -m grpo_kernels.verification.compositions > docs/compositions.md
+    python -m tests.compositions > docs/compositions.md
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .. import (
+from grpo_kernels import (
     KL,
     LossConfig,
     LossOutput,
@@ -29,12 +29,14 @@ from .. import (
     hf,
     linear_grpo_loss,
     linear_token_log_probs,
+    policy_loss,
     token_log_probs,
 )
-from ..objectives.rollout import Rollout
+from grpo_kernels.objectives.rollout import Rollout
+from grpo_kernels.verification.progress import progress_bar
+from grpo_kernels.verification.tolerance import OUTPUT_UNIT, Truth, compare, smallest, truth_of
+
 from .features import Drawn, Feature, features
-from .progress import progress_bar
-from .tolerance import OUTPUT_UNIT, Truth, compare, smallest, truth_of
 
 VOCAB, WIDTH, LENGTH = 11, 4, 4
 SEED = 15
@@ -215,6 +217,19 @@ def _of_log_probs(out: TokenLogProbs, batch: Batch) -> Ran:
     return Ran(loss, out.log_probs.detach(), out.entropy.detach(), None)
 
 
+def _reduced(token_losses: Tensor, batch: Batch) -> Tensor:
+    """Return (1/B)·Σ_i Σ_t loss_it/n_i over live tokens: ``sequence_mean``, the aggregation of every call here."""
+    mask = batch.named["mask"].reshape(len(batch.named["advantages"]), -1)
+    weights = mask.to(token_losses) / mask.sum(1, keepdim=True).clamp(min=1) / len(mask)
+    return (token_losses.reshape(mask.shape) * weights).sum()
+
+
+def _policy_loss(logits: Tensor, token_ids: Tensor, *, mask: Tensor, **keywords: Any) -> LossOutput:
+    """Return policy_loss of the rows' log-probs and entropies, which token_log_probs computes."""
+    rows = token_log_probs(logits, token_ids, mask=mask)
+    return policy_loss(rows.log_probs, mask=mask, entropy=rows.entropy, **keywords)
+
+
 Public = Callable[..., Any]
 """Of the leaves, then token_ids, then keywords."""
 Run = Callable[..., Ran]
@@ -245,7 +260,8 @@ class Function:
             out = public(*inputs, ids, mask=mask, **keywords)
             if not self.is_loss:
                 return _of_log_probs(out, batch)
-            return Ran(*(out.loss, out.log_probs, out.entropy), out.route.passes)
+            loss = _reduced(out.token_losses, batch) if keywords.get("token_losses") else out.loss
+            return Ran(*(loss, out.log_probs, out.entropy), out.route.passes or None)
 
         return run
 
@@ -287,6 +303,7 @@ FUNCTIONS: Mapping[str, Function] = {
     "hf.attach, from_logits": Function(functools.partial(_attached, from_logits=True), from_states=True),
     "token_log_probs": Function(lambda batch, leaves: token_log_probs, is_loss=False),
     "linear_token_log_probs": Function(lambda batch, leaves: linear_token_log_probs, from_states=True, is_loss=False),
+    "policy_loss": Function(lambda batch, leaves: _policy_loss),
 }
 
 
@@ -369,7 +386,7 @@ def verdict_of(*chosen: Feature) -> Verdict:
 def judge(call: Call, batch: Batch, keywords: Mapping[str, Any], ran: Ran, gradients: Sequence[Tensor | None]) -> None:
     """Raise unless value, log-probs, entropies and gradients are the reference's within the ULP rule."""
     function = FUNCTIONS[call.function]
-    options = dict(keywords)
+    options = {name: value for name, value in keywords.items() if name != "token_losses"}
     if not function.is_loss:
         options |= {"config": OWN, "advantages": batch.named["advantages"]}
         options |= {"cu_seqlens": batch.named["cu_seqlens"]} if call.packed else {}
@@ -433,7 +450,7 @@ HEAD = """# What goes with what
 
 Every pair of features in one small call, on a CPU with the compiled kernels. A cell that is not refused is a call whose
 loss, log-probs, entropies and gradients are those of the reference in float64, by the rule of
-`verification/tolerance.py`. Written by `python -m grpo_kernels.verification.compositions > docs/compositions.md`;
+`verification/tolerance.py`. Written by `python -m tests.compositions > docs/compositions.md`;
 `tests/test_compositions.py` runs each cell again.
 
 - `1`, `2`: passes over the logits; `ok`: right, by a function that does not count passes
@@ -475,7 +492,3 @@ def main() -> None:
         bar.update()
     bar.close()
     sys.stdout.write(table(verdicts))
-
-
-if __name__ == "__main__":
-    main()

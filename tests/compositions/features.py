@@ -1,7 +1,7 @@
-"""What a call of a loss may ask for, as data: ``compositions.py`` runs every pair.
+"""What a call of a loss may ask for, as data: ``table.py`` runs every pair.
 
-A new row of the table is one entry of ``features()``, and one of ``FUNCTIONS`` or ``AROUND`` in ``compositions.py``
-where it is another way to call or to run.
+A new row of the table is one entry of ``features()``, and one of ``FUNCTIONS`` or ``AROUND`` in ``table.py`` where it
+is another way to call or to run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import (
+from grpo_kernels import (
     Gmpo,
     MaskedIS,
     OffPolicyMask,
@@ -25,7 +25,7 @@ from .. import (
     Vespo,
     register_surrogate,
 )
-from ..objectives.rollout import Rollout
+from grpo_kernels.objectives.rollout import Rollout
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Feature:
     asked: str
     """How a user asks for it, as code."""
     function: str | None = None
-    """A key of ``compositions.FUNCTIONS``."""
+    """A key of ``table.FUNCTIONS``."""
     dtype: torch.dtype | None = None
     """Of the logits, or of hidden states and head."""
     packed: bool = False
@@ -56,7 +56,7 @@ class Feature:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Keywords of the call."""
     around: tuple[str, ...] = ()
-    """Keys of ``compositions.AROUND``."""
+    """Keys of ``table.AROUND``."""
     unknown: str | None = None
     """Why nothing here can tell."""
 
@@ -118,6 +118,7 @@ def features() -> tuple[Feature, ...]:
             _function("hf.attach, from_logits", "`hf.attach(model, from_logits=True)`: the model's own head"),
             _function("token_log_probs", "and a loss of one's own on log-probs and entropies"),
             _function("linear_token_log_probs", "and a loss of one's own on log-probs and entropies"),
+            _function("policy_loss", "on the log-probs and entropies of `token_log_probs`"),
         ),
         Feature("packed", "`cu_seqlens=`", packed=True),
         *(
@@ -142,6 +143,7 @@ def features() -> tuple[Feature, ...]:
             _keyword("inplace", True),
             _keyword("grad_scale", SCALE),
             _keyword("require", "fused"),
+            _keyword("token_losses", True),
             _keyword("support", TopK(5)),
             _drawn("support", "`support=` a bool mask (B, T, V)", "allowed", name="support, a mask"),
             _keyword("entropy_threshold", 1.2),
@@ -207,7 +209,7 @@ def _pools(level: str) -> tuple[Refusal, ...]:
 
 def _of_the_loss(function: str) -> tuple[Refusal, ...]:
     """What log-probs alone have not."""
-    alone = ("entropy_threshold", "skip_zero_advantage", "token_weights", "normalizer")
+    alone = ("entropy_threshold", "skip_zero_advantage", "token_weights", "normalizer", "token_losses")
     in_config = (
         *("level sequence", "level sequence_token", "level sequence_product"),
         *("Reinforce", "Vespo", "Gmpo", "registered surrogate"),
@@ -229,12 +231,20 @@ def _folded(scheme: str, feature: str) -> Refusal:
     return Refusal(f"{vespo}, and {scheme} weighs sequences. {instead}", "Vespo", (feature,))
 
 
+def _without_a_loss(what: str, got: str, *features: str) -> Refusal:
+    """Of ``token_losses``, whose loss and its factors are the caller's."""
+    return Refusal(f"grpo_loss: expected {what} with token_losses=True; got {got}.", "token_losses", features)
+
+
 _SUPPORTS = ("support", "support, a mask")
 _NOT_FLAT = "a KL term or an entropy bonus, whose gradient is not 0 at A = 0"
 
 REFUSALS = (
     *_of_the_loss("token_log_probs"),
     *_of_the_loss("linear_token_log_probs"),
+    *(_absent("policy_loss", keyword, keyword) for keyword in ("inplace", "require", "logit_softcap")),
+    _absent("policy_loss", "grad_scale", "grad_scale", "fp16, announced"),
+    _absent("policy_loss", "support", *_SUPPORTS),
     *(
         _absent(function, keyword, *features)
         for function in ("linear_grpo_loss", "linear_token_log_probs")
@@ -262,6 +272,13 @@ REFUSALS = (
     ),
     *(one for level in ("sequence", "sequence_token", "sequence_product") for one in _pools(level)),
     _two_passes("an fp16 gradient is written once its factor is known: announce it, grad_scale=", "fp16"),
+    _two_passes(
+        "token_losses=True: a row's slope follows from what the caller makes of its loss",
+        "token_losses",
+    ),
+    _without_a_loss("inplace=False", "inplace=True", "inplace"),
+    _without_a_loss("no normalizer=", "one", "normalizer"),
+    _without_a_loss("no grad_scale=", str(SCALE), "grad_scale", "fp16, announced"),
     _two_passes("support= works on copies of the rows", *_SUPPORTS),
     _two_passes("Vespo has no one-pass kernel", "Vespo"),
     _two_passes("Gmpo has no one-pass kernel", "Gmpo"),
