@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse and run; the exit status."""
+    """Parse, run and return the exit status."""
     from . import info
     from .bench import command as bench
     from .matching import command as match
@@ -29,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         status: int = arguments.run(arguments)
+        sys.stdout.flush()  # a reader that is gone shows here at the latest
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
+        return 128 + signal.SIGPIPE
     except (ValueError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

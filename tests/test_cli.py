@@ -6,6 +6,9 @@ import ctypes
 import importlib.metadata
 import json
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -205,3 +208,14 @@ def test_help(capsys):
             main([*command, "--help"])
         assert caught.value.code == 0
     assert "--reference-loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--presets"]], ids=" ".join)
+def test_a_reader_that_is_gone_ends_a_command_quietly(arguments):
+    """As of ``| head -1``: its end of the pipe is closed before anything is printed."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "grpo_kernels", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 128 + signal.SIGPIPE
