@@ -108,69 +108,105 @@ def _sizes(
     batch: TokenBatch,
     o: dict[str, Any],
 ) -> Truth:
+    """Return the truth with the sizes of the rule (ARCHITECTURE.md, section 5), which bounds every gradient element by
+
+        |error_j| <= u_out·|gradient_j| + C·u·scale·element_j,
+        scale     = 1 + |z - R| + |G| + |ℓ| + |old| + |ref|     (+ |z| under a softcap, + |rollout| with its schemes)
+        element_j = |dz_j/dx_j|·p_j·(slope + h·(|log p_j| + H + 1)),   j not the sampled token
+        element_t = |dz_t/dx_t|·(slope + h·p_t·(1 + |ℓ| + H)),         t the sampled token
+
+    and the loss by C·u·Σ (|policy term| + growth + KL term + h·(1 + H))·scale over live tokens. ``slope`` is the size
+    of the slope by ℓ, ``h`` of the entropy's weight, ``x`` the logit that is given, ``z`` as it is used.
+    """
     shape = batch.live.shape
-    ids = token_ids.reshape(shape)
+    ids = _safe(token_ids.reshape(shape), batch.live)[..., None]
     whole = logits.reshape(shape[0], -1, logits.shape[-1])
-    rows, gradient_rows = whole[:, : shape[1]], gradient.reshape(whole.shape)[:, : shape[1]]
-    live = batch.live
-    rows = torch.where(live[..., None], rows, 0.0)
+    gradient_rows = gradient.reshape(whole.shape)[:, : shape[1]]
+    z, derivative = _logits_as_used(torch.where(batch.live[..., None], whole[:, : shape[1]], 0.0), o)
+    log_prob, entropy = out.log_probs.reshape(shape), out.entropy.reshape(shape)
+    scale = _scale(z, log_prob, config, batch, o.get("logit_softcap") is not None)
+    slope, term = _slope_and_term(config, batch, log_prob, entropy)
+    h = _magnitude(batch.inputs.entropy_weight, batch)
+    element = _element(torch.log_softmax(z, -1), ids, slope, h, log_prob, entropy) * derivative.abs()
+    term = ((term + h * (1 + entropy)) * scale)[batch.live].sum()
+    metrics = {name: value.double() for name, value in out.metrics.as_dict().items()}
+    edge = _edges(config, batch, log_prob, entropy, scale)
+    underflow = -math.log(torch.finfo(torch.float32).tiny)
+    coefficient = (slope + h * (underflow + entropy)) * derivative.abs().amax(-1)
+    element, coefficient = (
+        torch.where(live, x, 0.0) for live, x in ((batch.live[..., None], element), (batch.live, coefficient))
+    )
+    return Truth(out.loss.detach(), log_prob, entropy, gradient_rows, metrics, scale, element, coefficient, term, edge)
+
+
+def _logits_as_used(rows: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return z, the logits after scale, softcap and temperature, and dz/dx."""
     scale, cap = o.get("logit_scale", 1.0), o.get("logit_softcap")
     z, derivative = rows * scale, torch.ones_like(rows) * scale
     if cap is not None:
         derivative = derivative * (1 - torch.tanh(z / cap) ** 2)
         z = cap * torch.tanh(z / cap)
-    z, derivative = z / o.get("temperature", 1.0), derivative / o.get("temperature", 1.0)
-    log_p = torch.log_softmax(z, -1)
-    p = log_p.exp()
-    log_prob, entropy = out.log_probs.reshape(shape), out.entropy.reshape(shape)
-    inputs = batch.inputs
+    return z / o.get("temperature", 1.0), derivative / o.get("temperature", 1.0)
 
-    def known(values: Tensor | None) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=live.device) if values is None else values.abs()
 
+def _magnitude(values: Tensor | None, batch: TokenBatch) -> Tensor:
+    """Return |values|, and 0 where there are none."""
+    return torch.zeros_like(batch.live, dtype=torch.float64) if values is None else values.abs()
+
+
+def _scale(z: Tensor, log_prob: Tensor, config: LossConfig, batch: TokenBatch, capped: bool) -> Tensor:
+    """Return the sum of what is subtracted and exponentiated in a row, (B, T)."""
+    live, inputs = batch.live, batch.inputs
     largest = z.amax(-1, keepdim=True)
     below = torch.where(z.isinf(), 0.0, largest - z).amax(-1).clamp(max=_UNDERFLOW)
     log_sum = (torch.logsumexp(z, -1) - largest.squeeze(-1)).abs()
-    sizes = 1 + below + log_sum + torch.where(log_prob.isinf(), 0.0, log_prob).abs()
-    if cap is not None:
-        sizes = sizes + torch.where(z.isinf(), 0.0, z).abs().amax(-1)
-    sizes = sizes + torch.where(live, known(inputs.old) + known(inputs.ref), 0.0)
+    scale = 1 + below + log_sum + torch.where(log_prob.isinf(), 0.0, log_prob).abs()
+    if capped:
+        scale = scale + torch.where(z.isinf(), 0.0, z).abs().amax(-1)
+    scale = scale + torch.where(live, _magnitude(inputs.old, batch) + _magnitude(inputs.ref, batch), 0.0)
     if config.schemes and inputs.rollout is not None:
-        sizes = sizes + torch.where(live, inputs.rollout.nan_to_num(nan=0.0).abs(), 0.0)
+        scale = scale + torch.where(live, inputs.rollout.nan_to_num(nan=0.0).abs(), 0.0)
+    return scale
 
-    kl_size = torch.zeros_like(log_prob)
-    if inputs.kl_weight is not None and inputs.ref is not None:
-        u = torch.where(live, log_ratio_of(inputs.ref, log_prob), 0.0).clamp(max=50)
-        kl_size = inputs.kl_weight.abs() * (u.exp() + u.abs() + (u * u / 2 if config.kl.estimator == "k2" else 0) + 1)
-        if (config.kl.ratio_weighted or config.kl.gradient == "weighted_k2") and inputs.old is not None:
-            kl_size = kl_size * torch.where(live, log_ratio_of(log_prob, inputs.old), 0.0).clamp(max=20).exp()
+
+def _kl_size(config: LossConfig, batch: TokenBatch, log_prob: Tensor) -> Tensor:
+    """Return w_kl·(e^u + |u| + 1), u = ref - ℓ (k2 adds u²/2), times the ratio where that weighs the term."""
+    live, inputs = batch.live, batch.inputs
+    if inputs.kl_weight is None or inputs.ref is None:
+        return torch.zeros_like(log_prob)
+    u = torch.where(live, log_ratio_of(inputs.ref, log_prob), 0.0).clamp(max=50)
+    size = inputs.kl_weight.abs() * (u.exp() + u.abs() + (u * u / 2 if config.kl.estimator == "k2" else 0) + 1)
+    if (config.kl.ratio_weighted or config.kl.gradient == "weighted_k2") and inputs.old is not None:
+        size = size * torch.where(live, log_ratio_of(log_prob, inputs.old), 0.0).clamp(max=20).exp()
+    return size
+
+
+def _slope_and_term(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sizes of a token's slope by ℓ and of its policy and KL terms, with what an error of ℓ makes of them.
+
+    What a surrogate makes of an error in its ratio may be larger than its slope: SAPO's gate, DRO's spring.
+    """
+    inputs, kl_size = batch.inputs, _kl_size(config, batch, log_prob)
     plain = dataclasses.replace(batch, inputs=inputs._replace(kl_weight=None))
     records, policy_slope = token_terms(config, plain, log_prob, entropy)
     ahead, behind = (token_terms(config, plain, log_prob + step, entropy) for step in (_STEP, -_STEP))
-    # What a surrogate makes of an error in its ratio may be larger than its slope: SAPO's gate, DRO's spring.
     growth = (ahead[1] - behind[1]).abs() / (2 * _STEP)
     value_growth = inputs.policy_weight.abs() * (ahead[0].policy - behind[0].policy).abs() / (2 * _STEP)
     policy_slope = torch.maximum(policy_slope.abs(), growth.nan_to_num(nan=0.0, posinf=0.0))
     value_growth = torch.maximum(policy_slope, value_growth.nan_to_num(nan=0.0, posinf=0.0))
-    slope_size = policy_slope + kl_size
+    slope = policy_slope + kl_size
     if config.pooling.pools:  # a pooled slope errs with the whole sequence
         pooled = batch.sequences.sum(kl_size + policy_slope)
-        slope_size = torch.maximum(slope_size, batch.sequences.expand(pooled).expand(shape) * (kl_size > 0))
-    h_size = known(inputs.entropy_weight)
-    element = (slope_size[..., None] + h_size[..., None] * (log_p.clamp(min=-700).abs() + entropy[..., None] + 1)) * p
-    own = slope_size + h_size * p.gather(-1, _safe(ids, live)[..., None]).squeeze(-1) * (1 + log_prob.abs() + entropy)
-    element = element.scatter(-1, _safe(ids, live)[..., None], own[..., None]) * derivative.abs()
-    policy_size = times(inputs.policy_weight, records.policy).abs()
-    kl_term = torch.zeros_like(policy_size) if inputs.kl_weight is None else kl_size
-    term = ((policy_size + value_growth + kl_term + h_size * (1 + entropy)) * sizes)[live].sum()
-    metrics = {name: value.double() for name, value in out.metrics.as_dict().items()}
-    edge = _edges(config, batch, log_prob, entropy, sizes)
-    underflow = -math.log(torch.finfo(torch.float32).tiny)
-    coefficient = (slope_size + h_size * (underflow + entropy)) * derivative.abs().amax(-1)
-    return Truth(
-        *(out.loss.detach(), log_prob, entropy, gradient_rows, metrics),
-        *(sizes, torch.where(live[..., None], element, 0.0), torch.where(live, coefficient, 0.0), term, edge),
-    )
+        slope = torch.maximum(slope, batch.sequences.expand(pooled).expand(slope.shape) * (kl_size > 0))
+    return slope, times(inputs.policy_weight, records.policy).abs() + value_growth + kl_size
+
+
+def _element(log_p: Tensor, ids: Tensor, slope: Tensor, h: Tensor, log_prob: Tensor, entropy: Tensor) -> Tensor:
+    """Return the size of the terms that are added up in each element of the gradient by z, (B, T, V)."""
+    p = log_p.exp()
+    element = (slope[..., None] + h[..., None] * (log_p.clamp(min=-700).abs() + entropy[..., None] + 1)) * p
+    sampled = slope + h * p.gather(-1, ids).squeeze(-1) * (1 + log_prob.abs() + entropy)
+    return element.scatter(-1, ids, sampled[..., None])
 
 
 def _safe(ids: Tensor, live: Tensor) -> Tensor:
