@@ -29,7 +29,7 @@ from ..verification import reference
 from .options import Options, add_options, read_options
 from .policy import load_policy, response_inputs, response_logits
 from .report import RunFolder, read_saved_options
-from .rollout import Rollout, roll_out
+from .rollout import Samples, roll_out
 from .tasks import make_task
 
 
@@ -60,30 +60,30 @@ class Trainer:
         return min((update + 1) / max(o.warmup, 1), max(0.0, 1 - update / updates))
 
     def train_step(self) -> dict[str, Any]:
-        """One rollout and its inner epochs; what the log records of it."""
+        """Run one rollout and its inner epochs, and return what the log records of it."""
         o, start = self.options, time.perf_counter()
         if self.reference is not None and o.ref_every and self.step % o.ref_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
-        rollout = roll_out(
+        samples = roll_out(
             *(self.model, self.tokenizer, self.task, self.rng, o.prompts, o.group),
             *(o.response_limit(), o.temperature),
         )
-        reward, length = rollout.rewards.mean().item(), rollout.mask.sum(-1).float().mean().item()
-        rollout, advantages = self._advantages(rollout)
+        reward, length = samples.rewards.mean().item(), samples.mask.sum(-1).float().mean().item()
+        samples, advantages = self._advantages(samples)
         record: dict[str, Any] = {"step": self.step, "reward": reward, "length": length}
-        if len(rollout.rewards):
-            old = self._log_probs(self.model, rollout)
-            ref = None if self.reference is None else self._log_probs(self.reference, rollout)
-            record |= self._inner_epochs(rollout, advantages, old, ref)
+        if len(samples.rewards):
+            old = self._log_probs(self.model, samples)
+            ref = None if self.reference is None else self._log_probs(self.reference, samples)
+            record |= self._inner_epochs(samples, advantages, old, ref)
         self.step += 1
         seconds = time.perf_counter() - start
         return record | {"tokens_per_second": length * o.prompts * o.group / seconds, "seconds": seconds}
 
-    def _advantages(self, rollout: Rollout) -> tuple[Rollout, Tensor]:
+    def _advantages(self, samples: Samples) -> tuple[Samples, Tensor]:
         """Group-normalised rewards (centred only for Dr. GRPO), without the groups that have nothing to say."""
-        o, rewards = self.options, rollout.rewards
+        o, rewards = self.options, samples.rewards
         if o.overlong_buffer:
-            lengths = rollout.mask.sum(-1)
+            lengths = samples.mask.sum(-1)
             rewards = rewards + estimators.overlong_penalty(lengths, o.response_limit(), o.overlong_buffer)
         centered = o.loss == "dr_grpo" or o.group < 2
         scale = estimators.group_centered if centered else estimators.group_normalized
@@ -92,15 +92,15 @@ class Trainer:
             advantages = estimators.centered(rewards)
         if o.dynamic_sampling:
             keep = estimators.has_signal(rewards, o.group).nonzero().squeeze(-1)
-            rollout, advantages = rollout[keep], advantages[keep]
-        return rollout, advantages
+            samples, advantages = samples[keep], advantages[keep]
+        return samples, advantages
 
     @torch.no_grad()
-    def _log_probs(self, model: Any, rollout: Rollout) -> Tensor:
+    def _log_probs(self, model: Any, samples: Samples) -> Tensor:
         """(B, R) log-probs of the responses under a frozen model; nothing of the vocabulary's size is kept."""
         parts = []
-        for index in torch.arange(len(rollout.rewards), device=self.device).split(self._micro_batch()):
-            part = rollout[index]
+        for index in torch.arange(len(samples.rewards), device=self.device).split(self._micro_batch()):
+            part = samples[index]
             sequences = (part.ids, part.attention_mask, part.prompt_length)
             if self.options.linear_loss:
                 tokens: dict[str, Any] = {"token_ids": part.response_ids, "mask": part.mask, "output": "log_probs"}
@@ -111,14 +111,14 @@ class Trainer:
             parts.append(out.log_probs)
         return torch.cat(parts)
 
-    def _inner_epochs(self, rollout: Rollout, advantages: Tensor, old: Tensor, ref: Tensor | None) -> dict[str, float]:
+    def _inner_epochs(self, samples: Samples, advantages: Tensor, old: Tensor, ref: Tensor | None) -> dict[str, float]:
         o = self.options
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         metrics: list[Metrics] = []
         for _ in range(o.epochs):
             for minibatch in self._shuffled(len(advantages)).split(o.minibatch):
-                loss, merged = self._backward(rollout, advantages, old, ref, minibatch)
+                loss, merged = self._backward(samples, advantages, old, ref, minibatch)
                 norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.max_grad_norm))
                 self.optimizer.step()
                 self.schedule.step()
@@ -140,15 +140,15 @@ class Trainer:
         return torch.tensor([b * block + i for b in blocks for i in range(block)], device=self.device)
 
     def _backward(
-        self, rollout: Rollout, advantages: Tensor, old: Tensor, ref: Tensor | None, minibatch: Tensor
+        self, samples: Samples, advantages: Tensor, old: Tensor, ref: Tensor | None, minibatch: Tensor
     ) -> tuple[Tensor, Metrics]:
         """Gradients of one optimizer step, accumulated over micro-batches; its loss and metrics."""
         o = self.options
         loss_function = reference.grpo_loss if o.reference_loss else grpo_loss
-        denominator = normalizer(rollout.mask[minibatch], self.config)
+        denominator = normalizer(samples.mask[minibatch], self.config)
         losses, metrics = [], []
         for index in minibatch.split(self._micro_batch()):
-            part = rollout[index]
+            part = samples[index]
             sequences = (part.ids, part.attention_mask, part.prompt_length)
             tokens: dict[str, Any] = {
                 "token_ids": part.response_ids,

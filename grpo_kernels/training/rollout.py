@@ -14,7 +14,7 @@ from .tasks import Problem, Task
 
 
 @dataclass(frozen=True)
-class Rollout:
+class Samples:
     """Responses to prompts; sequences of one prompt lie next to each other. B = prompts * group."""
 
     ids: Tensor
@@ -32,8 +32,8 @@ class Rollout:
     def prompt_length(self) -> int:
         return self.ids.shape[1] - self.response_ids.shape[1]
 
-    def __getitem__(self, index: Tensor) -> Rollout:
-        return Rollout(*(getattr(self, field.name)[index] for field in fields(self)))
+    def __getitem__(self, index: Tensor) -> Samples:
+        return Samples(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
 @torch.no_grad()
@@ -46,7 +46,7 @@ def roll_out(
     group: int,
     max_new_tokens: int,
     temperature: float,
-) -> Rollout:
+) -> Samples:
     """Sample ``prompts`` problems and ``group`` responses to each, and score them."""
     problems = [problem for problem in task.sample(prompts, rng) for _ in range(group)]
     device = next(model.parameters()).device
@@ -69,7 +69,7 @@ def roll_out(
     mask = ended.cumsum(-1) - ended == 0  # nothing ended before this token
     rewards = _score(task, tokenizer, problems, response, mask)
     attention_mask = torch.cat([prompt_mask.to(device), mask.to(prompt_mask.dtype)], -1)
-    return Rollout(ids, attention_mask, response, mask, rewards.to(device))
+    return Samples(ids, attention_mask, response, mask, rewards.to(device))
 
 
 def _left_padded(sequences: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
