@@ -47,7 +47,7 @@ class TokenLosses(LossOutput):
 
     @classmethod
     def of(cls, token_losses: Tensor, **others: Any) -> TokenLosses:
-        return cls(None, **others, token_losses=token_losses)  # type: ignore[arg-type]
+        return cls(None, **others, token_losses=token_losses)
 
 
 class Outcome(NamedTuple):
