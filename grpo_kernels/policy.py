@@ -9,7 +9,8 @@ from . import backends
 from .backends.contract import TokenValues
 from .backends.spec import LogitArgs, numbers_vector
 from .calls import autograd
-from .calls.batch import LossArguments, read_batch
+from .calls.arguments import check_pooled
+from .calls.batch import LossArguments, check_log_probs, read_batch
 from .calls.outputs import LossOutput, Outcome
 from .calls.routes import Route
 from .calls.terms import settle
@@ -88,6 +89,8 @@ def policy_loss(
     route = Route(choice.backend, 0, "; ".join(["log-probs are given", *filter(None, [choice.passed_over])]))
     numbers = numbers_vector(LogitArgs(), 1.0, config, tokens.real, log_probs.device, entropy_threshold)
     log_prob, entropies = _of_tokens(tokens, log_probs), _of_tokens(tokens, entropy)
+    check_pooled("policy_loss", config, old_log_probs, rollout_log_probs, tokens.tensors, log_probs)
+    check_log_probs(tokens, "log_probs", log_prob.detach(), tokens.live)
     with torch.no_grad():
         values = TokenValues(log_prob.detach(), entropies.detach(), batch.live)
         settled = settle(config, batch, values, numbers, choice.backend)

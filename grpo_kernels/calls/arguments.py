@@ -118,18 +118,26 @@ def ordinary(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def check_pooled(
-    function: str, config: LossConfig, old: Tensor | None, rollout: Tensor | None, tensors: Mapping[str, object]
+    function: str,
+    config: LossConfig,
+    old: Tensor | None,
+    rollout: Tensor | None,
+    tensors: Mapping[str, object],
+    log_probs: Tensor | None = None,
 ) -> None:
-    """Log-probs that are summed over a sequence have fp32's digits: what bf16 rounds off adds up."""
+    """Log-probs that are summed over a sequence have fp32's digits: what bf16 rounds off adds up. ``log_probs`` are the
+    policy's, where they are given."""
     rounded = (torch.bfloat16, torch.float16)
-    if not any(value is not None and value.dtype in rounded for value in (old, rollout)):
+    if not any(value is not None and value.dtype in rounded for value in (old, rollout, log_probs)):
         return
     schemes = [scheme for scheme in config.schemes if scheme.pooled]
-    levels = [level.name for level in (config.pooling, config.kl_pooling) if level.pools]
-    of_old = [*(f'level="{level}"' for level in levels), *(repr(s) for s in schemes if not s.of_policy)]
+    levels = [f'level="{level.name}"' for level in (config.pooling, config.kl_pooling) if level.pools]
+    of_old = [repr(scheme) for scheme in schemes if not scheme.of_policy]
+    of_policy = [repr(scheme) for scheme in schemes if scheme.of_policy]
     for name, value, reasons in (
-        ("old_log_probs", old, of_old),
+        ("old_log_probs", old, [*levels, *of_old]),
         ("rollout_log_probs", rollout, [repr(s) for s in schemes]),
+        ("log_probs", log_probs, [*(of_old if old is None else levels), *of_policy]),  # on-policy, ratios are 1
     ):
         if reasons and value is not None and value.dtype in rounded:
             hint = "rounded log-probs make wrong ratios of sequences: store them in float32, as they were computed"

@@ -233,10 +233,16 @@ def _read_log_probs(tokens: Tokens, name: str, log_probs: Tensor, weight: Tensor
     if not log_probs.is_floating_point():
         fail(tokens.function, f"{name} of a floating dtype", str(log_probs.dtype), tokens.tensors, error=TypeError)
     values = tokens.per_token(name, log_probs)
-    if tokens.checks and tokens.looks:
-        numbers = values if name != "rollout_log_probs" else values.nan_to_num(nan=0.0)
-        wrong = tokens.live & (weight != 0) & ~(numbers <= _POSITIVE_NATS)
-        if bool(wrong.any()):
-            got = f"{float(values[wrong][0]):.6g} (and as bad at {int(wrong.sum()) - 1} other live tokens)"
-            fail(tokens.function, f"{name} <= 0", got, tokens.tensors, "it takes log-probs, not probabilities")
+    check_log_probs(tokens, name, values, tokens.live & (weight != 0), unknown=name == "rollout_log_probs")
     return values
+
+
+def check_log_probs(tokens: Tokens, name: str, values: Tensor, counts: Tensor, unknown: bool = False) -> None:
+    """With checks on, raise where log-probs (B, T) that count are above 0, or NaN unless that means ``unknown``."""
+    if not (tokens.checks and tokens.looks):
+        return
+    numbers = values.nan_to_num(nan=0.0) if unknown else values
+    wrong = counts & ~(numbers <= _POSITIVE_NATS)
+    if bool(wrong.any()):
+        got = f"{float(values[wrong][0]):.6g} (and as bad at {int(wrong.sum()) - 1} other live tokens)"
+        fail(tokens.function, f"{name} <= 0", got, tokens.tensors, "it takes log-probs, not probabilities")

@@ -129,18 +129,21 @@ def read_log_prob_tokens(
     named = {"log_probs": log_probs, "entropy": entropy, "mask": mask, **tensors}
     check_tensors(function, named)
     for name, tensor in (("log_probs", log_probs), ("entropy", entropy)):
-        if tensor is not None and not tensor.is_floating_point():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
             fail(function, f"{name} of a floating dtype", str(tensor.dtype), named, error=TypeError)
+        check_no_transforms(function, tensor)
     if log_probs.dim() not in (1, 2):
         fail(function, "log_probs (B, T), packed (N,) or (1, N)", f"{log_probs.dim()} dimensions", named)
-    check_no_transforms(function, log_probs)
     check_device(function, named)
     if entropy is not None:
         check_shape(function, "entropy", entropy, (tuple(log_probs.shape),), named)
     checks = checks_enabled(check)
     hint = functools.partial(_shift_hint, shape=log_probs.shape, what="log_probs")
-    looks, live = may_look(log_probs, checks), read_token_mask(function, mask, log_probs, named, checks, hint)
-    return Tokens(function, live, log_probs.shape, real_dtype(log_probs.dtype), named, checks, looks)
+    (live,) = ordinary(read_token_mask(function, mask, log_probs, named, checks, hint))
+    shared = (log_probs.shape, real_dtype(log_probs.dtype), named, checks, may_look(log_probs, checks))
+    return Tokens(function, live, *shared)
 
 
 def _read_ids(
