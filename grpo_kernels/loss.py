@@ -90,8 +90,8 @@ def grpo_loss(
             over their own. Two passes.
         skip_zero_advantage: rows with A = 0 are not read; their outputs are 0.
         token_losses: return the loss of every token, unweighted by the aggregation, in ``out.token_losses`` (and no
-            ``out.loss``): for a reduction of your own, which the gradient follows. Two passes; ``normalizer``,
-            ``grad_scale`` and ``inplace`` are refused.
+            ``out.loss``): for a reduction of your own, which the gradient follows. The metrics' terms of the loss are
+            sums over tokens then. Two passes; ``normalizer``, ``grad_scale`` and ``inplace`` are refused.
         check: also check contents on a device, which waits for it, and more of them everywhere (ids in range and not
             shifted, masks without fractions, weights >= 0). None: the environment's GRPO_KERNELS_CHECK.
         backend: "cpu", "cuda", "triton", "torch"; None: the fastest that serves the call ("cuda" only where proven).

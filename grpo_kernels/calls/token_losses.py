@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends.contract import TokenInputs
 from ..objectives.checks import fail
 from ..objectives.config import LossConfig
 from ..objectives.maths import weighed
+from .arguments import ordinary
 from .autograd import once
 from .terms import TokenBatch, token_terms
 from .tokens import Tokens
@@ -53,20 +55,27 @@ class _TokenLosses(torch.autograd.Function):
     def forward(
         ctx: Any, log_prob: Tensor, entropy: Tensor, value: Tensor, config: LossConfig, batch: TokenBatch
     ) -> Tensor:
-        ctx.save_for_backward(log_prob, entropy)
+        # Not in ctx.batch: where the caller has overwritten one of them before backward, autograd notices.
+        threshold = batch.entropy_threshold
+        known = (batch.live, *batch.inputs, threshold if isinstance(threshold, Tensor) else None)
+        ctx.save_for_backward(log_prob, entropy, *(None if tensor is None else ordinary(tensor)[0] for tensor in known))
         ctx.config, ctx.batch = config, batch
         return value
 
     @staticmethod
     @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        log_prob, entropy = ctx.saved_tensors
-        inputs = ctx.batch.inputs
-        policy, kl, bonus = (
+        log_prob, entropy, live, *known, threshold = ctx.saved_tensors
+        inputs = TokenInputs(*known)
+        policy = weighed(inputs.policy_weight, upstream)
+        kl, bonus = (
             None if weight is None else weighed(weight, upstream)
-            for weight in (inputs.policy_weight, inputs.kl_weight, inputs.entropy_weight)
+            for weight in (inputs.kl_weight, inputs.entropy_weight)
         )
         weighted = inputs._replace(policy_weight=policy, kl_weight=kl, entropy_weight=bonus)
-        _, slope = token_terms(ctx.config, dataclasses.replace(ctx.batch, inputs=weighted), log_prob, entropy)
-        of_entropy = None if bonus is None else torch.where(ctx.batch.live, -bonus, 0.0)
+        batch = dataclasses.replace(ctx.batch, inputs=weighted, live=live)
+        if threshold is not None:
+            batch = dataclasses.replace(batch, entropy_threshold=threshold)
+        _, slope = token_terms(ctx.config, batch, log_prob, entropy)
+        of_entropy = None if bonus is None else torch.where(live, -bonus, 0.0)
         return slope, of_entropy, None, None, None
