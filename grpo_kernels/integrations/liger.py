@@ -14,24 +14,19 @@ Arguments, defaults and results are Liger's; Liger itself is not needed. Where t
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..calls.batch import LossArguments, read_batch
-from ..calls.terms import TokenBatch, token_terms
-from ..calls.tokens import read_linear_tokens, read_tokens
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..objectives.checks import check_shape
-from ..objectives.config import LossConfig
-from ..objectives.maths import weighed
-from ..objectives.sequences import on_tokens
-from ..objectives.surrogates import Cispo
+from ..objectives.maths import k3_of, log_ratio_of, times
+from ..policy import policy_loss
 from .objectives import OVER_ITEMS, UNBOUNDED, Objective, sampler_log_probs
 
 
@@ -75,43 +70,28 @@ def triton_grpo_loss(
     Raises:
         ValueError: an unknown ``loss_type``, a KL term without ``ref_logp``, shapes that do not fit.
     """
-    function = "triton_grpo_loss"
-    length = max_completion_length or completion_ids.shape[1]
     asked = Objective(
-        *(loss_type, importance_sampling_level, eps_low, eps_high, delta, beta, use_bias_correction_kl, length),
+        *(loss_type, importance_sampling_level, eps_low, eps_high, delta, beta, use_bias_correction_kl),
+        max_completion_length or completion_ids.shape[1],
         sapo=(sapo_temperature_pos, sapo_temperature_neg),
         vespo=(vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg),
     )
     _check(asked)
-    rollout, weights = _rollout(function, asked, old_logp, vllm_is_ratio, completion_ids, completion_mask)
-    config, counting = asked.config(rollout is not None), dataclasses.replace(asked, delta=None).config()
-    normalizer, ref = _normalizer(loss_type, num_items_in_batch), ref_logp if beta != 0 else None
-    given = LossArguments(advantages, old_logp, ref, rollout, weights, normalizer=normalizer)
-    tokens = read_tokens(function, logits, completion_ids, completion_mask, given.tensors)
-    _, batch = read_batch(tokens, config, given)
-    if reduce and not inplace:
-        out = grpo_loss(
-            *(logits, completion_ids, advantages, completion_mask),
-            old_log_probs=old_logp,
-            ref_log_probs=ref,
-            rollout_log_probs=rollout,
-            token_weights=weights,
-            config=config,
-            normalizer=normalizer,
-            temperature=temperature,
-        )
-        return out.loss, _metrics(counting, batch, out.log_probs)
-    rows: dict[str, Any] = {"temperature": temperature, "inplace": inplace and not logits.is_leaf}
-    log_probs = token_log_probs(logits, completion_ids, completion_mask, **rows).log_probs
-    alone = _each_counts_once(batch, weights, beta)
-    records, _ = token_terms(config, alone, log_probs.detach())
-    value, kl = weighed(alone.inputs.policy_weight, records.policy) + beta * records.kl, records.kl
-    losses = _PerToken.apply(log_probs, config, alone, value)
-    if not reduce:
-        return losses, kl if beta != 0 else None, _counted(counting, batch, log_probs)[1].float()
-    counted = (batch.masked_in, batch.sequences)
-    share = on_tokens(config.weighting.weights(*counted, normalizer), *counted, losses.dtype)
-    return (losses * share).sum(), _metrics(counting, batch, log_probs)
+    known = _Known(completion_ids, advantages, completion_mask, old_logp, ref_logp if beta != 0 else None)
+    options = {**_options("triton_grpo_loss", asked, known, vllm_is_ratio), "token_losses": not reduce}
+    if reduce:
+        options["normalizer"] = _normalizer(loss_type, num_items_in_batch)
+    tokens: dict[str, Any] = {"mask": completion_mask, "temperature": temperature}
+    if inplace:
+        log_probs = token_log_probs(logits, completion_ids, inplace=not logits.is_leaf, **tokens).log_probs
+        out = policy_loss(log_probs, advantages, completion_mask, **options)
+    else:
+        out = grpo_loss(logits, completion_ids, advantages, **tokens, **options)
+    if reduce:
+        return out.loss, _metrics(asked, known, out.log_probs)
+    assert out.token_losses is not None
+    kl, bounded = _counted(asked, known, out.log_probs)
+    return out.token_losses, kl, bounded.float()
 
 
 class LigerFusedLinearGRPOLoss(nn.Module):
@@ -182,39 +162,38 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         num_items_in_batch: float | Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """See the class; ``ref_input`` and ``ref_weight`` stand in for ``ref_per_token_logps``."""
-        function, ids, asked = "LigerFusedLinearGRPOLoss", selected_token_ids, self._objective()
-        rollout, weights = _rollout(function, asked, old_per_token_logps, vllm_is_ratio, ids, attention_mask)
-        config = asked.config(rollout is not None)
+        asked, name = self._objective(), "LigerFusedLinearGRPOLoss"
         if ref_per_token_logps is not None and ref_input is not None:
-            warnings.warn(f"{function}: both references were given. Using ref_per_token_logps.", stacklevel=2)
-        if config.kl.coef == 0:
+            warnings.warn(f"{name}: both references were given. Using ref_per_token_logps.", stacklevel=2)
+        tokens: dict[str, Any] = {"mask": attention_mask, "temperature": self.temperature}
+        if asked.beta == 0:
             ref_per_token_logps = None
         elif ref_per_token_logps is None and ref_input is not None and ref_weight is not None:
             with torch.no_grad():
-                options: dict[str, Any] = {"bias": ref_bias, "temperature": self.temperature}
-                out = linear_token_log_probs(ref_input, ref_weight, ids, attention_mask, **options)
+                out = linear_token_log_probs(ref_input, ref_weight, selected_token_ids, bias=ref_bias, **tokens)
                 ref_per_token_logps = out.log_probs
-        normalizer = _normalizer(self.loss_type, num_items_in_batch)
-        known = (advantages, old_per_token_logps, ref_per_token_logps)
-        given = LossArguments(*known, rollout, weights, normalizer=normalizer)
-        head = (_input, lin_weight, bias)
-        tokens = read_linear_tokens(function, *head, ids, attention_mask, None, given.tensors)
-        _, batch = read_batch(tokens, config, given)
-        loss = linear_grpo_loss(
-            *(_input, lin_weight, ids, advantages, attention_mask),
-            bias=bias,
-            old_log_probs=old_per_token_logps,
-            ref_log_probs=ref_per_token_logps,
-            rollout_log_probs=rollout,
-            token_weights=weights,
-            config=config,
-            normalizer=normalizer,
-            temperature=self.temperature,
-        )
-        metrics = _metrics(dataclasses.replace(asked, delta=None).config(), batch, loss.log_probs)
-        if self.beta != 0 and config.kl.coef == 0:
+        known = _Known(selected_token_ids, advantages, attention_mask, old_per_token_logps, ref_per_token_logps)
+        options = _options(name, asked, known, vllm_is_ratio)
+        options["normalizer"] = _normalizer(self.loss_type, num_items_in_batch)
+        loss = linear_grpo_loss(_input, lin_weight, selected_token_ids, advantages, bias=bias, **tokens, **options)
+        metrics = _metrics(asked, known, loss.log_probs)
+        if self.beta != 0 and asked.beta == 0:
             metrics.insert(0, torch.zeros_like(metrics[0]))
         return loss.loss, tuple(metrics)
+
+
+class _Known(NamedTuple):
+    """What both signatures bring beside the rows."""
+
+    ids: Tensor
+    advantages: Tensor
+    mask: Tensor | None
+    old: Tensor | None
+    ref: Tensor | None
+
+    @property
+    def live(self) -> Tensor:
+        return torch.ones_like(self.ids, dtype=torch.bool) if self.mask is None else self.mask != 0
 
 
 def _check(asked: Objective) -> None:
@@ -226,21 +205,21 @@ def _check(asked: Objective) -> None:
         )
 
 
-def _rollout(
-    function: str, asked: Objective, old: Tensor | None, ratio: Tensor | None, ids: Tensor, mask: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """``vllm_is_ratio`` (B,), (B, 1) or (B, L), as log-probs of the sampler where it is part of the ratio (VESPO), or
-    as factors of the tokens."""
+def _options(function: str, asked: Objective, known: _Known, ratio: Tensor | None) -> dict[str, Any]:
+    """Keywords of our losses. ``vllm_is_ratio`` (B,), (B, 1) or (B, L) becomes log-probs of the sampler where it is
+    part of the ratio (VESPO), else factors of the tokens."""
+    options: dict[str, Any] = {"old_log_probs": known.old, "ref_log_probs": known.ref}
     if ratio is None:
-        return None, None
-    count, length = ids.shape
+        return {**options, "config": asked.config()}
+    count, length = known.ids.shape
     check_shape(function, "vllm_is_ratio", ratio, ((count,), (count, 1), (count, length)), {"vllm_is_ratio": ratio})
     weights = ratio.unsqueeze(-1) if ratio.dim() == 1 else ratio
     if asked.loss_type != "vespo":
-        return None, weights.expand(ids.shape)
-    if old is None:
+        return {**options, "config": asked.config(), "token_weights": weights.expand(known.ids.shape)}
+    if known.old is None:
         raise ValueError(f"{function}: loss_type='vespo' with vllm_is_ratio needs old log-probs to apply it to.")
-    return sampler_log_probs(old, weights, torch.ones_like(ids) if mask is None else mask), None
+    rollout = sampler_log_probs(known.old, weights, known.live)
+    return {**options, "config": asked.config(correct_rollout=True), "rollout_log_probs": rollout}
 
 
 def _normalizer(loss_type: str, items: float | Tensor | None) -> float | Tensor | None:
@@ -251,46 +230,32 @@ def _normalizer(loss_type: str, items: float | Tensor | None) -> float | Tensor 
     return items.clamp(min=1) / ranks if isinstance(items, Tensor) else max(items, 1) / ranks
 
 
-def _each_counts_once(batch: TokenBatch, weights: Tensor | None, beta: float) -> TokenBatch:
-    """Whatever the tokens are reduced to afterwards."""
-    ones = batch.live.to(batch.inputs.advantage)
-    policy = ones if weights is None else torch.where(batch.live, weights.to(ones), 0.0)
-    inputs = batch.inputs._replace(policy_weight=policy, kl_weight=beta * ones if beta != 0 else None)
-    return dataclasses.replace(batch, inputs=inputs)
-
-
 @torch.no_grad()
-def _counted(counting: LossConfig, batch: TokenBatch, log_probs: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, L): the KL (its ratio included), and which tokens are bounded. Liger counts those outside of the band, so
-    ``counting`` is the objective without delta; of CISPO's capped ones those of A > 0."""
-    records, _ = token_terms(counting, dataclasses.replace(batch, schemes=()), log_probs.detach())
-    bounded = records.flags != 0
-    return records.kl, bounded & (batch.inputs.advantage > 0) if isinstance(counting.surrogate, Cispo) else bounded
+def _counted(asked: Objective, known: _Known, log_probs: Tensor) -> tuple[Tensor | None, Tensor]:
+    """(B, L): the KL (its ratio included) where there is one, and which tokens are bounded. Liger counts those outside
+    of the band, whatever delta is; of CISPO's capped ones those of A > 0."""
+    live, A = known.live, known.advantages if known.advantages.dim() == 2 else known.advantages[:, None]
+    log_ratio = torch.zeros_like(log_probs)
+    if known.old is not None:
+        log_ratio = torch.where(live, log_ratio_of(log_probs, known.old), 0.0)
+    if asked.level == "sequence":
+        log_ratio = (log_ratio.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)).expand_as(log_ratio)
+    ratio, (low, high) = log_ratio.exp(), _band(asked)
+    bounded = live & (((A < 0) & (ratio < low)) | ((A > 0) & (ratio > high)))
+    if known.ref is None:
+        return None, bounded
+    kl = k3_of(-log_ratio_of(log_probs, known.ref))
+    return torch.where(live, times(ratio, kl) if asked.bias_correction else kl, 0.0), bounded
 
 
-def _metrics(counting: LossConfig, batch: TokenBatch, log_probs: Tensor) -> list[Tensor]:
+def _band(asked: Objective) -> tuple[float, float]:
+    """Beyond which ratios count as bounded, from below where A < 0 and from above where A > 0."""
+    if asked.loss_type in UNBOUNDED:
+        return -math.inf, asked.epsilon_high if asked.loss_type == "cispo" else math.inf
+    return 1 - asked.epsilon_low, 1 + asked.epsilon_high
+
+
+def _metrics(asked: Objective, known: _Known, log_probs: Tensor) -> list[Tensor]:
     """Means over live tokens: the KL where there is one, and how many are bounded."""
-    count = batch.live.sum().clamp(min=1)
-    kl, bounded = (values.sum() / count for values in _counted(counting, batch, log_probs))
-    return [bounded] if batch.inputs.kl_weight is None else [kl, bounded]
-
-
-class _PerToken(torch.autograd.Function):
-    """Losses of tokens, whose slope is that of the whole under whatever weights come back."""
-
-    @staticmethod
-    def forward(ctx: Any, log_probs: Tensor, config: LossConfig, batch: TokenBatch, value: Tensor) -> Tensor:
-        ctx.save_for_backward(log_probs)
-        ctx.config, ctx.batch = config, batch
-        return value
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (log_probs,) = ctx.saved_tensors
-        inputs = ctx.batch.inputs
-        kl = inputs.kl_weight
-        weighted = inputs._replace(
-            policy_weight=inputs.policy_weight * upstream, kl_weight=None if kl is None else kl * upstream
-        )
-        slope = token_terms(ctx.config, dataclasses.replace(ctx.batch, inputs=weighted), log_probs)[1]
-        return slope, None, None, None
+    count = known.live.sum().clamp(min=1)
+    return [values.sum() / count for values in _counted(asked, known, log_probs) if values is not None]
