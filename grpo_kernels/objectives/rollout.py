@@ -95,7 +95,7 @@ class TruncatedIS(_Band):
     """clip(ρ, low, high): truncated importance sampling. At level "sequence" TRL's ``sequence_truncate``.
 
     Args:
-        high: the largest factor, > 0 and at least ``low``; inf leaves ρ unbounded. The default is verl's and TRL's usual bound of 2.
+        high: the largest factor, > 0 and at least ``low``; inf: unbounded. The default is verl's and slime's, 2.
         low: the smallest factor, >= 0; the default 0 leaves ρ as small as it is, as in TIS.
         level: what is bounded: "token" ρ of every token by itself (default, as in TIS), "sequence" the product of a
             sequence's ρ, "geometric" their geometric mean.
