@@ -282,3 +282,37 @@ def test_no_field_is_called_otherwise():
     assert translated("level_of_ratios", 1, fields) is None
     with pytest.raises(TypeError, match="unexpected keyword argument 'levels'. Did you mean 'level'?"):
         LossConfig(levels="token")
+
+
+def test_a_pickle_has_the_fields_alone():
+    """Not what a config keeps of itself once it was used."""
+    config = LossConfig(level="sequence", aggregation="constant", constant_length=8)
+    before = pickle.dumps(config)
+    assert config.pooling.pools
+    assert config.weighting.unit == "sequences"
+    assert pickle.dumps(config) == before
+    assert pickle.loads(before) == config
+    assert pickle.loads(before).pooling is config.pooling
+
+
+HINTS = {
+    "another number of the preset's clip stays": ("gspo", {"epsilon_high": 0.001}, "Clip(low=0.0003, high=0.001)"),
+    "and its dual bound": ("intellect2", {"epsilon": 0.1}, "Clip(low=0.1, high=0.1, dual=4.0)"),
+    "a surrogate without such a number": ("sapo", {"epsilon": 0.1}, "Sapo(...)"),
+    "a cap, which is no upper clip": ("cispo", {"epsilon_high": 3.0}, "Cispo(...)"),
+}
+
+
+@pytest.mark.parametrize("hint", HINTS)
+def test_a_hint_changes_the_presets_own_surrogate(hint):
+    """Whoever follows it has the same loss with one number changed, or is not told a number."""
+    name, option, meant = HINTS[hint]
+    with pytest.raises(ValueError, match=re.escape(f"Did you mean surrogate={meant}?")):
+        LossConfig.preset(name, **option)
+
+
+def test_names_of_verl_are_told_ours():
+    with pytest.raises(ValueError, match="Did you mean 'sequence_mean'"):
+        LossConfig(aggregation="seq-mean-token-mean")
+    with pytest.raises(ValueError, match="Did you mean 'k2'"):
+        KL(0.1, estimator="mse")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from grpo_kernels import (
     Sapo,
     TruncatedIS,
     grpo_loss,
+    linear_token_log_probs,
     normalizer,
     token_log_probs,
 )
@@ -366,3 +369,38 @@ def test_checks_of_contents():
     with pytest.raises(ValueError, match="Did you mean 'cpu'"):
         token_log_probs(case.logits, case.token_ids, backend="cpuu")
     assert LossConfig(Clip()).surrogate == Clip()
+
+
+COLD = """
+import torch, grpo_kernels as g
+config = {config}
+loss = lambda x, ids, A, old: g.grpo_loss(x, ids, A, old_log_probs=old, config=config).loss
+torch.compile(loss, backend="eager", fullgraph=True)(
+    torch.randn(2, 3, 7, requires_grad=True), torch.randint(0, 7, (2, 3)), torch.randn(2), -torch.rand(2, 3)
+)
+print("one graph")
+"""
+
+
+@pytest.mark.parametrize("config", ["'grpo'", "g.LossConfig(level='sequence', aggregation=g.Constant(8))"])
+def test_the_first_call_of_a_process_is_one_graph(config):
+    """What a config keeps of itself after an eager call is not needed for a graph."""
+    run = subprocess.run([sys.executable, "-c", COLD.format(config=config)], capture_output=True, text=True)
+    assert run.stdout == "one graph\n", run.stderr[-2000:]
+
+
+def test_what_stays_outside_of_graphs_is_not_compiled_again(monkeypatch):
+    """The limit of recompilations is of a code object: callers of these functions must not share one that is traced."""
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch.compiler.reset()
+    counters.clear()
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    hidden, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8)
+    ids = torch.randint(0, 11, (2, 3))
+    for temperature in range(1, 12):
+        function = lambda h, t=float(temperature): linear_token_log_probs(2 * h, weight, ids, temperature=t).log_probs  # noqa: E731
+        torch.compile(function, backend="eager")(hidden)
+    assert counters["frames"]["total"] <= 11
+    assert counters["frames"]["ok"] == counters["frames"]["total"]

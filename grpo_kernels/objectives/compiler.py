@@ -6,16 +6,15 @@ long as PyTorch itself. The decorators here mark functions in the same way and l
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 
 _LIBRARY = torch.library.Library("grpo_kernels", "DEF")
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 """The function that every operator runs, with flat arguments, by the operator's name."""
+_Value = TypeVar("_Value")
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -31,21 +30,33 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
 
 def outside_graphs(function: _Function) -> _Function:
     """Let a function break the graph of a compiled caller and run, with all that it calls, as it is."""
-    disabled: list[Any] = []
-
-    @functools.wraps(function)
-    def call(*args: Any, **options: Any) -> Any:
-        if "torch._dynamo" not in sys.modules:  # nothing is being compiled
-            return function(*args, **options)
-        if not disabled:
-            disabled.append(torch.compiler.disable(function))
-        return disabled[0](*args, **options)
-
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
-    return call  # type: ignore[return-value]
+    frames = torch._C._dynamo.eval_frame
+    if not hasattr(frames, "set_code_exec_strategy"):  # a PyTorch that marks code in another way
+        return cast(_Function, torch.compiler.disable(function))
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
 
 
 def constant_in_graphs(function: _Function) -> _Function:
     """Let torch.compile run a function while it traces, and keep the result as a constant."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+class computed_once(Generic[_Value]):
+    """A property of a frozen object whose value is kept. ``functools.cached_property`` takes a lock before Python 3.12,
+    which torch.compile cannot trace; in a graph nothing is kept."""
+
+    def __init__(self, function: Callable[[Any], _Value]) -> None:
+        self._function, self.__doc__ = function, function.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> _Value:
+        value = self._function(instance)
+        if not torch.compiler.is_compiling():
+            vars(instance)[self._name] = value
+        return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from .aggregation import AGGREGATIONS, Aggregation, AggregationName, numbers_elsewhere
 from .checks import check_limit, check_number, read_name, settle_name
 from .kl import KL
+from .compiler import computed_once
 from .levels import LEVELS, Level, LevelName
 from .names import check_options, translates_fields
 from .rollout import Rollout
@@ -80,6 +80,10 @@ class LossConfig:
         self._check_rollout()
 
     def _read_aggregation(self) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields alone, without what ``computed_once`` keeps."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
         """Replace an instance by its name, and its number in the config's field for it, where those say all of it."""
         aggregation = self.aggregation
         if not isinstance(aggregation, Aggregation):
@@ -108,22 +112,22 @@ class LossConfig:
                     'Use level="token", as in TruncatedIS(2.0) or MaskedIS(0.5, 5.0).'
                 )
 
-    @functools.cached_property
+    @computed_once
     def schemes(self) -> tuple[Rollout, ...]:
         """Return ``rollout`` as a tuple, whatever was given."""
         return self.rollout if isinstance(self.rollout, tuple) else (self.rollout,)
 
-    @functools.cached_property
+    @computed_once
     def pooling(self) -> Level:
         """Return the ``Level`` that ``level`` names."""
         return LEVELS[self.level]
 
-    @functools.cached_property
+    @computed_once
     def kl_pooling(self) -> Level:
         """Return the ``Level`` of the ratio that weighs the KL."""
         return LEVELS[self.kl.level_beside(self.level)]
 
-    @functools.cached_property
+    @computed_once
     def weighting(self) -> Aggregation:
         """Return the ``Aggregation`` that ``aggregation`` names, with its numbers."""
         if isinstance(self.aggregation, Aggregation):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
 from torch import Tensor
+
+from .compiler import computed_once
 
 LevelName = Literal["token", "sequence", "sequence_token", "sequence_product"]
 Pool = Callable[[Tensor, bool], Tensor]
@@ -29,12 +30,12 @@ class Level:
     """The slope that each token's own log-prob gets, of the slopes in those log-ratios."""
     equation: str
 
-    @functools.cached_property
+    @computed_once
     def pools(self) -> bool:
         """Whether a token's ratio needs the other tokens of its sequence."""
         return self.pooled != "own"
 
-    @functools.cached_property
+    @computed_once
     def spreads(self) -> bool:
         """Whether a token's slope needs those of the other tokens."""
         return self.spread != "own"
