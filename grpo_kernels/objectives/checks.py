@@ -88,18 +88,22 @@ def nearest(name: object, names: Sequence[str]) -> str:
     return lowered[difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.0)[0]]
 
 
-def read_name(kind: str, name: object, allowed: Iterable[str]) -> str:
-    """Return the one of ``allowed`` that ``name`` is, whatever its case. Raise as ``check_name`` where it is none."""
+def read_name(kind: str, name: object, allowed: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
+    """Return the one of ``allowed`` that ``name`` is, whatever its case. Raise as ``check_name`` where it is none, with
+    ours for a name that other packages have (``elsewhere``)."""
     names = list(allowed)
     if isinstance(name, str) and name not in names:
         name = {valid.lower(): valid for valid in names}.get(name.lower(), name)
-    check_name(kind, name, names)
+    meant = (elsewhere or {}).get(str(name))
+    check_name(kind, name, names, None if meant is None else repr(meant))
     return str(name)
 
 
-def settle_name(instance: object, field: str, kind: str, allowed: Iterable[str]) -> None:
+def settle_name(
+    instance: object, field: str, kind: str, allowed: Iterable[str], elsewhere: Mapping[str, str] | None = None
+) -> None:
     """Put the valid name (``read_name``) in the place of what a field of a frozen dataclass holds."""
-    object.__setattr__(instance, field, read_name(kind, getattr(instance, field), allowed))
+    object.__setattr__(instance, field, read_name(kind, getattr(instance, field), allowed, elsewhere))
 
 
 def check_limit(what: str, value: float | None) -> None:

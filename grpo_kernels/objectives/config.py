@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
+from . import names
 from .aggregation import AGGREGATIONS, Aggregation, AggregationName, numbers_elsewhere
 from .checks import check_limit, check_number, read_name, settle_name
-from .kl import KL
 from .compiler import computed_once
+from .kl import KL
 from .levels import LEVELS, Level, LevelName
 from .names import check_options, translates_fields
 from .rollout import Rollout
@@ -70,7 +71,7 @@ class LossConfig:
         check_limit("log_ratio_limit", self.log_ratio_limit)
         for name in ("constant_length", "group_size"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value > 0):
+            if value is not None and not (type(value) is int and value > 0):
                 raise ValueError(f"{name} must be a positive integer; got {value!r}.")
         if self.pooling.pools and not self.surrogate.uses_ratio:
             raise ValueError(
@@ -79,15 +80,15 @@ class LossConfig:
             )
         self._check_rollout()
 
-    def _read_aggregation(self) -> None:
     def __getstate__(self) -> dict[str, Any]:
         """Return the fields alone, without what ``computed_once`` keeps."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
+    def _read_aggregation(self) -> None:
         """Replace an instance by its name, and its number in the config's field for it, where those say all of it."""
         aggregation = self.aggregation
         if not isinstance(aggregation, Aggregation):
-            settle_name(self, "aggregation", "aggregation", AGGREGATIONS)
+            settle_name(self, "aggregation", "aggregation", AGGREGATIONS, names.AGGREGATIONS)
             return
         for field, option in aggregation.options.items():
             number, beside = getattr(aggregation, field), getattr(self, option)
@@ -139,8 +140,10 @@ class LossConfig:
     def preset(cls, name: str, **changes: Any) -> LossConfig:
         """Return a published objective by name, with ``changes`` to its fields: ``preset("grpo", kl=KL(0.04))``."""
         name = read_name("preset", name, PRESETS)
-        check_options(f"preset({name!r}, ...): the field", changes, [f.name for f in dataclasses.fields(cls)])
-        return dataclasses.replace(PRESETS[name].config, **changes)
+        preset = PRESETS[name].config
+        fields = [field.name for field in dataclasses.fields(cls)]
+        check_options(f"preset({name!r}, ...): the field", changes, fields, preset.surrogate)
+        return dataclasses.replace(preset, **changes)
 
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:

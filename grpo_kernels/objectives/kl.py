@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import names
 from .checks import check_limit, check_number, settle_name
 from .levels import LEVELS
 from .maths import clamp, k3_of, times, within
@@ -54,7 +55,7 @@ class KL:
 
     def __post_init__(self) -> None:
         check_number("KL(coef=...)", self.coef)
-        settle_name(self, "estimator", "KL(estimator=...)", ESTIMATORS)
+        settle_name(self, "estimator", "KL(estimator=...)", ESTIMATORS, names.ESTIMATORS)
         settle_name(self, "gradient", "KL(gradient=...)", GRADIENTS)
         if not (isinstance(self.limit, tuple) and len(self.limit) == 2):
             raise ValueError(f"KL(limit=...) must be a pair (input, output) of limits; got {self.limit!r}.")

@@ -15,13 +15,6 @@ ELSEWHERE = {
     **dict.fromkeys(("beta", "kl_beta", "kl_coef", "kl_coeff", "kl_loss_coef", "init_kl_coef"), ("kl", "KL({0})")),
     **dict.fromkeys(("kl_penalty", "kl_loss_type", "kl_estimator"), ("kl", "KL(..., estimator={0})")),
     "use_bias_correction_kl": ("kl", "KL(..., ratio_weighted={0})"),
-    **dict.fromkeys(
-        ("epsilon", "eps", "clip", "clip_eps", "clip_range", "clip_ratio", "cliprange", "eps_clip"),
-        ("surrogate", "Clip({0}, {0})"),
-    ),
-    **dict.fromkeys(("epsilon_low", "eps_low", "clip_ratio_low", "eps_clip_low"), ("surrogate", "Clip(low={0})")),
-    **dict.fromkeys(("epsilon_high", "eps_high", "clip_ratio_high", "eps_clip_high"), ("surrogate", "Clip(high={0})")),
-    **dict.fromkeys(("delta", "clip_ratio_c", "dual_clip"), ("surrogate", "Clip(dual={0})")),
     **dict.fromkeys(("loss_type", "loss_mode"), ("config", "LossConfig.preset({0})")),
     "importance_sampling_level": ("level", "{0}"),
     "loss_agg_mode": ("aggregation", "..."),
@@ -35,22 +28,57 @@ ELSEWHERE = {
 """Our name for an option of TRL, Liger, verl or OpenRLHF, and its value where theirs is {0}."""
 
 
-def translated(name: str, value: object, allowed: Iterable[str]) -> str | None:
+BOUNDS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(
+        ("epsilon", "eps", "clip", "clip_eps", "clip_range", "clip_ratio", "cliprange", "eps_clip"), ("low", "high")
+    ),
+    **dict.fromkeys(("epsilon_low", "eps_low", "clip_ratio_low", "eps_clip_low"), ("low",)),
+    **dict.fromkeys(("epsilon_high", "eps_high", "clip_ratio_high", "eps_clip_high"), ("high",)),
+    **dict.fromkeys(("delta", "clip_ratio_c", "dual_clip"), ("dual",)),
+}
+"""Theirs for numbers of a clip, and which of ours they are."""
+AGGREGATIONS = {
+    "token-mean": "token_mean",
+    "seq-mean-token-mean": "sequence_mean",
+    "seq-mean-token-sum": "sequence_sum",
+    "seq-mean-token-sum-norm": "constant",
+}
+"""Our aggregation for verl's ``loss_agg_mode``."""
+ESTIMATORS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
+"""Our KL estimator for verl's ``kl_penalty``."""
+
+
+def translated(name: str, value: object, allowed: Iterable[str], surrogate: Any = None) -> str | None:
     """Return ours in place of ``name=value``; None where no other package is known to say it. ``allowed`` are the names
-    that the called function or class takes: any other belongs in its config."""
-    if name not in ELSEWHERE:
-        return None
-    ours, expression = ELSEWHERE[name]
+    that the called function or class takes: any other belongs in its config. ``surrogate`` is what is changed: where it
+    has no such number, no other is suggested in its place."""
     shown = repr(value) if isinstance(value, (int, float, str)) else "..."
-    written = f"{ours}={expression.format(shown)}"
+    if name in BOUNDS:
+        ours, expression = "surrogate", _bounded(BOUNDS[name], value, shown, surrogate)
+    elif name in ELSEWHERE:
+        ours, expression = ELSEWHERE[name]
+        expression = expression.format(shown)
+    else:
+        return None
+    written = f"{ours}={expression}"
     return written if ours == "config" or ours in allowed else f"config=LossConfig({written})"
 
 
-def check_options(kind: str, options: Mapping[str, object], allowed: Iterable[str]) -> None:
+def _bounded(fields: tuple[str, ...], value: object, shown: str, surrogate: Any) -> str:
+    """Write the surrogate with these numbers changed."""
+    if surrogate is None:
+        return f"Clip({', '.join([shown] * 2 if len(fields) == 2 else [f'{fields[0]}={shown}'])})"
+    try:
+        return repr(dataclasses.replace(surrogate, **dict.fromkeys(fields, value)))
+    except (TypeError, ValueError):  # it has no such number, or not this one
+        return f"{type(surrogate).__name__}(...)"
+
+
+def check_options(kind: str, options: Mapping[str, object], allowed: Iterable[str], surrogate: Any = None) -> None:
     """Raise a ValueError, with ours, for the first option that is none of ``allowed``."""
     names = list(allowed)
     for name, value in options.items():
-        check_name(kind, name, names, translated(name, value, names))
+        check_name(kind, name, names, translated(name, value, names, surrogate))
 
 
 def translates_fields(cls: _Class) -> _Class:
