@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +64,18 @@ def test_the_fallback_is_said_once(no_library):
     text = str(found[0].message)
     for part in ("no C++ compiler found", "install a C++ compiler", "python -m grpo_kernels info", "backend='torch'"):
         assert part in text
+
+
+def test_the_fallback_is_said_at_any_caller(no_library):
+    """A folder whose name begins as the package's is the caller's. Frames of the package alone are no error."""
+    package = Path(backends.__file__).parent.parent
+    source = "grpo_loss(*arguments, backend=None)"
+    for place in (f"{package}_demo.py", f"{package}-other/demo.py", f"{package}/demo.py"):
+        backends._warn_of_fallback.cache_clear()
+        arguments = (torch.randn(2, 3, 11), torch.zeros(2, 3, dtype=torch.long), torch.ones(2))
+        code = compile(source, place, "exec")
+        (said,) = warned(lambda code=code, a=arguments: exec(code, {"grpo_loss": grpo_loss, "arguments": a}))
+        assert (said.filename == place) == ("/demo.py" not in place or "other" in place)
 
 
 def test_nothing_is_said_where_plain_pytorch_was_asked_for_or_is_all_there_is(no_library):

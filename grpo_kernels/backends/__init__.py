@@ -135,8 +135,9 @@ def _warn_of_fallback(reason: str) -> None:
         f"times slower ({reason}).\n  hint: install a C++ compiler, then grpo_kernels again; `python -m grpo_kernels "
         "info` says what is missing. backend='torch' asks for plain PyTorch and does not warn."
     )
-    ours = (str(Path(__file__).parent.parent), str(Path(torch.__file__).parent))  # and PyTorch's, of a module's call
-    level = 1
-    while sys._getframe(level).f_code.co_filename.startswith(ours):
-        level += 1
-    warnings.warn(message, UserWarning, stacklevel=level + 1)  # at the caller of the public function
+    # At the caller of the public function: PyTorch's frames are those of a module's call.
+    folders = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parent.parent, Path(torch.__file__).parent))
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(folders):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
