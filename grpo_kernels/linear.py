@@ -17,7 +17,7 @@ from .calls.contents import check_ids, check_shift
 from .calls.head import HeadTensors, Wants, operand_dtype
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
-from .calls.routes import Require, Route, choose, choose_log_probs
+from .calls.routes import Require, Route, choose, choose_backend, choose_log_probs
 from .calls.sweep import LinearLoss, Sweep
 from .calls.terms import TokenBatch, pools, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
@@ -113,14 +113,14 @@ def linear_grpo_loss(
     wants = Wants.of(head)
     if token_losses:
         refuse_what_losses_of_tokens_lack(tokens, grad_scale)
+    choice = choose_backend(tokens, backend, logit_softcap is not None, fused=any(wants))
     tokens, batch = read_batch(tokens, config, arguments)
     plan = choose(
         tokens,
         config,
         batch,
         arguments,
-        backend=backend,
-        softcap=logit_softcap is not None,
+        choice,
         require=require,
         wants_gradient=any(wants),
         unknown=ON_DEMAND if token_losses else None,

@@ -17,7 +17,7 @@ from .calls.batch import LossArguments, read_batch
 from .calls.contents import check_contents
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome
-from .calls.routes import Require, choose
+from .calls.routes import Require, choose, choose_backend
 from .calls.support import Support, check_not_inplace, supported_log_probs
 from .calls.terms import Settled, TokenBatch, reduce_records, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
@@ -134,14 +134,14 @@ def grpo_loss(
         check_inplace("grpo_loss", logits, tokens.tensors)
     unknown = UNSCALED if grad_scale is None and logits.dtype == torch.float16 else None
     unknown = ON_DEMAND if token_losses else unknown
+    choice = choose_backend(tokens, backend, logit_softcap is not None, fused=wants_gradient)
     tokens, batch = read_batch(tokens, config, arguments)
     plan = choose(
         tokens,
         config,
         batch,
         arguments,
-        backend=backend,
-        softcap=logit_softcap is not None,
+        choice,
         require=require,
         wants_gradient=wants_gradient,
         copies=support is not None,

@@ -351,3 +351,14 @@ def test_amp_and_module_hooks(backend):
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         out, _ = case.run(backend)
     assert torch.equal(out.loss, expected.loss)
+
+
+def test_a_call_that_fails_leaves_the_logits():
+    """In place, an id that a CPU refuses is found before anything is written, and before the write is noted."""
+    logits = torch.randn(1, 3, 4, requires_grad=True)
+    inner = logits * 1
+    before, version = inner.detach().clone(), inner._version
+    with pytest.raises(IndexError):
+        grpo_loss(inner, torch.tensor([[0, 9]]), torch.ones(1), inplace=True, backend="cpu")
+    assert torch.equal(inner.detach(), before)
+    assert inner._version == version

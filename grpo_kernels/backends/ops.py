@@ -194,9 +194,9 @@ def fused_loss_(
     """Return log-probs, entropies and records; write the gradient over the logits."""
     stats = _new_stats(rows)
     records = _new_records(stats.log_prob, spec)
-    _note_write(rows.logits)
-    _zero_unused_rows(rows)
     backends.get_fused(backend).fused_loss(rows, inputs, spec, stats, records, rows.logits)
+    _zero_unused_rows(rows)
+    _note_write(rows.logits)
     return stats.log_prob, stats.entropy, records
 
 

@@ -40,33 +40,36 @@ class Plan:
     """Whether loss and gradient come in that one pass."""
 
 
+def choose_backend(tokens: RowTokens, backend: str | None, softcap: bool, fused: bool) -> Choice:
+    """Choose the backend, and whether it serves the one-pass loss where that is wanted (``fused``)."""
+    request = backends.Request(tokens.states.device, tokens.dtype, tokens.vocab, fused, softcap)
+    return backends.choose(tokens.function, request, backend)
+
+
 def choose(
     tokens: RowTokens,
     config: LossConfig,
     batch: TokenBatch,
     arguments: LossArguments,
+    choice: Choice,
     *,
-    backend: str | None,
-    softcap: bool,
     require: Require | None,
     wants_gradient: bool,
     copies: bool = False,
     unknown: str | None = None,
 ) -> Plan:
-    """Choose backend and passes of a loss.
+    """Choose the passes of a loss.
 
     Args:
-        backend: the one asked for by name.
-        softcap: whether logits have one.
+        choice: of the backend.
         require: "fused": raise where compiled kernels would not compute loss and gradient in one pass.
         wants_gradient: whether any of what the loss depends on requires one.
         copies: whether rows are copied first, for a truncated support.
         unknown: why a row's slope is not known in forward, whatever the objective; None where it may be.
 
     Raises:
-        RuntimeError: a backend that cannot serve the call, or not as required.
+        RuntimeError: a call that is not served as required.
     """
-    choice = _choose_backend(tokens, backend, softcap, fused=wants_gradient)
     spec, reason = _one_pass_spec(config, batch, arguments)
     if copies:
         passes, reason = 2, "support= works on copies of the rows"
@@ -88,7 +91,7 @@ def choose_log_probs(
     tokens: RowTokens, *, backend: str | None, softcap: bool, require: Require | None, copies: bool = False
 ) -> Route:
     """Choose the backend of log-probs alone."""
-    choice = _choose_backend(tokens, backend, softcap, fused=False)
+    choice = choose_backend(tokens, backend, softcap, fused=False)
     reason = "support= works on copies of the rows" if copies else "no gradient is wanted"
     if choice.passed_over:
         reason = f"{reason}; {choice.passed_over}"
@@ -96,11 +99,6 @@ def choose_log_probs(
     if require is not None:
         _check_require(tokens, require, route)
     return route
-
-
-def _choose_backend(tokens: RowTokens, backend: str | None, softcap: bool, fused: bool) -> Choice:
-    request = backends.Request(tokens.states.device, tokens.dtype, tokens.vocab, fused, softcap)
-    return backends.choose(tokens.function, request, backend)
 
 
 def _one_pass_spec(
