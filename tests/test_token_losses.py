@@ -431,3 +431,12 @@ def test_attached_models(from_logits):
     for other in found[:2]:
         for a, b in zip(other, found[2], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_losses_may_be_weighted_in_place():
+    """``losses *= w`` is an idiom; autograd refuses it for a view of what a Function returned."""
+    logits = torch.randn(2, 3, 7, requires_grad=True)
+    losses = grpo_loss(logits, torch.zeros(2, 3, dtype=torch.long), torch.ones(2), token_losses=True).token_losses
+    losses *= 0.5
+    losses.sum().backward()
+    assert logits.grad.abs().sum() > 0

@@ -61,7 +61,8 @@ class Outcome(NamedTuple):
 
     def of_tokens(self, shape: torch.Size, route: Route) -> TokenLosses:
         outputs = {"log_probs": self.log_prob.view(shape), "entropy": self.entropy.view(shape)}
-        return TokenLosses.of(self.loss.view(shape), metrics=self.metrics, route=route, **outputs)
+        losses = self.loss if self.loss.shape == shape else self.loss.view(shape)  # a view refuses writes in place
+        return TokenLosses.of(losses, metrics=self.metrics, route=route, **outputs)
 
 
 class TokenLogProbs(NamedTuple):

@@ -60,7 +60,7 @@ class _TokenLosses(torch.autograd.Function):
         known = (batch.live, *batch.inputs, threshold if isinstance(threshold, Tensor) else None)
         ctx.save_for_backward(log_prob, entropy, *(None if tensor is None else ordinary(tensor)[0] for tensor in known))
         ctx.config, ctx.batch = config, batch
-        return value
+        return value.clone()  # an input that is handed back refuses writes in place
 
     @staticmethod
     @once
