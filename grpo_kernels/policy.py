@@ -85,7 +85,7 @@ def policy_loss(
     tokens, batch = read_batch(tokens, config, arguments)
     if entropy is None:
         _check_without_entropy(tokens, batch.inputs.entropy_weight is not None, entropy_threshold is not None)
-    choice = backends.choose("policy_loss", backends.Request(log_probs.device, tokens.real), backend)
+    choice = backends.choose("policy_loss", backends.Request(log_probs.device, tokens.real, vocab=0), backend)
     route = Route(choice.backend, 0, "; ".join(["log-probs are given", *filter(None, [choice.passed_over])]))
     numbers = numbers_vector(LogitArgs(), 1.0, config, tokens.real, log_probs.device, entropy_threshold)
     log_prob, entropies = _of_tokens(tokens, log_probs), _of_tokens(tokens, entropy)

@@ -377,3 +377,16 @@ def grpo_loss_of(log_probs, old):
     """The same of two-column logits that have these log-probs."""
     logits = torch.stack([log_probs, torch.log1p(-log_probs.exp())], -1)
     return grpo_loss(logits, torch.zeros(1, 2, dtype=torch.int64), torch.ones(1), old_log_probs=old).loss
+
+
+def test_messages_speak_of_log_probs():
+    """Not of ids and logits, which this function does not have."""
+    log_probs, advantages = -torch.rand(2, 4), torch.ones(2)
+    with pytest.raises(ValueError, match="one of log_probs and old_log_probs is shifted"):
+        policy_loss(log_probs, advantages, old_log_probs=log_probs[:, 1:])
+    with pytest.raises(TypeError, match=r"the order is \(log_probs, advantages, mask\)"):
+        policy_loss(log_probs, advantages.bool())
+    with pytest.raises(ValueError, match=r"\(log_probs, advantages, mask\)"):
+        policy_loss(log_probs, advantages, -torch.rand(2, 4))
+    with pytest.raises(RuntimeError, match="got float32 log-probs on meta"):
+        policy_loss(log_probs.to("meta"), advantages.to("meta"), backend="cpu")

@@ -95,9 +95,10 @@ def choose(function: str, request: Request, name: str | None) -> Choice:
     chosen, fuses, unfused, reasons = _choose(device.type, device.index, *what, name)
     if chosen:
         return Choice(chosen, fuses, unfused, reasons)
-    logits = f"{request.vocab} columns of {str(request.dtype).removeprefix('torch.')} logits on {device}"
+    dtype = str(request.dtype).removeprefix("torch.")
+    rows = f"{request.vocab} columns of {dtype} logits" if request.vocab else f"{dtype} log-probs"
     expected = "a call that some backend can serve" if name is None else f"a call that backend={name!r} can serve"
-    fail(function, expected, f"{logits} ({reasons})", error=RuntimeError)
+    fail(function, expected, f"{rows} on {device} ({reasons})", error=RuntimeError)
 
 
 @constant_in_graphs

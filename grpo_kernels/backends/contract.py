@@ -133,6 +133,7 @@ class Request:
     """The logits' device."""
     dtype: torch.dtype = torch.float32
     vocab: int = 32768
+    """Columns of the logits; 0: log-probs are given."""
     fused: bool = False
     """Whether the one-pass loss is asked for, not log-probs and their backward."""
     softcap: bool = False

@@ -38,7 +38,7 @@ def check_head(
 ) -> None:
     """Raise unless hidden states and LM head fit each other, and are whole and floating."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is None:
+        if tensor is None and name == "bias":
             continue
         if not isinstance(tensor, Tensor):
             module = "the weight of the head, not the module: model.lm_head.weight" if name == "weight" else None

@@ -128,7 +128,7 @@ def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor) -
         allowed = ((count,), (count, 1), tuple(tokens.shape), shape)
         check_shape(tokens.function, "advantages", advantages, allowed, tokens.tensors, tokens.shift_hint)
     if advantages.dtype == torch.bool:
-        hint = "the order is (token_ids, advantages, mask)"
+        hint = f"the order is ({'log_probs' if 'log_probs' in tokens.tensors else 'token_ids'}, advantages, mask)"
         fail(tokens.function, "advantages that are numbers", "torch.bool", tokens.tensors, hint, TypeError)
     values = advantages.detach().to(tokens.real)
     values = sequences.expand(values.reshape(count)).expand(shape) if per_sequence else values.reshape(shape)

@@ -178,6 +178,9 @@ def _shift_hint(name: str, value: Tensor, shape: torch.Size, what: str) -> str |
     """``shape`` is that of token_ids. Packed tensors keep their length when they are shifted."""
     if value.dim() != 2 or len(shape) != 2 or value.shape[0] != shape[0]:
         return None
+    if what == "log_probs":
+        near = abs(value.shape[1] - shape[1]) == 1
+        return f"one of log_probs and {name} is shifted: both belong to the predicted tokens" if near else None
     if value.shape[1] == shape[1] - 1:
         return f"token_ids are not shifted: align(input_ids, mask) gives ids for {what} (B, L, ...) as they are"
     if value.shape[1] != shape[1] + 1:

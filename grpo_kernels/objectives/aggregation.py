@@ -181,5 +181,5 @@ def _denominator(value: float | Tensor, mask: Tensor) -> Tensor:
 
 def _check_count(aggregation: Aggregation, name: str) -> None:
     value = getattr(aggregation, name)
-    if value is not None and not (isinstance(value, int) and value > 0):
+    if value is not None and not (type(value) is int and value > 0):
         raise ValueError(f"{type(aggregation).__name__}({name}=...) must be a positive integer; got {value!r}.")

@@ -228,7 +228,8 @@ def _check_mask(function: str, name: str, mask: Tensor, tensors: Mapping[str, ob
     elif low == _IGNORED:
         hint = f"labels say by {_IGNORED} what does not count: labels != {_IGNORED}"
     elif mask.is_floating_point() and -math.inf < low and high < math.inf and "advantages" in tensors:
-        hint = "the advantages come first: (token_ids, advantages, mask)"
+        first = "log_probs" if "log_probs" in tensors else "token_ids"
+        hint = f"the advantages come first: ({first}, advantages, mask)"
     wrong = ~((mask >= 0) & (mask < math.inf))
     fail(function, f"{name} to be finite and >= 0", _first(name, mask, wrong), tensors, hint)
 
