@@ -176,18 +176,18 @@ MUTANTS = {
     ),
     "triton: overflow kept": (
         "backends/triton/forward.py",
-        "if hold(total, weighted, value, slope):",
+        "if hold(total, weighted, value, factor):",
         "if vocab > 0:",
     ),
     "triton: large origin": (
         "backends/triton/rows.py",
-        "(tl.abs(residual_of(value, slope)) <= 1)",
-        "(tl.abs(origin_of(value, slope)) < 3e38)",
+        "(tl.abs(residual_of(value, factor)) <= 1)",
+        "(tl.abs(origin_of(value, factor)) < 3e38)",
     ),
     "triton: rounding kept": (
         "backends/triton/rows.py",
-        "factor = tl.exp2(-residual)",
-        "factor = tl.exp2(-residual * 0)",
+        "correction = tl.exp2(-residual)",
+        "correction = tl.exp2(-residual * 0)",
     ),
     "triton: entropy slope": (
         "backends/triton/rows.py",
@@ -196,8 +196,8 @@ MUTANTS = {
     ),
     "triton: softcap slope": (
         "backends/triton/rows.py",
-        "gradient = gradient * (tanh_slope",
-        "gradient = gradient * (1 + 0 * tanh_slope",
+        "gradient = gradient * (tanh_derivative",
+        "gradient = gradient * (1 + 0 * tanh_derivative",
     ),
     "triton: old ignored": (
         "backends/triton/one_pass.py",

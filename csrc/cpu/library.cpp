@@ -62,7 +62,7 @@ int32_t grpo_cpu_instruction_sets(void) {
   return sets;
 }
 
-// A reference for each segment, then the exponentials; threads stay a cache line apart.
+// The largest value of each segment, then the exponentials; threads stay a cache line apart.
 int64_t grpo_cpu_scratch(int64_t vocab, int32_t exponentials) {
   return room_for_largest(vocab) + (exponentials ? (vocab + 31) / 16 * 16 : 16);
 }

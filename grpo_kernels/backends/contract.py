@@ -77,7 +77,7 @@ class RowStats(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """The loss's slopes in a row's log-prob and entropy; None: 0."""
+    """The loss's gradient in a row's log-prob and entropy; None: 0."""
 
     grad_log_prob: Tensor | None
     """∂loss/∂ℓ"""
@@ -188,7 +188,7 @@ class FusedBackend(Backend, Protocol):
         inputs: TokenInputs,
         spec: ObjectiveSpec,
         records: TokenRecords,
-        slope: Tensor,
+        grad_log_prob: Tensor,
     ) -> None:
         """Write the records and ∂loss/∂ℓ of tokens whose log-probs are known (``calls/terms.py`` has the maths)."""
 

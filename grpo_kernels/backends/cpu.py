@@ -116,9 +116,9 @@ def token_terms(
     inputs: TokenInputs,
     spec: ObjectiveSpec,
     records: TokenRecords,
-    slope: Tensor,
+    grad_log_prob: Tensor,
 ) -> None:
-    params = _Params(rows=slope.numel(), numbers=numbers.data_ptr(), grad_log_prob=slope.data_ptr())
+    params = _Params(rows=grad_log_prob.numel(), numbers=numbers.data_ptr(), grad_log_prob=grad_log_prob.data_ptr())
     native.fill(params, values, inputs, spec, records)
     params.dtype = native.DTYPES[numbers.dtype]
     library().grpo_cpu_token_terms(ctypes.byref(params))

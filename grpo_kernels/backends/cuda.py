@@ -174,9 +174,9 @@ def token_terms(
     inputs: TokenInputs,
     spec: ObjectiveSpec,
     records: TokenRecords,
-    slope: Tensor,
+    grad_log_prob: Tensor,
 ) -> None:
-    _on_tokens(slope.device).token_terms(values, numbers, inputs, spec, records, slope)
+    _on_tokens(grad_log_prob.device).token_terms(values, numbers, inputs, spec, records, grad_log_prob)
 
 
 def token_sums(

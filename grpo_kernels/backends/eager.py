@@ -85,7 +85,7 @@ def log_probs_backward(rows: Rows, stats: RowStats, gradients: RowGradients, out
     ids, _ = _columns(rows)
     factor = _factor(rows)
     zero = torch.zeros_like(log_prob)
-    g, h = (zero if slope is None else torch.where(rows.live, slope, 0.0) for slope in gradients)
+    g, h = (zero if gradient is None else torch.where(rows.live, gradient, 0.0) for gradient in gradients)
     read = rows.live & ((g != 0) | (h != 0))
 
     def of_read(values: Tensor, other: float = 0.0) -> Tensor:
@@ -101,11 +101,11 @@ def log_probs_backward(rows: Rows, stats: RowStats, gradients: RowGradients, out
         per_row += [of_read(torch.expm1(log_prob)), weight, g, h, *map(of_read, numbers)]
     finite = gradients.grad_entropy is None and _all_of(read)  # then a power of -inf does no harm
     for chunk in _chunks(rows, 1 if gradients.grad_entropy is None and not rows.softcap else 2, read, *per_row):
-        into = rows.row_view(out)[chunk.at]
+        place = rows.row_view(out)[chunk.at]
         if chunk.dead:
-            into.zero_()
+            place.zero_()
         else:
-            into.copy_(_gradient(chunk, factor, finite, *chunk.per_row).view_as(into))
+            place.copy_(_gradient(chunk, factor, finite, *chunk.per_row).view_as(place))
 
 
 def _gradient(
@@ -131,7 +131,7 @@ def _gradient(
       e'_s = expm1(ℓ)·Σe.
 
     ``of_sampled`` is p'_s or e'_s, ``log_sum`` is log2 Σe; log p_s is the row's own log-prob, not that of the rounded
-    powers. Under a softcap dvalue/dlogit follows (``_times_slope_``).
+    powers. Under a softcap dvalue/dlogit follows (``_times_cap_derivative_``).
     """
     powers, p = chunk.buffers[0], chunk.buffers[-1]
     torch.sub(_load(chunk, powers.numbers), anchor, out=powers.numbers).mul_(factor * _LOG2_E)
@@ -148,11 +148,11 @@ def _gradient(
     else:
         gradient = p.numbers.scatter_(-1, ids, of_sampled)
     if chunk.rows.softcap:
-        _times_slope_(gradient, chunk, powers)
+        _times_cap_derivative_(gradient, chunk, powers)
     return gradient.mul_(weight)
 
 
-def _times_slope_(gradient: Tensor, chunk: _Chunk, q: _Buffer) -> None:
+def _times_cap_derivative_(gradient: Tensor, chunk: _Chunk, q: _Buffer) -> None:
     """Multiply by the cap's dvalue/dlogit, scale·(1 - tanh²), as scale·4q/(1+q)², q = exp(-2|logit·scale/cap|), which
     keeps its precision where tanh is nearly 1."""
     _, scale, cap = chunk.rows.numbers[:3].unbind()

@@ -211,9 +211,9 @@ def token_terms(
     values: TokenValues, numbers: Tensor, inputs: TokenInputs, spec: ObjectiveSpec, backend: str
 ) -> tuple[TokenRecords, Tensor]:
     """Return the records of tokens whose log-probs are known, and ∂loss/∂ℓ."""
-    records, slope = _new_terms(values, numbers, inputs, spec, backend)
-    backends.get_fused(backend).token_terms(values, numbers, inputs, spec, records, slope)
-    return records, slope
+    records, grad_log_prob = _new_terms(values, numbers, inputs, spec, backend)
+    backends.get_fused(backend).token_terms(values, numbers, inputs, spec, records, grad_log_prob)
+    return records, grad_log_prob
 
 
 def _new_sums(

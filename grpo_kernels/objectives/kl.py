@@ -25,7 +25,8 @@ class KL:
     """A penalty on the divergence from the reference policy, with x = log_prob - ref_log_prob.
 
     Args:
-        coef: its factor in the loss; 0 leaves the term out. Can be given per call (``kl_coef=``) instead.
+        coef: its factor in the loss, a finite number; 0, the default, leaves the term out. Can be given per call
+            (``kl_coef=``) instead.
         estimator: "k1" x, "k2" x²/2, "k3" exp(-x) + x - 1 (Schulman 2020, "Approximating KL divergence"), "abs" |x|.
         gradient: the value is the estimator's in any case; its slope is
 
@@ -37,9 +38,9 @@ class KL:
         ratio_weighted: multiply by the (differentiable) ratio to the old policy, as TRL's
             ``use_bias_correction_kl`` and DeepSeek-V3.2 do; needs "pathwise". On-policy it changes the
             gradient of k3 from 1 - exp(-x) to x, not the value.
-        limit: (input, output) clamps: x to ±input before the estimator, its value to ±output after; the pathwise slope
-            is 0 where a clamp bites, those through k2 where the input's does, that of the score function keeps the
-            value. None: no clamp. verl uses (20, 10), TRL none.
+        limit: (input, output) clamps, each > 0, in nats: x to ±input before the estimator, its value to ±output after;
+            the pathwise slope is 0 where a clamp bites, those through k2 where the input's does, that of the score
+            function keeps the value. None: no clamp. verl uses (20, 10), TRL none; the default has verl's first alone.
         ratio_cap: the largest weight min(r, ratio_cap) of "weighted_k2", > 0 (OpenRLHF: 10).
         level: how log-ratios are pooled into the ratio that weighs the KL; None: as those of the policy term. Without a
             ratio (``ratio_weighted``, "weighted_k2") it has no effect.

@@ -15,13 +15,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-TOKEN_SUMS = (
-    *("policy_loss", "kl_loss", "entropy_loss"),
-    *("tokens", "skipped_tokens", "impossible_tokens", "entropy_sum"),
-    *("kl_sum", "kl_count", "k1_old_sum", "k3_old_sum"),
-    *("k1_rollout_sum", "k3_rollout_sum", "rollout_count", "rollout_ratio_sum", "rollout_ratio_square_sum"),
-    *("rollout_weight_sum", "rollout_weight_square_sum", "rollout_rejected_count"),
-)
+_LOSSES = ("policy_loss", "kl_loss", "entropy_loss")
+_TOKENS = ("tokens", "skipped_tokens", "impossible_tokens", "entropy_sum")
+_DIVERGENCES = ("kl_sum", "kl_count", "k1_old_sum", "k3_old_sum", "k1_rollout_sum", "k3_rollout_sum", "rollout_count")
+_ROLLOUT_RATIOS = ("rollout_ratio_sum", "rollout_ratio_square_sum")
+_ROLLOUT_WEIGHTS = ("rollout_weight_sum", "rollout_weight_square_sum", "rollout_rejected_count")
+TOKEN_SUMS = (*_LOSSES, *_TOKENS, *_DIVERGENCES, *_ROLLOUT_RATIOS, *_ROLLOUT_WEIGHTS)
 """Sums over tokens."""
 RATIO_SUMS = ("ratio_sum", "ratio_count", "clipped_low", "clipped_high", "clipped_dual")
 """Sums over tokens, or over sequences at the sequence levels."""

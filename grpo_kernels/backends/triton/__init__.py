@@ -155,14 +155,14 @@ def token_terms(
     inputs: TokenInputs,
     spec: ObjectiveSpec,
     records: TokenRecords,
-    slope: Tensor,
+    grad_log_prob: Tensor,
 ) -> None:
     from . import launch, one_pass
 
-    count, device = slope.numel(), slope.device
+    count, device = grad_log_prob.numel(), grad_log_prob.device
     constants = {**_spec_constants(spec), "BLOCK": one_pass.TOKENS_PER_PROGRAM}
     programs = -(-count // one_pass.TOKENS_PER_PROGRAM)
-    arguments = (*values, numbers, *inputs, *records, slope, count)
+    arguments = (*values, numbers, *inputs, *records, grad_log_prob, count)
     launch.launch(one_pass.token_terms_kernel, programs, device, *arguments, **constants)
 
 

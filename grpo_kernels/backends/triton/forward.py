@@ -157,15 +157,15 @@ def settle(
     SOFTCAP: tl.constexpr,
 ):
     """Return statistics from the sums relative to the sampled value, or where those overflowed, to the largest."""
-    slope = mapping[3]
+    factor = mapping[3]
     anchored_at = value
-    if hold(total, weighted, value, slope):
-        total, weighted = unrounded(total, weighted, value, slope)
+    if hold(total, weighted, value, factor):
+        total, weighted = unrounded(total, weighted, value, factor)
     else:
         total, weighted, anchored_at = far_sums(
             row, target, vocab, numbers, mapping, ALIGNMENT, SWEEP, SPAN, BLOCK, SOFTCAP
         )
-    return finish_stats(anchored_at, total, weighted, value, slope)
+    return finish_stats(anchored_at, total, weighted, value, factor)
 
 
 @triton.jit(do_not_specialize=AT_RUN_TIME)

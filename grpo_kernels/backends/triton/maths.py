@@ -92,7 +92,7 @@ def tanh(y):
 
 
 @triton.jit
-def tanh_slope(y):
+def tanh_derivative(y):
     """Return 1 - tanh(y)^2 as 4q / (1 + q)^2, which keeps its precision where tanh is nearly 1."""
     q = tl.exp2(-2 * to_power(tl.abs(y)))
     return 4 * q / ((1 + q) * (1 + q))

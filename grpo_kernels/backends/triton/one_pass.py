@@ -101,7 +101,7 @@ def row_terms(
         weight = tl.load(kl_weight + row_index, mask=inside)
     if ROLLOUT_SCHEME != NO_ROLLOUT:
         row_rollout = tl.load(rollout + row_index, mask=inside)
-    policy_value, kl_value, slope, row_flags, row_weight = token_terms(
+    policy_value, kl_value, grad_log_prob, row_flags, row_weight = token_terms(
         numbers,
         row_log_prob,
         row_entropy,
@@ -122,7 +122,7 @@ def row_terms(
     tl.store(flags + row_index, row_flags.to(tl.uint8), mask=inside)
     if ROLLOUT_SCHEME != NO_ROLLOUT:
         tl.store(rollout_weight + row_index, row_weight, mask=inside)
-    return slope
+    return grad_log_prob
 
 
 @triton.jit(do_not_specialize=AT_RUN_TIME)
@@ -277,7 +277,7 @@ def token_terms_kernel(
     kl,
     flags,
     rollout_weight,
-    slope,
+    grad_log_prob,
     count,
     SURROGATE: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
@@ -290,7 +290,7 @@ def token_terms_kernel(
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     alive = tl.load(live + at, mask=inside, other=0) != 0
-    row_slope = row_terms(
+    gradient = row_terms(
         at,
         alive,
         tl.load(log_prob + at, mask=alive),
@@ -318,4 +318,4 @@ def token_terms_kernel(
     tl.store(flags + at, 0, mask=dead)
     if ROLLOUT_SCHEME != NO_ROLLOUT:
         tl.store(rollout_weight + at, 0, mask=dead)
-    tl.store(slope + at, tl.where(alive, row_slope, 0), mask=inside)
+    tl.store(grad_log_prob + at, tl.where(alive, gradient, 0), mask=inside)

@@ -17,13 +17,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .maths import LOWEST_POWER, divide, expm1, log1p, tanh, tanh_slope, to_nats, to_power
+from .maths import LOWEST_POWER, divide, expm1, log1p, tanh, tanh_derivative, to_nats, to_power
 from .surrogates import LOGIT_SCALE, LOGIT_SOFTCAP, TEMPERATURE
 
-AT_RUN_TIME = (
-    *("batch_stride", "row_stride", "out_batch_stride", "out_row_stride"),
-    *("length", "vocab", "parts", "blocks", "spans", "rows"),
-)
+_STRIDES = ("batch_stride", "row_stride", "out_batch_stride", "out_row_stride")
+AT_RUN_TIME = (*_STRIDES, "length", "vocab", "parts", "blocks", "spans", "rows")
 """Arguments whose values compile nothing: what kernels may assume of them is in ALIGNMENT and VECTOR."""
 
 
@@ -84,8 +82,9 @@ def lane_sums(total, weighted, SWEEP: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 @triton.jit
 def logit_map(numbers, SOFTCAP: tl.constexpr):
-    """Return cap, derivative, and log2(e) * derivative: z = softcap(logit * scale) / temperature = value * derivative.
+    """Return inner, cap, derivative and factor, which take a logit to z = softcap(logit * scale) / temperature.
 
+    z = value * derivative, and in powers of 2 z * log2(e) = value * factor;
     value = cap * tanh(logit * inner) with a softcap, else the logit itself.
     """
     temperature = tl.load(numbers + TEMPERATURE)
@@ -139,10 +138,10 @@ def anchor_of(value):
 
 
 @triton.jit
-def origin_of(value, slope):
-    """Return the origin of powers relative to ``value``: power_j = value_j * slope + origin, one multiply-add and one
+def origin_of(value, factor):
+    """Return the origin of powers relative to ``value``: power_j = value_j * factor + origin, one multiply-add and one
     rounding."""
-    return -(value * slope)
+    return -(value * factor)
 
 
 @triton.jit
@@ -179,25 +178,25 @@ def add_block(
 
 
 @triton.jit
-def residual_of(value, slope):
+def residual_of(value, factor):
     """Return by how much every power relative to ``value`` is off, exactly: the rounding of its origin."""
-    return tl.fma(value, slope, origin_of(value, slope))
+    return tl.fma(value, factor, origin_of(value, factor))
 
 
 @triton.jit
-def hold(total, weighted, value, slope):
+def hold(total, weighted, value, factor):
     """Whether sums relative to the sampled value hold: nothing overflowed, and the value is not so large (past 2^23)
     that the rounding of its origin alone lets powers underflow or overflow."""
     finite = (total < float("inf")) & (tl.abs(weighted) < float("inf"))
-    return finite & (tl.abs(residual_of(value, slope)) <= 1)
+    return finite & (tl.abs(residual_of(value, factor)) <= 1)
 
 
 @triton.jit
-def unrounded(total, weighted, value, slope):
+def unrounded(total, weighted, value, factor):
     """Return the sums as if their origin were not rounded."""
-    residual = residual_of(value, slope)
-    factor = tl.exp2(-residual)
-    return total * factor, tl.fma(-residual, total, weighted) * factor
+    residual = residual_of(value, factor)
+    correction = tl.exp2(-residual)
+    return total * correction, tl.fma(-residual, total, weighted) * correction
 
 
 @triton.jit
@@ -226,10 +225,10 @@ def sampled(
 
 
 @triton.jit
-def finish_stats(anchored_at, others, weighted_others, value, slope):
+def finish_stats(anchored_at, others, weighted_others, value, factor):
     """Return log_prob, entropy, anchor and log_sum from the sums without the sampled column, which are relative to
     ``anchored_at``."""
-    power = (value - anchored_at) * slope
+    power = (value - anchored_at) * factor
     certain = value == anchored_at
     power = tl.where(certain, 0, power)
     target = tl.exp2(max_or_nan(power, LOWEST_POWER))
@@ -248,7 +247,7 @@ def finish_stats(anchored_at, others, weighted_others, value, slope):
 def gradient_terms(stats, g, h, target_logit, mapping, SOFTCAP: tl.constexpr, HAS_H: tl.constexpr):
     """Return anchor, shift, constant, linear for every column, and the gradient in the sampled logit.
 
-    d loss / d value_j = p_j (constant + linear power_j), p_j = 2^power_j, power_j = (value_j - anchor) * slope + shift.
+    ∂loss/∂value_j = p_j (constant + linear power_j), p_j = 2^power_j, power_j = (value_j - anchor) * factor + shift.
     """
     log_prob, entropy, anchor, log_sum = stats
     inner, cap, derivative, _ = mapping
@@ -261,7 +260,7 @@ def gradient_terms(stats, g, h, target_logit, mapping, SOFTCAP: tl.constexpr, HA
         target -= tl.where(log_prob == -float("inf"), 0, h * tl.exp(log_prob) * (log_prob + entropy))
     target = target * derivative
     if SOFTCAP:
-        target = target * (tanh_slope(target_logit * inner) * (inner * cap))
+        target = target * (tanh_derivative(target_logit * inner) * (inner * cap))
     constant = tl.where(log_sum == log_sum, constant, float("nan"))
     return anchor, -to_power(log_sum), constant, linear, target
 
@@ -269,9 +268,9 @@ def gradient_terms(stats, g, h, target_logit, mapping, SOFTCAP: tl.constexpr, HA
 @triton.jit
 def gradient_of(logits, columns, target_column, mapping, terms, SOFTCAP: tl.constexpr, HAS_H: tl.constexpr):
     """Return d loss / d logit of some columns."""
-    inner, cap, _, slope = mapping
+    inner, cap, _, factor = mapping
     anchor, shift, constant, linear, target = terms
-    power = tl.fma(value_of(logits, inner, cap, SOFTCAP) - anchor, slope, shift)
+    power = tl.fma(value_of(logits, inner, cap, SOFTCAP) - anchor, factor, shift)
     power = tl.minimum(power, 0)  # of a probability
     if HAS_H:
         power = tl.maximum(power, LOWEST_POWER)
@@ -279,5 +278,5 @@ def gradient_of(logits, columns, target_column, mapping, terms, SOFTCAP: tl.cons
     else:
         gradient = tl.exp2(power) * constant
     if SOFTCAP:
-        gradient = gradient * (tanh_slope(logits * inner) * (inner * cap))
+        gradient = gradient * (tanh_derivative(logits * inner) * (inner * cap))
     return tl.where(columns == target_column, target, gradient)

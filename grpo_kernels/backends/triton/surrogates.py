@@ -297,9 +297,7 @@ def token_terms(
     log_ratio = clamp(raw, limit)
     ratio = exp_of(log_ratio)
 
-    policy, through_ratio, direct, flags = surrogate_terms(
-        SURROGATE, numbers, log_prob, old, log_ratio, ratio, advantage
-    )
+    policy, slope, direct, flags = surrogate_terms(SURROGATE, numbers, log_prob, old, log_ratio, ratio, advantage)
     weight = possible.to(log_prob.dtype) * 0 + 1
     if ROLLOUT_SCHEME != NO_ROLLOUT:
         weight = rollout_weight(ROLLOUT_SCHEME, numbers, old, rollout)
@@ -308,12 +306,12 @@ def token_terms(
     below = entropy < tl.load(numbers + ENTROPY_THRESHOLD)
     policy = tl.where(below, 0, policy)
     policy_weight = tl.where(below, 0, policy_weight)
-    slope = weighed(policy_weight, tl.where(inside, through_ratio, 0)) + weighed(policy_weight, direct)
+    grad_log_prob = weighed(policy_weight, tl.where(inside, slope, 0)) + weighed(policy_weight, direct)
     kl = possible.to(log_prob.dtype) * 0
     if KL_ESTIMATOR != NO_KL:
         kl, kl_slope, with_ratio = kl_terms(KL_ESTIMATOR, KL_GRADIENT, numbers, log_ratio_of(log_prob, ref), ratio)
         if KL_RATIO_WEIGHTED:
             kl_slope = times(ratio, tl.where(inside, with_ratio, kl_slope))
             kl = times(ratio, kl)
-        slope += weighed(kl_weight, tl.where(possible, kl_slope, 0))
-    return policy, kl, slope, flags, weight
+        grad_log_prob += weighed(kl_weight, tl.where(possible, kl_slope, 0))
+    return policy, kl, grad_log_prob, flags, weight
