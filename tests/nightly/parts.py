@@ -41,7 +41,15 @@ class Part:
 
 
 ROWS = ("test_loss", "test_numerics", "test_bits", "test_autograd", "test_support", "test_ops", "test_registration")
-CALLS = ("test_linear", "test_layout", "test_inputs", "test_aggregation", "test_metrics")
+CALLS = (
+    "test_linear",
+    "test_layout",
+    "test_inputs",
+    "test_aggregation",
+    "test_metrics",
+    "test_policy",
+    "test_token_losses",
+)
 
 PARTS = {
     "cuda": Part(5, (*ROWS, *CALLS, "test_zero_weights"), CUDA, ON_CUDA),
