@@ -159,10 +159,10 @@ def grpo_loss(
         check_not_inplace("grpo_loss", inplace, tokens.tensors)
         outputs = supported_log_probs(logits, tokens, support, logit_args, backend)
         outcome = call.tokens_of(*outputs) if token_losses else call.of_log_probs(*outputs)
-    elif not wants_gradient and not token_losses:
-        outcome = call.forward_only()
     elif token_losses:
         outcome = call.tokens_of(*autograd.LogProbs.apply(logits, call.rows, backend, False))
+    elif not wants_gradient:
+        outcome = call.forward_only()
     elif plan.fused and plan.spec is not None:
         outcome = call.one_pass(plan.spec)
     else:

@@ -61,7 +61,7 @@ def _operator(
                     values.append(kind(*flat[first : first + count]) if count else flat[first])
                     first += count or 1
                 result = compute(*values)
-                if len(schemas) < 2 or not nested:
+                if not nested:
                     return result
                 outputs: list[Any] = []
                 for part in result:

@@ -70,11 +70,6 @@ def may_look(tensor: Tensor, check: bool | None = None) -> bool:
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
-def asked_to_look(tensor: Tensor, check: bool | None = None) -> bool:
-    """Whether contents may be looked at (``may_look``) for checks that are made only where they are asked for."""
-    return checks_enabled(check) and may_look(tensor, check)
-
-
 def check_name(kind: str, name: object, allowed: Iterable[str], meant: str | None = None) -> None:
     """Raise a ValueError unless ``name`` is one of ``allowed``: with what was ``meant``, or the nearest valid name."""
     names = list(allowed)
