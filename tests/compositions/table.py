@@ -448,6 +448,8 @@ def verdict_of_pair(one: Feature, other: Feature) -> Verdict:
 
 HEAD = """# What goes with what
 
+This page is for whoever combines features of a call, and wants to know which pairs were run and what came of them.
+
 Every pair of features in one small call, on a CPU with the compiled kernels. A cell that is not refused is a call whose
 loss, log-probs, entropies and gradients are those of the reference in float64, by the rule of
 `verification/tolerance.py`. Written by `python -m tests.compositions > docs/compositions.md`;
