@@ -1,4 +1,4 @@
-"""Put the committed results into README: every table between `figures: NAME` and `end` is a results file, whole.
+"""Put the committed results into the documents: every table between `figures: NAME` and `end` is a results file, whole.
 
 python benchmarks/readme.py            # after a benchmark has written benchmarks/results/MACHINE/NAME.md
 """
@@ -13,13 +13,21 @@ MACHINE = ROOT / "benchmarks" / "results" / "amd-epyc-zen3-2-cores"
 SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
-def filled(readme: str) -> str:
-    return SECTION.sub(lambda m: f"{m[1]}{(MACHINE / f'{m[2]}.md').read_text().strip()}\n{m[3]}", readme)
+def documents() -> list[Path]:
+    """Return every Markdown file that may hold figures: those of the repository's root and of docs/."""
+    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def filled(text: str) -> str:
+    """Return a document with the results of today between its marks."""
+    return SECTION.sub(lambda m: f"{m[1]}{(MACHINE / f'{m[2]}.md').read_text().strip()}\n{m[3]}", text)
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    for path in documents():
+        text = path.read_text()
+        if (new := filled(text)) != text:
+            path.write_text(new)
     return 0
 
 
