@@ -1,4 +1,4 @@
-"""Timing in turns, peak memory, accuracy, first calls: one engine for every provider and workload."""
+"""Measures times in turns, peak memory, accuracy and first calls: one engine for every provider and workload."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .providers import Provider
 from .workload import SEQUENCES, Spec, Workload
 
 FLUSH_BYTES = 256 << 20
-"""Written between samples on a GPU: more than its second-level cache."""
+"""Bytes that are written between samples on a GPU: more than its second-level cache holds."""
 ENOUGH = 20.0
-"""Seconds of samples of one provider in one workload; it is left out of further rounds."""
+"""Seconds of samples of one provider in one workload, after which it is left out of further rounds."""
 CHECKED_ROWS = 64
-"""Rows of the gradient that are compared with float64."""
+"""How many rows of the gradient are compared with float64."""
 
 
 class TooLarge(ValueError):
-    """A workload that does not fit the device; said before anything is allocated."""
+    """Raised for a workload that does not fit the device, before anything is allocated."""
 
 
 def run(
@@ -41,7 +41,7 @@ def run(
     timed: bool = True,
     progress: Callable[[str], object] = lambda text: None,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each workload, as soon as it is measured: plain data, ready for JSON."""
+    """Yield a row for each workload, as soon as it is measured: plain data, ready for JSON."""
     for spec in specs:
         check_fits(spec)
     for spec in specs:
@@ -109,7 +109,7 @@ def _row(
 
 
 def _alone(provider: Provider, work: Workload, exact: Exact | None) -> dict[str, Any]:
-    """First call, peak memory, and errors beside float64."""
+    """Measure the first call, peak memory, and errors beside float64."""
     work.restore()
     clock = Clock(work.spec.device)
     loss = float(step(provider, work).detach())
@@ -131,7 +131,7 @@ def _alone(provider: Provider, work: Workload, exact: Exact | None) -> dict[str,
 
 
 def _new_length(provider: Provider, work: Workload) -> dict[str, float]:
-    """First call with a length that nothing was compiled for; after the timing, which it might slow down."""
+    """Time a first call with a length that nothing was compiled for, after the timing, which it might slow down."""
     if work.shape[1] == 1 or work.spec.kind != "all" or work.spec.upstream != 1:
         return {}
     shorter = work.shortened()
@@ -139,14 +139,14 @@ def _new_length(provider: Provider, work: Workload) -> dict[str, float]:
 
 
 def step(provider: Provider, work: Workload) -> Tensor:
-    """Loss and gradient, as a training step does it."""
+    """Compute loss and gradient, as a training step does."""
     loss = provider.loss(work)
     (loss * work.spec.upstream).backward()
     return loss
 
 
 class Exact:
-    """The loss, and some rows of its gradient, in float64; a sequence at a time, so that it fits."""
+    """Holds the loss and some rows of its gradient in float64, computed a sequence at a time, so that it fits."""
 
     def __init__(self, work: Workload) -> None:
         B, T = work.shape
@@ -163,7 +163,7 @@ class Exact:
         self.gradient = torch.cat(rows)
 
     def _loss(self, work: Workload, i: int, columns: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
-        """Of some tokens of a sequence, and the rows that it is a function of."""
+        """Return the loss of some tokens of a sequence, and the rows that it is a function of."""
         rows = work.kept if work.spec.hidden is None else work.hidden
         leaf = rows[i : i + 1, columns].double().requires_grad_()
         logits = leaf if work.spec.hidden is None else torch.nn.functional.linear(leaf, work.weight.double())
@@ -174,7 +174,8 @@ class Exact:
         ).loss, leaf
 
     def errors(self, loss: float, gradients: tuple[Tensor, ...]) -> tuple[float, float]:
-        """Relative error of the value, relative L2 error of the rows of the gradient (from hidden states: theirs)."""
+        """Return the relative error of the value, and the relative L2 error of the gradient's rows (from hidden states
+        theirs)."""
         mine = gradients[0][:, self.columns].double()
         size = float(self.gradient.norm())
         off = float((mine - self.gradient).norm()) / size if size else float(mine.norm())
@@ -187,7 +188,7 @@ YARDSTICK = "bound"
 
 
 def bound(work: Workload) -> None:
-    """What no loss step can beat: logits read and written once; from hidden states its three GEMMs.
+    """Do what no loss step can beat: read and write the logits once; from hidden states, the three GEMMs.
 
     The GEMMs run in fp32 on a CPU, which is what a bf16 head takes there, and make fresh tensors as training does.
     """
@@ -205,7 +206,7 @@ def bound(work: Workload) -> None:
 def _in_turns(
     work: Workload, providers: Sequence[Provider], rounds: int, progress: Callable[[int], object]
 ) -> Iterator[tuple[str, dict[str, float]]]:
-    """Median milliseconds of the no-grad forward, of loss and backward in a step, and of both."""
+    """Yield median milliseconds of the no-grad forward, of loss and backward in a step, and of both, by provider."""
     samples: dict[str, dict[str, list[float]]] = {p.name: {} for p in providers}
     device = work.spec.device
     flush = torch.empty(FLUSH_BYTES if torch.device(device).type == "cuda" else 1, dtype=torch.uint8, device=device)
@@ -259,7 +260,7 @@ def _sample(provider: Provider, work: Workload, flush: Tensor) -> dict[str, floa
 
 
 class Clock:
-    """Marks on the device's own time line: CUDA events, or the wall clock."""
+    """Sets marks on the device's own time line: CUDA events, or the wall clock."""
 
     def __init__(self, device: str) -> None:
         self.cuda = torch.device(device).type == "cuda"
@@ -277,7 +278,7 @@ class Clock:
             self.marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """Between one mark and the next."""
+        """Return the seconds between one mark and the next."""
         pairs = list(zip(self.marks, self.marks[1:], strict=False))
         if self.cuda:
             torch.cuda.synchronize()
@@ -296,7 +297,7 @@ def _seconds(function: Callable[[], object], work: Workload) -> float:
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:
-    """Largest sum of what PyTorch's allocator hands out while the function runs, beyond what it had before."""
+    """Return the peak of what PyTorch's allocator hands out while the function runs, beyond what it had before."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -320,7 +321,7 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The profiler greets on stderr, below Python."""
+    """Silence stderr below Python, where the profiler greets."""
     sys.stderr.flush()
     try:
         kept = os.dup(2)

@@ -1,4 +1,4 @@
-"""Vocabulary and hidden size of common open models, as their published configurations have them."""
+"""Names the vocabulary and the hidden size of common open models, as their published configurations have them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 
 class ModelShape(NamedTuple):
+    """The two sizes of a model that the loss step depends on."""
+
     vocab: int
     hidden: int
 

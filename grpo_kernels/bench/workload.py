@@ -1,4 +1,4 @@
-"""What is timed: a batch of logits, or of hidden states and a head, with all that a GRPO loss needs beside it."""
+"""Makes what is timed: a batch of logits, or of hidden states and a head, with all that a GRPO loss needs beside it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = {
     "half masked": "half of the tokens masked, GRPO with k3 KL",
     "30 % A = 0": "30 % of the sequences with advantage 0, GRPO without KL; ours skips those rows",
 }
-"""Workloads: what part of a batch there is something to compute for."""
+"""Kinds of workloads: for what part of a batch there is something to compute."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,15 @@ class Spec:
     vocab: int
     dtype: str
     hidden: int | None = None
-    """From hidden states of this size; None: from logits."""
+    """The size of the hidden states that it starts from; None where it starts from logits."""
     kind: str = "all"
     upstream: float = 1.0
-    """Factor of the loss before backward; ours is told (``grad_scale``)."""
+    """The factor of the loss before backward, which ours is told (``grad_scale``)."""
     device: str = "cpu"
 
     @property
     def shape(self) -> str:
+        """Return tokens × vocabulary as text, with the hidden size between them where there is one."""
         hidden = "" if self.hidden is None else f"×{self.hidden}"
         return f"{self.tokens}{hidden}×{self.vocab}"
 
@@ -51,17 +52,18 @@ class Spec:
 
     @property
     def logits_bytes(self) -> int:
+        """Return the size of the logits, whether the workload starts from them or not."""
         return self.tokens * self.vocab * DTYPES[self.dtype].itemsize
 
     def bytes(self) -> int:
-        """What the workload itself takes: logits twice (they are restored), or head, hidden states and gradients."""
+        """Return what the workload takes: logits twice (they are restored), or head, hidden states and gradients."""
         if self.hidden is None:
             return 2 * self.logits_bytes
         return 2 * (self.tokens + self.vocab) * self.hidden * DTYPES[self.dtype].itemsize
 
 
 class Workload:
-    """Tensors of a Spec, 8 sequences of one length; old and ref are 0.2 from the policy, so that some ratios clip."""
+    """Tensors of a Spec: 8 sequences of one length; old and ref are 0.2 from the policy, so that some ratios clip."""
 
     def __init__(self, spec: Spec, seed: int = 0) -> None:
         self.spec = spec
@@ -79,7 +81,7 @@ class Workload:
         self.config = LossConfig.preset("grpo", kl=KL(self.beta))
         self.longer: Tensor | None = None
         self.handed: dict[int, Tensor] = {}
-        """Gradients of the last backward by place, in whatever order they came."""
+        """The gradients of the last backward by place, in whatever order they came."""
         with torch.no_grad():
             if spec.hidden is None:
                 self.kept = torch.randn(*self.shape, spec.vocab, **options).mul_(2).to(dtype)
@@ -94,7 +96,7 @@ class Workload:
         self.old, self.ref = (log_probs + 0.2 * torch.randn(self.shape, **options) for _ in range(2))
 
     def shortened(self) -> Workload:
-        """The same with sequences shorter by a token: a length that nothing was compiled for."""
+        """Return the same with sequences shorter by a token: a length that nothing was compiled for."""
         other = object.__new__(Workload)
         other.__dict__ |= self.__dict__
         other.handed = {}
@@ -114,9 +116,9 @@ class Workload:
             self.buffer.copy_(self.kept)
 
     def logits(self, extra_row: bool = False) -> Tensor:
-        """The buffer as a model would hand it over: not a leaf; its backward takes the gradient and does no work.
+        """Return the buffer as a model would: not a leaf; its backward takes the gradient and does no work.
 
-        ``extra_row``: (B, T+1, V) with an unused last row, from a buffer of its own that is made once.
+        With ``extra_row`` it is (B, T+1, V) with an unused last row, from a buffer of its own that is made once.
         """
         tensor = self.buffer
         if extra_row:
@@ -127,20 +129,21 @@ class Workload:
         return handed
 
     def operands(self) -> tuple[Tensor, Tensor]:
-        """Hidden states and weight, in the same way."""
+        """Return hidden states and weight, in the same way."""
         anchor = _anchor(self.hidden)
         return _Handed.apply(anchor, self, 0, self.hidden), _Handed.apply(anchor, self, 1, self.weight)
 
     @property
     def gradients(self) -> tuple[Tensor, ...]:
-        """Of the last backward: of the logits, or of hidden states and weight."""
+        """Return what the last backward gave: the gradient of the logits, or those of hidden states and weight."""
         return tuple(self.handed[place] for place in sorted(self.handed))
 
     def rest(self) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """What a loss takes beside log-probs: advantages, mask, old and reference log-probs, the KL's coefficient."""
+        """Return what a loss takes beside log-probs: advantages, mask, old and reference log-probs, KL coefficient."""
         return self.advantages, self.mask, self.old, self.ref, self.beta
 
     def known(self) -> dict[str, Any]:
+        """Return the log-probs that our functions take by name."""
         return {"old_log_probs": self.old, "ref_log_probs": self.ref}
 
 
