@@ -1,45 +1,51 @@
-"""Every provider on every workload in one run, from logits and from hidden states: README's tables.
+"""Times every provider on every workload in one run, from logits and from hidden states: README's tables and plot.
 
-    python benchmarks/loss.py --out benchmarks/results/MACHINE     # the CPU set, under ten minutes on two cores
+    python benchmarks/loss.py --out benchmarks/results/MACHINE     # the CPU set, about ten minutes on two cores
     python benchmarks/loss.py --only logits --rounds 3
     python benchmarks/loss.py --only bf16-head                     # eager bf16 GEMMs: minutes a step on old CPUs
 
 Providers take turns inside each round, medians; `python -m grpo_kernels bench` is the same engine without the peers.
-gpu_check.py runs the GPU set.
+gpu_check.py runs the GPU set; redraw.py writes tables and plots anew from the .json files.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import itertools
-import json
 from pathlib import Path
+from typing import Any
 
 import peers
 
 from grpo_kernels.bench import report
-from grpo_kernels.bench.command import Files, collect
+from grpo_kernels.bench.command import Files, collect, redraw
 from grpo_kernels.bench.workload import Spec
 
-LOGITS = ((256, 32000), (512, 32000), (256, 151936))
+TOKENS, VOCAB = 256, 151936
+"""Where the two lines of the plot cross, and what is measured in every variant."""
+LENGTHS = (64, 128, 256, 512, 1024)
+VOCABULARIES = (32000, 49152, 100352, 151936, 262208)
+"""Those of Llama 2, SmolLM2, OLMo 2, Qwen3 and Gemma 3."""
 HIDDEN = ((1024, 32000, 512), (128, 151936, 1024))
 
 
 def logits(device: str) -> list[Spec]:
-    """Shapes and dtypes; then an upstream gradient of 1/4, and workloads with less to do, at one shape."""
-    found = [Spec(n, v, dtype, device=device) for dtype, (n, v) in itertools.product(("fp32", "bf16"), LOGITS)]
-    # The last shape again, compiled already.
-    found += [Spec(256, 151936, "bf16", upstream=0.25, device=device)]
-    return found + [Spec(256, 151936, "bf16", kind=kind, device=device) for kind in ("half masked", "30 % A = 0")]
+    """Return lengths and vocabularies in bf16, two shapes in fp32, an upstream gradient of 1/4, and less to do."""
+    shapes = dict.fromkeys([*((n, VOCAB) for n in LENGTHS), *((TOKENS, v) for v in VOCABULARIES)])
+    found = [Spec(n, v, "bf16", device=device) for n, v in shapes]
+    found += [Spec(TOKENS, VOCAB, "bf16", upstream=0.25, device=device)]
+    found += [Spec(TOKENS, VOCAB, "bf16", kind=kind, device=device) for kind in ("half masked", "30 % A = 0")]
+    return found + [Spec(TOKENS, v, "fp32", device=device) for v in (VOCABULARIES[0], VOCAB)]
 
 
 def hidden(device: str) -> list[Spec]:
+    """Return a small and a large head in fp32, the small one with half of its tokens masked as well."""
     found = [Spec(n, v, "fp32", h, device=device) for n, v, h in HIDDEN]
     return [found[0], dataclasses.replace(found[0], kind="half masked"), *found[1:]]
 
 
 def bf16_head(device: str) -> list[Spec]:
+    """Return a head in bf16, which eager PyTorch multiplies slowly where a CPU has no instructions for it."""
     return [Spec(128, 32000, "bf16", 512, device=device)]
 
 
@@ -59,7 +65,18 @@ HEADLINED = ("torch.compile, fp32 upcast", "eager, fp32 upcast")
 SHOWN["bf16-head"] = SHOWN["hidden"]
 
 
+def write(folder: Path, name: str, found: dict[str, Any]) -> None:
+    """Write every file of the set ``name`` but its .json, which holds ``found``."""
+    redraw(folder, f"loss_{name}", found)
+    rows, environment = found["rows"], found["environment"]
+    (folder / f"loss_{name}_summary.md").write_text(report.summary(rows, environment, SHOWN[name]))
+    if name == "logits" and (sentences := report.headline(rows, HEADLINED)):
+        text = f"One GRPO loss with its gradient and metrics ({report.caption(environment)}): {sentences}.\n"
+        (folder / "loss_headline.md").write_text(text)
+
+
 def main() -> int:
+    """Measure the sets that were asked for, print them, and write their files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, help="default: 5 from logits, 3 from hidden states")
     parser.add_argument("--device", default="cpu")
@@ -68,24 +85,15 @@ def main() -> int:
     arguments = parser.parse_args()
     if missing := peers.missing(arguments.device):
         print(f"not installed, left out: {', '.join(missing)}")
+    environment = report.environment(arguments.device)
+    environment["peers"] = {package: version for package, version in peers.versions().items() if version}
     for name in arguments.only or DEFAULT:
-        sinks = Files(arguments.out, f"loss_{name}", arguments.device)
-        rows, status = collect(
-            SETS[name](arguments.device), peers.providers, arguments.rounds or (5 if name == "logits" else 3), sinks
-        )
+        sinks = Files(arguments.out, f"loss_{name}", environment)
+        rounds = arguments.rounds or (5 if name == "logits" else 3)
+        rows, status = collect(SETS[name](arguments.device), peers.providers, rounds, sinks)
         print(report.text(rows), flush=True)
         if arguments.out and rows:
-            installed = {package: version for package, version in peers.versions().items() if version}
-            path = arguments.out / f"loss_{name}.json"
-            found = json.loads(path.read_text())
-            found["environment"]["peers"] = installed
-            path.write_text(json.dumps(found, indent=1) + "\n")
-            summary = report.summary(rows, found["environment"], SHOWN[name])
-            (arguments.out / f"loss_{name}_summary.md").write_text(summary)
-            if name == "logits":
-                place = report.caption(found["environment"])
-                text = f"Loss, gradient and metrics of GRPO ({place}): {report.headline(rows, HEADLINED)}.\n"
-                (arguments.out / "loss_headline.md").write_text(text)
+            write(arguments.out, name, {"environment": environment, "rows": rows})
         if status:
             return status
     return 0

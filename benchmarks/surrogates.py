@@ -1,6 +1,6 @@
-"""Every one-pass surrogate beside the clip: time of loss and gradient, in place.
+"""Times every one-pass surrogate beside the clip: loss and gradient, by the default call and in place.
 
-    python benchmarks/surrogates.py --out benchmarks/results/MACHINE    # about a minute on two cores
+    python benchmarks/surrogates.py --out benchmarks/results/MACHINE    # about two minutes on two cores
 
 The same workloads as ``python -m grpo_kernels bench``, with the config's surrogate exchanged; GRPO's KL stays.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,48 +29,69 @@ CHANGES: dict[str, dict[str, Any]] = {
     **{CLIP if i == 0 else repr(surrogate): {"surrogate": surrogate} for i, surrogate in enumerate(SURROGATES)},
     "Clip() with TruncatedIS(2.0)": {"rollout": TruncatedIS(2.0)},
 }
-"""By the name in the table: what is exchanged in the config of GRPO."""
+"""What is exchanged in the config of GRPO, by the name in the table."""
 
 
-def provider(name: str) -> Provider:
+def provider(name: str, inplace: bool) -> Provider:
+    """Return GRPO with the change of that name, its gradient in a tensor of its own or over the logits."""
+
     def loss(work: Workload) -> Tensor:
         config: LossConfig = dataclasses.replace(work.config, **CHANGES[name])
         known = {**work.known(), "rollout_log_probs": work.ref}
-        inplace = torch.is_grad_enabled()
         arguments = (work.logits(), work.ids, work.advantages, work.mask)
-        return grpo_loss(*arguments, **known, config=config, inplace=inplace, grad_scale=work.spec.upstream).loss
+        options = {"inplace": inplace and torch.is_grad_enabled(), "grad_scale": work.spec.upstream}
+        return grpo_loss(*arguments, **known, config=config, **options).loss
 
-    return Provider(name, loss, lambda spec: 0.05 * spec.logits_bytes, same_outputs=False, ours=True)
+    copies = 0.05 if inplace else 1.05
+    return Provider(label(name, inplace), loss, lambda spec: copies * spec.logits_bytes, same_outputs=False, ours=True)
 
 
-def table(rows: list[dict[str, Any]], caption: str) -> str:
+def label(name: str, inplace: bool) -> str:
+    """Return a provider's name in the rows."""
+    return f"{name}, in place" if inplace else name
+
+
+def table(found: dict[str, Any]) -> str:
+    """Return a line for each surrogate: its time, and how many times that of the clip it is, by both calls."""
+    rows = found["rows"]
+    heads = ["", *(label(report.title(row), inplace) for row in rows for inplace in (False, True))]
     lines = [
-        caption,
-        "",
-        "| | " + " | ".join(report.title(row) for row in rows) + " |",
-        "| --- |" + " --- |" * len(rows),
-    ]
+        f"{report.caption(found['environment'])}. Median milliseconds of loss and gradient, at tokens × vocabulary"
+        f", and as a multiple of those of `{CLIP}`.",
+        "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|",
+    ]  # fmt: skip
     for name in CHANGES:
-        steps = [(row["providers"][name]["step_ms"], row["providers"][CLIP]["step_ms"]) for row in rows]
-        cells = (f"{own:.2f}" if name == CLIP else f"{own:.2f} ({own / clip:.2f}x)" for own, clip in steps)
-        lines.append(f"| `{name}` | " + " | ".join(cells) + " |")
+        cells = []
+        for row in rows:
+            for inplace in (False, True):
+                own, clip = (report.milliseconds(row, label(other, inplace)) for other in (name, CLIP))
+                cells.append(f"{own:.2f}" if name == CLIP else f"{own:.2f} ({own / clip:.2f}x)")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def write(folder: Path, found: dict[str, Any]) -> None:
+    """Write the table of what surrogates.json holds."""
+    (folder / "surrogates.md").write_text(table(found))
+
+
 def main() -> int:
+    """Measure every surrogate, print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="folder for surrogates.md")
+    parser.add_argument("--out", type=Path, help="folder for surrogates.json and .md")
     arguments = parser.parse_args()
     shapes = ((1024, 4096, "fp32"), (256, 32000, "fp32"), (512, 32000, "bf16"))
     specs = [Spec(tokens, vocab, dtype, device=arguments.device) for tokens, vocab, dtype in shapes]
-    rows = list(run(specs, lambda spec: [provider(name) for name in CHANGES], arguments.rounds, progress=print))
-    text = table(rows, f"{report.caption(report.environment(arguments.device))}; median ms of loss and gradient")
-    print(text)
+    made = [provider(name, inplace) for name in CHANGES for inplace in (False, True)]
+    rows = list(run(specs, lambda spec: made, arguments.rounds, progress=print))
+    found = {"environment": report.environment(arguments.device), "rows": rows}
+    print(table(found))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "surrogates.md").write_text(text)
+        (arguments.out / "surrogates.json").write_text(json.dumps(found, indent=1) + "\n")
+        write(arguments.out, found)
     return 0
 
 

@@ -1,6 +1,6 @@
-"""The training loop's figure: mean reward and time of `python -m grpo_kernels train` for several seeds.
+"""Measures the training loop: mean reward and time of `python -m grpo_kernels train` for several seeds.
 
-    python benchmarks/train_sort.py --out DIR     # DIR/train_sort.md and DIR/train_sort.png, 3 minutes a seed
+    python benchmarks/train_sort.py --out DIR     # train_sort.json, .md and .png, 3 minutes a seed
 
 Runs go to runs/sort-seed-<n>; one that is complete there is not run again, one that was cut is resumed.
 """
@@ -12,19 +12,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+from grpo_kernels.bench.plot import bare, head, new_figure
 from grpo_kernels.bench.report import environment
 
 STEPS, LAST = 900, 50
+COLORS, DASHES = ("#00734f", "#0072b2", "#d55e00"), ("-", "--", ":")
 
 
 def complete_run(seed: int) -> list[dict]:
-    """The log of the default run with this seed."""
+    """Return the log of the default run with this seed, which is run or resumed where it is not complete."""
     folder = Path("runs") / f"sort-seed-{seed}"
     log = folder / "log.jsonl"
     if not log.exists() or log.read_text().count("\n") < STEPS:
@@ -34,52 +32,75 @@ def complete_run(seed: int) -> list[dict]:
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def mean_reward(records: list[dict], step: int) -> float:
-    """Over the last steps before this one."""
-    rewards = [record["reward"] for record in records[max(0, step - LAST) : step]]
-    return sum(rewards) / len(rewards)
+def mean_reward(rewards: list[float], step: int) -> float:
+    """Return the mean over the last steps until this one."""
+    last = rewards[max(0, step - LAST) : step]
+    return sum(last) / len(last)
 
 
-def table(runs: dict[int, list[dict]]) -> str:
-    env = environment("cpu")
+def table(found: dict[str, Any]) -> str:
+    """Return a line for each seed: the reward at some steps, and the time of the run."""
+    env = found["environment"]
     marks = (100, 300, 600, STEPS)
     lines = [
-        f"{env['machine']}, {env['threads']} threads, torch {env['torch']}; mean per-position reward over {LAST} steps",
-        "",
-        "| seed | " + " | ".join(f"step {mark}" for mark in marks) + " | seconds |",
-        "| --- |" + " --- |" * (len(marks) + 1),
-    ]
-    for seed, records in runs.items():
-        cells = [f"{mean_reward(records, mark):.3f}" for mark in marks]
-        lines.append(f"| {seed} | {' | '.join(cells)} | {sum(r['seconds'] for r in records):.0f} |")
-    return "\n".join(lines)
+        f"{env['machine']}, {env['threads']} threads, torch {env['torch']}. Mean reward of the {LAST} steps until a "
+        "step: the share of digits that stand where they should.",
+        "", f"| seed | {' | '.join(f'step {mark}' for mark in marks)} | time of the run, seconds |",
+        "| --- " * (len(marks) + 2) + "|",
+    ]  # fmt: skip
+    for seed, run in found["runs"].items():
+        cells = [f"{mean_reward(run['rewards'], mark):.3f}" for mark in marks]
+        lines.append(f"| {seed} | {' | '.join(cells)} | {run['seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
 
 
-def plot(runs: dict[int, list[dict]], target: Path) -> None:
-    figure, axis = plt.subplots(figsize=(7, 4), constrained_layout=True)
-    for seed, records in runs.items():
-        axis.plot([mean_reward(records, i + 1) for i in range(len(records))], label=f"seed {seed}")
-    axis.axhline(0.95, color="gray", linestyle=":", linewidth=1)
-    axis.set(
-        xlabel="step", ylabel=f"mean reward of {LAST} steps", title="sort: 4 digits, from random weights", ylim=(0, 1)
+def plot(found: dict[str, Any], path: Path) -> None:
+    """Draw every seed's mean reward against the step."""
+    figure = new_figure(8, 4.4)
+    panel = figure.subplots()
+    for place, (seed, run) in enumerate(found["runs"].items()):
+        steps = range(LAST, len(run["rewards"]) + 1)
+        label = f"seed {seed}: {run['seconds'] / 60:.1f} minutes"
+        color, dash = COLORS[place % len(COLORS)], DASHES[place % len(DASHES)]
+        panel.plot(steps, [mean_reward(run["rewards"], step) for step in steps], dash, lw=1.8, color=color, label=label)
+    panel.set_ylim(0, 1.02)
+    panel.set_xlim(0, None)
+    panel.set_xlabel("training step", fontsize=9)
+    panel.set_ylabel(f"mean reward of the last {LAST} steps", fontsize=9)
+    panel.tick_params(labelsize=9)
+    panel.grid(alpha=0.25)
+    panel.legend(loc="lower right", frameon=False, fontsize=9)
+    bare(panel)
+    env = found["environment"]
+    text = (
+        f"Reward: the share of digits in their place. {env['machine']}, {env['threads']} threads, torch {env['torch']}"
     )
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(target, dpi=110)
+    head(figure, "A small model learns to sort four digits, from random weights", text)
+    figure.savefig(path, dpi=150)
+
+
+def write(folder: Path, found: dict[str, Any]) -> None:
+    """Write the table and the plot of what train_sort.json holds."""
+    (folder / "train_sort.md").write_text(table(found))
+    plot(found, folder / "train_sort.png")
 
 
 def main() -> None:
+    """Run every seed, print the table, and write table and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, help="folder for train_sort.md and train_sort.png")
+    parser.add_argument("--out", type=Path, help="folder for train_sort.json, .md and .png")
     arguments = parser.parse_args()
-    runs = {seed: complete_run(seed) for seed in arguments.seeds}
-    text = table(runs)
-    print(text)
+    found: dict[str, Any] = {"environment": environment("cpu"), "runs": {}}
+    for seed in arguments.seeds:
+        records = complete_run(seed)
+        rewards = [round(record["reward"], 4) for record in records]
+        found["runs"][str(seed)] = {"seconds": sum(record["seconds"] for record in records), "rewards": rewards}
+    print(table(found))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "train_sort.md").write_text(text + "\n")
-        plot(runs, arguments.out / "train_sort.png")
+        (arguments.out / "train_sort.json").write_text(json.dumps(found) + "\n")
+        write(arguments.out, found)
 
 
 if __name__ == "__main__":

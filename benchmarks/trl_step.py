@@ -1,4 +1,4 @@
-"""One loss step of TRL's GRPOTrainer, with its own loss and with ours: time, and peak memory beyond the model's.
+"""Times a loss step of TRL's GRPOTrainer, with its own loss and with ours, and measures its peak memory.
 
     python benchmarks/trl_step.py                  # about five minutes on two cores
     python benchmarks/trl_step.py --rounds 3 --out DIR
@@ -37,7 +37,7 @@ PROVIDERS = ("TRL", "TRL, patch_trl", "FusedGRPOTrainer", "FusedGRPOTrainer, fro
 
 
 def save_policy(folder: Path | str, **sizes: Any) -> None:
-    """A random Qwen3, and a tokenizer of single characters."""
+    """Save a random Qwen3, and a tokenizer of single characters."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = ["<pad>", "<eos>", *(chr(ord("A") + i) for i in range(min(sizes["vocab_size"], 1000) - 2))]
@@ -53,7 +53,7 @@ def save_policy(folder: Path | str, **sizes: Any) -> None:
 
 
 def make_trainer(kind: type, folder: Path | str, options: dict[str, Any], **keywords: Any) -> Any:
-    """A trainer of ``kind`` on the policy in ``folder``; ``options`` of GRPOConfig."""
+    """Make a trainer of ``kind`` on the policy in ``folder``, with ``options`` of GRPOConfig."""
     fixed = {"output_dir": str(folder), "use_cpu": True, "report_to": [], "save_strategy": "no", "bf16": False}
     fixed |= {"dataloader_pin_memory": False, "disable_tqdm": True, "num_generations": 4}
     prompts = datasets.Dataset.from_dict({"prompt": ["ABC", "HELLO", "Q", "XYZW", "AB", "LM", "PQRS", "T"]})
@@ -68,6 +68,7 @@ def make_trainer(kind: type, folder: Path | str, options: dict[str, Any], **keyw
 
 
 def reward(completions: list[str], **_: Any) -> list[float]:
+    """Reward the letter A, and length a little."""
     return [text.count("A") - 0.3 * text.count("B") + 0.01 * len(text) for text in completions]
 
 
@@ -91,15 +92,17 @@ class Step:
         self.inputs |= {"advantages": torch.randn(SEQUENCES), "num_items_in_batch": ones[:, PROMPT:].sum().float()}
 
     def run(self) -> None:
+        """Compute the loss and its backward, with patch_trl where the provider says so."""
         with patched_trl() if self.patched else contextlib.nullcontext():
             self.trainer._compute_loss(self.trainer.model, self.inputs).backward()
 
     def restore(self) -> None:
+        """Drop the gradients of the last run."""
         self.trainer.model.zero_grad(set_to_none=True)
 
 
 def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each; a first round warms up."""
+    """Return the median milliseconds of each; a first round warms up."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     for k in tqdm(range(rounds + 1), unit="round"):
         names = list(steps)
@@ -115,7 +118,7 @@ def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, float]:
 
 
 def extra_bytes(step: Step) -> int:
-    """Peak memory of a step beyond the model, its gradients included."""
+    """Return the peak memory of a step beyond the model, its gradients included."""
     step.run()
     step.restore()
     with quiet():
@@ -123,16 +126,28 @@ def extra_bytes(step: Step) -> int:
 
 
 def table(found: dict[str, Any]) -> str:
-    caption = f"{report.caption(found)}, TRL {found['trl']}; median ms of a step"
-    lines = [caption, "", "| | ms | × TRL | peak memory, MB | of it gradients |", "| --- | --- | --- | --- | --- |"]
+    """Return a line for each provider: its time, how many times as long TRL's own loss takes, and its memory."""
+    sizes = found["sizes"]
+    lines = [
+        f"{report.caption(found['environment'])}, TRL {found['trl']}. Loss and backward of {found['tokens']} tokens "
+        f"through a Qwen3 with {sizes['num_hidden_layers']} layers of {sizes['hidden_size']} and a vocabulary of "
+        f"{sizes['vocab_size']:,}; memory is the peak beyond the model, of which {found['gradient_bytes'] / 1e6:.0f} "
+        "MB are its gradients; `from_logits` writes the gradient of the logits over them.",
+        "", "|  | median ms of a step | TRL's own takes | peak memory, MB |", "| --- | --- | --- | --- |",
+    ]  # fmt: skip
     for name, ms in found["ms"].items():
-        size = found["bytes"][name]
-        gradients = f"{found['gradient_bytes'] / 1e6:.0f}"
-        lines.append(f"| {name} | {ms:.0f} | {ms / found['ms']['TRL']:.2f} | {size / 1e6:.0f} | {gradients} |")
-    return "\n".join(lines)
+        memory = found["bytes"][name] / 1e6
+        lines.append(f"| {name} | {ms:.0f} | {found['ms']['TRL'] / ms:.1f}x | {memory:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(folder: Path, found: dict[str, Any]) -> None:
+    """Write the table of what trl_step.json holds."""
+    (folder / "trl_step.md").write_text(table(found))
 
 
 def main() -> int:
+    """Measure every provider, print the table, and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, help="folder for trl_step.json and trl_step.md")
@@ -143,13 +158,13 @@ def main() -> int:
         memory = {name: extra_bytes(step) for name, step in steps.items()}
         gradients = sum(p.numel() * p.element_size() for p in steps["TRL"].trainer.model.parameters())
         times = in_turns(steps, arguments.rounds)
-    found = {**report.environment("cpu"), "trl": trl.__version__, "ms": times, "bytes": memory}
+    found = {"environment": report.environment("cpu"), "trl": trl.__version__, "ms": times, "bytes": memory}
     found |= {"gradient_bytes": gradients, "sizes": SIZES, "tokens": SEQUENCES * COMPLETION}
     print(table(found))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "trl_step.json").write_text(json.dumps(found, indent=1) + "\n")
-        (arguments.out / "trl_step.md").write_text(table(found) + "\n")
+        write(arguments.out, found)
     return 0
 
 

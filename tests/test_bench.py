@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from grpo_kernels.__main__ import main
-from grpo_kernels.bench import command, measure, providers, report
+from grpo_kernels.backends import eager
+from grpo_kernels.bench import command, measure, plot, providers, report
 from grpo_kernels.bench.models import MODELS
 from grpo_kernels.bench.workload import DTYPES, KINDS, Spec, Workload
 from grpo_kernels.verification import reference
@@ -103,14 +104,14 @@ def test_errors_are_seen(uncompiled):
     """A provider that is wrong shows: gradient x 0.99, and a loss off by one per cent."""
 
     def wrong(work):
-        loss = providers.from_logits(work.spec)[1].loss(work)
+        loss = providers.from_logits(work.spec)[0].loss(work)
         return 0.99 * loss
 
     made = [*providers.from_logits(Spec(32, 300, "fp32"))[:1], providers.Provider("wrong", wrong, lambda s: 0)]
     row = next(measure.run([Spec(32, 300, "fp32")], lambda spec: made, rounds=1))
     assert row["providers"]["wrong"]["gradient_error"] == pytest.approx(0.01, rel=0.01)
     assert row["providers"]["wrong"]["loss_error"] == pytest.approx(0.01, rel=0.01)
-    assert row["providers"]["ours, in place"]["gradient_error"] < 1e-5
+    assert row["providers"]["ours"]["gradient_error"] < 1e-5
 
 
 def test_failures_and_what_does_not_fit(uncompiled):
@@ -130,7 +131,7 @@ def test_failures_and_what_does_not_fit(uncompiled):
     assert row["providers"]["huge"]["skipped"].startswith("needs about 1000000.0 GB")
     text = report.text([row])
     assert "failing: RuntimeError: no kernel image" in text
-    assert "step_ms" in row["providers"]["ours, in place"]
+    assert "step_ms" in row["providers"]["ours"]
     assert report.markdown([row], report.environment("cpu")).count("\n| 32×300 fp32 |") == 3
 
 
@@ -138,7 +139,7 @@ def test_command(uncompiled, tmp_path, capsys):
     arguments = ["--shapes", "16x64,32x64,16x128", "--dtype", "fp32", "--rounds", "1", "--out", str(tmp_path / "new")]
     assert main(["bench", *arguments]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"32×64 fp32: [\d.]+x (faster|slower) than .*, the fastest with the same outputs", text)
+    assert re.search(r"32×64 fp32: ours takes [\d.]+ ms \([\d.]+ in place\); .* outputs, [\d.]+x as long", text)
     found = json.loads((tmp_path / "new" / "bench.json").read_text())
     assert len(found["rows"]) == 3
     lines = list(csv.DictReader((tmp_path / "new" / "bench.csv").open()))
@@ -203,6 +204,7 @@ def unwritable(tmp_path):
         (["--rounds", "0"], "--rounds must be at least 1"),
         (["--shapes", "10000000x151936"], r"needs about \d+.\d GB and [\d.]+ GB are free on cpu: fewer tokens"),
         (["--device", "foo"], "--device foo cannot be used here"),
+        (["--backend", "gpu"], "--backend must be one of cpu, cuda, triton, torch; got 'gpu'"),
         (["--out", "UNWRITABLE"], "--out .* cannot be written: "),
     ],
 )
@@ -219,8 +221,102 @@ def test_lengths():
     assert set(DTYPES) == {"fp32", "bf16", "fp16"}
 
 
-def test_summary_names_what_is_missing(uncompiled):
-    row = next(measure.run([Spec(16, 64, "fp32")], providers.providers, rounds=1))
-    text = report.summary([row], report.environment("cpu"), ["eager, fp32 upcast", "Liger"])
-    line = next(line for line in text.splitlines() if line.startswith("| 16×64"))
-    assert re.match(r"\| 16×64 fp32 \| [\d.]+ \| \d+ % \| [\d.]+x \| – \| ", line), line
+def row_of(times, vocab=1000, **changes):
+    """A row of the engine with these milliseconds by provider, whose memory is its place among them."""
+    measured = {"forward_ms": 1.0, "backward_ms": 1.0, "loss_error": 0.0, "gradient_error": 0.0}
+    measured |= {"repeatable": True, "same_outputs": True}
+    found = {
+        name: {**measured, "step_ms": ms, "extra_bytes": 2000 * place, "ours": name.startswith("ours")}
+        for place, (name, ms) in enumerate(times.items())
+    }
+    spec = {
+        "tokens": 2,
+        "vocab": vocab,
+        "dtype": "bf16",
+        "hidden": None,
+        "kind": "all",
+        "upstream": 1.0,
+        "device": "cpu",
+    }
+    return {**spec, "logits_bytes": 4 * vocab, "yardstick_ms": 2.0, "providers": found} | changes
+
+
+EAGER, COMPILED = "eager, fp32 upcast", "torch.compile, fp32 upcast"
+SLOWER = {"ours, in place": 4.0, "ours": 20.0, EAGER: 30.0, COMPILED: 12.0}
+"""Compiled code beats the default call here, which takes five times as long as the one in place."""
+
+
+def test_figures_are_of_the_default_call():
+    """Where a peer is faster than the call that is pasted, the number is below 1; in place stands beside it."""
+    rows = [row_of(SLOWER), row_of(SLOWER | {"ours": 10.0})]
+    text = report.summary(rows, report.environment("cpu"), [EAGER, COMPILED, "Liger"])
+    heads, _, first, second = (line.split(" | ") for line in text.splitlines()[2:])
+    assert heads[1:3] == ["ours: ms", "ours, in place: ms"]
+    assert first[1:7] == ["20.00", "4.00", "10 %", "1.5x", "0.6x", "–"]
+    assert second[1:7] == ["10.00", "4.00", "20 %", "3.0x", "1.2x", "–"]
+    assert first[7].startswith("0.50 × / 0.00 × / 1.00 ×")
+    said = report.headline(rows, [COMPILED, EAGER])
+    assert "torch.compile (fp32 upcast) takes **0.6-1.2x** the time of the default call" in said
+    assert "eager (fp32 upcast) takes **1.5-3.0x**; of the time with `inplace=True` 3.0x and 7.5x." in said
+    assert "0.5 for the default call, 0.0 in place, 1.5 for torch.compile (fp32 upcast), 1.0 for eager" in said
+    assert report.headline(rows, ["Liger"]) == ""
+    assert report.cells(rows[0], "ours, in place")[5] == "0.20"
+    line = report.sentences(rows)[0]
+    assert re.search(rf"20.00 ms \(4.00 in place\); {COMPILED}, the fastest of the others .*, 0.6x as long$", line)
+
+
+@pytest.mark.parametrize(("sizes", "drawn"), [((1000, 2000), "bars"), ((1000, 2000, 4000), "lines")])
+def test_what_is_drawn(monkeypatch, tmp_path, sizes, drawn):
+    """Lines of three points and more; a provider has the same colour everywhere, and its own marker and dash."""
+    kept = []
+    monkeypatch.setattr(plot, "head", lambda figure, *rest: kept.append(figure))
+    rows = [row_of(SLOWER, vocab) for vocab in sizes]
+    assert plot.plot(rows, tmp_path / "bench.png", "") == tmp_path / "bench.png"
+    panels = kept[0].get_axes()
+    drawings = {
+        line.get_label(): (line.get_color(), line.get_marker(), line.get_linestyle()) for line in panels[0].lines
+    }
+    if drawn == "bars":
+        assert [len(panel.patches) for panel in panels] == [4] * 4
+        assert not drawings
+        return
+    assert list(drawings) == list(SLOWER)
+    assert len({(marker, dash) for _, marker, dash in drawings.values()}) == 4
+    assert [bar.get_width() for bar in panels[-1].patches] == [2000 * place / 16000 for place in range(4)]
+    ticks = [label.get_text() for label in panels[0].get_yticklabels()]
+    assert {"5", "10", "20"} <= set(ticks)
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == ["1,000", "2,000", "4,000"]
+
+
+def test_backend_by_name(uncompiled, tmp_path, capsys, monkeypatch):
+    """Ours runs on it, and every caption says so."""
+    seen = []
+    original = eager.log_probs
+    monkeypatch.setattr(eager, "log_probs", lambda *rest: seen.append(1) or original(*rest))
+    given = ["bench", "--shapes", "16x64", "--rounds", "1", "--memory"]
+    assert main(given) == 0
+    assert not seen
+    assert main([*given, "--backend", "torch", "--out", str(tmp_path)]) == 0
+    assert seen
+    assert "ours on backend='torch'" in capsys.readouterr().out
+    assert "ours on backend='torch'" in (tmp_path / "bench.md").read_text()
+    monkeypatch.setenv("GRPO_KERNELS_BACKEND", "torch")
+    assert report.environment("cpu")["backend"] == "torch"
+    assert main([*given, "--backend", "cpu"]) == 2
+    assert "GRPO_KERNELS_BACKEND=torch" in capsys.readouterr().err
+    monkeypatch.delenv("GRPO_KERNELS_BACKEND")
+    monkeypatch.setattr(eager, "unsupported", lambda request: "no such kernels")
+    assert main([*given, "--backend", "torch"]) == 2
+    assert "--backend torch cannot serve cpu: no such kernels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_surrogates_table(inplace):
+    """Every surrogate beside the clip of the same call."""
+    import surrogates
+
+    names = [surrogates.label(name, way) for name in surrogates.CHANGES for way in (False, True)]
+    times = dict.fromkeys(names, 3.0) | {"Clip()": 6.0, "Clip(), in place": 2.0}
+    text = surrogates.table({"environment": report.environment("cpu"), "rows": [row_of(times)]})
+    line = next(line for line in text.splitlines() if line.startswith("| `Reinforce()`")).split(" | ")
+    assert line[1 + inplace].strip(" |") == ("3.00 (1.50x)" if inplace else "3.00 (0.50x)")

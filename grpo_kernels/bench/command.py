@@ -4,6 +4,7 @@
     python -m grpo_kernels bench --model qwen2.5-7b --lengths 256,1k --dtype bf16 --out results
     python -m grpo_kernels bench --shapes 512x32000,512x151936     # tokens x vocabulary
     python -m grpo_kernels bench --model qwen3-0.6b --lengths 128 --linear      # from hidden states
+    python -m grpo_kernels bench --backend torch                   # ours on the backend of that name
 
 Providers take turns inside each round; figures are medians. Peers' packages (TRL, Liger, ...) are timed beside ours by
 benchmarks/loss.py of the repository.
@@ -12,6 +13,7 @@ benchmarks/loss.py of the repository.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from typing import Any
 
 import torch
 
+from .. import backends
 from ..objectives.checks import check_device_name, check_name
 from ..verification.progress import progress_bar
 from . import measure, report
@@ -41,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--linear", action="store_true", help="from hidden states, with --model")
     kinds = ", ".join(repr(kind) for kind in KINDS).replace("%", "%%")
     parser.add_argument("--kind", action="append", help=f"one of {kinds}; repeatable (default: 'all')")
+    names = ", ".join(backends.names())
+    parser.add_argument("--backend", help=f"what ours runs on, one of {names} (default: the automatic choice)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true", help="peak memory alone, one call of each")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write bench.json, .csv, .md and .png there")
@@ -53,14 +58,28 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.rounds < 1:
         raise ValueError(f"--rounds must be at least 1; got {arguments.rounds}.")
     check_device_name("--device", arguments.device)
+    check_backend(arguments.backend, arguments.device)
     specs = specs_of(arguments)
-    sinks = Files(arguments.out, "bench", arguments.device)
-    rows, status = collect(specs, providers, arguments.rounds, sinks, timed=not arguments.memory)
-    print(report.caption(report.environment(arguments.device)))
+    environment = report.environment(arguments.device, arguments.backend)
+    sinks = Files(arguments.out, "bench", environment)
+    chosen = functools.partial(providers, backend=arguments.backend)
+    rows, status = collect(specs, chosen, arguments.rounds, sinks, timed=not arguments.memory)
+    print(report.caption(environment))
     print(report.text(rows))
     if arguments.out:
         print(f"\nwritten: {', '.join(str(path) for path in sinks.written)}")
     return status
+
+
+def check_backend(name: str | None, device: str) -> None:
+    """Raise a ValueError where ``name`` is no backend, cannot serve the device, or is not what the calls would take."""
+    if name is None:
+        return
+    check_name("--backend", name, backends.names())
+    backends.check_not_switched(f"--backend {name} names a backend")
+    reason = backends.get(name).unsupported(backends.Request(torch.device(device), by_name=True))
+    if reason is not None:
+        raise ValueError(f"--backend {name} cannot serve {device}: {reason}")
 
 
 def collect(
@@ -71,7 +90,10 @@ def collect(
     *,
     timed: bool = True,
 ) -> tuple[list[dict[str, Any]], int]:
-    """Rows, and the exit status: 130 when it was interrupted; what was measured until then is kept and written."""
+    """Measure, and return the rows and the exit status.
+
+    The status is 130 when it was interrupted; what was measured until then is kept and written.
+    """
     rows: list[dict[str, Any]] = []
     bar = progress_bar(len(specs), "bench", "workload")
     try:
@@ -88,10 +110,10 @@ def collect(
 
 
 class Files:
-    """NAME.json, .csv, .md and .png in a folder, written anew after each workload."""
+    """A folder's NAME.json, .csv, .md and .png, which are written anew after each workload."""
 
-    def __init__(self, folder: Path | None, name: str, device: str) -> None:
-        self.folder, self.name, self.device = folder, name, device
+    def __init__(self, folder: Path | None, name: str, environment: dict[str, Any]) -> None:
+        self.folder, self.name, self.environment = folder, name, environment
         self.written: list[Path] = []
         if folder is None:
             return
@@ -102,27 +124,32 @@ class Files:
             raise ValueError(f"--out {folder} cannot be written: {error.strerror or error}.") from error
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Write what there is, where a folder was given."""
         if self.folder is None:
             return
-        environment = report.environment(self.device)
-        texts = {
-            "json": json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n",
-            "csv": report.comma_separated(rows),
-            "md": report.markdown(rows, environment),
-        }
-        self.written = []
-        for ending, text in texts.items():
-            path = self.folder / f"{self.name}.{ending}"
-            path.write_text(text)
-            self.written.append(path)
-        try:
-            drawn = plot(rows, self.folder / f"{self.name}.png", report.caption(environment))
-        except ImportError:
-            drawn = None
-        self.written += [] if drawn is None else [drawn]
+        found = {"environment": self.environment, "rows": rows}
+        path = self.folder / f"{self.name}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        self.written = [path, *redraw(self.folder, self.name, found)]
+
+
+def redraw(folder: Path, name: str, found: dict[str, Any]) -> list[Path]:
+    """Write NAME.csv, .md and .png of what NAME.json holds, and return their paths; no plot without matplotlib."""
+    rows, environment = found["rows"], found["environment"]
+    texts = {"csv": report.comma_separated(rows), "md": report.markdown(rows, environment)}
+    written = []
+    for ending, text in texts.items():
+        written.append(folder / f"{name}.{ending}")
+        written[-1].write_text(text)
+    try:
+        drawn = plot(rows, folder / f"{name}.png", report.caption(environment))
+    except ImportError:
+        return written
+    return written if drawn is None else [*written, drawn]
 
 
 def specs_of(arguments: argparse.Namespace) -> list[Spec]:
+    """Return the workloads that the options name. Raise a ValueError where they name none, or contradict each other."""
     dtypes, kinds = arguments.dtype or ["bf16"], arguments.kind or ["all"]
     for dtype in dtypes:
         check_name("--dtype", dtype, DTYPES)
@@ -156,6 +183,7 @@ def specs_of(arguments: argparse.Namespace) -> list[Spec]:
 
 
 def shape(text: str) -> tuple[int, int]:
+    """Read "512x32000" as tokens and vocabulary. Raise a ValueError of --shapes where it is something else."""
     tokens, cross, vocab = text.lower().partition("x")
     if not cross:
         raise ValueError(f"--shapes must be TOKENSxVOCABULARY, separated by commas; got {text!r}.")
@@ -163,7 +191,7 @@ def shape(text: str) -> tuple[int, int]:
 
 
 def number(text: str, what: str) -> int:
-    """ "4096" or "4k"; k is 1024."""
+    """Read "4096" or "4k"; k is 1024. Raise a ValueError of the option ``what`` where it is no positive number."""
     digits, factor = (text[:-1], 1024) if text.lower().endswith("k") else (text, 1)
     if not digits.strip().isdigit() or int(digits) < 1:
         raise ValueError(f"{what}: {text!r} is no positive number such as 512 or 4k.")

@@ -1,4 +1,4 @@
-"""Who is timed: ours, and the loss as people write it in PyTorch. Peers' packages are benchmarks/peers.py's."""
+"""Who is timed: ours, and the loss as people write it in PyTorch. Peers' packages are in benchmarks/peers.py."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ from ..linear import linear_grpo_loss
 from ..loss import grpo_loss
 from .workload import CLIP, Spec, Workload
 
+OURS, IN_PLACE = "ours", "ours, in place"
+"""The call as it is pasted, which allocates its gradient, and the one that writes it over the logits."""
+SMALL_CHUNKS = 2**25
+
 
 @dataclass(frozen=True)
 class Provider:
     """One way to the loss.
 
     ``loss`` returns the scalar, differentiable; ``bytes`` estimates its peak beyond the workload, so that what does
-    not fit is skipped before it is allocated; ``same_outputs``: loss, gradient, log-probs and entropy, as ours.
+    not fit is skipped before it is allocated; ``same_outputs`` says that it gives loss, gradient, log-probs and
+    entropy, as ours does.
     """
 
     name: str
@@ -32,7 +37,7 @@ class Provider:
 def loss_of_log_probs(
     log_probs: Tensor, advantages: Tensor, mask: Tensor, old: Tensor, ref: Tensor, beta: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T) log-probs to loss, ratios and k3 KL, in eager PyTorch as short as it gets; see ``Workload.rest``."""
+    """Turn (B, T) log-probs into loss, ratios and k3 KL, in the shortest eager PyTorch; see ``Workload.rest``."""
     ratio, A = (log_probs - old).exp(), advantages[:, None]
     terms = -torch.minimum(ratio * A, ratio.clamp(1 - CLIP, 1 + CLIP) * A)
     u = ref - log_probs
@@ -46,7 +51,7 @@ def loss_of_log_probs(
 def eager_loss(
     logits: Tensor, ids: Tensor, advantages: Tensor, mask: Tensor, old: Tensor, ref: Tensor, beta: float, upcast: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss and metrics as people write them today, entropy among them; no pass over the logits that it does not need.
+    """Compute loss and metrics as people write them today, entropy among them, without a needless pass over the logits.
 
     ``upcast`` does the softmax in fp32.
     """
@@ -76,12 +81,13 @@ def _ours(inplace: bool, backend: str | None = None) -> Callable[[Workload], Ten
     return loss
 
 
-def _ours_linear(chunk_bytes: int) -> Callable[[Workload], Tensor]:
+def _ours_linear(chunk_bytes: int, backend: str | None) -> Callable[[Workload], Tensor]:
     def loss(work: Workload) -> Tensor:
         skip = work.spec.kind == "30 % A = 0"
         out = linear_grpo_loss(
             *work.operands(), work.ids, work.advantages, work.mask, **work.known(), config=work.config,
             grad_scale=work.spec.upstream, skip_zero_advantage=skip, chunk_bytes=chunk_bytes,
+            backend=backend,
         )  # fmt: skip
         return out.loss
 
@@ -103,14 +109,14 @@ def _compiled(spec: Spec) -> Callable[[Workload], Tensor]:
 
 @functools.lru_cache(maxsize=1)
 def _compiled_loss(spec: Spec) -> Callable[..., tuple[Tensor, Tensor]]:
-    """torch.compile of eager_loss, anew for each workload, or it would be a slower one for all of them."""
+    """Compile eager_loss anew for each workload, or it would be a slower one for all of them."""
     torch.compiler.reset()
     compiled: Callable[..., tuple[Tensor, Tensor]] = torch.compile(eager_loss)
     return compiled
 
 
 def _fp32_copies(count: float) -> Callable[[Spec], float]:
-    """``count`` fp32 tensors of the logits' size, and from hidden states the logits and the gradients."""
+    """Estimate ``count`` fp32 tensors of the logits' size, and from hidden states the logits and the gradients too."""
 
     def estimate(spec: Spec) -> float:
         logits = 0 if spec.hidden is None else 2 * spec.logits_bytes
@@ -119,37 +125,39 @@ def _fp32_copies(count: float) -> Callable[[Spec], float]:
     return estimate
 
 
-def ours_by_name(backend: str | None = None) -> list[Provider]:
-    """In place and not, on the backend of automatic choice or on another, which summaries leave out."""
-    mine, chosen = f"ours ({backend})" if backend else "ours", backend is None
+def ours_by_name(backend: str) -> list[Provider]:
+    """Return ours on a backend beside that of automatic choice; summaries leave it out."""
+    return _from_logits(backend, f"{OURS} ({backend})", chosen=False)
+
+
+def _from_logits(backend: str | None, name: str, *, chosen: bool) -> list[Provider]:
     return [
-        Provider(f"{mine}, in place", _ours(True, backend), lambda s: 0.05 * s.logits_bytes, chosen, chosen),
-        Provider(mine, _ours(False, backend), lambda s: 1.05 * s.logits_bytes, chosen, chosen),
+        Provider(name, _ours(False, backend), lambda s: 1.05 * s.logits_bytes, chosen, chosen),
+        Provider(f"{name}, in place", _ours(True, backend), lambda s: 0.05 * s.logits_bytes, chosen, chosen),
     ]
 
 
-def from_logits(spec: Spec) -> list[Provider]:
-    """Ours and PyTorch's."""
+def from_logits(spec: Spec, backend: str | None = None) -> list[Provider]:
+    """Return ours, in place and not, and PyTorch's, on a workload of logits."""
     return [
-        *ours_by_name(),
+        *_from_logits(backend, OURS, chosen=True),
         Provider("eager, fp32 upcast", _eager(True), _fp32_copies(4)),
         Provider("eager, logits' dtype", _eager(False), _fp32_copies(3)),
         Provider("torch.compile, fp32 upcast", _compiled(spec), _fp32_copies(2)),
     ]
 
 
-SMALL_CHUNKS = 2**25
-
-
-def from_hidden(spec: Spec) -> list[Provider]:
+def from_hidden(spec: Spec, backend: str | None = None) -> list[Provider]:
+    """Return ours, with its default chunks and with small ones, and PyTorch's, on a workload of hidden states."""
+    small = _ours_linear(SMALL_CHUNKS, backend)
     return [
-        Provider("ours", _ours_linear(2**30), lambda s: min(2**30, 2 * s.logits_bytes), ours=True),
-        Provider("ours, chunks of 32 MB", _ours_linear(SMALL_CHUNKS), lambda s: SMALL_CHUNKS, ours=True),
+        Provider(OURS, _ours_linear(2**30, backend), lambda s: min(2**30, 2 * s.logits_bytes), ours=True),
+        Provider("ours, chunks of 32 MB", small, lambda s: SMALL_CHUNKS, ours=True),
         Provider("eager, fp32 upcast", _eager(True), _fp32_copies(4)),
         Provider("torch.compile, fp32 upcast", _compiled(spec), _fp32_copies(2)),
     ]
 
 
-def providers(spec: Spec) -> list[Provider]:
-    """Of a workload: ours, eager PyTorch, torch.compile."""
-    return from_logits(spec) if spec.hidden is None else from_hidden(spec)
+def providers(spec: Spec, backend: str | None = None) -> list[Provider]:
+    """Return ours (on the backend of automatic choice, or the one named), eager PyTorch and torch.compile."""
+    return from_logits(spec, backend) if spec.hidden is None else from_hidden(spec, backend)

@@ -10,15 +10,17 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..backends import switched
 from ..verification import records
-from .workload import Spec
+from .providers import IN_PLACE, OURS
+from .workload import KINDS, Spec
 
 Row = dict[str, Any]
 SPEC_FIELDS = ("tokens", "vocab", "dtype", "hidden", "kind", "upstream", "device")
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What the figures were measured on and with."""
+def environment(device: str, backend: str | None = None) -> dict[str, Any]:
+    """Return what the figures were measured on and with; ``backend`` where ours was asked for by name."""
     found: dict[str, Any] = {
         "machine": records.device_kind(device),
         "torch": torch.__version__,
@@ -32,33 +34,47 @@ def environment(device: str) -> dict[str, Any]:
         except native.Unavailable:
             found["instruction_set"] = "no compiled kernels"
         found["threads"] = torch.get_num_threads()
+    if name := switched() or backend:
+        found["backend"] = name
     return found
 
 
 def caption(environment: dict[str, Any]) -> str:
-    """One line above a table."""
+    """Return the machine and the versions as one line, which stands above a table."""
     parts = [environment["machine"]]
     if "threads" in environment:
         parts += [f"{environment['threads']} threads", environment["instruction_set"]]
+    if "backend" in environment:
+        parts += [f"ours on backend={environment['backend']!r}"]
     return ", ".join([*parts, f"torch {environment['torch']}", f"grpo_kernels {environment['grpo_kernels']}"])
 
 
 def spec_of(row: Row) -> Spec:
+    """Return the workload that a row was measured on."""
     return Spec(**{name: row[name] for name in SPEC_FIELDS})
 
 
 def title(row: Row) -> str:
+    """Return a row's workload in words, as the first cell of its line."""
     return str(spec_of(row))
 
 
-def fastest(row: Row, ours: bool) -> str | None:
-    """Of ours, or of the others that give the same outputs."""
-    timed = {
-        name: p["step_ms"]
-        for name, p in row["providers"].items()
-        if "step_ms" in p and p["ours"] == ours and p["same_outputs"]
-    }
-    return min(timed, key=lambda name: timed[name]) if timed else None
+def milliseconds(row: Row, name: str) -> float | None:
+    """Return the median time of a provider's loss and gradient; None where it was not timed."""
+    ms: float | None = row["providers"].get(name, {}).get("step_ms")
+    return ms
+
+
+def times(row: Row, name: str, base: str = OURS) -> float | None:
+    """Return how many times as long as ``base``, our default call, a provider takes; None where one is not timed."""
+    ms, ours = milliseconds(row, name), milliseconds(row, base)
+    return None if ms is None or ours is None else ms / ours
+
+
+def fastest_other(row: Row) -> str | None:
+    """Return the fastest provider that is not ours and gives the same outputs; None where none was timed."""
+    others = {name: p for name, p in row["providers"].items() if not p["ours"] and p["same_outputs"] and "step_ms" in p}
+    return min(others, key=lambda name: float(others[name]["step_ms"]), default=None)
 
 
 COLUMNS = (
@@ -68,14 +84,13 @@ COLUMNS = (
 
 
 def cells(row: Row, name: str) -> list[str]:
-    """One provider of a row, a cell for each of COLUMNS."""
+    """Return the cells of one provider of a row, one for each of COLUMNS."""
     p = row["providers"][name]
     if "step_ms" not in p:
         reason = p.get("skipped") or p.get("failed")
         memory = _memory(row, p)
         return [title(row), name, *[""] * 6, memory, _number(p.get("first_call_s"), "{:.2f}"), *[""] * 3, reason or ""]
-    best = fastest(row, ours=True)
-    share = f"{p['step_ms'] / row['providers'][best]['step_ms']:.2f}" if best else ""
+    share = _number(times(row, name), "{:.2f}")
     rate = ["", _of_the_bound(row, p)]
     if row["hidden"] is None and rate[1]:
         rate[0] = f"{2 * row['logits_bytes'] / p['step_ms'] / 1e6:.1f}"
@@ -87,12 +102,12 @@ def cells(row: Row, name: str) -> list[str]:
 
 
 def _of_the_bound(row: Row, p: dict[str, Any]) -> str:
-    """Nothing where rows are left out: the bound is that of all rows."""
+    """Return the bound as a share of a provider's time; nothing where rows are left out: it is that of all rows."""
     return f"{100 * row['yardstick_ms'] / p['step_ms']:.0f} %" if row["kind"] == "all" else ""
 
 
-def _ms(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -108,30 +123,33 @@ def _memory(row: Row, p: dict[str, Any]) -> str:
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
-    """Each workload's outcome: ours beside the fastest of the others that gives the same outputs."""
+    """Return each workload's outcome: ours as it is called, and the fastest of the others with the same outputs."""
     lines = []
     for row in rows:
-        mine, other = fastest(row, ours=True), fastest(row, ours=False)
-        if mine is None or other is None:
+        ours, other = milliseconds(row, OURS), fastest_other(row)
+        if ours is None or other is None:
             continue
-        ratio = row["providers"][other]["step_ms"] / row["providers"][mine]["step_ms"]
-        how = f"{ratio:.1f}x faster than" if ratio >= 1 else f"{1 / ratio:.2f}x slower than"
-        lines.append(f"- {title(row)}: {how} {other}, the fastest with the same outputs")
+        quick = milliseconds(row, IN_PLACE)
+        beside = "" if quick is None else f" ({_ms(quick)} in place)"
+        lines.append(
+            f"- {title(row)}: ours takes {_ms(ours)} ms{beside}; {other}, the fastest of the others with the same "
+            f"outputs, {times(row, other):.1f}x as long"
+        )
     return lines
 
 
 NOTES = (
-    "step: loss, log-probs, entropy, metrics and gradient; forward: the same without gradient. × ours: of the fastest "
-    "of ours. GB/s: two times the logits in a step's time. The bound, in the same rounds: reading and writing the "
-    "logits once; from hidden states three GEMMs (on a CPU in fp32). "
-    "extra memory: peak beyond the inputs, in sizes of the logits (from hidden states: in MB). new length: first call "
-    "with a length that was not seen (torch.compile may find parts of its work in a cache on disk, as in the first "
-    "call). Errors: relative, beside float64."
+    "A step is loss, log-probs, entropy, metrics and gradient; forward is the same without a gradient. × ours is the "
+    "step as a multiple of that of `ours`, the default call, which allocates its gradient. GB/s are two times the "
+    "logits in a step's time. The bound is measured in the same rounds: reading and writing the logits once, and from "
+    "hidden states three GEMMs (on a CPU in fp32). Extra memory is the peak beyond the inputs, in sizes of the logits "
+    "(from hidden states in MB). A new length is the first call with a length that was not seen before (torch.compile "
+    "may find parts of its work in a cache on disk, as in the first call). Errors are relative, beside float64."
 )
 
 
 def markdown(rows: Sequence[Row], environment: dict[str, Any]) -> str:
-    """A table to paste, with what it was measured on."""
+    """Return every provider of every workload as a table to paste, with what it was measured on."""
     lines = [f"{caption(environment)}; medians", "", f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
     for row in rows:
         lines += [f"| {' | '.join(cells(row, name))} |" for name in row["providers"]]
@@ -139,11 +157,11 @@ def markdown(rows: Sequence[Row], environment: dict[str, Any]) -> str:
 
 
 SHOWN = ("provider", "forward ms", "step ms", "× ours", "GB/s", "of the bound", "extra memory", "gradient error")
-"""Columns that a first look at a terminal needs."""
+"""The columns that a first look at a terminal needs."""
 
 
 def text(rows: Sequence[Row]) -> str:
-    """The same for a terminal, aligned."""
+    """Return the columns of SHOWN for a terminal, aligned."""
     shown = [COLUMNS.index(name) for name in SHOWN]
     lines = []
     for row in rows:
@@ -167,7 +185,7 @@ def _aligned(table: list[list[str]]) -> list[str]:
 
 
 def comma_separated(rows: Sequence[Row]) -> str:
-    """A line for each provider of each workload, plain numbers."""
+    """Return a line for each provider of each workload, in plain numbers."""
     numbers = sorted({key for row in rows for p in row["providers"].values() for key in p})
     stream = io.StringIO()
     writer = csv.writer(stream)
@@ -180,47 +198,79 @@ def comma_separated(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row], environment: dict[str, Any], columns: Iterable[str]) -> str:
-    """A line for each workload: the best of ours, how many times its time each of ``columns`` takes, and memory."""
-    columns = list(columns)
-    lines = [f"{caption(environment)}; median ms of loss and gradient", ""]
-    heads = ["", "ours", "of the bound", *(f"{name}" for name in columns), "memory: ours", "the least of the others"]
-    lines += [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|"]
+    """Return a line for each workload: the time of ours, how many times as long ``columns`` take, and memory.
+
+    Where ours is slower than a provider, its number is below 1.
+    """
+    columns, linear = list(columns), any(row["hidden"] is not None for row in rows)
+    mine = list(dict.fromkeys(name for row in rows for name, p in row["providers"].items() if p["ours"]))
+    mine.sort(key=lambda name: name != OURS)
+    unit, bound = (
+        ("MB", "the three GEMMs") if linear else ("copies of the logits", "reading and writing the logits once")
+    )
+    heads = [
+        "tokens × hidden size × vocabulary" if linear else "tokens × vocabulary",
+        *(f"{name}: ms" for name in mine),
+    ]
+    heads += ["ours, of the bound", *columns, f"peak memory: {' / '.join(mine)} / the least of the others"]
+    lines = [
+        f"{caption(environment)}. Ours: median milliseconds of loss and gradient; the others: how many times as long "
+        f"as `ours` they take. The bound is {bound}; memory is the peak beyond the inputs, in {unit}.{_variants(rows)}",
+        "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|",
+    ]  # fmt: skip
     for row in rows:
-        best = fastest(row, ours=True)
-        if best is None:
+        ours = row["providers"][OURS]
+        if "step_ms" not in ours:
             continue
-        mine = row["providers"][best]
-        line = [title(row), _ms(mine["step_ms"]), _of_the_bound(row, mine)]
-        for name in columns:
-            ms = row["providers"].get(name, {}).get("step_ms")
-            line.append(f"{ms / mine['step_ms']:.1f}x" if ms else "–")
+        line = [title(row), *(_ms(milliseconds(row, name)) for name in mine), _of_the_bound(row, ours)]
+        line += [_number(times(row, name), "{:.1f}x") or "–" for name in columns]
         others = [p for p in row["providers"].values() if not p["ours"] and "extra_bytes" in p and p["same_outputs"]]
         least: dict[str, Any] = min(others, key=lambda p: p["extra_bytes"], default={})
-        lines.append(f"| {' | '.join([*line, _memory(row, mine), _memory(row, least)])} |")
+        memory = " / ".join(_memory(row, p) or "–" for p in (*(row["providers"].get(name, {}) for name in mine), least))
+        lines.append(f"| {' | '.join([*line, memory])} |")
     return "\n".join(lines) + "\n"
 
 
-def headline(rows: Sequence[Row], names: Iterable[str]) -> str:
-    """One sentence: how many times our time each of ``names`` takes over all workloads, and the memory."""
-    parts = []
-    for name in names:
-        ratios = []
-        for row in rows:
-            best, other = fastest(row, ours=True), row["providers"].get(name, {})
-            if best is not None and "step_ms" in other:
-                ratios.append(other["step_ms"] / row["providers"][best]["step_ms"])
-        if ratios:
-            parts.append(f"**{_range(ratios, '{:.1f}')}x faster** than {name}")
-    shares: dict[bool, list[float]] = {True: [], False: []}
-    for row in rows:
-        mine = fastest(row, ours=True)
-        for provider, p in row["providers"].items():
-            if "extra_bytes" in p and (provider == mine or not p["ours"]):
-                shares[p["ours"]].append(p["extra_bytes"] / row["logits_bytes"])
-    ours, theirs = _range([100 * s for s in shares[True]], "{:.0f}"), _range(shares[False], "{:.1f}")
-    return f"{', '.join(parts)}, with {ours} % extra memory instead of {theirs} copies of the logits"
+def _variants(rows: Sequence[Row]) -> str:
+    """Return what the words after a workload's shape mean."""
+    kinds = [kind for kind in KINDS if kind != "all" and any(row["kind"] == kind for row in rows)]
+    text = "".join(f" {kind}: {KINDS[kind]}." for kind in kinds)
+    if any(row["upstream"] != 1 for row in rows):
+        text += " upstream: the loss is multiplied by that number before backward, which ours is told as `grad_scale`."
+    return text
 
 
-def _range(values: Sequence[float], form: str) -> str:
-    low, high = form.format(min(values)), form.format(max(values))
+def headline(rows: Sequence[Row], names: Sequence[str]) -> str:
+    """Return sentences: how many times as long as ours ``names`` take over all workloads, and the memory of each.
+
+    They are of the workloads where all of them were timed; empty where there is none.
+    """
+    rows = [row for row in rows if all(milliseconds(row, name) is not None for name in (OURS, IN_PLACE, *names))]
+    if not rows:
+        return ""
+
+    def beside(base: str) -> list[str]:
+        return [f"{_range([times(row, name, base) or 0.0 for row in rows])}x" for name in names]
+
+    def copies(name: str) -> str:
+        return _range([row["providers"][name]["extra_bytes"] / row["logits_bytes"] for row in rows])
+
+    spoken = [_spoken(name) for name in names]
+    first, *rest = (f"{name} takes **{found}**" for name, found in zip(spoken, beside(OURS), strict=True))
+    return (
+        f"over {len(rows)} workloads {first} the time of the default call of `grpo_loss`"
+        f"{''.join(f', {text}' for text in rest)}; of the time with `inplace=True` {' and '.join(beside(IN_PLACE))}. "
+        f"Peak memory beyond the inputs, in copies of the logits: {copies(OURS)} for the default call, "
+        f"{copies(IN_PLACE)} in place, {', '.join(f'{copies(a)} for {b}' for a, b in zip(names, spoken, strict=True))}"
+    )
+
+
+def _spoken(name: str) -> str:
+    """Return a provider's name for a sentence, whose own commas it would disturb."""
+    what, comma, how = name.partition(", ")
+    return f"{what} ({how})" if comma else what
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.1f}", f"{max(values):.1f}"
     return low if low == high else f"{low}-{high}"
