@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -308,6 +310,24 @@ def test_backend_by_name(uncompiled, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(eager, "unsupported", lambda request: "no such kernels")
     assert main([*given, "--backend", "torch"]) == 2
     assert "--backend torch cannot serve cpu: no such kernels" in capsys.readouterr().err
+
+
+RESULTS = sorted((Path(__file__).resolve().parent.parent / "benchmarks" / "results").glob("*/"))
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("folder", RESULTS, ids=lambda folder: folder.name)
+def test_committed_tables_are_the_committed_data(folder, tmp_path):
+    """Redrawn from its .json files, a folder's texts are those that stand there."""
+    import redraw
+
+    for path in folder.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    redraw.redraw(tmp_path)
+    texts = [*tmp_path.glob("*.md"), *tmp_path.glob("*.csv")]
+    assert texts
+    for path in texts:
+        assert path.read_text() == (folder / path.name).read_text(), path.name
 
 
 @pytest.mark.parametrize("inplace", [False, True])
