@@ -1,4 +1,4 @@
-"""What is expected of the cards that the CUDA kernels are made for, computed from bytes and their bandwidth."""
+"""Computes what is expected of the cards that the CUDA kernels are made for, from bytes and their bandwidth."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ CARDS = {"H100 80GB HBM3": Card(3.0e12, 1.05), "H200": Card(4.3e12, 1.08)}
 
 
 def card_of(name: str) -> Card | None:
-    """By the name that the driver gives; None for a card that nothing was computed for."""
+    """Find a card by the name that the driver gives; None for a card that nothing was computed for."""
     return next((card for kind, card in CARDS.items() if kind in name), None)
 
 
 def computed_ms(logits_bytes: int, name: str) -> float | None:
-    """Loss and gradient by memory alone: the logits are read once and written once."""
+    """Compute the time of loss and gradient by memory alone: the logits are read once and written once."""
     card = card_of(name)
     return None if card is None else 2e3 * logits_bytes / card.copy
 

@@ -61,7 +61,7 @@ IMPORTS = 10.0
 
 
 class Held(Exception):
-    """The driver does not let go of a process: whatever came next would measure that."""
+    """Raised where the driver does not let go of a process: whatever came next would measure that."""
 
 
 class Check:
@@ -75,13 +75,13 @@ class Check:
         return self.end - LAST - time.monotonic()
 
     def setting_of(self, name: str) -> Setting:
-        """Without the CUDA kernels once the smoke part has failed."""
+        """Return the setting, without the CUDA kernels once the smoke part has failed."""
         if name == "smoke" or not self.record.failed("smoke"):
             return self.setting
         return replace(self.setting, backends=tuple(b for b in self.setting.backends if b != "cuda"))
 
     def run(self, names: Sequence[str]) -> None:
-        """Every part, unless there is a reason to leave it out, which is said."""
+        """Run every part, unless there is a reason to leave it out, which is said."""
         for name in names:
             part = PARTS[name]
             if part.cuda and "cuda" not in self.setting_of(name).backends:
@@ -155,7 +155,7 @@ class Check:
             return gpu_process.logged(argv, seconds, self.log, environment, tick)
 
     def environment(self, part: str) -> dict[str, str]:
-        """Without the CUDA library where the smoke part failed: automatic choice might take it."""
+        """Leave out the CUDA library where the smoke part failed: automatic choice might take it."""
         missing = {gpu_library.NAMED: str(ROOT / "no library after a failed smoke part")}
         return {} if "cuda" in self.setting_of(part).backends else missing
 
@@ -181,7 +181,7 @@ def earlier_of(folder: Path | None) -> Results:
 
 
 def lock(folder: Path, resume: Path | None) -> BinaryIO:
-    """The log of a run in a folder of its own or in that of the run that it resumes, as long as it is open."""
+    """Hold the log of a run in a folder of its own or in that of the run that it resumes, as long as it is open."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         log = (folder / LOG).open("ab")
@@ -231,7 +231,7 @@ def check(arguments: argparse.Namespace) -> int:
 
 
 def prepared(arguments: argparse.Namespace, names: Sequence[str], earlier: Results, end: float) -> Check:
-    """What is here, what of an earlier run is of the same, and until when."""
+    """Find out what is here, what of an earlier run is of the same, and until when."""
     log = arguments.out / LOG
     say(f"looking at {arguments.device}, about {LOOK} s")
     found = look(arguments.device, log)
@@ -260,7 +260,7 @@ def prepared(arguments: argparse.Namespace, names: Sequence[str], earlier: Resul
 
 
 def finish(run: Check, names: list[str]) -> int:
-    """Run what is still to do; the exit status."""
+    """Run what is still to do, and return the exit status."""
     done = [name for name in names if run.record.passed(name, run.setting.backends)]
     todo = [name for name in names if name not in done]
     chosen = fitting(todo, run.left())

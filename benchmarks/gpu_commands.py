@@ -1,4 +1,4 @@
-"""The parts of gpu_check.py: what each runs, how long it is expected to take, and when it is stopped."""
+"""Lists the parts of gpu_check.py: what each runs, how long it is expected to take, and when it is stopped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECONDS = "{seconds}"
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a part runs."""
+    """Says where a part runs."""
 
     device: str
     """cuda, or cpu: a rehearsal on tiny shapes."""
@@ -67,7 +67,7 @@ def python(script: str, *arguments: str) -> list[str]:
 
 
 def measured(name: str, rehearsed: bool = True) -> Callable[[Setting], list[Command] | str]:
-    """A part of gpu_parts.py."""
+    """Make a part of gpu_parts.py."""
 
     def commands(setting: Setting) -> list[Command] | str:
         if setting.rehearsal and not rehearsed:
@@ -128,7 +128,7 @@ none, so that theirs is shown and is no gate. tests/ptx looks for races on share
 
 
 def sanitizer(setting: Setting) -> list[Command] | str:
-    """compute-sanitizer over the smoke script, whose other kernels (PyTorch's) are left alone."""
+    """Run compute-sanitizer over the smoke script, whose other kernels (PyTorch's) are left alone."""
     tool = _tool("compute-sanitizer", SANITIZER)
     if setting.rehearsal or tool is None:
         return "compute-sanitizer is not here" if tool is None else "compute-sanitizer needs a GPU"
@@ -155,7 +155,7 @@ def sanitizer(setting: Setting) -> list[Command] | str:
 
 
 def sanitizer_version(text: str) -> tuple[int, ...]:
-    """By what --version prints; nothing is older than all."""
+    """Read the version that --version prints; nothing is older than all."""
     found = re.search(r"\bVersion (\d+(?:\.\d+)+)", text)
     return tuple(map(int, found[1].split("."))) if found else ()
 
@@ -173,7 +173,7 @@ REFUSALS = re.compile(
 
 
 def unsupported(text: str) -> dict[str, Any]:
-    """The line in which a tool says that it cannot look, as the reason to skip the part."""
+    """Return the line in which a tool says that it cannot look, as the reason to skip the part."""
     line = next((line for line in text.splitlines() if REFUSALS.search(line)), None)
     return {} if line is None else {"skip": line.strip("= ")[:200], "passed": False}
 

@@ -1,4 +1,4 @@
-"""What the GPU's kernels are held against: float64, in every row, some rows at a time so that it fits."""
+"""Computes what the GPU's kernels are held against: float64, in every row, some rows at a time so that it fits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def allowed(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def log_prob_error(logits: Tensor, ids: Tensor, found: Tensor) -> float:
-    """The largest of all rows; NaN if one is. Logits (N, V), token ids and log-probs (N,)."""
+    """Return the largest error of all rows; NaN if one is. Logits (N, V), token ids and log-probs (N,)."""
     worst = logits.new_zeros((), dtype=torch.float64)
     for part in _parts(logits):
         exact = torch.log_softmax(logits[part].double(), -1).gather(-1, ids[part, None]).squeeze(-1)
@@ -29,7 +29,7 @@ def log_prob_error(logits: Tensor, ids: Tensor, found: Tensor) -> float:
 
 
 def gradient_error(logits: Tensor, ids: Tensor, slope: Tensor, found: Tensor) -> float:
-    """The largest relative L2 error of a row of slope * (onehot - p); NaN where one is not finite or not written.
+    """Return the largest relative L2 error of a row of slope * (onehot - p); NaN where one is not finite or written.
 
     Logits and ``found`` (N, V), token ids and slopes (N,), none of which is 0.
     """

@@ -1,4 +1,4 @@
-"""The CUDA library that a run measures: of which sources, for which GPUs; built by setup.py's own functions.
+"""Finds the CUDA library that a run measures: of which sources, for which GPUs; built by setup.py's own functions.
 
 python benchmarks/gpu_library.py 90        # builds it for compute capability 9.0 alone
 """
@@ -20,11 +20,11 @@ NAMED = "GRPO_KERNELS_CUDA_LIBRARY"
 
 
 class Unbuildable(RuntimeError):
-    """What is missing to build the library; the message says how to mend it."""
+    """Says what is missing to build the library; the message says how to mend it."""
 
 
 def setup() -> ModuleType:
-    """setup.py, which runs only as a script."""
+    """Load setup.py, which runs only as a script."""
     spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -34,7 +34,7 @@ def setup() -> ModuleType:
 
 
 def sources_hash(folder: str) -> str:
-    """As setup.py computes it, without the setuptools that it imports: of csrc/FOLDER and csrc/common."""
+    """Hash csrc/FOLDER and csrc/common as setup.py does, without the setuptools that it imports."""
     digest = hashlib.sha256()
     for path in sorted([*(ROOT / "csrc" / folder).rglob("*"), *(ROOT / "csrc" / "common").rglob("*")]):
         if path.is_file():
@@ -43,7 +43,7 @@ def sources_hash(folder: str) -> str:
 
 
 def record() -> dict[str, str]:
-    """What the build of the library that is used wrote beside it; empty without one."""
+    """Read what the build of the library that is used wrote beside it; empty without one."""
     try:
         found = json.loads(_used().with_suffix(".json").read_text())
     except (OSError, ValueError):
@@ -56,7 +56,7 @@ def _used() -> Path:
 
 
 def sources() -> str:
-    """A hash of the library's sources: those it was built from or, without a record, of its file."""
+    """Return a hash of the library's sources: those it was built from or, without a record, of its file."""
     if known := record().get("sources"):
         return known
     try:
@@ -66,7 +66,7 @@ def sources() -> str:
 
 
 def lacking(architecture: int) -> str | None:
-    """Why the library cannot serve a GPU of this architecture (90 is compute capability 9.0); None if it can."""
+    """Say why the library cannot serve a GPU of this architecture (90: compute capability 9.0); None if it can."""
     if os.environ.get(NAMED):
         return None
     if not LIBRARY.exists():

@@ -1,4 +1,4 @@
-"""What a GPU can do, for gpu_check.py: bandwidths that the figures are held against."""
+"""Measures what a GPU can do, for gpu_check.py: bandwidths that the figures are held against."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def reading_kernel(source, out, columns, repeats, BLOCK: tl.constexpr):
 
 
 def _reading(values: torch.Tensor, repeats: int) -> float:
-    """GB/s."""
+    """Return GB/s."""
     programs = 8 * torch.cuda.get_device_properties(values.device).multi_processor_count
     out = torch.empty(programs, device=values.device)
     arguments = (values, out, values.numel(), repeats)
@@ -45,7 +45,7 @@ def _reading(values: torch.Tensor, repeats: int) -> float:
 
 
 def _seconds(function: Callable[[], object]) -> float:
-    """The median of some calls, after two to warm up."""
+    """Return the median of some calls, after two to warm up."""
     function(), function()
     clock = measure.Clock("cuda")
     for _ in range(11):

@@ -1,4 +1,4 @@
-"""What gpu_check.py finds out before it measures: the GPU, the library, the commit; or why it refuses."""
+"""Finds out what gpu_check.py must know before it measures: the GPU, the library, the commit; or why it refuses."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CUDA_CAPABILITY = (9, 0)
 
 
 class Refused(Exception):
-    """Why nothing is run, in one line that says what to do."""
+    """Says why nothing is run, in one line that says what to do."""
 
 
 def look(device: str, log: Path) -> dict[str, Any]:
-    """Versions and the GPU, found out by a process that may hang or die."""
+    """Find out versions and the GPU in a process that may hang or die."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rows")
         argv = python("gpu_parts.py", "environment", "--device", device, "--rows", str(file))
@@ -47,7 +47,7 @@ def driver() -> str | None:
 
 
 def commit() -> str | None:
-    """As git knows it, marked where the tree differs; None where the tree is no checkout, or inside another's."""
+    """Return git's commit, marked where the tree differs; None where the tree is no checkout, or inside another's."""
     top = gpu_process.output(["git", "rev-parse", "--show-toplevel"])
     if top is None or Path(top).resolve() != ROOT:
         return None
@@ -72,7 +72,7 @@ def check_gpu(found: dict[str, Any], names: Sequence[str]) -> None:
 
 
 def prepare_emulator(log: Path) -> None:
-    """The library of a rehearsal, if the environment names none."""
+    """Build the library of a rehearsal, if the environment names none."""
     if os.environ.get(gpu_library.NAMED):
         return
     say("building tests/cuda_emulator, about ten seconds")

@@ -25,7 +25,7 @@ from grpo_kernels import backends, grpo_loss, token_log_probs
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions, the GPU and which backends serve it; ``no_gpu`` says why there is none."""
+    """Return versions, the GPU and which backends serve it; ``no_gpu`` says why there is none."""
     found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     found |= {"grpo_kernels": grpo_kernels.__version__, "gpu": "CPU", "capability": None, "triton": _triton()}
     if device == "cuda":
@@ -52,7 +52,7 @@ def _triton() -> str | None:
 
 
 def large(device: str, names: Sequence[str]) -> Rows:
-    """Log-probs and gradients of shapes that overflow 32-bit indices or grid limits, beside float64."""
+    """Compare log-probs and gradients of shapes that overflow 32-bit indices or grid limits, beside float64."""
     shapes = {"vocab 262144": (64, 262144), "vocab 50257": (64, 50257), "70000 rows": (70_000, 3)}
     shapes |= {"2.3e9 elements": (15_200, 151_936)}
     for what, shape in ({"rehearsal": (4, 50257)} if device == "cpu" else shapes).items():
@@ -96,7 +96,7 @@ MEASURED: dict[str, Callable[[str, Sequence[str]], Rows]] = {
 
 
 def run(rows: Rows, file: Path, seconds: float) -> bool:
-    """Whether every row that was measured passed, and all were; one begins only before the time is over."""
+    """Return whether every row was measured and passed; one begins only before the time is over."""
     end = time.monotonic() + seconds
     known = {row["name"] for row in gpu_rows.read(file) if row.get("passed", True)}
     for name, measure in rows:

@@ -1,4 +1,4 @@
-"""Processes with a deadline: polled, killed when it passes, and not waited for where the driver holds them."""
+"""Runs processes with a deadline: polled, killed when it passes, and not waited for where the driver holds them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MARK = "GRPO_KERNELS_GPU_CHECK_RUN"
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended; ``code`` is its exit status, -N for signal N, None if it was stopped at its deadline."""
+    """Is how a process ended; ``code`` is its exit status, -N for signal N, None if it was stopped at its deadline."""
 
     code: int | None
     seconds: float
@@ -41,7 +41,7 @@ class Ended:
     """It, or something that it started, outlived SIGKILL: a call of the driver does not return."""
 
     def __str__(self) -> str:
-        """What went wrong, in words; empty if nothing did."""
+        """Say what went wrong, in words; empty if nothing did."""
         if self.held:
             return f"held by the driver: SIGKILL after {self.seconds:.0f} s did not end it"
         if self.code is None:
@@ -59,7 +59,7 @@ def run(
     environment: dict[str, str] | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> Ended:
-    """A command in the tree, its output appended to ``log``; ``tick`` is called ten times a second.
+    """Run a command in the tree, its output appended to ``log``; ``tick`` is called ten times a second.
 
     Whatever it has started ends with it, also when this is interrupted.
     """
@@ -88,7 +88,7 @@ def run(
 
 
 def logged(argv: list[str], seconds: float, log: Path, *rest: Any) -> tuple[Ended, str]:
-    """``run``, and what was printed meanwhile."""
+    """Run a command, and return what was printed meanwhile."""
     offset = log.stat().st_size if log.exists() else 0
     ended = run(argv, seconds, log, *rest)
     with log.open("rb") as file:
@@ -97,12 +97,12 @@ def logged(argv: list[str], seconds: float, log: Path, *rest: Any) -> tuple[Ende
 
 
 def last_lines(text: str, count: int) -> list[str]:
-    """None of which is longer than a screen takes."""
+    """Return the last lines, none of which is longer than a screen takes."""
     return [line[:300] for line in text.splitlines()[-count:]]
 
 
 def output(command: list[str]) -> str | None:
-    """What a command prints, not waited for where the driver holds it; None if it fails or says nothing."""
+    """Return what a command prints, not waited for where the driver holds it; None if it fails or says nothing."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             ended, text = logged(command, 20.0, Path(folder, "output"))
@@ -124,7 +124,7 @@ def _end_with(parent: int) -> None:
 
 
 class Interrupted(KeyboardInterrupt):
-    """By a signal, whose shell's exit status this has."""
+    """Raised by a signal, whose shell's exit status it has."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -158,7 +158,7 @@ def _paths() -> str:
 
 
 def _polled(poll: Callable[[], int | None], seconds: float, tick: Callable[[], object]) -> int | None:
-    """The exit status, None at the deadline."""
+    """Return the exit status, None at the deadline."""
     end = time.monotonic() + seconds
     next_tick = 0.0
     while (code := poll()) is None and (now := time.monotonic()) < end:

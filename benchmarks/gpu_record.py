@@ -1,4 +1,4 @@
-"""What a run of gpu_check.py has found: gpu_check.json, written after every row, and gpu_check.md, its tables."""
+"""Keeps what a run of gpu_check.py has found: gpu_check.json, written after every row, and gpu_check.md, its tables."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PROOF = ("smoke", "verify", "suite", "large", "sanitizer")
 
 
 def proves_cuda(results: Results) -> bool:
-    """Whether a run lets the CUDA kernels be the automatic choice on its GPU (PROVEN of backends/cuda.py)."""
+    """Return whether a run lets the CUDA kernels be the automatic choice on its GPU (PROVEN of backends/cuda.py)."""
     return not lacking(results)
 
 
 def lacking(results: Results) -> list[str]:
-    """What a run lacks of that proof, in words: every part of it, on these kernels, of one card, commit and library.
+    """Say what a run lacks of that proof: every part of it, on these kernels, of one card, commit and library.
     A sanitizer's check that was no gate (racecheck of an old one) must have run to its end, whatever it found."""
     lacks = {name: _unproven(results.get(name)) for name in PROOF}
     rows = results.get("sanitizer", {}).get("rows", [])
@@ -49,12 +49,12 @@ def verdict(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def names_the_code(commit: str | None) -> bool:
-    """Whether two runs with this commit measured the same: a tree that differs from its commit may do so twice."""
+    """Return whether two runs of this commit measured the same: a tree that differs from it may do so twice."""
     return bool(commit) and not str(commit).endswith("-dirty")
 
 
 def proven(results: Results) -> str:
-    """A sentence: whether the CUDA kernels are, and what lacks."""
+    """Say in a sentence whether the CUDA kernels are proven, and what lacks."""
     lacks = lacking(results)
     return (
         f"The CUDA kernels are not proven here: {'; '.join(lacks)}." if lacks else "The CUDA kernels are proven here."
@@ -70,7 +70,7 @@ def _unproven(part: dict[str, Any] | None) -> str | None:
 
 
 class Record:
-    """The results of a run, and of the one that it resumes, in a folder."""
+    """Holds the results of a run, and of the one that it resumes, in a folder."""
 
     def __init__(self, folder: Path, environment: dict[str, Any]) -> None:
         self.folder = folder
@@ -79,7 +79,7 @@ class Record:
         self.made_with = {name: environment[name] for name in ("gpu", "commit", "library")}
 
     def resume(self, earlier: Results) -> list[str]:
-        """Take over what was made with this card, commit and library; the names of the parts that had another."""
+        """Take over what was made with this card, commit and library; name the parts that had another."""
         other = []
         for name in PARTS:
             if (part := earlier.get(name)) is None:
@@ -91,7 +91,7 @@ class Record:
         return other
 
     def passed(self, name: str, backends: tuple[str, ...]) -> bool:
-        """Whether a part has passed on all of these backends."""
+        """Return whether a part has passed on all of these backends."""
         part = self.results.get(name, {})
         return part.get("passed") is True and set(backends) <= set(part["backends"])
 
@@ -111,7 +111,7 @@ class Record:
         return self.results[name]
 
     def add(self, name: str, row: Row) -> None:
-        """In place of an earlier row of that name; on the disk when this returns."""
+        """Add a row, in place of an earlier one of that name; it is on the disk when this returns."""
         rows = self.results[name]["rows"]
         rows[:] = [old for old in rows if old["name"] != row["name"]] + [row]
         self.save()
@@ -128,7 +128,7 @@ class Record:
 
 
 def _write(path: Path, text: str) -> None:
-    """Never half a file, whenever this is killed."""
+    """Write a file, never half of it, whenever this is killed."""
     fresh = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         fresh.write_text(text)
@@ -138,7 +138,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def read(folder: Path) -> Results:
-    """The results of an earlier run. Raises OSError where there are none, ValueError where they are not a run's."""
+    """Read an earlier run. Raises OSError where there are none, ValueError where they are not a run's."""
     found = json.loads((folder / FILE).read_text())
     if not isinstance(found, dict) or not all(_is_part(part) for name, part in found.items() if name in PARTS):
         raise ValueError("it is not the record of a run")
@@ -171,7 +171,7 @@ def markdown(results: Results) -> str:
 
 
 def outcome(part: dict[str, Any]) -> str:
-    """One cell: passed, or what did not hold."""
+    """Say in one cell: passed, or what did not hold."""
     if "skipped" in part:
         return f"skipped: {part['skipped']}"
     if part["passed"]:
@@ -192,7 +192,7 @@ def _no_gates(results: Results) -> list[str]:
 
 
 def _copy(results: Results) -> float | None:
-    """GB/s, as this run measured it."""
+    """Return GB/s, as this run measured it."""
     for name, key in (("limits", "gb_per_s"), ("smoke", "copy_gb_per_s")):
         for row in results.get(name, {}).get("rows", []):
             if row["name"] == "copy":
@@ -211,7 +211,7 @@ def _bandwidths(results: Results) -> list[str]:
 
 
 def _kernels(results: Results) -> list[str]:
-    """The CUDA kernels alone: what was computed beside what was measured."""
+    """Tabulate the CUDA kernels alone: what was computed beside what was measured."""
     rows = [row for row in results.get("smoke", {}).get("rows", []) if "in_place_ms" in row]
     if not rows:
         return []
@@ -237,7 +237,7 @@ def _traffic(results: Results) -> list[str]:
 
 
 def _timing(part: dict[str, Any]) -> list[str]:
-    """Every provider of every workload; the bound is of the same rounds."""
+    """Tabulate every provider of every workload; the bound is of the same rounds."""
     rows = [row for row in part.get("rows", []) if "providers" in row]
     if not rows:
         return []

@@ -1,4 +1,4 @@
-"""Rows that a process measures, one line of JSON each in a file that another reads while it grows."""
+"""Writes and reads rows that a process measures, one line of JSON each in a file that another reads while it grows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write(path: Path | None, name: str, **figures: Any) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """Every whole line; one that is being written comes next time, one that is no row is a row that failed."""
+    """Read every whole line; one that is being written comes next time, one that is no row is one that failed."""
     if not path.exists():
         return []
     lines = path.read_text(errors="replace").split("\n")[:-1]
@@ -44,7 +44,7 @@ def is_row(found: object) -> bool:
 
 
 def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null."""
+    """Replace NaN and infinity, which JSON has not, by null."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -36,7 +36,7 @@ MARGIN = 3.0
 
 
 def steps(small: bool) -> list[Step]:
-    """In the order of risk."""
+    """Return the steps in the order of risk."""
 
     def rows(many: int, few: int) -> int:
         return few if small else many
@@ -92,7 +92,7 @@ def run(chosen: Sequence[Step], setting: Setting, seconds: float, forked: bool =
 
 
 def _alone(function: Callable[[Setting], bool], setting: Setting, seconds: float) -> Ended:
-    """In a process of its own."""
+    """Run a step in a process of its own."""
     if seconds <= 0:
         return Ended(None, 0.0)
     return fork(partial(function, setting), seconds)
@@ -109,13 +109,13 @@ def _here(function: Callable[[Setting], bool], setting: Setting) -> Ended:
 
 
 def _how(ended: Ended) -> str:
-    """Why a step failed."""
+    """Say why a step failed."""
     known = {1: "a wrong result", 2: "an exception", 3: "a launch that hangs"}
     return known.get(ended.code or 0, str(ended))
 
 
 def chosen_of(steps: Sequence[Step], only: Sequence[str], skip: Sequence[str]) -> list[Step]:
-    """Those whose name holds a word of ``only``, if there are any, and none of ``skip``."""
+    """Return those whose name holds a word of ``only``, if there are any, and none of ``skip``."""
     return [
         step for step in steps
         if (not only or any(word in step[0] for word in only)) and not any(word in step[0] for word in skip)

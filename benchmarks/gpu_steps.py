@@ -1,4 +1,4 @@
-"""The steps of gpu_smoke.py: calls of the CUDA kernels alone, without Triton, each compared with float64.
+"""Has the steps of gpu_smoke.py: calls of the CUDA kernels alone, without Triton, each compared with float64.
 
 Every step is a function of a Setting that says what it finds, and whether it holds.
 """
@@ -35,7 +35,7 @@ BUSY = 2_000_000
 
 @dataclass(frozen=True)
 class Setting:
-    """Where the steps run and how much of them."""
+    """Says where the steps run and how much of them."""
 
     device: str
     small: bool = False
@@ -78,7 +78,7 @@ class Batch:
 
 
 def make(setting: Setting, shape: Shape, live: Tensor | None = None, beta: float = BETA) -> Batch:
-    """Random logits of spread 2; every row is live unless ``live`` (1, N) says otherwise."""
+    """Make random logits of spread 2; every row is live unless ``live`` (1, N) says otherwise."""
     n, vocab, dtype, skew = shape
     generator = torch.Generator(setting.device).manual_seed(vocab + n)
     logits = torch.empty(n * vocab + skew, dtype=dtype, device=setting.device)[skew:].view(1, n, vocab)
@@ -93,7 +93,7 @@ def make(setting: Setting, shape: Shape, live: Tensor | None = None, beta: float
 
 
 def log_probs(batch: Batch) -> RowStats:
-    """Statistics of the rows, (1, N)."""
+    """Return statistics of the rows, (1, N)."""
     stats = RowStats(*batch.unwritten(4))
     cuda.log_probs(batch.rows, stats)
     return stats
@@ -120,14 +120,14 @@ def prepared(batch: Batch, old: Tensor, ref: Tensor, out: Tensor) -> Fused:
 
 
 def fused(batch: Batch, old: Tensor, ref: Tensor, out: Tensor) -> list[Tensor]:
-    """The results of ``prepared``."""
+    """Return the results of ``prepared``."""
     call, results = prepared(batch, old, ref, out)
     call()
     return results
 
 
 def wait(setting: Setting, what: str) -> None:
-    """Polls, so that a kernel that hangs is named and no call of the driver blocks."""
+    """Poll, so that a kernel that hangs is named and no call of the driver blocks."""
     if torch.device(setting.device).type != "cuda":
         return
     done = torch.cuda.Event()
@@ -152,7 +152,7 @@ def check_log_probs(batch: Batch, found: Tensor, what: str) -> bool:
 
 
 def check_gradient(batch: Batch, before: Tensor, out: Tensor, slope: Tensor, what: str) -> bool:
-    """Every live row, where ``before`` (1, N, V) are the logits."""
+    """Check every live row, where ``before`` (1, N, V) are the logits."""
     live = batch.rows.live[0]
     given = (before[0], batch.rows.token_ids[0], slope[0], out[0])
     error = gpu_exact.gradient_error(*(given if live.all() else (tensor[live] for tensor in given)))
@@ -162,7 +162,7 @@ def check_gradient(batch: Batch, before: Tensor, out: Tensor, slope: Tensor, wha
 
 
 def check_terms(batch: Batch, log_prob: Tensor, known: list[Tensor], found: list[Tensor], what: str) -> bool:
-    """Policy terms, KL and flags of live rows: advantage 1, inside the clip, where ``known`` are old and ref."""
+    """Check policy terms, KL and flags of live rows: advantage 1, inside the clip, where ``known`` are old and ref."""
     live = batch.rows.live
     exact, old, ref = (tensor[live].double() for tensor in (log_prob, *known))
     policy, kl, flags = (tensor[live] for tensor in found)
@@ -200,7 +200,7 @@ def environment(setting: Setting) -> bool:
 
 
 def scored(setting: Setting, shape: Shape, live: Tensor | None = None) -> tuple[Batch, RowStats]:
-    """A batch (``make``) and the statistics of its rows, when the kernel has ended."""
+    """Return a batch (``make``) and the statistics of its rows, when the kernel has ended."""
     batch = make(setting, shape, live)
     found = log_probs(batch)
     wait(setting, f"log_probs {shape}" + ("" if live is None else f", {int(live.sum())} live rows"))
@@ -323,7 +323,7 @@ def times(setting: Setting, *shapes: Shape) -> bool:
 
 
 def _copy(setting: Setting) -> float:
-    """Bytes a second, read and written."""
+    """Return bytes a second, read and written."""
     source = torch.zeros(COPIED, dtype=torch.uint8, device=setting.device)
     target = torch.empty_like(source)
     return 2 * source.numel() / _seconds(setting, lambda: target.copy_(source))

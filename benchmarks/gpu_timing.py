@@ -1,4 +1,4 @@
-"""The timing parts of gpu_check.py: loss.py's engine and peers on a GPU's shapes."""
+"""Has the timing parts of gpu_check.py: loss.py's engine and peers on a GPU's shapes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HIDDEN = ((8192, 151936, 4096), (8192, 151936, 2048), (16384, 32000, 2048))
 
 
 def logits(device: str) -> list[Spec]:
-    """What matters most first: time may run out."""
+    """Return what matters most first: time may run out."""
     if device == "cpu":
         return [Spec(16, 3000, "bf16"), Spec(16, 3000, "bf16", upstream=0.25)]
     first, *others = (Spec(n, v, "bf16", device=device) for n, v in LOGITS)
@@ -49,13 +49,13 @@ def providers(spec: Spec, names: Sequence[str], compiled: bool) -> list[Provider
 
 
 def workloads(specs: Sequence[Spec], names: Sequence[str]) -> Rows:
-    """A row for each workload; torch.compile is timed in the first."""
+    """Yield a row for each workload; torch.compile is timed in the first."""
     for spec in specs:
         yield str(spec), partial(_workload, spec, names, spec is specs[0])
 
 
 def _workload(spec: Spec, names: Sequence[str], compiled: bool) -> dict[str, Any]:
-    """The engine's row, what it was measured beside, and what was not installed."""
+    """Return the engine's row, what it was measured beside, and what was not installed."""
     found: dict[str, Any] = {"missing": peers.missing(spec.device)}
     found |= {"peers": {package: version for package, version in peers.versions().items() if version}}
     try:

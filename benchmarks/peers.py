@@ -27,7 +27,7 @@ def copies(count: float) -> Callable[[Spec], float]:
 
 
 def trl_eager() -> Loss:
-    """What TRL up to 1.15 did, and still does where its kernel cannot: selective_log_softmax and chunked entropy."""
+    """Do what TRL up to 1.15 did, and still does where its kernel cannot: selective_log_softmax and chunked entropy."""
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
     def loss(work: Workload) -> Tensor:
@@ -62,7 +62,7 @@ def liger_triton() -> Loss:
 
 
 def quack_yardstick() -> Loss:
-    """Cross-entropy alone: no ratio, no KL, no metrics; what a single-purpose kernel reaches."""
+    """Compute cross-entropy alone, without ratio, KL and metrics: what a single-purpose kernel reaches."""
     from quack.cross_entropy import cross_entropy
 
     def loss(work: Workload) -> Tensor:
@@ -140,7 +140,7 @@ gives log-probs and entropy too."""
 
 
 def providers(spec: Spec) -> list[Provider]:
-    """Ours, PyTorch's and every peer that is installed and runs on the workload's device."""
+    """Return ours, PyTorch's and every peer that is installed and runs on the workload's device."""
     source = "logits" if spec.hidden is None else "hidden"
     found = own_providers(spec)
     for name, (_, takes, devices, make, tensors, same) in PEERS.items():
@@ -154,7 +154,7 @@ def providers(spec: Spec) -> list[Provider]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of every peer's package; None: not installed."""
+    """Return the version of every peer's package; None where it is not installed."""
     found = {}
     for package, *_ in PEERS.values():
         try:
@@ -165,6 +165,6 @@ def versions() -> dict[str, str | None]:
 
 
 def missing(device: str) -> list[str]:
-    """What should run on this device and is not installed."""
+    """Return what should run on this device and is not installed."""
     kind = torch.device(device).type
     return [name for name, (package, _, devices, *_) in PEERS.items() if kind in devices and not versions()[package]]

@@ -43,7 +43,7 @@ SHORT = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def changes(columns: int | None, span: int) -> dict[str, list[Entry]]:
-    """What to vary, one after the other, each from the best so far."""
+    """Return what to vary, one after the other, each from the best so far."""
     ways = [{"hold": False, "two_sweeps": sweeps} for sweeps in (False, True)]
     if columns is not None and columns <= span:
         ways.insert(0, {"hold": True, "two_sweeps": False})
@@ -52,7 +52,7 @@ def changes(columns: int | None, span: int) -> dict[str, list[Entry]]:
 
 
 def tune(start: Entry, work: Workload, target: str) -> Entry:
-    """The best entry found from ``start`` on, with its milliseconds."""
+    """Return the best entry found from ``start`` on, with its milliseconds."""
     best = start | {"ms": milliseconds(start, work, target)}
     if best["ms"] is None:
         raise SystemExit("the table's own entry does not run here: see above")
@@ -69,7 +69,7 @@ def tune(start: Entry, work: Workload, target: str) -> Entry:
 
 
 def milliseconds(entry: Entry, work: Workload, target: str) -> float | None:
-    """Forward alone plus loss and gradient in place; None where it does not compile or fit."""
+    """Time forward alone plus loss and gradient in place; None where it does not compile or fit."""
     use(entry, target)
     total = 0.0
     for name, function in (("forward", forward), ("loss", loss_and_gradient)):
@@ -92,7 +92,7 @@ def loss_and_gradient(work: Workload) -> None:
 
 
 def median_ms(function: Callable[[Workload], None], work: Workload) -> float:
-    """Of up to 15 calls in a second, after one that compiles."""
+    """Return the median of up to 15 calls in a second, after one that compiles."""
     samples: list[float] = []
     for k in range(16):
         work.restore()
@@ -118,13 +118,13 @@ def describe(entry: Entry) -> str:
 
 
 def order(entry: Entry) -> tuple[bool, str, float]:
-    """The first entry that fits is taken: those of one dtype before those of every one, shorter rows first."""
+    """Sort entries, of which the first that fits is taken: one dtype's before every one's, shorter rows first."""
     columns = float("inf") if entry["columns"] is None else entry["columns"]
     return entry["dtype"] is None, entry["dtype"] or "", columns
 
 
 def write(entries: dict[str, list[Entry]], path: Path) -> None:
-    """One entry a line, so that a change is read as one."""
+    """Write one entry a line, so that a change is read as one."""
     kinds = []
     for name, mine in entries.items():
         lines = ",\n".join(f"    {json.dumps({key: entry[key] for key in entry if key != 'ms'})}" for entry in mine)

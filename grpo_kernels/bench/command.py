@@ -1,4 +1,4 @@
-"""Time and memory of the loss step on this machine, ours beside eager PyTorch and torch.compile.
+"""Measures time and memory of the loss step on this machine, ours beside eager PyTorch and torch.compile.
 
     python -m grpo_kernels bench                                   # three shapes, about a minute on two cores
     python -m grpo_kernels bench --model qwen2.5-7b --lengths 256,1k --dtype bf16 --out results
@@ -110,7 +110,7 @@ def collect(
 
 
 class Files:
-    """A folder's NAME.json, .csv, .md and .png, which are written anew after each workload."""
+    """Writes a folder's NAME.json, .csv, .md and .png anew after each workload."""
 
     def __init__(self, folder: Path | None, name: str, environment: dict[str, Any]) -> None:
         self.folder, self.name, self.environment = folder, name, environment

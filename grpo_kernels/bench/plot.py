@@ -16,7 +16,7 @@ ENOUGH = 3
 
 
 class Style(NamedTuple):
-    """How a provider is drawn: told apart by marker and dash as well as by colour."""
+    """Says how a provider is drawn: told apart by marker and dash as well as by colour."""
 
     color: str
     marker: str

@@ -1,4 +1,4 @@
-"""Rows of measurements as a Markdown table, CSV and sentences."""
+"""Makes a Markdown table, CSV and sentences of rows of measurements."""
 
 from __future__ import annotations
 
