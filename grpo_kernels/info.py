@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import backends
+from . import __version__, backends
 from .backends import cpu, cuda, native
 from .calls.head import cpu_bf16_instructions
 from .objectives.config import LossConfig
@@ -26,7 +26,8 @@ def collect() -> dict[str, Any]:
         torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
     ]
     return {
-        "grpo_kernels": _version("grpo-kernels"),
+        "grpo_kernels": __version__,
+        "folder": str(native.FOLDER.parent),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES} | {"torch": torch.__version__},  # with its build
@@ -90,6 +91,13 @@ def _cpu_library() -> dict[str, Any]:
     return record
 
 
+def _place(name: str, library: dict[str, Any]) -> str:
+    """Return a library's path, and whose it is where it is not the imported folder's own."""
+    path, found = library["path"], native.library_path(name)
+    borrowed = path == str(found) and found.parent != native.FOLDER
+    return f"{path}{' (of the installation, built from the sources here)' if borrowed else ''}"
+
+
 def presets_table() -> str:
     """Every preset of the registry: a row of a Markdown table each."""
     lines = ["| preset | f | level | aggregation | paper | the paper's coefficients |", "| --- |" + " --- |" * 5]
@@ -148,6 +156,7 @@ def main(arguments: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
         return 0
     print(f"grpo_kernels {report['grpo_kernels']}, Python {report['python']}, {report['platform']}")
+    print(f"folder     {report['folder']}")
     print("packages   " + ", ".join(f"{name} {version or '-'}" for name, version in report["packages"].items()))
     print(f"devices    {', '.join(report['devices'])}; {report['threads']} CPU threads")
     for name, state in report["backends"].items():
@@ -160,7 +169,7 @@ def main(arguments: argparse.Namespace) -> int:
     gemm = f"bf16 ({found})" if found else "fp32, slice by slice of the weight: this CPU has no bf16 instructions"
     print(f"CPU GEMMs  of bf16 heads run in {gemm}")
     library = report["cpu_library"]
-    print(f"library    {library['path']}")
+    print(f"library    {_place('cpu', library)}")
     if "unusable" in library:
         print(f"           unusable: {library['unusable']}")
     else:
@@ -168,7 +177,7 @@ def main(arguments: argparse.Namespace) -> int:
     if library["build"] and "error" not in library["build"]:
         print(f"           built by {library['build']['compiler']}; OpenMP: {library['build']['openmp']}")
     library = report["cuda_library"]
-    print(f"library    {library['path']}")
+    print(f"library    {_place('cuda', library)}")
     if "unusable" in library:
         print(f"           unusable: {library['unusable']}")
     elif library["build"]:

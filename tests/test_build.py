@@ -146,6 +146,48 @@ def test_wheel(tmp_path, library):
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/"))]
 
 
+def run_in_clone(clone: Path, site: Path, *arguments: str) -> str:
+    """`python -m grpo_kernels ...` in a clone's folder, which comes before the installation."""
+    environment = {**os.environ, "PYTHONPATH": str(site), "GRPO_KERNELS_CUDA_LIBRARY": "", "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-m", "grpo_kernels", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=clone, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_a_clone_uses_the_library_of_its_own_installation(tmp_path):
+    """`pip install .` leaves none in the clone, whose package `python -m` imports there; one of other sources serves
+    nobody, and info says what to do."""
+    clone, site = isolated_tree(tmp_path / "clone"), tmp_path / "site"
+    installed = site / "grpo_kernels" / "native" / cpu.LIBRARY.name
+    installed.parent.mkdir(parents=True)
+    for path in (cpu.LIBRARY, cpu.LIBRARY.with_suffix(".json")):
+        shutil.copy2(path, installed.parent)
+    report = json.loads(run_in_clone(clone, site, "info", "--json"))
+    assert report["folder"] == str(clone / "grpo_kernels")
+    assert (report["backends"]["cpu"], report["cpu_library"]["path"]) == ("usable", str(installed))
+    some = ["--preset", "grpo", "--dtype", "fp32", "--vocab", "50", "--tokens", "8"]
+    assert re.search("fp32 +grpo +cpu ", run_in_clone(clone, site, "verify", *some))
+
+    changed = clone / "csrc" / "cpu" / "row.h"
+    changed.write_text(changed.read_text() + "// another source\n")
+    report = json.loads(run_in_clone(clone, site, "info", "--json"))
+    assert f"no compiled library of the sources in {clone}, whose package" in report["backends"]["cpu"]
+    assert f"({site / 'grpo_kernels'}), which was built from others: `pip install .`" in report["backends"]["cpu"]
+    text = run_in_clone(clone, site, "verify", *some)
+    assert text.endswith("plain PyTorch alone: no compiled kernels serve cpu here, for the reasons above\n")
+
+    own = clone / "grpo_kernels" / "native"
+    shutil.copytree(installed.parent, own)
+    report = json.loads(run_in_clone(clone, site, "info", "--json"))
+    assert f"was built from other sources than {clone / 'csrc'}: `pip install -e .`" in report["backends"]["cpu"]
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_sources_are_hashed_as_they_were_when_built(name):
+    assert native.sources_hash(name) == sources_hash(name)
+
+
 @pytest.mark.parametrize("compiler", ["missing", "failing"])
 def test_wheel_without_a_working_compiler(tmp_path, compiler):
     """The installation succeeds, plain PyTorch serves, and info says why."""

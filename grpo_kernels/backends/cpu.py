@@ -21,7 +21,7 @@ INSTRUCTION_SETS = ("generic", "avx2", "avx512")
 _ABI_VERSION = 5
 _OK, _TOKEN_ID_OUT_OF_RANGE = 0, 1
 
-LIBRARY = native.FOLDER / "libgrpo_cpu.so"
+LIBRARY = native.library_path("cpu")
 
 
 class _Params(native.Call):

@@ -46,7 +46,7 @@ benchmarks/gpu_check.py for. There this backend is the automatic choice."""
 
 
 def library_path() -> Path:
-    return Path(os.environ.get("GRPO_KERNELS_CUDA_LIBRARY") or native.FOLDER / "libgrpo_cuda.so")
+    return Path(os.environ.get("GRPO_KERNELS_CUDA_LIBRARY") or native.library_path("cuda"))
 
 
 class _Params(native.Call):

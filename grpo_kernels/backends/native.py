@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import json
+import sys
+from collections.abc import Iterator
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +19,8 @@ from .contract import RowGradients, Rows, RowStats, TokenInputs, TokenRecords, b
 from .spec import ObjectiveSpec
 
 FOLDER = Path(__file__).resolve().parent.parent / "native"
+TREE = FOLDER.parent.parent
+"""The folder that holds the package: site-packages, or a source tree, where what libraries are made of is beside it."""
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -76,10 +82,52 @@ class Unavailable(RuntimeError):
     """Raised where a library is not usable; the message says why."""
 
 
+def library_path(name: str) -> Path:
+    """Return the path of the package's library, "cpu" or "cuda".
+
+    In a source tree it is a library of that tree's sources: the package's own, or else that of an installation which
+    the tree's folder shadows (``pip install .`` leaves none in the tree). Where neither is, the package's own path.
+    """
+    own = FOLDER / f"libgrpo_{name}.so"
+    if not _in_source_tree():
+        return own
+    return next(filter(_of_these_sources, [own, *_shadowed(own.name)]), own)
+
+
+def _in_source_tree() -> bool:
+    return (TREE / "csrc" / "common" / "call.h").is_file()
+
+
+def _shadowed(file: str) -> Iterator[Path]:
+    """Yield the libraries, built or not, of installations that the module search path has behind this package."""
+    for entry in sys.path:
+        path = Path(entry or ".", FOLDER.parent.name, FOLDER.name, file).resolve()
+        if path.parent != FOLDER and path.with_suffix(".json").exists():
+            yield path
+
+
+def _of_these_sources(path: Path) -> bool:
+    """Whether a library's record says that it was made, or tried, of the source tree's files as they are."""
+    return build_record(path).get("sources") == sources_hash(path.stem.removeprefix("libgrpo_"))
+
+
+@functools.cache
+def sources_hash(name: str) -> str:
+    """Return the hash of the files in the source tree that a library is made of, as setup.py writes it."""
+    digest = hashlib.sha256()
+    folders = (TREE / "csrc" / name, TREE / "csrc" / "common")
+    for path in sorted(path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(TREE).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 def load(path: Path, abi_function: str, expected: int) -> ctypes.CDLL:
     """Return the library at ``path``. Raise Unavailable, with the reason, where it is not usable."""
     if not path.exists():
         raise Unavailable(_why_not_built(path))
+    if path.parent == FOLDER and _in_source_tree() and not _of_these_sources(path):
+        other = f"{path} was built from other sources than {TREE / 'csrc'}"
+        raise Unavailable(f"{other}: `pip install -e .` builds it again")
     try:
         loaded = ctypes.CDLL(str(path))
     except OSError as error:
@@ -94,9 +142,14 @@ def load(path: Path, abi_function: str, expected: int) -> ctypes.CDLL:
 
 def _why_not_built(path: Path) -> str:
     reason = build_record(path).get("error")
-    if reason is None:
-        return f"no compiled library ({path}): install with `pip install .`, which builds it"
-    return f"it was not compiled during installation: {reason}"
+    if reason is not None:
+        return f"it was not compiled during installation: {reason}"
+    if path.parent == FOLDER and (other := next(_shadowed(path.name), None)):
+        return (
+            f"no compiled library of the sources in {TREE}, whose package comes before the installed one "
+            f"({other.parent.parent}), which was built from others: `pip install .` builds it again"
+        )
+    return f"no compiled library ({path}): install with `pip install .`, which builds it"
 
 
 def build_record(path: Path) -> dict[str, str]:

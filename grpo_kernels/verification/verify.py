@@ -321,6 +321,8 @@ def main(arguments: argparse.Namespace) -> int:
     everything: list[Result | LinearResult] = [*results, *linear]
     broken = sum(not r.passed for r in everything)
     print(f"\n{len(everything) - broken} of {len(everything)} hold" + (f"; {broken} BROKEN" if broken else ""))
+    if usable == ["torch"] and not arguments.backend:
+        print(f"plain PyTorch alone: no compiled kernels serve {arguments.device} here, for the reasons above")
     records.write(arguments.device, sorted({r.backend for r in results}), len(everything), broken)
     return 1 if broken else 0
 
