@@ -28,6 +28,7 @@ from .objectives.compiler import outside_graphs
 from .objectives.config import LossConfig, resolve_config
 from .objectives.maths import weighed
 from .objectives.metrics import Metrics
+from .objectives.names import NoKeyword, refuse_keywords
 from .objectives.normalizer import Normalizer
 from .objectives.sequences import Sequences
 
@@ -63,6 +64,7 @@ def linear_grpo_loss(
     check: bool | None = None,
     backend: str | None = None,
     require: Require | None = None,
+    **unknown: NoKeyword,
 ) -> LossOutput:
     """``grpo_loss(hidden @ weight.T + bias, ...)`` without its logits: only live rows are computed, a chunk at a time.
 
@@ -91,6 +93,8 @@ def linear_grpo_loss(
         ValueError, TypeError: as ``grpo_loss``; hidden states and a weight that do not fit, a sharded weight, a budget
             too small for one row.
     """
+    if unknown:
+        refuse_keywords(linear_grpo_loss, unknown)
     config = resolve_config(config)
     arguments = LossArguments(
         advantages=advantages,
@@ -171,6 +175,7 @@ def linear_token_log_probs(
     check: bool | None = None,
     backend: str | None = None,
     require: Require | None = None,
+    **unknown: NoKeyword,
 ) -> TokenLogProbs:
     """``token_log_probs(hidden @ weight.T + bias, ...)`` without its logits: for the old and reference pass, and for
     objectives of your own. Backward computes the logits a second time (8·N·H·V FLOPs in all).
@@ -180,6 +185,8 @@ def linear_token_log_probs(
     Returns:
         TokenLogProbs(log_probs, entropy), both differentiable in hidden, weight and bias.
     """
+    if unknown:
+        refuse_keywords(linear_token_log_probs, unknown)
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_token_log_probs", logit_args, check)
     head = HeadTensors(hidden, weight, bias)

@@ -14,6 +14,7 @@ from .calls.outputs import TokenLogProbs
 from .calls.routes import Require, choose_log_probs
 from .calls.support import Support, check_not_inplace, supported_log_probs
 from .calls.tokens import read_tokens
+from .objectives.names import NoKeyword, refuse_keywords
 
 
 def token_log_probs(
@@ -29,6 +30,7 @@ def token_log_probs(
     check: bool | None = None,
     backend: str | None = None,
     require: Require | None = None,
+    **unknown: NoKeyword,
 ) -> TokenLogProbs:
     """Log-prob of each token and entropy of each row, without a second tensor of the logits' size.
 
@@ -55,6 +57,8 @@ def token_log_probs(
     Raises:
         ValueError, TypeError, IndexError, RuntimeError: as ``grpo_loss``.
     """
+    if unknown:
+        refuse_keywords(token_log_probs, unknown)
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("token_log_probs", logit_args, check)
     tokens = read_tokens("token_log_probs", logits, token_ids, mask, {}, check)

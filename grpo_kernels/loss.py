@@ -24,6 +24,7 @@ from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
 from .calls.token_losses import token_losses as losses_of_tokens
 from .calls.tokens import read_tokens
 from .objectives.config import LossConfig, resolve_config
+from .objectives.names import NoKeyword, refuse_keywords
 from .objectives.normalizer import Normalizer
 
 
@@ -54,6 +55,7 @@ def grpo_loss(
     check: bool | None = None,
     backend: str | None = None,
     require: Require | None = None,
+    **unknown: NoKeyword,
 ) -> LossOutput:
     """The GRPO-family loss of ``config``, its gradient in the logits and its metrics.
 
@@ -104,11 +106,14 @@ def grpo_loss(
         ``route`` says which backend computed it, in how many passes over the logits, and why.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes, devices, names or numbers that do not fit, each named.
+        ValueError, TypeError: shapes, dtypes, devices, names or numbers that do not fit, each named; a keyword of
+            another package's loss, with ours.
         IndexError: a token id outside the vocabulary at a live position (CPU; on a GPU that row becomes NaN).
         RuntimeError: a backend that cannot serve the call, or not as required; a torch.func transform; a second
             backward.
     """
+    if unknown:
+        refuse_keywords(grpo_loss, unknown)
     config = resolve_config(config)
     arguments = LossArguments(
         advantages=advantages,
@@ -132,8 +137,8 @@ def grpo_loss(
         refuse_what_losses_of_tokens_lack(tokens, grad_scale, inplace)
     if inplace and wants_gradient:
         check_inplace("grpo_loss", logits, tokens.tensors)
-    unknown = UNSCALED if grad_scale is None and logits.dtype == torch.float16 else None
-    unknown = ON_DEMAND if token_losses else unknown
+    unannounced = UNSCALED if grad_scale is None and logits.dtype == torch.float16 else None
+    unannounced = ON_DEMAND if token_losses else unannounced
     choice = choose_backend(tokens, backend, logit_softcap is not None, fused=wants_gradient)
     tokens, batch = read_batch(tokens, config, arguments)
     plan = choose(
@@ -145,7 +150,7 @@ def grpo_loss(
         require=require,
         wants_gradient=wants_gradient,
         copies=support is not None,
-        unknown=unknown,
+        unknown=unannounced,
     )
     backend = plan.route.backend
     if tokens.checks:

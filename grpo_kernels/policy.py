@@ -18,6 +18,7 @@ from .calls.token_losses import token_losses as losses_of_tokens
 from .calls.tokens import Tokens, read_log_prob_tokens
 from .objectives.checks import fail
 from .objectives.config import LossConfig, resolve_config
+from .objectives.names import NoKeyword, refuse_keywords
 from .objectives.normalizer import Normalizer
 
 
@@ -41,6 +42,7 @@ def policy_loss(
     token_losses: bool = False,
     check: bool | None = None,
     backend: str | None = None,
+    **unknown: NoKeyword,
 ) -> LossOutput:
     """The loss of ``config``, and its metrics, from log-probs: the [tokens]-sized half of ``grpo_loss``.
 
@@ -66,6 +68,8 @@ def policy_loss(
         ValueError, TypeError: as ``grpo_loss``; an entropy bonus or threshold without ``entropy``.
         RuntimeError: a backend that cannot serve the device; a torch.func transform.
     """
+    if unknown:
+        refuse_keywords(policy_loss, unknown)
     config = resolve_config(config)
     arguments = LossArguments(
         advantages=advantages,

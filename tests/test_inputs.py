@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from cases import make
 
 from grpo_kernels import (
     KL,
+    GRPOLoss,
     LossConfig,
     MaskedIS,
     OffPolicyMask,
@@ -21,11 +24,13 @@ from grpo_kernels import (
     linear_token_log_probs,
     match,
     normalizer,
+    policy_loss,
     token_log_probs,
     value_loss,
 )
-from grpo_kernels.objectives import advantages
+from grpo_kernels.objectives import advantages, names
 from grpo_kernels.objectives.checks import checks_enabled
+from grpo_kernels.objectives.names import keywords_of
 from grpo_kernels.verification import reference
 
 INF, NAN = math.inf, math.nan
@@ -462,3 +467,94 @@ def test_the_switch_of_checks(monkeypatch, value, on):
 def test_names_in_capitals_have_a_neighbour():
     with pytest.raises(ValueError, match="Did you mean 'grpo'"):
         LossConfig.preset("GRPOS")
+
+
+OTHERS = {
+    "old_logprobs": (None, "old_log_probs=..."),
+    "response_mask": (None, "mask=..."),
+    "num_items_in_batch": (12.0, "normalizer=12.0"),
+    "beta": (0.04, "config=LossConfig(kl=KL(0.04))"),
+    "epsilon": (0.2, "config=LossConfig(surrogate=Clip(0.2, 0.2))"),
+    "tis_imp_ratio_cap": (2.0, "config=LossConfig(rollout=TruncatedIS(2.0))"),
+    "loss_type": ("dapo", "config=LossConfig.preset('dapo')"),
+    "level": ("sequence", "config=LossConfig(level='sequence')"),
+    "kl": (KL(0.1), "config=LossConfig(kl=...)"),
+    "backends": ("cpu", "'backend'"),
+}
+"""Keywords of other packages' losses, and of our config, with what they are told."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("function", [grpo_loss, linear_grpo_loss, policy_loss], ids=lambda f: f.__name__)
+def test_keywords_of_other_packages(function, name):
+    value, meant = OTHERS[name]
+    arguments = {grpo_loss: (2, 3, 7), linear_grpo_loss: (2, 3, 5), policy_loss: (2, 3)}[function]
+    head = (torch.ones(7, 5),) if function is linear_grpo_loss else ()
+    ids = () if function is policy_loss else (torch.zeros(2, 3, dtype=torch.int64),)
+    with pytest.raises(TypeError) as raised:
+        function(torch.zeros(arguments), *head, *ids, torch.ones(2), **{name: value})
+    expected = f"{function.__name__}() got an unexpected keyword argument {name!r}. Did you mean {meant}?"
+    assert str(raised.value) == expected
+
+
+@pytest.mark.parametrize("function", [token_log_probs, linear_token_log_probs], ids=lambda f: f.__name__)
+def test_keywords_of_functions_without_a_config(function):
+    """Nothing is suggested that they would not take either."""
+    for name, advice in {
+        "completion_mask": "Did you mean mask=...?",
+        "beta": "It takes ",
+        "level": "It takes ",
+    }.items():
+        with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}'. {re.escape(advice)}"):
+            SCORERS[function.__name__](**{name: torch.ones(2, 3) if name == "completion_mask" else "?"})
+
+
+def test_keywords_of_normalizer():
+    with pytest.raises(TypeError, match=r"normalizer\(\) got .* 'loss_type'. Did you mean config=LossConfig.preset"):
+        normalizer(torch.ones(2, 3), loss_type="dapo")
+    with pytest.raises(TypeError, match=r"'k'. It takes masks, config, world_size, group, cu_seqlens\.$"):
+        normalizer(torch.ones(2, 3), "grpo", k=2)
+
+
+def test_arguments_of_others_are_none_of_ours():
+    taken = {name for f in (grpo_loss, linear_grpo_loss, policy_loss, normalizer) for name in keywords_of(f)}
+    assert set(names.ARGUMENTS).isdisjoint(taken)
+    assert set(names.ARGUMENTS.values()) <= taken
+    assert [field.name for field in dataclasses.fields(LossConfig)] == list(names.FIELDS)
+    with pytest.raises(ValueError, match="GRPOLoss: the option.*; got .old_logprobs.. Did you mean old_log_probs=...?"):
+        GRPOLoss(old_logprobs=ONES)
+
+
+TYPED = """
+import torch
+from grpo_kernels import grpo_loss, linear_grpo_loss, linear_token_log_probs, normalizer, policy_loss, token_log_probs
+t = torch.ones(1)
+grpo_loss(t, t, t, response_mask=1)
+linear_grpo_loss(t, t, t, t, response_mask=1)
+policy_loss(t, t, response_mask=1)
+token_log_probs(t, t, response_mask=1)
+linear_token_log_probs(t, t, t, response_mask=1)
+normalizer(t, "grpo", response_mask=1)
+loss = grpo_loss if t.numel() else policy_loss
+loss(t, t, t, old_log_probs=t)
+"""
+
+
+def test_type_checkers_see_unknown_keywords(tmp_path):
+    """And what a choice between two of the functions is."""
+    api = pytest.importorskip("mypy.api")
+    (tmp_path / "calls.py").write_text(TYPED)
+    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*]\nfollow_imports = skip\n")  # it takes 20 seconds
+    options = ["--config-file", str(tmp_path / "mypy.ini"), "--cache-dir", str(tmp_path)]
+    report, _, _ = api.run([str(tmp_path / "calls.py"), *options])
+    lines = [line.split(": error: ")[0].rpartition(":")[2] for line in report.splitlines() if ": error: " in line]
+    assert lines == ["5", "6", "7", "8", "9", "10"], report
+    assert report.count('expected "NoKeyword"') == 6
+
+
+def test_an_unknown_keyword_costs_others_nothing(monkeypatch):
+    """A call of the loss without any asks nobody about them, eager or compiled."""
+    monkeypatch.setattr(names, "translated", lambda *arguments: pytest.fail("asked"))
+    b = batch()
+    for call in (grpo_loss, torch.compile(grpo_loss, fullgraph=True)):
+        assert call(b["logits"], b["token_ids"], b["advantages"]).loss.isfinite()

@@ -22,7 +22,7 @@ from ..loss import grpo_loss
 from ..objectives.checks import check_name, fail, may_look
 from ..objectives.compiler import outside_graphs
 from ..objectives.config import LossConfig, resolve_config
-from ..objectives.names import check_options
+from ..objectives.names import check_options, keywords_of
 from ..objectives.sequences import read_live
 from .model_head import MODEL_TYPES as MODEL_TYPES
 from .model_head import Proof, head_of, in_fsdp_units, row_logits, weight_and_bias
@@ -30,7 +30,7 @@ from .model_head import Proof, head_of, in_fsdp_units, row_logits, weight_and_bi
 
 def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
     """Without those that the model provides."""
-    names = inspect.signature(function).parameters
+    names = keywords_of(function)
     return tuple(name for name in names if name not in ("hidden", "weight", "bias", "logits", "config"))
 
 

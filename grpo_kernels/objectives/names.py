@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
 
 from .checks import check_name, nearest
 
@@ -37,6 +39,37 @@ BOUNDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("delta", "clip_ratio_c", "dual_clip"), ("dual",)),
 }
 """Theirs for numbers of a clip, and which of ours they are."""
+ARGUMENTS = {
+    **dict.fromkeys(
+        ("old_logprobs", "old_log_prob", "old_logps", "old_per_token_logps", "old_action_log_probs"), "old_log_probs"
+    ),
+    **dict.fromkeys(
+        ("ref_logprobs", "ref_log_prob", "ref_logps", "ref_per_token_logps", "base_action_log_probs"), "ref_log_probs"
+    ),
+    **dict.fromkeys(
+        ("rollout_logprobs", "rollout_log_prob", "sampling_per_token_logps", "generation_logprobs", "vllm_logprobs"),
+        "rollout_log_probs",
+    ),
+    **dict.fromkeys(
+        ("response_mask", "completion_mask", "loss_mask", "action_mask", "assistant_mask", "token_mask"), "mask"
+    ),
+    **dict.fromkeys(("rollout_is_weights", "importance_sampling_ratio", "importance_weights"), "token_weights"),
+    "num_items_in_batch": "normalizer",
+}
+"""Our argument of a call for one of TRL, Liger, verl, OpenRLHF or NeMo-RL."""
+FIELDS = (
+    "surrogate",
+    "level",
+    "aggregation",
+    "kl",
+    "rollout",
+    "entropy_coef",
+    "entropy_aggregation",
+    "log_ratio_limit",
+    "constant_length",
+    "group_size",
+)
+"""What a config holds, and a call takes inside of its config."""
 AGGREGATIONS = {
     "token-mean": "token_mean",
     "seq-mean-token-mean": "sequence_mean",
@@ -58,6 +91,10 @@ def translated(name: str, value: object, allowed: Iterable[str], surrogate: Any 
     elif name in ELSEWHERE:
         ours, expression = ELSEWHERE[name]
         expression = expression.format(shown)
+    elif name in FIELDS and name not in allowed:
+        ours, expression = name, shown
+    elif name in ARGUMENTS and ARGUMENTS[name] in allowed:
+        return f"{ARGUMENTS[name]}={shown}"
     else:
         return None
     written = f"{ours}={expression}"
@@ -79,6 +116,30 @@ def check_options(kind: str, options: Mapping[str, object], allowed: Iterable[st
     names = list(allowed)
     for name, value in options.items():
         check_name(kind, name, names, translated(name, value, names, surrogate))
+
+
+class NoKeyword:
+    """The type of the keywords that a function does not have, ``**unknown: NoKeyword``: nothing is of it, so that type
+    checkers refuse them all, and a call without any pays nothing for the hint that others get. (With ``typing.Never``
+    mypy forgets what a conditional expression of two functions is.)"""
+
+
+def keywords_of(function: Callable[..., Any]) -> list[str]:
+    """Return the names of what a function takes, without its ``**`` and ``*``."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
+def refuse_keywords(function: Callable[..., Any], keywords: Mapping[str, object]) -> NoReturn:
+    """Raise the TypeError of a call with keywords that the function does not have, with ours for the first of them."""
+    names = keywords_of(function)
+    name, value = next(iter(keywords.items()))
+    meant = translated(name, value, names)
+    if meant is None or (meant.startswith("config=") and "config" not in names):
+        near = difflib.get_close_matches(name, names, n=1)
+        meant = repr(near[0]) if near else None
+    advice = f"It takes {', '.join(names)}." if meant is None else f"Did you mean {meant}?"
+    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}. {advice}")
 
 
 def translates_fields(cls: _Class) -> _Class:

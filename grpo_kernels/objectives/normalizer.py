@@ -14,6 +14,7 @@ from torch import Tensor
 from .aggregation import AGGREGATIONS, Aggregation
 from .checks import fail, read_name
 from .config import PRESETS, LossConfig, resolve_config
+from .names import NoKeyword, refuse_keywords
 from .sequences import accumulate_dtype, read_live
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def normalizer(
     world_size: int = 1,
     group: ProcessGroup | None = None,
     cu_seqlens: Tensor | Sequence[Tensor] | None = None,
+    **unknown: NoKeyword,
 ) -> Normalizer:
     """Return the denominator of one optimizer step, to pass as ``normalizer=`` to each of its micro-batches.
 
@@ -107,6 +109,8 @@ def normalizer(
         Normalizer on the masks' device: live tokens ("token_mean"), groups ("group_mean") or sequences, over all
         micro-batches and ranks, divided by P.
     """
+    if unknown:
+        refuse_keywords(normalizer, unknown)
     if config is None:
         hint = 'a LossConfig, "grpo" or "token_mean": whether tokens or sequences are counted follows from it'
         fail("normalizer", "the config of the loss, normalizer(masks, config)", "none", hint=hint, error=TypeError)
