@@ -64,7 +64,7 @@ def token_log_probs(
     tokens = read_tokens("token_log_probs", logits, token_ids, mask, {}, check)
     wants_gradient = torch.is_grad_enabled() and logits.requires_grad
     if inplace and wants_gradient:
-        check_inplace("token_log_probs", logits, tokens.tensors)
+        check_inplace("token_log_probs", inplace, logits, tokens.tensors)
     softcap, copies = logit_softcap is not None, support is not None
     route = choose_log_probs(tokens, backend=backend, softcap=softcap, require=require, copies=copies)
     check_contents(tokens, route.backend, logit_args)

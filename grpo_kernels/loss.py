@@ -136,7 +136,7 @@ def grpo_loss(
     if token_losses:
         refuse_what_losses_of_tokens_lack(tokens, grad_scale, inplace)
     if inplace and wants_gradient:
-        check_inplace("grpo_loss", logits, tokens.tensors)
+        check_inplace("grpo_loss", inplace, logits, tokens.tensors)
     unannounced = UNSCALED if grad_scale is None and logits.dtype == torch.float16 else None
     unannounced = ON_DEMAND if token_losses else unannounced
     choice = choose_backend(tokens, backend, logit_softcap is not None, fused=wants_gradient)

@@ -9,6 +9,7 @@ import pickle
 import re
 import typing
 
+import numpy as np
 import pytest
 import torch
 from cases import SURROGATES
@@ -17,19 +18,25 @@ from grpo_kernels import (  # fmt: skip
     KL,
     Cispo,
     Clip,
+    Constant,
     DppoKL,
     DppoTV,
     Dro,
     Gmpo,
+    GroupMean,
     GRPOLoss,
     LossConfig,
     MaskedIS,
     OffPolicyMask,
     Reinforce,
     Sapo,
+    TokenMean,
+    TopK,
+    TopP,
     TruncatedIS,
     Unclipped,
     Vespo,
+    normalizer,
 )
 from grpo_kernels.objectives.config import AGGREGATIONS, LEVELS
 from grpo_kernels.objectives.levels import LevelName
@@ -318,3 +325,91 @@ def test_names_of_verl_are_told_ours():
         LossConfig(aggregation="seq-mean-token-mean")
     with pytest.raises(ValueError, match="Did you mean 'k2'"):
         KL(0.1, estimator="mse")
+
+
+SCALARS = {
+    "Clip": (lambda n: Clip(n(0.25), n(0.5), dual=n(3))),
+    "Cispo": (lambda n: Cispo(cap=n(4))),
+    "Gmpo": (lambda n: Gmpo(n(0.25), n(0.5))),
+    "KL": (lambda n: KL(n(0.125), limit=(n(16), None), ratio_cap=n(4))),
+    "TruncatedIS": (lambda n: TruncatedIS(n(2))),
+    "OffPolicyMask": (lambda n: OffPolicyMask(n(0.5))),
+    "LossConfig": (lambda n: LossConfig(entropy_coef=n(0.5), log_ratio_limit=n(16))),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_scalars_of_numpy_are_numbers(name):
+    """Equal, of one hash and repr, and Python's own."""
+    theirs, ours = SCALARS[name](np.float32), SCALARS[name](float)
+    assert (theirs, hash(theirs), repr(theirs)) == (ours, hash(ours), repr(ours))
+    assert pickle.dumps(theirs) == pickle.dumps(ours)
+
+
+def test_counts_and_flags_of_numpy():
+    assert LossConfig(constant_length=np.int64(8), group_size=np.int32(2)) == LossConfig(
+        constant_length=8, group_size=2
+    )
+    assert type(Constant(np.int64(8)).length) is type(GroupMean(np.int16(2)).size) is type(TopK(np.int64(3)).k) is int
+    assert type(TopP(np.float32(0.5)).p) is float
+    assert KL(0.1, ratio_weighted=np.True_).ratio_weighted is True
+    for wrong in (np.ones(2), np.float32("nan"), np.str_("x")):
+        with pytest.raises(ValueError, match=r"Clip\(low=...\) must be a finite number >= 0; got "):
+            Clip(wrong)
+    with pytest.raises(TypeError, match="expected ratio_weighted to be True or False; got 'yes'"):
+        KL(0.1, ratio_weighted="yes")
+    with pytest.raises(ValueError, match=r"Clip\(dual=...\) must be a finite number; got inf"):
+        Clip(dual=math.inf)
+
+
+OWN_NUMBERS = [
+    (lambda: Constant(constant_length=8), "Constant.__init__() got", "'constant_length'. Did you mean length=8?"),
+    (lambda: GroupMean(group_size=4), "GroupMean.__init__() got", "'group_size'. Did you mean size=4?"),
+    (lambda: Constant(lenght=8), "Constant.__init__() got", "'lenght'. Did you mean 'length'?"),
+    (lambda: Clip(epsilon=0.2), "Clip.__init__() got", "'epsilon'. Did you mean low=0.2, high=0.2?"),
+    (lambda: Clip(clip_ratio_high=0.28), "Clip.__init__() got", "'clip_ratio_high'. Did you mean high=0.28?"),
+    (lambda: Clip(delta=4.0), "Clip.__init__() got", "'delta'. Did you mean dual=4.0?"),
+]
+
+
+@pytest.mark.parametrize(("make", "begin", "end"), OWN_NUMBERS, ids=[end[:20] for *_, end in OWN_NUMBERS])
+def test_names_of_a_class_of_its_own_numbers(make, begin, end):
+    with pytest.raises(TypeError) as raised:
+        make()
+    assert str(raised.value) == f"{begin} an unexpected keyword argument {end}"
+
+
+def test_a_class_in_the_place_of_an_instance():
+    for given, meant in ((TokenMean, "TokenMean()"), (Constant, "Constant(length=...)")):
+        with pytest.raises(TypeError, match=re.escape(f"got the class {given.__name__}. Write {meant}.")):
+            LossConfig(aggregation=given)
+        with pytest.raises(TypeError, match=re.escape(f"got the class {given.__name__}. Write {meant}.")):
+            normalizer(torch.ones(2, 3), given)
+
+
+def test_an_instance_in_the_place_of_another():
+    """Both ways that the refusal names make the change, and nothing else."""
+    before, after = LossConfig(aggregation=Constant(8)), LossConfig(aggregation=Constant(16))
+    with pytest.raises(
+        ValueError, match="beside it, which dataclasses.replace keeps. .*constant_length=16 alone .*=None"
+    ):
+        dataclasses.replace(before, aggregation=Constant(16))
+    assert dataclasses.replace(before, constant_length=16) == after
+    assert dataclasses.replace(before, aggregation=Constant(16), constant_length=None) == after
+
+
+@pytest.mark.parametrize("kind", [Clip, Cispo])
+def test_bounds_in_the_place_of_distances(kind, recwarn):
+    """[0.8, 1.28] is what people clip to, [0.2, 2.28] is not."""
+    kind(low=0.8, high=1.28)
+    (warning,) = recwarn
+    assert warning.filename == __file__
+    told = str(warning.message)
+    assert told.startswith(f"{kind.__name__}(low=0.8, high=1.28) keeps ratios in [1 - low, 1 + high] = [0.2, 2.28]. ")
+    assert told.endswith(f"If [0.8, 1.28] is meant, it is {kind.__name__}(low=0.2, high=0.28).")
+
+
+def test_wide_bands_warn_of_nothing(recwarn):
+    for low, high in ((0.2, 0.28), (0.5, 0.5), (1.0, 4.0), (1.0, 1.2), (0.8, 4.0), (0.2, 1.2), (0.9, 0.9)):
+        Clip(low, high)
+    assert not recwarn.list

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from cases import make
@@ -493,26 +494,25 @@ def test_keywords_of_other_packages(function, name):
     ids = () if function is policy_loss else (torch.zeros(2, 3, dtype=torch.int64),)
     with pytest.raises(TypeError) as raised:
         function(torch.zeros(arguments), *head, *ids, torch.ones(2), **{name: value})
-    expected = f"{function.__name__}() got an unexpected keyword argument {name!r}. Did you mean {meant}?"
+    expected = f"{function.__name__}() got an unexpected keyword argument {name!r}\n  hint: did you mean {meant}?"
     assert str(raised.value) == expected
 
 
 @pytest.mark.parametrize("function", [token_log_probs, linear_token_log_probs], ids=lambda f: f.__name__)
 def test_keywords_of_functions_without_a_config(function):
     """Nothing is suggested that they would not take either."""
-    for name, advice in {
-        "completion_mask": "Did you mean mask=...?",
-        "beta": "It takes ",
-        "level": "It takes ",
-    }.items():
-        with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}'. {re.escape(advice)}"):
+    told = {"completion_mask": "did you mean mask=...?", "beta": "it takes logits, ", "level": "it takes logits, "}
+    if function is linear_token_log_probs:
+        told |= dict.fromkeys(("beta", "level"), "it takes hidden, ")
+    for name, advice in told.items():
+        with pytest.raises(TypeError, match=rf"unexpected keyword argument '{name}'\n  hint: {re.escape(advice)}"):
             SCORERS[function.__name__](**{name: torch.ones(2, 3) if name == "completion_mask" else "?"})
 
 
 def test_keywords_of_normalizer():
-    with pytest.raises(TypeError, match=r"normalizer\(\) got .* 'loss_type'. Did you mean config=LossConfig.preset"):
+    with pytest.raises(TypeError, match=r"normalizer\(\) .*'loss_type'\n  hint: did you mean config=LossConfig.preset"):
         normalizer(torch.ones(2, 3), loss_type="dapo")
-    with pytest.raises(TypeError, match=r"'k'. It takes masks, config, world_size, group, cu_seqlens\.$"):
+    with pytest.raises(TypeError, match=r"'k'\n  hint: it takes masks, config, world_size, group, cu_seqlens$"):
         normalizer(torch.ones(2, 3), "grpo", k=2)
 
 
@@ -558,3 +558,50 @@ def test_an_unknown_keyword_costs_others_nothing(monkeypatch):
     b = batch()
     for call in (grpo_loss, torch.compile(grpo_loss, fullgraph=True)):
         assert call(b["logits"], b["token_ids"], b["advantages"]).loss.isfinite()
+
+
+@pytest.mark.parametrize("function", [grpo_loss, linear_grpo_loss, policy_loss], ids=lambda f: f.__name__)
+def test_options_that_are_on_or_off(function):
+    """A word out of a file of settings is none: "False" would be on."""
+    case = make()
+    head = (torch.randn(*case.token_ids.shape, 5), torch.randn(case.logits.shape[-1], 5))
+    rows = {grpo_loss: (case.logits,), linear_grpo_loss: head, policy_loss: (torch.randn(case.token_ids.shape),)}
+    ids = () if function is policy_loss else (case.token_ids,)
+    arguments = (*rows[function], *ids, case.advantages, case.mask)
+    for option in ("token_losses", "skip_zero_advantage"):
+        with pytest.raises(TypeError, match=f"{function.__name__}: expected {option} to be True or False; got 'False'"):
+            function(*arguments, **{option: "False"})
+        assert function(*arguments, **{option: np.True_}).log_probs.isfinite().all()
+    if function is grpo_loss:
+        with pytest.raises(TypeError, match="expected inplace to be True or False; got 'False'"):
+            grpo_loss(case.logits.clone().requires_grad_() * 1, *arguments[1:], inplace="False")
+
+
+def test_numbers_of_numpy():
+    """The same bits as of Python's floats of the same value."""
+    numbers = {"temperature": 0.75, "logit_scale": 1.25, "logit_softcap": 8.0, "normalizer": 3.0, "grad_scale": 0.5}
+    numbers |= {"kl_coef": 0.125, "entropy_coef": 0.25, "entropy_threshold": 0.5}
+    case, found = make(), []
+    for kind in (float, np.float32, np.float64):
+        found.append(case.run("cpu", **{name: kind(value) for name, value in numbers.items()}))
+    for out, gradient in found[1:]:
+        assert torch.equal(out.loss, found[0][0].loss)
+        assert torch.equal(gradient, found[0][1])
+
+
+@pytest.mark.parametrize("scorer", ["grpo_loss", "linear_grpo_loss"])
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0.0), np.float32(0)], ids=repr)
+def test_a_normalizer_of_nothing(scorer, zero):
+    """Tokens that count are averaged over something; where none does, 0 is what was counted."""
+    with pytest.raises(ValueError, match=f"{scorer}: expected normalizer > 0 where tokens count; got 0"):
+        SCORERS[scorer](normalizer=zero)
+    assert READERS[scorer](torch.zeros(2, 3), normalizer=zero).loss == 0
+
+
+@pytest.mark.parametrize("reader", ["grpo_loss", "token_log_probs", "linear_grpo_loss", "align"])
+def test_ids_are_no_mask(reader):
+    ids = batch()["token_ids"]
+    for mask in (ids, ids.float(), ids.to(torch.int32)):
+        with pytest.raises(ValueError, match=r"mask that says which tokens count; got the \w+_ids again"):
+            READERS[reader](mask)
+    READERS[reader](ids + 1)  # segments, say

@@ -6,15 +6,12 @@ import dataclasses
 import functools
 import importlib
 import os
-import sys
-import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
-from ..objectives.checks import check_name, fail
+from ..objectives.checks import check_name, fail, warn_caller
 from ..objectives.compiler import constant_in_graphs
 from .contract import Backend, FusedBackend
 from .contract import Request as Request
@@ -136,9 +133,4 @@ def _warn_of_fallback(reason: str) -> None:
         f"times slower ({reason}).\n  hint: install a C++ compiler, then grpo_kernels again; `python -m grpo_kernels "
         "info` says what is missing. backend='torch' asks for plain PyTorch and does not warn."
     )
-    # At the caller of the public function: PyTorch's frames are those of a module's call.
-    folders = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parent.parent, Path(torch.__file__).parent))
-    frame, level = sys._getframe(), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(folders):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
+    warn_caller(message)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import FLOAT_DTYPES, LARGEST, SMALLEST, check_positive, fail
+from ..objectives.checks import FLOAT_DTYPES, LARGEST, SMALLEST, check_flag, check_positive, fail
 
 if TYPE_CHECKING:
     from ..objectives.config import LossConfig
@@ -84,8 +84,9 @@ def check_no_transforms(function: str, logits: Tensor) -> None:
         raise RuntimeError(f"{function}: forward-mode differentiation is not supported; use loss.backward().")
 
 
-def check_inplace(function: str, logits: Tensor, tensors: Mapping[str, object]) -> None:
+def check_inplace(function: str, inplace: bool, logits: Tensor, tensors: Mapping[str, object]) -> None:
     """Refuse ``inplace=True``, which overwrites the logits with their gradient, where that would be wrong."""
+    check_flag(function, "inplace", inplace)
     if logits.is_leaf and logits.requires_grad:
         hint = "a leaf that requires grad keeps its values; use inplace=False"
         fail(function, "logits computed by a model with inplace=True", "a leaf that requires grad", tensors, hint)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backends.contract import TokenInputs
 from ..objectives.aggregation import AGGREGATIONS
-from ..objectives.checks import check_finite, check_scalar, check_shape, fail, fits
+from ..objectives.checks import check_finite, check_flag, check_scalar, check_shape, fail, fits
 from ..objectives.config import LossConfig
 from ..objectives.normalizer import Normalizer
 from ..objectives.sequences import Packed, Padded, Sequences, on_tokens
@@ -65,6 +65,7 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
     if arguments.entropy_threshold is not None:
         check_scalar(tokens.function, "entropy_threshold", arguments.entropy_threshold, tokens.checks)
     if arguments.skip_zero_advantage:
+        check_flag(tokens.function, "skip_zero_advantage", arguments.skip_zero_advantage)
         _check_skip(tokens, config, kl_coef is None and entropy_coef is None, per_sequence)
         tokens = _replace_live(tokens, tokens.live & (advantage != 0))
 
@@ -190,6 +191,7 @@ def _read_weights(
 ) -> tuple[Tensor, Tensor]:
     """Return the weights in the loss of a token and of its entropy, 0 where the mask is; 1 for losses of tokens."""
     if arguments.token_losses:
+        check_flag(tokens.function, "token_losses", arguments.token_losses)
         if arguments.normalizer is not None:
             hint = "what the caller makes of token_losses is averaged by the caller"
             fail(tokens.function, "no normalizer= with token_losses=True", "one", tokens.tensors, hint)
@@ -211,6 +213,9 @@ def _read_normalizer(tokens: Tokens, config: LossConfig, normalizer: float | Ten
     number = check_scalar(tokens.function, "normalizer", normalizer, tokens.checks)
     if number is not None and number < 0:
         fail(tokens.function, "normalizer >= 0", repr(number))
+    if number == 0 and tokens.looks and bool(tokens.live.any()):
+        hint = "normalizer(masks, config) counts what the loss is averaged over"
+        fail(tokens.function, "normalizer > 0 where tokens count", repr(number), tokens.tensors, hint)
     return normalizer
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..backends import ops
 from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.spec import NUMBERS, LogitArgs, numbers_vector
-from ..objectives.checks import check_device, check_shape, fail, read_mask
+from ..objectives.checks import check_device, check_shape, fail, plain, read_mask
 from ..objectives.compiler import outside_graphs
 from ..objectives.maths import weighed
 from .autograd import once
@@ -38,6 +38,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "k", plain(self.k))
         if not (isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1):
             raise ValueError(f"TopK(k) must be an integer >= 1; got {self.k!r}.")
 
@@ -79,6 +80,7 @@ class MinP:
 
 
 def _check_share(support: TopP | MinP) -> None:
+    object.__setattr__(support, "p", plain(support.p))
     if not (isinstance(support.p, (int, float)) and 0 < support.p <= 1):
         raise ValueError(f"{type(support).__name__}(p) must be in (0, 1]; got {support.p!r}.")
 

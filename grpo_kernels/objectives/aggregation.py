@@ -16,6 +16,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .checks import settle_count
+from .names import translates_fields
 from .sequences import Sequences, accumulate_dtype
 
 AggregationName = Literal["token_mean", "sequence_mean", "sequence_sum", "constant", "group_mean"]
@@ -90,6 +92,7 @@ class SequenceSum(Aggregation):
         return 1 / _sequence_count(mask, sequences, normalizer)
 
 
+@translates_fields
 @dataclass(frozen=True)
 class Constant(Aggregation):
     """The sum over tokens, divided by the number of sequences times a constant: Dr. GRPO.
@@ -119,6 +122,7 @@ class Constant(Aggregation):
         return 1 / (_sequence_count(mask, sequences, normalizer) * self.length)
 
 
+@translates_fields
 @dataclass(frozen=True)
 class GroupMean(Aggregation):
     """The mean over groups of the mean over the tokens of all their sequences: eq. 8 of DAPO.
@@ -160,6 +164,14 @@ AGGREGATIONS: Mapping[str, type[Aggregation]] = MappingProxyType(
 """Every aggregation by name."""
 
 
+def refuse_class(what: str, given: object) -> None:
+    """Raise where an aggregation's class stands in the place of an instance."""
+    if isinstance(given, type) and issubclass(given, Aggregation):
+        name = given.__name__
+        numbers = ", ".join(f"{field}=..." for field in given.options)
+        raise TypeError(f"{what} must be an aggregation or its name; got the class {name}. Write {name}({numbers}).")
+
+
 def numbers_elsewhere(aggregation: Aggregation) -> bool:
     """Whether a config's other fields hold all of its numbers, so that its name says the rest."""
     named = AGGREGATIONS.get(aggregation.name) is type(aggregation)
@@ -180,6 +192,4 @@ def _denominator(value: float | Tensor, mask: Tensor) -> Tensor:
 
 
 def _check_count(aggregation: Aggregation, name: str) -> None:
-    value = getattr(aggregation, name)
-    if value is not None and not (type(value) is int and value > 0):
-        raise ValueError(f"{type(aggregation).__name__}({name}=...) must be a positive integer; got {value!r}.")
+    settle_count(aggregation, name, f"{type(aggregation).__name__}({name}=...)")

@@ -9,8 +9,11 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -41,6 +44,16 @@ def fail(
     if hint:
         lines.append(f"  hint: {hint}")
     raise error("\n".join(lines))
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line that called the package: PyTorch's frames are those of a module's call, and dataclasses have
+    frames of no file."""
+    folders = tuple(f"{folder}{os.sep}" for folder in (Path(__file__).parent.parent, Path(torch.__file__).parent))
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((*folders, "<string>")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def checks_enabled(check: bool | None) -> bool:
@@ -101,21 +114,48 @@ def settle_name(
     object.__setattr__(instance, field, read_name(kind, getattr(instance, field), allowed, elsewhere))
 
 
+def plain(value: Any) -> Any:
+    """Return the Python number, or bool, that a scalar of numpy's is; anything else as it is."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+
+
 def check_limit(what: str, value: float | None) -> None:
     """Raise unless a limit of a config is a finite number > 0, or None."""
     if value is not None and not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
         raise ValueError(f"{what} must be a finite number > 0, or None for no limit; got {value!r}.")
 
 
-def check_number(
-    what: str, value: float, at_least: float = -math.inf, above: float = -math.inf, infinite: bool = False
+def settle_number(
+    instance: object,
+    field: str,
+    what: str,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    infinite: bool = False,
 ) -> None:
-    """Raise unless a number of a config is inside its bounds, and finite or ``infinite`` allowed."""
+    """Put the Python number in the place of what a field of a frozen dataclass holds. Raise unless it is inside its
+    bounds, and finite or ``infinite`` allowed."""
+    value = plain(getattr(instance, field))
+    object.__setattr__(instance, field, value)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and value >= at_least and value > above and (math.isfinite(value) or (infinite and value > 0)):
         return
     bound = f" >= {at_least:g}" if at_least > -math.inf else f" > {above:g}" if above > -math.inf else ""
     raise ValueError(f"{what} must be a {'' if infinite else 'finite '}number{bound}; got {value!r}.")
+
+
+def settle_count(instance: object, field: str, what: str) -> None:
+    """Put the Python int in the place of what a field of a frozen dataclass holds. Raise unless it is > 0, or None."""
+    value = plain(getattr(instance, field))
+    object.__setattr__(instance, field, value)
+    if value is not None and not (type(value) is int and value > 0):
+        raise ValueError(f"{what} must be a positive integer; got {value!r}.")
+
+
+def check_flag(function: str, name: str, value: object) -> None:
+    """Raise where an option that is on or off is given something else that Python would take for on."""
+    if not isinstance(value, Tensor) and not isinstance(plain(value), int):  # a bool is one
+        fail(function, f"{name} to be True or False", repr(value), error=TypeError)
 
 
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -143,7 +183,7 @@ def check_scalar(
     """Return a finite number, given as one or as a 0-d tensor; None where the tensor may not be looked at."""
     number: float | None = None
     if not isinstance(value, Tensor):
-        number = value
+        number = value if isinstance(value, (int, float)) else plain(value)
     elif value.dim() != 0:
         fail(function, f"{name} to be a number or a 0-d tensor", f"shape {tuple(value.shape)}")
     elif value.requires_grad and torch.is_grad_enabled():
@@ -210,12 +250,14 @@ def read_token_mask(
 
 
 def _check_mask(function: str, name: str, mask: Tensor, tensors: Mapping[str, object], check: bool | None) -> None:
-    """Raise on NaN, infinities and negative numbers; with checks on, on fractions too."""
+    """Raise on NaN, infinities, negative numbers and the ids themselves; with checks on, on fractions too."""
     low, high = (float(bound) for bound in torch.aminmax(mask.detach()))
     if low >= 0 and high < math.inf:  # NaN is neither
         if mask.is_floating_point() and checks_enabled(check) and bool((fractions := mask != mask.round()).any()):
             hint = "factors of tokens are token_weights="
             fail(function, f"{name} of whole numbers", _first(name, mask, fractions), tensors, hint)
+        if high > 1:
+            _refuse_ids(function, name, mask, tensors)
         return
     hint = f"whatever is not 0 counts; {name} > 0 where a token does"
     if high <= 0 and low <= _ADDITIVE:
@@ -227,6 +269,14 @@ def _check_mask(function: str, name: str, mask: Tensor, tensors: Mapping[str, ob
         hint = f"the advantages come first: ({first}, advantages, mask)"
     wrong = ~((mask >= 0) & (mask < math.inf))
     fail(function, f"{name} to be finite and >= 0", _first(name, mask, wrong), tensors, hint)
+
+
+def _refuse_ids(function: str, name: str, mask: Tensor, tensors: Mapping[str, object]) -> None:
+    for what in ("token_ids", "input_ids"):
+        ids = tensors.get(what)
+        if isinstance(ids, Tensor) and fits(mask, tuple(ids.shape)) and bool((mask == ids).all()):
+            hint = f"whatever is not 0 counts; without padding alone: {what} != the tokenizer's pad_token_id"
+            fail(function, f"{name} that says which tokens count", f"the {what} again", tensors, hint)
 
 
 _ADDITIVE = -1e3

@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from . import names
-from .aggregation import AGGREGATIONS, Aggregation, AggregationName, numbers_elsewhere
-from .checks import check_limit, check_number, read_name, settle_name
+from .aggregation import AGGREGATIONS, Aggregation, AggregationName, numbers_elsewhere, refuse_class
+from .checks import check_limit, plain, read_name, settle_count, settle_name, settle_number
 from .compiler import computed_once
 from .kl import KL
 from .levels import LEVELS, Level, LevelName
@@ -67,12 +67,11 @@ class LossConfig:
         self._read_aggregation()
         if self.entropy_aggregation is not None:
             settle_name(self, "entropy_aggregation", "entropy_aggregation", ("token_mean",))
-        check_number("entropy_coef", self.entropy_coef)
+        settle_number(self, "entropy_coef", "entropy_coef")
+        object.__setattr__(self, "log_ratio_limit", plain(self.log_ratio_limit))
         check_limit("log_ratio_limit", self.log_ratio_limit)
         for name in ("constant_length", "group_size"):
-            value = getattr(self, name)
-            if value is not None and not (type(value) is int and value > 0):
-                raise ValueError(f"{name} must be a positive integer; got {value!r}.")
+            settle_count(self, name, name)
         if self.pooling.pools and not self.surrogate.uses_ratio:
             raise ValueError(
                 f'level="{self.level}" pools ratios, and {self.surrogate!r} has none. Use level="token", or '
@@ -87,6 +86,7 @@ class LossConfig:
     def _read_aggregation(self) -> None:
         """Replace an instance by its name, and its number in the config's field for it, where those say all of it."""
         aggregation = self.aggregation
+        refuse_class("LossConfig(aggregation=...)", aggregation)
         if not isinstance(aggregation, Aggregation):
             settle_name(self, "aggregation", "aggregation", AGGREGATIONS, names.AGGREGATIONS)
             return
@@ -94,8 +94,9 @@ class LossConfig:
             number, beside = getattr(aggregation, field), getattr(self, option)
             if number is not None and beside is not None and number != beside:
                 raise ValueError(
-                    f"aggregation={aggregation!r} has its own {option}; got {option}={beside!r} beside it. Give one of "
-                    f"them; {option}={number!r} alone changes a config that has one."
+                    f"aggregation={aggregation!r} has its own {option}; got {option}={beside!r} beside it, which "
+                    f"dataclasses.replace keeps. Give one of them: {option}={number!r} alone changes a config that has "
+                    f"one, {option}=None beside the instance leaves it to that."
                 )
             object.__setattr__(self, option, beside if number is None else number)
         if numbers_elsewhere(aggregation):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import names
-from .checks import check_limit, check_number, settle_name
+from .checks import check_flag, check_limit, plain, settle_name, settle_number
 from .levels import LEVELS
 from .maths import clamp, k3_of, times, within
 
@@ -55,16 +55,19 @@ class KL:
     level: str | None = None
 
     def __post_init__(self) -> None:
-        check_number("KL(coef=...)", self.coef)
+        settle_number(self, "coef", "KL(coef=...)")
         settle_name(self, "estimator", "KL(estimator=...)", ESTIMATORS, names.ESTIMATORS)
         settle_name(self, "gradient", "KL(gradient=...)", GRADIENTS)
         if not (isinstance(self.limit, tuple) and len(self.limit) == 2):
             raise ValueError(f"KL(limit=...) must be a pair (input, output) of limits; got {self.limit!r}.")
+        object.__setattr__(self, "limit", tuple(map(plain, self.limit)))
         for name, value in zip(("input", "output"), self.limit, strict=True):
             check_limit(f"KL(limit=...): the {name} limit", value)
-        check_number("KL(ratio_cap=...)", self.ratio_cap, above=0, infinite=True)
+        settle_number(self, "ratio_cap", "KL(ratio_cap=...)", above=0, infinite=True)
         if self.level is not None:
             settle_name(self, "level", "KL(level=...)", LEVELS)
+        check_flag("KL", "ratio_weighted", self.ratio_weighted)
+        object.__setattr__(self, "ratio_weighted", bool(self.ratio_weighted))
         if self.ratio_weighted and self.gradient != "pathwise":
             raise ValueError(
                 'KL(ratio_weighted=True) needs gradient="pathwise": the ratio carries gradient itself. With a detached '

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from .checks import check_name, nearest
@@ -138,8 +138,18 @@ def refuse_keywords(function: Callable[..., Any], keywords: Mapping[str, object]
     if meant is None or (meant.startswith("config=") and "config" not in names):
         near = difflib.get_close_matches(name, names, n=1)
         meant = repr(near[0]) if near else None
-    advice = f"It takes {', '.join(names)}." if meant is None else f"Did you mean {meant}?"
-    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}. {advice}")
+    hint = f"it takes {', '.join(names)}" if meant is None else f"did you mean {meant}?"
+    raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}\n  hint: {hint}")
+
+
+def _field_of(cls: Any, name: str, value: object, names: Sequence[str]) -> str | None:
+    """Return ours in place of ``name=value`` where it is another name for a class's own numbers: another package's for
+    the bounds of a clip, a config's for those of an aggregation."""
+    ours = {**BOUNDS, **{option: (field,) for field, option in getattr(cls, "options", {}).items()}}.get(name)
+    if ours is None or not set(ours) <= set(names):
+        return None
+    shown = repr(value) if isinstance(value, (int, float)) else "..."
+    return ", ".join(f"{field}={shown}" for field in ours)
 
 
 def translates_fields(cls: _Class) -> _Class:
@@ -150,7 +160,8 @@ def translates_fields(cls: _Class) -> _Class:
     def checked(self: Any, *args: Any, **fields: Any) -> None:
         for name, value in fields.items():
             if name not in names:
-                meant = translated(name, value, names) or f"{nearest(name, names)!r}"
+                meant = _field_of(cls, name, value, names) or translated(name, value, names)
+                meant = meant or repr(nearest(name, names))
                 message = f"{cls.__name__}.__init__() got an unexpected keyword argument {name!r}"
                 raise TypeError(f"{message}. Did you mean {meant}?")
         init(self, *args, **fields)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .aggregation import AGGREGATIONS, Aggregation
+from .aggregation import AGGREGATIONS, Aggregation, refuse_class
 from .checks import fail, read_name
 from .config import PRESETS, LossConfig, resolve_config
 from .names import NoKeyword, refuse_keywords
@@ -150,6 +150,7 @@ def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None, w
 def _aggregation_of(config: LossConfig | Aggregation | str) -> Aggregation:
     if isinstance(config, Aggregation):
         return config
+    refuse_class("normalizer: config", config)
     if isinstance(config, str):
         name = read_name("normalizer: config", config, [*PRESETS, *AGGREGATIONS])
         if name in AGGREGATIONS:

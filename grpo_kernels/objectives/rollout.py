@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .checks import check_number, settle_name
+from .checks import settle_name, settle_number
 from .levels import Pool
 from .maths import clamp, log_ratio_of, times
 
@@ -64,8 +64,8 @@ class _Band(Rollout):
 
     def __post_init__(self) -> None:
         kind = type(self).__name__
-        check_number(f"{kind}(low=...)", self.low, at_least=0)
-        check_number(f"{kind}(high=...)", self.high, above=0, infinite=True)
+        settle_number(self, "low", f"{kind}(low=...)", at_least=0)
+        settle_number(self, "high", f"{kind}(high=...)", above=0, infinite=True)
         if self.high < self.low:
             raise ValueError(f"{kind}: high must be at least low; got low={self.low!r}, high={self.high!r}.")
         settle_name(self, "level", f"{kind}(level=...)", ROLLOUT_LEVELS)
@@ -182,7 +182,7 @@ class OffPolicyMask(Rollout):
     of_policy = True
 
     def __post_init__(self) -> None:
-        check_number("OffPolicyMask(threshold=...)", self.threshold, at_least=0)
+        settle_number(self, "threshold", "OffPolicyMask(threshold=...)", at_least=0)
 
     def written(self) -> str:
         return self.equation.replace("threshold", f"{self.threshold:g}")

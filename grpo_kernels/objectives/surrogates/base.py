@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_number
+from ..checks import settle_number, warn_caller
 
 if TYPE_CHECKING:
     from ..rollout import Rollout
@@ -126,14 +126,20 @@ def no_flags(x: Tensor) -> Tensor:
 
 
 def check_field(surrogate: Surrogate, name: str, **bounds: Any) -> None:
-    """Raise unless a number of the surrogate is inside its bounds (``check_number``)."""
-    check_number(f"{type(surrogate).__name__}({name}=...)", getattr(surrogate, name), **bounds)
+    """Raise unless a number of the surrogate is inside its bounds (``settle_number``)."""
+    settle_number(surrogate, name, f"{type(surrogate).__name__}({name}=...)", **bounds)
 
 
-def check_band(surrogate: Surrogate, low: float) -> None:
-    """Raise unless the fields low and high make a band [1 - low, 1 + high] of ratios."""
+def check_band(surrogate: Surrogate, low: float, high: float) -> None:
+    """Raise unless the fields low and high make a band [1 - low, 1 + high] of ratios; warn where they look like the
+    bounds themselves."""
     check_field(surrogate, "low", at_least=0)
     check_field(surrogate, "high", at_least=0)
+    kind = type(surrogate).__name__
     if low > 1:
-        kind = type(surrogate).__name__
         raise ValueError(f"{kind}(low=...) must be at most 1 (the bound is 1 - low); got {low!r}.")
+    if 0.5 < low < 1 < high < 1.5:  # as bounds an ordinary band around 1, as distances from 1 a wide one
+        warn_caller(
+            f"{kind}(low={low:g}, high={high:g}) keeps ratios in [1 - low, 1 + high] = [{1 - low:g}, {1 + high:g}]. If "
+            f"[{low:g}, {high:g}] is meant, it is {kind}(low={1 - low:g}, high={high - 1:g})."
+        )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..maths import log_ratio_of, times
+from ..names import translates_fields
 from .base import Point, Surrogate, Terms, as_flags, check_band, check_field, chosen, no_flags, nothing
 
 
@@ -57,6 +58,7 @@ class Unclipped(Surrogate):
         return Terms(value, value, nothing(value), no_flags(value))
 
 
+@translates_fields
 @dataclass(frozen=True, repr=False)
 class Clip(Surrogate):
     """-min(min(r, dual) * A, clip(r, 1-low, 1+high) * A): PPO's clip, asymmetric and dual if asked.
@@ -78,8 +80,10 @@ class Clip(Surrogate):
     kernel_id = 2
 
     def __post_init__(self) -> None:
-        check_band(self, self.low)
-        if self.dual is not None and not (math.isfinite(self.dual) and self.dual >= 1 + self.high):
+        check_band(self, self.low, self.high)
+        if self.dual is not None:
+            check_field(self, "dual")
+        if self.dual is not None and self.dual < 1 + self.high:
             raise ValueError(
                 f"Clip(dual=...) must be finite and at least 1 + high = {1 + self.high:g}, where it only bounds "
                 f"negative advantages; got {self.dual!r}."
@@ -140,7 +144,7 @@ class Cispo(Surrogate):
             return
         if self.low is None or self.high is None:
             raise ValueError(f"Cispo's band needs both low and high (low=1 for no lower bound); got {self!r}.")
-        check_band(self, self.low)
+        check_band(self, self.low, self.high)
 
     def parameters(self) -> tuple[float, ...]:
         if self.low is None or self.high is None:
