@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from . import interrupt as interrupt  # before whatever imports PyTorch
+
+# isort: split
 import importlib
 from typing import TYPE_CHECKING, Any
 

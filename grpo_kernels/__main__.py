@@ -7,17 +7,52 @@ import os
 import signal
 import sys
 
+from . import __version__, interrupt
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run and return the exit status."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # a reader that is gone shows here at the latest, after --help too
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (ValueError, TypeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: list[str] | None) -> int:
+    parser = _parser()
+    interrupt.raise_again()  # everything is imported: commands keep what they have
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    status: int = arguments.run(arguments)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands, each with the function that runs it as ``run``."""
     from . import info
     from .bench import command as bench
     from .matching import command as match
     from .training import loop
     from .verification import verify
 
-    parser = argparse.ArgumentParser(prog="python -m grpo_kernels", description="Fused GRPO-family policy losses.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(
+        prog="python -m grpo_kernels",
+        description="Fused GRPO-family policy losses.",
+        epilog="Begin with info: is the compiled library in use? Then verify: are its gradients right here?",
+    )
+    parser.add_argument("--version", action="version", version=f"grpo_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, module, help_ in (
         ("info", info, "versions, and each backend usable or the reason why not"),
         ("verify", verify, "every backend x preset x dtype against the float64 reference, on this machine"),
@@ -25,24 +60,11 @@ def main(argv: list[str] | None = None) -> int:
         ("match", match, "name the LossConfig that a loss of your own is, or its fault"),
         ("train", loop, "a minimal GRPO loop on a small task"),
     ):
-        sub = commands.add_parser(name, help=help_, description=module.__doc__, formatter_class=_Formatter)
+        form = argparse.RawDescriptionHelpFormatter
+        sub = commands.add_parser(name, help=help_, description=module.__doc__, formatter_class=form)
         module.add_arguments(sub)
         sub.set_defaults(run=module.main)
-    arguments = parser.parse_args(argv)
-    try:
-        status: int = arguments.run(arguments)
-        sys.stdout.flush()  # a reader that is gone shows here at the latest
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
-        return 128 + signal.SIGPIPE
-    except (ValueError, TypeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return status
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    pass
+    return parser
 
 
 if __name__ == "__main__":

@@ -5,19 +5,25 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import usable_backends
 
-from grpo_kernels import Clip, LossConfig, backends
+import grpo_kernels
+from grpo_kernels import Clip, LossConfig, backends, info, interrupt
 from grpo_kernels.__main__ import main
 from grpo_kernels.backends import cpu, cuda
 from grpo_kernels.verification import verify
+from grpo_kernels.verification.progress import Lines
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_info(capsys):
@@ -210,12 +216,98 @@ def test_help(capsys):
     assert "--reference-loss" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["info"], ["info", "--presets"]], ids=" ".join)
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"grpo_kernels {grpo_kernels.__version__}\n"
+
+
+def test_without_a_command(capsys):
+    """The commands, and with which to begin."""
+    assert main([]) == 2
+    text = capsys.readouterr().err
+    for name in ("info", "verify", "bench", "match", "train"):
+        assert re.search(f"^    {name} +\\w", text, re.M)
+    assert "Begin with info" in text
+
+
+SLOW_TORCH = """
+import sys, time
+print("importing", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("script", [False, True])
+def test_interrupted_while_it_is_imported(tmp_path, script):
+    """Within the second that PyTorch takes: no traceback, and the shell's status of an interrupt."""
+    (tmp_path / "torch.py").write_text(SLOW_TORCH)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (tmp_path / "grpo-kernels").write_text("from grpo_kernels.__main__ import main\n")
+    command = [sys.executable, *(["grpo-kernels"] if script else ["-m", "grpo_kernels"]), "info"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, **pipes) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == ""
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_interrupts_of_other_programs_raise():
+    """Only ours changes what Ctrl-C does, and takes it back before a command runs."""
+    code = "import signal, grpo_kernels; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "True\n"
+    interrupt.raise_again()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupted_command(capsys, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "main", interrupted)
+    monkeypatch.setattr(signal, "getsignal", lambda number: interrupt._leave)
+    restored = []
+    monkeypatch.setattr(signal, "signal", lambda *arguments: restored.append(arguments))
+    assert main(["info"]) == 128 + signal.SIGINT
+    assert restored == [(signal.SIGINT, signal.default_int_handler)]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress(capsys, monkeypatch, terminal):
+    """A bar overwrites itself on a terminal; a file keeps a few lines."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    some = ["--preset", "grpo", "--preset", "dapo", "--backend", "torch", "--vocab", "50", "--tokens", "8"]
+    assert main(["verify", *some]) == 0
+    text = capsys.readouterr().err
+    assert ("\r" in text) == terminal
+    if not terminal:
+        lines = text.splitlines()
+        assert 5 <= len(lines) <= 10
+        assert lines[-1] == "verify: 16 of 16 checks"
+
+
+def test_lines_of_progress(capsys):
+    bar = Lines(400, "run", "step", done=390)
+    bar.set_postfix({"reward": "0.5"})
+    for _ in range(10):
+        bar.update()
+    bar.close()
+    assert capsys.readouterr().err == "run: 400 of 400 steps, reward 0.5\n"
+
+
+GONE = [["info"], ["info", "--presets"], ["--help"], ["train", "--help"], ["--version"]]
+
+
+@pytest.mark.parametrize("arguments", GONE, ids=" ".join)
 def test_a_reader_that_is_gone_ends_a_command_quietly(arguments):
     """As of ``| head -1``: its end of the pipe is closed before anything is printed."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "grpo_kernels", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as users have it
+    command = [sys.executable, "-m", "grpo_kernels", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 128 + signal.SIGPIPE

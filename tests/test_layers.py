@@ -16,6 +16,7 @@ import grpo_kernels
 
 PACKAGE = Path(grpo_kernels.__file__).parent
 LAYERS = {
+    "interrupt": 0,
     "objectives": 0,
     "backends": 1,
     "calls": 2,

@@ -26,6 +26,7 @@ from ..objectives import advantages as estimators
 from ..objectives.metrics import Metrics
 from ..objectives.normalizer import normalizer
 from ..verification import reference
+from ..verification.progress import progress_bar
 from .options import Options, add_options, read_options
 from .policy import load_policy, response_inputs, response_logits
 from .report import RunFolder, read_saved_options
@@ -221,21 +222,19 @@ class _Interrupt:
 
 def train(trainer: Trainer, folder: RunFolder, resume: bool = False) -> Trainer:
     """Run the loop to its end (or to Ctrl-C), logging, plotting and saving into ``folder``."""
-    from tqdm import tqdm
-
     options = trainer.options
     if resume:
         trainer.load_state(folder.load_checkpoint())
         folder.rewind(trainer.step)
     interrupt = _Interrupt()
-    progress = tqdm(total=options.steps, initial=trainer.step, desc=folder.path.name, file=sys.stderr)
+    progress = progress_bar(options.steps, folder.path.name, "step", trainer.step, leave=True)
     try:
         while trainer.step < options.steps and not interrupt.asked:
             record = trainer.train_step()
             folder.log(record)
-            progress.update()
             shown = {name: f"{record[name]:.3f}" for name in ("reward", "loss", "entropy") if name in record}
             progress.set_postfix(shown)
+            progress.update()
             if trainer.step % options.checkpoint_every == 0:
                 folder.save_checkpoint(trainer.state())
     finally:

@@ -1,0 +1,31 @@
+"""Ctrl-C while ``python -m grpo_kernels`` is still being imported, for a second or more: imported before PyTorch."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os._exit(128 + number)  # an exception would be a traceback through PyTorch, or be caught in it
+
+
+def leave_quietly() -> None:
+    """Let Ctrl-C end the process without a traceback, if it is this program: Python imports a program's package before
+    the program, whose arguments are not known then."""
+    name = Path(sys.argv[0]).name if sys.argv else ""
+    if name == "grpo-kernels" or (name == "-m" and ("-m", __package__) in itertools.pairwise(sys.orig_argv)):
+        signal.signal(signal.SIGINT, _leave)
+
+
+def raise_again() -> None:
+    """Let Ctrl-C raise KeyboardInterrupt again, where it did not."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+leave_quietly()
