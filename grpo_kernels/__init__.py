@@ -99,4 +99,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    """Return what is public, lazy names too, and not what this module imports for itself."""
+    return sorted({*__all__, "surrogates", *(name for name in globals() if name.startswith("__"))})

@@ -6,6 +6,7 @@ import ast
 import importlib
 import json
 import pkgutil
+import rlcompleter
 import subprocess
 import sys
 from pathlib import Path
@@ -170,4 +171,13 @@ def test_names_survive_the_import_of_every_module():
 def test_no_other_name_is_made_up():
     with pytest.raises(AttributeError, match="has no attribute 'matches'"):
         grpo_kernels.matches
-    assert "match" in dir(grpo_kernels)
+
+
+def test_what_a_name_is_completed_to():
+    """Public names and modules, lazy ones too, and nothing that the package imports for itself."""
+    names = [name for name in dir(grpo_kernels) if not name.startswith("__")]
+    assert names == sorted({*grpo_kernels.__all__, "surrogates"})
+    assert {"match", "shadow", "MatchReport", "reference"} <= set(names)
+    completer = rlcompleter.Completer({"g": grpo_kernels})
+    assert completer.complete("g.shad", 0) == "g.shadow("
+    assert completer.complete("g.TYPE", 0) is None
