@@ -21,7 +21,7 @@ PACKAGES = ("torch", "triton", "transformers", "numpy", "trl", "liger-kernel")
 
 
 def collect() -> dict[str, Any]:
-    """Versions, devices, and each backend's state: "usable" or the reason why not."""
+    """Return versions, devices, and each backend's state: "usable" or the reason why not."""
     devices = [f"cpu ({records.device_kind('cpu')})"] + [
         torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
     ]
@@ -50,7 +50,7 @@ def _version(name: str) -> str | None:
 
 
 def _state(name: str) -> str:
-    """Usable on some device here, or why not on the best of them."""
+    """Return whether a backend is usable on some device here, or why not on the best of them."""
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     reasons = {}
     for by_name in (False, True):
@@ -62,7 +62,8 @@ def _state(name: str) -> str:
 
 
 def _cuda_library() -> dict[str, Any]:
-    """Path and build; and on each NVIDIA GPU what the library found: capability, clusters that run at once, driver."""
+    """Return path and build; and on each NVIDIA GPU what the library found: capability, clusters that run at once,
+    driver."""
     path = cuda.library_path()
     found: dict[str, Any] = {"path": str(path), "build": native.build_record(path) or None, "devices": {}}
     found["triton_below_bytes"] = cuda.SHORT_ROW_BYTES
@@ -99,7 +100,7 @@ def _place(name: str, library: dict[str, Any]) -> str:
 
 
 def presets_table() -> str:
-    """Every preset of the registry: a row of a Markdown table each."""
+    """Return every preset of the registry, a row of a Markdown table each."""
     lines = ["| preset | f | level | aggregation | paper | the paper's coefficients |", "| --- |" + " --- |" * 5]
     for name, preset in LossConfig.presets().items():
         config = preset.config
@@ -109,7 +110,7 @@ def presets_table() -> str:
 
 
 def surrogates_table() -> str:
-    """Every surrogate: a row of a Markdown table each."""
+    """Return every surrogate, a row of a Markdown table each."""
     lines = [
         "| surrogate | f | ∂f/∂ℓ of a token | passes | presets | paper | as others have it |",
         "| --- |" + " --- |" * 6,
@@ -124,7 +125,7 @@ def surrogates_table() -> str:
 
 
 def verified(found: list[dict[str, Any]]) -> list[str]:
-    """A line for each remembered run of verify, and one for a GPU that has none."""
+    """Return a line for each remembered run of verify, and one for a GPU that has none."""
     lines = []
     for record in found:
         held = f"{record['checks'] - record['broken']} of {record['checks']} checks hold"

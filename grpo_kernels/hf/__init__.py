@@ -29,7 +29,7 @@ from .model_head import Proof, head_of, in_fsdp_units, row_logits, weight_and_bi
 
 
 def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Without those that the model provides."""
+    """Return the keywords of a function, without those that the model provides."""
     names = keywords_of(function)
     return tuple(name for name in names if name not in ("hidden", "weight", "bias", "logits", "config"))
 
@@ -94,7 +94,7 @@ def attach(
 
 
 def bind(inner: Any, config: LossConfig, from_logits: bool, options: Mapping[str, Any]) -> None:
-    """``attach`` without its checks, over whatever ``inner.forward`` is."""
+    """Do what ``attach`` does, without its checks, over whatever ``inner.forward`` is."""
     loss = grpo_loss if from_logits else linear_grpo_loss
     names = (*_keywords(loss), "config", "output", "receive")
     if not from_logits:
@@ -128,7 +128,7 @@ def bind(inner: Any, config: LossConfig, from_logits: bool, options: Mapping[str
 
 
 def _from_hidden(model: Any, inputs: dict[str, Any], given: dict[str, Any], proof: Proof) -> Any:
-    """The backbone, and the loss from its hidden states where the head's weight is whole."""
+    """Run the backbone, and the loss from its hidden states where the head's weight is whole."""
     keep = inputs.pop("logits_to_keep", 0)
     output = model.base_model(**inputs)
     hidden = output.last_hidden_state[:, slice(-keep, None) if isinstance(keep, int) else keep]
@@ -170,7 +170,8 @@ def detach(model: nn.Module) -> nn.Module:
 
 
 def _attached(inner: Any) -> bool:
-    """By what forward is: a pickled model comes back with the name of the original, and without ours."""
+    """Whether a model is attached, by what its forward is: a pickled one comes back with the original's name, without
+    ours."""
     return hasattr(getattr(inner.forward, "__func__", None), "grpo_kernels_before")
 
 
@@ -199,7 +200,7 @@ def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any], c
 
 
 def _check_keywords(kind: str, options: Mapping[str, object], names: Collection[str]) -> None:
-    """As ``check_options``; a keyword of the loss on the other side of ``from_logits`` is not misspelt."""
+    """Raise as ``check_options`` does; a keyword of the loss on the other side of ``from_logits`` is not misspelt."""
     of_logits, of_hidden = _keywords(grpo_loss), _keywords(linear_grpo_loss)
     for name in options:
         if name in names:
@@ -214,7 +215,7 @@ def _check_keywords(kind: str, options: Mapping[str, object], names: Collection[
 
 
 def _check_router_loss(inputs: Mapping[str, Any], config: Any) -> None:
-    """A mixture of experts' auxiliary loss would be dropped in silence."""
+    """Raise where a mixture of experts' auxiliary loss would be dropped in silence."""
     config, asked = config.get_text_config(), inputs.get("output_router_logits")
     if asked is None:
         asked = getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", None) != 0
@@ -224,8 +225,8 @@ def _check_router_loss(inputs: Mapping[str, Any], config: Any) -> None:
 
 
 def _check_shifted(grpo: Mapping[str, Any], inputs: Mapping[str, Any], check: bool | None) -> None:
-    """That ``token_ids`` are the inputs shifted by one, row t predicting token t + 1: others may have an accepted
-    shape, and the wrong meaning. Contents are compared at live places, where they may be looked at."""
+    """Raise unless ``token_ids`` are the inputs shifted by one, row t predicting token t + 1: others may have an
+    accepted shape, and the wrong meaning. Contents are compared at live places, where they may be looked at."""
     ids, inputs_ids, keep = grpo["token_ids"], inputs.get("input_ids"), inputs.get("logits_to_keep", 0)
     if not (isinstance(ids, Tensor) and isinstance(inputs_ids, Tensor) and isinstance(keep, int)):
         return
@@ -242,7 +243,7 @@ def _check_shifted(grpo: Mapping[str, Any], inputs: Mapping[str, Any], check: bo
 
 
 def _check_positions(cu_seqlens: object, position_ids: object, check: bool | None) -> None:
-    """That the model sees the sequences of a packed batch where the loss does."""
+    """Raise unless the model sees the sequences of a packed batch where the loss does."""
     if not (isinstance(cu_seqlens, Tensor) and isinstance(position_ids, Tensor)) or position_ids.dim() > 2:
         return
     positions = position_ids.reshape(-1)
@@ -258,7 +259,8 @@ def _check_positions(cu_seqlens: object, position_ids: object, check: bool | Non
 
 
 def _are_shifted(ids: Tensor, kept: Tensor, mask: object, check: bool | None) -> bool:
-    """True, too, where contents may not be looked at. A mask of another shape is left to the loss."""
+    """Whether ids are the inputs shifted by one; true, too, where contents may not be looked at. A mask of another
+    shape is left to the loss."""
     if not may_look(ids, check):
         return True
     fits = isinstance(mask, Tensor) and mask.numel() == ids.numel()
@@ -275,7 +277,7 @@ def _run(
     given: dict[str, Any],
     **head: Tensor | None,
 ) -> LossOutput | TokenLogProbs:
-    """What was asked for, of logits or of hidden states and head."""
+    """Return what was asked for, of logits or of hidden states and head."""
     token_ids, mask, output = given.pop("token_ids"), given.pop("mask", None), given.pop("output", OUTPUTS[0])
     receive = given.pop("receive", None)
     known = {name: given[name] for name in _keywords(log_probs) if name in given}
@@ -295,7 +297,7 @@ def _run(
 
 
 def _inside(token_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, check: bool | None) -> Tensor | None:
-    """The mask without what lies outside of every packed sequence."""
+    """Return the mask without what lies outside of every packed sequence."""
     if cu_seqlens is None:
         return mask
     mask = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
@@ -303,7 +305,7 @@ def _inside(token_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, c
 
 
 def causal_model(model: nn.Module, function: str) -> Any:
-    """Inside the wrappers of DDP, FSDP and PEFT."""
+    """Return the model inside the wrappers of DDP, FSDP and PEFT."""
     inner: Any = model
     while not hasattr(inner, "get_output_embeddings") or hasattr(inner, "get_base_model"):
         wrapped = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", None)

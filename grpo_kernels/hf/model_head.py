@@ -43,7 +43,7 @@ class Head(NamedTuple):
 
 
 def head_of(model: Any) -> Head:
-    """The head and its constants, or a ValueError that names what is not served."""
+    """Return the head and its constants. Raise a ValueError that names what is not served."""
     outer = model.get_output_embeddings()
     if outer is None:
         fail("attach", "a causal model of transformers", f"{type(model).__name__}, which has no head")
@@ -58,14 +58,15 @@ def head_of(model: Any) -> Head:
 
 
 def _check_backward_hooks(*modules: nn.Module) -> None:
-    """They change gradients, which no comparison of log-probs sees, and belong to a forward that does not run."""
+    """Raise where there are any: they change gradients, which no comparison of log-probs sees, and belong to a forward
+    that does not run."""
     for module in dict.fromkeys(modules):
         for hook in (*module._backward_hooks.values(), *module._backward_pre_hooks.values()):
             fail("attach", "a head without backward hooks", _named(hook), hint=FROM_LOGITS)
 
 
 def _chosen(outer: Any) -> Any:
-    """The layer that PEFT's ``modules_to_save`` wrapper forwards to."""
+    """Return the layer that PEFT's ``modules_to_save`` wrapper forwards to."""
     copies = getattr(outer, "modules_to_save", None)
     if copies is None:
         return outer
@@ -76,7 +77,7 @@ def _chosen(outer: Any) -> Any:
 
 
 def _transform(model: Any) -> dict[str, float | Tensor]:
-    """How this model's logits follow from its head."""
+    """Return how this model's logits follow from its head."""
     kind = model.config.model_type
     if kind not in MODEL_TYPES:
         expected = f"one of the architectures {', '.join(MODEL_TYPES)}"
@@ -93,7 +94,7 @@ def _transform(model: Any) -> dict[str, float | Tensor]:
 
 
 def weight_and_bias(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Whole: what tensor parallelism has sharded is gathered. What FSDP shards is whole inside its unit."""
+    """Return both whole: what tensor parallelism has sharded is gathered. What FSDP shards is whole inside its unit."""
     weight, bias = (
         tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor for tensor in (layer.weight, layer.bias)
     )
@@ -101,8 +102,8 @@ def weight_and_bias(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
 
 
 def in_fsdp_units(model: nn.Module, layer: nn.Module, run: Callable[[Tensor], Any], hidden: Tensor) -> Any:
-    """``run(hidden)`` as a forward of every FSDP2 unit between the model and its head: weights are whole in it, and
-    their gradients are reduced after it. Tensors that ``run`` holds are not cast by the units' mixed precision.
+    """Call ``run(hidden)`` as a forward of every FSDP2 unit between the model and its head: weights are whole in it,
+    and their gradients are reduced after it. Tensors that ``run`` holds are not cast by the units' mixed precision.
 
     The method lives for the call alone: ``fully_shard`` may come after ``attach``, and copies keep nothing of it.
     """
@@ -155,14 +156,14 @@ class Proof:
         self._proven: dict[tuple[object, ...], None] = {}
 
     def row(self, model: Any, head: Head, hidden: Tensor, mask: object) -> Row | None:
-        """None where this state is proven, or contents cannot be looked at."""
+        """Return the row to compare; None where this state is proven, or contents cannot be looked at."""
         state = _state(model, head)
         return None if state in self._proven or not _has_row(hidden) else Row(state, _live_place(hidden, mask))
 
     def compare(
         self, model: Any, head: Head, row: Row, mine: Tensor, inputs: Mapping[str, Any], output: Any, hidden: Tensor
     ) -> None:
-        """``mine`` with the model's own logits of the row, by its forward from its backbone's ``inputs`` and
+        """Compare ``mine`` with the model's own logits of the row, by its forward from its backbone's ``inputs`` and
         ``output``. After the loss: a call of the head ends what FSDP counts as one pass of a group of modules."""
         found = self._unlike(model, row, mine, inputs, output, hidden)
         if found:
@@ -179,7 +180,7 @@ class Proof:
     def _unlike(
         self, model: Any, row: Row, mine: Tensor, inputs: Mapping[str, Any], output: Any, hidden: Tensor
     ) -> str | None:
-        """What differs, in words."""
+        """Return what differs, in words."""
         name, device = model.base_model_prefix, hidden.device.type
         if name not in model._modules:
             return "its backbone is no module of its own"
@@ -216,7 +217,7 @@ class _Backbone(nn.Module):
         return getattr(self.__dict__["backbone"][0], name)
 
     def was_given(self, inputs: Mapping[str, Any]) -> bool:
-        """Exactly the tensors of ``inputs``."""
+        """Whether it was called with exactly the tensors of ``inputs``."""
         wanted = [value for value in inputs.values() if isinstance(value, Tensor)]
         given = self.given
         return given is not None and all(
@@ -227,19 +228,19 @@ class _Backbone(nn.Module):
 
 
 def without_cache(device: str) -> Any:
-    """Autocast as it is, but a whole weight that is cast for one row is not kept."""
+    """Return autocast as it is, but a whole weight that is cast for one row is not kept."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def _has_row(hidden: Tensor) -> bool:
-    """One whose contents can be compared, at the price of waiting once."""
+    """Whether there is a row whose contents can be compared, at the price of waiting once."""
     return hidden.numel() > 0 and may_look(hidden, check=True)
 
 
 def _live_place(hidden: Tensor, mask: object) -> tuple[Tensor, Tensor]:
-    """Of the first row that the mask leaves, in (B, T), found without waiting; the first of all where it leaves
-    none."""
+    """Return the place of the first row that the mask leaves, in (B, T), found without waiting; of the first of all
+    where it leaves none."""
     rows, columns = hidden.shape[:2]
     live = mask if isinstance(mask, Tensor) and mask.numel() > 0 else hidden.new_ones(1)
     first = (live.to(hidden.device) != 0).flatten().to(torch.uint8).argmax(0, keepdim=True)
@@ -248,7 +249,7 @@ def _live_place(hidden: Tensor, mask: object) -> tuple[Tensor, Tensor]:
 
 
 def row_logits(row: Row, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head) -> Tensor:
-    """(1, 1, V), scaled and capped."""
+    """Return the logits (1, 1, V) of a row, scaled and capped."""
     with torch.no_grad(), without_cache(hidden.device.type):
         logits = nn.functional.linear(hidden[row.place][None], weight, bias)
         logits = logits * head.transform.get("logit_scale", 1.0)
@@ -257,8 +258,9 @@ def row_logits(row: Row, hidden: Tensor, weight: Tensor, bias: Tensor | None, he
 
 
 def _difference(mine: Tensor, theirs: Any, autocast: bool) -> str | None:
-    """In words, where it is more than the rounding of logits: two units of their dtypes, of the largest of them and of
-    their root mean square. ``autocast``: accelerate has put one around the model, and converts its outputs."""
+    """Return it in words, where it is more than the rounding of logits: two units of their dtypes, of the largest of
+    them and of their root mean square. ``autocast``: accelerate has put one around the model, and converts its
+    outputs."""
     if not isinstance(theirs, Tensor) or theirs.shape != mine.shape:
         shape = tuple(theirs.shape) if isinstance(theirs, Tensor) else type(theirs).__name__
         return f"its own logits of a row are {shape}, not {tuple(mine.shape)}"
@@ -277,13 +279,13 @@ def _difference(mine: Tensor, theirs: Any, autocast: bool) -> str | None:
 
 
 def _hooks(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    """Kind and function of each, by which one that comes and goes around a call is the same."""
+    """Return kind and function of each, by which one that comes and goes around a call is the same."""
     kinds = (("forward hook", module._forward_hooks), ("forward pre-hook", module._forward_pre_hooks))
     return tuple((kind, hook) for kind, hooks in kinds for hook in hooks.values())
 
 
 def _state(model: Any, head: Head) -> tuple[object, ...]:
-    """What the proof depends on; it holds the objects, so that no other comes to have their identity."""
+    """Return what the proof depends on; it holds the objects, so that no other comes to have their identity."""
     modules = tuple(
         (module, type(module), module.training, _hooks(module), module.__dict__.get("forward"))
         for module in (head.outer, head.layer)
@@ -292,7 +294,7 @@ def _state(model: Any, head: Head) -> tuple[object, ...]:
 
 
 def _suspects(model: Any, head: Head, before: Callable[..., Any]) -> str:
-    """What may have made the difference, by name."""
+    """Return what may have made the difference, by name."""
     found = []
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     for module in dict.fromkeys((head.outer, head.layer)):
@@ -310,7 +312,7 @@ def _suspects(model: Any, head: Head, before: Callable[..., Any]) -> str:
 
 
 def _named(function: Any) -> str:
-    """By where its code is: ``functools.wraps`` gives a patch the name of what it wraps."""
+    """Return a function's name by where its code is: ``functools.wraps`` gives a patch the name of what it wraps."""
     function = getattr(function, "__func__", function)
     code = getattr(function, "__code__", None)
     if code is None:

@@ -57,7 +57,7 @@ def triton_grpo_loss(
     vespo_k_neg: float = 3.0,
     vespo_lambda_neg: float = 2.0,
 ) -> tuple[Tensor, Tensor | None, Tensor] | tuple[Tensor, list[Tensor]]:
-    """The GRPO loss of logits (B, L+1, V), whose last row is unused, with Liger's arguments.
+    """Return the GRPO loss of logits (B, L+1, V), whose last row is unused, with Liger's arguments.
 
     Returns:
         ``reduce=True``: (loss, [kl, clip_ratio]), without kl where beta is 0.
@@ -132,7 +132,8 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         self._objective().config()
 
     def _objective(self) -> Objective:
-        """Of the attributes as they are now. Without a reference model the policy is its own: a KL of 0."""
+        """Return the objective of the attributes as they are now. Without a reference model the policy is its own: a KL
+        of 0."""
         if self.loss_type == "dr_grpo" and self.max_completion_length is None:
             raise ValueError("max_completion_length must be provided for loss_type 'dr_grpo'.")
         beta = self.beta if self.use_ref_model else 0.0
@@ -197,7 +198,7 @@ class _Known(NamedTuple):
 
 
 def _check(asked: Objective) -> None:
-    """What Liger refuses, and why ours has nothing else to offer there."""
+    """Raise for what Liger refuses, and say why ours has nothing else to offer there."""
     if asked.loss_type in UNBOUNDED and (asked.delta is not None or asked.level != "token"):
         raise ValueError(
             f"loss_type={asked.loss_type!r} takes importance_sampling_level='token' and no delta, as in Liger; got "
@@ -206,8 +207,8 @@ def _check(asked: Objective) -> None:
 
 
 def _options(function: str, asked: Objective, known: _Known, ratio: Tensor | None) -> dict[str, Any]:
-    """Keywords of our losses. ``vllm_is_ratio`` (B,), (B, 1) or (B, L) becomes log-probs of the sampler where it is
-    part of the ratio (VESPO), else factors of the tokens."""
+    """Return keywords of our losses. ``vllm_is_ratio`` (B,), (B, 1) or (B, L) becomes log-probs of the sampler where it
+    is part of the ratio (VESPO), else factors of the tokens."""
     options: dict[str, Any] = {"old_log_probs": known.old, "ref_log_probs": known.ref}
     if ratio is None:
         return {**options, "config": asked.config()}
@@ -223,7 +224,8 @@ def _options(function: str, asked: Objective, known: _Known, ratio: Tensor | Non
 
 
 def _normalizer(loss_type: str, items: float | Tensor | None) -> float | Tensor | None:
-    """Of the whole batch: gradients are averaged over ranks, so each takes its share of the tokens."""
+    """Return the denominator of the whole batch: gradients are averaged over ranks, so each takes its share of the
+    tokens."""
     if items is None or loss_type not in OVER_ITEMS:
         return None
     ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -232,8 +234,8 @@ def _normalizer(loss_type: str, items: float | Tensor | None) -> float | Tensor 
 
 @torch.no_grad()
 def _counted(asked: Objective, known: _Known, log_probs: Tensor) -> tuple[Tensor | None, Tensor]:
-    """(B, L): the KL (its ratio included) where there is one, and which tokens are bounded. Liger counts those outside
-    of the band, whatever delta is; of CISPO's capped ones those of A > 0."""
+    """Return, (B, L), the KL (its ratio included) where there is one, and which tokens are bounded. Liger counts those
+    outside of the band, whatever delta is; of CISPO's capped ones those of A > 0."""
     live, A = known.live, known.advantages if known.advantages.dim() == 2 else known.advantages[:, None]
     log_ratio = torch.zeros_like(log_probs)
     if known.old is not None:
@@ -249,13 +251,13 @@ def _counted(asked: Objective, known: _Known, log_probs: Tensor) -> tuple[Tensor
 
 
 def _band(asked: Objective) -> tuple[float, float]:
-    """Beyond which ratios count as bounded, from below where A < 0 and from above where A > 0."""
+    """Return beyond which ratios count as bounded, from below where A < 0 and from above where A > 0."""
     if asked.loss_type in UNBOUNDED:
         return -math.inf, asked.epsilon_high if asked.loss_type == "cispo" else math.inf
     return 1 - asked.epsilon_low, 1 + asked.epsilon_high
 
 
 def _metrics(asked: Objective, known: _Known, log_probs: Tensor) -> list[Tensor]:
-    """Means over live tokens: the KL where there is one, and how many are bounded."""
+    """Return means over live tokens: the KL where there is one, and how many are bounded."""
     count = known.live.sum().clamp(min=1)
     return [values.sum() / count for values in _counted(asked, known, log_probs) if values is not None]

@@ -48,7 +48,8 @@ class Objective:
     vespo: tuple[float, float, float, float]
 
     def config(self, correct_rollout: bool = False) -> LossConfig:
-        """Neither package clamps log-ratios or the KL, so no limit is set. An entropy bonus is a mean over tokens.
+        """Return our config for it. Neither package clamps log-ratios or the KL, so no limit is set. An entropy bonus
+        is a mean over tokens.
 
         Args:
             correct_rollout: rollout weights are part of the ratio, as VESPO's are: ``sampler_log_probs`` brings them.
@@ -79,8 +80,9 @@ class Objective:
 
 
 def _clip(low: float, high: float, delta: float | None) -> Clip:
-    """Both bound the ratio of the unclipped branch by delta, whatever the advantage's sign: below 1 + high that lowers
-    the upper bound of positive advantages, and leaves negative ones to the clipped branch, bounded at 1 + high."""
+    """Return the clip that both mean: they bound the ratio of the unclipped branch by delta, whatever the advantage's
+    sign. Below 1 + high that lowers the upper bound of positive advantages, and leaves negative ones to the clipped
+    branch, bounded at 1 + high."""
     low = min(low, 1.0)  # ratios are positive
     delta = None if delta == math.inf else delta
     if delta is None or delta >= 1 + high:
@@ -91,7 +93,8 @@ def _clip(low: float, high: float, delta: float | None) -> Clip:
 
 
 def sampler_log_probs(old: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
-    """Log-probs (B, T) of a sampler whose ratios to ``old`` are these weights: (B, T), or (B, 1) spread evenly."""
+    """Return log-probs (B, T) of a sampler whose ratios to ``old`` are these weights: (B, T), or (B, 1) spread
+    evenly."""
     old = old.to(torch.promote_types(old.dtype, torch.float32))  # bf16 log-probs would round the weights away
     log_weights = weights.to(old).log().clamp(*FOLDED)
     if weights.shape[1] == 1:

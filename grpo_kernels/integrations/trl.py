@@ -79,7 +79,8 @@ class FusedGRPOTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **vision: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The old pass by the kernels of the loss; a reference model of its own has TRL's head."""
+        """Return the old pass by the kernels of the loss: log-probs, and entropies if asked for. A reference model of
+        its own has TRL's head."""
         if model is self.ref_model or any(value is not None for value in vision.values()):
             arguments = (model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
             found: tuple[Tensor, Tensor | None, Tensor | None] = super()._get_per_token_logps_and_entropies(
@@ -136,8 +137,8 @@ class FusedGRPOTrainer(GRPOTrainer):
         return loss
 
     def _call(self, model: Any, inputs: dict[str, Any], grpo: dict[str, Any]) -> tuple[Any, Any]:
-        """What the model returns, whose loss hooks know, and what was computed inside: FSDP's mixed precision rounds
-        the tensors of plain dicts on the way in and every output on the way out."""
+        """Return what the model returns, whose loss hooks know, and what was computed inside: FSDP's mixed precision
+        rounds the tensors of plain dicts on the way in and every output on the way out."""
         inside: list[Any] = []
         config = hf.causal_model(model, "FusedGRPOTrainer").config.get_text_config()
         if getattr(config, "output_router_logits", False):  # not for this trainer: ``check_trainer``
@@ -147,7 +148,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return returned, inside[-1]
 
     def _entropy_coef_now(self) -> float:
-        """The bonus that TRL's controller asks for in this accumulation window."""
+        """Return the bonus that TRL's controller asks for in this accumulation window."""
         if not self._entropy_bonus_enabled:
             return 0.0
         if self.use_adaptive_entropy and self._last_world_entropy > self.args.entropy_target:
@@ -159,7 +160,8 @@ class FusedGRPOTrainer(GRPOTrainer):
         return bool(self.use_vllm and self.vllm_importance_sampling_correction)
 
     def _token_weights(self, inputs: dict[str, Any], mask: Tensor) -> Tensor | Callable[[TokenLogProbs], Tensor] | None:
-        """Factors of the policy term: rollout weights, and masks that follow from the current policy's log-probs."""
+        """Return factors of the policy term: rollout weights, and masks that follow from the current policy's
+        log-probs."""
         known = None
         if self._corrects_rollout and self.loss_type != "vespo":  # VESPO's are part of its ratio
             known = inputs["importance_sampling_ratio"].expand(mask.shape)
@@ -186,7 +188,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _log_step(self, mode: str, inputs: dict[str, Any], mask: Tensor, out: LossOutput, entropy_coef: float) -> None:
-        """TRL's metrics by TRL's names, from the log-probs and entropies that the loss returned."""
+        """Log TRL's metrics by TRL's names, from the log-probs and entropies that the loss returned."""
         metrics = self._metrics[mode]
         advantages = _per_row(inputs["advantages"])
         old = inputs.get("old_per_token_logps")
@@ -215,7 +217,8 @@ class FusedGRPOTrainer(GRPOTrainer):
         ratio: Tensor,
         advantages: Tensor,
     ) -> None:
-        """What bounded the ratios: TRL has another metric for each kind of loss. ``own`` are the tokens' log-ratios."""
+        """Log what bounded the ratios: TRL has another metric for each kind of loss. ``own`` are the tokens'
+        log-ratios."""
         if self.loss_type == "cispo":
             capped = (ratio > self.epsilon_high) & (advantages > 0)
             metrics["cispo_clip_ratio"].append(self._mean(capped.float(), mask))
@@ -236,7 +239,7 @@ class FusedGRPOTrainer(GRPOTrainer):
             metrics[f"clip_ratio/{name}"].append(extreme(self.accelerator.gather(each)).item())
 
     def _mean(self, values: Tensor, mask: Tensor) -> float:
-        """Over the live tokens of every rank; over sequences where there is one value for each."""
+        """Return the mean over the live tokens of every rank; over sequences where there is one value for each."""
         if values.shape[1] == 1:
             sums = torch.stack([values.sum(), torch.tensor(float(len(values)), device=values.device)])
         else:
@@ -245,7 +248,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return float(total / count.clamp(min=1.0))
 
     def _control_entropy(self, mode: str, entropy: Tensor, mask: Tensor) -> None:
-        """TRL's adaptive coefficient: a step towards the target after each accumulation window."""
+        """Move TRL's adaptive coefficient a step towards the target after each accumulation window."""
         if mode != "train":
             return
         last = self.accelerator.sync_gradients
@@ -288,12 +291,12 @@ def _check_overrides(kind: type, own_loss: bool) -> None:
 
 
 def _live(values: Tensor, mask: Tensor) -> Tensor:
-    """0 where the mask is, whatever is there: a product would keep NaN and infinities."""
+    """Return values, and 0 where the mask is, whatever is there: a product would keep NaN and infinities."""
     return torch.where(mask != 0, values, 0.0)
 
 
 def _per_row(advantages: Tensor) -> Tensor:
-    """(B, 1) of (B,), for maths with (B, T)."""
+    """Return (B, 1) of (B,), for maths with (B, T)."""
     return advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
 
 
@@ -379,7 +382,7 @@ def unpatch_trl() -> None:
 
 @contextlib.contextmanager
 def patched_trl() -> Any:
-    """``patch_trl`` for a ``with`` block; a patch from before stays."""
+    """Do what ``patch_trl`` does for a ``with`` block; a patch from before stays."""
     before = _is_patched()
     patch_trl()
     try:

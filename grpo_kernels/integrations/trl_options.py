@@ -23,7 +23,7 @@ def check_arguments(args: Any) -> None:
 
 
 def check_trainer(trainer: Any) -> None:
-    """What only the constructed trainer knows."""
+    """Refuse, by name, what only the constructed trainer knows."""
     if trainer.aux_loss_enabled:
         _refuse("the router's auxiliary loss of a mixture of experts", "router_aux_loss_coef=0.0")
 
@@ -36,7 +36,7 @@ def _refuse(option: str, supported: str) -> None:
 
 
 def objective_of(trainer: Any) -> Objective:
-    """The objective that the trainer's attributes describe, now: callbacks may have changed them."""
+    """Return the objective that the trainer's attributes describe, now: callbacks may have changed them."""
     args = trainer.args
     clip = (trainer.epsilon_low, trainer.epsilon_high, args.delta)
     options = (trainer.beta, args.use_bias_correction_kl, trainer.max_completion_length)

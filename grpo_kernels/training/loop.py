@@ -55,7 +55,7 @@ class Trainer:
         self.step = 0
 
     def _learning_rate(self, update: int) -> float:
-        """Linear warm-up, then linear decay to zero over the run."""
+        """Return a step's factor of the learning rate: linear warm-up, then linear decay to zero over the run."""
         o = self.options
         updates = o.steps * o.epochs * -(-o.prompts * o.group // o.minibatch)
         return min((update + 1) / max(o.warmup, 1), max(0.0, 1 - update / updates))
@@ -81,7 +81,8 @@ class Trainer:
         return record | {"tokens_per_second": length * o.prompts * o.group / seconds, "seconds": seconds}
 
     def _advantages(self, samples: Samples) -> tuple[Samples, Tensor]:
-        """Group-normalised rewards (centred only for Dr. GRPO), without the groups that have nothing to say."""
+        """Return the samples without the groups that have nothing to say, and their advantages (B,): rewards normalised
+        by group, centred only for Dr. GRPO."""
         o, rewards = self.options, samples.rewards
         if o.overlong_buffer:
             lengths = samples.mask.sum(-1)
@@ -98,7 +99,7 @@ class Trainer:
 
     @torch.no_grad()
     def _log_probs(self, model: Any, samples: Samples) -> Tensor:
-        """(B, R) log-probs of the responses under a frozen model; nothing of the vocabulary's size is kept."""
+        """Return log-probs (B, R) of the responses under a frozen model; nothing of the vocabulary's size is kept."""
         parts = []
         for index in torch.arange(len(samples.rewards), device=self.device).split(self._micro_batch()):
             part = samples[index]
@@ -134,7 +135,7 @@ class Trainer:
         return record | {name: getattr(total, name).item() for name in names}
 
     def _shuffled(self, count: int) -> Tensor:
-        """A random order of sequences; of whole groups where the loss averages inside groups."""
+        """Return a random order of sequences; of whole groups where the loss averages inside groups."""
         block = self.options.group if self.config.aggregation == "group_mean" else 1
         blocks = list(range(count // block))
         self.rng.shuffle(blocks)
@@ -143,7 +144,7 @@ class Trainer:
     def _backward(
         self, samples: Samples, advantages: Tensor, old: Tensor, ref: Tensor | None, minibatch: Tensor
     ) -> tuple[Tensor, Metrics]:
-        """Gradients of one optimizer step, accumulated over micro-batches; its loss and metrics."""
+        """Accumulate the gradients of one optimizer step over micro-batches; return its loss and metrics."""
         o = self.options
         loss_function = reference.grpo_loss if o.reference_loss else grpo_loss
         denominator = normalizer(samples.mask[minibatch], self.config)
@@ -177,7 +178,7 @@ class Trainer:
         return self.options.micro_batch or self.options.minibatch
 
     def state(self) -> dict[str, Any]:
-        """Everything that the next step depends on."""
+        """Return everything that the next step depends on."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         version, words, gauss = self.rng.getstate()
         return {
@@ -252,7 +253,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run ``train`` from the command line; the exit status."""
+    """Run ``train`` from the command line and return the exit status."""
     if arguments.resume is not None:
         saved = read_saved_options(arguments.resume)
         options = read_options(arguments, saved)

@@ -87,7 +87,7 @@ class Options:
             raise ValueError(f"--{name.replace('_', '-')} must be {rule}; got {getattr(self, name)}.")
 
     def response_limit(self) -> int:
-        """Longest response: for sort, the answer and its end token."""
+        """Return the length of the longest response in tokens: for sort, the answer and its end token."""
         if self.max_new_tokens is not None:
             return self.max_new_tokens
         if self.task != "sort":
@@ -96,7 +96,7 @@ class Options:
         return self.numbers * digits + (self.numbers - 1) * (digits > 1) + 1
 
     def loss_config(self) -> LossConfig:
-        """The preset of ``--loss`` with what it cannot know: lengths, groups, coefficients."""
+        """Return the preset of ``--loss`` with what it cannot know: lengths, groups, coefficients."""
         changes: dict[str, Any] = {"kl": KL(self.kl), "entropy_coef": self.entropy}
         aggregation = LossConfig.preset(self.loss).aggregation
         if aggregation == "constant":
@@ -142,7 +142,7 @@ HELP = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """One flag for each field of Options."""
+    """Add one flag for each field of Options."""
     for field in dataclasses.fields(Options):
         flag = "--" + field.name.replace("_", "-")
         if field.type == "bool":
@@ -154,6 +154,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(arguments: argparse.Namespace, base: Options | None = None) -> Options:
-    """Options of the flags that were given, over ``base`` or the defaults."""
+    """Return the options of the flags that were given, over ``base`` or the defaults."""
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Options)}
     return dataclasses.replace(base or Options(), **{name: v for name, v in given.items() if v is not None})

@@ -57,7 +57,7 @@ class _HubTokenizer:
 
 
 def load_policy(model: str | None, task: Task, hidden: int, layers: int, device: torch.device) -> tuple[Any, Tokenizer]:
-    """The model (``--model`` path or hub name, or a tiny random Qwen3) in training mode, and its tokenizer."""
+    """Return the model (``--model`` path or hub name, or a tiny random Qwen3) in training mode, and its tokenizer."""
     try:
         import transformers
     except ImportError as error:
@@ -79,7 +79,8 @@ def load_policy(model: str | None, task: Task, hidden: int, layers: int, device:
 
 
 def _tiny_qwen3(transformers: Any, vocab: int, hidden: int, layers: int) -> nn.Module:
-    """Five times the usual initial scale: attention that starts out uniform in so small a model learns late."""
+    """Return a model with five times the usual initial scale: attention that starts out uniform in so small a model
+    learns late."""
     heads = max(1, hidden // 16)
     config = transformers.Qwen3Config(
         vocab_size=vocab,
@@ -101,7 +102,8 @@ def _tiny_qwen3(transformers: Any, vocab: int, hidden: int, layers: int) -> nn.M
 
 
 def response_inputs(ids: Tensor, attention_mask: Tensor, prompt_length: int) -> dict[str, Any]:
-    """Of a forward pass that gives R+1 rows: those that predict the R response tokens, and one that predicts nothing.
+    """Return what a forward pass takes to give R+1 rows: those that predict the R response tokens, and one that
+    predicts nothing.
 
     Left padding shifts positions: they count attended tokens, as ``generate`` counts them.
     """
@@ -112,6 +114,6 @@ def response_inputs(ids: Tensor, attention_mask: Tensor, prompt_length: int) -> 
 
 
 def response_logits(model: nn.Module, ids: Tensor, attention_mask: Tensor, prompt_length: int) -> Tensor:
-    """(B, R+1, V)"""
+    """Return logits (B, R+1, V): of the rows that predict the R response tokens, and of one that predicts nothing."""
     logits: Tensor = model(**response_inputs(ids, attention_mask, prompt_length)).logits
     return logits

@@ -44,7 +44,7 @@ class RunFolder:
 
     @classmethod
     def fresh(cls, options: Options, parent: Path = Path("runs")) -> RunFolder:
-        """The next free runs/<task>-<loss>-<n>."""
+        """Return the next free folder runs/<task>-<loss>-<n>."""
         stem = f"{options.task.replace(':', '-')}-{options.loss}"
         number = next(n for n in range(10**6) if not (parent / f"{stem}-{n}").exists())
         return cls(parent / f"{stem}-{number}", options, resume=False)
@@ -69,7 +69,7 @@ class RunFolder:
         temporary.replace(self.checkpoint_path)
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """The last checkpoint. Exits with a message where there is none or it cannot be read."""
+        """Return the last checkpoint. Exit with a message where there is none or it cannot be read."""
         if not self.checkpoint_path.exists():
             raise SystemExit(
                 f"{self.path} holds no checkpoint to resume from ({self.checkpoint_path.name} is missing)."
@@ -87,7 +87,7 @@ class RunFolder:
         return state
 
     def plot(self) -> Path | None:
-        """curves.png from the log, if matplotlib is there."""
+        """Draw curves.png from the log, if matplotlib is there, and return its path."""
         records = self.records()
         try:
             import matplotlib
@@ -127,7 +127,7 @@ def _smooth(values: list[float], window: int = 25) -> list[float]:
 
 
 def read_saved_options(path: Path) -> Options:
-    """The options a run was started with."""
+    """Return the options that a run was started with. Exit with a message where they cannot be read."""
     try:
         saved = json.loads((path / "options.json").read_text())
         return Options(**saved)

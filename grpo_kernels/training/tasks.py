@@ -26,10 +26,10 @@ class Task(Protocol):
     """Every byte that prompts and good answers are made of: what a tokenizer must know."""
 
     def sample(self, count: int, rng: random.Random) -> list[Problem]:
-        """``count`` new problems."""
+        """Return ``count`` new problems."""
 
     def score(self, problem: Problem, completion: str) -> float:
-        """Reward of one completion, in [0, 1]."""
+        """Return the reward of one completion, in [0, 1]."""
 
 
 class Sort:
@@ -94,7 +94,7 @@ class ReasoningGym:
 
 
 def make_task(name: str, numbers: int, largest: int, reward: str) -> Task:
-    """The task of ``--task``: "sort" or "reasoning_gym:<dataset>"."""
+    """Return the task of ``--task``: "sort" or "reasoning_gym:<dataset>"."""
     kind, _, dataset = name.partition(":")
     check_name("--task", kind, ("sort", "reasoning_gym"))
     if kind == "sort":
