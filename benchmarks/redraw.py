@@ -1,6 +1,6 @@
 """Writes the tables and plots of a results folder anew from its .json files; nothing is measured.
 
-python benchmarks/redraw.py                                # the folder that README shows
+python benchmarks/redraw.py                                # the folders that the documents show
 python benchmarks/redraw.py benchmarks/results/MACHINE     # another one
 """
 
@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import loss
-from readme import MACHINE
+from readme import MACHINES, ROOT
 
 from grpo_kernels.bench import command
 
@@ -38,11 +38,12 @@ def redraw(folder: Path) -> list[str]:
 
 
 def main() -> int:
-    """Redraw one folder, and say what was found in it."""
+    """Redraw folders, and say what was found in each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=MACHINE)
-    arguments = parser.parse_args()
-    print(f"redrawn in {arguments.folder}: {', '.join(redraw(arguments.folder)) or 'nothing'}")
+    parser.add_argument("folders", type=Path, nargs="*")
+    shown = [ROOT / "benchmarks" / "results" / machine for machine in MACHINES]
+    for folder in parser.parse_args().folders or [path for path in shown if path.is_dir()]:
+        print(f"redrawn in {folder}: {', '.join(redraw(folder)) or 'nothing'}")
     return 0
 
 
