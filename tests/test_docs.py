@@ -100,9 +100,11 @@ def test_what_match_says_is_what_it_prints():
         if block.startswith("from grpo_kernels import match"):
             printed = str(grpo_kernels.match(namespace["my_loss"])).splitlines()
             shown = blocks(path, "text")[0].splitlines()
-            assert printed.pop(1).startswith("  largest relative gradient difference")
-            assert shown.pop(1).startswith("  largest relative gradient difference")
+            assert printed.pop(1).startswith("  on two batches, gradients differ by up to")
+            assert shown.pop(1).startswith("  on two batches, gradients differ by up to")
             assert shown == printed
+        if block.startswith("def adaptive"):
+            assert blocks(path, "text")[1].splitlines() == [namespace["report"].strange[0]]
         if block.startswith("from grpo_kernels import shadow"):
             shadowed = True
             assert namespace["loss_fn"].history[0].gradient_difference < 1e-5

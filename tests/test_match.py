@@ -23,6 +23,7 @@ from grpo_kernels import (
     LossConfig,
     Reinforce,
     Sapo,
+    TruncatedIS,
     Unclipped,
     Vespo,
     match,
@@ -139,6 +140,12 @@ def as_trl_cispo(lp, old, A, mask):
     return mean(-(lp - old).exp().clamp(max=5).detach() * A[:, None] * lp, mask)
 
 
+def truncated_weights(lp, old, rollout_log_probs, A, mask):
+    """verl's correction for the sampler."""
+    weight = (old - rollout_log_probs).exp().clamp(max=2.0)
+    return mean(clipped(lp - old, A[:, None]) * weight, mask)
+
+
 NO_LIMIT = {"log_ratio_limit": None}
 FREE = (None, None)
 KNOWN = {
@@ -161,6 +168,11 @@ KNOWN = {
     reinforce: (LossConfig(Reinforce(), aggregation="constant", constant_length=64), 1.0, None),
     on_policy: (LossConfig(Unclipped(), aggregation="token_mean"), 1.0, None),
     indexing: (LossConfig(Clip(), aggregation="token_mean", **NO_LIMIT), 1.0, None),
+    truncated_weights: (
+        LossConfig(Clip(), aggregation="token_mean", rollout=TruncatedIS(2.0), **NO_LIMIT),
+        1.0,
+        None,
+    ),
 }
 
 
@@ -482,9 +494,10 @@ def by_position(lp, old, A, mask):
     return mean(clipped(lp - old, A[:, None]) * discount, mask)
 
 
-def truncated_weights(lp, old, rollout_log_probs, A, mask):
-    weight = (old - rollout_log_probs).exp().clamp(max=2.0)
-    return mean(clipped(lp - old, A[:, None]) * weight, mask)
+def floored_weights(lp, old, rollout_log_probs, A, mask):
+    """Beyond the bound something is left, and it is not the bound."""
+    weight = (old - rollout_log_probs).exp()
+    return mean(clipped(lp - old, A[:, None]) * torch.where(weight > 2, 0.1, weight), mask)
 
 
 @pytest.mark.parametrize(
@@ -493,7 +506,7 @@ def truncated_weights(lp, old, rollout_log_probs, A, mask):
         (by_the_longest, "the denominator is no count"),
         (by_the_root, "the denominator is no count"),
         (by_position, "follow no known aggregation"),
-        (truncated_weights, "weighed by the sampler's log-probs"),
+        (floored_weights, "weighed by the sampler's log-probs"),
     ],
 )
 def test_losses_that_only_look_like_one_of_ours(loss, said):

@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Batch, standard_batch, users_batch
-from .call import Caller, Response
-from .finding import NORMALIZERS, Finding, Inputs, differences, measured
-from .fit import slopes_of
-from .probe import EXACT, ROUNDED, Probe, describe, start
-from .report import Difference, MatchReport, text_of
-from .search import Search
+from .batch import standard_batch, users_batch
+from .call import PYTHON, Caller, Words
+from .field import Field
+from .known import Known, Said, said
+from .numbers import plain
+from .probe import Probe, describe, start
+from .proof import Proof, beside_the_config, prove
+from .report import BESIDE, FAULTS, NOTES, STRANGE, MatchReport, lines_of, text_of
+from .search import learn
 from .shadowing import shadow
 
 __all__ = ["MatchReport", "match", "shadow"]
-
-MATCHED = {EXACT: 1e-6, ROUNDED: 1e-3}
-"""Largest relative gradient difference of a loss that counts as reproduced; honest ones give 1e-15 and 1e-6."""
 
 
 def match(
@@ -35,9 +34,10 @@ def match(
 ) -> MatchReport:
     """Find the ``LossConfig`` that is your loss, by calling it in float64 on a small batch made to tell options apart.
 
-    Your function is called some hundred times with ragged sequences (one of them empty), ratios on both sides of
-    every bound, advantages of both signs and distances from the reference; its slopes are read off, and the result is
-    compared with ``grpo_loss``, value and gradient.
+    Your function is called some thousand times with ragged sequences (one of them empty), ratios on both sides of
+    every bound, advantages of both signs and distances from the reference; its slopes are read off. What was found is
+    then compared with ``grpo_loss``, value and gradient, on that batch and on a second one of other lengths, logits,
+    ratios and advantages.
 
     Args:
         loss_fn: takes log-probs or logits and whatever else of a batch it wants, by parameter name (``old_logprobs``,
@@ -52,146 +52,149 @@ def match(
         device: where your function wants its tensors; by default where those of ``batch`` are.
 
     Returns:
-        MatchReport: print it. True in an ``if`` when a config reproduces your gradient and no fault was found.
+        MatchReport: print it, 14 lines at most. True in an ``if`` when a config has your loss's gradient and value and
+        no fault was found.
 
     Raises:
         ValueError: the function cannot be called (unknown parameters, nothing that runs), does not return a
-            differentiable scalar, or is not finite on plain inputs; the message says what was tried.
+            differentiable scalar, draws random numbers, or is not finite on plain inputs; the message says what to do.
     """
+    return match_in_words(PYTHON, loss_fn, batch, arguments, temperature, device)
+
+
+def match_in_words(
+    words: Words,
+    loss_fn: Callable[..., Any],
+    batch: Mapping[str, Tensor] | None,
+    arguments: Mapping[str, str] | None,
+    temperature: float | None,
+    device: torch.device | str | None,
+) -> MatchReport:
+    """Do what ``match`` does; ``words`` is how messages tell the reader what to do."""
     if device is None:
         device = next((v.device for v in (batch or {}).values() if isinstance(v, Tensor)), "cpu")
-    caller = Caller(loss_fn, arguments, temperature, device)
+    caller = Caller(loss_fn, arguments, temperature, device, words)
     chosen = standard_batch() if batch is None else users_batch(batch)
     if not caller.masks:
         chosen = chosen.unmasked()
-    probe, faults = start(caller, chosen)
-    search = Search(probe, temperature)
-    search.faults |= {name: {} for name in faults}
-    finding = search.run()
-    return _report(search, finding)
+    probe, known, says = start(caller, chosen, temperature)
+    known, found, whole = learn(probe, known)
+    says += found
+    proof = prove(probe, known) if whole else None
+    if proof is not None:
+        says += _proven(probe, known, proof, says)
+    says += _asides(probe, known, proof)
+    return _report(probe, known, proof, says)
 
 
-def _report(search: Search, finding: Finding) -> MatchReport:
-    probe = search.probe
-    inputs = verification(search)
-    worst_gradient, worst_loss, tokens = 0.0, 0.0, []
-    for given in inputs:
-        (theirs, their_gradient), (ours, our_gradient) = measured(probe, given), finding.predict(probe, given)
-        share = torch.nan_to_num(differences(our_gradient, their_gradient), nan=math.inf, posinf=math.inf)
-        worst_gradient = max(worst_gradient, float(share.max()))
-        size = max(abs(ours), abs(theirs), 1e-3 * abs(finding.factor))
-        loss_difference = abs(ours - theirs) / size
-        if not loss_difference <= worst_loss:
-            worst_loss = math.inf if math.isnan(loss_difference) else loss_difference
-            values = {"theirs": theirs, "ours": ours}
-        tokens += _tokens(probe, given, our_gradient, their_gradient, share, MATCHED[probe.tolerance])
-    reproduced = worst_gradient <= MATCHED[probe.tolerance]
-    if reproduced and worst_loss > MATCHED[probe.tolerance]:
-        search.notes["value"] = values
-    _add_notes(search, finding)
+def _proven(probe: Probe, known: Known, proof: Proof, says: list[Said]) -> list[Said]:
+    """Return what the proof adds to what was measured."""
+    matched = known.precision.matched
+    if proof.gradient > matched:
+        named = any(one.key in STRANGE.keys() - BESIDE or one.key in FAULTS for one in says)
+        return [] if named else [beside_the_config(probe, known) or said("unproven", apart=proof.apart)]
+    if proof.value > matched:
+        return [said("value", share=proof.value)]
+    if proof.batches < 2:
+        return [said("no_second_batch")]
+    return [said("constant", constant=proof.constant)] if proof.constant else []
+
+
+def _asides(probe: Probe, known: Known, proof: Proof | None) -> list[Said]:
+    """Return faults of sign, and what else to know of a loss whose every property was looked at."""
+    says = [said("rounded", name=known.precision.name, same=known.precision.matched)] if known.precision.name else []
+    if proof is None:
+        return says
+    caller = probe.caller
+    if known.factor < 0:
+        says.append(said("sign"))
+    if proof.gradient > known.precision.matched:
+        return says
+    if not caller.takes("old_log_probs") and known.surrogate.uses_ratio:
+        says.append(said("on_policy"))
+    if known.log_ratio_limit is None and known.uses_ratio:
+        says.append(said("no_limit"))
+    if not caller.masks and known.config.aggregation == "token_mean":
+        says.append(said("same_without_mask"))
+    elif probe.batch.own and len(set(known.counted(probe.batch).sum(-1).tolist())) < 2:
+        says.append(said("one_batch"))
+    return says
+
+
+def _report(probe: Probe, known: Known, proof: Proof | None, says: list[Said]) -> MatchReport:
+    faults, strange, notes = ([one for one in says if one.key in texts] for texts in (FAULTS, STRANGE, NOTES))
+    reproduced = proof is not None and proof.gradient <= known.precision.matched
+    reproduced = reproduced and all(one.key in BESIDE for one in strange)
     form = probe.caller.form
     assert form is not None
-    return MatchReport(
-        matched=reproduced and not search.faults and not search.strange,
-        config=finding.config,
-        factor=finding.factor,
-        normalizer=NORMALIZERS.get(finding.denominator),
-        temperature=probe.temperature,
-        temperature_source="temperature" if probe.caller.takes("temperature") else f"{probe.temperature:g}",
-        gradient_difference=worst_gradient,
-        loss_difference=worst_loss,
-        faults=_said(search.faults),
-        strange=_said(search.strange),
-        notes=_said(search.notes),
-        regions=() if reproduced else tuple(regions(search, finding)),
-        tokens=tuple(tokens),
+    mended = _mended(known, {one.key for one in faults}) if reproduced else known
+    weights = mended.weights
+    report = MatchReport(
+        matched=reproduced and not faults and not strange,
+        config=mended.config,
+        factor=_plain_factor(mended),
+        normalizer=weights.normalizer().normalizer if weights else None,
+        threshold=known.threshold.source() if known.threshold else None,
+        temperature=known.temperature,
+        temperature_source="temperature" if probe.caller.takes("temperature") else f"{known.temperature:g}",
+        gradient_difference=math.inf if proof is None else proof.gradient,
+        loss_difference=math.inf if proof is None else proof.value,
+        batches=0 if proof is None else proof.batches,
+        faults=_texts(faults),
+        strange=_texts(strange),
+        notes=_texts(notes),
+        regions=() if reproduced or proof is None else tuple(regions(probe, known)),
+        tokens=() if proof is None else tuple(proof.tokens),
         form=describe(form, probe.batch),
+        lines=(),
     )
+    if not reproduced:
+        return report
+    names = {"old_log_probs": known.uses_ratio and probe.caller.takes("old_log_probs")}
+    names |= {"ref_log_probs": known.kl.coef != 0, "rollout_log_probs": bool(known.rollout)}
+    lines = lines_of(report, [name for name, used in names.items() if used], known.whitening.lines(form.advantages))
+    return dataclasses.replace(report, lines=lines)
 
 
-def _said(found: dict[str, dict[str, Any]]) -> tuple[str, ...]:
-    return tuple(text_of(key, values) for key, values in found.items())
+def _texts(says: list[Said]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text_of(one.key, one.values) for one in says))
 
 
-def _add_notes(search: Search, finding: Finding) -> None:
-    if finding.config.log_ratio_limit is None and search.uses_ratio:
-        search.notes["no_limit"] = {}
-    caller = search.probe.caller
-    if not caller.masks and finding.config.aggregation == "token_mean":
-        search.notes["same_without_mask"] = {}
-    elif search.probe.batch.own and len(set(search.probe.live(search.probe.batch).sum(-1).tolist())) < 2:
-        search.notes["one_batch"] = {}
+def _plain_factor(known: Known) -> float:
+    return plain(known.factor, max(1e-7, known.precision.digits))
 
 
-def verification(search: Search) -> list[Inputs]:
-    """Inputs on which finding and loss are compared: ratios around every bound that was found; other batches; own."""
-    probe = search.probe
-    generator = torch.Generator().manual_seed(5)
-    limits = [limit for limit in (search.surrogate.log_ratio_limit, search.kl.limit[0]) if limit and limit < 15]
-    bounds = [math.log(b) for b in search.surrogate.surrogate.parameters() if 0 < b < math.exp(5)] + limits
-    points = [e * f for e in bounds for f in (0.5, 1.5)] + [-2.5, -0.6, 0.5, 2.5, 1e-3]
-    found = [_drawn(search, probe.batch, points, generator) for _ in range(3)]
-    zeros = found[-1].advantages * (torch.arange(len(found[-1].advantages)) % 2)
-    found.append(dataclasses.replace(found[-1], advantages=zeros))
-    for batch in search.batches()[1:]:
-        given = _drawn(search, batch, points, generator)
-        try:
-            measured(probe, given)
-        except Exception:  # a loss may insist on its first batch's sizes
-            continue
-        found.append(given)
-    values = probe.batch.values
-    if values:
-        first = found[0]
-        drawn = {"old_log_probs": first.old, "ref_log_probs": first.ref, "advantages": first.advantages}
-        found.append(Inputs(probe.batch, *(values.get(name, value) for name, value in drawn.items())))
-    return found
+def _mended(known: Known, faults: set[str]) -> Known:
+    """Return the loss that was meant: signs as they should be, tokens divided by tokens, a temperature where asked."""
+    weights = known.weights
+    assert weights is not None
+    of_the_mask = {"mask_in_numerator", "padding", "inverted_mask", "last_left_out", "first_left_out", "dropped"}
+    if faults & of_the_mask and weights.denominator in ("positions", "tokens of the mask"):
+        weights = dataclasses.replace(weights, denominator="tokens")
+    if "sign" in faults:
+        weights = dataclasses.replace(weights, factor=abs(weights.factor))
+    kl = dataclasses.replace(known.kl, coef=abs(known.kl.coef)) if "kl_sign" in faults else known.kl
+    return known.but(weights=weights, kl=kl)
 
 
-def _drawn(search: Search, batch: Batch, points: list[float], generator: torch.Generator) -> Inputs:
-    probe = search.probe
-    log_probs, live = probe.log_probs(batch), probe.live(batch)
-    log_ratio = torch.tensor(points, dtype=torch.float64)[torch.randint(len(points), batch.shape, generator=generator)]
-    if search.level != "token":
-        # A pooled log-ratio from the points, of tokens that differ by far more than any bound.
-        lengths = live.sum(-1, keepdim=True).clamp(min=1)
-        noise = 0.5 * torch.randn(batch.shape, generator=generator).double() * live
-        pooled = log_ratio[:, :1] / (lengths if search.level == "sequence_product" else 1)
-        log_ratio = pooled + noise - noise.sum(-1, keepdim=True) / lengths * live
-    A = torch.randn(batch.shape[0], generator=generator).double()
-    spread = 1.0 if search.kl.limit[0] is None else min(1.0, search.kl.limit[0] / 2)
-    distance = spread * torch.randn(batch.shape, generator=generator).double()
-    return Inputs(batch, probe.ratio.old(log_probs, log_ratio), log_probs - distance, A)
-
-
-def _tokens(
-    probe: Probe, inputs: Inputs, ours: Tensor, theirs: Tensor, share: Tensor, allowed: float
-) -> list[Difference]:
-    batch = inputs.batch
-    log_probs = probe.log_probs(batch)
-    slopes = [probe.tokens(batch, Response(0.0, g, None, torch.float64)).slope for g in (theirs, ours)]
-    advantages = probe.effective(inputs.advantages, batch) if inputs.advantages.dim() == 1 else inputs.advantages[:, 0]
-    ratio = torch.exp(log_probs - inputs.old)
-    return [
-        Difference(i, t, float(ratio[i, t]), float(advantages[i]), float((log_probs - inputs.ref)[i, t]),
-                   float(slopes[0][i, t]), float(slopes[1][i, t]))
-        for i, t in (share > allowed).nonzero().tolist()
-    ]  # fmt: skip
-
-
-def regions(search: Search, finding: Finding) -> list[str]:
-    """Where the slope of a loss parts from the config's, in ratio and sign of the advantage; a sentence each."""
-    if not search.uses_ratio:
+def regions(probe: Probe, known: Known) -> list[str]:
+    """Return where the slope of a loss parts from the config's, in ratio and sign of the advantage; a sentence each."""
+    if not known.uses_ratio:
         return []
-    found = []
+    field = Field(probe, known)
     points = torch.linspace(-3, 3, 121, dtype=torch.float64)
-    limit = finding.config.log_ratio_limit or math.inf
+    limit = known.log_ratio_limit or math.inf
+    curves = field.curve(points)
+    ours_of_all = field.of(known.surrogate, points.clamp(-limit, limit))
+    found = []
     for sign in (1, -1):
-        theirs = search.curve(points, sign)
-        ours = slopes_of(finding.config.surrogate, points.clamp(-limit, limit), sign)
-        apart = ((theirs - ours).abs() > 1e-3 * torch.maximum(theirs.abs(), ours.abs())).tolist()
+        i, t = field.side(sign).nonzero()[0].tolist()
+        theirs, ours = -sign * curves[sign], -sign * ours_of_all[:, i, t]
+        apart = (theirs - ours).abs() > max(1e-3, known.precision.close) * torch.maximum(theirs.abs(), ours.abs())
+        if known.level == "token":
+            apart &= points > field.log_prob[i, t]  # the old policy's probability is at most 1
         begin = None
-        for k, differs in enumerate([*apart, False]):
+        for k, differs in enumerate([*apart.tolist(), False]):
             if differs and begin is None:
                 begin = k
             elif not differs and begin is not None:

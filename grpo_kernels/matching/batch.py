@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,23 @@ LENGTHS = (7, 5, 1, 0, 6, 3, 4, 2, 6, 7, 3, 1, 7, 4, 5, 5)
 LARGEST = 10_000_000
 """Elements of a user's logits."""
 KEYS = ("logits", "log_probs", "token_ids", "mask", "advantages", "old_log_probs", "ref_log_probs")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One set of inputs of a loss.
+
+    Args:
+        old, ref: (B, T) log-probs.
+        advantages: (B,) or (B, T).
+        rollout: (B, T), the sampler's log-probs; None: the old ones.
+    """
+
+    batch: Batch
+    old: Tensor
+    ref: Tensor
+    advantages: Tensor
+    rollout: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -38,26 +55,27 @@ class Batch:
         return self.token_ids.shape
 
     def scored(self, ids: Tensor, temperature: float) -> Tensor:
-        """(B, T) log-probs of ``ids`` in the rows that predict a token."""
+        """Return the (B, T) log-probs of ``ids`` in the rows that predict a token."""
         log_p = torch.log_softmax(self.logits[:, : self.shape[1]] / temperature, -1)
         return log_p.gather(-1, ids[..., None]).squeeze(-1)
 
     def entropy(self) -> Tensor:
-        """(B, T), at temperature 1."""
+        """Return the (B, T) entropies at temperature 1."""
         log_p = torch.log_softmax(self.logits[:, : self.shape[1]], -1)
         return -(log_p.exp() * log_p).sum(-1)
 
     def unmasked(self) -> Batch:
+        """Return the same where every position counts."""
         return dataclasses.replace(self, mask=torch.ones_like(self.mask))
 
     def without_empty(self) -> Batch:
-        """The same with one live token in each sequence that had none."""
+        """Return the same with one live token in each sequence that had none."""
         mask = self.mask.clone()
         mask[:, 0] |= ~mask.any(-1)
         return dataclasses.replace(self, mask=mask)
 
     def variants(self, maskable: bool = True) -> list[Batch]:
-        """Itself, with fewer tokens, with more padding, with half of the sequences: denominators differ in each.
+        """Return itself, with fewer tokens, with more padding, with half of the sequences: denominators differ in each.
 
         A user's batch keeps its sizes; ``maskable``: the loss takes a mask.
         """
@@ -83,21 +101,44 @@ def _pad(mask: Tensor, columns: int) -> Tensor:
     return torch.cat([mask, mask.new_zeros(mask.shape[0], columns)], 1)
 
 
-def standard_batch() -> Batch:
-    """16 sequences of up to 7 tokens, 13 columns; one sequence has a hole, as a tool's output leaves."""
-    generator = torch.Generator().manual_seed(20)
-    B, T = len(LENGTHS), max(LENGTHS)
-    logits = torch.randn(B, T + 1, VOCAB, generator=generator, dtype=torch.float64)
+def _drawn(lengths: Sequence[int], T: int, vocab: int, spread: float, seed: int) -> Batch:
+    """Return a batch of these lengths; one sequence has a hole, as a tool's output leaves."""
+    generator = torch.Generator().manual_seed(seed)
+    B = len(lengths)
+    logits = spread * torch.randn(B, T + 1, vocab, generator=generator, dtype=torch.float64)
     # Neighbours differ by 1 to 4, so that a token is told from the one before and the one after.
     steps = torch.randint(1, 5, (B, T + 1), generator=generator)
-    tokens = steps.cumsum(-1) % VOCAB
-    mask = torch.arange(T) < torch.tensor(LENGTHS)[:, None]
+    tokens = steps.cumsum(-1) % vocab
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
     mask[4, 2] = False
     return Batch(logits, tokens[:, 0], tokens[:, 1:], mask)
 
 
+def standard_batch() -> Batch:
+    """Return 16 sequences of up to 7 tokens over 13 columns, one of them empty."""
+    return _drawn(LENGTHS, max(LENGTHS), VOCAB, 1.0, 20)
+
+
+def held_out(batch: Batch) -> Iterator[Batch]:
+    """Yield batches on which nothing was fitted, the most different first, for losses that insist on sizes.
+
+    They have other lengths, ids and logits, with confident and unlikely tokens; the first other sizes as well. A
+    user's batch keeps sizes and mask.
+    """
+    B, T = batch.shape
+    generator = torch.Generator().manual_seed(21)
+    if not batch.own:
+        lengths = [3, 9, 6, 2, *torch.randint(0, 10, (20,), generator=generator).tolist()]
+        lengths[4] = 8
+        yield _drawn(lengths, 9, VOCAB + 4, 2.0, 22)
+        yield _drawn((*LENGTHS[::-1][:4], 6, *LENGTHS[::-1][5:]), T, VOCAB, 2.0, 23)
+    logits = 2.0 * torch.randn(batch.logits.shape, generator=generator, dtype=torch.float64)
+    ids = torch.randint(batch.logits.shape[-1], (B, T), generator=generator)
+    yield dataclasses.replace(batch, logits=logits, token_ids=ids, values={})
+
+
 def users_batch(given: Mapping[str, Tensor]) -> Batch:
-    """A batch from the user's own tensors: sizes and mask are theirs, and their values are compared as well.
+    """Return a batch of the user's own tensors: sizes and mask are theirs, and their values are compared as well.
 
     Args:
         given: ``mask`` (B, T) and either ``logits`` (B, T or T+1, V) with ``token_ids`` (B, T), or ``log_probs``
@@ -151,7 +192,7 @@ def users_batch(given: Mapping[str, Tensor]) -> Batch:
 
 
 def _logits_with(log_probs: Tensor, ids: Tensor) -> Tensor:
-    """(B, T, VOCAB) logits whose log-prob of ``ids`` is ``log_probs``: the others share what is left."""
+    """Return (B, T, VOCAB) logits whose log-prob of ``ids`` is ``log_probs``: the others share what is left."""
     log_probs = log_probs.clamp(max=-1e-9)
     rest = torch.log(-torch.expm1(log_probs)) - torch.log(torch.tensor(VOCAB - 1.0, dtype=torch.float64))
     return rest[..., None].expand(*ids.shape, VOCAB).scatter(-1, ids[..., None], log_probs[..., None])

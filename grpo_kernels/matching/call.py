@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..objectives.checks import check_name
-from .batch import Batch
+from .batch import Inputs
 
 GIVEN_TEMPERATURE = 0.7
 """What a parameter called temperature is given: unlike 1, so that a loss which ignores it is noticed."""
@@ -45,11 +45,13 @@ NUMBERS = (
     r"|reduction)s?(_.*)?"
 )
 """Parameters that are no tensors of a batch, whatever else their names hold."""
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+WRAP = "wrap it in a function whose parameters have names, such as def loss(log_probs, old_log_probs, advantages, mask)"
 CONTAINERS = ("batch", "inputs", "data", "sample", "samples", "mini_batch", "minibatch", "micro_batch", "experience")
 
 
 def role_of(name: str) -> str | None:
-    """What a parameter of that name means; None where its name does not tell."""
+    """Return what a parameter of that name means; None where its name does not tell."""
     lowered = name.lower()
     if re.fullmatch(NUMBERS, lowered):
         return None
@@ -86,7 +88,8 @@ class Form:
     """"log_probs" or "logits": what the loss takes, and what its gradient is asked for."""
     layout: str
     """"extended": logits (B, T+1, V), the last row unused; "aligned": (B, T, V); "unshifted": logits, ids and mask of
-    T+1 positions, to be shifted by the loss; "flat": everything in one dimension."""
+    T+1 positions, to be shifted by the loss; "ids_unshifted": the mask shifted already; "flat": everything in one
+    dimension."""
     advantages: str
     """"sequence" (B,), "token" (B, T), "column" (B, 1)."""
     mask: torch.dtype
@@ -103,11 +106,34 @@ class Response:
     dtype: torch.dtype
 
 
-WRAP = "wrap it in a function whose parameters have names, def loss(log_probs, old_log_probs, advantages, mask): ..."
-
-
 class Unusable(ValueError):
     """The loss cannot be called as it is."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """How the reader of a message says things: in Python, or on the command line."""
+
+    meaning: str
+    """Of a parameter; ``{name}`` and ``{role}`` are filled."""
+    bound: str
+    """A parameter that is no tensor of the batch."""
+    device: str
+    batch: str
+
+
+PYTHON = Words(
+    'arguments={{"{name}": "{role}"}}',
+    "functools.partial(loss_fn, {name}=...)",
+    'match(..., device="cuda")',
+    "give tensors of its own sizes as batch=",
+)
+COMMAND_LINE = Words(
+    "--argument {name}={role}",
+    "--set {name}=VALUE",
+    "--device cuda",
+    "call match from Python, with tensors of its own sizes as batch=",
+)
 
 
 class Caller:
@@ -118,6 +144,7 @@ class Caller:
         arguments: meaning of parameters whose names do not tell: ``{"x": "log_probs"}``.
         temperature: what a parameter of that name is given.
         device: where its tensors are.
+        words: how messages say what to do.
     """
 
     def __init__(
@@ -126,6 +153,7 @@ class Caller:
         arguments: Mapping[str, str] | None = None,
         temperature: float | None = None,
         device: torch.device | str = "cpu",
+        words: Words = PYTHON,
     ) -> None:
         if not callable(loss_fn):
             raise TypeError(f"match needs a function; got {type(loss_fn).__name__}.")
@@ -134,8 +162,7 @@ class Caller:
         self.loss_fn = loss_fn
         self.temperature = GIVEN_TEMPERATURE if temperature is None else temperature
         self.device = torch.device(device)
-        self.rollout_shift: Tensor | float = 0.0
-        """The sampler's log-probs are the old ones plus this."""
+        self.words = words
         self.left_out: list[str] = []
         """Optional parameters that stay at their default."""
         self.form: Form | None = None
@@ -146,7 +173,7 @@ class Caller:
         """Masked tokens are -100 in its ids, and it has no other mask."""
 
     def _roles(self, arguments: dict[str, str]) -> dict[str, str]:
-        """Parameter to role."""
+        """Return the role of every parameter that is given one."""
         for name, meaning in arguments.items():
             check_name(f"arguments[{name!r}]", meaning, ROLES)
         if inspect.isclass(self.loss_fn):
@@ -158,55 +185,60 @@ class Caller:
             raise Unusable(f"the parameters of {self.loss_fn!r} cannot be read: wrap it in a function.") from error
         if missing := sorted(set(arguments) - set(parameters)):
             raise ValueError(f"arguments= names {', '.join(missing)}; the loss takes {', '.join(parameters)}.")
-        variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        required = [p for p in parameters.values() if p.default is p.empty and p.kind not in variadic]
+        required = [p for p in parameters.values() if p.default is p.empty and p.kind not in VARIADIC]
         if len(required) == 1 and required[0].name.lower() in CONTAINERS and not arguments:
             self.container = required[0].name
             return {}
-        roles: dict[str, str] = {}
+        if starred := [str(p) for p in parameters.values() if p.kind in VARIADIC] if not required else []:
+            raise Unusable(f"the loss takes {', '.join(starred)}: {WRAP}")
         bound = getattr(self.loss_fn, "keywords", {})
+        roles: dict[str, str] = {}
         for parameter in parameters.values():
-            if parameter.name in bound:
-                continue
-            if parameter.kind in (*variadic, parameter.POSITIONAL_ONLY):
-                if parameter.kind in variadic:
-                    continue
-                raise Unusable(f"parameter {parameter.name!r} can only be given by its place: {WRAP}")
-            role = arguments.get(parameter.name, role_of(parameter.name))
-            optional = parameter.default is not parameter.empty
-            if role is None or (role in ("rollout_log_probs", "num_items", "cu_seqlens") and optional):
-                if not optional:
-                    raise Unusable(_unknown(parameter.name, list(parameters)))
-                self.left_out += [parameter.name] if role is not None else []
-                continue
-            if role in roles.values():
-                raise Unusable(
-                    f"two parameters seem to be {role}: {parameter.name} and "
-                    f"{next(n for n, r in roles.items() if r == role)}. Say which is which: "
-                    f'arguments={{"{parameter.name}": ...}}.'
-                )
-            roles[parameter.name] = role
+            if parameter.name not in bound and parameter.kind not in VARIADIC:
+                self._add_role(roles, parameter, arguments, list(parameters))
         if "old_log_probs" not in roles.values():  # losses that compare with the sampler alone
             roles = {n: "old_log_probs" if r == "rollout_log_probs" else r for n, r in roles.items()}
-        if not roles and len(parameters) and all(p.kind in variadic for p in parameters.values()):
-            raise Unusable(f"the loss takes {', '.join(str(p) for p in parameters.values())}: {WRAP}")
         if not {"logits", "log_probs"} & set(roles.values()):
             raise Unusable(
                 f"the loss takes neither log-probs nor logits that could be recognised: {', '.join(parameters)}. "
-                'Say which it is: arguments={"name": "log_probs"}.'
+                f"Say which it is: {self.words.meaning.format(name='NAME', role='log_probs')}."
             )
         return roles
 
+    def _add_role(
+        self, roles: dict[str, str], parameter: inspect.Parameter, arguments: dict[str, str], names: list[str]
+    ) -> None:
+        name, optional = parameter.name, parameter.default is not parameter.empty
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise Unusable(f"parameter {name!r} can only be given by its place: {WRAP}")
+        role = arguments.get(name, role_of(name))
+        if role is None and not optional:
+            raise Unusable(
+                f"parameter {name!r} of the loss is not one that match knows (parameters: {', '.join(names)}). If it "
+                f"is a tensor of the batch, say which: {self.words.meaning.format(name=name, role='old_log_probs')} "
+                f"(one of {', '.join(ROLES)}); else bind it first: {self.words.bound.format(name=name)}."
+            )
+        if role is None or (role in ("rollout_log_probs", "num_items", "cu_seqlens") and optional):
+            self.left_out += [name] if role is not None else []
+            return
+        if role in roles.values():
+            other = next(n for n, r in roles.items() if r == role)
+            raise Unusable(
+                f"two parameters seem to be {role}: {name} and {other}. Say which is which: "
+                f"{self.words.meaning.format(name=name, role='old_log_probs')}."
+            )
+        roles[name] = role
+
     @property
     def masks(self) -> bool:
-        """Whether it knows which tokens count."""
+        """Whether the loss knows which tokens count."""
         return self.takes("mask") or self.labelled
 
     def takes(self, role: str) -> bool:
         return self.container is not None or role in self.roles.values()
 
     def forms(self) -> Iterator[Form]:
-        """Every form that it might want, the likeliest first."""
+        """Yield every form that it might want, the likeliest first."""
         sources = ["log_probs", "logits"] if self.container is not None else [self._source()]
         masks = (torch.float64, torch.bool, torch.int64) if self.takes("mask") else (torch.float64,)
         for source in sources:
@@ -225,24 +257,24 @@ class Caller:
             return ["aligned", "flat"]
         ids = [name.lower() for name, role in self.roles.items() if role == "token_ids"]
         if ids and ids[0] in ("input_ids", "labels"):
-            return ["unshifted", "extended", "aligned", "flat"]
-        return ["extended", "aligned", "unshifted", "flat"]
+            return ["unshifted", "ids_unshifted", "extended", "aligned", "flat"]
+        return ["extended", "aligned", "unshifted", "ids_unshifted", "flat"]
 
-    def run(self, batch: Batch, old: Tensor, ref: Tensor, advantages: Tensor, leaf: Tensor | None = None) -> Response:
-        """One call; ``advantages`` (B,) or (B, T). ``leaf``: log-probs or logits other than the batch's own."""
+    def run(self, inputs: Inputs, leaf: Tensor | None = None) -> Response:
+        """Call the loss once. ``leaf``: log-probs or logits other than the batch's own."""
         assert self.form is not None
-        return self.run_form(self.form, batch, old, ref, advantages, leaf)
+        return self.run_form(self.form, inputs, leaf)
 
-    def run_form(
-        self, form: Form, batch: Batch, old: Tensor, ref: Tensor, advantages: Tensor, leaf: Tensor | None = None
-    ) -> Response:
+    def run_form(self, form: Form, inputs: Inputs, leaf: Tensor | None = None) -> Response:
+        batch = inputs.batch
         T = batch.shape[1]
         if leaf is None:
             leaf = batch.logits if form.source == "logits" else batch.scored(batch.token_ids, 1.0)
         leaf = leaf.detach().clone().to(self.device).requires_grad_()
         entropy = batch.entropy().to(self.device).requires_grad_()
-        handed = self._lay_out(form, batch, leaf, entropy, old, ref, advantages)
         with torch.enable_grad():
+            # Copies: a loss may write into log-probs, which are no leaf of the graph in training either.
+            handed = self._lay_out(form, inputs, leaf.clone(), entropy.clone())
             loss = self.loss_of(handed)
             gradient, entropy_gradient = torch.autograd.grad(loss, (leaf, entropy), allow_unused=True)
         gradient = (torch.zeros_like(leaf) if gradient is None else gradient)[:, :T].double().cpu()
@@ -250,36 +282,34 @@ class Caller:
         return Response(float(loss.detach()), gradient, entropy_gradient, loss.dtype)
 
     def loss_of(self, handed: dict[str, Any]) -> Tensor:
-        """The scalar that the function returns when every role has this value."""
+        """Return what the function returns when every role has this value, a scalar."""
         if self.container is not None:
             return _scalar_of(self.loss_fn(Named(handed)))
         return _scalar_of(self.loss_fn(**{name: handed[role] for name, role in self.roles.items()}))
 
-    def _lay_out(
-        self, form: Form, batch: Batch, leaf: Tensor, entropy: Tensor, old: Tensor, ref: Tensor, advantages: Tensor
-    ) -> dict[str, Any]:
-        """Every role's value; tensors are the loss's own, which it may overwrite."""
+    def _lay_out(self, form: Form, inputs: Inputs, leaf: Tensor, entropy: Tensor) -> dict[str, Any]:
+        """Return every role's value; tensors are the loss's own, which it may overwrite."""
+        batch, advantages = inputs.batch, inputs.advantages
         B, T = batch.shape
-        ids, mask, per_token = batch.token_ids, batch.mask, advantages
-        first = batch.first
+        ids, mask, first = batch.token_ids, batch.mask, batch.first
         if self.labelled:
             ids, first = torch.where(mask, ids, -100), torch.full_like(first, -100)
         if form.advantages != "sequence" and advantages.dim() == 1:
-            per_token = advantages[:, None].expand(B, T) if form.advantages == "token" else advantages[:, None]
+            advantages = advantages[:, None].expand(B, T) if form.advantages == "token" else advantages[:, None]
         logits = leaf if leaf.dim() == 3 else None
         if logits is not None and form.layout in ("aligned", "flat"):
             logits = logits[:, :T]
-        if form.layout == "unshifted":
+        if form.layout in ("unshifted", "ids_unshifted"):
             ids = torch.cat([first[:, None], ids], 1)
+        if form.layout == "unshifted":
             mask = torch.cat([mask.new_zeros(B, 1), mask], 1)
-        handed: dict[str, Any] = {"logits" if leaf.dim() == 3 else "log_probs": leaf if logits is None else logits}
-        handed |= {"token_ids": ids.clone(), "mask": mask.to(form.mask), "advantages": per_token.clone()}
-        handed |= {
-            "old_log_probs": old.clone(),
-            "ref_log_probs": ref.clone(),
-            "rollout_log_probs": old + self.rollout_shift,
-        }
-        handed |= {"entropy": entropy}
+        rollout = inputs.old if inputs.rollout is None else inputs.rollout
+        handed: dict[str, Any] = {
+            "log_probs" if logits is None else "logits": leaf if logits is None else logits,
+            "token_ids": ids.clone(), "mask": mask.to(form.mask), "advantages": advantages.clone(),
+            "old_log_probs": inputs.old.clone(), "ref_log_probs": inputs.ref.clone(),
+            "rollout_log_probs": rollout.clone(), "entropy": entropy,
+        }  # fmt: skip
         if form.layout == "flat":
             handed = {
                 name: value.reshape(-1, value.shape[-1]) if name == "logits" else value.reshape(-1)
@@ -291,7 +321,7 @@ class Caller:
 
 
 def _scalar_of(result: Any) -> Tensor:
-    """The loss among whatever came back."""
+    """Return the loss among whatever came back."""
     found = result
     if isinstance(result, Mapping):
         found = result.get("loss")
@@ -306,11 +336,3 @@ def _scalar_of(result: Any) -> Tensor:
     if not found.requires_grad:
         raise Unusable("the loss that came back needs no gradient: it was detached, or its inputs were.")
     return found.reshape(())
-
-
-def _unknown(name: str, parameters: list[str]) -> str:
-    return (
-        f"parameter {name!r} of the loss is not one that match knows (parameters: {', '.join(parameters)}). If it is "
-        f'a tensor of the batch, say which: arguments={{"{name}": "old_log_probs"}} (one of {", ".join(ROLES)}); '
-        f"else bind it first: functools.partial(loss_fn, {name}=...)."
-    )

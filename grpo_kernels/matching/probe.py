@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from .batch import Batch, Inputs, held_out
 from .call import Caller, Form, Response, Unusable
-from .whitening import Whitening
+from .known import EXACT, HALF, SINGLE, Known, Precision, Said, said
 
-EXACT, ROUNDED = 1e-9, 2e-4
-"""Relative differences that count as none: for a loss in float64, and for one that rounds to fp32 on the way."""
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How a loss compares a log-prob with the old one."""
-
-    name: str
-    old: Callable[[Tensor, Tensor], Tensor]
-    """The old log-prob at which the ratio of ``log_prob`` is exp(log_ratio)."""
-    jacobian: Callable[[Tensor], Tensor]
-    """d log(ratio) / d log_prob."""
+Number = Tensor | float
 
 
-DIFFERENCE = Ratio("difference", lambda lp, x: lp - x, torch.ones_like)
-QUOTIENT = Ratio("quotient", lambda lp, x: lp * torch.exp(-x), lambda lp: 1 / lp)
-INVERTED = Ratio("inverted", lambda lp, x: lp + x, lambda lp: -torch.ones_like(lp))
-
-
-@dataclass(frozen=True)
-class Slopes:
+class Slopes(NamedTuple):
     """One call in terms of tokens; (B, T)."""
 
     loss: float
@@ -44,95 +26,94 @@ class Slopes:
 
 
 class Probe:
-    """A loss that can be called, with what has been learnt of it so far."""
+    """A loss that can be called, with the batch that it is called on. What is known of it is given to every method.
 
-    def __init__(self, caller: Caller, batch: Batch) -> None:
+    Args:
+        asked: the sampler's temperature, where the user said it.
+    """
+
+    def __init__(self, caller: Caller, batch: Batch, asked: float | None = None) -> None:
         self.caller = caller
         self.batch = batch
-        self.temperature = 1.0
-        self.offset = 1
-        """Which token row t of the logits scores: 1 the one that it predicts, 0 its own input."""
-        self.ratio = DIFFERENCE
-        self.whitening = Whitening()
-        self.old_shift = 0
-        """The loss compares the log-prob at t with the old one at t - old_shift."""
-        self.mask_shift = 0
-        self.dropped: tuple[int, ...] = ()
-        """Columns (0, -1) that it leaves out."""
-        self.reads_padding = False
-        self.tolerance = EXACT
+        self.asked = asked
 
-    def log_probs(self, batch: Batch) -> Tensor:
-        return batch.scored(self.ids(batch), self.temperature)
+    @property
+    def on_logits(self) -> bool:
+        assert self.caller.form is not None
+        return self.caller.form.source == "logits"
 
-    def ids(self, batch: Batch) -> Tensor:
-        everything = torch.cat([batch.first[:, None], batch.token_ids, batch.token_ids[:, :1]], 1)
-        return everything[:, self.offset : self.offset + batch.shape[1]]
+    def batches(self) -> list[Batch]:
+        """Return the batch and others that the loss may be called on."""
+        return self.batch.variants(self.caller.masks)
 
-    def live(self, batch: Batch) -> Tensor:
-        """(B, T): the tokens that the loss counts."""
-        if self.reads_padding:
-            return torch.ones_like(batch.mask)
-        live = batch.mask.roll(self.mask_shift, -1)
-        live[:, list(self.dropped)] = False
-        return live
+    def held_out(self) -> list[Batch]:
+        """Return batches for the proof, the most different first; where the loss has a fault, free of what shows it."""
+        batches = list(held_out(self.batch))
+        if not self.caller.masks:
+            batches = [batch.unmasked() for batch in batches]
+        return [b.without_empty() for b in batches] if bool(self.batch.mask.any(-1).all()) else batches
 
-    def counted(self, batch: Batch) -> Tensor:
-        """(B, T): the tokens that its denominators count."""
-        return batch.mask if self.reads_padding else self.live(batch)
+    def run(self, known: Known, inputs: Inputs, leaf: Tensor | None = None) -> Response:
+        """Call the loss with the old log-probs where it looks for them."""
+        return self.caller.run(dataclasses.replace(inputs, old=inputs.old.roll(-known.old_shift, -1)), leaf)
 
-    def effective(self, advantages: Tensor, batch: Batch | None = None) -> Tensor:
-        """(B,): the advantages after whatever the loss does to them."""
+    def slopes(self, known: Known, inputs: Inputs) -> Slopes:
+        return slopes_in(known, inputs.batch, self.run(known, inputs))
+
+    def inputs(self, known: Known, log_ratio: Number, A: Tensor, x: Number = 0.0, batch: Batch | None = None) -> Inputs:
+        """Return every token at these log-ratios and distances from the reference, with these advantages.
+
+        Args:
+            log_ratio, x: (B, T), (B, 1) or a number.
+            A: advantages, (B,) or (B, T).
+        """
         batch = self.batch if batch is None else batch
-        return self.whitening.apply(advantages, self.live(batch))
+        log_probs = known.log_probs(batch)
+        old = known.ratio.old(log_probs, torch.as_tensor(log_ratio, dtype=torch.float64).expand_as(log_probs))
+        return Inputs(batch, old, log_probs - x, A)
 
-    def call(self, batch: Batch, old: Tensor, ref: Tensor, advantages: Tensor) -> Slopes:
-        return self.tokens(batch, self.run(batch, old, ref, advantages))
+    def at(self, known: Known, log_ratio: Number, A: Tensor, x: Number = 0.0, batch: Batch | None = None) -> Slopes:
+        return self.slopes(known, self.inputs(known, log_ratio, A, x, batch))
 
-    def run(self, batch: Batch, old: Tensor, ref: Tensor, advantages: Tensor, leaf: Tensor | None = None) -> Response:
-        """``Caller.run`` with the old log-probs where the loss looks for them."""
-        return self.caller.run(batch, old.roll(-self.old_shift, -1), ref, advantages, leaf)
-
-    def tokens(self, batch: Batch, response: Response) -> Slopes:
-        """A gradient with respect to logits, row by row as slope and entropy slope: least squares on the two."""
-        zero = torch.zeros(batch.shape, dtype=torch.float64)
-        if response.gradient.dim() == 2:
-            entropy = zero if response.entropy_gradient is None else response.entropy_gradient.double()
-            return Slopes(response.loss, response.gradient, entropy)
-        toward, spread = directions(batch, self.ids(batch), self.temperature)
-        d = response.gradient
-        aa, bb, ab = (toward * toward).sum(-1), (spread * spread).sum(-1), (toward * spread).sum(-1)
-        ad, bd = (toward * d).sum(-1), (spread * d).sum(-1)
-        determinant = aa * bb - ab * ab
-        slope, entropy = (bb * ad - ab * bd) / determinant, (aa * bd - ab * ad) / determinant
-        return Slopes(response.loss, slope, entropy)
-
-    def at(
-        self, log_ratio: Tensor | float, advantages: Tensor, x: Tensor | float = 0.0, batch: Batch | None = None
-    ) -> Slopes:
-        """Every token at these log-ratios and these distances from the reference; (B, T), (B, 1) or a number."""
+    def policy(self, known: Known, log_ratio: Number, A: Tensor, batch: Batch | None = None) -> Tensor:
+        """Return (B, T) ∂(policy term)/∂(log-ratio): the slope less that at advantages of 0, of KL and entropy."""
         batch = self.batch if batch is None else batch
-        log_probs = self.log_probs(batch)
-        old = self.ratio.old(log_probs, torch.as_tensor(log_ratio, dtype=torch.float64).expand_as(log_probs))
-        return self.call(batch, old, log_probs - x, advantages)
+        without = self.at(known, log_ratio, torch.zeros_like(A), batch=batch).slope
+        difference = self.at(known, log_ratio, A, batch=batch).slope - torch.nan_to_num(without)
+        return difference / known.ratio.jacobian(known.log_probs(batch))
 
-    def policy(
-        self, log_ratio: Tensor | float, advantages: Tensor, x: Tensor | float = 0.0, batch: Batch | None = None
-    ) -> Tensor:
-        """(B, T) ∂(policy term)/∂(log-ratio): the slope less that at advantages of 0, which KL and entropy make."""
-        batch = self.batch if batch is None else batch
-        without = self.at(log_ratio, torch.zeros_like(advantages), x, batch).slope
-        difference = self.at(log_ratio, advantages, x, batch).slope - torch.nan_to_num(without)
-        return difference / self.ratio.jacobian(self.log_probs(batch))
+    def policy_value(self, known: Known, log_ratio: Number, A: Tensor) -> float:
+        """Return the loss less that at advantages of 0."""
+        with_them, without = (self.at(known, log_ratio, a).loss for a in (A, torch.zeros_like(A)))
+        return with_them - without
 
     def signs(self, batch: Batch | None = None) -> Tensor:
-        """(B,): advantages of both signs in turn."""
+        """Return (B,) advantages of both signs, + - - +: in each group of two, and of either in every second row."""
         batch = self.batch if batch is None else batch
-        return 1.0 - 2.0 * (torch.arange(batch.shape[0], dtype=torch.float64) % 2)
+        return 1.0 - 2.0 * ((torch.arange(batch.shape[0], dtype=torch.float64) + 1) // 2 % 2)
+
+    def zeros(self, batch: Batch | None = None) -> Tensor:
+        """Return (B,) advantages of 0."""
+        return torch.zeros_like(self.signs(batch))
+
+
+def slopes_in(known: Known, batch: Batch, response: Response) -> Slopes:
+    """Return a gradient in logits row by row as slope and entropy slope: least squares on the two directions."""
+    if response.gradient.dim() == 2:
+        entropy = response.entropy_gradient
+        return Slopes(
+            response.loss, response.gradient, torch.zeros_like(response.gradient) if entropy is None else entropy
+        )
+    toward, spread = directions(batch, known.ids(batch), known.temperature)
+    d = response.gradient
+    aa, bb, ab = (toward * toward).sum(-1), (spread * spread).sum(-1), (toward * spread).sum(-1)
+    ad, bd = (toward * d).sum(-1), (spread * d).sum(-1)
+    determinant = aa * bb - ab * ab
+    return Slopes(response.loss, (bb * ad - ab * bd) / determinant, (aa * bd - ab * ad) / determinant)
 
 
 def directions(batch: Batch, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(B, T, V): the gradients of ℓ and of H with respect to the logits."""
+    """Return (B, T, V): the gradients of ℓ and of H with respect to the logits."""
     rows = batch.logits[:, : batch.shape[1]] / temperature
     log_p = torch.log_softmax(rows, -1)
     p = log_p.exp()
@@ -141,74 +122,97 @@ def directions(batch: Batch, ids: Tensor, temperature: float) -> tuple[Tensor, T
     return (chosen - p) / temperature, -p * (log_p + entropy) / temperature
 
 
-def start(caller: Caller, batch: Batch) -> tuple[Probe, list[str]]:
-    """The first form in which the loss runs, and the names of faults that showed on the way.
+def start(caller: Caller, batch: Batch, asked: float | None) -> tuple[Probe, Known, list[Said]]:
+    """Find the first form in which the loss runs, how exactly it computes, and the faults that show on the way.
 
     Raises:
-        Unusable: it runs in none, or its loss or gradient is NaN even without empty sequences.
+        Unusable: it runs in no form, its loss or gradient is NaN even without empty sequences, or it draws random
+            numbers.
     """
-    errors: list[str] = []
-    not_finite = None
-    unusable: Unusable | None = None
+    errors: list[tuple[str, Exception]] = []
+    not_finite: Form | None = None
     for form in caller.forms():
-        for candidate, faults in ((batch, []), (batch.without_empty(), ["empty_sequence"])):
+        for candidate, faults in ((batch, []), (batch.without_empty(), [said("empty_sequence")])):
             try:
-                response = _first(caller, form, candidate)
-            except Unusable as error:  # it ran, and gave something else than a loss; another form may suit it
-                unusable = unusable or error
-                break
+                response = caller.run_form(form, _first(candidate))
             except Exception as error:  # whatever the loss raises tells that it wants another form
-                errors.append(f"{describe(form, candidate)}: {type(error).__name__}: {str(error)[:200]}")
+                errors.append((describe(form, candidate), error))
                 break
             if torch.isfinite(response.gradient).all() and abs(response.loss) < float("inf"):
                 caller.form = form
-                probe = Probe(caller, candidate)
-                probe.tolerance = _tolerance(probe, response)
-                return probe, list(faults)
+                _refuse_random(caller, candidate, response)
+                return Probe(caller, candidate, asked), Known(_precision(caller, candidate, response)), faults
             not_finite = not_finite or form
     if not_finite is not None:
         raise Unusable(f"the loss or its gradient is not finite on plain inputs ({describe(not_finite, batch)}).")
-    if unusable is not None:
-        raise unusable
-    reasons = {error.partition(": ")[2] for error in errors}
-    if len(reasons) == 1:
-        raise Unusable(f"the loss raised {reasons.pop()} in every form that was tried.")
-    raise Unusable("the loss ran in none of the forms that were tried:\n  " + "\n  ".join(errors))
+    raise _why_not(caller, errors)
 
 
-def _first(caller: Caller, form: Form, batch: Batch) -> Response:
+def _why_not(caller: Caller, errors: list[tuple[str, Exception]]) -> Unusable:
+    """Return one sentence on why the loss ran in no form, and what to do."""
+    for _, error in errors:
+        if isinstance(error, Unusable):
+            return error
+    raised = [f"{type(error).__name__}: {' '.join(str(error).split())[:160]}" for _, error in errors]
+    first = raised[0]
+    on_cpu, gpu_words = caller.device.type == "cpu", ("CUDA", "NVIDIA", "active drivers")
+    if on_cpu and any(word in text for text in raised for word in gpu_words):
+        return Unusable(
+            f"the loss wants a GPU, and was given tensors on a CPU (it raised {first}): let it use its inputs' device, "
+            f"or run it where there is a GPU, with {caller.words.device}."
+        )
+    where = "every form that was tried" if len(set(raised)) == 1 else f"the likeliest form, {errors[0][0]}"
+    more = "" if len(set(raised)) == 1 else f", and in {len(errors) - 1} other forms"
+    return Unusable(
+        f"the loss raised {first} in {where}{more}: call it yourself on such tensors to see where, or, if it insists "
+        f"on sizes, {caller.words.batch}."
+    )
+
+
+def _first(batch: Batch) -> Inputs:
     generator = torch.Generator().manual_seed(1)
     log_probs = batch.scored(batch.token_ids, 1.0)
     old, ref = (log_probs + 1e-2 * torch.randn(batch.shape, generator=generator).double() for _ in range(2))
-    advantages = torch.linspace(-1.2, 1.3, batch.shape[0], dtype=torch.float64)
-    return caller.run_form(form, batch, old, ref, advantages)
+    return Inputs(batch, old, ref, torch.linspace(-1.2, 1.3, batch.shape[0], dtype=torch.float64))
+
+
+def _refuse_random(caller: Caller, batch: Batch, first: Response) -> None:
+    """Call the loss again on what it was just given; a sum in another order is no other loss."""
+    again = caller.run(_first(batch))
+    apart = (again.gradient - first.gradient).abs().max() if first.gradient.numel() else 0.0
+    size = 1e-5 * first.gradient.abs().max() if first.gradient.numel() else 0.0
+    if abs(again.loss - first.loss) > 1e-5 * max(abs(first.loss), 1e-12) or bool(torch.as_tensor(apart > size)):
+        raise Unusable(
+            f"two calls on the same tensors differ (loss {first.loss:.6g} and {again.loss:.6g}), so the loss draws "
+            "random numbers or keeps a state: switch dropout and sampling off (.eval()), or fix the seed inside of it."
+        )
 
 
 def describe(form: Form, batch: Batch) -> str:
-    """The form in words of shapes."""
+    """Return the form in words of shapes."""
     B, T = batch.shape
-    sizes = {"extended": f"({B}, {T + 1}, V)", "aligned": f"({B}, {T}, V)", "unshifted": f"({B}, {T + 1}, V)"}
+    rows = {"aligned": f"({B}, {T}, V)", "flat": f"({B * T}, V)"}.get(form.layout, f"({B}, {T + 1}, V)")
     tokens = f"({B * T},)" if form.layout == "flat" else f"({B}, {T})"
-    ids = f"({B}, {T + 1})" if form.layout == "unshifted" else tokens
+    ids = f"({B}, {T + 1})" if form.layout.endswith("unshifted") else tokens
     advantages = {"sequence": f"({B},)", "token": tokens, "column": f"({B}, 1)"}[form.advantages]
-    source = f"logits {sizes.get(form.layout, f'({B * T}, V)')}, ids {ids}" if form.source == "logits" else ""
+    source = f"logits {rows}, ids {ids}" if form.source == "logits" else ""
     return f"{source or f'log_probs {tokens}'}, advantages {advantages}, mask {str(form.mask).removeprefix('torch.')}"
 
 
-def _tolerance(probe: Probe, first: Response) -> float:
-    """Whether the loss rounds on the way: it then does not see a change of 1e-10."""
-    if first.dtype != torch.float64:
-        return ROUNDED
-    form, batch = probe.caller.form, probe.batch
+def _precision(caller: Caller, batch: Batch, first: Response) -> Precision:
+    """Return whether the loss rounds on the way: to fp32 it does not see a change of 1e-10, to bf16 none of 1e-5."""
+    form = caller.form
     assert form is not None
-    leaf = batch.logits if form.source == "logits" else batch.scored(batch.token_ids, 1.0)
     log_probs = batch.scored(batch.token_ids, 1.0)
-    plain, near, far = (
-        probe.run(batch, log_probs - 1e-5, log_probs - 0.1, probe.signs(), leaf=leaf * scale)
-        for scale in (1.0, 1.0 + 1e-10, 1.0 + 1e-3)
-    )
+    leaf = batch.logits if form.source == "logits" else log_probs
+    signs = 1.0 - 2.0 * (torch.arange(batch.shape[0], dtype=torch.float64) % 2)
+    inputs = Inputs(batch, log_probs - 1e-5, log_probs - 0.1, signs)
+    plain, *moved = (caller.run(inputs, leaf * scale).gradient for scale in (1.0, 1.0 + 1e-10, 1.0 + 1e-5, 1.0 + 1e-2))
 
-    def same(a: Response, b: Response) -> bool:
-        return torch.equal(a.gradient, b.gradient) and a.loss == b.loss
+    def seen(gradient: Tensor) -> float:
+        return float((gradient != plain).sum()) if gradient.numel() else 0.0
 
-    return ROUNDED if same(plain, near) and not same(plain, far) else EXACT
+    tenth, fifth, second = (seen(gradient) for gradient in moved)
+    if fifth < 0.5 * second or first.dtype in (torch.bfloat16, torch.float16):
+        return HALF
+    return SINGLE if first.dtype != torch.float64 or tenth < 0.5 * second else EXACT

@@ -1,19 +1,19 @@
-"""What match says: the config that reproduces a loss, or the nearest one and where they part."""
+"""What match says: the config that reproduces a loss, or what is known of it and where the nearest config parts."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from ..objectives.config import LossConfig
+from ..objectives.rollout import Rollout
 from ..objectives.surrogates import Surrogate
+from .proof import Difference
 
 SHIFTS = {0: "its own input token, not the one after it", 2: "the token after the one that it predicts"}
-
-
-TEXTS: dict[str, str] = {
-    # faults
+FAULTS: dict[str, str] = {
     "empty_sequence": "a sequence without tokens makes the loss or its gradient NaN (0/0): clamp the length, "
     "mask.sum(-1).clamp(min=1). The rest was measured without such a sequence",
     "unknown_tokens": "rows of the logits score tokens that are not near theirs in the batch",
@@ -23,164 +23,196 @@ TEXTS: dict[str, str] = {
     "no_temperature": "missing temperature: the sampler's is {asked:g}, and the logits are not divided by it",
     "other_temperature": "another temperature: the sampler's is {asked:g}, the logits are divided by {found:g}",
     "padding": "mask in the denominator only, or nowhere: masked tokens get a gradient",
+    "inverted_mask": "the mask is taken for the padding: tokens count where it is 0, and only there",
+    "last_left_out": "the last token of every sequence is left out (EOS masked?): if that is meant, leave it out of "
+    "the mask",
+    "first_left_out": "the first token of every sequence is left out: if that is meant, leave it out of the mask",
+    "ids_left_out": "tokens of id {ids} are left out (EOS or padding masked?): if that is meant, leave them out of the "
+    "mask",
     "mask_in_numerator": "mask in the numerator only: masked terms are 0 but count in the mean over all {positions} "
-    "positions, so the loss shrinks with padding. With the longest length given once it is Dr. GRPO "
-    '(aggregation="constant")',
+    "positions, so the loss shrinks with padding. Divide by mask.sum(), or by the longest length given once "
+    "(Dr. GRPO, aggregation=Constant(longest))",
+    "missing_exp": "the ratio has no exp: log_probs - old_log_probs stands where exp(log_probs - old_log_probs) "
+    "belongs. Nothing behind it was measured; mend it and ask again",
+    "early_stop": "an early stop: once other sequences' log-ratios have moved by {size:g}, no token has a gradient (a "
+    "bound on the batch's KL?). Ask again without it; a training loop can stop by out.metrics.k3_old instead",
     "quotient": "the ratio is a quotient of log-probs, ℓ / old; it must be exp(ℓ - old)",
     "inverted": "the ratio is inverted: exp(old - ℓ); it must be exp(ℓ - old)",
     "sign": "the sign is wrong: minimising this loss makes tokens with a positive advantage less likely",
     "optimistic_clip": "the clip takes the larger of the two objectives; PPO takes the smaller (the larger loss)",
     "clip_without_min": "the ratio is clipped without the minimum with the unclipped term: tokens that left the trust "
     "region in the wrong direction get no gradient to come back",
+    "min_before_advantage": "the minimum is taken of the ratios, before the advantage: min(r, clip(r))·A stops tokens "
+    "of A < 0 where they should be pushed back; PPO's is min(r·A, clip(r)·A)",
+    "max_before_advantage": "the maximum is taken of the ratios, before the advantage: max(r, clip(r))·A stops tokens "
+    "of A > 0 where they should come back; PPO's is the minimum, min(r·A, clip(r)·A)",
     "kl_reversed": "the KL term has log-probs and reference exchanged: k3 is exp(ref - ℓ) - (ref - ℓ) - 1",
     "dropped": "the {columns} column of the batch is left out: log-probs that are aligned already lose a token",
     "old_ignored": "old_log_probs have no effect on the gradient: without a ratio to them nothing is ever clipped",
     "kl_sign": "the sign of the KL term is wrong: it rewards distance from the reference",
     "kl_unmasked": "the KL term is not masked: masked tokens get a gradient from it",
     "entropy_unmasked": "the entropy term is not masked: masked tokens get a gradient from it",
-    # strange to grpo_kernels
-    "advantages_not_linear": "the loss is not proportional to the advantages (are they clamped?)",
+}
+STRANGE: dict[str, str] = {
+    "advantages_not_linear": "the loss is not proportional to the advantages (are they clamped, or weighed by sign?)",
+    "advantages_scaled": "the loss divides the advantages by a size of their own (a std?) and does not centre them: "
+    "pass them so",
+    "bounds_differ": "the clip bound differs from token to token (ratios {low:.4g} to {high:.4g}){by}",
+    "bounds_follow_advantages": "the bounds move with the size of the advantage (at ratio {ratio:.4g})",
+    "unknown_bounds": "slopes stop at ratios where none of our surrogates stops",
+    "dropped_outside": "tokens whose ratio leaves the band are dropped, whichever way they left: to us that is a mask "
+    "of the sampler's ratio, rollout=Rejection(low, high)",
+    "coupled_ratios": "a token's slope follows the ratios of other sequences (are ratios normalised over the batch, or "
+    "counted in its denominator?): no config couples sequences",
+    "level_unknown": "a token's slope follows the ratios of its sequence, and neither their mean nor their sum decides",
     "kl_elsewhere": "the reference enters elsewhere than in a KL term (the advantages?)",
+    "kl_follows_batch": "the KL coefficient follows the batch's own KL (an adaptive controller?): compute it outside "
+    "and give it as kl_coef=",
+    "kl_follows_advantages": "the KL term follows the advantages: compute its coefficient outside and give it as "
+    "kl_coef=",
+    "kl_weights": "the KL term has weights of its own, which follow no known aggregation",
     "bent_logits": "the logits are bent before the softmax (a softcap?), or something else than log-prob and entropy "
     "of a token enters the loss",
-    "other_tokens": "{missing} tokens of the mask get no gradient (as {places}), {extra} outside of it do",
-    "no_pattern": "the tokens' weights follow no known aggregation (off by {spread:.1%})",
+    "other_tokens": "other tokens than the mask's get a gradient: {missing} of it get none (as {places}), {extra} "
+    "outside of it do{why}",
+    "entropy_threshold": "tokens of low entropy have no policy term: give entropy_threshold={source}",
+    "own_term": "a term of the log-probs themselves has a gradient without advantages, ratio or reference (a penalty "
+    "on log-probs? k2 towards a reference of zeros is one)",
+    "sequence_weights": "every sequence has a weight of its own{by}: give it as token_weights=",
+    "no_pattern": "the tokens' weights follow no known aggregation (off by {spread:.1%}){by}: give them as "
+    "token_weights=",
     "unknown_surrogate": "the policy term is none of the surrogates of grpo_kernels (off by {error:.1%})",
     "unknown_kl": "the KL term is none of k1, k2, k3, |x| (off by {error:.1%})",
     "kl_aggregation": "the KL term has an aggregation of its own ({name}); ours has that of the policy term",
     "kl_limit": "the KL term is clamped on one side, or where no limit of ours is",
-    "rollout_weights": "tokens are weighed by the sampler's log-probs: give those weights as token_weights=",
+    "rollout_weights": "tokens are weighed by the sampler's log-probs, as none of our schemes does: give those weights "
+    "as token_weights=",
     "denominator": "the denominator is no count of tokens or sequences that match knows",
     "whitening_unknown": "the loss centres or scales the advantages itself, in no way that match knows",
     "unknown_entropy": "the entropy bonus has weights that follow no known aggregation",
-    # notes
+    "value": "the gradient is that of the config, the value is not, by more than a constant (by {share:.0e} of it)",
+    "unproven": "it parts from the nearest config where {apart} vary",
+    "old_term": "a term pulls to the old policy without advantages: as a KL to it, give "
+    "ref_log_probs=old_log_probs and kl=KL(coef)",
+}
+NOTES: dict[str, str] = {
     "whitening": "the loss changes the advantages first: {text}. Pass them so",
     "temperature_unseen": "on log-probs the temperature cannot be seen: it is in the call that makes them",
     "on_policy": "your loss has no old log-probs: leave old_log_probs out",
+    "old_unused": "your loss takes old log-probs, and they have no effect on its gradient",
     "one_sided_limit": "your log-ratios are clamped at {limit:g} from above only; ours on both sides, where the ratio "
     "is next to 0",
     "dual_below_high": "the dual clip lies below 1 + high, where grpo_kernels has none",
     "cap_below_one": "the cap of the ratio is {cap:g}, below 1: every token that is at least as likely as before has "
     "that weight. TRL's and Liger's epsilon_high is the cap itself with loss_type='cispo' (ScaleRL: 5)",
-    "rounded": "your loss rounds to fp32 on the way: differences below 1e-4 count as none",
+    "rounded": "your loss rounds to {name} on the way: differences below {same:.0e} count as none",
     "entropy_penalty": "your loss penalises entropy; a bonus has the other sign",
     "left_out": "left at their defaults: {names}",
     "one_batch": "aggregations that are the same on your batch cannot be told apart: give one with ragged lengths",
+    "no_second_batch": "your loss takes no other batch, so this holds for the sizes it was measured on",
     "no_limit": "your loss does not bound log-ratios; our default of 20 would change nothing below that and keep exp() "
     "finite beyond",
     "same_without_mask": "without a mask, means over tokens and over sequences are the same",
-    "value": "the gradients are those of the config, the value is not: {theirs:.6g}, ours {ours:.6g}",
+    "constant": "the gradients are those of the config, the value is not: it is more by the constant {constant:.6g}",
 }
+BESIDE = {"entropy_threshold"}
+"""What no config expresses, and an argument beside it does."""
+TEXTS = FAULTS | STRANGE | NOTES
 """What is said, by key; braces are filled from what was measured."""
+LINES = 14
+"""No answer is longer."""
 
 
 def text_of(key: str, values: dict[str, Any]) -> str:
-    values = dict(values)
-    if "offset" in values:
-        values["which"] = SHIFTS[values["offset"]]
-    if "shift" in values:
-        values["away"] = -values["shift"]
-    return TEXTS[key].format(**values)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A token at which the two losses part."""
-
-    sequence: int
-    position: int
-    ratio: float
-    advantage: float
-    distance: float
-    """ℓ - ref."""
-    yours: float
-    ours: float
-    """Slopes ∂loss/∂ℓ."""
-
-    def __str__(self) -> str:
-        return (
-            f"sequence {self.sequence}, token {self.position}: ratio {self.ratio:.4g}, A {self.advantage:+.3g}, "
-            f"ℓ - ref {self.distance:+.3g}: slope {self.yours:+.4g}, ours {self.ours:+.4g}"
-        )
+    which = {"which": SHIFTS[values["offset"]]} if "offset" in values else {}
+    return TEXTS[key].format(**values, **which)
 
 
 @dataclass(frozen=True)
 class MatchReport:
-    """What ``match`` found. ``print(report)`` says all of it; ``bool(report)`` is whether a config reproduces the loss.
+    """What ``match`` found. ``print(report)`` says it; ``bool(report)`` is whether a config is the loss.
 
     Attributes:
-        matched: the config reproduces the gradient, and there is no fault.
-        config: the LossConfig that reproduces the loss, or the nearest.
+        matched: the config has the loss's gradient and value on every batch that was tried, and there is no fault.
+        config: the LossConfig that is the loss, or the nearest; a fault's part as it should be.
         factor: the loss is this times ours.
         normalizer: what to give as ``normalizer=``, as text; None: nothing.
+        threshold: what to give as ``entropy_threshold=``, as text; None: nothing.
         temperature: of the logits, where the loss takes logits; ``temperature_source`` what to write for it.
-        gradient_difference: largest relative difference of a token's gradient on the batch.
-        loss_difference: relative difference of the value.
+        gradient_difference: largest relative difference of a token's gradient.
+        loss_difference: largest relative difference of the value.
+        batches: on how many batches the two were compared.
         faults: what is wrong with the loss, in sentences.
         strange: what no config expresses.
         notes: what else to know.
         regions: for a loss without a config, where in (ratio, advantage) the slopes part.
-        tokens: the tokens of the batch that differ.
+        tokens: tokens that differ.
         form: how the loss was called.
+        lines: the Python that computes the same with grpo_loss; empty where nothing does.
     """
 
     matched: bool
     config: LossConfig
     factor: float
     normalizer: str | None
+    threshold: str | None
     temperature: float
     temperature_source: str
     gradient_difference: float
     loss_difference: float
+    batches: int
     faults: tuple[str, ...]
     strange: tuple[str, ...]
     notes: tuple[str, ...]
     regions: tuple[str, ...]
     tokens: tuple[Difference, ...]
     form: str
+    lines: tuple[str, ...]
 
     def __bool__(self) -> bool:
         return self.matched
 
     def paste(self) -> str:
-        """The config as an expression."""
+        """Return the config as an expression."""
         return source_of(self.config)
 
     def call(self) -> str:
-        """Arguments of ``grpo_loss`` beyond the tensors."""
+        """Return arguments of ``grpo_loss`` beyond the tensors."""
         arguments = [f"config={self.paste()}"]
         if self.normalizer is not None:
             arguments.append(f"normalizer={self.normalizer}")
+        if self.threshold is not None:
+            arguments.append(f"entropy_threshold={self.threshold}")
         if self.temperature != 1.0:
             arguments.append(f"temperature={self.temperature_source}")
         if self.factor != 1.0:
-            arguments.append(f"grad_scale={self.factor:g}")
+            arguments.append(f"grad_scale={self.factor:.6g}")
         return ", ".join(arguments)
 
     def __str__(self) -> str:
-        how = f"largest relative gradient difference {self.gradient_difference:.0e}"
-        how += f", of the loss {self.loss_difference:.0e}"
+        where = "two batches" if self.batches > 1 else "one batch"
+        how = f"  on {where}, gradients differ by up to {self.gradient_difference:.0e}, the loss by "
+        how += f"{self.loss_difference:.0e}"
+        reasons = [f"  ! {reason}" for reason in (*self.faults, *self.strange)][:4]
         if self.matched:
-            lines = [f"your loss is {self.paste()}{self._scale()}", f"  {how}"]
-        elif self.faults and self.gradient_difference < 1e-3:
-            lines = ["your loss has a fault:" if len(self.faults) == 1 else "your loss has faults:"]
-            lines += [f"  ! {fault}" for fault in self.faults]
-            lines += [f"but for that it is {self.paste()}{self._scale()}", f"  with it: {how}"]
+            head = [f"your loss is {self.paste()}{self._scale()}", how]
+        elif self.lines:
+            told = "your loss has a fault:" if len(self.faults) == 1 else "your loss has faults:"
+            head = [told if self.faults else "no config alone is your loss:", *reasons]
+            head += [f"{'but for' if self.faults else 'with'} that it is {self.paste()}{self._scale()}", how]
         else:
-            lines = [f"no config reproduces your loss; the nearest is {self.paste()}{self._scale()}", f"  {how}"]
-            lines += [f"  ! {reason}" for reason in (*self.faults, *self.strange)]
-        lines += [f"  {region}" for region in self.regions]
-        lines += [f"  {token}" for token in self.tokens[:6]]
-        if len(self.tokens) > 6:
-            lines.append(f"  ... and {len(self.tokens) - 6} more tokens")
-        lines += [f"  - {note}" for note in self.notes]
-        if self.gradient_difference < 1e-3:
-            factor = "" if self.factor == 1 else f" * {self.factor:g}"
-            lines += ["", f"loss = grpo_loss(logits, token_ids, advantages, mask, ..., {self.call()}).loss{factor}"]
-        return "\n".join(lines)
+            head = ["no config reproduces your loss", *reasons]
+            if (self.regions or self.tokens) and not self.faults:
+                head += [f"the nearest is {self.paste()}{self._scale()}", how]
+                head += [f"  {region}" for region in self.regions[:2]]
+                head += [f"  {token}" for token in self.tokens[:1]]
+        tail = ["", *self.lines] if self.lines else []
+        notes = [f"  - {note}" for note in self.notes][: LINES - len(head) - len(tail)]
+        return "\n".join([*head, *notes, *tail])
 
     def _scale(self) -> str:
         text = "" if self.normalizer is None else f" with normalizer={self.normalizer}"
+        text += "" if self.threshold is None else f" with entropy_threshold={self.threshold}"
         if self.factor == 1.0:
             return text
         inverse = 1 / self.factor if self.factor else 0.0
@@ -189,26 +221,49 @@ class MatchReport:
         return f"{text}, times {self.factor:g}"
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return everything as plain values, for JSON."""
         found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         found["config"] = self.paste()
         found["tokens"] = [dataclasses.asdict(token) for token in self.tokens]
         return {**found, "call": self.call()}
 
 
+def lines_of(report: MatchReport, tensors: list[str], before: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the Python that computes the loss with ours, given tensors of these names, after the lines ``before``."""
+    arguments = ["logits", "token_ids", "advantages", "mask", *(f"{name}={name}" for name in tensors), report.call()]
+    factor = "" if report.factor == 1 else f" * {report.factor:.6g}"
+    made = source_of(report.config)
+    names = sorted(set(re.findall(r"\b([A-Z]\w*)\(", made)), key=lambda name: (not name.isupper(), name))
+    names += ["grpo_loss"]
+    names += ["token_log_probs"] if report.threshold is not None and "(" in report.threshold else []
+    imports = f"from grpo_kernels import {', '.join(names)}"
+    return imports, *before, f"loss = grpo_loss({', '.join(arguments)}).loss{factor}"
+
+
 def source_of(value: Any) -> str:
-    """An expression that makes the config (or a part of it): fields that are not the default's."""
+    """Return an expression that makes the config (or a part of it): fields that are not the default's."""
+    if isinstance(value, tuple) and any(dataclasses.is_dataclass(part) for part in value):
+        parts = ", ".join(source_of(part) for part in value)
+        return parts if len(value) == 1 else f"({parts})"
     if not dataclasses.is_dataclass(value):
-        return repr(value)
-    arguments = []
+        return repr(value).replace("inf", 'float("inf")')
+    arguments: list[str] = []
     fields = {f.name: f for f in dataclasses.fields(value)}
-    beside = [name for name in ("surrogate", "level", "aggregation", "constant_length", "group_size") if name in fields]
-    for f in (fields[name] for name in dict.fromkeys([*beside, *fields])):
+    all_shown = isinstance(value, (Surrogate, Rollout))
+    beside = [] if all_shown else ["surrogate", "level", "aggregation", "constant_length", "group_size"]
+    for f in (fields[name] for name in dict.fromkeys([*(n for n in beside if n in fields), *fields])):
         mine = getattr(value, f.name)
-        always = (isinstance(value, Surrogate) and f.default is not None) or f.name in ("surrogate", "aggregation")
-        if mine == f.default and not always:
+        if mine == f.default and not _always_shown(value, f.name, mine):
+            all_shown = False
             continue
-        named = source_of(mine) if dataclasses.is_dataclass(mine) else repr(mine).replace("'", '"')
-        positional = (isinstance(value, Surrogate) and f.name != "dual") or f.name in ("surrogate", "coef")
-        arguments.append(named if positional else f"{f.name}={named}")
+        named = source_of(mine).replace("'", '"')
+        by_place = f.name in ("surrogate", "coef") or (all_shown and f.name not in ("dual", "level"))
+        arguments.append(named if by_place else f"{f.name}={named}")
     return f"{type(value).__name__}({', '.join(arguments)})"
+
+
+def _always_shown(value: Any, name: str, number: Any) -> bool:
+    """Whether a field is shown although it is the default's."""
+    if isinstance(value, Rollout):
+        return name in ("low", "high") and number != 0
+    return name in ("surrogate", "aggregation") or (isinstance(value, Surrogate) and number is not None)

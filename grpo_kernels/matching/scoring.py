@@ -1,38 +1,32 @@
-"""Which tokens a loss scores: what a row of logits predicts, at which temperature, and what the mask lets through."""
+"""Which tokens a loss scores: what a row of logits predicts, at which temperature, and which tokens count."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from . import fit
+from .batch import Batch, Inputs
 from .call import Unusable
+from .known import Known, Said, Threshold, TokenSet, said
+from .numbers import follows, plain
+from .probe import Probe
 
-if TYPE_CHECKING:
-    from .search import Search
-
-STEP = 1e-4
-"""A log-ratio inside of every clip, GSPO's 3e-4 too."""
+Step = tuple[Known, list[Said]]
 
 
-def find_scored_tokens(search: Search) -> None:
-    """Of a loss on logits: what row t scores, and the logits' factor, from the shape of a row's gradient."""
-    probe = search.probe
-    form = probe.caller.form
-    assert form is not None
-    if form.source != "logits":
-        if search.temperature is not None:
-            search.notes["temperature_unseen"] = {}
-        _find_pairing(search)
-        return
+def find_scored_tokens(probe: Probe, known: Known) -> Step:
+    """Find what row t of the logits scores, and the logits' factor, from the shape of a row's gradient."""
+    if not probe.on_logits:
+        return known, [] if probe.asked is None else [said("temperature_unseen")]
     batch = probe.batch
-    log_probs = probe.log_probs(batch)
-    pair = [probe.run(batch, log_probs, log_probs, s * probe.signs()).gradient for s in (1, -1)]
-    offsets, slopes, bends = [], [], []
+    log_probs = known.log_probs(batch)
+    pair = [probe.run(known, Inputs(batch, log_probs, log_probs, s * probe.signs())).gradient for s in (1, -1)]
+    offsets: list[int | None] = []
+    slopes, bends = [], []
     everything = torch.cat([batch.first[:, None], batch.token_ids], 1)
     difference = pair[0] - pair[1]
     for i, t in (difference.abs().amax(-1) > 0).nonzero().tolist():
@@ -40,41 +34,57 @@ def find_scored_tokens(search: Search) -> None:
         chosen = int((row * row.sign().sum().sign()).argmin())
         near = [o for o in (1, 0, 2) if t + o < everything.shape[1] and int(everything[i, t + o]) == chosen]
         offsets.append(near[0] if near else None)
+        # ∂ℓ/∂z_j = -p_j/τ beside the chosen column: its logarithm is a line in z of slope 1/τ.
         others = torch.arange(len(row)) != chosen
         top = row.abs().masked_fill(~others, 0.0).topk(min(12, int(others.sum()))).indices
         slope, bend = _line(batch.logits[i, t][top], row[top].abs().log())
         slopes.append(slope)
         bends.append(bend)
     if not offsets:
-        return
+        return known, []
+    found: list[Said] = []
     offset = max(set(offsets), key=offsets.count)
     if offset is None:
-        search.faults["unknown_tokens"] = {}
+        found.append(said("unknown_tokens"))
     elif offset != 1:
-        probe.offset = offset
-        search.faults["shifted_ids"] = {"offset": offset}
-    if max(bends) > 100 * probe.tolerance:
-        search.strange["bent_logits"] = {}
-        return
-    probe.temperature = fit.plain(1 / float(torch.tensor(slopes).double().median()), max(1e-7, probe.tolerance))
-    _find_pairing(search)
-    _check_temperature(search)
+        known = known.but(offset=offset)
+        found.append(said("shifted_ids", offset=offset))
+    if sorted(bends)[len(bends) // 2] > known.precision.close:
+        return known, [*found, said("bent_logits")]
+    inverse = float(torch.tensor(slopes).double().median())
+    known = known.but(temperature=plain(1 / inverse, max(1e-7, known.precision.digits)))
+    return known, found + _temperature_faults(probe, known)
 
 
-def _find_pairing(search: Search) -> None:
-    """With which token's old log-prob each is compared: all log-probs equal, one old one moved at a time."""
-    probe = search.probe
+def _temperature_faults(probe: Probe, known: Known) -> list[Said]:
+    caller, asked = probe.caller, probe.asked
+    if asked is None and caller.takes("temperature") and caller.container is None:
+        asked = caller.temperature
+    if asked is None or abs(known.temperature - asked) < max(1e-4, known.precision.digits) * asked:
+        return []
+    key = "no_temperature" if abs(known.temperature - 1) < 1e-6 else "other_temperature"
+    return [said(key, asked=asked, found=known.temperature)]
+
+
+def _line(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Return the slope of the least-squares line, and the largest distance from it."""
+    x0, y0 = x - x.mean(), y - y.mean()
+    slope = float((x0 * y0).sum() / (x0 * x0).sum())
+    return slope, float((y0 - slope * x0).abs().max())
+
+
+def find_pairing(probe: Probe, known: Known) -> Step:
+    """Find with which token's old log-prob each is compared: all log-probs equal, one old one moved at a time."""
     if not probe.caller.takes("old_log_probs"):
-        return
-    batch = probe.batch
+        return known, []
+    batch, step = probe.batch, known.precision.step
     leaf = level = torch.full(batch.shape, -1.3, dtype=torch.float64)
-    if probe.caller.form is not None and probe.caller.form.source == "logits":
+    if probe.on_logits:
         leaf = torch.zeros_like(batch.logits)
         level = torch.full(batch.shape, -math.log(leaf.shape[-1]), dtype=torch.float64)
-    sign = probe.signs()[:, None]
 
     def slopes(old: Tensor) -> Tensor:
-        pair = [probe.run(batch, old, level, a * probe.signs(), leaf=leaf).gradient for a in (1.0, 0.0)]
+        pair = [probe.run(known, Inputs(batch, old, level, a * probe.signs()), leaf).gradient for a in (1.0, 0.0)]
         difference = pair[0] - torch.nan_to_num(pair[1])
         return difference if difference.dim() == 2 else difference.norm(dim=-1)
 
@@ -82,59 +92,146 @@ def _find_pairing(search: Search) -> None:
     offsets = []
     for t in range(batch.shape[1]):
         moved = level.clone()
-        moved[:, t] += (STEP * sign).squeeze(-1)
-        changed = torch.where(at_rest != 0, slopes(moved) / at_rest - 1, 0.0).abs() > 0.01 * STEP
+        moved[:, t] += step * probe.signs()
+        changed = torch.where(at_rest != 0, slopes(moved) / at_rest - 1, 0.0).abs() > 0.01 * step
         offsets += [int(row.nonzero()[0]) - t for row in changed if int(row.sum()) == 1]
-    several = [o for o in offsets if o]
-    if len(several) > len(offsets) / 2:
-        probe.old_shift = max(set(several), key=several.count)
-        search.faults["shifted_old"] = {"shift": probe.old_shift}
+    shift = max(set(offsets), key=offsets.count) if offsets else 0
+    if shift == 0 or offsets.count(shift) < 0.9 * len(offsets):
+        return known, []
+    return known.but(old_shift=shift), [said("shifted_old", away=-shift)]
 
 
-def _check_temperature(search: Search) -> None:
-    found, asked = search.probe.temperature, search.temperature
-    if asked is None and search.probe.caller.takes("temperature") and search.probe.caller.container is None:
-        asked = search.probe.caller.temperature
-    if asked is None or abs(found - asked) < 1e-4 * asked:
-        return
-    key = "no_temperature" if abs(found - 1) < 1e-6 else "other_temperature"
-    search.faults[key] = {"asked": asked, "found": found}
-
-
-def find_mask(search: Search) -> None:
-    """Which tokens get a gradient."""
-    probe = search.probe
-    slopes = probe.policy(0.0, probe.signs())
-    reached = slopes.abs() > 1e-9 * slopes.abs().max()
-    mask = probe.batch.mask
+def find_tokens(probe: Probe, known: Known) -> Step:
+    """Find which tokens count: those that get a gradient from the advantages, at some ratio."""
+    batch = probe.batch
+    reached = _reached(probe, known, batch)
     if not bool(reached.any()):
         raise Unusable(
             "no token gets a gradient from the advantages: is the loss multiplied by them, or do (B,) and (B, 1) meet "
             "in it and make (B, B)?"
         )
-    if bool((reached == mask).all()):
-        return
-    if bool(reached.all()):
-        probe.reads_padding = True
-        search.faults["padding"] = {}
-    else:
-        for shift, dropped in itertools.product((0, -1, 1), ((), (0,), (-1,), (0, -1))):
-            probe.mask_shift, probe.dropped = shift, dropped
-            if bool((reached == probe.live(probe.batch)).all()):
-                if shift:
-                    search.faults["shifted_mask"] = {"shift": shift}
-                elif not probe.old_shift:
-                    search.faults["dropped"] = {"columns": " and ".join(("first", "last")[c] for c in dropped)}
-                return
-        probe.mask_shift, probe.dropped = 0, ()
-        missing = mask & ~reached
-        places = ", ".join(f"({i}, {t})" for i, t in missing.nonzero().tolist()[:3])
-        extra = int((reached & ~mask).sum())
-        search.strange["other_tokens"] = {"missing": int(missing.sum()), "places": places, "extra": extra}
+    if torch.equal(reached, batch.mask):
+        return known, []
+    for tokens in _token_sets(known, batch, reached):
+        if torch.equal(tokens.select(batch), reached) and _everywhere(probe, known.but(tokens=tokens)):
+            return known.but(tokens=tokens), [tokens.says] if tokens.says is not None else []
+    dropped = batch.mask & ~reached
+    fewer = not bool((reached & ~batch.mask).any())
+    if fewer and (threshold := _threshold(probe, known, reached)) is not None:
+        return known.but(threshold=threshold), [said("entropy_threshold", source=threshold.source())]
+    by = _properties(known, batch) | {"advantage": probe.signs()[:, None].expand(batch.shape)[batch.mask]}
+    where = follows(reached[batch.mask].double(), by)
+    places = ", ".join(f"({i}, {t})" for i, t in dropped.nonzero().tolist()[:3])
+    extra = int((reached & ~batch.mask).sum())
+    why = f"; what decides is their {where}" if where else ""
+    return known, [said("other_tokens", missing=int(dropped.sum()), places=places, extra=extra, why=why)]
 
 
-def _line(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Slope of the least-squares line, and the largest distance from it."""
-    x0, y0 = x - x.mean(), y - y.mean()
-    slope = float((x0 * y0).sum() / (x0 * x0).sum())
-    return slope, float((y0 - slope * x0).abs().max())
+def _reached(probe: Probe, known: Known, batch: Batch) -> Tensor:
+    """Return (B, T): the tokens that have a slope at one ratio or another, whatever clips them."""
+    slopes = torch.stack([probe.policy(known, x, probe.signs(batch), batch=batch).abs() for x in (0.0, -1.0, 1.0)])
+    return (slopes > 1e-9 * slopes[slopes.isfinite()].max()).any(0)
+
+
+def _everywhere(probe: Probe, known: Known) -> bool:
+    """Whether what is known explains which tokens are reached, in every batch that the loss takes."""
+    for batch in (*probe.batches(), *probe.held_out()):
+        try:
+            reached = _reached(probe, known, batch)
+        except Exception:  # a loss may insist on its first batch's sizes
+            continue
+        if not torch.equal(reached, known.live(batch)):
+            return False
+    return True
+
+
+def _token_sets(known: Known, batch: Batch, reached: Tensor) -> Iterator[TokenSet]:
+    """Yield what losses make of a mask by mistake, the simplest first."""
+    yield TokenSet(lambda batch: torch.ones_like(batch.mask), said("padding"))
+    yield TokenSet(lambda batch: ~batch.mask, said("inverted_mask"))
+    for shift, columns in itertools.product((0, -1, 1), ((), (0,), (-1,), (0, -1))):
+        names = " and ".join(("first", "last")[column] for column in columns)
+        fault = said("shifted_mask", away=-shift) if shift else said("dropped", columns=names)
+        # A loss that pairs tokens one apart loses a column by that; it was told already.
+        yield TokenSet(_Columns(shift, columns), None if known.old_shift and not shift else fault)
+    yield TokenSet(lambda batch: batch.mask & (batch.mask.flip(-1).cumsum(-1).flip(-1) > 1), said("last_left_out"))
+    yield TokenSet(lambda batch: batch.mask & (batch.mask.cumsum(-1) > 1), said("first_left_out"))
+    if ids := _ids_left_out(batch, reached):
+        text = ", ".join(map(str, ids))
+        yield TokenSet(
+            lambda batch: batch.mask & ~torch.isin(batch.token_ids, torch.tensor(ids)), said("ids_left_out", ids=text)
+        )
+
+
+class _Columns:
+    """The mask moved by some columns, without some columns."""
+
+    def __init__(self, shift: int, columns: tuple[int, ...]) -> None:
+        self.shift, self.columns = shift, columns
+
+    def __call__(self, batch: Batch) -> Tensor:
+        live = batch.mask.roll(self.shift, -1)
+        live[:, list(self.columns)] = False
+        return live
+
+
+def _ids_left_out(batch: Batch, reached: Tensor) -> list[int]:
+    """Return the ids of which every token is left out, if that is what is left out."""
+    dropped, kept = batch.token_ids[batch.mask & ~reached].unique(), batch.token_ids[reached].unique()
+    few = len(dropped) <= 3 and not bool(torch.isin(dropped, kept).any())
+    return [int(i) for i in dropped] if few else []
+
+
+def _threshold(probe: Probe, known: Known, reached: Tensor) -> Threshold | None:
+    """Return the entropy below which tokens are left out: a quantile that explains all batches, or a number of nats."""
+    batch = probe.batch
+    entropy = batch.entropy()
+    dropped = batch.mask & ~reached
+    low, high = float(entropy[dropped].max()), float(entropy[reached].min())
+    if low >= high:
+        return None
+    for quantile in (q / 100 for q in range(5, 100, 5)):
+        candidate = Threshold("quantile", quantile)
+        if _everywhere(probe, known.but(threshold=candidate)):
+            return candidate
+    found = _cut(probe, known, low, high)
+    candidate = Threshold("number", plain(found, max(1e-7, known.precision.digits)))
+    return candidate if _everywhere(probe, known.but(threshold=candidate)) else None
+
+
+def _cut(probe: Probe, known: Known, low: float, high: float) -> float:
+    """Return the threshold between two entropies: a token's logits are drawn together until it is left out."""
+    batch = probe.batch
+    entropy = batch.entropy()
+    place = tuple((entropy == high).nonzero()[0].tolist())
+    sharper, flatter = 2.0, 1.0
+    for _ in range(50):
+        scale = (sharper + flatter) / 2
+        logits = batch.logits.clone()
+        logits[place] *= scale
+        moved = Batch(logits, batch.first, batch.token_ids, batch.mask, batch.own)
+        if bool(_reached(probe, known, moved)[place]):
+            flatter = scale
+        else:
+            sharper = scale
+    logits = batch.logits.clone()
+    logits[place] *= flatter
+    return float(Batch(logits, batch.first, batch.token_ids, batch.mask).entropy()[place])
+
+
+def _properties(known: Known, batch: Batch) -> dict[str, Tensor]:
+    """Return what a token's part in the loss may follow, of the mask's tokens."""
+    B, T = batch.shape
+    values = {
+        "position": torch.arange(T).expand(B, T),
+        "sequence's length": batch.mask.sum(-1, keepdim=True).expand(B, T),
+        "place in the batch": torch.arange(B)[:, None].expand(B, T),
+        "log-prob": known.log_probs(batch),
+        "entropy": batch.entropy(),
+    }
+    return {name: value[batch.mask].double() for name, value in values.items()}
+
+
+def properties(known: Known, batch: Batch, tokens: Tensor) -> dict[str, Tensor]:
+    """Return what a number of a token may follow, of the given tokens (B, T)."""
+    return _properties(known, Batch(batch.logits, batch.first, batch.token_ids, tokens))

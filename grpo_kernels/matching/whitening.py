@@ -21,18 +21,45 @@ class Whitening:
 
     text: str = ""
     apply: Callable[[Tensor, Tensor], Tensor] = _same
+    source: tuple[str, ...] = ()
+    """Lines of Python that do it to ``advantages`` (B,) with ``mask`` (B, T)."""
+
+    def lines(self, form: str) -> tuple[str, ...]:
+        """Return lines that do it to advantages by "sequence" (B,), or by "token" (B, T)."""
+        if form != "token" or not self.source:
+            return self.source
+        each = "advantages[mask > 0]" if "mask > 0" in self.source[0] else "advantages"
+        return (f"each = {each}", *self.source[1:])
 
 
 def whitenings(scaled: bool, sequences: int) -> Iterator[Whitening]:
-    """What losses do to the advantages of a batch, by what they average over."""
+    """Yield what losses do to the advantages of a batch, by what they average over."""
     groups = [f"groups of {size}" for size in range(2, sequences) if sequences % size == 0]
     for where in ("sequences", "tokens", "positions", *groups):
         if not scaled:
-            yield Whitening(f"A - mean over {where}", functools.partial(_centre, where=where))
+            text = f"A - mean over {where}"
+            yield Whitening(text, functools.partial(_centre, where=where), _source(where, None, 0.0))
             continue
         for ddof, eps in itertools.product((1, 0), (1e-8, 1e-6, 1e-5, 1e-4)):
             text = f"(A - mean) / (std + {eps:g}) over {where}, {'sample' if ddof else 'population'} std"
-            yield Whitening(text, functools.partial(_whiten, where=where, ddof=ddof, eps=eps))
+            yield Whitening(
+                text, functools.partial(_whiten, where=where, ddof=ddof, eps=eps), _source(where, ddof, eps)
+            )
+
+
+def _source(where: str, correction: int | None, eps: float) -> tuple[str, ...]:
+    """Return lines that do it; ``correction`` None: the mean is taken off and nothing else is done."""
+    each = {
+        "sequences": "advantages",
+        "tokens": "advantages.repeat_interleave((mask > 0).sum(-1))",
+        "positions": "advantages.repeat_interleave(mask.shape[1])",
+    }.get(where)
+    grouped, along = each is None, "-1, keepdim=True" if each is None else ""
+    before = f"each = advantages.view(-1, {where.split()[-1]})" if grouped else f"each = {each}"
+    of = "each" if grouped else "advantages"
+    spread = f" / (each.std({along}{', ' if grouped else ''}correction={correction}) + {eps:g})"
+    centred = f"({of} - each.mean({along}))" if correction is not None or grouped else f"{of} - each.mean()"
+    return before, f"advantages = {centred}{spread if correction is not None else ''}{'.flatten()' if grouped else ''}"
 
 
 def _moments(A: Tensor, live: Tensor, where: str, ddof: int) -> tuple[Tensor, Tensor]:
