@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,12 +10,10 @@ from torch import Tensor
 
 from .batch import standard_batch, users_batch
 from .call import PYTHON, Caller, Words
-from .field import Field
-from .known import Known, Said, said
-from .numbers import plain
-from .probe import Probe, describe, start
-from .proof import Proof, beside_the_config, prove
-from .report import BESIDE, FAULTS, NOTES, STRANGE, MatchReport, lines_of, text_of
+from .known import Said, said
+from .probe import start
+from .proof import Proof, beside_the_config
+from .report import BESIDE, FAULTS, STRANGE, MatchReport, report_of
 from .search import learn
 from .shadowing import shadow
 
@@ -75,24 +71,23 @@ def match_in_words(
         device = next((v.device for v in (batch or {}).values() if isinstance(v, Tensor)), "cpu")
     caller = Caller(loss_fn, arguments, temperature, device, words)
     chosen = standard_batch() if batch is None else users_batch(batch)
-    if not caller.masks:
-        chosen = chosen.unmasked()
-    probe, known, says = start(caller, chosen, temperature)
+    probe, known, says = start(caller, chosen if caller.masks else chosen.unmasked(), temperature)
     known, found, whole = learn(probe, known)
+    proof = Proof(probe, known) if whole else None
     says += found
-    proof = prove(probe, known) if whole else None
+    if known.precision.name:
+        says.append(said("rounded", name=known.precision.name, same=known.precision.matched))
     if proof is not None:
-        says += _proven(probe, known, proof, says)
-    says += _asides(probe, known, proof)
-    return _report(probe, known, proof, says)
+        says += [*_proven(proof, says), *_asides(proof)]
+    return report_of(probe, known, proof, says)
 
 
-def _proven(probe: Probe, known: Known, proof: Proof, says: list[Said]) -> list[Said]:
+def _proven(proof: Proof, says: list[Said]) -> list[Said]:
     """Return what the proof adds to what was measured."""
-    matched = known.precision.matched
+    matched = proof.known.precision.matched
     if proof.gradient > matched:
         named = any(one.key in STRANGE.keys() - BESIDE or one.key in FAULTS for one in says)
-        return [] if named else [beside_the_config(probe, known) or said("unproven", apart=proof.apart)]
+        return [] if named else [beside_the_config(proof.probe, proof.known) or said("unproven", apart=proof.apart)]
     if proof.value > matched:
         return [said("value", share=proof.value)]
     if proof.batches < 2:
@@ -100,14 +95,10 @@ def _proven(probe: Probe, known: Known, proof: Proof, says: list[Said]) -> list[
     return [said("constant", constant=proof.constant)] if proof.constant else []
 
 
-def _asides(probe: Probe, known: Known, proof: Proof | None) -> list[Said]:
-    """Return faults of sign, and what else to know of a loss whose every property was looked at."""
-    says = [said("rounded", name=known.precision.name, same=known.precision.matched)] if known.precision.name else []
-    if proof is None:
-        return says
-    caller = probe.caller
-    if known.factor < 0:
-        says.append(said("sign"))
+def _asides(proof: Proof) -> list[Said]:
+    """Return faults of sign, and what else to know of a loss that is reproduced."""
+    known, batch, caller = proof.known, proof.probe.batch, proof.probe.caller
+    says = [said("sign")] if known.factor < 0 else []
     if proof.gradient > known.precision.matched:
         return says
     if not caller.takes("old_log_probs") and known.surrogate.uses_ratio:
@@ -116,102 +107,6 @@ def _asides(probe: Probe, known: Known, proof: Proof | None) -> list[Said]:
         says.append(said("no_limit"))
     if not caller.masks and known.config.aggregation == "token_mean":
         says.append(said("same_without_mask"))
-    elif probe.batch.own and len(set(known.counted(probe.batch).sum(-1).tolist())) < 2:
+    elif batch.own and len(known.lengths(batch).unique()) < 2:
         says.append(said("one_batch"))
     return says
-
-
-def _report(probe: Probe, known: Known, proof: Proof | None, says: list[Said]) -> MatchReport:
-    faults, strange, notes = ([one for one in says if one.key in texts] for texts in (FAULTS, STRANGE, NOTES))
-    reproduced = proof is not None and proof.gradient <= known.precision.matched
-    reproduced = reproduced and all(one.key in BESIDE for one in strange)
-    form = probe.caller.form
-    assert form is not None
-    mended = _mended(known, {one.key for one in faults}) if reproduced else known
-    weights = mended.weights
-    report = MatchReport(
-        matched=reproduced and not faults and not strange,
-        config=mended.config,
-        factor=_plain_factor(mended),
-        normalizer=weights.normalizer().normalizer if weights else None,
-        threshold=known.threshold.source() if known.threshold else None,
-        temperature=known.temperature,
-        temperature_source="temperature" if probe.caller.takes("temperature") else f"{known.temperature:g}",
-        gradient_difference=math.inf if proof is None else proof.gradient,
-        loss_difference=math.inf if proof is None else proof.value,
-        batches=0 if proof is None else proof.batches,
-        faults=_texts(faults),
-        strange=_texts(strange),
-        notes=_texts(notes),
-        regions=() if reproduced or proof is None else tuple(regions(probe, known)),
-        tokens=() if proof is None else tuple(proof.tokens),
-        form=describe(form, probe.batch),
-        lines=(),
-    )
-    if not reproduced:
-        return report
-    names = {"old_log_probs": known.uses_ratio and probe.caller.takes("old_log_probs")}
-    names |= {"ref_log_probs": known.kl.coef != 0, "rollout_log_probs": bool(known.rollout)}
-    lines = lines_of(report, [name for name, used in names.items() if used], known.whitening.lines(form.advantages))
-    return dataclasses.replace(report, lines=lines)
-
-
-def _texts(says: list[Said]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(text_of(one.key, one.values) for one in says))
-
-
-def _plain_factor(known: Known) -> float:
-    return plain(known.factor, max(1e-7, known.precision.digits))
-
-
-def _mended(known: Known, faults: set[str]) -> Known:
-    """Return the loss that was meant: signs as they should be, tokens divided by tokens, a temperature where asked."""
-    weights = known.weights
-    assert weights is not None
-    of_the_mask = {"mask_in_numerator", "padding", "inverted_mask", "last_left_out", "first_left_out", "dropped"}
-    if faults & of_the_mask and weights.denominator in ("positions", "tokens of the mask"):
-        weights = dataclasses.replace(weights, denominator="tokens")
-    if "sign" in faults:
-        weights = dataclasses.replace(weights, factor=abs(weights.factor))
-    kl = dataclasses.replace(known.kl, coef=abs(known.kl.coef)) if "kl_sign" in faults else known.kl
-    return known.but(weights=weights, kl=kl)
-
-
-def regions(probe: Probe, known: Known) -> list[str]:
-    """Return where the slope of a loss parts from the config's, in ratio and sign of the advantage; a sentence each."""
-    if not known.uses_ratio:
-        return []
-    field = Field(probe, known)
-    points = torch.linspace(-3, 3, 121, dtype=torch.float64)
-    limit = known.log_ratio_limit or math.inf
-    curves = field.curve(points)
-    ours_of_all = field.of(known.surrogate, points.clamp(-limit, limit))
-    found = []
-    for sign in (1, -1):
-        i, t = field.side(sign).nonzero()[0].tolist()
-        theirs, ours = -sign * curves[sign], -sign * ours_of_all[:, i, t]
-        apart = (theirs - ours).abs() > max(1e-3, known.precision.close) * torch.maximum(theirs.abs(), ours.abs())
-        if known.level == "token":
-            apart &= points > field.log_prob[i, t]  # the old policy's probability is at most 1
-        begin = None
-        for k, differs in enumerate([*apart.tolist(), False]):
-            if differs and begin is None:
-                begin = k
-            elif not differs and begin is not None:
-                found.append(_region(points, begin, k - 1, sign, theirs, ours))
-                begin = None
-    return found
-
-
-def _region(points: Tensor, begin: int, end: int, sign: int, theirs: Tensor, ours: Tensor) -> str:
-    low, high = math.exp(points[begin]), math.exp(points[end])
-    if begin == 0:
-        where = f"ratio < {high:.3g}" if end < len(points) - 1 else "any ratio"
-    else:
-        where = f"ratio > {low:.3g}" if end == len(points) - 1 else f"ratio {low:.3g} to {high:.3g}"
-    middle = (begin + end) // 2
-    yours, mine = (float(slopes[middle]) for slopes in (theirs, ours))
-    kind = "yours is clipped" if abs(yours) < 1e-6 < abs(mine) else f"your slope is {yours:+.3g}·|A|"
-    side = ">" if sign > 0 else "<"
-    at = math.exp(points[middle])
-    return f"tokens with {where} and A {side} 0: {kind}, ours {mine:+.3g}·|A| (at ratio {at:.3g})"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,9 @@ LENGTHS = (7, 5, 1, 0, 6, 3, 4, 2, 6, 7, 3, 1, 7, 4, 5, 5)
 LARGEST = 10_000_000
 """Elements of a user's logits."""
 KEYS = ("logits", "log_probs", "token_ids", "mask", "advantages", "old_log_probs", "ref_log_probs")
+
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Batch:
     """(B, T), bool."""
     own: bool = False
     """The user's: its sizes stay as they are."""
-    values: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """advantages, old_log_probs, ref_log_probs of a user's batch."""
 
     @property
@@ -79,26 +84,30 @@ class Batch:
 
         A user's batch keeps its sizes; ``maskable``: the loss takes a mask.
         """
-        everything = [self]
-        if maskable:
-            fewer = self.mask.clone()
-            fewer[0, fewer.shape[1] // 2 :] = False
-            fewer[-1, 1:] = False
-            fewer[:, 5:] = False
-            everything.append(dataclasses.replace(self, mask=fewer))
+        fewer = self.mask.clone()
+        fewer[0, fewer.shape[1] // 2 :] = False
+        fewer[-1, 1:] = False
+        fewer[:, 5:] = False
+        everything = [self, dataclasses.replace(self, mask=fewer)] if maskable else [self]
         if self.own:
             return everything
-        padded = Batch(
-            *(torch.cat([self.logits, self.logits[:, :3]], 1), self.first),
-            *(torch.cat([self.token_ids, self.token_ids[:, :3].flip(-1)], 1), _pad(self.mask, 3)),
-        )
+        logits, ids = torch.cat([self.logits, self.logits[:, :3]], 1), self.token_ids
+        padding = torch.full_like(self.mask[:, :3], not maskable)
+        padded = Batch(logits, self.first, torch.cat([ids, ids[:, :3].flip(-1)], 1), torch.cat([self.mask, padding], 1))
         half = slice(0, self.shape[0] // 2)
-        halved = Batch(self.logits[half], self.first[half], self.token_ids[half], self.mask[half])
-        return [*everything, padded if maskable else padded.unmasked(), halved]
+        return [*everything, padded, Batch(self.logits[half], self.first[half], ids[half], self.mask[half])]
 
 
-def _pad(mask: Tensor, columns: int) -> Tensor:
-    return torch.cat([mask, mask.new_zeros(mask.shape[0], columns)], 1)
+def taken(measure: Callable[[Batch], Found], batches: Iterable[Batch]) -> Iterator[Found]:
+    """Yield what is measured on each batch that the loss takes: it may insist on the sizes of the first."""
+    for k, batch in enumerate(batches):
+        try:
+            found = measure(batch)
+        except Exception:  # whatever it raises about sizes that are not its own
+            if k == 0:
+                raise
+            continue
+        yield found
 
 
 def _drawn(lengths: Sequence[int], T: int, vocab: int, spread: float, seed: int) -> Batch:
@@ -153,21 +162,19 @@ def users_batch(given: Mapping[str, Tensor]) -> Batch:
         if not isinstance(value, Tensor):
             raise TypeError(f"batch= {name} must be a tensor; got {type(value).__name__}.")
     values = {name: value.detach().cpu() for name, value in given.items()}
-    shaped = next((values[name] for name in ("token_ids", "mask", "log_probs") if name in values), None)
-    if shaped is None or shaped.dim() != 2:
-        found = "nothing" if shaped is None else tuple(shaped.shape)
-        raise ValueError(f"batch= needs token_ids, mask or log_probs of shape (B, T); got {found}.")
-    B, T = shaped.shape
+    shaped = next((tuple(values[name].shape) for name in ("token_ids", "mask", "log_probs") if name in values), None)
+    if shaped is None or len(shaped) != 2:
+        raise ValueError(f"batch= needs token_ids, mask or log_probs of shape (B, T); got {shaped or 'nothing'}.")
+    B, T = shaped
     if B == T:
         raise ValueError(f"batch= has as many sequences as tokens ({B}): (B,) and (T,) look alike. Give another size.")
-    for name in ("token_ids", "mask", "log_probs", "old_log_probs", "ref_log_probs"):
-        if name in values and values[name].shape != (B, T):
-            raise ValueError(f"batch= {name} must be ({B}, {T}); got {tuple(values[name].shape)}.")
-    if "advantages" in values and values["advantages"].shape != (B,):
-        raise ValueError(f"batch= advantages must be ({B},); got {tuple(values['advantages'].shape)}.")
+    for name, value in values.items():
+        wanted = (B,) if name == "advantages" else (B, T)
+        if name != "logits" and value.shape != wanted:
+            raise ValueError(f"batch= {name} must be {wanted}; got {tuple(value.shape)}.")
     if "logits" in values and values["logits"].numel() > LARGEST:
         raise ValueError(
-            f"batch= logits have {values['logits'].numel():,} elements, and match calls the loss hundreds of times in "
+            f"batch= logits have {values['logits'].numel():,} elements, and match calls the loss thousands of times in "
             f"float64: give a smaller batch, of at most {LARGEST:,}."
         )
     generator = torch.Generator().manual_seed(20)
@@ -194,5 +201,5 @@ def users_batch(given: Mapping[str, Tensor]) -> Batch:
 def _logits_with(log_probs: Tensor, ids: Tensor) -> Tensor:
     """Return (B, T, VOCAB) logits whose log-prob of ``ids`` is ``log_probs``: the others share what is left."""
     log_probs = log_probs.clamp(max=-1e-9)
-    rest = torch.log(-torch.expm1(log_probs)) - torch.log(torch.tensor(VOCAB - 1.0, dtype=torch.float64))
+    rest = torch.log(-torch.expm1(log_probs)) - math.log(VOCAB - 1)
     return rest[..., None].expand(*ids.shape, VOCAB).scatter(-1, ids[..., None], log_probs[..., None])

@@ -102,8 +102,9 @@ class Response:
     loss: float
     gradient: Tensor
     """With respect to the log-probs (B, T), or to the logits (B, T, V)."""
-    entropy_gradient: Tensor | None
-    dtype: torch.dtype
+    entropy_gradient: Tensor | None = None
+    """With respect to the entropies (B, T); None where those come with the logits."""
+    dtype: torch.dtype = torch.float64
 
 
 class Unusable(ValueError):
@@ -165,7 +166,6 @@ class Caller:
         self.words = words
         self.left_out: list[str] = []
         """Optional parameters that stay at their default."""
-        self.form: Form | None = None
         self.container: str | None = None
         self.roles = self._roles(dict(arguments or {}))
         names = [name.lower() for name, role in self.roles.items() if role == "token_ids"]
@@ -260,26 +260,19 @@ class Caller:
             return ["unshifted", "ids_unshifted", "extended", "aligned", "flat"]
         return ["extended", "aligned", "unshifted", "ids_unshifted", "flat"]
 
-    def run(self, inputs: Inputs, leaf: Tensor | None = None) -> Response:
+    def run(self, form: Form, inputs: Inputs, leaf: Tensor | None = None) -> Response:
         """Call the loss once. ``leaf``: log-probs or logits other than the batch's own."""
-        assert self.form is not None
-        return self.run_form(self.form, inputs, leaf)
-
-    def run_form(self, form: Form, inputs: Inputs, leaf: Tensor | None = None) -> Response:
         batch = inputs.batch
-        T = batch.shape[1]
         if leaf is None:
             leaf = batch.logits if form.source == "logits" else batch.scored(batch.token_ids, 1.0)
         leaf = leaf.detach().clone().to(self.device).requires_grad_()
         entropy = batch.entropy().to(self.device).requires_grad_()
         with torch.enable_grad():
             # Copies: a loss may write into log-probs, which are no leaf of the graph in training either.
-            handed = self._lay_out(form, inputs, leaf.clone(), entropy.clone())
-            loss = self.loss_of(handed)
-            gradient, entropy_gradient = torch.autograd.grad(loss, (leaf, entropy), allow_unused=True)
-        gradient = (torch.zeros_like(leaf) if gradient is None else gradient)[:, :T].double().cpu()
-        entropy_gradient = None if entropy_gradient is None else entropy_gradient.cpu()
-        return Response(float(loss.detach()), gradient, entropy_gradient, loss.dtype)
+            loss = self.loss_of(self._lay_out(form, inputs, leaf.clone(), entropy.clone()))
+            found = torch.autograd.grad(loss, (leaf, entropy), allow_unused=True, materialize_grads=True)
+        gradient, of_entropy = (g[:, : batch.shape[1]].double().cpu() for g in found)
+        return Response(float(loss.detach()), gradient, None if form.source == "logits" else of_entropy, loss.dtype)
 
     def loss_of(self, handed: dict[str, Any]) -> Tensor:
         """Return what the function returns when every role has this value, a scalar."""

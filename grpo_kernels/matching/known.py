@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -56,8 +57,11 @@ def said(key: str, **values: Any) -> Said:
     return Said(key, values)
 
 
-@dataclass(frozen=True)
-class Ratio:
+Step: TypeAlias = "tuple[Known, list[Said]]"
+"""What a step of the search returns."""
+
+
+class Ratio(NamedTuple):
     """How a loss compares a log-prob with the old one."""
 
     name: str
@@ -74,8 +78,7 @@ QUOTIENT = Ratio("quotient", lambda lp, x: lp * torch.exp(-x), lambda lp: 1 / lp
 INVERTED = Ratio("inverted", lambda lp, x: lp + x, lambda lp: -torch.ones_like(lp), lambda lp, old: 2 * lp - old)
 
 
-@dataclass(frozen=True)
-class TokenSet:
+class TokenSet(NamedTuple):
     """Which tokens a loss counts, as (B, T) bool of a batch."""
 
     select: Callable[[Batch], Tensor]
@@ -83,11 +86,7 @@ class TokenSet:
     """What is wrong with it."""
 
 
-MASK = TokenSet(lambda batch: batch.mask)
-
-
-@dataclass(frozen=True)
-class Threshold:
+class Threshold(NamedTuple):
     """Tokens of less entropy have no policy term: below a number of nats, or below a quantile of the mask's tokens."""
 
     kind: Literal["number", "quantile"]
@@ -112,7 +111,7 @@ class Known:
     """Which token row t of the logits scores: 1 the one that it predicts, 0 its own input."""
     old_shift: int = 0
     """The loss compares the log-prob at t with the old one at t - old_shift."""
-    tokens: TokenSet = MASK
+    tokens: TokenSet = TokenSet(lambda batch: batch.mask)
     threshold: Threshold | None = None
     ratio: Ratio = DIFFERENCE
     uses_ratio: bool = True
@@ -120,7 +119,7 @@ class Known:
     level: LevelName = "token"
     carries: bool = True
     """A product of ratios carries gradient: it hands each token the weight of its whole sequence."""
-    weights: Weights | None = None
+    weights: Weights = Weights()
     surrogate: Surrogate = Unclipped()
     log_ratio_limit: float | None = None
     kl: KL = KL()
@@ -151,37 +150,42 @@ class Known:
         entropy = batch.entropy()
         return counted & (entropy >= self.threshold.of(entropy, counted))
 
+    def lengths(self, batch: Batch) -> Tensor:
+        """Return (B, 1), how many tokens of a sequence the loss counts, at least 1."""
+        return self.counted(batch).sum(-1, keepdim=True).clamp(min=1).double()
+
     def effective(self, advantages: Tensor, batch: Batch) -> Tensor:
-        """Return the advantages, (B,) or (B, T), after whatever the loss does to them."""
-        return self.whitening.apply(advantages, self.counted(batch))
+        """Return the advantages, (B,) or (B, T), after whatever the loss does to those of sequences."""
+        return self.whitening.apply(advantages, self.counted(batch)) if advantages.dim() == 1 else advantages
+
+    def bounds(self) -> list[float]:
+        """Return the log-ratios at which the surrogate's slopes may jump."""
+        return [math.log(bound) for bound in self.surrogate.parameters() if 0 < bound < math.exp(5)]
 
     @property
     def factor(self) -> float:
         """What the loss is times ours."""
-        return self._scaled()[1]
+        return 1.0 if "constant_length" in self._aggregation() else self.weights.factor
 
     @property
     def config(self) -> LossConfig:
         """The config, with a fault's parts as the loss has them."""
-        options, _ = self._scaled()
         level = self.level if self.surrogate.uses_ratio else "token"
         return LossConfig(
             self.surrogate, level, kl=self.kl, entropy_coef=self.entropy_coef, rollout=self.rollout,
-            entropy_aggregation=self.entropy_aggregation, log_ratio_limit=self.log_ratio_limit, **options,
+            entropy_aggregation=self.entropy_aggregation, log_ratio_limit=self.log_ratio_limit, **self._aggregation(),
         )  # fmt: skip
 
-    def _scaled(self) -> tuple[dict[str, Any], float]:
-        """Return the aggregation's options and the factor: sums over sequences divided by a length are "constant"."""
+    def _aggregation(self) -> dict[str, Any]:
+        """Return the config's options; a sum over sequences divided by a length is "constant"."""
         w = self.weights
-        if w is None:
-            return {"aggregation": "token_mean"}, 1.0
         if w.pattern == "group":
-            return {"aggregation": "group_mean", "group_size": w.group_size}, w.factor
+            return {"aggregation": "group_mean", "group_size": w.group_size}
         if w.pattern == "sequence":
-            return {"aggregation": "sequence_mean"}, w.factor
+            return {"aggregation": "sequence_mean"}
         if w.denominator not in ("sequences", "sequences with tokens", "nothing"):
-            return {"aggregation": "token_mean"}, w.factor
+            return {"aggregation": "token_mean"}
         length = 1 / w.factor if w.factor else 0.0
         if w.denominator == "sequences" and length > 15.5 and abs(length - round(length)) < 1e-6 * length:
-            return {"aggregation": "constant", "constant_length": round(length)}, 1.0
-        return {"aggregation": "sequence_sum"}, w.factor
+            return {"aggregation": "constant", "constant_length": round(length)}
+        return {"aggregation": "sequence_sum"}

@@ -18,11 +18,15 @@ def plain(value: float, tolerance: float) -> float:
 
 
 def spread(values: Tensor) -> float:
-    """Return the largest distance from the median over its size; 0 of nothing."""
+    """Return the largest distance from the mean over the mean size; 0 of nothing."""
     if not values.numel():
         return 0.0
-    middle = values.median()
-    return float((values - middle).abs().max() / middle.abs().clamp(min=1e-300))
+    return float((values - values.mean()).abs().max() / values.abs().mean().clamp(min=1e-300))
+
+
+def apart(one: Tensor, other: Tensor, tolerance: float) -> Tensor:
+    """Return where ``one`` is further from ``other`` than the tolerance times its size; nowhere where one is NaN."""
+    return (one - other).abs() > tolerance * other.abs()
 
 
 def follows(values: Tensor, properties: dict[str, Tensor]) -> str | None:
@@ -40,12 +44,27 @@ def follows(values: Tensor, properties: dict[str, Tensor]) -> str | None:
     return None
 
 
-def bisect(crossed: Callable[[Tensor], Tensor], inside: Tensor, outside: Tensor, rounds: int = 60) -> Tensor:
+def bisect(crossed: Callable[[Tensor], Tensor], inside: Tensor, outside: Tensor) -> Tensor:
     """Return where each element is crossed, between a point that is not and one that is; a bool for each point."""
-    for _ in range(rounds):
+    for _ in range(60):
         if bool(((outside - inside).abs() <= 1e-13 * outside.abs()).all()):
             break
         middle = (inside + outside) / 2
         beyond = crossed(middle)
         inside, outside = torch.where(beyond, inside, middle), torch.where(beyond, middle, outside)
     return outside
+
+
+def edges(crossed: Callable[[Tensor], Tensor], points: Tensor, beyond: Tensor) -> Tensor:
+    """Return where each element is crossed for good, halved from a grid; inf: nowhere on it.
+
+    Args:
+        crossed: takes points (...) and returns a bool for each.
+        points: (n, ...), from 0 outwards in either direction.
+        beyond: (n, ...), what ``crossed`` is at the points.
+    """
+    run = beyond.flip(0).long().cumprod(0).sum(0)
+    first = (len(points) - run).clamp(max=len(points) - 1)
+    outside = points.gather(0, first[None])[0]
+    inside = torch.where(first > 0, points.gather(0, (first - 1).clamp(min=0)[None])[0], 0.0)
+    return torch.where(run > 0, bisect(crossed, inside, outside), torch.inf)

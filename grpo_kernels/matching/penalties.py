@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +13,13 @@ from torch import Tensor
 from ..objectives.kl import KL, kl_terms
 from ..objectives.rollout import MaskedIS, Rejection, Rollout, TruncatedIS
 from ..objectives.surrogates import Point
-from .batch import Batch, Inputs
-from .known import Known, Said, said
-from .numbers import bisect, plain
+from .batch import Batch, taken
+from .known import Known, Said, Step, said
+from .numbers import edges, plain, spread
 from .probe import Probe
 from .weighing import measure
-from .weights import Measured, fit_weights, on_batches, patterns
+from .weights import Measured, fit_weights, patterns
 
-Step = tuple[Known, list[Said]]
 DISTANCES = torch.tensor([-2.0, -1.0, -0.5, -0.1, 0.1, 0.4, 1.0, 1.7], dtype=torch.float64)
 FAR = torch.cat([torch.logspace(-2, 0, 11), torch.linspace(1.25, 8, 28), torch.tensor([11.0, 15, 19, 22])]).double()
 
@@ -28,7 +28,6 @@ def _weights(probe: Probe, known: Known) -> Tensor:
     """Return the (B, T) weights of tokens that count, with or without a policy term."""
     m = measure(probe, known, probe.batch)
     w = known.weights
-    assert w is not None
     if w.spread > known.precision.close:
         return m.weights
     pattern = patterns(m.counted, m.counted)[w.pattern, w.group_size]
@@ -56,15 +55,11 @@ class _Penalty:
         return torch.nan_to_num(self.probe.at(self.known, math.log(ratio), zero, x, batch).slope)
 
     def curve(self, points: Tensor, ratio: float = 1.0) -> Tensor:
-        """Return (n,) slopes over weight, the mean of tokens."""
-        slopes = torch.stack([(self.slopes(float(x), ratio) / self.weights)[self.live].mean() for x in points])
-        return slopes - self._without_advantage(math.log(ratio))
-
-    def _without_advantage(self, log_ratio: float) -> float:
-        """Return the surrogate's own slope at an advantage of 0: a spring's."""
-        one, x = torch.ones(()).double(), torch.tensor(log_ratio, dtype=torch.float64)
-        t = self.known.surrogate.terms(Point(-one, x, x.exp(), 0 * one, -one - x))
-        return float(t.slope + t.direct)
+        """Return slopes over weight at points of any shape, the mean of tokens; without a spring of the surrogate."""
+        one, log_ratio = torch.ones(()).double(), torch.tensor(ratio).double().log()
+        own = self.known.surrogate.terms(Point(-one, log_ratio, log_ratio.exp(), 0 * one, -one - log_ratio))
+        shares = [(self.slopes(float(x), ratio) / self.weights)[self.live].mean() for x in points.flatten()]
+        return torch.stack(shares).view(points.shape) - (own.slope + own.direct)
 
     def values(self, points: Tensor, ratio: float) -> Tensor:
         """Return (n,) losses per weight, less the first."""
@@ -72,22 +67,26 @@ class _Penalty:
         losses = [self.probe.at(self.known, log_ratio, zero, float(x)).loss for x in points]
         return (torch.tensor(losses, dtype=torch.float64) - losses[0]) / float(self.weights[self.counted].sum())
 
+    def measure(self, batch: Batch) -> Measured:
+        """Return its own weights, those of slopes at one distance."""
+        counted = self.known.counted(batch)
+        return Measured(self.slopes(0.5, 1.0, batch), counted, counted, batch.mask)
+
 
 def find_kl(probe: Probe, known: Known) -> Step:
     """Find the penalty's estimator, gradient, clamps and coefficient, and whether it is one of ours."""
     if not probe.caller.takes("ref_log_probs"):
         return known, []
-    penalty = _Penalty(probe, known)
+    penalty, precise = _Penalty(probe, known), known.precision
     near = penalty.slopes(0.5)
     says = _coupled(probe, known, penalty, near)
-    none = max(1e-9, 0.1 * known.precision.same) * float(penalty.weights.abs().max())
-    if max(float(slopes.abs().max()) for slopes in (near, penalty.slopes(-1.0))) < none:
+    none = max(1e-9, 0.1 * precise.same) * penalty.weights.abs().max()
+    if not bool((torch.stack([near, penalty.slopes(-1.0)]).abs() >= none).any()):
         return known, says
-    says += [said("kl_unmasked")] if float(near[~penalty.counted].abs().sum()) > 0 else []
-    share = near[penalty.live] / penalty.weights[penalty.live]
-    if float((share - share.mean()).abs().max()) > 10 * known.precision.close * float(share.abs().mean()):
-        own = fit_weights(on_batches(lambda batch: _own(penalty, batch), probe.batches()), known.precision.same)
-        if own.spread <= 10 * known.precision.close:
+    says += [said("kl_unmasked")] if bool(near[~penalty.counted].any()) else []
+    if spread((near / penalty.weights)[penalty.live]) > 10 * precise.close:
+        own = fit_weights(list(taken(penalty.measure, probe.batches())), precise.same)
+        if own.spread <= 10 * precise.close:
             says.append(said("kl_aggregation", name=f"per {own.pattern}, over {own.denominator}"))
             penalty.weights = near / own.factor
         else:
@@ -98,26 +97,21 @@ def find_kl(probe: Probe, known: Known) -> Step:
     return known.but(kl=kl), [*says, *found, *([said("kl_sign")] if kl.coef < 0 else [])]
 
 
-def _own(penalty: _Penalty, batch: Batch) -> Measured:
-    counted = penalty.known.counted(batch)
-    return Measured(penalty.slopes(0.5, 1.0, batch), counted, counted, batch.mask)
-
-
 def _coupled(probe: Probe, known: Known, penalty: _Penalty, near: Tensor) -> list[Said]:
     """Say it where a token's slope follows other sequences' distances, or the advantages."""
-    allowed = max(1e-6, known.precision.close) * near.abs() + 1e-9 * penalty.weights.abs().max()
+    close, size = max(1e-6, known.precision.close), penalty.weights.abs().max()
     still = torch.arange(probe.batch.shape[0]) % 2 == 0
     far, moved = (torch.where(still, *pair).double()[:, None] for pair in ((0.5, 3.0), (0.0, 1.0)))
     for others in (penalty.slopes(far), torch.nan_to_num(probe.at(known, moved, probe.zeros(), 0.5).slope)):
-        if bool(((others - near).abs() > allowed)[still].any()):
+        if bool(((others - near).abs() > close * near.abs() + 1e-9 * size)[still].any()):
             return [said("kl_follows_batch")]
     for log_ratio, key in ((0.0, "kl_follows_advantages"), (0.4, "kl_elsewhere"), (-0.4, "kl_elsewhere")):
-        with_them, without = (
+        (one, other), (without, other_without) = (
             [probe.at(known, log_ratio, A, x).slope for x in (0.5, -0.5)] for A in (3 * probe.signs(), probe.zeros())
         )
-        apart = (with_them[0] - with_them[1]) - (without[0] - without[1])
-        size = torch.maximum(with_them[0].abs(), near.abs()) + 1e-3 * penalty.weights.abs().max()
-        if bool((apart.abs() > max(1e-6, known.precision.close) * size)[penalty.live].any()):
+        change = (one - other) - (without - other_without)
+        allowed = close * (torch.maximum(one.abs(), near.abs()) + 1e-3 * size)
+        if bool((change.abs() > allowed)[penalty.live].any()):
             return [said(key)]
     return []
 
@@ -140,62 +134,52 @@ def _predicted(kl: KL, x: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
 
 def _fit_kl(penalty: _Penalty) -> tuple[KL, list[Said]]:
     """Return the kind whose slopes these are, on-policy and off; of several the one whose values they are as well."""
-    precise = penalty.known.precision
-    ratios = (1.0, 1.5)
+    precise, ratios = penalty.known.precision, (1.0, 1.5)
+    close = max(1e-6, precise.close)
     slopes = torch.cat([penalty.curve(DISTANCES, ratio) for ratio in ratios])
     values = torch.cat([penalty.values(DISTANCES, ratio) for ratio in ratios])
     if not bool(slopes.isfinite().all()):
         return KL(), [said("kl_elsewhere")]
 
-    def fit(kl: KL, exchanged: bool = False) -> tuple[float, float, float]:
-        """Return how far slopes are from a kind's, how far values are, and the coefficient."""
-        sign = -1 if exchanged else 1
+    def fit(kl: KL, sign: int = 1) -> tuple[float, float, float]:
+        """Return how far slopes are from a kind's of ``sign`` times the distance, how far values, and the factor."""
         kinds = [_predicted(kl, sign * DISTANCES, ratio) for ratio in ratios]
         value, slope = torch.cat([v - v[0] for v, _ in kinds]), sign * torch.cat([s for _, s in kinds])
         coef = float((slopes * slope).sum() / (slope * slope).sum())
         error = float((slopes - coef * slope).abs().max() / slopes.abs().max())
-        return max(error, max(1e-6, precise.close)), float((values - coef * value).abs().max()), coef
+        return max(error, close), float((values - coef * value).abs().max()), coef
 
-    kinds = [(fit(kl), kl) for kl in _candidates()]
-    (error, _, coef), kl = min(kinds, key=lambda kind: kind[0][:2])
-    exchanged, _, other = fit(KL(1.0), exchanged=True)
+    (error, _, coef), kl = min(((fit(kl), kl) for kl in _candidates()), key=lambda kind: kind[0][:2])
+    exchanged, _, other = fit(KL(1.0), -1)
     if exchanged < error:
         return KL(plain(other, precise.digits)), [said("kl_reversed")]
     cap = KL().ratio_cap
     if kl.gradient == "weighted_k2":
-        x = torch.tensor([0.5], dtype=torch.float64)
-        cap = plain(float(penalty.curve(x, 1e3) / penalty.curve(x, 1.0)), max(1e-6, precise.digits))
+        x = torch.tensor(0.5, dtype=torch.float64)
+        cap = plain(float(penalty.curve(x, 1e3) / penalty.curve(x)), max(1e-6, precise.digits))
     limit = _kl_limit(penalty, coef, kl)
     kl = dataclasses.replace(kl, coef=plain(coef, precise.digits), limit=limit or (None, None), ratio_cap=cap)
-    unknown = [said("unknown_kl", error=error)] if error > max(1e-6, precise.close) else []
+    unknown = [said("unknown_kl", error=error)] if error > close else []
     return kl, unknown if limit is not None else [said("kl_limit")]
 
 
 def _kl_limit(penalty: _Penalty, coef: float, kl: KL) -> tuple[float | None, float | None] | None:
     """Return (input, output) clamps, from where slopes leave the kind's; None where that is no clamp of ours."""
     precise = penalty.known.precision
+    exact = precise.same < 1e-6
 
     def left(x: Tensor) -> Tensor:
         size = _predicted(kl, x, 1.0)[1]
         return (penalty.curve(x) / coef - size).abs() >= max(1e-3, precise.close) * size.abs().clamp(min=1e-12)
 
-    ends: list[float | None] = []
-    for direction in (-1, 1):
-        # k3 grows as exp downwards, and hides what rounds.
-        points = direction * (FAR if direction > 0 or precise.same < 1e-6 else FAR[FAR <= 8])
-        gone = left(points)
-        first = len(points) - int(gone.flip(0).long().cumprod(0).sum())
-        if first == len(points):
-            ends.append(None)
-            continue
-        inside = points[first - 1 : first] if first else torch.zeros(1, dtype=torch.float64)
-        ends.append(abs(float(bisect(left, inside, points[first : first + 1], 50))))
-    low, high = ends
-    if low is None and high is None:
+    # k3 grows as exp downwards, and hides what rounds.
+    grids = (-(FAR if exact else FAR[FAR <= 8]), FAR)
+    low, high = (abs(float(edges(left, points, left(points)))) for points in grids)
+    if low == high == math.inf:
         return None, None
-    if high is not None and (abs(low - high) < 1e-3 * high if low is not None else precise.same > 1e-6):
+    if high < math.inf and (abs(low - high) < 1e-3 * high or (low == math.inf and not exact)):
         return plain(high, 1e-6 + 0.1 * precise.digits), None  # a loss that rounds does not show its lower end
-    if kl.estimator != "k3" or kl.gradient != "pathwise" or low is None or high is None:
+    if kl.estimator != "k3" or kl.gradient != "pathwise" or math.inf in (low, high):
         return None
     output = math.exp(low) - low - 1
     if abs(math.exp(-high) + high - 1 - output) > 1e-3 * output:
@@ -212,22 +196,17 @@ def find_entropy(probe: Probe, known: Known) -> Step:
     slopes = torch.nan_to_num(probe.at(known, 0.0, probe.zeros()).entropy)
     weights, counted = _weights(probe, known), known.counted(probe.batch)
     live = counted & (weights != 0)
-    if float(slopes.abs().max()) < max(1e-9, precise.same) * 10 * float(weights.abs().max()):
+    if not bool((slopes.abs() >= max(1e-9, precise.same) * 10 * weights.abs().max()).any()):
         return known, []
-    says = [said("entropy_unmasked")] if float(slopes[~counted].abs().sum()) > 0 else []
+    says = [said("entropy_unmasked")] if bool(slopes[~counted].any()) else []
     share = -slopes[live] / weights[live]
-    if float((share - share.mean()).abs().max()) <= precise.close * float(share.abs().mean()):
+    if spread(share) <= precise.close:
         coef = plain(float(share.mean()), precise.digits)
         return known.but(entropy_coef=coef), says + ([said("entropy_penalty")] if coef < 0 else [])
-    w = known.weights
-    assert w is not None
-    own = -slopes[live] * float(live.sum()) / w.factor
-    if not bool(own.isfinite().all()):
-        return known, [*says, said("unknown_entropy")]
-    known = known.but(entropy_coef=plain(float(own.mean()), precise.digits), entropy_aggregation="token_mean")
-    if float((own - own.mean()).abs().max()) > precise.close * float(own.abs().mean()):
-        says.append(said("unknown_entropy"))
-    return known, says
+    own = -slopes[live] * float(live.sum()) / known.weights.factor
+    if bool(own.isfinite().all()):
+        known = known.but(entropy_coef=plain(float(own.mean()), precise.digits), entropy_aggregation="token_mean")
+    return known, says if spread(own) <= precise.close else [*says, said("unknown_entropy")]
 
 
 # The weights of the sampler's log-probs
@@ -238,82 +217,63 @@ def find_rollout(probe: Probe, known: Known) -> Step:
     says = [said("left_out", names=", ".join(probe.caller.left_out))] if probe.caller.left_out else []
     if not probe.caller.takes("rollout_log_probs"):
         return known, says
-    log_probs, A = known.log_probs(probe.batch), probe.signs()
-    rest = probe.slopes(known, Inputs(probe.batch, log_probs, log_probs, A)).slope
+    inputs = probe.inputs(known, 0.0, probe.signs())
+    rest = probe.slopes(known, inputs).slope
     live = known.live(probe.batch) & (rest != 0)
+    near = 10 * known.precision.same
 
     def factor(log_rho: Tensor | float) -> Tensor:
         """Return (B, T): what slopes are times those at ρ = 1."""
-        rollout = log_probs - torch.as_tensor(log_rho, dtype=torch.float64)
-        return probe.slopes(known, Inputs(probe.batch, log_probs, log_probs, A, rollout)).slope / rest
+        return probe.slopes(known, dataclasses.replace(inputs, rollout=inputs.old - log_rho)).slope / rest
 
-    generator = torch.Generator().manual_seed(3)
-    noise = torch.randn(log_probs.shape, generator=generator).double()
-    near = 10 * known.precision.same
+    noise = torch.randn(live.shape, generator=torch.Generator().manual_seed(3)).double()
     if all(bool(((factor(s * noise) - 1).abs() <= near)[live].all()) for s in (0.3, 6.0)):
         return known, says
-    one_moved = torch.zeros_like(log_probs)
-    one_moved.scatter_(-1, live.long().argmax(-1, keepdim=True), 0.5)
+    one_moved = torch.zeros_like(rest).scatter(-1, live.long().argmax(-1, keepdim=True), 0.5)
     pooled = bool(((factor(one_moved) - 1).abs() > near)[live & (one_moved == 0)].any())
-    for level, shares in _levels(known, probe.batch, pooled):
-
-        def of_all(log_rho: float, shares: Tensor = shares) -> Tensor:
-            return factor(log_rho / shares)[live]
-
-        scheme = _scheme(of_all, level, known)
+    # Over how many tokens one pooled log ρ is spread.
+    shares = {"sequence": known.lengths(probe.batch), "geometric": 1.0} if pooled else {"token": 1.0}
+    for level, tokens in shares.items():
+        scheme = _scheme(lambda x, tokens=tokens: factor(x / tokens)[live], level, known)  # type: ignore[misc]
         if scheme is not None:
             return known.but(rollout=(scheme,)), says
     return known, [*says, said("rollout_weights")]
 
 
-def _levels(known: Known, batch: Batch, pooled: bool) -> list[tuple[str, Tensor]]:
-    """Return how ρ may be pooled, with what spreads one pooled log ρ over a sequence's tokens."""
-    lengths = known.counted(batch).sum(-1, keepdim=True).clamp(min=1).double()
-    one = torch.ones_like(lengths)
-    return [("sequence", lengths), ("geometric", one)] if pooled else [("token", one)]
-
-
-def _scheme(factor: Callable[[float], Tensor], level: str, known: Known) -> Rollout | None:
+def _scheme(factor: Callable[[float], Tensor], level: Any, known: Known) -> Rollout | None:
     """Return the scheme whose factors these are at one log ρ for all tokens, or for all sequences.
 
-    What is left beyond two bounds tells the schemes apart: of ρ the bound or nothing, or nothing of 1.
+    All keep ρ, or 1, between two bounds; what is left beyond them tells them apart.
     """
-    near = max(1e-6, known.precision.close)
+    close, digits = max(1e-6, known.precision.close), known.precision.digits
 
-    def kept(x: Tensor, by_ratio: bool) -> Tensor:
-        values = factor(float(x))
-        wanted = math.exp(float(x)) if by_ratio else 1.0
-        return ((values - wanted).abs() <= near * wanted).all()
+    def differ(x: float, wanted: float) -> Tensor:
+        return ((factor(x) - wanted).abs() > close * wanted).any()
 
-    small = torch.tensor(1e-3, dtype=torch.float64)
-
-    def gone(x: Tensor, by_ratio: bool) -> bool:
-        """Whether no token keeps it: tokens that leave at bounds of their own are pooled in another way."""
-        values = factor(float(x))
-        wanted = math.exp(float(x)) if by_ratio else 1.0
-        return not bool(((values - wanted).abs() <= 1e-5 * wanted).any())
-
-    by_ratio = bool(kept(10 * small, True))
-    if not by_ratio and not bool(kept(small, False)):
+    by_ratio = not bool(differ(1e-2, math.exp(1e-2)))
+    if not by_ratio and bool(differ(1e-3, 1.0)):
         return None
-    bounds, beyond = [], []
+
+    def left(x: Tensor) -> Tensor:
+        return differ(float(x), math.exp(float(x)) if by_ratio else 1.0)
+
+    bounds, kept, points = [], [], [0.0]
     for far in (-8.0, 8.0):
-        end = torch.tensor(far, dtype=torch.float64)
-        if bool(kept(end, by_ratio)):
-            bounds.append(0.0 if far < 0 else math.inf)
-            continue
-        edge = bisect(lambda x: ~kept(x, by_ratio), torch.zeros_like(end), end)
-        if not gone(edge * 1.01 + math.copysign(1e-4, far), by_ratio):
-            return None
-        bounds.append(plain(math.exp(float(edge)), known.precision.digits))
-        beyond.append((float(factor(far).mean()), bounds[-1]))
+        end = torch.tensor([far], dtype=torch.float64)
+        edge = math.copysign(float(edges(left, end, left(end)[None])), far)
+        bounds.append(plain(math.exp(edge), digits))
+        kept.append(bounds[-1])
+        if math.isfinite(edge):
+            points += [far, 1.01 * edge + math.copysign(1e-4, far)]
+            kept[-1] = plain(float(factor(far).mean()), digits)  # a bound, more exactly than where it begins
     low, high = bounds
-    if not by_ratio:
-        return Rejection(low, high, level) if all(value == 0 for value, _ in beyond) else None  # type: ignore[arg-type]
-    if all(value == 0 for value, _ in beyond) and beyond:
-        return MaskedIS(low, high, level)  # type: ignore[arg-type]
-    if all(abs(value - bound) <= 10 * near * bound for value, bound in beyond):
-        # The bound is what is left beyond it, more exactly than where it begins.
-        exact = {bound: plain(value, known.precision.digits) for value, bound in beyond}
-        return TruncatedIS(exact.get(high, high), exact.get(low, low), level)  # type: ignore[arg-type]
+    kinds: list[TruncatedIS | MaskedIS | Rejection] = [Rejection(low, high, level)]
+    if by_ratio:
+        kinds = [TruncatedIS(kept[1], kept[0], level)] if 0 < kept[1] >= kept[0] >= 0 else []
+        kinds += [MaskedIS(low, high, level)]
+    for kind in kinds:
+        predicted = kind.factor(torch.tensor(points, dtype=torch.float64).exp()).tolist()
+        # Tokens that leave at bounds of their own are pooled in another way.
+        if not any(bool(differ(x, wanted)) for x, wanted in zip(points, predicted, strict=True)):
+            return kind
     return None

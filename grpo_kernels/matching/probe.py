@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,15 +33,9 @@ class Probe:
         asked: the sampler's temperature, where the user said it.
     """
 
-    def __init__(self, caller: Caller, batch: Batch, asked: float | None = None) -> None:
-        self.caller = caller
-        self.batch = batch
-        self.asked = asked
-
-    @property
-    def on_logits(self) -> bool:
-        assert self.caller.form is not None
-        return self.caller.form.source == "logits"
+    def __init__(self, caller: Caller, form: Form, batch: Batch, asked: float | None) -> None:
+        self.caller, self.form, self.batch, self.asked = caller, form, batch, asked
+        self.on_logits = form.source == "logits"
 
     def batches(self) -> list[Batch]:
         """Return the batch and others that the loss may be called on."""
@@ -55,7 +50,8 @@ class Probe:
 
     def run(self, known: Known, inputs: Inputs, leaf: Tensor | None = None) -> Response:
         """Call the loss with the old log-probs where it looks for them."""
-        return self.caller.run(dataclasses.replace(inputs, old=inputs.old.roll(-known.old_shift, -1)), leaf)
+        shifted = dataclasses.replace(inputs, old=inputs.old.roll(-known.old_shift, -1))
+        return self.caller.run(self.form, shifted, leaf)
 
     def slopes(self, known: Known, inputs: Inputs) -> Slopes:
         return slopes_in(known, inputs.batch, self.run(known, inputs))
@@ -75,12 +71,15 @@ class Probe:
     def at(self, known: Known, log_ratio: Number, A: Tensor, x: Number = 0.0, batch: Batch | None = None) -> Slopes:
         return self.slopes(known, self.inputs(known, log_ratio, A, x, batch))
 
-    def policy(self, known: Known, log_ratio: Number, A: Tensor, batch: Batch | None = None) -> Tensor:
-        """Return (B, T) ∂(policy term)/∂(log-ratio): the slope less that at advantages of 0, of KL and entropy."""
+    def policy(self, known: Known, log_ratio: Number, A: Tensor | None = None, batch: Batch | None = None) -> Tensor:
+        """Return (B, T) ∂(policy term)/∂(log-ratio): the slope less that at advantages of 0, of KL and entropy.
+
+        ``A``: advantages, (B,) or (B, T); None: ±1.
+        """
         batch = self.batch if batch is None else batch
-        without = self.at(known, log_ratio, torch.zeros_like(A), batch=batch).slope
-        difference = self.at(known, log_ratio, A, batch=batch).slope - torch.nan_to_num(without)
-        return difference / known.ratio.jacobian(known.log_probs(batch))
+        A = self.signs(batch) if A is None else A
+        slope, without = (self.at(known, log_ratio, a, batch=batch).slope for a in (A, torch.zeros_like(A)))
+        return (slope - torch.nan_to_num(without)) / known.ratio.jacobian(known.log_probs(batch))
 
     def policy_value(self, known: Known, log_ratio: Number, A: Tensor) -> float:
         """Return the loss less that at advantages of 0."""
@@ -89,8 +88,8 @@ class Probe:
 
     def signs(self, batch: Batch | None = None) -> Tensor:
         """Return (B,) advantages of both signs, + - - +: in each group of two, and of either in every second row."""
-        batch = self.batch if batch is None else batch
-        return 1.0 - 2.0 * ((torch.arange(batch.shape[0], dtype=torch.float64) + 1) // 2 % 2)
+        rows = torch.arange((batch or self.batch).shape[0], dtype=torch.float64)
+        return 1.0 - 2.0 * ((rows + 1) // 2 % 2)
 
     def zeros(self, batch: Batch | None = None) -> Tensor:
         """Return (B,) advantages of 0."""
@@ -99,13 +98,10 @@ class Probe:
 
 def slopes_in(known: Known, batch: Batch, response: Response) -> Slopes:
     """Return a gradient in logits row by row as slope and entropy slope: least squares on the two directions."""
-    if response.gradient.dim() == 2:
-        entropy = response.entropy_gradient
-        return Slopes(
-            response.loss, response.gradient, torch.zeros_like(response.gradient) if entropy is None else entropy
-        )
-    toward, spread = directions(batch, known.ids(batch), known.temperature)
     d = response.gradient
+    if response.entropy_gradient is not None:
+        return Slopes(response.loss, d, response.entropy_gradient)
+    toward, spread = directions(batch, known.ids(batch), known.temperature)
     aa, bb, ab = (toward * toward).sum(-1), (spread * spread).sum(-1), (toward * spread).sum(-1)
     ad, bd = (toward * d).sum(-1), (spread * d).sum(-1)
     determinant = aa * bb - ab * ab
@@ -130,41 +126,38 @@ def start(caller: Caller, batch: Batch, asked: float | None) -> tuple[Probe, Kno
             numbers.
     """
     errors: list[tuple[str, Exception]] = []
-    not_finite: Form | None = None
     for form in caller.forms():
         for candidate, faults in ((batch, []), (batch.without_empty(), [said("empty_sequence")])):
+            where = describe(form, candidate)
             try:
-                response = caller.run_form(form, _first(candidate))
+                response = caller.run(form, _first(candidate))
             except Exception as error:  # whatever the loss raises tells that it wants another form
-                errors.append((describe(form, candidate), error))
+                errors.append((where, error))
                 break
-            if torch.isfinite(response.gradient).all() and abs(response.loss) < float("inf"):
-                caller.form = form
-                _refuse_random(caller, candidate, response)
-                return Probe(caller, candidate, asked), Known(_precision(caller, candidate, response)), faults
-            not_finite = not_finite or form
-    if not_finite is not None:
-        raise Unusable(f"the loss or its gradient is not finite on plain inputs ({describe(not_finite, batch)}).")
+            if torch.isfinite(response.gradient).all() and math.isfinite(response.loss):
+                _refuse_random(caller, form, candidate, response)
+                precision = _precision(caller, form, candidate, response)
+                return Probe(caller, form, candidate, asked), Known(precision), faults
+            errors.append((where, Unusable(f"the loss or its gradient is not finite on plain inputs ({where}).")))
     raise _why_not(caller, errors)
 
 
 def _why_not(caller: Caller, errors: list[tuple[str, Exception]]) -> Unusable:
     """Return one sentence on why the loss ran in no form, and what to do."""
-    for _, error in errors:
-        if isinstance(error, Unusable):
-            return error
+    if unusable := [error for _, error in errors if isinstance(error, Unusable)]:
+        return unusable[0]
     raised = [f"{type(error).__name__}: {' '.join(str(error).split())[:160]}" for _, error in errors]
-    first = raised[0]
-    on_cpu, gpu_words = caller.device.type == "cpu", ("CUDA", "NVIDIA", "active drivers")
-    if on_cpu and any(word in text for text in raised for word in gpu_words):
+    gpu_words = ("CUDA", "NVIDIA", "active drivers")
+    if caller.device.type == "cpu" and any(word in text for text in raised for word in gpu_words):
         return Unusable(
-            f"the loss wants a GPU, and was given tensors on a CPU (it raised {first}): let it use its inputs' device, "
-            f"or run it where there is a GPU, with {caller.words.device}."
+            f"the loss wants a GPU, and was given tensors on a CPU (it raised {raised[0]}): let it use its inputs' "
+            f"device, or run it where there is a GPU, with {caller.words.device}."
         )
-    where = "every form that was tried" if len(set(raised)) == 1 else f"the likeliest form, {errors[0][0]}"
-    more = "" if len(set(raised)) == 1 else f", and in {len(errors) - 1} other forms"
+    where = "every form that was tried"
+    if len(set(raised)) > 1:
+        where = f"the likeliest form, {errors[0][0]}, and in {len(errors) - 1} other forms"
     return Unusable(
-        f"the loss raised {first} in {where}{more}: call it yourself on such tensors to see where, or, if it insists "
+        f"the loss raised {raised[0]} in {where}: call it yourself on such tensors to see where, or, if it insists "
         f"on sizes, {caller.words.batch}."
     )
 
@@ -176,12 +169,11 @@ def _first(batch: Batch) -> Inputs:
     return Inputs(batch, old, ref, torch.linspace(-1.2, 1.3, batch.shape[0], dtype=torch.float64))
 
 
-def _refuse_random(caller: Caller, batch: Batch, first: Response) -> None:
+def _refuse_random(caller: Caller, form: Form, batch: Batch, first: Response) -> None:
     """Call the loss again on what it was just given; a sum in another order is no other loss."""
-    again = caller.run(_first(batch))
-    apart = (again.gradient - first.gradient).abs().max() if first.gradient.numel() else 0.0
-    size = 1e-5 * first.gradient.abs().max() if first.gradient.numel() else 0.0
-    if abs(again.loss - first.loss) > 1e-5 * max(abs(first.loss), 1e-12) or bool(torch.as_tensor(apart > size)):
+    again = caller.run(form, _first(batch))
+    moved = float((again.gradient - first.gradient).norm()) > 1e-5 * float(first.gradient.norm())
+    if moved or abs(again.loss - first.loss) > 1e-5 * max(abs(first.loss), 1e-12):
         raise Unusable(
             f"two calls on the same tensors differ (loss {first.loss:.6g} and {again.loss:.6g}), so the loss draws "
             "random numbers or keeps a state: switch dropout and sampling off (.eval()), or fix the seed inside of it."
@@ -199,20 +191,14 @@ def describe(form: Form, batch: Batch) -> str:
     return f"{source or f'log_probs {tokens}'}, advantages {advantages}, mask {str(form.mask).removeprefix('torch.')}"
 
 
-def _precision(caller: Caller, batch: Batch, first: Response) -> Precision:
+def _precision(caller: Caller, form: Form, batch: Batch, first: Response) -> Precision:
     """Return whether the loss rounds on the way: to fp32 it does not see a change of 1e-10, to bf16 none of 1e-5."""
-    form = caller.form
-    assert form is not None
     log_probs = batch.scored(batch.token_ids, 1.0)
     leaf = batch.logits if form.source == "logits" else log_probs
     signs = 1.0 - 2.0 * (torch.arange(batch.shape[0], dtype=torch.float64) % 2)
     inputs = Inputs(batch, log_probs - 1e-5, log_probs - 0.1, signs)
-    plain, *moved = (caller.run(inputs, leaf * scale).gradient for scale in (1.0, 1.0 + 1e-10, 1.0 + 1e-5, 1.0 + 1e-2))
-
-    def seen(gradient: Tensor) -> float:
-        return float((gradient != plain).sum()) if gradient.numel() else 0.0
-
-    tenth, fifth, second = (seen(gradient) for gradient in moved)
+    plain, *moved = (caller.run(form, inputs, leaf * (1 + x)).gradient for x in (0.0, 1e-10, 1e-5, 1e-2))
+    tenth, fifth, second = (int((gradient != plain).sum()) for gradient in moved)
     if fifth < 0.5 * second or first.dtype in (torch.bfloat16, torch.float16):
         return HALF
     return SINGLE if first.dtype != torch.float64 or tenth < 0.5 * second else EXACT

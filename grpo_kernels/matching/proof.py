@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..loss import grpo_loss
 from ..objectives.config import LossConfig
-from .batch import Batch, Inputs
+from .batch import Batch, Inputs, taken
 from .call import Response
 from .known import DIFFERENCE, Known, Said, said
 from .probe import Probe, directions, slopes_in
@@ -39,9 +40,8 @@ class Difference:
         )
 
 
-@dataclass
 class Proof:
-    """What the comparison gave.
+    """What the comparison of a loss and its config gave.
 
     Attributes:
         gradient: largest relative difference of a token's gradient.
@@ -52,98 +52,64 @@ class Proof:
         batches: on how many batches the two were compared.
     """
 
-    gradient: float = 0.0
-    value: float = 0.0
-    constant: float = 0.0
-    apart: str = ""
-    tokens: list[Difference] = field(default_factory=list)
-    batches: int = 0
+    def __init__(self, probe: Probe, known: Known) -> None:
+        """Compare on the batch that was fitted and on others of other lengths, ratios and advantages."""
+        self.probe, self.known = probe, known
+        self.gradient, self.apart = 0.0, ""
+        self.tokens: list[Difference] = []
+        self._gaps: list[tuple[float, float]] = []
+        """Of each call: what the loss is more than ours, and the size of its value."""
+        generator = torch.Generator().manual_seed(5)
+        compared = taken(lambda batch: self._compare_on(batch, generator), (probe.batch, *probe.held_out()))
+        self.batches = len(list(compared if probe.batch.own else itertools.islice(compared, 2)))
+        for inputs in _given(probe, known):
+            self._compare("your batch", inputs)
+        self.tokens.sort(key=lambda token: -abs(token.yours - token.ours))
+        self.value, self.constant = self._largest_gap(0.0), 0.0
+        constant = float(torch.tensor([gap for gap, _ in self._gaps], dtype=torch.float64).median())
+        if self.value > known.precision.matched >= (moved := self._largest_gap(constant)):
+            self.value, self.constant = moved, constant
 
+    def _largest_gap(self, constant: float) -> float:
+        """Return the largest distance of a difference of values from a constant, relative to its call's size."""
+        shares = [abs(gap - constant) / size for gap, size in self._gaps]
+        return math.inf if any(map(math.isnan, shares)) else max(shares)
 
-@dataclass(frozen=True)
-class Draw:
-    """Inputs of one comparison, and what varies in them beyond those before."""
+    def _compare_on(self, batch: Batch, generator: torch.Generator) -> None:
+        for varies, inputs in draws(self.probe, self.known, batch, generator):
+            self._compare(varies, inputs)
 
-    varies: str
-    inputs: Inputs
-
-
-def prove(probe: Probe, known: Known) -> Proof:
-    """Compare loss and config, on the batch that was fitted and on others of other lengths, ratios and advantages."""
-    proof = Proof()
-    gaps: list[tuple[float, float]] = []
-    generator = torch.Generator().manual_seed(5)
-    fitted = _compare_on(probe, known, probe.batch, proof, gaps, generator, must=True)
-    others = 0
-    for batch in probe.held_out():
-        if others < 1 or batch.own:
-            others += _compare_on(probe, known, batch, proof, gaps, generator, must=False)
-    proof.batches = fitted + others
-    for inputs in _given(probe, known):
-        _compare(probe, known, Draw("your batch", inputs), proof, gaps)
-    proof.tokens.sort(key=lambda token: -abs(token.yours - token.ours))
-    apart = _largest(gaps, 0.0)
-    constant = float(torch.tensor([gap for gap, _ in gaps], dtype=torch.float64).median())
-    if apart > known.precision.matched >= (moved := _largest(gaps, constant)):
-        proof.constant, apart = constant, moved
-    proof.value = apart
-    return proof
-
-
-def _largest(gaps: list[tuple[float, float]], constant: float) -> float:
-    """Return the largest distance of a difference of values from a constant, relative to its call's size."""
-    found = max((abs(gap - constant) / size for gap, size in gaps), default=0.0)
-    return math.inf if any(math.isnan(gap) for gap, _ in gaps) else found
-
-
-def _compare_on(
-    probe: Probe,
-    known: Known,
-    batch: Batch,
-    proof: Proof,
-    gaps: list[tuple[float, float]],
-    generator: torch.Generator,
-    must: bool,
-) -> int:
-    """Compare on one batch; return 1, or 0 where the loss does not take its sizes."""
-    for k, draw in enumerate(draws(probe, known, batch, generator)):
-        try:
-            _compare(probe, known, draw, proof, gaps)
-        except Exception:  # a loss may insist on its first batch's sizes
-            if must or k:
-                raise
-            return 0
-    return 1
-
-
-def _compare(probe: Probe, known: Known, draw: Draw, proof: Proof, gaps: list[tuple[float, float]]) -> None:
-    theirs, their_gradient = measured(probe, known, draw.inputs)
-    ours, our_gradient = predicted(known, draw.inputs)
-    share = torch.nan_to_num(differences(our_gradient, their_gradient), nan=math.inf, posinf=math.inf)
-    share = share.masked_fill(_beside_bounds(known, draw.inputs, our_gradient), 0.0)
-    # Terms cancel in a value; their sizes are about those of the slopes.
-    terms = 0.1 * float(our_gradient.norm(dim=-1).nan_to_num(0.0, posinf=0.0).sum())
-    gaps.append((theirs - ours, max(abs(theirs), abs(ours), terms, 1e-3 * abs(known.factor))))
-    if not share.numel():
-        return
-    allowed = known.precision.matched
-    if float(share.max()) > allowed and not proof.apart:
-        proof.apart = draw.varies
-    proof.gradient = max(proof.gradient, float(share.max()))
-    proof.tokens += list(_parting(known, draw.inputs, our_gradient, their_gradient, share > allowed))
+    def _compare(self, varies: str, inputs: Inputs) -> None:
+        known = self.known
+        theirs, their_gradient = measured(self.probe, known, inputs)
+        ours, our_gradient = predicted(known, inputs)
+        share = torch.nan_to_num(differences(our_gradient, their_gradient), nan=math.inf, posinf=math.inf)
+        share = share.masked_fill(_beside_bounds(known, inputs, our_gradient), 0.0)
+        # Terms cancel in a value; their sizes are about those of the slopes.
+        terms = 0.1 * float(our_gradient.norm(dim=-1).nan_to_num(0.0, posinf=0.0).sum())
+        self._gaps.append((theirs - ours, max(abs(theirs), abs(ours), terms, 1e-3 * abs(known.factor))))
+        parted = share > known.precision.matched
+        if not self.apart and bool(parted.any()):
+            self.apart = varies
+        self.gradient = max(self.gradient, float(share.max()))
+        self.tokens += list(_parting(known, inputs, our_gradient, their_gradient, parted))
 
 
 def beside_the_config(probe: Probe, known: Known) -> Said | None:
     """Say it where a token has a gradient without advantages that the config does not give."""
-    allowed = max(1e-6, known.precision.close) * probe.policy(known, 0.0, probe.signs()).nan_to_num().abs().max()
+    allowed = max(1e-6, known.precision.close) * probe.policy(known, 0.0).nan_to_num().abs().max()
     for log_ratio, key in ((0.0, "own_term"), (0.5, "old_term")):
         inputs = probe.inputs(known, log_ratio, probe.zeros(), 1e-3)
         theirs = probe.slopes(known, inputs).slope.nan_to_num()
-        response = Response(0.0, predicted(known, inputs)[1], None, torch.float64)
-        apart = (theirs - slopes_in(known, inputs.batch, response).slope).abs()
+        apart = (theirs - slopes_of(known, inputs, predicted(known, inputs)[1])).abs()
         if bool((apart > allowed)[known.live(inputs.batch)].any()):
             return said(key)
     return None
+
+
+def slopes_of(known: Known, inputs: Inputs, gradient: Tensor) -> Tensor:
+    """Return the (B, T) slopes of a gradient with respect to the logits."""
+    return slopes_in(known, inputs.batch, Response(0.0, gradient)).slope
 
 
 def _beside_bounds(known: Known, inputs: Inputs, ours: Tensor) -> Tensor:
@@ -158,64 +124,61 @@ def _beside_bounds(known: Known, inputs: Inputs, ours: Tensor) -> Tensor:
 
 def _given(probe: Probe, known: Known) -> Iterator[Inputs]:
     """Yield the user's own values, the rest drawn."""
-    values = probe.batch.values
-    if values:
-        generator = torch.Generator().manual_seed(6)
-        first = next(iter(draws(probe, known, probe.batch, generator))).inputs
-        drawn = {"old_log_probs": first.old, "ref_log_probs": first.ref, "advantages": first.advantages}
-        yield Inputs(probe.batch, *(values.get(name, value) for name, value in drawn.items()))
+    if given := probe.batch.values:
+        _, drawn = next(draws(probe, known, probe.batch, torch.Generator().manual_seed(6)))
+        values = {"old_log_probs": drawn.old, "ref_log_probs": drawn.ref, "advantages": drawn.advantages} | given
+        yield Inputs(probe.batch, *values.values())
 
 
-def draws(probe: Probe, known: Known, batch: Batch, generator: torch.Generator) -> Iterator[Draw]:
-    """Yield inputs from plain to wild: near the old policy, around every bound, then everything varied at once."""
+def draws(probe: Probe, known: Known, batch: Batch, generator: torch.Generator) -> Iterator[tuple[str, Inputs]]:
+    """Yield inputs from plain to wild, with what varies: near the old policy, around every bound, then everything."""
     B, shape = batch.shape[0], batch.shape
     log_probs = known.log_probs(batch)
 
     def normal(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).double()
+        return torch.randn(*(size or shape), generator=generator).double()
 
-    def at(log_ratio: Tensor, x: Tensor | float, A: Tensor, rollout: Tensor | float = 0.0) -> Inputs:
-        old = known.ratio.old(log_probs, log_ratio)
+    def at(
+        log_ratio: Tensor,
+        A: Tensor,
+        noise: Tensor | float = 0.3,
+        x: Tensor | float = 1e-3,
+        rollout: Tensor | float = 0.0,
+    ) -> Inputs:
+        old = known.ratio.old(log_probs, pooled(known, batch, log_ratio, noise))
         if known.ratio is DIFFERENCE:
             old = old.clamp(max=-1e-6)  # a probability of at most 1
-        return Inputs(batch, old, log_probs - x, A, old + rollout)
+        return Inputs(batch, old, log_probs - x, A, old + rollout)  # |x| has no slope at 0
 
     far = 1.0 if known.kl.limit[0] is None else min(1.0, known.kl.limit[0] / 2)
     ones = torch.randint(0, 2, (B,), generator=generator).double() * 2 - 1
-    near = 1e-3  # |x| has no slope at 0
-    yield Draw("batches", at(pooled(known, batch, 1e-3 * normal(B, 1), normal(*shape) * 1e-3), near, ones))
+    yield "batches", at(1e-3 * normal(B, 1), ones, 1e-3 * normal())
     for points in _bounds(known):
         chosen = points[torch.randint(len(points), shape, generator=generator)]
-        yield Draw("ratios", at(pooled(known, batch, chosen, 0.3 * normal(*shape)), near, ones))
+        yield "ratios", at(chosen, ones, 0.3 * normal())
     for size in (0.3, 3.0):
-        yield Draw("ratios", at(pooled(known, batch, size * normal(*shape), normal(*shape)), near, ones))
+        yield "ratios", at(size * normal(), ones, normal())
     A = normal(B) * torch.exp(normal(B))
-    yield Draw("sizes of advantages", at(pooled(known, batch, 0.3 * normal(*shape), normal(*shape)), near, A))
+    yield "sizes of advantages", at(0.3 * normal(), A, normal())
     for size in (0.05, far):
-        x = size * normal(*shape)
-        yield Draw("distances from the reference", at(pooled(known, batch, 0.2 * normal(*shape), 0.2), x, 0.5 * A))
+        x = size * normal()
+        yield "distances from the reference", at(0.2 * normal(), 0.5 * A, 0.2, x)
     if probe.caller.takes("rollout_log_probs"):
-        yield Draw(
-            "the sampler's log-probs", at(pooled(known, batch, normal(*shape), 0.3), near, A, 0.7 * normal(*shape))
-        )
-    form = probe.caller.form
-    assert form is not None
-    if form.advantages == "token" and not known.whitening.text:
-        yield Draw(
-            "advantages inside of a sequence", at(pooled(known, batch, 0.3 * normal(*shape), 0.3), near, normal(*shape))
-        )
+        yield "the sampler's log-probs", at(normal(), A, rollout=0.7 * normal())
+    if probe.form.advantages == "token" and not known.whitening.text:
+        yield "advantages inside of a sequence", at(0.3 * normal(), normal())
     A = normal(B) * (torch.arange(B) % 3 > 0)
-    yield Draw("everything at once", at(pooled(known, batch, normal(*shape), normal(*shape)), far * normal(*shape), A))
+    yield "everything at once", at(normal(), A, normal(), far * normal())
 
 
 def _bounds(known: Known) -> Iterator[Tensor]:
     """Yield log-ratios next to every bound, on both sides of it; clear of what a loss that rounds cannot see."""
-    limits = [limit for limit in (known.log_ratio_limit,) if limit and limit < 15]
-    bounds = [math.log(b) for b in known.surrogate.parameters() if 0 < b < math.exp(5)] + limits
+    limit = known.log_ratio_limit
+    bounds = [*known.bounds(), *([limit] if limit and limit < 15 else [])]
     if not bounds:
         return
     near = {1e-6: 1e-6, 1e-3: 2e-2}.get(known.precision.matched, 0.4)
-    for off in {near, 1e-2 if near < 1e-2 else near}:
+    for off in {near, max(near, 1e-2)}:
         yield torch.tensor([e + s * off * max(abs(e), 1e-5) for e in bounds for s in (-1, 1)], dtype=torch.float64)
     yield torch.tensor([e * f for e in bounds for f in (0.5, 1.5)] + [-2.5, -0.6, 0.5, 2.5], dtype=torch.float64)
 
@@ -225,11 +188,10 @@ def pooled(known: Known, batch: Batch, log_ratio: Tensor, noise: Tensor | float)
     log_ratio = log_ratio.expand(batch.shape)
     if known.level == "token":
         return log_ratio
-    live = known.counted(batch)
-    lengths = live.sum(-1, keepdim=True).clamp(min=1)
-    spread = noise * live
+    counted, lengths = known.counted(batch), known.lengths(batch)
+    spread = noise * counted
     whole = log_ratio[:, :1] / (lengths if known.level == "sequence_product" else 1)
-    return whole + spread - spread.sum(-1, keepdim=True) / lengths * live
+    return whole + spread - spread.sum(-1, keepdim=True) / lengths * counted
 
 
 def measured(probe: Probe, known: Known, inputs: Inputs) -> tuple[float, Tensor]:
@@ -255,21 +217,19 @@ def predicted(known: Known, inputs: Inputs) -> tuple[float, Tensor]:
 
 
 def _ours(known: Known, inputs: Inputs, log_probs: Tensor, config: LossConfig) -> tuple[float, Tensor]:
-    batch, w = inputs.batch, known.weights
-    counted = known.counted(batch)
+    batch, counted = inputs.batch, known.counted(inputs.batch)
     leaf = batch.logits[:, : batch.shape[1]].clone().requires_grad_()
-    A = inputs.advantages
-    denominator = w.normalizer() if w is not None else None
+    denominator = known.weights.normalizer()
     out = grpo_loss(
         leaf,
         known.ids(batch),
-        known.effective(A, batch) if A.dim() == 1 else A,
+        known.effective(inputs.advantages, batch),
         counted,
         old_log_probs=known.ratio.as_difference(log_probs, inputs.old) if known.uses_ratio else None,
         ref_log_probs=inputs.ref,
         rollout_log_probs=(inputs.old if inputs.rollout is None else inputs.rollout) if known.rollout else None,
         config=config,
-        normalizer=None if not denominator or not denominator.normalizer else denominator.of(counted, batch.mask),
+        normalizer=denominator.of(counted, batch.mask) if denominator.normalizer else None,
         entropy_threshold=None if known.threshold is None else known.threshold.of(batch.entropy(), counted),
         temperature=known.temperature,
     )
@@ -289,13 +249,9 @@ def differences(ours: Tensor, theirs: Tensor) -> Tensor:
 
 
 def _parting(known: Known, inputs: Inputs, ours: Tensor, theirs: Tensor, where: Tensor) -> Iterator[Difference]:
-    batch = inputs.batch
-    log_probs = known.log_probs(batch)
-    slopes = [slopes_in(known, batch, Response(0.0, g, None, torch.float64)).slope for g in (theirs, ours)]
-    A = known.effective(inputs.advantages, batch) if inputs.advantages.dim() == 1 else inputs.advantages[:, 0]
-    ratio = torch.exp(log_probs - inputs.old)
+    log_probs, A = known.log_probs(inputs.batch), known.effective(inputs.advantages, inputs.batch)
+    A = A.expand(where.T.shape).T if A.dim() == 1 else A
+    columns = [torch.exp(log_probs - inputs.old), A, log_probs - inputs.ref]
+    columns += [slopes_of(known, inputs, gradient) for gradient in (theirs, ours)]
     for i, t in where.nonzero().tolist():
-        yield Difference(
-            i, t, float(ratio[i, t]), float(A[i]), float((log_probs - inputs.ref)[i, t]),
-            float(slopes[0][i, t]), float(slopes[1][i, t]),
-        )  # fmt: skip
+        yield Difference(i, t, *(float(column[i, t]) for column in columns))

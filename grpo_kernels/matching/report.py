@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from ..objectives.config import LossConfig
 from ..objectives.rollout import Rollout
 from ..objectives.surrogates import Surrogate
-from .proof import Difference
+from .field import Field
+from .known import Known, Said
+from .numbers import apart, plain
+from .probe import Probe, describe
+from .proof import Difference, Proof
 
-SHIFTS = {0: "its own input token, not the one after it", 2: "the token after the one that it predicts"}
 FAULTS: dict[str, str] = {
     "empty_sequence": "a sequence without tokens makes the loss or its gradient NaN (0/0): clamp the length, "
     "mask.sum(-1).clamp(min=1). The rest was measured without such a sequence",
@@ -123,9 +131,8 @@ LINES = 14
 """No answer is longer."""
 
 
-def text_of(key: str, values: dict[str, Any]) -> str:
-    which = {"which": SHIFTS[values["offset"]]} if "offset" in values else {}
-    return TEXTS[key].format(**values, **which)
+def texts_of(says: list[Said]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(TEXTS[one.key].format(**one.values) for one in says))
 
 
 @dataclass(frozen=True)
@@ -158,16 +165,16 @@ class MatchReport:
     threshold: str | None
     temperature: float
     temperature_source: str
-    gradient_difference: float
-    loss_difference: float
-    batches: int
+    form: str
     faults: tuple[str, ...]
     strange: tuple[str, ...]
     notes: tuple[str, ...]
-    regions: tuple[str, ...]
-    tokens: tuple[Difference, ...]
-    form: str
-    lines: tuple[str, ...]
+    gradient_difference: float = math.inf
+    loss_difference: float = math.inf
+    batches: int = 0
+    regions: tuple[str, ...] = ()
+    tokens: tuple[Difference, ...] = ()
+    lines: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return self.matched
@@ -178,16 +185,16 @@ class MatchReport:
 
     def call(self) -> str:
         """Return arguments of ``grpo_loss`` beyond the tensors."""
-        arguments = [f"config={self.paste()}"]
-        if self.normalizer is not None:
-            arguments.append(f"normalizer={self.normalizer}")
-        if self.threshold is not None:
-            arguments.append(f"entropy_threshold={self.threshold}")
+        arguments = {"config": self.paste()} | self._beside()
         if self.temperature != 1.0:
-            arguments.append(f"temperature={self.temperature_source}")
+            arguments["temperature"] = self.temperature_source
         if self.factor != 1.0:
-            arguments.append(f"grad_scale={self.factor:.6g}")
-        return ", ".join(arguments)
+            arguments["grad_scale"] = f"{self.factor:.6g}"
+        return ", ".join(f"{name}={value}" for name, value in arguments.items())
+
+    def _beside(self) -> dict[str, str]:
+        arguments = {"normalizer": self.normalizer, "entropy_threshold": self.threshold}
+        return {name: value for name, value in arguments.items() if value is not None}
 
     def __str__(self) -> str:
         where = "two batches" if self.batches > 1 else "one batch"
@@ -211,8 +218,7 @@ class MatchReport:
         return "\n".join([*head, *notes, *tail])
 
     def _scale(self) -> str:
-        text = "" if self.normalizer is None else f" with normalizer={self.normalizer}"
-        text += "" if self.threshold is None else f" with entropy_threshold={self.threshold}"
+        text = "".join(f" with {name}={value}" for name, value in self._beside().items())
         if self.factor == 1.0:
             return text
         inverse = 1 / self.factor if self.factor else 0.0
@@ -228,16 +234,97 @@ class MatchReport:
         return {**found, "call": self.call()}
 
 
-def lines_of(report: MatchReport, tensors: list[str], before: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the Python that computes the loss with ours, given tensors of these names, after the lines ``before``."""
-    arguments = ["logits", "token_ids", "advantages", "mask", *(f"{name}={name}" for name in tensors), report.call()]
+def report_of(probe: Probe, known: Known, proof: Proof | None, says: list[Said]) -> MatchReport:
+    faults, strange, notes = ([one for one in says if one.key in texts] for texts in (FAULTS, STRANGE, NOTES))
+    reproduced = proof is not None and proof.gradient <= known.precision.matched
+    reproduced = reproduced and all(one.key in BESIDE for one in strange)
+    mended = _mended(known, {one.key for one in faults}) if reproduced else known
+    report = MatchReport(
+        matched=reproduced and not faults and not strange,
+        config=mended.config,
+        factor=plain(mended.factor, max(1e-7, known.precision.digits)),
+        normalizer=mended.weights.normalizer().normalizer,
+        threshold=known.threshold.source() if known.threshold else None,
+        temperature=known.temperature,
+        temperature_source="temperature" if probe.caller.takes("temperature") else f"{known.temperature:g}",
+        form=describe(probe.form, probe.batch),
+        faults=texts_of(faults),
+        strange=texts_of(strange),
+        notes=texts_of(notes),
+    )
+    if proof is None:
+        return report
+    report = dataclasses.replace(
+        report,
+        gradient_difference=proof.gradient,
+        loss_difference=proof.value,
+        batches=proof.batches,
+        tokens=tuple(proof.tokens),
+    )
+    if reproduced:
+        return dataclasses.replace(report, lines=_lines(report, probe, known))
+    return dataclasses.replace(report, regions=tuple(_regions(probe, known)))
+
+
+def _mended(known: Known, faults: set[str]) -> Known:
+    """Return the loss that was meant: signs as they should be, tokens divided by tokens, a temperature where asked."""
+    weights = known.weights
+    of_the_mask = {"mask_in_numerator", "padding", "inverted_mask", "last_left_out", "first_left_out", "dropped"}
+    if faults & of_the_mask and weights.denominator in ("positions", "tokens of the mask"):
+        weights = dataclasses.replace(weights, denominator="tokens")
+    if "sign" in faults:
+        weights = dataclasses.replace(weights, factor=abs(weights.factor))
+    kl = dataclasses.replace(known.kl, coef=abs(known.kl.coef)) if "kl_sign" in faults else known.kl
+    return known.but(weights=weights, kl=kl)
+
+
+def _lines(report: MatchReport, probe: Probe, known: Known) -> tuple[str, ...]:
+    """Return the Python that computes the loss with ours."""
+    used = {"old_log_probs": known.uses_ratio and probe.caller.takes("old_log_probs")}
+    used |= {"ref_log_probs": known.kl.coef != 0, "rollout_log_probs": bool(known.rollout)}
+    tensors = [f"{name}={name}" for name, is_used in used.items() if is_used]
+    arguments = ["logits", "token_ids", "advantages", "mask", *tensors, report.call()]
     factor = "" if report.factor == 1 else f" * {report.factor:.6g}"
-    made = source_of(report.config)
-    names = sorted(set(re.findall(r"\b([A-Z]\w*)\(", made)), key=lambda name: (not name.isupper(), name))
+    names = sorted(set(re.findall(r"\b([A-Z]\w*)\(", report.paste())), key=lambda name: (not name.isupper(), name))
     names += ["grpo_loss"]
     names += ["token_log_probs"] if report.threshold is not None and "(" in report.threshold else []
-    imports = f"from grpo_kernels import {', '.join(names)}"
-    return imports, *before, f"loss = grpo_loss({', '.join(arguments)}).loss{factor}"
+    before = known.whitening.lines(probe.form.advantages)
+    call = f"loss = grpo_loss({', '.join(arguments)}).loss{factor}"
+    return f"from grpo_kernels import {', '.join(names)}", *before, call
+
+
+def _regions(probe: Probe, known: Known) -> list[str]:
+    """Return where the slope of a loss parts from the config's, in ratio and sign of the advantage; a sentence each."""
+    if not known.uses_ratio:
+        return []
+    field = Field(probe, known)
+    points = torch.linspace(-3, 3, 121, dtype=torch.float64)
+    limit = known.log_ratio_limit or math.inf
+    ours_of_all = field.of(known.surrogate, points.clamp(-limit, limit))
+    found = []
+    for sign in (1, -1):
+        i, t = field.side(sign).nonzero()[0].tolist()
+        theirs = -sign * torch.tensor(field.read(sign, *points.tolist()), dtype=torch.float64)
+        ours = -sign * ours_of_all[:, i, t]
+        parted = apart(theirs, ours, max(1e-3, known.precision.close))
+        if known.level == "token":
+            parted &= points > field.log_prob[i, t]  # the old policy's probability is at most 1
+        for differs, places in itertools.groupby(range(len(points)), key=parted.tolist().__getitem__):
+            if differs:
+                found.append(_region(points, list(places), sign, theirs, ours))
+    return found
+
+
+def _region(points: Tensor, places: list[int], sign: int, theirs: Tensor, ours: Tensor) -> str:
+    first, middle, last = places[0], places[(len(places) - 1) // 2], places[-1]
+    low, at, high = (math.exp(points[k]) for k in (first, middle, last))
+    where = f"ratio < {high:.3g}" if first == 0 else f"ratio {low:.3g} to {high:.3g}"
+    if last == len(points) - 1:
+        where = "any ratio" if first == 0 else f"ratio > {low:.3g}"
+    yours, mine = float(theirs[middle]), float(ours[middle])
+    kind = "yours is clipped" if abs(yours) < 1e-6 < abs(mine) else f"your slope is {yours:+.3g}·|A|"
+    side = ">" if sign > 0 else "<"
+    return f"tokens with {where} and A {side} 0: {kind}, ours {mine:+.3g}·|A| (at ratio {at:.3g})"
 
 
 def source_of(value: Any) -> str:

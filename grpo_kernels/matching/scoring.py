@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -9,13 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .batch import Batch, Inputs
+from .batch import Batch, Inputs, taken
 from .call import Unusable
-from .known import Known, Said, Threshold, TokenSet, said
-from .numbers import follows, plain
+from .known import Known, Said, Step, Threshold, TokenSet, said
+from .numbers import bisect, follows, plain
 from .probe import Probe
 
-Step = tuple[Known, list[Said]]
+SHIFTS = {0: "its own input token, not the one after it", 2: "the token after the one that it predicts"}
+"""What a row of logits scores, by the offset of it."""
 
 
 def find_scored_tokens(probe: Probe, known: Known) -> Step:
@@ -23,17 +26,16 @@ def find_scored_tokens(probe: Probe, known: Known) -> Step:
     if not probe.on_logits:
         return known, [] if probe.asked is None else [said("temperature_unseen")]
     batch = probe.batch
-    log_probs = known.log_probs(batch)
-    pair = [probe.run(known, Inputs(batch, log_probs, log_probs, s * probe.signs())).gradient for s in (1, -1)]
+    pair = [probe.run(known, probe.inputs(known, 0.0, sign * probe.signs(), 0.0)).gradient for sign in (1, -1)]
+    difference = pair[0] - pair[1]
+    everything = torch.cat([batch.first[:, None], batch.token_ids], 1)
     offsets: list[int | None] = []
     slopes, bends = [], []
-    everything = torch.cat([batch.first[:, None], batch.token_ids], 1)
-    difference = pair[0] - pair[1]
     for i, t in (difference.abs().amax(-1) > 0).nonzero().tolist():
         row = difference[i, t]
         chosen = int((row * row.sign().sum().sign()).argmin())
-        near = [o for o in (1, 0, 2) if t + o < everything.shape[1] and int(everything[i, t + o]) == chosen]
-        offsets.append(near[0] if near else None)
+        near = (o for o in (1, 0, 2) if t + o < everything.shape[1] and int(everything[i, t + o]) == chosen)
+        offsets.append(next(near, None))
         # ∂ℓ/∂z_j = -p_j/τ beside the chosen column: its logarithm is a line in z of slope 1/τ.
         others = torch.arange(len(row)) != chosen
         top = row.abs().masked_fill(~others, 0.0).topk(min(12, int(others.sum()))).indices
@@ -48,11 +50,11 @@ def find_scored_tokens(probe: Probe, known: Known) -> Step:
         found.append(said("unknown_tokens"))
     elif offset != 1:
         known = known.but(offset=offset)
-        found.append(said("shifted_ids", offset=offset))
+        found.append(said("shifted_ids", which=SHIFTS[offset]))
     if sorted(bends)[len(bends) // 2] > known.precision.close:
         return known, [*found, said("bent_logits")]
-    inverse = float(torch.tensor(slopes).double().median())
-    known = known.but(temperature=plain(1 / inverse, max(1e-7, known.precision.digits)))
+    temperature = 1 / sorted(slopes)[(len(slopes) - 1) // 2]
+    known = known.but(temperature=plain(temperature, max(1e-7, known.precision.digits)))
     return known, found + _temperature_faults(probe, known)
 
 
@@ -115,34 +117,29 @@ def find_tokens(probe: Probe, known: Known) -> Step:
     for tokens in _token_sets(known, batch, reached):
         if torch.equal(tokens.select(batch), reached) and _everywhere(probe, known.but(tokens=tokens)):
             return known.but(tokens=tokens), [tokens.says] if tokens.says is not None else []
-    dropped = batch.mask & ~reached
-    fewer = not bool((reached & ~batch.mask).any())
-    if fewer and (threshold := _threshold(probe, known, reached)) is not None:
+    dropped, extra = batch.mask & ~reached, int((reached & ~batch.mask).sum())
+    if not extra and (threshold := _threshold(probe, known, reached)) is not None:
         return known.but(threshold=threshold), [said("entropy_threshold", source=threshold.source())]
-    by = _properties(known, batch) | {"advantage": probe.signs()[:, None].expand(batch.shape)[batch.mask]}
+    by = properties(known, batch, batch.mask) | {"advantage": probe.signs()[:, None].expand(batch.shape)[batch.mask]}
     where = follows(reached[batch.mask].double(), by)
     places = ", ".join(f"({i}, {t})" for i, t in dropped.nonzero().tolist()[:3])
-    extra = int((reached & ~batch.mask).sum())
     why = f"; what decides is their {where}" if where else ""
     return known, [said("other_tokens", missing=int(dropped.sum()), places=places, extra=extra, why=why)]
 
 
 def _reached(probe: Probe, known: Known, batch: Batch) -> Tensor:
     """Return (B, T): the tokens that have a slope at one ratio or another, whatever clips them."""
-    slopes = torch.stack([probe.policy(known, x, probe.signs(batch), batch=batch).abs() for x in (0.0, -1.0, 1.0)])
+    slopes = torch.stack([probe.policy(known, x, batch=batch).abs() for x in (0.0, -1.0, 1.0)])
     return (slopes > 1e-9 * slopes[slopes.isfinite()].max()).any(0)
 
 
 def _everywhere(probe: Probe, known: Known) -> bool:
     """Whether what is known explains which tokens are reached, in every batch that the loss takes."""
-    for batch in (*probe.batches(), *probe.held_out()):
-        try:
-            reached = _reached(probe, known, batch)
-        except Exception:  # a loss may insist on its first batch's sizes
-            continue
-        if not torch.equal(reached, known.live(batch)):
-            return False
-    return True
+
+    def explained(batch: Batch) -> bool:
+        return torch.equal(_reached(probe, known, batch), known.live(batch))
+
+    return all(taken(explained, (*probe.batches(), *probe.held_out())))
 
 
 def _token_sets(known: Known, batch: Batch, reached: Tensor) -> Iterator[TokenSet]:
@@ -153,85 +150,59 @@ def _token_sets(known: Known, batch: Batch, reached: Tensor) -> Iterator[TokenSe
         names = " and ".join(("first", "last")[column] for column in columns)
         fault = said("shifted_mask", away=-shift) if shift else said("dropped", columns=names)
         # A loss that pairs tokens one apart loses a column by that; it was told already.
-        yield TokenSet(_Columns(shift, columns), None if known.old_shift and not shift else fault)
+        yield TokenSet(functools.partial(_columns, shift, columns), None if known.old_shift and not shift else fault)
     yield TokenSet(lambda batch: batch.mask & (batch.mask.flip(-1).cumsum(-1).flip(-1) > 1), said("last_left_out"))
     yield TokenSet(lambda batch: batch.mask & (batch.mask.cumsum(-1) > 1), said("first_left_out"))
-    if ids := _ids_left_out(batch, reached):
-        text = ", ".join(map(str, ids))
-        yield TokenSet(
-            lambda batch: batch.mask & ~torch.isin(batch.token_ids, torch.tensor(ids)), said("ids_left_out", ids=text)
-        )
-
-
-class _Columns:
-    """The mask moved by some columns, without some columns."""
-
-    def __init__(self, shift: int, columns: tuple[int, ...]) -> None:
-        self.shift, self.columns = shift, columns
-
-    def __call__(self, batch: Batch) -> Tensor:
-        live = batch.mask.roll(self.shift, -1)
-        live[:, list(self.columns)] = False
-        return live
-
-
-def _ids_left_out(batch: Batch, reached: Tensor) -> list[int]:
-    """Return the ids of which every token is left out, if that is what is left out."""
+    # Ids of which every token is left out.
     dropped, kept = batch.token_ids[batch.mask & ~reached].unique(), batch.token_ids[reached].unique()
-    few = len(dropped) <= 3 and not bool(torch.isin(dropped, kept).any())
-    return [int(i) for i in dropped] if few else []
+    if len(dropped) <= 3 and not bool(torch.isin(dropped, kept).any()):
+        says = said("ids_left_out", ids=", ".join(map(str, dropped.tolist())))
+        yield TokenSet(lambda batch: batch.mask & ~torch.isin(batch.token_ids, dropped), says)
+
+
+def _columns(shift: int, without: tuple[int, ...], batch: Batch) -> Tensor:
+    """Return the mask moved by some columns, without some columns."""
+    live = batch.mask.roll(shift, -1)
+    live[:, list(without)] = False
+    return live
 
 
 def _threshold(probe: Probe, known: Known, reached: Tensor) -> Threshold | None:
     """Return the entropy below which tokens are left out: a quantile that explains all batches, or a number of nats."""
-    batch = probe.batch
-    entropy = batch.entropy()
-    dropped = batch.mask & ~reached
-    low, high = float(entropy[dropped].max()), float(entropy[reached].min())
+    entropy = probe.batch.entropy()
+    low, high = float(entropy[probe.batch.mask & ~reached].max()), float(entropy[reached].min())
     if low >= high:
         return None
-    for quantile in (q / 100 for q in range(5, 100, 5)):
-        candidate = Threshold("quantile", quantile)
-        if _everywhere(probe, known.but(threshold=candidate)):
-            return candidate
-    found = _cut(probe, known, low, high)
-    candidate = Threshold("number", plain(found, max(1e-7, known.precision.digits)))
-    return candidate if _everywhere(probe, known.but(threshold=candidate)) else None
+    number = plain(_cut(probe, known, high), max(1e-7, known.precision.digits))
+    quantiles = (Threshold("quantile", percent / 100) for percent in range(5, 100, 5))
+    candidates = (*quantiles, Threshold("number", number))
+    return next((one for one in candidates if _everywhere(probe, known.but(threshold=one))), None)
 
 
-def _cut(probe: Probe, known: Known, low: float, high: float) -> float:
-    """Return the threshold between two entropies: a token's logits are drawn together until it is left out."""
-    batch = probe.batch
-    entropy = batch.entropy()
-    place = tuple((entropy == high).nonzero()[0].tolist())
-    sharper, flatter = 2.0, 1.0
-    for _ in range(50):
-        scale = (sharper + flatter) / 2
-        logits = batch.logits.clone()
+def _cut(probe: Probe, known: Known, entropy: float) -> float:
+    """Return the threshold below an entropy: the logits of its token are drawn apart until it is left out."""
+    place = tuple((probe.batch.entropy() == entropy).nonzero()[0].tolist())
+
+    def sharper(scale: Tensor) -> Batch:
+        logits = probe.batch.logits.clone()
         logits[place] *= scale
-        moved = Batch(logits, batch.first, batch.token_ids, batch.mask, batch.own)
-        if bool(_reached(probe, known, moved)[place]):
-            flatter = scale
-        else:
-            sharper = scale
-    logits = batch.logits.clone()
-    logits[place] *= flatter
-    return float(Batch(logits, batch.first, batch.token_ids, batch.mask).entropy()[place])
+        return dataclasses.replace(probe.batch, logits=logits)
 
+    def left_out(scale: Tensor) -> Tensor:
+        return ~_reached(probe, known, sharper(scale))[place]
 
-def _properties(known: Known, batch: Batch) -> dict[str, Tensor]:
-    """Return what a token's part in the loss may follow, of the mask's tokens."""
-    B, T = batch.shape
-    values = {
-        "position": torch.arange(T).expand(B, T),
-        "sequence's length": batch.mask.sum(-1, keepdim=True).expand(B, T),
-        "place in the batch": torch.arange(B)[:, None].expand(B, T),
-        "log-prob": known.log_probs(batch),
-        "entropy": batch.entropy(),
-    }
-    return {name: value[batch.mask].double() for name, value in values.items()}
+    scale = bisect(left_out, *torch.tensor([1.0, 2.0], dtype=torch.float64))
+    return float(sharper(scale).entropy()[place])
 
 
 def properties(known: Known, batch: Batch, tokens: Tensor) -> dict[str, Tensor]:
     """Return what a number of a token may follow, of the given tokens (B, T)."""
-    return _properties(known, Batch(batch.logits, batch.first, batch.token_ids, tokens))
+    rows, columns = (torch.arange(size) for size in batch.shape)
+    values = {
+        "position": columns,
+        "sequence's length": tokens.sum(-1, keepdim=True),
+        "place in the batch": rows[:, None],
+        "log-prob": known.log_probs(batch),
+        "entropy": batch.entropy(),
+    }
+    return {name: value.expand(batch.shape)[tokens].double() for name, value in values.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .known import Known, Said
+from .known import Known, Said, Step
 from .penalties import find_entropy, find_kl, find_rollout
 from .probe import Probe
 from .ratios import find_coupling, find_level, find_missing_exp
@@ -12,7 +12,7 @@ from .scoring import find_pairing, find_scored_tokens, find_tokens
 from .shapes import find_surrogate
 from .weighing import find_weights, find_whitening
 
-STEPS: tuple[Callable[[Probe, Known], tuple[Known, list[Said]]], ...] = (
+STEPS: tuple[Callable[[Probe, Known], Step], ...] = (
     find_scored_tokens,
     find_coupling,
     find_pairing,
@@ -27,15 +27,9 @@ STEPS: tuple[Callable[[Probe, Known], tuple[Known, list[Said]]], ...] = (
     find_rollout,
 )
 LAST = {
-    "bent_logits",
-    "missing_exp",
-    "other_tokens",
-    "early_stop",
-    "coupled_ratios",
-    "level_unknown",
-    "advantages_not_linear",
-    "advantages_scaled",
-}
+    "bent_logits", "missing_exp", "other_tokens", "early_stop", "coupled_ratios", "level_unknown",
+    "advantages_not_linear", "advantages_scaled",
+}  # fmt: skip
 """What is wrong in a way that leaves nothing to measure behind it."""
 
 

@@ -11,28 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..objectives import surrogates
 from ..objectives.config import LossConfig
-from ..objectives.surrogates import (
-    Cispo,
-    Clip,
-    DppoKL,
-    DppoTV,
-    Dro,
-    Gmpo,
-    Reinforce,
-    Sapo,
-    Surrogate,
-    Unclipped,
-    Vespo,
-)
-from .field import AT, GRID, LARGEST, Field
-from .known import Known, Said, said
-from .numbers import bisect, follows, plain, spread
+from ..objectives.surrogates import Clip, DppoTV, Surrogate, Unclipped
+from .field import Field
+from .known import Known, Said, Step, said
+from .numbers import apart, follows, plain, spread
 from .probe import Probe
 from .scoring import properties
 from .weighing import measure
 
-Step = tuple[Known, list[Said]]
 FALLBACK = 0.2
 """A bound that no token of the batch reaches."""
 
@@ -42,9 +30,9 @@ class Fit(NamedTuple):
 
     surrogate: Surrogate
     limit: float | None = LossConfig().log_ratio_limit
-    says: tuple[Said, ...] = ()
     scale: float = 1.0
     """On-policy slopes are this times the surrogate's weights: a cap below 1."""
+    says: tuple[Said, ...] = ()
 
 
 class Shape(NamedTuple):
@@ -65,31 +53,25 @@ def find_surrogate(probe: Probe, known: Known) -> Step:
     if not known.uses_ratio:
         return _without_ratio(probe, known)
     field = Field(probe, known)
-    precise = known.precision
     for shape in SHAPES:
         fit = shape.fit(field) if known.level in shape.levels else None
-        if fit is None:
-            continue
-        if shape.proven or field.misfit(fit.surrogate, fit.limit, fit.scale) <= min(0.1, 10 * precise.close):
-            return _with(known, fit), [*fit.says, *_follows_size(probe, _with(known, fit))]
-    fit, says = _nearest(field)
-    if not says:
-        says = [said("unknown_surrogate", error=field.misfit(fit.surrogate, fit.limit))]
+        proven = fit is not None and (shape.proven or field.misfit(*fit[:3]) <= min(0.1, 10 * known.precision.close))
+        if fit is not None and proven:
+            known = _with(known, fit)
+            return known, [*fit.says, *_follows_size(probe, known)]
+    fit, strange = _nearest(field)
+    says = [*strange, *fit.says] or [said("unknown_surrogate", error=field.misfit(*fit[:3]))]
     return _with(known, fit), says
 
 
 def _with(known: Known, fit: Fit) -> Known:
-    return _rescaled(known, fit).but(surrogate=fit.surrogate, log_ratio_limit=fit.limit)
+    weights = dataclasses.replace(known.weights, factor=known.weights.factor / fit.scale)
+    return known.but(weights=weights, surrogate=fit.surrogate, log_ratio_limit=fit.limit)
 
 
-def _rescaled(known: Known, fit: Fit) -> Known:
-    w = known.weights
-    assert w is not None
-    return known.but(weights=dataclasses.replace(w, factor=w.factor / fit.scale))
-
-
-def _digits(field: Field) -> float:
-    return max(1e-9, field.known.precision.digits)
+def _number(known: Known, value: float, times: float = 10) -> float:
+    """Return the shortest decimal that is a number read off slopes, to some ``times`` their digits."""
+    return plain(value, times * max(1e-9, known.precision.digits))
 
 
 # Shapes that do not just stop at a bound
@@ -97,50 +79,41 @@ def _digits(field: Field) -> float:
 
 def _vespo(field: Field) -> Fit | None:
     """Read log φ = k·x + λ·(1 - e^x): two points for two numbers, of each sign."""
-    at = torch.tensor([float(GRID[k]) for k in (AT[-1.0], AT[1.0])], dtype=torch.float64)
+    at = torch.tensor([-1.0, 1.0], dtype=torch.float64)
     numbers = []
     for sign in (1, -1):
-        weights = torch.stack([field.on_grid(sign)[AT[float(x)]] for x in at])
+        weights = torch.tensor(field.read(sign, -1.0, 1.0), dtype=torch.float64)
         if not bool((weights > 0).all()):
             return None
-        k, lam = torch.linalg.solve(torch.stack([at, -torch.expm1(at)], 1), weights.log()).tolist()
-        numbers += [plain(k, 10 * _digits(field)), plain(lam, 10 * _digits(field))]
-    fits = min(numbers) >= 0 and min(numbers[1::2]) >= 1e-4
-    return Fit(Vespo(*numbers)) if fits else None
+        solved = torch.linalg.solve(torch.stack([at, -torch.expm1(at)], 1), weights.log())
+        numbers += [_number(field.known, value) for value in solved.tolist()]
+    return Fit(surrogates.Vespo(*numbers)) if min(numbers) >= 0 and min(numbers[1::2]) >= 1e-4 else None
 
 
 def _cispo(field: Field) -> Fit | None:
     """Read plateaus: the largest weight, and perhaps a smallest that is not 0."""
-    ends = {sign: field.on_grid(sign)[[AT[-8.0], AT[-6.0], AT[6.0], AT[8.0]]].tolist() for sign in (1, -1)}
-    lowest, low, high, highest = ends[1]
+    lowest, low, high, highest = field.read(1, -8.0, -6.0, 6.0, 8.0)
     near = max(1e-6, field.known.precision.digits) * highest
-    if highest <= 0 or abs(high - highest) > near or abs(ends[-1][3] - highest) > near:
+    if highest <= 0 or abs(high - highest) > near or abs(field.read(-1, 8.0)[0] - highest) > near:
         return None
-    if lowest < 1e-2 or abs(low - lowest) > near:
-        # Relative to the slopes on-policy, which a cap below 1 bounds already.
-        scale = plain(math.exp(-8.0) / lowest, 10 * _digits(field)) if lowest > 0 else 1.0
-        if abs(scale - 1) < 1e-3:
-            return Fit(Cispo(cap=plain(highest, _digits(field))))
-        cap = plain(scale * highest, 10 * _digits(field))
-        return Fit(Cispo(cap=cap), says=(said("cap_below_one", cap=cap),), scale=scale) if 0 < cap < 1 else None
-    low_number, high_number = plain(1 - lowest, _digits(field)), plain(highest - 1, _digits(field))
-    return Fit(Cispo(low=low_number, high=high_number)) if 0 <= low_number <= 1 and high_number >= 0 else None
+    if lowest >= 1e-2 and abs(low - lowest) <= near:
+        low, high = _number(field.known, 1 - lowest, 1), _number(field.known, highest - 1, 1)
+        return Fit(surrogates.Cispo(low=low, high=high)) if 0 <= low <= 1 and high >= 0 else None
+    # Relative to the slopes on-policy, which a cap below 1 bounds already.
+    scale = _number(field.known, math.exp(-8.0) / lowest) if lowest > 0 else 1.0
+    if abs(scale - 1) < 1e-3:
+        return Fit(surrogates.Cispo(cap=_number(field.known, highest, 1)))
+    cap = _number(field.known, scale * highest)
+    return Fit(surrogates.Cispo(cap=cap), scale=scale, says=(said("cap_below_one", cap=cap),)) if 0 < cap < 1 else None
 
 
 def _sapo(field: Field) -> Fit | None:
-    """Read the temperature of each sign's gate at one ratio: it falls with it."""
-    at = GRID[AT[min(AT, key=lambda x: abs(x - 0.4))]]
-    ratio = math.exp(float(at))
-    taus = []
-    for sign in (1, -1):
-        wanted = float(field.on_grid(sign)[AT[float(at)]]) / ratio
-        low, high = torch.tensor(math.log(1e-3)).double(), torch.tensor(math.log(1e3)).double()
-
-        def closed(log_tau: Tensor, wanted: float = wanted) -> Tensor:
-            return 1 / torch.cosh(log_tau.exp() * (ratio - 1) / 2) ** 2 <= wanted
-
-        taus.append(plain(float(bisect(closed, low, high, 80).exp()), 10 * _digits(field)))
-    return Fit(Sapo(*taus))
+    """Read the temperature of each sign's gate at one ratio r: its slope is r / cosh²(τ(r - 1)/2)."""
+    x = 0.4
+    gates = [field.read(sign, x)[0] / math.exp(x) for sign in (1, -1)]
+    if not all(1e-30 < gate < 1 - 1e-9 for gate in gates):
+        return None
+    return Fit(surrogates.Sapo(*(_number(field.known, 2 * math.acosh(gate**-0.5) / math.expm1(x)) for gate in gates)))
 
 
 def _dppo(field: Field) -> Fit | None:
@@ -148,20 +121,15 @@ def _dppo(field: Field) -> Fit | None:
 
     The old policy's probability is at most 1, so a token's log-ratio is at least its log-prob.
     """
-    falling = torch.where(field.side(-1), field.edges(-1, -field.log_prob), torch.inf)
-    rising = torch.where(field.side(1), field.edges(1), torch.inf)
+    falling = torch.where(field.side(-1), field.down_to(-field.log_prob), torch.inf)
+    rising = torch.where(field.side(1), field.up, torch.inf)
     rising = torch.where((rising > 5) & ((rising - rising.round()).abs() < 1e-4), torch.inf, rising)  # a limit in nats
-    if not bool((falling.isfinite() | rising.isfinite()).any()):
-        return None
-    for kind in (DppoTV, DppoKL):
-        bounds = []
-        for edges in (falling, rising):
-            stopped = edges.isfinite()
-            moved = _moved(kind, field.log_prob[stopped], edges[stopped])
-            if spread(moved) > max(1e-6, field.known.precision.close):
-                break
-            bounds.append(plain(float(moved.median()), 10 * _digits(field)) if len(moved) else FALLBACK)
-        if len(bounds) == 2 and min(bounds) > 0:
+    edges = [(end[end.isfinite()], field.log_prob[end.isfinite()]) for end in (falling, rising)]
+    for kind in (DppoTV, surrogates.DppoKL):
+        moved = [_moved(kind, log_prob, x) for x, log_prob in edges]
+        bounds = [_number(field.known, float(m.median())) if len(m) else FALLBACK for m in moved]
+        alike = max(map(spread, moved)) <= max(1e-6, field.known.precision.close)
+        if any(map(len, moved)) and alike and min(bounds) > 0:
             return Fit(kind(bounds[0], bounds[1], _cap(field)))
     return None
 
@@ -178,36 +146,35 @@ def _moved(kind: type[Surrogate], log_prob: Tensor, x: Tensor) -> Tensor:
 
 def _cap(field: Field) -> float | None:
     """Return the cap of the ratio, where no bound stops it: of tokens of A < 0 that became likelier."""
-    near, far = (float(field.on_grid(-1)[AT[x]]) for x in (6.0, 8.0))
-    return plain(far, _digits(field)) if far > 0 and abs(near - far) <= 1e-3 * far else None
+    near, far = field.read(-1, 6.0, 8.0)
+    return _number(field.known, far, 1) if far > 0 and abs(near - far) <= 1e-3 * far else None
 
 
 def _gmpo(field: Field) -> Fit | None:
     """Read a clip before the mean: a token that is far out on its own has no slope, although its sequence is not."""
-    fit, says = _nearest(field)
+    fit, strange = _nearest(field)
     clip = fit.surrogate
-    if says or not isinstance(clip, Clip) or clip.dual is not None or clip.low == 1:
+    if strange or fit.says or not isinstance(clip, Clip) or clip.dual is not None or clip.low == 1:
         return None
     low, high = -math.log1p(-clip.low), math.log1p(clip.high)
-    rows = [i for i in range(len(field.live)) if int(field.side(1)[i].sum()) > 2]
-    if not rows:
+    rows = (field.side(1).sum(-1) > 2) * field.live.sum(-1)
+    if not bool(rows.any()):
         return None
-    row = max(rows, key=lambda i: int(field.live[i].sum()))
-    places = field.live[row].nonzero().flatten()
+    places = field.live[row := int(rows.argmax())].nonzero().flatten()
     moved = torch.zeros_like(field.log_prob)
     moved[row, places[0]] = 1.5 * high
     factor = field.factor(moved)[row]
     if abs(float(factor[places[0]])) > 1e-6 or float(factor[places[1:]].min()) < 0.5:
         return None
-    return Fit(Gmpo(plain(low, 10 * _digits(field)), plain(high, 10 * _digits(field))), fit.limit)
+    return Fit(surrogates.Gmpo(_number(field.known, low), _number(field.known, high)), fit.limit)
 
 
 # Slopes that stop at bounds of the ratio
 
 
 def _clip(field: Field) -> Fit | None:
-    fit, says = _nearest(field)
-    return None if any(s.key in ("bounds_differ", "unknown_bounds") for s in says) else fit._replace(says=tuple(says))
+    fit, strange = _nearest(field)
+    return None if strange or any(one.key == "unknown_bounds" for one in fit.says) else fit
 
 
 class Edges(NamedTuple):
@@ -222,39 +189,40 @@ class Edges(NamedTuple):
 
 
 def _nearest(field: Field) -> tuple[Fit, list[Said]]:
-    """Return the nearest clip, with its faults: PPO's stops A > 0 above and A < 0 below, and nothing else."""
-    down, up = field.edges(-1), field.edges(1)
-    says: list[Said] = []
+    """Return the nearest clip with its faults, and whether its bounds differ from token to token."""
+    strange: list[Said] = []
     ends = []
-    for edges, sign in ((up, 1), (down, -1), (down, 1), (up, -1)):
-        found = edges[field.side(sign)]
+    for found, sign in ((field.up, 1), (field.down, -1), (field.down, 1), (field.up, -1)):
+        found = found[field.side(sign)]
         stopped = found[found.isfinite()]
-        ends.append(float(stopped.median()) if 2 * len(stopped) >= len(found) and len(found) else None)
-        tolerance = 1e-6 if field.known.precision.same < 1e-6 else 5 * field.known.precision.digits
-        apart = len(stopped) and float((stopped - stopped.median()).abs().max()) > tolerance * max(
-            1, abs(ends[-1] or 0)
-        )
-        if (apart or 0 < len(stopped) < len(found)) and not says:
-            by = follows(found, properties(field.known, field.probe.batch, field.live & (field.sign == sign)))
-            low, high = (math.exp(float(x)) for x in (found.min(), found.max()))
-            says.append(said("bounds_differ", low=low, high=high, by=f"; it follows the {by}" if by else ""))
-    fit = _from_edges(Edges(*ends), field)
-    return fit._replace(says=()), [*says, *fit.says]
+        end = float(stopped.median()) if len(found) and 2 * len(stopped) >= len(found) else None
+        ends.append(end)
+        near = 1e-6 if field.known.precision.same < 1e-6 else 5 * field.known.precision.digits
+        differ = bool(((stopped - stopped.nanmedian()).abs() > near * max(1.0, abs(end or 0.0))).any())
+        if (differ or 0 < len(stopped) < len(found)) and not strange:
+            by = follows(found, properties(field.known, field.probe.batch, field.side(sign)))
+            low, high = math.exp(float(found.min())), math.exp(float(found.max()))
+            strange.append(said("bounds_differ", low=low, high=high, by=f"; it follows the {by}" if by else ""))
+    return _from_edges(Edges(*ends), field), strange
+
+
+def _near(one: float | None, other: float | None) -> bool:
+    return one is not None and other is not None and abs(one - other) < 1e-3
 
 
 def _from_edges(e: Edges, field: Field) -> Fit:
-    """Tell a clip, its dual bound and a limit of the log-ratio apart, and name clips that stop the wrong side."""
+    """Tell a clip, its dual bound and a limit of the log-ratio apart, and name clips that stop the wrong side.
+
+    PPO's stops A > 0 above and A < 0 below; a dual bound stops A < 0 above, a limit stops both signs on both sides.
+    """
     says: list[Said] = []
     low, high, dual, limit = e.falling, e.rising, e.negative_high, None
-    if dual is not None and e.positive_low is not None and abs(e.positive_low + dual) < 1e-3:
-        limit = plain(dual, 1e-6)  # both signs stop there: a clamp of the log-ratio, however narrow
-        if dual < 5 and field.known.level == "token" and _dropped(field, dual):
+    mirrored = None if e.positive_low is None else -e.positive_low
+    if mirrored is not None and (_near(mirrored, dual) or mirrored >= 4.9):
+        limit = plain(mirrored, 1e-6)
+        if _near(mirrored, dual) and mirrored < 5 and field.known.level == "token" and _dropped(field, mirrored):
             says.append(said("dropped_outside"))
-    elif e.positive_low is not None and e.positive_low <= -4.9:
-        limit = plain(-e.positive_low, 1e-6)
-    elif e.positive_low is not None or (
-        low is None and dual is not None and high is not None and abs(dual - high) < 1e-3
-    ):
+    elif mirrored is not None or (low is None and _near(dual, high)):
         key, low, high = _wrong_side(e, field)
         says.append(said(key))
         dual = None
@@ -263,22 +231,21 @@ def _from_edges(e: Edges, field: Field) -> Fit:
             limit = plain(dual, 1e-6)
             says += [said("one_sided_limit", limit=limit)] if field.known.precision.same < 1e-6 else []
         dual = None
-    if high is not None and _is_limit(high, limit):
-        high = None
-    if low is not None and limit is not None and abs(-low - limit) < 1e-3:
-        low = None
+    high = None if high is not None and _is_limit(high, limit) else high
+    low = None if low is not None and _near(-low, limit) else low
     if low is None and high is None and dual is None:
-        return Fit(Unclipped(), limit, tuple(says))
-    low_number = 1.0 if low is None else plain(-math.expm1(low), _digits(field))
-    high_number = plain(math.expm1(LARGEST if high is None else high), _digits(field))
+        return Fit(Unclipped(), limit, says=tuple(says))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* keeps ratios in")  # numbers of a guess are not the user's
-        clip = Clip(min(1.0, max(0.0, low_number)), max(0.0, high_number))
-    if dual is not None and (ratio := plain(math.exp(dual), _digits(field))) >= 1 + clip.high and ratio < 1e9:
+        clip = Clip(
+            min(1.0, max(0.0, 1.0 if low is None else _number(field.known, -math.expm1(low), 1))),
+            max(0.0, _number(field.known, math.expm1(60.0 if high is None else high), 1)),
+        )
+    if dual is not None and (ratio := _number(field.known, math.exp(dual), 1)) >= 1 + clip.high and ratio < 1e9:
         clip = Clip(clip.low, clip.high, ratio)
     elif dual is not None:
         says.append(said("dual_below_high"))
-    return Fit(clip, limit, tuple(says))
+    return Fit(clip, limit, says=tuple(says))
 
 
 def _wrong_side(e: Edges, field: Field) -> tuple[str, float | None, float | None]:
@@ -289,47 +256,35 @@ def _wrong_side(e: Edges, field: Field) -> tuple[str, float | None, float | None
         return "min_before_advantage", None if e.rising is None else -e.rising, e.rising
     if e.rising is None and e.negative_high is None:
         return "max_before_advantage", e.falling, None if e.falling is None else -e.falling
-    both = (e.positive_low, e.falling, e.rising, e.negative_high)
-    if None in both or abs(both[0] - both[1]) > 1e-3 or abs(both[2] - both[3]) > 1e-3:  # type: ignore[operator]
+    if e.rising is None or not (_near(e.positive_low, e.falling) and _near(e.rising, e.negative_high)):
         return "unknown_bounds", e.falling, e.rising
     return "dropped_outside" if _dropped(field, e.rising) else "clip_without_min", e.falling, e.rising
 
 
-def _dropped(field: Field, edge: float | None) -> bool:
+def _dropped(field: Field, edge: float) -> bool:
     """Whether the loss has no value either beyond an edge, where a clip or a clamp keeps that of the bound."""
-    assert edge is not None
-    A = torch.where(field.probe.signs() < 0, field.probe.signs(), 0.0)
+    A = field.probe.signs().clamp(max=0)
     beyond, inside = (field.probe.policy_value(field.known, x, A) for x in (1.5 * edge + 0.1, 0.0))
     return abs(beyond) < 1e-6 * abs(inside)
 
 
 def _is_limit(edge: float, limit: float | None) -> bool:
-    """Whether an edge is a clamp of the log-ratio, not of the ratio: as on the other side, or a round number of nats."""
-    if limit is not None:
-        return abs(edge - limit) < 1e-3
-    return edge >= 5 and abs(edge - round(edge)) < 1e-4
+    """Whether an edge is a clamp of the log-ratio, not of the ratio: as on the other side, or round in nats."""
+    return _near(edge, limit) if limit is not None else edge >= 5 and abs(edge - round(edge)) < 1e-4
 
 
 def _follows_size(probe: Probe, known: Known) -> list[Said]:
     """Say it where advantages of another size move the bounds."""
-    if known.whitening.text:
+    if known.whitening.text or not (known.level != "token" or isinstance(known.surrogate, (Clip, surrogates.Cispo))):
         return []
-    bounds = (
-        [math.log(b) for b in known.surrogate.parameters() if 0 < b < math.exp(5)]
-        if known.level != "token" or (isinstance(known.surrogate, (Clip, Cispo)))
-        else []
-    )
     near = 1e-3 + 5 * known.precision.digits
-    points = [bound * (1 + d * near) + d * near * 1e-2 for bound in bounds for d in (-1, 1)]
-    if not points:
-        return []
-    plain_size, *others = (Field(probe, known, scale) for scale in (1.0, 0.1, 7.0))
+    points = [bound + sign * near * (abs(bound) + 1e-2) for bound in known.bounds() for sign in (-1, 1)]
+    fields = [Field(probe, known, scale) for scale in (0.1, 7.0, 1.0)] if points else []
     for x in points:
-        at = plain_size.factor(x)
-        for field in others:
-            other = field.factor(x)
-            apart = (at - other).abs() > max(1e-2, 2 * known.precision.close) * torch.maximum(at.abs(), other.abs())
-            if bool((apart & ((at - other).abs() > 1e-9))[field.live].any()):
+        *others, at = (field.factor(x) for field in fields)
+        for other in others:
+            moved = apart(other, at, max(1e-2, 2 * known.precision.close)) & ((at - other).abs() > 1e-9)
+            if bool(moved[fields[-1].live].any()):
                 return [said("bounds_follow_advantages", ratio=math.exp(x))]
     return []
 
@@ -339,41 +294,34 @@ def _follows_size(probe: Probe, known: Known) -> list[Said]:
 
 def _without_ratio(probe: Probe, known: Known) -> Step:
     """Find a policy gradient, perhaps with a spring, or a ratio to itself."""
-    limit = LossConfig().log_ratio_limit
-    known = known.but(log_ratio_limit=limit)
+    known = known.but(log_ratio_limit=LossConfig().log_ratio_limit)
     takes_old = probe.caller.takes("old_log_probs")
     spring = _spring(probe, known) if takes_old else None
     if spring is not None:
         return known.but(surrogate=spring, uses_ratio=True), []
     is_ratio = _value_is_a_ratio(probe, known)
-    says = []
-    if takes_old and "old_log_probs" in probe.caller.roles.values():
-        says.append(said("old_ignored" if is_ratio else "old_unused"))
-    return known.but(surrogate=Unclipped() if is_ratio else Reinforce()), says
+    named = takes_old and probe.caller.container is None
+    says = [said("old_ignored" if is_ratio else "old_unused")] if named else []
+    return known.but(surrogate=Unclipped() if is_ratio else surrogates.Reinforce()), says
 
 
 def _spring(probe: Probe, known: Known) -> Surrogate | None:
     """Read DRO: without an advantage, a pull towards the old policy that is proportional to the log-ratio."""
     m = measure(probe, known, probe.batch)
-    at = (-1.0, 0.0, 0.5, 2.0)
-    pulls = [(probe.at(known, x, probe.zeros()).slope / m.weights)[m.live] for x in at]
-    if not all(bool(pull.isfinite().all()) for pull in pulls):
-        return None
-    strengths = torch.stack([(pull - pulls[1]) / x for pull, x in zip(pulls, at, strict=True) if x])
+    rest, *pulls = ((probe.at(known, x, probe.zeros()).slope / m.weights)[m.live] for x in (0.0, -1.0, 0.5, 2.0))
+    strengths = torch.stack([(pull - rest) / x for pull, x in zip(pulls, (-1.0, 0.5, 2.0), strict=True)])
     beta = float(strengths.mean())
-    if beta < 1e-6 or float((strengths - beta).abs().max()) > 1e3 * known.precision.same * beta:
-        return None
-    return Dro(plain(beta, max(1e-9, known.precision.digits)))
+    found = beta >= 1e-6 and spread(strengths) <= 1e3 * known.precision.same
+    return surrogates.Dro(_number(known, beta, 1)) if found else None
 
 
 def _value_is_a_ratio(probe: Probe, known: Known) -> bool:
     """Whether the value is -A, as of -A·exp(ℓ - sg(ℓ)), or -A·ℓ, which has the same slope."""
-    A = probe.signs()
-    value = probe.policy_value(known, 0.0, A)
+    value = probe.policy_value(known, 0.0, probe.signs())
     m = measure(probe, known, probe.batch)
-    terms = -m.weights * known.effective(A, probe.batch)[:, None]
-    log_probs = known.log_probs(probe.batch)
-    return abs(value - float(terms[m.live].sum())) < abs(value - float((terms * log_probs)[m.live].sum()))
+    terms = -m.weights * known.effective(probe.signs(), probe.batch)[:, None]
+    as_ratio, as_log_prob = ((terms * of)[m.live].sum() for of in (1.0, known.log_probs(probe.batch)))
+    return abs(value - float(as_ratio)) < abs(value - float(as_log_prob))
 
 
 SHAPES: tuple[Shape, ...] = (

@@ -7,15 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from .batch import Batch
-from .known import INVERTED, QUOTIENT, Known, Said, said
-from .numbers import follows
+from ..objectives.levels import LevelName
+from .batch import Batch, taken
+from .known import INVERTED, QUOTIENT, Known, Said, Step, said
+from .numbers import follows, spread
 from .probe import Probe
 from .scoring import properties
-from .weights import Measured, Weights, fit_weights, off_plain, on_batches
+from .weights import Measured, Weights, fit_weights, off_plain
 from .whitening import Whitening, whitenings
-
-Step = tuple[Known, list[Said]]
 
 
 def find_whitening(probe: Probe, known: Known) -> Step:
@@ -31,15 +30,14 @@ def find_whitening(probe: Probe, known: Known) -> Step:
         return known, [] if linear else [said("advantages_not_linear")]
     best: tuple[bool, float, Whitening] = (True, math.inf, known.whitening)
     for candidate in whitenings(scaled, len(A)):
-        tried = known.but(whitening=candidate)
-        try:
-            weights = fit_weights([measure(probe, tried, probe.batch, A)], known.precision.same)
-        except RuntimeError:  # it leaves no advantage that is not 0
+        m = measure(probe, known.but(whitening=candidate), probe.batch, A)
+        if not bool(m.live.any()):
             continue
+        weights = fit_weights([m], known.precision.same)
         unfit = weights.spread > known.precision.close
-        off = weights.spread if unfit else off_plain(weights.factor)
-        if (unfit, off) < best[:2]:
-            best = unfit, off, candidate
+        best = min(
+            best, (unfit, weights.spread if unfit else off_plain(weights.factor), candidate), key=lambda b: b[:2]
+        )
     if best[0]:
         return known, [said("whitening_unknown")]
     return known.but(whitening=best[2]), [said("whitening", text=best[2].text)]
@@ -55,7 +53,7 @@ def measure(probe: Probe, known: Known, batch: Batch, advantages: Tensor | None 
     live = known.live(batch) & (effective != 0)
     weights = torch.where(live, -probe.policy(known, 0.0, A, batch=batch) / effective, 0.0)
     if known.level == "sequence_product" and known.carries:
-        weights = weights / known.counted(batch).sum(-1, keepdim=True).clamp(min=1)
+        weights = weights / known.lengths(batch)
     return Measured(weights, live, known.counted(batch), batch.mask)
 
 
@@ -75,8 +73,8 @@ def find_weights(probe: Probe, known: Known) -> Step:
 
 
 def _fit(probe: Probe, known: Known) -> Weights:
-    measured = on_batches(lambda batch: measure(probe, known, batch), probe.batches())
-    return fit_weights(measured, known.precision.same)
+    measured = taken(lambda batch: measure(probe, known, batch), probe.batches())
+    return fit_weights(list(measured), known.precision.same)
 
 
 def _denominator_faults(probe: Probe, known: Known, weights: Weights) -> list[Said]:
@@ -90,25 +88,18 @@ def _denominator_faults(probe: Probe, known: Known, weights: Weights) -> list[Sa
 def _own_weights(probe: Probe, known: Known) -> Said:
     """Say what weights follow that no aggregation gives."""
     m = measure(probe, known, probe.batch)
-    weights, live = m.weights, m.live
-    by = follows(weights[live], properties(known, probe.batch, live))
-    rows = [weights[i, live[i]] for i in range(len(live)) if int(live[i].sum()) > 1]
-    if all(float((row - row.mean()).abs().max()) <= known.precision.close * float(row.abs().mean()) for row in rows):
+    by = follows(m.weights[m.live], properties(known, probe.batch, m.live))
+    if all(spread(row[live]) <= known.precision.close for row, live in zip(m.weights, m.live, strict=True)):
         return said("sequence_weights", by=f", which follows its {by}" if by else "")
-    return said(
-        "no_pattern", spread=known.weights.spread if known.weights else 0.0, by=f"; they follow {by}" if by else ""
-    )
+    return said("no_pattern", spread=known.weights.spread, by=f"; they follow {by}" if by else "")
 
 
-def _own_slopes(probe: Probe, known: Known) -> str:
+def _own_slopes(probe: Probe, known: Known) -> LevelName:
     """Return the level: where advantages come by token, a pooled ratio's slope may follow the token's own."""
-    form = probe.caller.form
-    assert form is not None
-    if known.level != "sequence" or form.advantages != "token" or known.whitening.text:
+    if known.level != "sequence" or probe.form.advantages != "token" or known.whitening.text:
         return known.level
     generator = torch.Generator().manual_seed(2)
     A = 1 + torch.rand(probe.batch.shape, generator=generator, dtype=torch.float64)
     slopes = probe.policy(known, 0.0, A) / measure(probe, known, probe.batch).weights
     row = slopes[int(known.live(probe.batch).sum(-1).argmax())]
-    row = row[row.isfinite() & (row != 0)]
-    return "sequence_token" if float((row - row.mean()).abs().max()) > 1e-3 * float(row.abs().mean()) else "sequence"
+    return "sequence_token" if spread(row[row.isfinite() & (row != 0)]) > 1e-3 else "sequence"

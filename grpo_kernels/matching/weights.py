@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from .batch import Batch
 from .call import ITEMS_FACTOR
+from .numbers import spread
 
 
 class Measured(NamedTuple):
@@ -23,14 +22,11 @@ class Measured(NamedTuple):
     mask: Tensor
 
 
-Count = Callable[[Tensor, Tensor], float]
-"""Takes the tokens that count and the mask."""
-
-
 class Denominator(NamedTuple):
     """What a sum over tokens or sequences is divided by."""
 
-    of: Count
+    of: Callable[[Tensor, Tensor], float]
+    """Takes the tokens that count and the mask."""
     normalizer: str | None = None
     """What to give as ``normalizer=``; None: the aggregation divides by it already."""
 
@@ -44,22 +40,22 @@ TOKENS: dict[str, Denominator] = {
     "sequences with tokens": Denominator(lambda counted, mask: float(mask.any(-1).sum()), "mask.any(-1).sum()"),
     "nothing": Denominator(lambda counted, mask: 1.0, "1.0"),
 }
+"""By what a sum is divided, the likeliest first."""
 SEQUENCES = {name: TOKENS[name] for name in ("sequences", "sequences with tokens", "nothing")}
-"""By what a pattern is divided, the likeliest first."""
 
 
 @dataclass(frozen=True)
 class Weights:
     """w = factor / denominator · pattern."""
 
-    pattern: str
+    pattern: str = "token"
     """"token" (1 each), "sequence" (1 over the tokens of the sequence), "group" (... of the group)."""
-    group_size: int | None
-    denominator: str
-    factor: float
-    spread: float
+    group_size: int | None = None
+    denominator: str = "tokens"
+    factor: float = 1.0
+    spread: float = 0.0
     """Largest relative distance of a token from the pattern; above what counts as close, nothing fits."""
-    apart: float
+    apart: float = 0.0
     """How far the factors of different batches are from each other: whether the denominator is that."""
 
     def normalizer(self) -> Denominator:
@@ -69,34 +65,19 @@ class Weights:
 def patterns(live: Tensor, counted: Tensor) -> dict[tuple[str, int | None], Tensor]:
     """Return every pattern, (B, T), 0 where a token is not live; lengths are of the tokens that count."""
     ones, B = live.double(), live.shape[0]
-    lengths = counted.sum(-1).double().clamp(min=1)
-    found: dict[tuple[str, int | None], Tensor] = {("token", None): ones, ("sequence", None): ones / lengths[:, None]}
-    for size in (size for size in range(2, B) if B % size == 0):
+    sizes = {("sequence", None): 1} | {("group", size): size for size in range(2, B) if B % size == 0}
+    found: dict[tuple[str, int | None], Tensor] = {("token", None): ones}
+    for key, size in sizes.items():
         tokens = counted.view(B // size, -1).sum(-1).double().clamp(min=1)
-        found["group", size] = ones / tokens.repeat_interleave(size)[:, None]
+        found[key] = ones / tokens.repeat_interleave(size)[:, None]
     return found
 
 
 def denominators(pattern: str, group_size: int | None) -> dict[str, Denominator]:
-    if pattern == "group":
-        assert group_size is not None
-        size = group_size
-        groups = Denominator(lambda counted, mask: mask.shape[0] / size)
+    if group_size is not None:
+        groups = Denominator(lambda counted, mask: mask.shape[0] / group_size)
         return {"groups": groups, "nothing": TOKENS["nothing"]}
     return TOKENS if pattern == "token" else SEQUENCES
-
-
-def on_batches(measure: Callable[[Batch], Measured], batches: list[Batch]) -> list[Measured]:
-    """Return the weights of every batch that the loss takes; it may insist on its first one's sizes."""
-    return [measure(batches[0]), *_taken(measure, batches[1:])]
-
-
-def _taken(measure: Callable[[Batch], Measured], batches: list[Batch]) -> Iterator[Measured]:
-    for batch in batches:
-        try:
-            yield measure(batch)
-        except Exception:  # whatever the loss raises about sizes that are not its own
-            continue
 
 
 def fit_weights(measured: list[Measured], same: float) -> Weights:
@@ -106,17 +87,15 @@ def fit_weights(measured: list[Measured], same: float) -> Weights:
         measured: the first decides which patterns there are; a denominator must explain all of them.
         same: relative differences that count as none; of equal fits the first wins.
     """
-    spreads = {key: _spread(key, measured) for key in patterns(measured[0].live, measured[0].counted)}
-    name, size = min(spreads, key=lambda key: round(spreads[key] / same))
-    counts = denominators(name, size)
-    factors = {
-        key: torch.tensor(list(_factors((name, size), measured, d.of)), dtype=torch.float64)
-        for key, d in counts.items()
-    }
-    apart = {key: float((f.max() - f.min()) / f.abs().mean().clamp(min=1e-300)) for key, f in factors.items()}
-    order = list(factors)
-    chosen = min(order, key=lambda d: (round(apart[d], 3), plainness(float(factors[d][0])), order.index(d)))
-    return Weights(name, size, chosen, float(factors[chosen][0]), spreads[name, size], apart[chosen])
+    shares = {key: list(_shares(key, measured)) for key in patterns(measured[0].live, measured[0].counted)}
+    spreads = {key: max(spread(share) for share, _ in of_batches) for key, of_batches in shares.items()}
+    key = min(spreads, key=lambda key: round(spreads[key] / same))
+    fits = []
+    for name, denominator in denominators(*key).items():
+        factors = [float(share.mean()) * denominator.of(m.counted, m.mask) for share, m in shares[key]]
+        apart = (max(factors) - min(factors)) / max(sum(map(abs, factors)) / len(factors), 1e-300)
+        fits.append(Weights(*key, name, factors[0], spreads[key], apart))
+    return min(fits, key=lambda fit: (round(fit.apart, 3), plainness(fit.factor)))
 
 
 def _shares(key: tuple[str, int | None], measured: list[Measured]) -> Iterator[tuple[Tensor, Measured]]:
@@ -125,17 +104,6 @@ def _shares(key: tuple[str, int | None], measured: list[Measured]) -> Iterator[t
         pattern = patterns(m.live, m.counted).get(key)
         if pattern is not None and bool(m.live.any()):
             yield m.weights[m.live] / pattern[m.live], m
-
-
-def _spread(key: tuple[str, int | None], measured: list[Measured]) -> float:
-    """Return the largest relative distance of a token's share from the mean of its batch."""
-    return max(float((s - s.mean()).abs().max() / s.abs().mean().clamp(min=1e-300)) for s, _ in _shares(key, measured))
-
-
-def _factors(key: tuple[str, int | None], measured: list[Measured], count: Count) -> Iterator[float]:
-    """Yield the factor of each batch with this denominator."""
-    for shares, m in _shares(key, measured):
-        yield float(shares.mean()) * count(m.counted, m.mask)
 
 
 def plainness(factor: float) -> int:

@@ -11,16 +11,12 @@ import torch
 from torch import Tensor
 
 
-def _same(advantages: Tensor, mask: Tensor) -> Tensor:
-    return advantages
-
-
 @dataclass(frozen=True)
 class Whitening:
     """What a loss does to advantages before it uses them; (B,) and mask (B, T) to (B,)."""
 
     text: str = ""
-    apply: Callable[[Tensor, Tensor], Tensor] = _same
+    apply: Callable[[Tensor, Tensor], Tensor] = lambda advantages, mask: advantages
     source: tuple[str, ...] = ()
     """Lines of Python that do it to ``advantages`` (B,) with ``mask`` (B, T)."""
 
@@ -33,52 +29,37 @@ class Whitening:
 
 
 def whitenings(scaled: bool, sequences: int) -> Iterator[Whitening]:
-    """Yield what losses do to the advantages of a batch, by what they average over."""
-    groups = [f"groups of {size}" for size in range(2, sequences) if sequences % size == 0]
-    for where in ("sequences", "tokens", "positions", *groups):
+    """Yield what losses do to the advantages of a batch, by what they average over; ``scaled``: they divide as well."""
+    groups = {f"groups of {size}": size for size in range(2, sequences) if sequences % size == 0}
+    for where, size in (dict.fromkeys(("sequences", "tokens", "positions"), 0) | groups).items():
+        mean = f"each.mean({'-1, keepdim=True' if size else ''})"
+        each = "each" if size else "advantages"
+        before, after = f"each = {_each(where, size)}", ".flatten()" if size else ""
         if not scaled:
-            text = f"A - mean over {where}"
-            yield Whitening(text, functools.partial(_centre, where=where), _source(where, None, 0.0))
+            apply = functools.partial(_whiten, where=where, size=size, ddof=1, eps=None)
+            centred = f"({each} - {mean})" if size else f"{each} - {mean}"
+            yield Whitening(f"A - mean over {where}", apply, (before, f"advantages = {centred}{after}"))
             continue
         for ddof, eps in itertools.product((1, 0), (1e-8, 1e-6, 1e-5, 1e-4)):
+            apply = functools.partial(_whiten, where=where, size=size, ddof=ddof, eps=eps)
             text = f"(A - mean) / (std + {eps:g}) over {where}, {'sample' if ddof else 'population'} std"
-            yield Whitening(
-                text, functools.partial(_whiten, where=where, ddof=ddof, eps=eps), _source(where, ddof, eps)
-            )
+            std = f"each.std({'-1, keepdim=True, ' if size else ''}correction={ddof})"
+            yield Whitening(text, apply, (before, f"advantages = ({each} - {mean}) / ({std} + {eps:g}){after}"))
 
 
-def _source(where: str, correction: int | None, eps: float) -> tuple[str, ...]:
-    """Return lines that do it; ``correction`` None: the mean is taken off and nothing else is done."""
-    each = {
-        "sequences": "advantages",
-        "tokens": "advantages.repeat_interleave((mask > 0).sum(-1))",
-        "positions": "advantages.repeat_interleave(mask.shape[1])",
-    }.get(where)
-    grouped, along = each is None, "-1, keepdim=True" if each is None else ""
-    before = f"each = advantages.view(-1, {where.split()[-1]})" if grouped else f"each = {each}"
-    of = "each" if grouped else "advantages"
-    spread = f" / (each.std({along}{', ' if grouped else ''}correction={correction}) + {eps:g})"
-    centred = f"({of} - each.mean({along}))" if correction is not None or grouped else f"{of} - each.mean()"
-    return before, f"advantages = {centred}{spread if correction is not None else ''}{'.flatten()' if grouped else ''}"
+def _each(where: str, size: int) -> str:
+    """Return the Python of what is averaged over."""
+    repeats = {"tokens": ".repeat_interleave((mask > 0).sum(-1))", "positions": ".repeat_interleave(mask.shape[1])"}
+    return f"advantages{f'.view(-1, {size})' if size else repeats.get(where, '')}"
 
 
-def _moments(A: Tensor, live: Tensor, where: str, ddof: int) -> tuple[Tensor, Tensor]:
-    if where.startswith("groups"):
-        groups = A.view(-1, int(where.split()[-1]))
-        centred = groups - groups.mean(-1, keepdim=True)
-        variance = (centred**2).sum(-1, keepdim=True) / (groups.shape[1] - ddof)
-        return groups.mean(-1, keepdim=True).expand_as(groups).flatten(), variance.expand_as(groups).flatten()
-    count = torch.ones_like(A)
-    if where != "sequences":
-        count = live.sum(-1).double() if where == "tokens" else torch.full_like(A, live.shape[1])
-    mean = (A * count).sum() / count.sum()
-    return mean, ((A - mean) ** 2 * count).sum() / (count.sum() - ddof)
-
-
-def _centre(A: Tensor, live: Tensor, where: str) -> Tensor:
-    return A - _moments(A, live, where, 1)[0]
-
-
-def _whiten(A: Tensor, live: Tensor, where: str, ddof: int, eps: float) -> Tensor:
-    mean, variance = _moments(A, live, where, ddof)
-    return (A - mean) / (variance.sqrt() + eps)
+def _whiten(A: Tensor, live: Tensor, where: str, size: int, ddof: int, eps: float | None) -> Tensor:
+    """Return advantages less their mean, over their standard deviation unless ``eps`` is None."""
+    groups = A.view(-1, size or len(A))
+    count = live.sum(-1).double().view_as(groups) if where == "tokens" else torch.ones_like(groups)
+    count = count * live.shape[1] if where == "positions" else count
+    centred = groups - (groups * count).sum(-1, keepdim=True) / count.sum(-1, keepdim=True)
+    if eps is None:
+        return centred.flatten()
+    variance = (centred**2 * count).sum(-1, keepdim=True) / (count.sum(-1, keepdim=True) - ddof)
+    return (centred / (variance.sqrt() + eps)).flatten()
