@@ -40,6 +40,10 @@ class Inputs:
     advantages: Tensor
     rollout: Tensor | None = None
 
+    @property
+    def sampled(self) -> Tensor:
+        return self.old if self.rollout is None else self.rollout
+
 
 @dataclass(frozen=True)
 class Batch:

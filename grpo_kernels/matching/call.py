@@ -62,22 +62,15 @@ class Named(dict[str, Any]):
     """A batch for losses that take one mapping: a key is found under whatever name means it."""
 
     def __missing__(self, key: str) -> Any:
-        role = role_of(key)
-        if role is None or role not in self:
+        if key not in self:
             raise KeyError(f"{key}: the batch that match makes has {', '.join(sorted(self))}")
-        return self[role]
+        return super().__getitem__(str(role_of(key)))
 
     def get(self, key: str, default: Any = None) -> Any:
-        try:
-            return self[key]
-        except KeyError:
-            return default
+        return self[key] if key in self else default  # noqa: SIM401 (it is what get is made of)
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__(key) or (isinstance(key, str) and super().__contains__(role_of(key)))
-
-
-ADVANTAGES = ("sequence", "token", "column")
+        return isinstance(key, str) and (super().__contains__(key) or super().__contains__(role_of(key)))
 
 
 @dataclass(frozen=True)
@@ -191,11 +184,19 @@ class Caller:
             return {}
         if starred := [str(p) for p in parameters.values() if p.kind in VARIADIC] if not required else []:
             raise Unusable(f"the loss takes {', '.join(starred)}: {WRAP}")
-        bound = getattr(self.loss_fn, "keywords", {})
         roles: dict[str, str] = {}
-        for parameter in parameters.values():
-            if parameter.name not in bound and parameter.kind not in VARIADIC:
-                self._add_role(roles, parameter, arguments, list(parameters))
+        for name, parameter in parameters.items():
+            if name in getattr(self.loss_fn, "keywords", {}) or parameter.kind in VARIADIC:
+                continue
+            role = self._role(parameter, arguments, ", ".join(parameters))
+            if role in roles.values():
+                other = next(n for n, r in roles.items() if r == role)
+                raise Unusable(
+                    f"two parameters seem to be {role}: {name} and {other}. Say which is which: "
+                    f"{self.words.meaning.format(name=name, role='old_log_probs')}."
+                )
+            if role is not None:
+                roles[name] = role
         if "old_log_probs" not in roles.values():  # losses that compare with the sampler alone
             roles = {n: "old_log_probs" if r == "rollout_log_probs" else r for n, r in roles.items()}
         if not {"logits", "log_probs"} & set(roles.values()):
@@ -205,29 +206,22 @@ class Caller:
             )
         return roles
 
-    def _add_role(
-        self, roles: dict[str, str], parameter: inspect.Parameter, arguments: dict[str, str], names: list[str]
-    ) -> None:
+    def _role(self, parameter: inspect.Parameter, arguments: dict[str, str], names: str) -> str | None:
+        """Return what a parameter is given; None where it stays at its default."""
         name, optional = parameter.name, parameter.default is not parameter.empty
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise Unusable(f"parameter {name!r} can only be given by its place: {WRAP}")
         role = arguments.get(name, role_of(name))
         if role is None and not optional:
             raise Unusable(
-                f"parameter {name!r} of the loss is not one that match knows (parameters: {', '.join(names)}). If it "
+                f"parameter {name!r} of the loss is not one that match knows (parameters: {names}). If it "
                 f"is a tensor of the batch, say which: {self.words.meaning.format(name=name, role='old_log_probs')} "
                 f"(one of {', '.join(ROLES)}); else bind it first: {self.words.bound.format(name=name)}."
             )
-        if role is None or (role in ("rollout_log_probs", "num_items", "cu_seqlens") and optional):
-            self.left_out += [name] if role is not None else []
-            return
-        if role in roles.values():
-            other = next(n for n, r in roles.items() if r == role)
-            raise Unusable(
-                f"two parameters seem to be {role}: {name} and {other}. Say which is which: "
-                f"{self.words.meaning.format(name=name, role='old_log_probs')}."
-            )
-        roles[name] = role
+        if optional and role in ("rollout_log_probs", "num_items", "cu_seqlens"):
+            self.left_out.append(name)
+            return None
+        return role
 
     @property
     def masks(self) -> bool:
@@ -239,26 +233,18 @@ class Caller:
 
     def forms(self) -> Iterator[Form]:
         """Yield every form that it might want, the likeliest first."""
-        sources = ["log_probs", "logits"] if self.container is not None else [self._source()]
+        of_logits = ("extended", "aligned", "unshifted", "ids_unshifted", "flat")
+        if {"input_ids", "labels"} & {name.lower() for name in self.roles}:
+            of_logits = ("unshifted", "ids_unshifted", "extended", "aligned", "flat")
+        layouts = {"log_probs": ("aligned", "flat"), "logits": of_logits}
+        packed = "cu_seqlens" in self.roles.values()
         masks = (torch.float64, torch.bool, torch.int64) if self.takes("mask") else (torch.float64,)
-        for source in sources:
-            for layout, advantages, mask in itertools.product(self._layouts(source), ADVANTAGES, masks):
-                packed = "cu_seqlens" in self.roles.values() and advantages == "sequence"
-                if layout != "flat" or advantages == "token" or packed:
+        sources = [source for source in layouts if self.container is not None or source in self.roles.values()]
+        for source in sources[-1:] if self.container is None else sources:
+            tried = ("flat",) if packed else layouts[source]
+            for layout, advantages, mask in itertools.product(tried, ("sequence", "token", "column"), masks):
+                if layout != "flat" or advantages == "token" or (packed and advantages == "sequence"):
                     yield Form(source, layout, advantages, mask)
-
-    def _source(self) -> str:
-        return "logits" if "logits" in self.roles.values() else "log_probs"
-
-    def _layouts(self, source: str) -> list[str]:
-        if "cu_seqlens" in self.roles.values():
-            return ["flat"]
-        if source == "log_probs":
-            return ["aligned", "flat"]
-        ids = [name.lower() for name, role in self.roles.items() if role == "token_ids"]
-        if ids and ids[0] in ("input_ids", "labels"):
-            return ["unshifted", "ids_unshifted", "extended", "aligned", "flat"]
-        return ["extended", "aligned", "unshifted", "ids_unshifted", "flat"]
 
     def run(self, form: Form, inputs: Inputs, leaf: Tensor | None = None) -> Response:
         """Call the loss once. ``leaf``: log-probs or logits other than the batch's own."""
@@ -282,32 +268,25 @@ class Caller:
 
     def _lay_out(self, form: Form, inputs: Inputs, leaf: Tensor, entropy: Tensor) -> dict[str, Any]:
         """Return every role's value; tensors are the loss's own, which it may overwrite."""
-        batch, advantages = inputs.batch, inputs.advantages
+        batch, A = inputs.batch, inputs.advantages
         B, T = batch.shape
         ids, mask, first = batch.token_ids, batch.mask, batch.first
         if self.labelled:
             ids, first = torch.where(mask, ids, -100), torch.full_like(first, -100)
-        if form.advantages != "sequence" and advantages.dim() == 1:
-            advantages = advantages[:, None].expand(B, T) if form.advantages == "token" else advantages[:, None]
-        logits = leaf if leaf.dim() == 3 else None
-        if logits is not None and form.layout in ("aligned", "flat"):
-            logits = logits[:, :T]
+        if form.advantages != "sequence" and A.dim() == 1:
+            A = A[:, None].expand(B, T if form.advantages == "token" else 1)
         if form.layout in ("unshifted", "ids_unshifted"):
             ids = torch.cat([first[:, None], ids], 1)
         if form.layout == "unshifted":
             mask = torch.cat([mask.new_zeros(B, 1), mask], 1)
-        rollout = inputs.old if inputs.rollout is None else inputs.rollout
         handed: dict[str, Any] = {
-            "log_probs" if logits is None else "logits": leaf if logits is None else logits,
-            "token_ids": ids.clone(), "mask": mask.to(form.mask), "advantages": advantages.clone(),
+            form.source: leaf[:, :T] if form.layout in ("aligned", "flat") else leaf,
+            "token_ids": ids.clone(), "mask": mask.to(form.mask), "advantages": A.clone(), "entropy": entropy,
             "old_log_probs": inputs.old.clone(), "ref_log_probs": inputs.ref.clone(),
-            "rollout_log_probs": rollout.clone(), "entropy": entropy,
+            "rollout_log_probs": inputs.sampled.clone(),
         }  # fmt: skip
         if form.layout == "flat":
-            handed = {
-                name: value.reshape(-1, value.shape[-1]) if name == "logits" else value.reshape(-1)
-                for name, value in handed.items()
-            }
+            handed = {n: x.flatten(0, 1) if x.shape[:2] == (B, T) else x for n, x in handed.items()}
             handed["cu_seqlens"] = torch.arange(B + 1) * T
         handed |= {"num_items": ITEMS_FACTOR * batch.mask.sum().double(), "temperature": self.temperature}
         return {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in handed.items()}

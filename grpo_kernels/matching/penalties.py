@@ -248,7 +248,7 @@ def _scheme(factor: Callable[[float], Tensor], level: Any, known: Known) -> Roll
     close, digits = max(1e-6, known.precision.close), known.precision.digits
 
     def differ(x: float, wanted: float) -> Tensor:
-        return ((factor(x) - wanted).abs() > close * wanted).any()
+        return ~((factor(x) - wanted).abs() <= close * wanted).all()
 
     by_ratio = not bool(differ(1e-2, math.exp(1e-2)))
     if not by_ratio and bool(differ(1e-3, 1.0)):

@@ -227,7 +227,7 @@ def _ours(known: Known, inputs: Inputs, log_probs: Tensor, config: LossConfig) -
         counted,
         old_log_probs=known.ratio.as_difference(log_probs, inputs.old) if known.uses_ratio else None,
         ref_log_probs=inputs.ref,
-        rollout_log_probs=(inputs.old if inputs.rollout is None else inputs.rollout) if known.rollout else None,
+        rollout_log_probs=inputs.sampled if known.rollout else None,
         config=config,
         normalizer=denominator.of(counted, batch.mask) if denominator.normalizer else None,
         entropy_threshold=None if known.threshold is None else known.threshold.of(batch.entropy(), counted),

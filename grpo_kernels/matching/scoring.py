@@ -26,53 +26,34 @@ def find_scored_tokens(probe: Probe, known: Known) -> Step:
     if not probe.on_logits:
         return known, [] if probe.asked is None else [said("temperature_unseen")]
     batch = probe.batch
-    pair = [probe.run(known, probe.inputs(known, 0.0, sign * probe.signs(), 0.0)).gradient for sign in (1, -1)]
-    difference = pair[0] - pair[1]
-    everything = torch.cat([batch.first[:, None], batch.token_ids], 1)
-    offsets: list[int | None] = []
-    slopes, bends = [], []
-    for i, t in (difference.abs().amax(-1) > 0).nonzero().tolist():
-        row = difference[i, t]
-        chosen = int((row * row.sign().sum().sign()).argmin())
-        near = (o for o in (1, 0, 2) if t + o < everything.shape[1] and int(everything[i, t + o]) == chosen)
-        offsets.append(next(near, None))
-        # ∂ℓ/∂z_j = -p_j/τ beside the chosen column: its logarithm is a line in z of slope 1/τ.
-        others = torch.arange(len(row)) != chosen
-        top = row.abs().masked_fill(~others, 0.0).topk(min(12, int(others.sum()))).indices
-        slope, bend = _line(batch.logits[i, t][top], row[top].abs().log())
-        slopes.append(slope)
-        bends.append(bend)
-    if not offsets:
+    one, other = (probe.run(known, probe.inputs(known, 0.0, sign * probe.signs())).gradient for sign in (1, -1))
+    reached = (one - other).abs().amax(-1) > 0
+    if not bool(reached.any()):
         return known, []
+    rows = (one - other)[reached]
+    # ∂ℓ/∂z_j = -p_j/τ beside the column that is scored, which has the other sign.
+    scored = (rows * rows.sign().sum(-1, keepdim=True).sign()).argmin(-1, keepdim=True)
+    hits = {offset: known.but(offset=offset).ids(batch)[reached][:, None] == scored for offset in (1, 0, 2)}
+    offset = max(hits, key=lambda offset: int(hits[offset].sum()))
     found: list[Said] = []
-    offset = max(set(offsets), key=offsets.count)
-    if offset is None:
+    if int(torch.stack(list(hits.values())).any(0).logical_not().sum()) > int(hits[offset].sum()):
         found.append(said("unknown_tokens"))
     elif offset != 1:
         known = known.but(offset=offset)
         found.append(said("shifted_ids", which=SHIFTS[offset]))
-    if sorted(bends)[len(bends) // 2] > known.precision.close:
+    # Its logarithm is a line in z of slope 1/τ.
+    top = rows.abs().scatter(-1, scored, 0.0).topk(min(12, rows.shape[-1] - 1)).indices
+    x, y = batch.logits[:, : batch.shape[1]][reached].gather(-1, top), rows.gather(-1, top).abs().log()
+    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+    slopes = (x * y).sum(-1, keepdim=True) / (x * x).sum(-1, keepdim=True)
+    if float((y - slopes * x).abs().amax(-1).median()) > known.precision.close:
         return known, [*found, said("bent_logits")]
-    temperature = 1 / sorted(slopes)[(len(slopes) - 1) // 2]
-    known = known.but(temperature=plain(temperature, max(1e-7, known.precision.digits)))
-    return known, found + _temperature_faults(probe, known)
-
-
-def _temperature_faults(probe: Probe, known: Known) -> list[Said]:
-    caller, asked = probe.caller, probe.asked
-    if asked is None and caller.takes("temperature") and caller.container is None:
-        asked = caller.temperature
-    if asked is None or abs(known.temperature - asked) < max(1e-4, known.precision.digits) * asked:
-        return []
-    key = "no_temperature" if abs(known.temperature - 1) < 1e-6 else "other_temperature"
-    return [said(key, asked=asked, found=known.temperature)]
-
-
-def _line(x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Return the slope of the least-squares line, and the largest distance from it."""
-    x0, y0 = x - x.mean(), y - y.mean()
-    slope = float((x0 * y0).sum() / (x0 * x0).sum())
-    return slope, float((y0 - slope * x0).abs().max())
+    known = known.but(temperature=plain(1 / float(slopes.median()), max(1e-7, known.precision.digits)))
+    asked = probe.caller.temperature if probe.caller.roles and probe.caller.takes("temperature") else probe.asked
+    if asked is not None and abs(known.temperature - asked) >= max(1e-4, known.precision.digits) * asked:
+        key = "no_temperature" if abs(known.temperature - 1) < 1e-6 else "other_temperature"
+        found.append(said(key, asked=asked, found=known.temperature))
+    return known, found
 
 
 def find_pairing(probe: Probe, known: Known) -> Step:

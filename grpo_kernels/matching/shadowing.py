@@ -15,7 +15,6 @@ from ..loss import grpo_loss
 from ..objectives.config import LossConfig
 from .call import Caller
 
-LOGITS_OPTIONS = ("temperature", "logit_scale", "logit_softcap")
 LOG = logging.getLogger("grpo_kernels.shadow")
 
 
@@ -111,17 +110,13 @@ class Shadow:
         self, leaf: Tensor, ids: Tensor, advantages: Tensor, mask: Tensor | None, options: dict[str, Any]
     ) -> Tensor:
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        scaling = {name: options[name] for name in LOGITS_OPTIONS if name in options}
+        scaling = {name: options[name] for name in ("temperature", "logit_scale", "logit_softcap") if name in options}
         found = token_log_probs(leaf, ids, mask, **scaling)
-        handed: dict[str, Any] = {
-            "logits": leaf,
-            "log_probs": found.log_probs,
-            "entropy": found.entropy,
-            "token_ids": ids,
-        }
-        handed |= {"advantages": advantages, "mask": mask, "temperature": options.get("temperature", 1.0)}
         given = options.get("normalizer")
-        handed["num_items"] = mask.sum() if given is None else getattr(given, "value", given)
-        handed |= {name: options.get(name) for name in ("old_log_probs", "ref_log_probs", "rollout_log_probs")}
-        handed["cu_seqlens"] = options.get("cu_seqlens")
+        beside = ("old_log_probs", "ref_log_probs", "rollout_log_probs", "cu_seqlens")
+        handed = {name: options.get(name) for name in beside} | {
+            "logits": leaf, "log_probs": found.log_probs, "entropy": found.entropy, "token_ids": ids, "mask": mask,
+            "advantages": advantages, "temperature": options.get("temperature", 1.0),
+            "num_items": mask.sum() if given is None else getattr(given, "value", given),
+        }  # fmt: skip
         return self.caller.loss_of(handed)
