@@ -43,6 +43,8 @@ class Field:
         self.log_prob = torch.cat([known.log_probs(batch) for _ in runs])
         self.pooled = known.level != "token"
         self.first = self.live.long().argmax(-1, keepdim=True)
+        self.at = functools.cache(self.factor)
+        """``factor`` at a number, measured once."""
 
     def factor(self, x: Tensor | float) -> Tensor:
         """Return (L, T) at pooled log-ratios, a number or (L, T); NaN where a token is not live."""
@@ -54,7 +56,7 @@ class Field:
     @functools.cached_property
     def grid(self) -> Tensor:
         """(n, L, T): the factors at GRID."""
-        return torch.stack([self.factor(float(x)) for x in GRID])
+        return torch.stack([self.at(float(x)) for x in GRID])
 
     def side(self, sign: int) -> Tensor:
         """Return the live tokens of one sign of the advantage, (L, T) bool."""
@@ -63,31 +65,33 @@ class Field:
     def read(self, sign: int, *points: float) -> list[float]:
         """Return the factors at log-ratios, at one token of the sign."""
         i, t = self.side(sign).nonzero()[0].tolist()
-        return [float(self.factor(x)[i, t].nan_to_num()) for x in points]
+        return [float(self.at(x)[i, t].nan_to_num()) for x in points]
 
     @functools.cached_property
     def up(self) -> Tensor:
         """(L, T): log-ratios at which slopes become 0 and stay so; inf: nowhere."""
-        return self._edges(1, torch.cat([NEAR, FAR])[:, None, None])
+        return self._edges(torch.cat([NEAR, FAR]))
 
     @functools.cached_property
     def down(self) -> Tensor:
         """The same for ratios that fall; where they get too small for a loss that rounds, nothing is looked for."""
-        far = FAR[FAR <= 22] if self.known.precision.same < 1e-6 else FAR[:0]
-        return self._edges(-1, torch.cat([NEAR, far])[:, None, None])
+        return self._edges(-torch.cat([NEAR, FAR[FAR <= 22] if self.known.precision.same < 1e-6 else FAR[:0]]))
 
     def down_to(self, reach: Tensor) -> Tensor:
         """The same where log-ratios may fall by ``reach`` (L, T) alone."""
-        return self._edges(-1, (NEAR / 8.0001)[:, None, None] * reach)
+        return self._edges(-NEAR / 8.0001, reach)
 
-    def _edges(self, direction: int, points: Tensor) -> Tensor:
-        lanes = direction * points.expand(-1, *self.sign.shape)
-        found = edges(self._stopped, lanes, torch.stack([self._stopped(lane) for lane in lanes]))
+    def _edges(self, points: Tensor, reach: Tensor | None = None) -> Tensor:
+        """Return where slopes stop, from points (n,) of the log-ratio or of its reach."""
+        lanes = points[:, None, None] * (torch.ones_like(self.sign) if reach is None else reach)
+        factors = [self.at(float(x)) for x in points] if reach is None else [self.factor(lane) for lane in lanes]
+        beyond = torch.stack([self._is_zero(factor, lane) for factor, lane in zip(factors, lanes, strict=True)])
+        found = edges(lambda x: self._is_zero(self.factor(x), x), lanes, beyond)
         return torch.where(self.live, found, torch.inf)
 
-    def _stopped(self, x: Tensor) -> Tensor:
-        """Whether slopes at (L, T) are smaller than a ratio this side of the bounds can make them."""
-        zero = self.factor(x).abs() <= 1e-3 * torch.exp(x.clamp(max=0))
+    def _is_zero(self, factor: Tensor, x: Tensor) -> Tensor:
+        """Whether factors at (L, T) are smaller than a ratio this side of the bounds can make them."""
+        zero = factor.abs() <= 1e-3 * torch.exp(x.clamp(max=0))
         return zero.gather(-1, self.first).expand_as(zero) if self.pooled else zero
 
     def misfit(self, surrogate: Surrogate, limit: float | None = None, scale: float = 1.0) -> float:

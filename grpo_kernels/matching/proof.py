@@ -16,7 +16,7 @@ from ..objectives.config import LossConfig
 from .batch import Batch, Inputs, taken
 from .call import Response
 from .known import DIFFERENCE, Known, Said, said
-from .probe import Probe, directions, slopes_in
+from .probe import Number, Probe, directions, slopes_in
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,7 @@ def draws(probe: Probe, known: Known, batch: Batch, generator: torch.Generator) 
     def normal(*size: int) -> Tensor:
         return torch.randn(*(size or shape), generator=generator).double()
 
-    def at(
-        log_ratio: Tensor,
-        A: Tensor,
-        noise: Tensor | float = 0.3,
-        x: Tensor | float = 1e-3,
-        rollout: Tensor | float = 0.0,
-    ) -> Inputs:
+    def at(log_ratio: Tensor, A: Tensor, noise: Number = 0.3, x: Number = 1e-3, rollout: Number = 0.0) -> Inputs:
         old = known.ratio.old(log_probs, pooled(known, batch, log_ratio, noise))
         if known.ratio is DIFFERENCE:
             old = old.clamp(max=-1e-6)  # a probability of at most 1
@@ -183,7 +177,7 @@ def _bounds(known: Known) -> Iterator[Tensor]:
     yield torch.tensor([e * f for e in bounds for f in (0.5, 1.5)] + [-2.5, -0.6, 0.5, 2.5], dtype=torch.float64)
 
 
-def pooled(known: Known, batch: Batch, log_ratio: Tensor, noise: Tensor | float) -> Tensor:
+def pooled(known: Known, batch: Batch, log_ratio: Tensor, noise: Number) -> Tensor:
     """Return (B, T) log-ratios whose pooled ones are the given ones, or each sequence's first, with noise inside."""
     log_ratio = log_ratio.expand(batch.shape)
     if known.level == "token":

@@ -13,7 +13,7 @@ from .known import INVERTED, QUOTIENT, Known, Said, Step, said
 from .numbers import follows, spread
 from .probe import Probe
 from .scoring import properties
-from .weights import Measured, Weights, fit_weights, off_plain
+from .weights import Measured, fit_weights, off_plain
 from .whitening import Whitening, whitenings
 
 
@@ -59,30 +59,24 @@ def measure(probe: Probe, known: Known, batch: Batch, advantages: Tensor | None 
 
 def find_weights(probe: Probe, known: Known) -> Step:
     """Find pattern and denominator; and, since it shows here, a quotient of log-probs in the ratio's place."""
-    weights = _fit(probe, known)
-    if weights.spread > known.precision.close and known.uses_ratio:
-        tried = known.but(ratio=QUOTIENT)
-        other = _fit(probe, tried)
-        if other.spread <= known.precision.close:
-            return tried.but(weights=other), [said("quotient"), *_denominator_faults(probe, tried, other)]
-    known = known.but(weights=weights)
-    says = [said("inverted")] if known.ratio is INVERTED else []
-    if weights.spread > known.precision.close:
-        return known, [*says, _own_weights(probe, known)]
-    return known.but(level=_own_slopes(probe, known)), says + _denominator_faults(probe, known, weights)
+    close, found = known.precision.close, _fitted(probe, known)
+    if found.weights.spread > close and known.uses_ratio:
+        quotient = _fitted(probe, known.but(ratio=QUOTIENT))
+        found = quotient if quotient.weights.spread <= close else found
+    says = [said(found.ratio.name)] if found.ratio in (QUOTIENT, INVERTED) else []
+    weights = found.weights
+    if weights.spread > close:
+        return found, [*says, _own_weights(probe, found)]
+    if weights.apart > max(1e-3, close):
+        says.append(said("denominator"))
+    elif weights.denominator == "positions":
+        says.append(said("mask_in_numerator", positions=probe.batch.mask.numel()))
+    return found.but(level=_own_slopes(probe, found)), says
 
 
-def _fit(probe: Probe, known: Known) -> Weights:
+def _fitted(probe: Probe, known: Known) -> Known:
     measured = taken(lambda batch: measure(probe, known, batch), probe.batches())
-    return fit_weights(list(measured), known.precision.same)
-
-
-def _denominator_faults(probe: Probe, known: Known, weights: Weights) -> list[Said]:
-    if weights.apart > max(1e-3, known.precision.close):
-        return [said("denominator")]
-    if weights.denominator == "positions":
-        return [said("mask_in_numerator", positions=probe.batch.mask.numel())]
-    return []
+    return known.but(weights=fit_weights(list(measured), known.precision.same))
 
 
 def _own_weights(probe: Probe, known: Known) -> Said:
