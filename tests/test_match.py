@@ -439,6 +439,9 @@ def test_temperature_that_was_said():
     assert "missing temperature: the sampler's is 0.9" in str(match(undivided, temperature=0.9))
     assert match(undivided)
     assert "another temperature" in str(match(divided, temperature=0.8))
+    for loss in (divided, undivided):
+        assert "temperature=0.8)" in match(loss, temperature=0.8).lines[-1]
+    assert "temperature=temperature)" in match(cold).lines[-1]
 
 
 # The nearest config, and where it parts

@@ -31,7 +31,7 @@ def _weights(probe: Probe, known: Known) -> Tensor:
     if w.spread > known.precision.close:
         return m.weights
     pattern = patterns(m.counted, m.counted)[w.pattern, w.group_size]
-    return pattern * w.factor / w.normalizer().of(m.counted, m.mask)
+    return pattern * w.factor / w.divisor.of(m.counted, m.mask)
 
 
 # The KL penalty
@@ -54,18 +54,19 @@ class _Penalty:
         zero = self.probe.zeros(batch)
         return torch.nan_to_num(self.probe.at(self.known, math.log(ratio), zero, x, batch).slope)
 
-    def curve(self, points: Tensor, ratio: float = 1.0) -> Tensor:
-        """Return slopes over weight at points of any shape, the mean of tokens; without a spring of the surrogate."""
-        one, log_ratio = torch.ones(()).double(), torch.tensor(ratio).double().log()
-        own = self.known.surrogate.terms(Point(-one, log_ratio, log_ratio.exp(), 0 * one, -one - log_ratio))
-        shares = [(self.slopes(float(x), ratio) / self.weights)[self.live].mean() for x in points.flatten()]
-        return torch.stack(shares).view(points.shape) - (own.slope + own.direct)
+    def curves(self, points: Tensor, ratio: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return values per weight, less the first, and slopes over weight, at points of any shape; a mean of tokens.
 
-    def values(self, points: Tensor, ratio: float) -> Tensor:
-        """Return (n,) losses per weight, less the first."""
+        A spring of the surrogate's own is taken off the slopes.
+        """
         zero, log_ratio = self.probe.zeros(), math.log(ratio)
-        losses = [self.probe.at(self.known, log_ratio, zero, float(x)).loss for x in points]
-        return (torch.tensor(losses, dtype=torch.float64) - losses[0]) / float(self.weights[self.counted].sum())
+        at = [self.probe.at(self.known, log_ratio, zero, float(x)) for x in points.flatten()]
+        values = torch.tensor([one.loss - at[0].loss for one in at], dtype=torch.float64)
+        values = values / self.weights[self.counted].sum()
+        slopes = torch.stack([(one.slope.nan_to_num() / self.weights)[self.live].mean() for one in at])
+        one, x = torch.ones(()).double(), torch.tensor(log_ratio, dtype=torch.float64)
+        own = self.known.surrogate.terms(Point(-one, x, x.exp(), 0 * one, -one - x))
+        return values.view(points.shape), slopes.view(points.shape) - (own.slope + own.direct)
 
     def measure(self, batch: Batch) -> Measured:
         """Return its own weights, those of slopes at one distance."""
@@ -136,8 +137,7 @@ def _fit_kl(penalty: _Penalty) -> tuple[KL, list[Said]]:
     """Return the kind whose slopes these are, on-policy and off; of several the one whose values they are as well."""
     precise, ratios = penalty.known.precision, (1.0, 1.5)
     close = max(1e-6, precise.close)
-    slopes = torch.cat([penalty.curve(DISTANCES, ratio) for ratio in ratios])
-    values = torch.cat([penalty.values(DISTANCES, ratio) for ratio in ratios])
+    values, slopes = map(torch.cat, zip(*(penalty.curves(DISTANCES, ratio) for ratio in ratios), strict=True))
     if not bool(slopes.isfinite().all()):
         return KL(), [said("kl_elsewhere")]
 
@@ -156,7 +156,7 @@ def _fit_kl(penalty: _Penalty) -> tuple[KL, list[Said]]:
     cap = KL().ratio_cap
     if kl.gradient == "weighted_k2":
         x = torch.tensor(0.5, dtype=torch.float64)
-        cap = plain(float(penalty.curve(x, 1e3) / penalty.curve(x)), max(1e-6, precise.digits))
+        cap = plain(float(penalty.curves(x, 1e3)[1] / penalty.curves(x)[1]), max(1e-6, precise.digits))
     limit = _kl_limit(penalty, coef, kl)
     kl = dataclasses.replace(kl, coef=plain(coef, precise.digits), limit=limit or (None, None), ratio_cap=cap)
     unknown = [said("unknown_kl", error=error)] if error > close else []
@@ -170,7 +170,7 @@ def _kl_limit(penalty: _Penalty, coef: float, kl: KL) -> tuple[float | None, flo
 
     def left(x: Tensor) -> Tensor:
         size = _predicted(kl, x, 1.0)[1]
-        return (penalty.curve(x) / coef - size).abs() >= max(1e-3, precise.close) * size.abs().clamp(min=1e-12)
+        return (penalty.curves(x)[1] / coef - size).abs() >= max(1e-3, precise.close) * size.abs().clamp(min=1e-12)
 
     # k3 grows as exp downwards, and hides what rounds.
     grids = (-(FAR if exact else FAR[FAR <= 8]), FAR)

@@ -213,7 +213,7 @@ def predicted(known: Known, inputs: Inputs) -> tuple[float, Tensor]:
 def _ours(known: Known, inputs: Inputs, log_probs: Tensor, config: LossConfig) -> tuple[float, Tensor]:
     batch, counted = inputs.batch, known.counted(inputs.batch)
     leaf = batch.logits[:, : batch.shape[1]].clone().requires_grad_()
-    denominator = known.weights.normalizer()
+    denominator = known.weights.divisor
     out = grpo_loss(
         leaf,
         known.ids(batch),

@@ -53,13 +53,9 @@ def find_level(probe: Probe, known: Known) -> Step:
     """Find whether a token's slope follows its own log-ratio or its sequence's, their mean or their sum."""
     if not probe.caller.takes("old_log_probs"):
         return known.but(uses_ratio=False), []
-    rest = probe.policy(known, 0.0)
+    rest, change = _changes(probe, known)
     live = known.live(probe.batch) & (rest != 0) & rest.isfinite()
     sign = known.effective(probe.signs(), probe.batch).sign()[:, None]
-
-    def change(log_ratio: Tensor) -> Tensor:
-        """Return (B, T): by what share of themselves slopes change with log-ratios."""
-        return probe.policy(known, log_ratio) / rest - 1
 
     def moves(size: float) -> bool:
         return bool((change(size * _coins(probe, 0)).nan_to_num().abs() > 0.02 * size)[live].any())
@@ -71,8 +67,13 @@ def find_level(probe: Probe, known: Known) -> Step:
     growth = [float((change(inside) / inside)[live & (sign == s)].mean()) for s in (1, -1)]
     if float((rest * sign)[live].mean()) > 0 and not any(g >= 0 for g in growth):
         known = known.but(ratio=INVERTED)
-        rest = probe.policy(known, 0.0)
-    return _pooling(probe, known, rest, live, inside / 2, size)
+    return _pooling(probe, known, live, inside / 2, size)
+
+
+def _changes(probe: Probe, known: Known) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return on-policy slopes, and by what share of themselves they change with log-ratios; all (B, T)."""
+    rest = probe.policy(known, 0.0)
+    return rest, lambda log_ratio: probe.policy(known, log_ratio) / rest - 1
 
 
 def _coins(probe: Probe, seed: int) -> Tensor:
@@ -81,14 +82,12 @@ def _coins(probe: Probe, seed: int) -> Tensor:
     return torch.randint(0, 2, probe.batch.shape, generator=generator).double() * 2 - 1
 
 
-def _pooling(probe: Probe, known: Known, rest: Tensor, live: Tensor, half: Tensor, size: float) -> Step:
+def _pooling(probe: Probe, known: Known, live: Tensor, half: Tensor, size: float) -> Step:
     """Find the level: at each one, other inputs that it cannot tell apart change no slope."""
+    _, change = _changes(probe, known)
     several = live & (live.sum(-1, keepdim=True) > 1)
     counted, lengths = known.counted(probe.batch), known.lengths(probe.batch)
     coins, still = size / 2 * _coins(probe, 1), _coins(probe, 2) > 0
-
-    def change(log_ratio: Tensor) -> Tensor:
-        return probe.policy(known, log_ratio) / rest - 1
 
     def differ(one: Tensor, other: Tensor, where: Tensor) -> bool:
         near = max(known.precision.same, 1e-3 * size)

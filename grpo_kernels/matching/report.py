@@ -145,7 +145,8 @@ class MatchReport:
         factor: the loss is this times ours.
         normalizer: what to give as ``normalizer=``, as text; None: nothing.
         threshold: what to give as ``entropy_threshold=``, as text; None: nothing.
-        temperature: of the logits, where the loss takes logits; ``temperature_source`` what to write for it.
+        temperature: of the logits, where the loss takes logits; ``temperature_source`` what to write for it. Of a loss
+            that lacks it, what it should be.
         gradient_difference: largest relative difference of a token's gradient.
         loss_difference: largest relative difference of the value.
         batches: on how many batches the two were compared.
@@ -238,15 +239,15 @@ def report_of(probe: Probe, known: Known, proof: Proof | None, says: list[Said])
     faults, strange, notes = ([one for one in says if one.key in texts] for texts in (FAULTS, STRANGE, NOTES))
     reproduced = proof is not None and proof.gradient <= known.precision.matched
     reproduced = reproduced and all(one.key in BESIDE for one in strange)
-    mended = _mended(known, {one.key for one in faults}) if reproduced else known
+    mended = _mended(known, faults) if reproduced else known
     report = MatchReport(
         matched=reproduced and not faults and not strange,
         config=mended.config,
         factor=plain(mended.factor, max(1e-7, known.precision.digits)),
-        normalizer=mended.weights.normalizer().normalizer,
+        normalizer=mended.weights.divisor.normalizer,
         threshold=known.threshold.source() if known.threshold else None,
-        temperature=known.temperature,
-        temperature_source="temperature" if probe.caller.takes("temperature") else f"{known.temperature:g}",
+        temperature=mended.temperature,
+        temperature_source="temperature" if probe.caller.takes("temperature") else f"{mended.temperature:g}",
         form=describe(probe.form, probe.batch),
         faults=texts_of(faults),
         strange=texts_of(strange),
@@ -266,16 +267,17 @@ def report_of(probe: Probe, known: Known, proof: Proof | None, says: list[Said])
     return dataclasses.replace(report, regions=tuple(_regions(probe, known)))
 
 
-def _mended(known: Known, faults: set[str]) -> Known:
-    """Return the loss that was meant: signs as they should be, tokens divided by tokens, a temperature where asked."""
-    weights = known.weights
+def _mended(known: Known, faults: list[Said]) -> Known:
+    """Return the loss that was meant: signs as they should be, tokens divided by tokens, the sampler's temperature."""
+    weights, keys = known.weights, {one.key for one in faults}
     of_the_mask = {"mask_in_numerator", "padding", "inverted_mask", "last_left_out", "first_left_out", "dropped"}
-    if faults & of_the_mask and weights.denominator in ("positions", "tokens of the mask"):
+    if keys & of_the_mask and weights.denominator in ("positions", "tokens of the mask"):
         weights = dataclasses.replace(weights, denominator="tokens")
-    if "sign" in faults:
+    if "sign" in keys:
         weights = dataclasses.replace(weights, factor=abs(weights.factor))
-    kl = dataclasses.replace(known.kl, coef=abs(known.kl.coef)) if "kl_sign" in faults else known.kl
-    return known.but(weights=weights, kl=kl)
+    kl = dataclasses.replace(known.kl, coef=abs(known.kl.coef)) if "kl_sign" in keys else known.kl
+    temperature = next((one.values["asked"] for one in faults if "asked" in one.values), known.temperature)
+    return known.but(weights=weights, kl=kl, temperature=temperature)
 
 
 def _lines(report: MatchReport, probe: Probe, known: Known) -> tuple[str, ...]:

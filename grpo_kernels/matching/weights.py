@@ -58,7 +58,8 @@ class Weights:
     apart: float = 0.0
     """How far the factors of different batches are from each other: whether the denominator is that."""
 
-    def normalizer(self) -> Denominator:
+    @property
+    def divisor(self) -> Denominator:
         return denominators(self.pattern, self.group_size)[self.denominator]
 
 
