@@ -589,6 +589,7 @@ def test_nan_at_masked_tokens():
     report = match(loss, {"log_probs": -torch.rand(4, 5) - 0.5, "mask": mask, "old_log_probs": old})
     assert not report
     assert report.gradient_difference == torch.inf
+    assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["gradient_difference"] is None
 
 
 @pytest.mark.parametrize("limit", [2.0, 5.0])

@@ -228,11 +228,14 @@ class MatchReport:
         return f"{text}, times {self.factor:g}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON."""
-        found = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        found["config"] = self.paste()
-        found["tokens"] = [dataclasses.asdict(token) for token in self.tokens]
-        return {**found, "call": self.call()}
+        """Return everything as plain values, for JSON; None for a number that is not finite."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        tokens = [_finite(dataclasses.asdict(token)) for token in self.tokens]
+        return _finite(fields) | {"config": self.paste(), "tokens": tokens, "call": self.call()}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def report_of(probe: Probe, known: Known, proof: Proof | None, says: list[Said]) -> MatchReport:

@@ -87,28 +87,24 @@ class Shadow:
     ) -> LossOutput:
         if self.calls % self.every == 0 and torch.is_grad_enabled():
             try:
-                self.history.append(self._compare(logits, token_ids, advantages, mask, options))
+                self.history.append(self._compare(logits, token_ids, advantages, mask, **options))
                 self.log(str(self.history[-1]))
             except Exception as error:  # watching must not stop training
                 LOG.warning("shadow, call %d: your loss raised %s: %s", self.calls, type(error).__name__, error)
         self.calls += 1
         return grpo_loss(logits, token_ids, advantages, mask, config=self.config, **options)
 
-    def _compare(
-        self, logits: Tensor, ids: Tensor, advantages: Tensor, mask: Tensor | None, options: dict[str, Any]
-    ) -> Sighting:
+    def _compare(self, logits: Tensor, ids: Tensor, A: Tensor, mask: Tensor | None, **options: Any) -> Sighting:
         plain = {name: value for name, value in options.items() if name not in ("inplace", "grad_scale")}
         leaf = logits.detach().clone().requires_grad_()
-        out = grpo_loss(leaf, ids, advantages, mask, config=self.config, **plain)
+        out = grpo_loss(leaf, ids, A, mask, config=self.config, **plain)
         ours = torch.autograd.grad(out.loss, leaf)[0].float() * self.factor
-        yours = self._yours(leaf, ids, advantages, mask, options)
+        yours = self._yours(leaf, ids, A, mask, **options)
         theirs = torch.autograd.grad(yours, leaf)[0].float()
         distance = float((theirs - ours).norm() / torch.maximum(theirs.norm(), ours.norm()).clamp(min=1e-38))
         return Sighting(self.calls, float(yours.detach()), self.factor * float(out.loss.detach()), distance)
 
-    def _yours(
-        self, leaf: Tensor, ids: Tensor, advantages: Tensor, mask: Tensor | None, options: dict[str, Any]
-    ) -> Tensor:
+    def _yours(self, leaf: Tensor, ids: Tensor, A: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         scaling = {name: options[name] for name in ("temperature", "logit_scale", "logit_softcap") if name in options}
         found = token_log_probs(leaf, ids, mask, **scaling)
@@ -116,7 +112,7 @@ class Shadow:
         beside = ("old_log_probs", "ref_log_probs", "rollout_log_probs", "cu_seqlens")
         handed = {name: options.get(name) for name in beside} | {
             "logits": leaf, "log_probs": found.log_probs, "entropy": found.entropy, "token_ids": ids, "mask": mask,
-            "advantages": advantages, "temperature": options.get("temperature", 1.0),
+            "advantages": A, "temperature": options.get("temperature", 1.0),
             "num_items": mask.sum() if given is None else getattr(given, "value", given),
         }  # fmt: skip
         return self.caller.loss_of(handed)
