@@ -59,9 +59,8 @@ def find_surrogate(probe: Probe, known: Known) -> Step:
         if fit is not None and proven:
             known = _with(known, fit)
             return known, [*fit.says, *_follows_size(probe, known)]
-    fit, strange = _nearest(field)
-    says = [*strange, *fit.says] or [said("unknown_surrogate", error=field.misfit(*fit[:3]))]
-    return _with(known, fit), says
+    fit = _nearest(field)
+    return _with(known, fit), list(fit.says) or [said("unknown_surrogate", error=field.misfit(*fit[:3]))]
 
 
 def _with(known: Known, fit: Fit) -> Known:
@@ -152,9 +151,9 @@ def _cap(field: Field) -> float | None:
 
 def _gmpo(field: Field) -> Fit | None:
     """Read a clip before the mean: a token that is far out on its own has no slope, although its sequence is not."""
-    fit, strange = _nearest(field)
+    fit = _nearest(field)
     clip = fit.surrogate
-    if strange or fit.says or not isinstance(clip, Clip) or clip.dual is not None or clip.low == 1:
+    if fit.says or not isinstance(clip, Clip) or clip.dual is not None or clip.low == 1:
         return None
     low, high = -math.log1p(-clip.low), math.log1p(clip.high)
     rows = (field.side(1).sum(-1) > 2) * field.live.sum(-1)
@@ -173,8 +172,8 @@ def _gmpo(field: Field) -> Fit | None:
 
 
 def _clip(field: Field) -> Fit | None:
-    fit, strange = _nearest(field)
-    return None if strange or any(one.key == "unknown_bounds" for one in fit.says) else fit
+    fit = _nearest(field)
+    return None if {"bounds_differ", "unknown_bounds"} & {one.key for one in fit.says} else fit
 
 
 class Edges(NamedTuple):
@@ -188,8 +187,8 @@ class Edges(NamedTuple):
     negative_high: float | None
 
 
-def _nearest(field: Field) -> tuple[Fit, list[Said]]:
-    """Return the nearest clip with its faults, and whether its bounds differ from token to token."""
+def _nearest(field: Field) -> Fit:
+    """Return the nearest clip with its faults, or that its bounds differ from token to token."""
     strange: list[Said] = []
     ends = []
     for found, sign in ((field.up, 1), (field.down, -1), (field.down, 1), (field.up, -1)):
@@ -203,7 +202,8 @@ def _nearest(field: Field) -> tuple[Fit, list[Said]]:
             by = follows(found, properties(field.known, field.probe.batch, field.side(sign)))
             low, high = math.exp(float(found.min())), math.exp(float(found.max()))
             strange.append(said("bounds_differ", low=low, high=high, by=f"; it follows the {by}" if by else ""))
-    return _from_edges(Edges(*ends), field), strange
+    fit = _from_edges(Edges(*ends), field)
+    return fit._replace(says=(*strange, *fit.says))
 
 
 def _near(one: float | None, other: float | None) -> bool:
