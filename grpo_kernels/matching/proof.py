@@ -83,7 +83,7 @@ class Proof:
         known = self.known
         theirs, their_gradient = measured(self.probe, known, inputs)
         ours, our_gradient = predicted(known, inputs)
-        share = torch.nan_to_num(differences(our_gradient, their_gradient), nan=math.inf, posinf=math.inf)
+        share = torch.nan_to_num(differences(known, our_gradient, their_gradient), nan=math.inf, posinf=math.inf)
         share = share.masked_fill(_beside_bounds(known, inputs, our_gradient), 0.0)
         # Terms cancel in a value; their sizes are about those of the slopes.
         terms = 0.1 * float(our_gradient.norm(dim=-1).nan_to_num(0.0, posinf=0.0).sum())
@@ -118,7 +118,7 @@ def _beside_bounds(known: Known, inputs: Inputs, ours: Tensor) -> Tensor:
     if known.precision.name:
         for slack in (-known.precision.digits, known.precision.digits):
             moved = dataclasses.replace(inputs, old=inputs.old + slack)
-            beside |= differences(predicted(known, moved)[1], ours) > known.precision.matched + 2 * abs(slack)
+            beside |= differences(known, predicted(known, moved)[1], ours) > known.precision.matched + 2 * abs(slack)
     return beside
 
 
@@ -232,14 +232,16 @@ def _ours(known: Known, inputs: Inputs, log_probs: Tensor, config: LossConfig) -
     return known.factor * float(out.loss.detach()), known.factor * leaf.grad
 
 
-def differences(ours: Tensor, theirs: Tensor) -> Tensor:
+def differences(known: Known, ours: Tensor, theirs: Tensor) -> Tensor:
     """Return (B, T): the distance of a token's gradient rows over the larger of them, NaN where one is not finite.
 
-    Rows a millionth of the largest are compared with that: in float64 they are what subtraction left.
+    Rows a millionth of the largest, or below what the loss rounds to, are compared with that: they are what
+    subtraction left.
     """
     size = torch.maximum(ours.norm(dim=-1), theirs.norm(dim=-1))
     largest = float(size.nan_to_num(0.0, posinf=0.0).max()) if size.numel() else 0.0
-    return torch.where(size <= 1e-12 * largest, 0.0, (ours - theirs).norm(dim=-1) / size.clamp(min=1e-6 * largest))
+    floor = max(1e-6, known.precision.same) * largest
+    return torch.where(size <= 1e-12 * largest, 0.0, (ours - theirs).norm(dim=-1) / size.clamp(min=floor))
 
 
 def _parting(known: Known, inputs: Inputs, ours: Tensor, theirs: Tensor, where: Tensor) -> Iterator[Difference]:
