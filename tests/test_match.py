@@ -34,6 +34,9 @@ from grpo_kernels.matching.call import Caller, role_of
 from grpo_kernels.matching.report import source_of
 from grpo_kernels.verification import reference
 
+DIGITS = 1e-8
+"""Of confident tokens (ℓ = -1e-9) a softmax in float64 keeps seven digits; of others fifteen."""
+
 # Losses as they are found in the wild, in our own words
 
 
@@ -184,8 +187,8 @@ def test_losses_of_the_wild(loss):
     assert report.config == config
     assert report.factor == factor
     assert report.normalizer == normalizer
-    assert report.gradient_difference < 1e-11
-    assert report.loss_difference < 1e-11
+    assert report.gradient_difference < DIGITS
+    assert report.loss_difference < DIGITS
     assert str(report).startswith(f"your loss is {source_of(config)}")
 
 
@@ -418,7 +421,7 @@ def test_faults_are_named(loss):
     assert not report
     assert len(report.faults) == 1, report.faults
     assert report.faults[0].startswith(said) or said in report.faults[0]
-    assert (report.gradient_difference < 1e-11) == reproduced, str(report)
+    assert (report.gradient_difference < DIGITS) == reproduced, str(report)
     assert loss is ignores_old or report.config.surrogate == Clip(0.2, 0.2), str(report)
     text = str(report)
     assert said in text
@@ -619,7 +622,7 @@ def test_one_sequence():
 
     report = match(loss, {"mask": mask})
     assert report.config.surrogate == Clip()
-    assert report.gradient_difference < 1e-11
+    assert report.gradient_difference < DIGITS
 
 
 def test_batches_that_tell_nothing_apart():
@@ -652,7 +655,7 @@ def test_old_log_probs_of_other_tokens():
     assert report.faults == ("tokens shifted by one: the log-prob at t is compared with the old log-prob at t-1",), str(
         report
     )
-    assert report.gradient_difference < 1e-11
+    assert report.gradient_difference < DIGITS
 
 
 def test_bent_logits():

@@ -126,3 +126,171 @@ def test_messages_speak_the_language_of_the_command_line(tmp_path, capsys):
     assert main(["match", f"{path}:lost"]) == 2
     assert "'loss'" in (error := capsys.readouterr().err)
     assert "torch" not in error
+
+
+# What a second reader broke, each with the smallest loss that shows it
+
+
+def ppo(x, A):
+    return -torch.minimum(x.exp() * A, x.exp().clamp(0.8, 1.2) * A)
+
+
+def packed_by_sequence(logps, old_logps, advantages, cu_seqlens):
+    lengths = cu_seqlens.diff()
+    terms = ppo(logps - old_logps, advantages.repeat_interleave(lengths))
+    rows = torch.arange(len(lengths)).repeat_interleave(lengths)
+    sums = torch.zeros(len(lengths), dtype=terms.dtype).index_add(0, rows, terms)
+    return (sums / lengths.clamp(min=1)).mean()
+
+
+def whitened_by_group(lp, old, A, mask):
+    groups = A.view(-1, 2)
+    A = ((groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + 1e-4)).flatten()
+    return (ppo(lp - old, A[:, None]) * mask).sum() / mask.sum()
+
+
+def of_the_sampler(lp, rollout_log_probs, A, mask):
+    weight = (lp - rollout_log_probs).exp().detach().clamp(max=2)
+    return -(weight * A[:, None] * lp * mask).sum() / mask.sum()
+
+
+def low_var_kl_plus(lp, old, ref, A, mask):
+    """verl's: the value of a clamped k3, the slope of k2."""
+    x = (lp - ref).clamp(-20, 20)
+    value = (torch.exp(-x) + x - 1).clamp(-10, 10)
+    k2 = 0.5 * (lp - ref) ** 2
+    terms = ppo(lp - old, A[:, None]) + 0.01 * (k2 - k2.detach() + value.detach())
+    return (terms * mask).sum() / mask.sum()
+
+
+def rloo_with_empty_rows(lp, old, A, mask):
+    ratio = ((lp - old) * mask).sum(-1).exp()
+    return -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A).mean()
+
+
+def gspo_in_fp32(lp, old, A, mask):
+    lp, old, A, mask = lp.float(), old.float(), A.float(), mask.float()
+    x = ((lp - old) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+    ratio = x.exp()[:, None]
+    terms = -torch.minimum(ratio * A[:, None], ratio.clamp(1 - 3e-4, 1 + 4e-4) * A[:, None])
+    return ((terms * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+def gspo_of_weighted_tokens(lp, old, rollout_log_probs, A, mask):
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    pooled = ((lp - old) * mask).sum(-1, keepdim=True) / lengths
+    x = lp - lp.detach() + pooled.detach()
+    weight = (old - rollout_log_probs).exp().clamp(max=2.0)
+    return (ppo(x, A[:, None]) * weight * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        (packed_by_sequence, 'aggregation="sequence_mean"'),
+        (whitened_by_group, 'aggregation="token_mean"'),
+        (of_the_sampler, "old_log_probs=rollout_log_probs"),
+        (low_var_kl_plus, 'KL(0.01, gradient="straight_through_k2", limit=(20.0, 10.0))'),
+        (rloo_with_empty_rows, 'level="sequence_product"'),
+        (gspo_in_fp32, 'Clip(0.0003, 0.0004), level="sequence"'),
+        (gspo_of_weighted_tokens, 'level="sequence_token"'),
+    ],
+)
+def test_configs_that_were_missed(loss, said):
+    report = match(loss)
+    assert report, str(report)
+    assert said in str(report)
+
+
+def test_lines_whiten_by_group():
+    names: dict[str, Any] = {"advantages": torch.randn(6), "mask": torch.ones(6, 3)}
+    for line in match(whitened_by_group).lines[1:3]:
+        exec(line, names)
+    groups = names["each"]
+    wanted = ((groups - groups.mean(-1, keepdim=True)) / (groups.std(-1, keepdim=True) + 1e-4)).flatten()
+    assert torch.equal(names["advantages"], wanted)
+
+
+def test_lines_of_a_packed_loss_have_its_bounds():
+    assert "cu_seqlens=cu_seqlens" in match(packed_by_sequence).lines[-1]
+
+
+def at_least_ten(lp, old, A, mask):
+    return ((ppo(lp - old, A[:, None]) * mask).sum(-1) / mask.sum(-1).clamp(min=10)).mean()
+
+
+def short_ones(lp, old, A, mask):
+    keep = mask * (mask.sum(-1, keepdim=True) <= 12)
+    return (ppo(lp - old, A[:, None]) * keep).sum() / mask.sum()
+
+
+def likely_ones(lp, old, A, mask):
+    return (ppo(lp.clamp(min=-12) - old, A[:, None]) * mask).sum() / mask.sum()
+
+
+def small_advantages_are_none(lp, old, A, mask):
+    A = torch.where(A.abs() < 1e-3, 0.0, A)
+    return (ppo(lp - old, A[:, None]) * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("loss", [at_least_ten, short_ones, likely_ones, small_advantages_are_none])
+def test_what_only_long_or_odd_batches_show(loss):
+    assert not match(loss)
+
+
+class Warming:
+    """Its bound widens after fifty calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, lp, old, A, mask):
+        self.calls += 1
+        ratio = (lp - old).exp()
+        high = 1.2 if self.calls < 50 else 1.4
+        return -(torch.minimum(ratio * A[:, None], ratio.clamp(0.8, high) * A[:, None]) * mask).sum() / mask.sum()
+
+
+def ends_the_program(lp, old, A, mask):
+    raise SystemExit(0)
+
+
+def fears_far_ratios(lp, old, A, mask):
+    assert (lp - old).abs().max() < 3, "too far"
+    return (ppo(lp - old, A[:, None]) * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (Warming(), "keeps a state"),
+        (ends_the_program, "ends the program"),
+        (fears_far_ratios, "raised AssertionError: too far"),
+    ],
+)
+def test_losses_that_are_refused(loss, words):
+    with pytest.raises(ValueError, match=words) as raised:
+        match(loss)
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_an_optional_tensor_is_not_dropped_in_silence():
+    def loss(lp, old, A, masks=None):
+        return ppo(lp - old, A[:, None]).mean()
+
+    assert any("left at their defaults: masks" in note for note in match(loss).notes)
+
+
+def test_a_squared_distance_is_no_missing_exp():
+    def loss(lp, old, A, mask):
+        return (0.5 * (A[:, None] - 0.1 * (lp - old)) ** 2 * mask).sum() / mask.sum()
+
+    report = match(loss)
+    assert not report
+    assert not any("exp" in fault for fault in report.faults)
+
+
+@pytest.mark.parametrize(("options", "error"), [({"batch": [1]}, TypeError), ({"device": "tpu"}, ValueError)])
+def test_options_of_other_kinds(options, error):
+    with pytest.raises(error, match=next(iter(options))):
+        match(packed_by_sequence, **options)

@@ -67,6 +67,8 @@ def match_in_words(
     device: torch.device | str | None,
 ) -> MatchReport:
     """Do what ``match`` does; ``words`` is how messages tell the reader what to do."""
+    if batch is not None and not isinstance(batch, Mapping):
+        raise TypeError(f"batch= must be a dict of tensors by name; got {type(batch).__name__}.")
     if device is None:
         device = next((v.device for v in (batch or {}).values() if isinstance(v, Tensor)), "cpu")
     caller = Caller(loss_fn, arguments, temperature, device, words)
@@ -74,6 +76,12 @@ def match_in_words(
     probe, known, says = start(caller, chosen if caller.masks else chosen.unmasked(), temperature)
     known, found, whole = learn(probe, known)
     proof = Proof(probe, known) if whole else None
+    if proof is not None and proof.gradient > known.precision.matched and known.level == "sequence":
+        # With one weight and advantage a sequence the two are one: only the proof can tell.
+        other = known.but(level="sequence_token")
+        if (again := Proof(probe, other)).gradient <= known.precision.matched:
+            known, proof = other, again
+    probe.refuse_state()
     says += found
     if known.precision.name:
         says.append(said("rounded", name=known.precision.name, same=known.precision.matched))
@@ -90,6 +98,8 @@ def _proven(proof: Proof, says: list[Said]) -> list[Said]:
         return [] if named else [beside_the_config(proof.probe, proof.known) or said("unproven", apart=proof.apart)]
     if proof.value > matched:
         return [said("value", share=proof.value)]
+    if proof.empty:
+        return [said("empty_value")]
     if proof.batches < 2:
         return [said("no_second_batch")]
     return [said("constant", constant=proof.constant)] if proof.constant else []

@@ -119,6 +119,8 @@ def _drawn(lengths: Sequence[int], T: int, vocab: int, spread: float, seed: int)
     generator = torch.Generator().manual_seed(seed)
     B = len(lengths)
     logits = spread * torch.randn(B, T + 1, vocab, generator=generator, dtype=torch.float64)
+    if spread > 1:
+        logits[:, ::5] *= 6.0
     # Neighbours differ by 1 to 4, so that a token is told from the one before and the one after.
     steps = torch.randint(1, 5, (B, T + 1), generator=generator)
     tokens = steps.cumsum(-1) % vocab
@@ -135,15 +137,14 @@ def standard_batch() -> Batch:
 def held_out(batch: Batch) -> Iterator[Batch]:
     """Yield batches on which nothing was fitted, the most different first, for losses that insist on sizes.
 
-    They have other lengths, ids and logits, with confident and unlikely tokens; the first other sizes as well. A
-    user's batch keeps sizes and mask.
+    They have other lengths, ids and logits, with confident and unlikely tokens (log-probs from -1e-9 to -60); the
+    first has other sizes as well, and sequences of up to 40 tokens. A user's batch keeps sizes and mask.
     """
     B, T = batch.shape
     generator = torch.Generator().manual_seed(21)
     if not batch.own:
-        lengths = [3, 9, 6, 2, *torch.randint(0, 10, (20,), generator=generator).tolist()]
-        lengths[4] = 8
-        yield _drawn(lengths, 9, VOCAB + 4, 2.0, 22)
+        lengths = [3, 40, 6, 2, 8, *torch.randint(0, 41, (19,), generator=generator).tolist()]
+        yield _drawn(lengths, 40, VOCAB + 4, 2.0, 22)
         yield _drawn((*LENGTHS[::-1][:4], 6, *LENGTHS[::-1][5:]), T, VOCAB, 2.0, 23)
     logits = 2.0 * torch.randn(batch.logits.shape, generator=generator, dtype=torch.float64)
     ids = torch.randint(batch.logits.shape[-1], (B, T), generator=generator)

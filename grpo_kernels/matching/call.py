@@ -155,10 +155,12 @@ class Caller:
             raise ValueError(f"temperature must be a finite number > 0; got {temperature!r}.")
         self.loss_fn = loss_fn
         self.temperature = GIVEN_TEMPERATURE if temperature is None else temperature
-        self.device = torch.device(device)
+        self.device = _device(device)
         self.words = words
         self.left_out: list[str] = []
         """Optional parameters that stay at their default."""
+        self.sampler_is_old = False
+        """The loss compares with the sampler alone, and its log-probs are our old ones."""
         self.container: str | None = None
         self.roles = self._roles(dict(arguments or {}))
         names = [name.lower() for name, role in self.roles.items() if role == "token_ids"]
@@ -197,7 +199,8 @@ class Caller:
                 )
             if role is not None:
                 roles[name] = role
-        if "old_log_probs" not in roles.values():  # losses that compare with the sampler alone
+        self.sampler_is_old = "old_log_probs" not in roles.values() and "rollout_log_probs" in roles.values()
+        if self.sampler_is_old:
             roles = {n: "old_log_probs" if r == "rollout_log_probs" else r for n, r in roles.items()}
         if not {"logits", "log_probs"} & set(roles.values()):
             raise Unusable(
@@ -218,15 +221,15 @@ class Caller:
                 f"is a tensor of the batch, say which: {self.words.meaning.format(name=name, role='old_log_probs')} "
                 f"(one of {', '.join(ROLES)}); else bind it first: {self.words.bound.format(name=name)}."
             )
-        if optional and role in ("rollout_log_probs", "num_items", "cu_seqlens"):
+        if optional and (role in ("rollout_log_probs", "num_items", "cu_seqlens") or role is parameter.default is None):
             self.left_out.append(name)
             return None
         return role
 
     @property
     def masks(self) -> bool:
-        """Whether the loss knows which tokens count."""
-        return self.takes("mask") or self.labelled
+        """Whether the loss knows which tokens count: of a packed batch it is handed no others."""
+        return self.takes("mask") or self.labelled or "cu_seqlens" in self.roles.values()
 
     def takes(self, role: str) -> bool:
         return self.container is not None or role in self.roles.values()
@@ -255,7 +258,10 @@ class Caller:
         entropy = batch.entropy().to(self.device).requires_grad_()
         with torch.enable_grad():
             # Copies: a loss may write into log-probs, which are no leaf of the graph in training either.
-            loss = self.loss_of(self._lay_out(form, inputs, leaf.clone(), entropy.clone()))
+            try:
+                loss = self.loss_of(self._lay_out(form, inputs, leaf.clone(), entropy.clone()))
+            except SystemExit as error:
+                raise Unusable(f"the loss ends the program (SystemExit: {error.code!r}): return a scalar.") from None
             found = torch.autograd.grad(loss, (leaf, entropy), allow_unused=True, materialize_grads=True)
         gradient, of_entropy = (g[:, : batch.shape[1]].double().cpu() for g in found)
         return Response(float(loss.detach()), gradient, None if form.source == "logits" else of_entropy, loss.dtype)
@@ -286,10 +292,22 @@ class Caller:
             "rollout_log_probs": inputs.sampled.clone(),
         }  # fmt: skip
         if form.layout == "flat":
-            handed = {n: x.flatten(0, 1) if x.shape[:2] == (B, T) else x for n, x in handed.items()}
-            handed["cu_seqlens"] = torch.arange(B + 1) * T
+            # Packed sequences are those of the mask, one after the other; without their bounds every position is kept.
+            kept = batch.mask if "cu_seqlens" in self.roles.values() else torch.ones_like(batch.mask)
+            handed = {n: x[kept] if x.shape[:2] == (B, T) else x for n, x in handed.items()}
+            handed["cu_seqlens"] = torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0))
         handed |= {"num_items": ITEMS_FACTOR * batch.mask.sum().double(), "temperature": self.temperature}
         return {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in handed.items()}
+
+
+def _device(name: torch.device | str) -> torch.device:
+    """Return the device of that name, if it is here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise ValueError(f"device must be one that is here, such as 'cpu'; got {str(name)!r} ({reason}).") from None
+    return torch.device(name)
 
 
 def _scalar_of(result: Any) -> Tensor:

@@ -42,8 +42,8 @@ class Precision(NamedTuple):
 
 
 EXACT = Precision("", 1e-9, 1e-7, 1e-8, 1e-6, 1e-4)
-SINGLE = Precision("fp32", 2e-4, 2e-2, 2e-3, 1e-3, 1e-4)
-HALF = Precision("bf16 or fp16", 1e-2, 8e-2, 2e-2, 8e-2, 5e-2)
+SINGLE = Precision("fp32", 5e-6, 2e-2, 2e-3, 1e-3, 1e-4)
+HALF = Precision("bf16 or fp16", 1e-2, 8e-2, 5e-2, 0.1, 5e-2)
 
 
 class Said(NamedTuple):

@@ -176,15 +176,26 @@ def _kl_limit(penalty: _Penalty, coef: float, kl: KL) -> tuple[float | None, flo
     grids = (-(FAR if exact else FAR[FAR <= 8]), FAR)
     low, high = (abs(float(edges(left, points, left(points)))) for points in grids)
     if low == high == math.inf:
-        return None, None
+        return _hidden_limit(penalty, coef, kl)
     if high < math.inf and (abs(low - high) < 1e-3 * high or (low == math.inf and not exact)):
-        return plain(high, 1e-6 + 0.1 * precise.digits), None  # a loss that rounds does not show its lower end
+        # A loss that rounds does not show its lower end. The slope of k2 stops at a clamp of its value as well.
+        before, after = (plain(x, 1e-6 + 0.1 * precise.digits) for x in (high, high * high / 2))
+        shorter = len(repr(after)) < len(repr(before))
+        return (20.0, after) if shorter and (kl.estimator, kl.gradient) == ("k2", "pathwise") else (before, None)
     if kl.estimator != "k3" or kl.gradient != "pathwise" or math.inf in (low, high):
         return None
     output = math.exp(low) - low - 1
     if abs(math.exp(-high) + high - 1 - output) > 1e-3 * output:
         return None
     return 20.0, plain(output, 1e-6)  # an input clamp behind it cannot be seen
+
+
+def _hidden_limit(penalty: _Penalty, coef: float, kl: KL) -> tuple[float | None, float | None]:
+    """Return the clamps of a kind whose slope is not its value's, and goes on where the value stops (verl's k3+)."""
+    if kl.gradient not in ("straight_through_k2", "weighted_k2"):
+        return None, None
+    _, near, far = (penalty.curves(torch.tensor([0.0, -8.0, -9.0], dtype=torch.float64))[0] / coef).tolist()
+    return (20.0, plain(far, 1e-6)) if abs(far - near) <= 1e-6 * abs(far) else (None, None)
 
 
 # The entropy bonus
@@ -229,8 +240,8 @@ def find_rollout(probe: Probe, known: Known) -> Step:
     noise = torch.randn(live.shape, generator=torch.Generator().manual_seed(3)).double()
     if all(bool(((factor(s * noise) - 1).abs() <= near)[live].all()) for s in (0.3, 6.0)):
         return known, says
-    one_moved = torch.zeros_like(rest).scatter(-1, live.long().argmax(-1, keepdim=True), 0.5)
-    pooled = bool(((factor(one_moved) - 1).abs() > near)[live & (one_moved == 0)].any())
+    first = torch.zeros_like(rest).scatter(-1, live.long().argmax(-1, keepdim=True), 1.0)
+    pooled = any(bool(((factor(x * first) - 1).abs() > near)[live & (first == 0)].any()) for x in (0.5, 3.0, -3.0))
     # Over how many tokens one pooled log ρ is spread.
     shares = {"sequence": known.lengths(probe.batch), "geometric": 1.0} if pooled else {"token": 1.0}
     for level, tokens in shares.items():

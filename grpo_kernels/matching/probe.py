@@ -35,6 +35,8 @@ class Probe:
 
     def __init__(self, caller: Caller, form: Form, batch: Batch, asked: float | None) -> None:
         self.caller, self.form, self.batch, self.asked = caller, form, batch, asked
+        self.begun = self.run(Known(), _first(batch, 0.5))
+        """What it gives before all other calls."""
         self.on_logits = form.source == "logits"
 
     def batches(self) -> list[Batch]:
@@ -48,10 +50,30 @@ class Probe:
             batches = [batch.unmasked() for batch in batches]
         return [b.without_empty() for b in batches] if bool(self.batch.mask.any(-1).all()) else batches
 
+    def refuse_state(self) -> None:
+        """Make the first call again, after all others, at ratios on both sides of bounds.
+
+        Raises:
+            Unusable: it gives something else than at first.
+        """
+        _refuse_random(self.caller, self.form, _first(self.batch, 0.5), self.begun)
+
     def run(self, known: Known, inputs: Inputs, leaf: Tensor | None = None) -> Response:
-        """Call the loss with the old log-probs where it looks for them."""
+        """Call the loss with the old log-probs where it looks for them.
+
+        Raises:
+            Unusable: the loss raised, which it had not done on plain inputs.
+        """
         shifted = dataclasses.replace(inputs, old=inputs.old.roll(-known.old_shift, -1))
-        return self.caller.run(self.form, shifted, leaf)
+        try:
+            return self.caller.run(self.form, shifted, leaf)
+        except Unusable:
+            raise
+        except Exception as error:
+            raise Unusable(
+                f"the loss raised {type(error).__name__}: {' '.join(str(error).split())[:160]}, on tensors of other "
+                "values or sizes than those of its first call: let it take any ratio, advantage and mask."
+            ) from error
 
     def slopes(self, known: Known, inputs: Inputs) -> Slopes:
         return slopes_in(known, inputs.batch, self.run(known, inputs))
@@ -135,7 +157,7 @@ def start(caller: Caller, batch: Batch, asked: float | None) -> tuple[Probe, Kno
                 errors.append((where, error))
                 break
             if torch.isfinite(response.gradient).all() and math.isfinite(response.loss):
-                _refuse_random(caller, form, candidate, response)
+                _refuse_random(caller, form, _first(candidate), response)
                 precision = _precision(caller, form, candidate, response)
                 return Probe(caller, form, candidate, asked), Known(precision), faults
             errors.append((where, Unusable(f"the loss or its gradient is not finite on plain inputs ({where}).")))
@@ -162,16 +184,16 @@ def _why_not(caller: Caller, errors: list[tuple[str, Exception]]) -> Unusable:
     )
 
 
-def _first(batch: Batch) -> Inputs:
+def _first(batch: Batch, spread: float = 1e-2) -> Inputs:
     generator = torch.Generator().manual_seed(1)
     log_probs = batch.scored(batch.token_ids, 1.0)
-    old, ref = (log_probs + 1e-2 * torch.randn(batch.shape, generator=generator).double() for _ in range(2))
+    old, ref = (log_probs + spread * torch.randn(batch.shape, generator=generator).double() for _ in range(2))
     return Inputs(batch, old, ref, torch.linspace(-1.2, 1.3, batch.shape[0], dtype=torch.float64))
 
 
-def _refuse_random(caller: Caller, form: Form, batch: Batch, first: Response) -> None:
-    """Call the loss again on what it was just given; a sum in another order is no other loss."""
-    again = caller.run(form, _first(batch))
+def _refuse_random(caller: Caller, form: Form, inputs: Inputs, first: Response) -> None:
+    """Call the loss again on what it was given; a sum in another order is no other loss."""
+    again = caller.run(form, inputs)
     moved = float((again.gradient - first.gradient).norm()) > 1e-5 * float(first.gradient.norm())
     if moved or abs(again.loss - first.loss) > 1e-5 * max(abs(first.loss), 1e-12):
         raise Unusable(
@@ -192,13 +214,21 @@ def describe(form: Form, batch: Batch) -> str:
 
 
 def _precision(caller: Caller, form: Form, batch: Batch, first: Response) -> Precision:
-    """Return whether the loss rounds on the way: to fp32 it does not see a change of 1e-10, to bf16 none of 1e-5."""
+    """Return whether the loss rounds on the way: to fp32 it does not see a change of 1e-10, to bf16 hardly one of 1e-5.
+
+    It is asked at three ratios, since a slope that a clip or a cap has stopped sees nothing.
+    """
+    if first.dtype in (torch.bfloat16, torch.float16):
+        return HALF
     log_probs = batch.scored(batch.token_ids, 1.0)
     leaf = batch.logits if form.source == "logits" else log_probs
     signs = 1.0 - 2.0 * (torch.arange(batch.shape[0], dtype=torch.float64) % 2)
-    inputs = Inputs(batch, log_probs - 1e-5, log_probs - 0.1, signs)
-    plain, *moved = (caller.run(form, inputs, leaf * (1 + x)).gradient for x in (0.0, 1e-10, 1e-5, 1e-2))
-    tenth, fifth, second = (int((gradient != plain).sum()) for gradient in moved)
-    if fifth < 0.5 * second or first.dtype in (torch.bfloat16, torch.float16):
-        return HALF
-    return SINGLE if first.dtype != torch.float64 or tenth < 0.5 * second else EXACT
+    found = []
+    for log_ratio in (1e-5, 0.3, -0.3):
+        inputs = Inputs(batch, log_probs - log_ratio, log_probs - 0.1, signs)
+        plain, *moved = (caller.run(form, inputs, leaf * (1 + x)).gradient for x in (0.0, 1e-10, 1e-5, 1e-2))
+        tenth, fifth, second = (int((gradient != plain).sum()) for gradient in moved)
+        if second:
+            found.append(HALF if fifth < 0.5 * second else SINGLE if tenth < 0.5 * second else EXACT)
+    exact = min(found, key=lambda precision: precision.same, default=EXACT)
+    return SINGLE if exact is EXACT and first.dtype != torch.float64 else exact

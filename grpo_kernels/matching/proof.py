@@ -15,7 +15,7 @@ from ..loss import grpo_loss
 from ..objectives.config import LossConfig
 from .batch import Batch, Inputs, taken
 from .call import Response
-from .known import DIFFERENCE, Known, Said, said
+from .known import DIFFERENCE, HALF, Known, Said, said
 from .probe import Number, Probe, directions, slopes_in
 
 
@@ -47,6 +47,7 @@ class Proof:
         gradient: largest relative difference of a token's gradient.
         value: largest difference of the loss that is not the same constant everywhere, relative to its size.
         constant: what the loss is more than ours, everywhere.
+        empty: the values are only equal where no sequence is empty.
         apart: what varied when the gradients first parted; "" where they never did.
         tokens: the tokens that differ, the worst first.
         batches: on how many batches the two were compared.
@@ -64,16 +65,27 @@ class Proof:
         self.batches = len(list(compared if probe.batch.own else itertools.islice(compared, 2)))
         for inputs in _given(probe, known):
             self._compare("your batch", inputs)
+        self.value, self.constant = self._of_values()
+        self.empty = False
+        if self.value > known.precision.matched:
+            self._gaps = []
+            list(taken(lambda batch: self._compare_on(batch, generator), [probe.batch.without_empty()]))
+            full, constant = self._of_values()
+            if full <= known.precision.matched:
+                self.value, self.constant, self.empty = full, constant, True
         self.tokens.sort(key=lambda token: -abs(token.yours - token.ours))
-        self.value, self.constant = self._largest_gap(0.0), 0.0
-        constant = float(torch.tensor([gap for gap, _ in self._gaps], dtype=torch.float64).median())
-        if self.value > known.precision.matched >= (moved := self._largest_gap(constant)):
-            self.value, self.constant = moved, constant
 
-    def _largest_gap(self, constant: float) -> float:
-        """Return the largest distance of a difference of values from a constant, relative to its call's size."""
-        shares = [abs(gap - constant) / size for gap, size in self._gaps]
-        return math.inf if any(map(math.isnan, shares)) else max(shares)
+    def _of_values(self) -> tuple[float, float]:
+        """Return the largest difference of values, relative to its call's size, and a constant that was taken off."""
+
+        def largest(constant: float) -> float:
+            shares = [abs(gap - constant) / size for gap, size in self._gaps]
+            return math.inf if any(map(math.isnan, shares)) else max(shares, default=0.0)
+
+        constant = float(torch.tensor([gap for gap, _ in self._gaps], dtype=torch.float64).median())
+        matched = self.known.precision.matched
+        needed = largest(0.0) > matched >= largest(constant)
+        return (largest(constant), constant) if needed else (largest(0.0), 0.0)
 
     def _compare_on(self, batch: Batch, generator: torch.Generator) -> None:
         for varies, inputs in draws(self.probe, self.known, batch, generator):
@@ -113,13 +125,19 @@ def slopes_of(known: Known, inputs: Inputs, gradient: Tensor) -> Tensor:
 
 
 def _beside_bounds(known: Known, inputs: Inputs, ours: Tensor) -> Tensor:
-    """Return (B, T): the tokens that a bound takes or leaves by less than a loss that rounds can tell."""
+    """Return (B, T): the tokens that a bound takes or leaves by less than a loss that rounds can tell.
+
+    A log-prob is rounded by a share of itself: of -10 bf16 keeps 4 %, and nothing can be told of less likely tokens.
+    """
     beside = torch.zeros(inputs.batch.shape, dtype=torch.bool)
-    if known.precision.name:
-        for slack in (-known.precision.digits, known.precision.digits):
-            moved = dataclasses.replace(inputs, old=inputs.old + slack)
-            beside |= differences(known, predicted(known, moved)[1], ours) > known.precision.matched + 2 * abs(slack)
-    return beside
+    if not known.precision.name:
+        return beside
+    sizes = 1 + known.log_probs(inputs.batch).abs() / 8
+    for slack in (-known.precision.digits, known.precision.digits):
+        moved = dataclasses.replace(inputs, old=inputs.old + slack * sizes)
+        allowed = known.precision.matched + 2 * abs(slack) * sizes
+        beside |= differences(known, predicted(known, moved)[1], ours) > allowed
+    return beside | (sizes * known.precision.digits > 0.12) if known.precision is HALF else beside
 
 
 def _given(probe: Probe, known: Known) -> Iterator[Inputs]:
@@ -161,8 +179,11 @@ def draws(probe: Probe, known: Known, batch: Batch, generator: torch.Generator) 
         yield "the sampler's log-probs", at(normal(), A, rollout=0.7 * normal())
     if probe.form.advantages == "token" and not known.whitening.text:
         yield "advantages inside of a sequence", at(0.3 * normal(), normal())
+    if known.kl.coef:
+        yield "distances from the reference", at(1e-3 * normal(), A, 1e-3, 4 * normal())
     A = normal(B) * (torch.arange(B) % 3 > 0)
-    yield "everything at once", at(normal(), A, normal(), far * normal())
+    A[-1] = 1e-4
+    yield "all of it", at(normal(), A, normal(), far * normal())
 
 
 def _bounds(known: Known) -> Iterator[Tensor]:
@@ -235,12 +256,12 @@ def _ours(known: Known, inputs: Inputs, log_probs: Tensor, config: LossConfig) -
 def differences(known: Known, ours: Tensor, theirs: Tensor) -> Tensor:
     """Return (B, T): the distance of a token's gradient rows over the larger of them, NaN where one is not finite.
 
-    Rows a millionth of the largest, or below what the loss rounds to, are compared with that: they are what
-    subtraction left.
+    Rows a millionth of the largest are compared with that: in float64 they are what subtraction left. In a loss that
+    rounds, subtraction leaves more.
     """
     size = torch.maximum(ours.norm(dim=-1), theirs.norm(dim=-1))
     largest = float(size.nan_to_num(0.0, posinf=0.0).max()) if size.numel() else 0.0
-    floor = max(1e-6, known.precision.same) * largest
+    floor = (min(0.1, 10 * known.precision.matched) if known.precision.name else 1e-6) * largest
     return torch.where(size <= 1e-12 * largest, 0.0, (ours - theirs).norm(dim=-1) / size.clamp(min=floor))
 
 

@@ -27,6 +27,9 @@ def find_missing_exp(probe: Probe, known: Known) -> Step:
         both = near.isfinite() & far.isfinite() & (near != 0) & (far != 0)
         if not bool(both.any()) or bool(apart(far, near, 1e-2)[both].any()):
             continue
+        pulls = [probe.at(known, x, torch.zeros_like(A)).slope.nan_to_num() for x in (1.0, 1.25)]
+        if bool(((pulls[1] - pulls[0]).abs() > 1e-3 * near.abs())[both].any()):
+            continue  # a squared distance from the old policy: its slope in the advantage is as constant
         change = probe.policy_value(known, 1.25, A) - probe.policy_value(known, 1.0, A)
         line = 0.25 * float(near[both].sum())
         if abs(change - line) < 1e-2 * abs(line) and torch.equal(near != 0, far != 0):

@@ -79,8 +79,8 @@ STRANGE: dict[str, str] = {
     "kl_follows_advantages": "the KL term follows the advantages: compute its coefficient outside and give it as "
     "kl_coef=",
     "kl_weights": "the KL term has weights of its own, which follow no known aggregation",
-    "bent_logits": "the logits are bent before the softmax (a softcap?), or something else than log-prob and entropy "
-    "of a token enters the loss",
+    "bent_logits": "the logits are bent before the softmax (a softcap? ours is logit_softcap=), or something else than "
+    "log-prob and entropy of a token enters the loss",
     "other_tokens": "other tokens than the mask's get a gradient: {missing} of it get none (as {places}), {extra} "
     "outside of it do{why}",
     "entropy_threshold": "tokens of low entropy have no policy term: give entropy_threshold={source}",
@@ -113,7 +113,8 @@ NOTES: dict[str, str] = {
     "dual_below_high": "the dual clip lies below 1 + high, where grpo_kernels has none",
     "cap_below_one": "the cap of the ratio is {cap:g}, below 1: every token that is at least as likely as before has "
     "that weight. TRL's and Liger's epsilon_high is the cap itself with loss_type='cispo' (ScaleRL: 5)",
-    "rounded": "your loss rounds to {name} on the way: differences below {same:.0e} count as none",
+    "rounded": "your loss rounds to {name} on the way: differences below {same:.0e} count as none, and numbers are as "
+    "exact",
     "entropy_penalty": "your loss penalises entropy; a bonus has the other sign",
     "left_out": "left at their defaults: {names}",
     "one_batch": "aggregations that are the same on your batch cannot be told apart: give one with ragged lengths",
@@ -121,6 +122,8 @@ NOTES: dict[str, str] = {
     "no_limit": "your loss does not bound log-ratios; our default of 20 would change nothing below that and keep exp() "
     "finite beyond",
     "same_without_mask": "without a mask, means over tokens and over sequences are the same",
+    "empty_value": "a sequence without tokens has a part in your loss's value (its ratio is 1), and none in ours; no "
+    "gradient follows from it",
     "constant": "the gradients are those of the config, the value is not: it is more by the constant {constant:.6g}",
 }
 BESIDE = {"entropy_threshold"}
@@ -210,7 +213,7 @@ class MatchReport:
             head += [f"{'but for' if self.faults else 'with'} that it is {self.paste()}{self._scale()}", how]
         else:
             head = ["no config reproduces your loss", *reasons]
-            if (self.regions or self.tokens) and not self.faults:
+            if self.batches and not self.faults:
                 head += [f"the nearest is {self.paste()}{self._scale()}", how]
                 head += [f"  {region}" for region in self.regions[:2]]
                 head += [f"  {token}" for token in self.tokens[:1]]
@@ -285,9 +288,12 @@ def _mended(known: Known, faults: list[Said]) -> Known:
 
 def _lines(report: MatchReport, probe: Probe, known: Known) -> tuple[str, ...]:
     """Return the Python that computes the loss with ours."""
-    used = {"old_log_probs": known.uses_ratio and probe.caller.takes("old_log_probs")}
+    caller = probe.caller
+    used = {"old_log_probs": known.uses_ratio and caller.takes("old_log_probs")}
     used |= {"ref_log_probs": known.kl.coef != 0, "rollout_log_probs": bool(known.rollout)}
-    tensors = [f"{name}={name}" for name, is_used in used.items() if is_used]
+    used |= {"cu_seqlens": "cu_seqlens" in caller.roles.values()}
+    named = {"old_log_probs": "rollout_log_probs"} if caller.sampler_is_old else {}
+    tensors = [f"{name}={named.get(name, name)}" for name, is_used in used.items() if is_used]
     arguments = ["logits", "token_ids", "advantages", "mask", *tensors, report.call()]
     factor = "" if report.factor == 1 else f" * {report.factor:.6g}"
     names = sorted(set(re.findall(r"\b([A-Z]\w*)\(", report.paste())), key=lambda name: (not name.isupper(), name))

@@ -253,7 +253,9 @@ def _wrong_side(e: Edges, field: Field) -> tuple[str, float | None, float | None
     if e.falling is None and e.rising is None and e.negative_high is not None:
         return "optimistic_clip", e.positive_low, e.negative_high
     if e.positive_low is None:
-        return "min_before_advantage", None if e.rising is None else -e.rising, e.rising
+        if e.rising is None:
+            return "unknown_bounds", e.falling, None
+        return "dropped_outside" if _dropped(field, e.rising) else "min_before_advantage", -e.rising, e.rising
     if e.rising is None and e.negative_high is None:
         return "max_before_advantage", e.falling, None if e.falling is None else -e.falling
     if e.rising is None or not (_near(e.positive_low, e.falling) and _near(e.rising, e.negative_high)):

@@ -44,7 +44,8 @@ def whitenings(scaled: bool, sequences: int) -> Iterator[Whitening]:
             apply = functools.partial(_whiten, where=where, size=size, ddof=ddof, eps=eps)
             text = f"(A - mean) / (std + {eps:g}) over {where}, {'sample' if ddof else 'population'} std"
             std = f"each.std({'-1, keepdim=True, ' if size else ''}correction={ddof})"
-            yield Whitening(text, apply, (before, f"advantages = ({each} - {mean}) / ({std} + {eps:g}){after}"))
+            whole = f"({each} - {mean}) / ({std} + {eps:g})"
+            yield Whitening(text, apply, (before, f"advantages = {f'({whole}){after}' if size else whole}"))
 
 
 def _each(where: str, size: int) -> str:
