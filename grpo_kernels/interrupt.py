@@ -17,6 +17,8 @@ def _leave(number: int, frame: FrameType | None) -> None:
 def leave_quietly() -> None:
     """Let Ctrl-C end the process without a traceback, if it is this program: Python imports a program's package before
     the program, whose arguments are not known then."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # ignored, as a shell starts what runs in its background
     name = Path(sys.argv[0]).name if sys.argv else ""
     if name == "grpo-kernels" or (name == "-m" and ("-m", __package__) in itertools.pairwise(sys.orig_argv)):
         signal.signal(signal.SIGINT, _leave)

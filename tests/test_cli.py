@@ -263,6 +263,19 @@ def test_interrupts_of_other_programs_raise():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_an_ignored_interrupt_stays_ignored(monkeypatch):
+    """As a shell starts what runs in its background."""
+    taken = []
+    monkeypatch.setattr(sys, "argv", ["grpo-kernels"])
+    monkeypatch.setattr(signal, "signal", lambda *arguments: taken.append(arguments))
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_IGN)
+    interrupt.leave_quietly()
+    assert taken == []
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
+    interrupt.leave_quietly()
+    assert taken == [(signal.SIGINT, interrupt._leave)]
+
+
 def test_an_interrupted_command(capsys, monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt
