@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -91,7 +92,8 @@ def library_path(name: str) -> Path:
     own = FOLDER / f"libgrpo_{name}.so"
     if not _in_source_tree():
         return own
-    return next(filter(_of_these_sources, [own, *_shadowed(own.name)]), own)
+    tried = list(filter(_of_these_sources, [own, *_shadowed(own.name)]))
+    return next((path for path in tried if path.exists()), next(iter(tried), own))
 
 
 def _in_source_tree() -> bool:
@@ -102,8 +104,9 @@ def _shadowed(file: str) -> Iterator[Path]:
     """Yield the libraries, built or not, of installations that the module search path has behind this package."""
     for entry in sys.path:
         path = Path(entry or ".", FOLDER.parent.name, FOLDER.name, file).resolve()
-        if path.parent != FOLDER and path.with_suffix(".json").exists():
-            yield path
+        with contextlib.suppress(PermissionError):
+            if path.parent != FOLDER and path.with_suffix(".json").exists():
+                yield path
 
 
 def _of_these_sources(path: Path) -> bool:
