@@ -2,7 +2,7 @@
 
 python benchmarks/readme.py            # after a benchmark has written benchmarks/results/MACHINE/NAME.md
 
-A table and the plot beside it are those of the first machine of MACHINES that has the figure; its caption names it.
+A table and the plot beside it are those of the first machine of MACHINES that has the figure.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ ADDRESS = re.compile(rf"benchmarks/results/(?:{'|'.join(MACHINES)})/([\w.]+)")
 def result(name: str) -> Path:
     """Return the file of that name of the first machine that has it."""
     files = [ROOT / "benchmarks" / "results" / machine / name for machine in MACHINES]
-    return next(path for path in files if path.exists())
+    found = next((path for path in files if path.exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"no folder of {', '.join(MACHINES)} in benchmarks/results has {name}")
+    return found
 
 
 def documents() -> list[Path]:
