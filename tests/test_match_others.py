@@ -294,3 +294,67 @@ def test_a_squared_distance_is_no_missing_exp():
 def test_options_of_other_kinds(options, error):
     with pytest.raises(error, match=next(iter(options))):
         match(packed_by_sequence, **options)
+
+
+def counts_its_tokens(lp, old, A, mask):
+    """A term without a gradient, of another size on every batch."""
+    return (ppo(lp - old, A[:, None]) * mask).sum() / mask.sum() + 0.01 * mask.sum()
+
+
+def reports_entropy(lp, old, A, mask, entropy):
+    return (ppo(lp - old, A[:, None]) * mask).sum() / mask.sum() - 0.01 * (entropy.detach() * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("loss", [counts_its_tokens, reports_entropy])
+def test_a_value_that_follows_the_batch_is_no_match(loss):
+    report = match(loss)
+    assert not report, str(report)
+    assert report.gradient_difference < 1e-8
+
+
+def test_a_loss_that_takes_one_batch_alone_is_not_proven():
+    seen = []
+
+    def loss(lp, token_ids, old, A, mask):
+        seen.append(token_ids)
+        assert torch.equal(token_ids, seen[0]), "another batch"
+        return (ppo(lp - old, A[:, None]) * mask).sum() / mask.sum()
+
+    report = match(loss)
+    assert not report
+    assert "takes no other batch" in str(report)
+
+
+def test_lines_lose_no_digit_and_no_constant():
+    def loss(lp, old, A, mask):
+        return (ppo(lp - old, A[:, None]) * mask).sum() / mask.sum() / 3 + 2.5
+
+    report = match(loss)
+    assert report
+    assert report.lines[-1].endswith(".loss * (1 / 3) + 2.5")
+    assert "grad_scale=(1 / 3)" in report.lines[-1]
+
+
+def test_the_temperature_of_a_loss_that_takes_one_dict():
+    def loss(batch):
+        rows = batch["logits"][:, :-1] / 0.9
+        lp = torch.log_softmax(rows, -1).gather(-1, batch["token_ids"][..., None]).squeeze(-1)
+        terms = ppo(lp - batch["old_log_probs"], batch["advantages"][:, None])
+        return (terms * batch["mask"]).sum() / batch["mask"].sum()
+
+    report = match(loss)
+    assert report
+    assert "temperature=0.9" in report.lines[-1]
+
+
+def test_how_often_a_loss_is_called():
+    """docs/match.md says some 700 times."""
+    calls = []
+
+    def loss(lp, old, ref, A, mask):
+        calls.append(0)
+        terms = ppo(lp - old, A[:, None]) + 0.04 * ((ref - lp).exp() - (ref - lp) - 1)
+        return (terms * mask).sum() / mask.sum()
+
+    assert match(loss)
+    assert 500 < len(calls) < 900, len(calls)

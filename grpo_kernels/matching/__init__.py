@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ def match(
 ) -> MatchReport:
     """Find the ``LossConfig`` that is your loss, by calling it in float64 on a small batch made to tell options apart.
 
-    Your function is called some thousand times with ragged sequences (one of them empty), ratios on both sides of
+    Your function is called some 700 times with ragged sequences (one of them empty), ratios on both sides of
     every bound, advantages of both signs and distances from the reference; its slopes are read off. What was found is
     then compared with ``grpo_loss``, value and gradient, on that batch and on a second one of other lengths, logits,
     ratios and advantages.
@@ -42,7 +43,8 @@ def match(
             Bind everything else: ``functools.partial(loss, clip=0.2)``.
         batch: tensors of your own instead of the built-in ones, where sizes matter: ``mask`` (B, T), ``logits``
             (B, T or T+1, V) with ``token_ids`` (B, T), or ``log_probs`` (B, T); ``advantages`` (B,),
-            ``old_log_probs``, ``ref_log_probs`` (B, T). Values are varied; the given ones are compared as well.
+            ``old_log_probs``, ``ref_log_probs`` (B, T). Values are varied; the given ones are compared as well. The
+            second batch then has the same sizes and mask.
         arguments: meaning of parameters whose names do not tell, ``{"x": "log_probs"}``.
         temperature: the sampler's, for a loss on logits: one that does not divide by it is then a fault.
         device: where your function wants its tensors; by default where those of ``batch`` are.
@@ -67,6 +69,19 @@ def match_in_words(
     device: torch.device | str | None,
 ) -> MatchReport:
     """Do what ``match`` does; ``words`` is how messages tell the reader what to do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* keeps ratios in")  # numbers of a guess are not the user's
+        return _match(words, loss_fn, batch, arguments, temperature, device)
+
+
+def _match(
+    words: Words,
+    loss_fn: Callable[..., Any],
+    batch: Mapping[str, Tensor] | None,
+    arguments: Mapping[str, str] | None,
+    temperature: float | None,
+    device: torch.device | str | None,
+) -> MatchReport:
     if batch is not None and not isinstance(batch, Mapping):
         raise TypeError(f"batch= must be a dict of tensors by name; got {type(batch).__name__}.")
     if device is None:

@@ -24,6 +24,10 @@ KEYS = ("logits", "log_probs", "token_ids", "mask", "advantages", "old_log_probs
 Found = TypeVar("Found")
 
 
+class Unusable(ValueError):
+    """The loss cannot be called as it is."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """One set of inputs of a loss.
@@ -103,11 +107,14 @@ class Batch:
 
 
 def taken(measure: Callable[[Batch], Found], batches: Iterable[Batch]) -> Iterator[Found]:
-    """Yield what is measured on each batch that the loss takes: it may insist on the sizes of the first."""
+    """Yield what is measured on each batch that the loss takes: it may insist on the sizes of the first.
+
+    What it raises comes as ``Unusable``; any other error is ours.
+    """
     for k, batch in enumerate(batches):
         try:
             found = measure(batch)
-        except Exception:  # whatever it raises about sizes that are not its own
+        except Unusable:
             if k == 0:
                 raise
             continue

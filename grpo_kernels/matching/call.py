@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..objectives.checks import check_name
-from .batch import Inputs
+from .batch import Inputs, Unusable
 
 GIVEN_TEMPERATURE = 0.7
 """What a parameter called temperature is given: unlike 1, so that a loss which ignores it is noticed."""
-ITEMS_FACTOR = 3
+ITEMS_FACTOR = 3.7
 """Parameters such as num_items_in_batch get this many times the batch's tokens, to be told from a count of its own."""
 
 LOG = "log(?!its)"
@@ -98,10 +98,6 @@ class Response:
     entropy_gradient: Tensor | None = None
     """With respect to the entropies (B, T); None where those come with the logits."""
     dtype: torch.dtype = torch.float64
-
-
-class Unusable(ValueError):
-    """The loss cannot be called as it is."""
 
 
 @dataclass(frozen=True)
@@ -194,8 +190,9 @@ class Caller:
             if role in roles.values():
                 other = next(n for n, r in roles.items() if r == role)
                 raise Unusable(
-                    f"two parameters seem to be {role}: {name} and {other}. Say which is which: "
-                    f"{self.words.meaning.format(name=name, role='old_log_probs')}."
+                    f"two parameters seem to be {role}: {name} and {other}. Bind the one that is no {role}: "
+                    f"{self.words.bound.format(name=name)}; or say what it is: "
+                    f"{self.words.meaning.format(name=name, role='MEANING')}."
                 )
             if role is not None:
                 roles[name] = role

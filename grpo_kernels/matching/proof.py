@@ -14,7 +14,7 @@ from torch import Tensor
 from ..loss import grpo_loss
 from ..objectives.config import LossConfig
 from .batch import Batch, Inputs, taken
-from .call import Response
+from .call import Response, Unusable
 from .known import DIFFERENCE, HALF, Known, Said, said
 from .probe import Number, Probe, directions, slopes_in
 
@@ -61,18 +61,20 @@ class Proof:
         self._gaps: list[tuple[float, float]] = []
         """Of each call: what the loss is more than ours, and the size of its value."""
         generator = torch.Generator().manual_seed(5)
-        compared = taken(lambda batch: self._compare_on(batch, generator), (probe.batch, *probe.held_out()))
-        self.batches = len(list(compared if probe.batch.own else itertools.islice(compared, 2)))
+        tried = taken(lambda batch: self._compare_on(batch, generator), (probe.batch, *probe.held_out()))
+        batches = list(tried if probe.batch.own else itertools.islice(tried, 2))
+        self.batches = len(batches)
         for inputs in _given(probe, known):
             self._compare("your batch", inputs)
         self.value, self.constant = self._of_values()
         self.empty = False
-        if self.value > known.precision.matched:
+        if self.value > known.precision.matched and not all(bool(b.mask.any(-1).all()) for b in batches):
             self._gaps = []
-            list(taken(lambda batch: self._compare_on(batch, generator), [probe.batch.without_empty()]))
-            full, constant = self._of_values()
-            if full <= known.precision.matched:
-                self.value, self.constant, self.empty = full, constant, True
+            for batch in batches:
+                self._compare_on(batch.without_empty(), generator)
+            value, constant = self._of_values()
+            if value <= known.precision.matched and not constant:
+                self.value, self.empty = value, True
         self.tokens.sort(key=lambda token: -abs(token.yours - token.ours))
 
     def _of_values(self) -> tuple[float, float]:
@@ -87,9 +89,17 @@ class Proof:
         needed = largest(0.0) > matched >= largest(constant)
         return (largest(constant), constant) if needed else (largest(0.0), 0.0)
 
-    def _compare_on(self, batch: Batch, generator: torch.Generator) -> None:
-        for varies, inputs in draws(self.probe, self.known, batch, generator):
-            self._compare(varies, inputs)
+    def _compare_on(self, batch: Batch, generator: torch.Generator) -> Batch:
+        """Compare on one batch, and return it; a batch that the loss does not take leaves nothing behind."""
+        gradient, apart, tokens, gaps = self.gradient, self.apart, len(self.tokens), len(self._gaps)
+        try:
+            for varies, inputs in draws(self.probe, self.known, batch, generator):
+                self._compare(varies, inputs)
+        except Unusable:
+            self.gradient, self.apart = gradient, apart
+            del self.tokens[tokens:], self._gaps[gaps:]
+            raise
+        return batch
 
     def _compare(self, varies: str, inputs: Inputs) -> None:
         known = self.known

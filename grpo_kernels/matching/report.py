@@ -99,6 +99,7 @@ STRANGE: dict[str, str] = {
     "whitening_unknown": "the loss centres or scales the advantages itself, in no way that match knows",
     "unknown_entropy": "the entropy bonus has weights that follow no known aggregation",
     "value": "the gradient is that of the config, the value is not, by more than a constant (by {share:.0e} of it)",
+    "no_second_batch": "your loss takes no other batch, so nothing proves that it is more than like the nearest config",
     "unproven": "it parts from the nearest config where {apart} vary",
     "old_term": "a term pulls to the old policy without advantages: as a KL to it, give "
     "ref_log_probs=old_log_probs and kl=KL(coef)",
@@ -118,7 +119,6 @@ NOTES: dict[str, str] = {
     "entropy_penalty": "your loss penalises entropy; a bonus has the other sign",
     "left_out": "left at their defaults: {names}",
     "one_batch": "aggregations that are the same on your batch cannot be told apart: give one with ragged lengths",
-    "no_second_batch": "your loss takes no other batch, so this holds for the sizes it was measured on",
     "no_limit": "your loss does not bound log-ratios; our default of 20 would change nothing below that and keep exp() "
     "finite beyond",
     "same_without_mask": "without a mask, means over tokens and over sequences are the same",
@@ -143,7 +143,8 @@ class MatchReport:
     """What ``match`` found. ``print(report)`` says it; ``bool(report)`` is whether a config is the loss.
 
     Attributes:
-        matched: the config has the loss's gradient and value on every batch that was tried, and there is no fault.
+        matched: the config has the loss's gradient on every batch that was tried, and its value but for a constant or
+            for empty sequences, which the notes tell; and there is no fault.
         config: the LossConfig that is the loss, or the nearest; a fault's part as it should be.
         factor: the loss is this times ours.
         normalizer: what to give as ``normalizer=``, as text; None: nothing.
@@ -193,7 +194,7 @@ class MatchReport:
         if self.temperature != 1.0:
             arguments["temperature"] = self.temperature_source
         if self.factor != 1.0:
-            arguments["grad_scale"] = f"{self.factor:.6g}"
+            arguments["grad_scale"] = _written(self.factor)
         return ", ".join(f"{name}={value}" for name, value in arguments.items())
 
     def _beside(self) -> dict[str, str]:
@@ -237,6 +238,13 @@ class MatchReport:
         return _finite(fields) | {"config": self.paste(), "tokens": tokens, "call": self.call()}
 
 
+def _written(factor: float) -> str:
+    """Return a factor as Python that loses no digit: one over a number, where it is that and no short decimal."""
+    inverse = round(1 / factor) if factor else 0
+    whole = abs(inverse) > 1 and abs(inverse * factor - 1) < 1e-6
+    return f"(1 / {inverse})" if whole and len(repr(factor)) > 8 else repr(factor)
+
+
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
@@ -253,7 +261,7 @@ def report_of(probe: Probe, known: Known, proof: Proof | None, says: list[Said])
         normalizer=mended.weights.divisor.normalizer,
         threshold=known.threshold.source() if known.threshold else None,
         temperature=mended.temperature,
-        temperature_source="temperature" if probe.caller.takes("temperature") else f"{mended.temperature:g}",
+        temperature_source="temperature" if "temperature" in probe.caller.roles.values() else f"{mended.temperature:g}",
         form=describe(probe.form, probe.batch),
         faults=texts_of(faults),
         strange=texts_of(strange),
@@ -269,7 +277,7 @@ def report_of(probe: Probe, known: Known, proof: Proof | None, says: list[Said])
         tokens=tuple(proof.tokens),
     )
     if reproduced:
-        return dataclasses.replace(report, lines=_lines(report, probe, known))
+        return dataclasses.replace(report, lines=_lines(report, proof))
     return dataclasses.replace(report, regions=tuple(_regions(probe, known)))
 
 
@@ -286,8 +294,9 @@ def _mended(known: Known, faults: list[Said]) -> Known:
     return known.but(weights=weights, kl=kl, temperature=temperature)
 
 
-def _lines(report: MatchReport, probe: Probe, known: Known) -> tuple[str, ...]:
+def _lines(report: MatchReport, proof: Proof) -> tuple[str, ...]:
     """Return the Python that computes the loss with ours."""
+    probe, known = proof.probe, proof.known
     caller = probe.caller
     used = {"old_log_probs": known.uses_ratio and caller.takes("old_log_probs")}
     used |= {"ref_log_probs": known.kl.coef != 0, "rollout_log_probs": bool(known.rollout)}
@@ -295,7 +304,8 @@ def _lines(report: MatchReport, probe: Probe, known: Known) -> tuple[str, ...]:
     named = {"old_log_probs": "rollout_log_probs"} if caller.sampler_is_old else {}
     tensors = [f"{name}={named.get(name, name)}" for name, is_used in used.items() if is_used]
     arguments = ["logits", "token_ids", "advantages", "mask", *tensors, report.call()]
-    factor = "" if report.factor == 1 else f" * {report.factor:.6g}"
+    factor = "" if report.factor == 1 else f" * {_written(report.factor)}"
+    factor += f" + {proof.constant!r}" if proof.constant else ""
     names = sorted(set(re.findall(r"\b([A-Z]\w*)\(", report.paste())), key=lambda name: (not name.isupper(), name))
     names += ["grpo_loss"]
     names += ["token_log_probs"] if report.threshold is not None and "(" in report.threshold else []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -235,12 +234,10 @@ def _from_edges(e: Edges, field: Field) -> Fit:
     low = None if low is not None and _near(-low, limit) else low
     if low is None and high is None and dual is None:
         return Fit(Unclipped(), limit, says=tuple(says))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* keeps ratios in")  # numbers of a guess are not the user's
-        clip = Clip(
-            min(1.0, max(0.0, 1.0 if low is None else _number(field.known, -math.expm1(low), 1))),
-            max(0.0, _number(field.known, math.expm1(60.0 if high is None else high), 1)),
-        )
+    clip = Clip(
+        min(1.0, max(0.0, 1.0 if low is None else _number(field.known, -math.expm1(low), 1))),
+        1e26 if high is None else max(0.0, _number(field.known, math.expm1(high), 1)),
+    )
     if dual is not None and (ratio := _number(field.known, math.exp(dual), 1)) >= 1 + clip.high and ratio < 1e9:
         clip = Clip(clip.low, clip.high, ratio)
     elif dual is not None:
