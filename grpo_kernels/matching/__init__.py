@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -60,6 +61,15 @@ def match(
     return match_in_words(PYTHON, loss_fn, batch, arguments, temperature, device)
 
 
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Let guesses of bounds warn nobody: their numbers are not the user's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* keeps ratios in")
+        yield
+
+
+@_without_warnings()
 def match_in_words(
     words: Words,
     loss_fn: Callable[..., Any],
@@ -69,19 +79,6 @@ def match_in_words(
     device: torch.device | str | None,
 ) -> MatchReport:
     """Do what ``match`` does; ``words`` is how messages tell the reader what to do."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* keeps ratios in")  # numbers of a guess are not the user's
-        return _match(words, loss_fn, batch, arguments, temperature, device)
-
-
-def _match(
-    words: Words,
-    loss_fn: Callable[..., Any],
-    batch: Mapping[str, Tensor] | None,
-    arguments: Mapping[str, str] | None,
-    temperature: float | None,
-    device: torch.device | str | None,
-) -> MatchReport:
     if batch is not None and not isinstance(batch, Mapping):
         raise TypeError(f"batch= must be a dict of tensors by name; got {type(batch).__name__}.")
     if device is None:

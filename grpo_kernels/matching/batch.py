@@ -186,7 +186,7 @@ def users_batch(given: Mapping[str, Tensor]) -> Batch:
             raise ValueError(f"batch= {name} must be {wanted}; got {tuple(value.shape)}.")
     if "logits" in values and values["logits"].numel() > LARGEST:
         raise ValueError(
-            f"batch= logits have {values['logits'].numel():,} elements, and match calls the loss thousands of times in "
+            f"batch= logits have {values['logits'].numel():,} elements, and match calls the loss hundreds of times in "
             f"float64: give a smaller batch, of at most {LARGEST:,}."
         )
     generator = torch.Generator().manual_seed(20)

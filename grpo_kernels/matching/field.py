@@ -106,8 +106,7 @@ class Field:
         possible = self.live & (points[:, None, None] >= self.log_prob if not self.pooled else True)
         ours, before, after = (self.of(surrogate, points + d * near) for d in (0, -1, 1))
         clear = possible & ((after - before).abs() <= 0.5 * torch.maximum(before.abs(), after.abs()))
-        floor = max(1e-6, min(0.1, 10 * self.known.precision.matched)) if self.known.precision.name else 1e-6
-        size = torch.maximum(theirs.abs(), ours.abs()).clamp(min=floor)
+        size = torch.maximum(theirs.abs(), ours.abs()).clamp(min=self.known.precision.floor)
         apart = ((theirs - ours).abs() / size)[clear]
         return float(apart.nan_to_num(nan=torch.inf).max()) if apart.numel() else 0.0
 

@@ -40,6 +40,11 @@ class Precision(NamedTuple):
     step: float
     """The smallest log-ratio whose effect is told from rounding; 1e-4 is inside of every clip, GSPO's 3e-4 too."""
 
+    @property
+    def floor(self) -> float:
+        """The size, relative to the largest, below which a slope is what subtraction left of it."""
+        return min(0.1, 10 * self.matched) if self.name else 1e-6
+
 
 EXACT = Precision("", 1e-9, 1e-7, 1e-8, 1e-6, 1e-4)
 SINGLE = Precision("fp32", 5e-6, 2e-2, 2e-3, 1e-3, 1e-4)

@@ -271,7 +271,7 @@ def differences(known: Known, ours: Tensor, theirs: Tensor) -> Tensor:
     """
     size = torch.maximum(ours.norm(dim=-1), theirs.norm(dim=-1))
     largest = float(size.nan_to_num(0.0, posinf=0.0).max()) if size.numel() else 0.0
-    floor = (min(0.1, 10 * known.precision.matched) if known.precision.name else 1e-6) * largest
+    floor = known.precision.floor * largest
     return torch.where(size <= 1e-12 * largest, 0.0, (ours - theirs).norm(dim=-1) / size.clamp(min=floor))
 
 

@@ -226,10 +226,8 @@ class MatchReport:
         text = "".join(f" with {name}={value}" for name, value in self._beside().items())
         if self.factor == 1.0:
             return text
-        inverse = 1 / self.factor if self.factor else 0.0
-        if abs(inverse) > 1 and abs(inverse - round(inverse)) < 1e-6 * abs(inverse):
-            return f"{text}, divided by {round(inverse)}"
-        return f"{text}, times {self.factor:g}"
+        divisor = _divisor(self.factor)
+        return f"{text}, divided by {divisor}" if divisor else f"{text}, times {self.factor:g}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON; None for a number that is not finite."""
@@ -240,9 +238,14 @@ class MatchReport:
 
 def _written(factor: float) -> str:
     """Return a factor as Python that loses no digit: one over a number, where it is that and no short decimal."""
+    divisor = _divisor(factor)
+    return f"(1 / {divisor})" if divisor and len(repr(factor)) > 8 else repr(factor)
+
+
+def _divisor(factor: float) -> int | None:
+    """Return the whole number that a factor is one over; None where it is not."""
     inverse = round(1 / factor) if factor else 0
-    whole = abs(inverse) > 1 and abs(inverse * factor - 1) < 1e-6
-    return f"(1 / {inverse})" if whole and len(repr(factor)) > 8 else repr(factor)
+    return inverse if abs(inverse) > 1 and abs(inverse * factor - 1) < 1e-6 else None
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
