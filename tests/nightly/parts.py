@@ -60,6 +60,7 @@ PARTS = {
     "cpu": Part(4, ("test_numerics", "test_ops", "test_zero_weights"), (*KERNELS, "csrc/**"), r"[\[-](cpu|torch)[\]-]"),
     "compiled": Part(12, ("test_build", "test_triton", "test_gpu_parts", "test_surrogates"), (*KERNELS, "csrc/**")),
     "compositions": Part(2, ("test_compositions",), (*KERNELS, "csrc/**", "tests/compositions/**")),
+    "architectures": Part(2, ("test_architectures",), (*KERNELS, "csrc/cpu/**", "tests/architectures/**")),
     "ptx": Part(20, ("test_ptx",), PTX, "test_all_cases"),
     "ptx-faults": Part(20, ("test_ptx",), PTX, "test_planted_fault"),
     "mutants": Part(15, ("test_mutants",), (*KERNELS, "tests/*.py"), r"\[(?!triton)"),
