@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -148,6 +149,19 @@ def test_heads_are_off_their_identity(name):
     assert judge.truth_of(model, call_of(model)).head == HEADS[name]
 
 
+SEEING = [name for name in FAMILIES if "Llava" in name or "VL" in name or name.startswith("Gemma3For")]
+
+
+@pytest.mark.parametrize("name", SEEING)
+def test_pictures_are_seen(name):
+    """An image's places are in the ids, and what it shows is in the log-probs of the text after it."""
+    model = tiny.tiny(name)
+    call = call_of(model)
+    other = dataclasses.replace(call, inputs={**call.inputs, "pixel_values": -call.inputs["pixel_values"]})
+    log_probs = [judge.truth_of(model, one).log_probs[call.mask] for one in (call, other)]
+    assert (log_probs[0] - log_probs[1]).abs().mean() > 1e-3
+
+
 def test_the_judge_agrees_with_the_models_own_logits():
     """Served by ``from_logits``, which runs the head itself: truth and gradients are those of the same numbers."""
     for name in ("LlamaForCausalLM", "InklingForCausalLM", "LlavaForConditionalGeneration", "OPTForCausalLM"):
@@ -187,6 +201,24 @@ def test_a_planted_fault_is_wrong(fault):
     verdict, _ = verdict_of("LlamaForCausalLM", attach)
     assert verdict.kind == WRONG
     assert re.search(words, verdict.reason), verdict
+
+
+def test_a_model_that_is_left_changed_is_wrong():
+    def attach(model):
+        hf.attach(model)
+        before = model.forward
+
+        def forward(*args, **inputs):
+            out = before(*args, **inputs)
+            if "grpo" not in inputs:
+                out.logits = 2 * out.logits
+            return out
+
+        model.forward = forward
+
+    assert verdict_of("LlamaForCausalLM", attach)[0] == Verdict(
+        WRONG, "without grpo=, an attached model has other logits"
+    )
 
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM", "GraniteForCausalLM"])

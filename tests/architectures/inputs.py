@@ -102,6 +102,7 @@ EXTRA: dict[str, Extra] = {
     "Blip2ForConditionalGeneration": _seen(4, "image_token_index"),
     "CanaryForConditionalGeneration": _heard("input_features", 32, 16),
     "CohereAsrForConditionalGeneration": _heard("input_features", 32, 16),
+    "FSMTForConditionalGeneration": lambda model: {"use_cache": False},  # with a cache it has no causal mask
     "Gemma3ForConditionalGeneration": _seen(4),
     "IdeficsForVisionText2Text": lambda model: {
         "pixel_values": pictures()[:, None],

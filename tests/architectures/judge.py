@@ -21,7 +21,7 @@ LOG_PROBS = 1e-4
 """Nats that two log-probs of one token may be apart, in fp32."""
 GRADIENT, SMALLEST = 1e-3, 1e-5
 """Of a parameter's largest gradient, and of the largest of all parameters."""
-SPREAD = 0.05
+SPREAD = 0.1
 """Standard deviation of a row of logits below which a case shows nothing."""
 
 
@@ -43,6 +43,7 @@ class Verdict:
 class Truth:
     """By the model's own forward."""
 
+    logits: Tensor
     log_probs: Tensor
     loss: Tensor
     gradients: Mapping[str, Tensor]
@@ -92,7 +93,7 @@ def truth_of(model: Any, call: Call) -> Truth:
     log_probs = token_log_probs(rows.float(), call.token_ids, call.mask).log_probs
     loss = grpo_loss(logits, call.token_ids, call.advantages, call.mask).loss
     loss.backward()
-    return Truth(log_probs.detach(), loss.detach(), _gradients_of(model), head)
+    return Truth(logits.detach(), log_probs.detach(), loss.detach(), _gradients_of(model), head)
 
 
 def judge(model: Any, call: Call, truth: Truth, attach: Attach = hf.attach) -> Verdict:
@@ -102,11 +103,15 @@ def judge(model: Any, call: Call, truth: Truth, attach: Attach = hf.attach) -> V
         output = _seeded(model, call, grpo={**call.grpo, "output": "log_probs"})
         trained = _seeded(model, call, grpo=call.grpo)
         trained.loss.backward()
+        with torch.no_grad():
+            plain = _seeded(model, call).logits
     except ValueError as error:
         return Verdict(REFUSED, in_a_line(error))
     except Exception as error:
         return Verdict(WRONG, f"raised {in_a_line(error)}")
     found = _unlike(truth, output.log_probs, trained, _gradients_of(model))
+    if not torch.allclose(plain, truth.logits, rtol=1e-5, atol=1e-5):
+        found = found or "without grpo=, an attached model has other logits"
     return Verdict(WRONG, found) if found else Verdict(SERVED)
 
 
