@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 
 class Watch:
@@ -57,6 +58,34 @@ class Watch:
             return ""
         factor = _factor(given, states)
         return "of transformed rows: " if factor is None else f"of rows × {factor:.3g}: "
+
+
+class LinearCalls:
+    """Remembers each call of a linear layer while it is open, by a hook that no layer shows."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {module: name for name, module in model.named_modules()}
+        self._calls: list[tuple[str, torch.Size]] = []
+
+    def __enter__(self) -> LinearCalls:
+        self._handle = register_module_forward_hook(self._call)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
+
+    def _call(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        made = type(output) is Tensor and output.device.type != "meta"  # what stands for a tensor takes no memory
+        if made and isinstance(module, nn.Linear) and module in self._names:
+            self._calls.append((self._names[module], output.shape))
+
+    def last(self, columns: int) -> str:
+        """Return the name of the last layer that made as many columns or more; empty if none did."""
+        return next((name for name, shape in reversed(self._calls) if shape[-1] >= columns), "")
+
+    def most_rows(self, name: str) -> int:
+        """Return how many rows the layer of that name was applied to at once."""
+        return max((shape[:-1].numel() for called, shape in self._calls if called == name), default=0)
 
 
 def _after(made: Tensor, logits: Tensor) -> str:

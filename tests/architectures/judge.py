@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from grpo_kernels import grpo_loss, hf, token_log_probs
 
-from .heads import Watch
+from .heads import LinearCalls, Watch
 from .inputs import Call, call_of
 from .tiny import tiny
 
@@ -49,6 +49,8 @@ class Truth:
     gradients: Mapping[str, Tensor]
     head: str
     """In words."""
+    last_layer: str
+    """Of those that make as many columns as the logits have: by which they would be made of every row."""
 
 
 Attach = Callable[[Any], Any]
@@ -79,7 +81,7 @@ def truth_of(model: Any, call: Call) -> Truth:
     Raises:
         NoCase: they are no logits (B, T, V) of the call's tokens, or show nothing.
     """
-    with Watch(model) as watch:
+    with Watch(model) as watch, LinearCalls(model) as linear:
         logits = _seeded(model, call).logits
     wanted = (*call.token_ids.shape[:1], call.token_ids.shape[1] + 1)
     if not isinstance(logits, Tensor) or logits.dim() != 3 or tuple(logits.shape[:2]) != wanted:
@@ -93,25 +95,30 @@ def truth_of(model: Any, call: Call) -> Truth:
     log_probs = token_log_probs(rows.float(), call.token_ids, call.mask).log_probs
     loss = grpo_loss(logits, call.token_ids, call.advantages, call.mask).loss
     loss.backward()
-    return Truth(logits.detach(), log_probs.detach(), loss.detach(), _gradients_of(model), head)
+    return Truth(
+        logits.detach(), log_probs.detach(), loss.detach(), _gradients_of(model), head, linear.last(logits.shape[-1])
+    )
 
 
 def judge(model: Any, call: Call, truth: Truth, attach: Attach = hf.attach) -> Verdict:
     """Return what ``attach`` makes of a model and a call, beside the truth of another model that is the same."""
     try:
         attach(model)
-        output = _seeded(model, call, grpo={**call.grpo, "output": "log_probs"})
-        trained = _seeded(model, call, grpo=call.grpo)
-        trained.loss.backward()
-        with torch.no_grad():
-            plain = _seeded(model, call).logits
+        with LinearCalls(model) as linear:
+            output = _seeded(model, call, grpo={**call.grpo, "output": "log_probs"})
+            trained = _seeded(model, call, grpo=call.grpo)
+            trained.loss.backward()
+        plain = _seeded(model, call).logits.detach()  # with gradients on, as the truth: kernels differ without
     except ValueError as error:
         return Verdict(REFUSED, in_a_line(error))
     except Exception as error:
         return Verdict(WRONG, f"raised {in_a_line(error)}")
     found = _unlike(truth, output.log_probs, trained, _gradients_of(model))
-    if not torch.allclose(plain, truth.logits, rtol=1e-5, atol=1e-5):
+    if not torch.equal(plain, truth.logits):
         found = found or "without grpo=, an attached model has other logits"
+    rows = linear.most_rows(truth.last_layer)
+    if rows >= int(call.mask.sum()):
+        found = found or f"{truth.last_layer} was applied to {rows} rows, which makes their logits"
     return Verdict(WRONG, found) if found else Verdict(SERVED)
 
 

@@ -41,8 +41,9 @@ This page is for whoever has a Hugging Face model, and wants to know whether `at
 Every public class of transformers {version} that generates text, by its name or its auto class: a tiny model of it,
 with noise on every parameter and every scale, softcap and bias off its identity, in fp32 on a CPU. *Hidden states*
 means that log-probs (within 1e-4 nats), loss and the gradient of every parameter are those of `grpo_loss` on the
-model's own logits. Written by `python -m tests.architectures > docs/architectures.md`; `tests/test_architectures.py`
-runs each row again.
+model's own logits, that the layer which makes these was never applied to their rows, and that without `grpo=` the
+model's logits stay as they were, bit for bit. Written by `python -m tests.architectures > docs/architectures.md`;
+`tests/test_architectures.py` runs each row again.
 """
 COLUMNS = "| class | model type | verdict | head, as measured in the model's own forward |\n| --- | --- | --- | --- |"
 NOT_TRIED = "## Not tried"
