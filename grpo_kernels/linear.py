@@ -10,7 +10,7 @@ from torch import Tensor
 from .backends.contract import TokenValues
 from .backends.spec import LogitArgs, numbers_vector
 from .calls import autograd
-from .calls.arguments import check_logit_args, checked_scale
+from .calls.arguments import check_logit_args, checked_scale, read_head
 from .calls.batch import LossArguments, read_batch
 from .calls.chunks import CHUNK_BYTES, LiveRows, chunk_rows
 from .calls.contents import check_ids, check_shift
@@ -42,6 +42,7 @@ def linear_grpo_loss(
     mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     old_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
@@ -74,24 +75,27 @@ def linear_grpo_loss(
         weight: the LM head (V, H). Frozen, it costs neither GEMM nor memory; so do frozen hidden states.
         token_ids, advantages, mask: as for ``grpo_loss``.
         bias: (V,).
+        adapter: (states, weight), whose product states @ weight.T is added to the logits, in one small GEMM a chunk:
+            LoRA on the head is ``(scaling * dropout(hidden) @ A.T, B)``. States of hidden's leading shape with r
+            columns, weight (V, r), each of any floating dtype: cast to hidden's (under autocast to its) for GEMMs.
         token_losses: as for ``grpo_loss``, from log-probs whose backward computes the logits a second time (8·N·H·V
             FLOPs in place of 6).
         live_tokens: how many tokens the mask leaves (with ``skip_zero_advantage``, of A != 0), or a bound of it: then
             nothing waits for the device, which otherwise is asked once, before any GEMM. Where there are more, loss
             and outputs are NaN (on a CPU an error). On a GPU, pooled ratios of more than one chunk then compute the
             logits twice.
-        chunk_bytes: memory for a chunk's logits, hidden states and their gradients. Results do not depend on it beyond
-            rounding, and on nothing but shapes and dtypes otherwise.
+        chunk_bytes: memory for a chunk's logits, hidden states, adapter states and their gradients. Results do not
+            depend on it beyond rounding, and on nothing but shapes and dtypes otherwise.
         logits_dtype: torch.float32 keeps the logits of a bf16 or fp16 head unrounded, as its GEMM accumulates them, at
             twice the memory a row; None: the head's dtype, as a materialised head rounds them.
         **the rest**: as for ``grpo_loss``.
 
     Returns:
-        LossOutput; ``loss`` is differentiable in hidden, weight and bias.
+        LossOutput; ``loss`` is differentiable in hidden, weight, bias and adapter.
 
     Raises:
-        ValueError, TypeError: as ``grpo_loss``; hidden states and a weight that do not fit, a sharded weight, a budget
-            too small for one row.
+        ValueError, TypeError: as ``grpo_loss``; hidden states, a weight and an adapter that do not fit, a sharded
+            weight, a budget too small for one row.
     """
     if unknown:
         refuse_keywords(linear_grpo_loss, unknown)
@@ -112,8 +116,8 @@ def linear_grpo_loss(
     )
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_grpo_loss", logit_args, check)
-    head = HeadTensors(hidden, weight, bias)
-    tokens = read_linear_tokens("linear_grpo_loss", *head, token_ids, mask, logits_dtype, arguments.tensors, check)
+    head = read_head("linear_grpo_loss", hidden, weight, bias, adapter)
+    tokens = read_linear_tokens("linear_grpo_loss", head, token_ids, mask, logits_dtype, arguments.tensors, check)
     wants = Wants.of(head)
     if token_losses:
         refuse_what_losses_of_tokens_lack(tokens, grad_scale)
@@ -129,14 +133,14 @@ def linear_grpo_loss(
         wants_gradient=any(wants),
         unknown=ON_DEMAND if token_losses else None,
     )
-    _check_contents(tokens, head, logit_args)
+    _check_contents(tokens, head, adapter, logit_args)
     wide = grad_scale is None and not token_losses and operand_dtype(hidden) == torch.float16
     scale = _fp16_scale(batch, config, logit_args) if wide else grad_scale
     scale = 1.0 if scale is None else checked_scale("linear_grpo_loss", scale, check)
     numbers = numbers_vector(logit_args, scale, config, tokens.real, hidden.device, entropy_threshold)
     together = plan.spec is None and pools(config, batch) and any(wants) and not token_losses
     sequences = batch.sequences if together else None
-    sweep = _sweep(tokens, numbers, logit_args, plan.route, hidden, live_tokens, chunk_bytes, sequences, wide)
+    sweep = _sweep(tokens, numbers, logit_args, plan.route, head, live_tokens, chunk_bytes, sequences, wide)
     if token_losses:
         log_prob, entropy = autograd.LinearLogProbs.apply(sweep, *head)
         with torch.no_grad():
@@ -166,6 +170,7 @@ def linear_token_log_probs(
     mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
     temperature: float | Tensor = 1.0,
     logit_scale: float | Tensor = 1.0,
     logit_softcap: float | Tensor | None = None,
@@ -183,28 +188,30 @@ def linear_token_log_probs(
     Args: as for ``linear_grpo_loss`` and ``token_log_probs``.
 
     Returns:
-        TokenLogProbs(log_probs, entropy), both differentiable in hidden, weight and bias.
+        TokenLogProbs(log_probs, entropy), both differentiable in hidden, weight, bias and adapter.
     """
     if unknown:
         refuse_keywords(linear_token_log_probs, unknown)
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_token_log_probs", logit_args, check)
-    head = HeadTensors(hidden, weight, bias)
-    tokens = read_linear_tokens("linear_token_log_probs", *head, token_ids, mask, logits_dtype, {}, check)
+    head = read_head("linear_token_log_probs", hidden, weight, bias, adapter)
+    tokens = read_linear_tokens("linear_token_log_probs", head, token_ids, mask, logits_dtype, {}, check)
     route = choose_log_probs(tokens, backend=backend, softcap=logit_softcap is not None, require=require)
-    _check_contents(tokens, head, logit_args)
+    _check_contents(tokens, head, adapter, logit_args)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, hidden.device)
-    sweep = _sweep(tokens, numbers, logit_args, route, hidden, live_tokens, chunk_bytes)
+    sweep = _sweep(tokens, numbers, logit_args, route, head, live_tokens, chunk_bytes)
     log_prob, entropy = autograd.LinearLogProbs.apply(sweep, *head)
     return TokenLogProbs(sweep.valid(log_prob).view(tokens.shape), sweep.valid(entropy).view(tokens.shape))
 
 
-def _check_contents(tokens: RowTokens, head: HeadTensors, logit_args: LogitArgs) -> None:
+def _check_contents(
+    tokens: RowTokens, head: HeadTensors, adapter: tuple[Tensor, Tensor] | None, logit_args: LogitArgs
+) -> None:
     """With checks on, raise where ids are out of range or look shifted. On a CPU the range is looked at in any case."""
     check_ids(tokens, always=head.hidden.device.type == "cpu")
     if not (tokens.checks and tokens.looks):
         return
-    options = {"bias": head.bias, **logit_args._asdict(), "check": False}
+    options = {"bias": head.bias, "adapter": adapter, **logit_args._asdict(), "check": False}
 
     def log_probs(ids: Tensor, live: Tensor) -> Tensor:
         shaped = (values.view(tokens.shape) for values in (ids, live))
@@ -234,15 +241,16 @@ def _sweep(
     numbers: Tensor,
     logit_args: LogitArgs,
     route: Route,
-    hidden: Tensor,
+    head: HeadTensors,
     live_tokens: int | None,
     chunk_bytes: int,
     sequences: Sequences | None = None,
     wide: bool = False,
 ) -> Sweep:
     check_scalar(tokens.function, "chunk_bytes", chunk_bytes)
-    operands = operand_dtype(hidden)
-    live_rows = LiveRows.of(tokens, chunk_rows(tokens, operands, int(chunk_bytes)), live_tokens, sequences)
+    operands = operand_dtype(head.hidden)
+    rows = chunk_rows(tokens, head.width, operands, int(chunk_bytes))
+    live_rows = LiveRows.of(tokens, rows, live_tokens, sequences)
     return Sweep(
         live_rows=live_rows,
         token_ids=live_rows.take(tokens.token_ids),

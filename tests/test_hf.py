@@ -221,6 +221,11 @@ def test_refused_by_name():
         hf.attach(model)
     with pytest.raises(ValueError, match="temperature"):
         hf.attach(tiny(), temprature=2.0)
+    for of_the_model in ("adapter", "bias", "weight"):
+        with pytest.raises(ValueError, match=f"attach: the option must be one of .*; got '{of_the_model}'"):
+            hf.attach(tiny(), **{of_the_model: None})
+        with pytest.raises(ValueError, match=f"the name must be one of .*; got '{of_the_model}'"):
+            model(**inputs(), grpo=tokens_of(inputs()) | {of_the_model: None})
     with pytest.raises(ValueError, match="causal model"):
         hf.attach(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="token_ids"):

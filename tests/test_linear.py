@@ -14,6 +14,7 @@ from grpo_kernels import (
     LinearGRPOLoss,
     LossConfig,
     Unclipped,
+    grpo_loss,
     linear_grpo_loss,
     linear_token_log_probs,
     token_log_probs,
@@ -23,16 +24,24 @@ from grpo_kernels.verification import reference
 
 LEVELS = ("token", "sequence", "sequence_token", "sequence_product")
 MANY = 1 << 20
+ranks = pytest.mark.parametrize("rank", [0, 3])
+"""Of an adapter on the head; 0: none."""
 
 
 class Problem:
-    """Hidden states, head and tokens; old and reference log-probs near the policy's."""
+    """Hidden states, head, its adapter and tokens; old and reference log-probs near the policy's."""
 
-    def __init__(self, batch=4, length=7, hidden=16, vocab=97, dtype=torch.float32, extra_row=True, bias=True, seed=0):
+    def __init__(
+        self, batch=4, length=7, hidden=16, vocab=97, dtype=torch.float32, extra_row=True, bias=True, seed=0, rank=0
+    ):
         torch.manual_seed(seed)
         self.hidden = torch.randn(batch, length + extra_row, hidden).to(dtype).requires_grad_()
         self.weight = (0.5 * torch.randn(vocab, hidden)).to(dtype).requires_grad_()
         self.bias = torch.randn(vocab).to(dtype).requires_grad_() if bias else None
+        self.adapter = None
+        if rank:
+            states, low = torch.randn(batch, length + extra_row, rank), 0.5 * torch.randn(vocab, rank)
+            self.adapter = (states.to(dtype).requires_grad_(), low.to(dtype).requires_grad_())
         self.ids = torch.randint(vocab, (batch, length))
         self.mask = torch.rand(batch, length) < 0.7
         if batch > 1:
@@ -47,20 +56,38 @@ class Problem:
 
     @property
     def leaves(self) -> tuple[torch.Tensor, ...]:
-        return tuple(leaf for leaf in (self.hidden, self.weight, self.bias) if leaf is not None)
+        return tuple(leaf for leaf in (self.hidden, self.weight, self.bias, *(self.adapter or ())) if leaf is not None)
+
+    @property
+    def states(self) -> list[torch.Tensor]:
+        return [self.hidden, *(self.adapter or ())[:1]]
+
+    def logits(self, leaves) -> torch.Tensor:
+        """The whole of them, of tensors in the place of the leaves."""
+        if self.adapter is None:
+            return torch.nn.functional.linear(*leaves)
+        *head, states, low = leaves
+        logits = torch.nn.functional.linear(*head)
+        return (logits + states @ low.T).to(logits.dtype)
+
+    def cast(self, dtype) -> None:
+        """Bring the head to another dtype; the adapter keeps its own, and what that dtype holds of its values."""
+        for name in ("hidden", "weight", "bias"):
+            setattr(self, name, getattr(self, name).detach().to(dtype).requires_grad_())
+        self.adapter = tuple(part.detach().to(dtype).to(part.dtype).requires_grad_() for part in self.adapter or ())
+        self.adapter = self.adapter or None
 
     def run(self, scale=1.0, **options):
         """The loss, and the gradients of ``scale * loss``."""
         options = {**self.options, **options}
-        out = linear_grpo_loss(
-            self.hidden, self.weight, self.ids, self.advantages, self.mask, bias=self.bias, **options
-        )
+        options |= {"bias": self.bias, "adapter": self.adapter}
+        out = linear_grpo_loss(self.hidden, self.weight, self.ids, self.advantages, self.mask, **options)
         return out, torch.autograd.grad(out.loss * scale, self.leaves)
 
     def expected(self, dtype=None, **options):
         """By autograd through the whole logits, computed in ``dtype``."""
         leaves = [leaf.detach().to(dtype or leaf.dtype).requires_grad_() for leaf in self.leaves]
-        logits = torch.nn.functional.linear(*leaves)
+        logits = self.logits(leaves)
         if dtype is not torch.float64:
             logits = logits.float()
         options = {**self.options, **options}
@@ -69,28 +96,32 @@ class Problem:
 
 
 def reference_log_probs(problem: Problem) -> torch.Tensor:
-    logits = torch.nn.functional.linear(*(leaf.double() for leaf in problem.leaves))[:, : problem.ids.shape[1]]
+    logits = problem.logits([leaf.double() for leaf in problem.leaves])[:, : problem.ids.shape[1]]
     return torch.log_softmax(logits, -1).gather(-1, problem.ids[..., None]).squeeze(-1)
 
 
 def room(problem: Problem, rows: int) -> int:
     """chunk_bytes of ``rows`` rows."""
-    (vocab, hidden), dtype = problem.weight.shape, problem.weight.dtype
-    fixed, per_row = head.head_kind(problem.weight.device.type, dtype, dtype).bytes(hidden, vocab, dtype, dtype)
+    (vocab, width), dtype = problem.weight.shape, problem.weight.dtype
+    width += problem.adapter[0].shape[-1] if problem.adapter else 0
+    fixed, per_row = head.head_kind(problem.weight.device.type, dtype, dtype).bytes(width, vocab, dtype, dtype)
     return fixed + rows * per_row
 
 
 def routes() -> list:
-    """Every objective in one chunk and in several; where ratios are pooled, of whole sequences and of cut ones."""
-    found = [(config, rows) for config in one_of_each() for rows in (MANY, 5)]
+    """Every objective in one chunk and in several; where ratios are pooled, of whole sequences and of cut ones. Every
+    level with an adapter."""
+    found = [(config, rows, 0) for config in one_of_each() for rows in (MANY, 5)]
     pooled = [c for c in one_of_each() if c.level != "token" or any(scheme.pooled for scheme in c.schemes)]
-    return found + [(config, 7) for config in pooled]
+    adapted = [LossConfig(level=level, kl=KL(0.1), entropy_coef=0.01) for level in LEVELS]
+    adapted = [(config, rows, 3) for config in adapted for rows in (MANY, 7, 5)]
+    return found + [(config, 7, 0) for config in pooled] + adapted
 
 
-@pytest.mark.parametrize(("config", "rows"), routes(), ids=str)
-def test_is_the_loss_of_the_logits(backend, config, rows):
+@pytest.mark.parametrize(("config", "rows", "rank"), routes(), ids=str)
+def test_is_the_loss_of_the_logits(backend, config, rows, rank):
     """In fp64."""
-    problem = Problem(dtype=torch.float64)
+    problem = Problem(dtype=torch.float64, rank=rank)
     out, gradients = problem.run(config=config, backend=backend, chunk_bytes=room(problem, rows))
     expected, wanted = problem.expected(torch.float64, config=config)
     torch.testing.assert_close(out.loss, expected.loss, rtol=1e-10, atol=1e-12)
@@ -112,6 +143,11 @@ def test_errs_no_more_than_a_materialised_head(backend, dtype, level, on_policy,
     options = {"config": LossConfig(level=level, kl=KL(0.1), entropy_coef=0.01)}
     if on_policy:
         options["old_log_probs"] = None
+    assert_errors(problem, backend, rows, options)
+
+
+def assert_errors(problem, backend, rows, options):
+    """At most twice those of eager PyTorch, in gradients of the leaves' dtypes; the loss is the same."""
     out, gradients = problem.run(backend=backend, chunk_bytes=room(problem, rows), **options)
     _, exact = problem.expected(torch.float64, **options)
     baseline, theirs = problem.expected(**options)
@@ -119,16 +155,42 @@ def test_errs_no_more_than_a_materialised_head(backend, dtype, level, on_policy,
         assert mine.dtype == leaf.dtype
         error, allowed = ((x.double() - truth).norm() / truth.norm() for x in (mine, eager))
         assert error <= 2 * allowed + 1e-6, (error, allowed)
-    slack = 1e-5 if dtype == torch.float32 else 0.05
+    slack = 1e-5 if problem.hidden.dtype == torch.float32 else 0.05
     torch.testing.assert_close(out.loss, baseline.loss, rtol=slack, atol=slack)
 
 
 @pytest.mark.sample(triton=2)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("rows", [MANY, 128])
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_an_adapter_errs_no_more_than_a_materialised_one(backend, dtype, adapter_dtype, rows, level):
+    """In the head's dtype, and in another as PEFT keeps it; nothing is clipped, or rounding chooses which token is."""
+    problem = Problem(8, 40, 64, 1500, adapter_dtype or dtype, seed=1, rank=8)
+    problem.cast(dtype)
+    config = LossConfig(Unclipped(), level=level, kl=KL(0.1), entropy_coef=0.01)
+    assert_errors(problem, backend, rows, {"config": config})
+    if adapter_dtype not in (None, dtype):  # summed in fp32, and not rounded to the head's dtype
+        _, gradients = problem.run(backend=backend, chunk_bytes=room(problem, rows), config=config)
+        assert torch.equal(gradients[-1].to(dtype).to(adapter_dtype), gradients[-1]) == (dtype == torch.float32)
+
+
+@ranks
+def test_a_budget_counts_every_column_of_a_row(rank):
+    problem = Problem(rank=rank)
+    least = room(problem, 1)
+    problem.run(chunk_bytes=least)
+    with pytest.raises(ValueError, match=f"chunk_bytes >= {least}, the room of one row"):
+        problem.run(chunk_bytes=least - 1)
+
+
+@pytest.mark.sample(triton=2)
+@ranks
 @pytest.mark.parametrize("rows", [MANY, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_unrounded_logits(backend, dtype, rows):
+def test_unrounded_logits(backend, dtype, rows, rank):
     """logits_dtype=torch.float32: log-probs and gradients of the half-precision operands, computed exactly."""
-    problem = Problem(8, 40, 64, 1500, dtype, seed=1)
+    problem = Problem(8, 40, 64, 1500, dtype, seed=1, rank=rank)
     options = {"backend": backend, "chunk_bytes": 3 * room(problem, rows)}
     out, gradients = problem.run(logits_dtype=torch.float32, **options)
     rounded, _ = problem.run(**options)
@@ -136,8 +198,8 @@ def test_unrounded_logits(backend, dtype, rows):
     error, before = ((x.log_probs.double() - exact.log_probs).abs().max() for x in (out, rounded))
     assert error < 1e-5 < 1e-3 < before
     assert (linear_token_log_probs(
-        problem.hidden, problem.weight, problem.ids, problem.mask, bias=problem.bias, logits_dtype=torch.float32,
-        **options,
+        problem.hidden, problem.weight, problem.ids, problem.mask, bias=problem.bias, adapter=problem.adapter,
+        logits_dtype=torch.float32, **options,
     ).log_probs == out.log_probs).all()  # fmt: skip
     unit = torch.finfo(dtype).eps
     for mine, truth, leaf in zip(gradients, wanted, problem.leaves, strict=True):
@@ -146,14 +208,16 @@ def test_unrounded_logits(backend, dtype, rows):
         assert (mine.double() - truth).norm() <= unit * truth.norm()
 
 
+@ranks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_old_pass_has_the_same_bits(backend, dtype):
+def test_an_old_pass_has_the_same_bits(backend, dtype, rank):
     """Of the same tokens: the first step's ratio is exactly 1; a second call gives the same bits again."""
-    problem = Problem(6, 50, 32, 700, dtype, seed=2)
+    problem = Problem(6, 50, 32, 700, dtype, seed=2, rank=rank)
     budget = {"chunk_bytes": room(problem, 128), "backend": backend}
+    head = {"bias": problem.bias, "adapter": problem.adapter}
     with torch.no_grad():
         old = linear_token_log_probs(
-            problem.hidden, problem.weight, problem.ids, problem.mask, bias=problem.bias, **budget
+            problem.hidden, problem.weight, problem.ids, problem.mask, **head, **budget
         ).log_probs
     first, gradients = problem.run(old_log_probs=old, **budget)
     second, again = problem.run(old_log_probs=old, **budget)
@@ -164,18 +228,20 @@ def test_an_old_pass_has_the_same_bits(backend, dtype):
 
 
 @pytest.mark.sample(triton=1, cuda=1)
+@ranks
 @pytest.mark.parametrize("rows", [5, MANY])
-def test_log_probs_are_differentiable_in_both_outputs(backend, rows):
-    problem = Problem(3, 4, 5, 11, torch.float64)
+def test_log_probs_are_differentiable_in_both_outputs(backend, rows, rank):
+    problem = Problem(3, 4, 5, 11, torch.float64, rank=rank)
     budget = {"chunk_bytes": room(problem, rows), "backend": backend}
 
-    def outputs(hidden, weight, bias):
-        out = linear_token_log_probs(hidden, weight, problem.ids, problem.mask, bias=bias, **budget)
+    def outputs(hidden, weight, bias, *adapter):
+        options = {"bias": bias, "adapter": adapter or None, **budget}
+        out = linear_token_log_probs(hidden, weight, problem.ids, problem.mask, **options)
         return out.log_probs, out.entropy
 
     assert torch.autograd.gradcheck(outputs, problem.leaves)
     out = outputs(*problem.leaves)
-    logits = torch.nn.functional.linear(*problem.leaves)
+    logits = problem.logits(problem.leaves)
     expected = token_log_probs(logits, problem.ids, problem.mask, backend=backend)
     for a, b in zip(out, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
@@ -208,41 +274,116 @@ def test_flops(level, rows, gemms, frozen):
     assert counter.get_total_flops() == 2 * int(problem.mask.sum()) * hidden * vocab
 
 
+LEAVES = ("hidden", "weight", "bias", "adapter's states", "adapter's weight")
+FROZEN = [(), LEAVES[1:3], LEAVES[:3], LEAVES[:4], LEAVES[3:4], LEAVES[4:], LEAVES[3:], LEAVES]
+
+
+@pytest.mark.parametrize("frozen", FROZEN, ids=str)
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float32, MANY), (torch.float32, 5), (torch.float16, 5)], ids=str)
+def test_what_is_frozen_beside_an_adapter(dtype, rows, frozen):
+    """Gradients of the rest keep their bits, and no GEMM is left but those of the rest."""
+    problem = Problem(dtype=dtype, rank=3)
+    out, wanted = problem.run(chunk_bytes=room(problem, rows))
+    for name, leaf in zip(LEAVES, problem.leaves, strict=True):
+        leaf.requires_grad_(name not in frozen)
+    options = {**problem.options, "bias": problem.bias, "adapter": problem.adapter, "chunk_bytes": room(problem, rows)}
+    arguments = (problem.hidden, problem.weight, problem.ids, problem.advantages, problem.mask)
+    with FlopCounterMode(display=False) as counter:
+        again = linear_grpo_loss(*arguments, **options)
+    (vocab, width), rank = problem.weight.shape, 3
+    free = [width + rank] + [rank if "adapter" in name else width for name in LEAVES if name not in (*frozen, "bias")]
+    assert counter.get_total_flops() == 2 * int(problem.mask.sum()) * vocab * sum(free)
+    assert torch.equal(again.loss, out.loss)
+    assert again.loss.requires_grad == (len(frozen) < len(LEAVES))
+    if again.loss.requires_grad:
+        again.loss.backward()
+    for name, leaf, gradient in zip(LEAVES, problem.leaves, wanted, strict=True):
+        assert (leaf.grad is None) == (name in frozen)
+        assert leaf.grad is None or torch.equal(leaf.grad, gradient)
+
+
 @pytest.mark.parametrize("rows", [MANY, 5])
-def test_masked_rows_are_not_looked_at(backend, rows):
-    problem = Problem()
+@pytest.mark.parametrize("frozen", ["nothing", "A", "weight and hidden"])
+def test_lora_with_dropout(rows, frozen):
+    """adapter=(scaling * dropout(hidden) @ A.T, B): gradients reach A, and hidden by both ways."""
+    problem = Problem(dtype=torch.float64, rank=3)
+    low, kept = torch.randn(3, 16, dtype=torch.float64, requires_grad=True), torch.rand(4, 8, 16) < 0.8
+    leaves = {"hidden": problem.hidden, "weight": problem.weight, "A": low, "B": problem.adapter[1]}
+    free = [leaf for name, leaf in leaves.items() if name not in frozen]
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name not in frozen)
+    states = 2.0 * (problem.hidden * kept / 0.8) @ low.T
+    arguments, options = (problem.ids, problem.advantages, problem.mask), problem.options
+    mine = linear_grpo_loss(
+        problem.hidden, problem.weight, *arguments, adapter=(states, problem.adapter[1]),
+        chunk_bytes=room(problem, rows), **options,
+    )  # fmt: skip
+    logits = problem.hidden @ problem.weight.T + states @ problem.adapter[1].T
+    expected = reference.grpo_loss(logits, *arguments, **options)
+    wanted = torch.autograd.grad(expected.loss, free, retain_graph=True)
+    torch.testing.assert_close(mine.loss, expected.loss, rtol=1e-10, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(mine.loss, free), wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("rows", [MANY, 5])
+def test_losses_of_tokens_with_an_adapter(backend, level, rows):
+    problem = Problem(dtype=torch.float64, rank=3)
+    options = {"config": LossConfig(level=level, kl=KL(0.1)), "backend": backend, **problem.options}
+    arguments = (problem.ids, problem.advantages, problem.mask)
+    head = {"bias": problem.bias, "adapter": problem.adapter, "chunk_bytes": room(problem, rows)}
+    mine = linear_grpo_loss(problem.hidden, problem.weight, *arguments, token_losses=True, **head, **options)
+    expected = grpo_loss(problem.logits(problem.leaves), *arguments, token_losses=True, **options)
+    torch.testing.assert_close(mine.token_losses, expected.token_losses, rtol=1e-10, atol=1e-12)
+    weights = torch.randn(problem.ids.shape, dtype=torch.float64)
+    gradients, wanted = (
+        torch.autograd.grad((out.token_losses * weights).sum(), problem.leaves) for out in (mine, expected)
+    )
+    for a, b in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@ranks
+@pytest.mark.parametrize("rows", [MANY, 5])
+def test_masked_rows_are_not_looked_at(backend, rows, rank):
+    problem = Problem(rank=rank)
     kept, wanted = problem.run(backend=backend, chunk_bytes=room(problem, rows))
     with torch.no_grad():
-        problem.hidden[:, :-1][~problem.mask] = math.nan
-        problem.hidden[:, -1] = math.nan
+        for states in problem.states:
+            states[:, :-1][~problem.mask] = math.nan
+            states[:, -1] = math.nan
         problem.ids[~problem.mask] = -100
     out, gradients = problem.run(backend=backend, chunk_bytes=room(problem, rows))
     assert torch.equal(out.loss, kept.loss)
     assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
-    assert (gradients[0][:, :-1][~problem.mask] == 0).all()
-    assert (gradients[0][:, -1] == 0).all()
+    for gradient in gradients[:: 3 if rank else len(gradients)]:  # of hidden states, of the adapter's
+        assert (gradient[:, :-1][~problem.mask] == 0).all()
+        assert (gradient[:, -1] == 0).all()
 
 
-def test_rows_without_advantage_cost_nothing():
-    problem = Problem()
+@ranks
+def test_rows_without_advantage_cost_nothing(rank):
+    problem = Problem(rank=rank)
     problem.advantages[0] = 0
-    options = {"old_log_probs": problem.options["old_log_probs"], "ref_log_probs": None}
+    options = {"old_log_probs": problem.options["old_log_probs"], "bias": problem.bias, "adapter": problem.adapter}
     arguments = (problem.hidden, problem.weight, problem.ids, problem.advantages, problem.mask)
     with FlopCounterMode(display=False) as counter:
         out = linear_grpo_loss(*arguments, skip_zero_advantage=True, **options)
-        skipped = torch.autograd.grad(out.loss, (problem.hidden, problem.weight))
+        skipped = torch.autograd.grad(out.loss, problem.leaves)
     live = problem.mask & (problem.advantages != 0)[:, None]
     vocab, hidden = problem.weight.shape
-    assert counter.get_total_flops() == 6 * int(live.sum()) * hidden * vocab
+    assert counter.get_total_flops() == 6 * int(live.sum()) * (hidden + rank) * vocab
     assert out.metrics.skipped_tokens == problem.mask[0].sum()
-    every = torch.autograd.grad(linear_grpo_loss(*arguments, **options).loss, (problem.hidden, problem.weight))
+    every = torch.autograd.grad(linear_grpo_loss(*arguments, **options).loss, problem.leaves)
     for a, b in zip(skipped, every, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
+@ranks
 @pytest.mark.parametrize("extra", [0, 1, 20])
-def test_a_known_number_of_live_tokens(backend, extra):
-    problem = Problem()
+def test_a_known_number_of_live_tokens(backend, extra, rank):
+    problem = Problem(rank=rank)
     expected, wanted = problem.run(backend=backend)
     out, gradients = problem.run(backend=backend, live_tokens=int(problem.mask.sum()) + extra)
     torch.testing.assert_close(out.loss, expected.loss)
@@ -252,14 +393,15 @@ def test_a_known_number_of_live_tokens(backend, extra):
 
 @pytest.mark.parametrize("live", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize("extra_row", [True, False])
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_padding_of_chunks(backend, monkeypatch, level, extra_row, live):
+@pytest.mark.parametrize(("level", "rank"), [("token", 0), ("sequence", 0), ("token", 3)])
+def test_padding_of_chunks(backend, monkeypatch, level, rank, extra_row, live):
     """Live rows padded to the 128 of the hidden states; the first row masked and NaN: padding must not bring it in."""
-    problem = Problem(2, 64 - extra_row, extra_row=extra_row, seed=5)
+    problem = Problem(2, 64 - extra_row, extra_row=extra_row, seed=5, rank=rank)
     problem.mask = torch.rand(problem.ids.shape) < live
     problem.mask[0, 0] = False
     with torch.no_grad():
-        problem.hidden[0, 0] = math.nan
+        for states in problem.states:
+            states[0, 0] = math.nan
     options = {"config": LossConfig(level=level), "backend": backend}
     expected, wanted = problem.run(**options)
     monkeypatch.setattr(chunks, "pads", lambda device: True)
@@ -326,18 +468,30 @@ def test_unshifted_ids_are_noticed():
     problem.run(**options)
     with pytest.raises(ValueError, match="row t of the hidden predicts"):
         problem.run(check=True, **options)
+    states, weight = problem.hidden, problem.weight
+    problem.hidden, problem.weight = (torch.zeros_like(leaf).requires_grad_() for leaf in (states, weight))
+    problem.run(check=True, **options)
+    problem.adapter = (states, weight)
+    with pytest.raises(ValueError, match="row t of the hidden predicts"):
+        problem.run(check=True, **options)
 
 
-@pytest.mark.parametrize("config", ["grpo", LossConfig(aggregation="sequence_sum")], ids=str)
-def test_fp16_gradients_of_frequent_tokens(config):
-    """The sum over thousands of tokens of one id: in range, though each was scaled on the way."""
+@pytest.mark.parametrize(
+    ("config", "size"), [("grpo", 1), ("grpo", 2000), (LossConfig(aggregation="sequence_sum"), 1)], ids=str
+)
+def test_fp16_gradients_of_frequent_tokens(config, size):
+    """The sum over thousands of tokens of one id: in range, though each was scaled on the way, and the sum of scaled
+    ones beyond fp16 where hidden states are large."""
     torch.manual_seed(0)
-    hidden = (1 + 0.1 * torch.randn(2, 2048, 8)).half().requires_grad_()
-    weight = (0.1 * torch.randn(50, 8)).half().requires_grad_()
+    hidden = (size * (1 + 0.1 * torch.randn(2, 2048, 8))).half().requires_grad_()
+    weight = (0.1 / size * torch.randn(50, 8)).half().requires_grad_()
     ids = torch.zeros(2, 2048, dtype=torch.int64)
     advantages = torch.tensor([10.0, 12.0])
-    out = linear_grpo_loss(hidden, weight, ids, advantages, config=config)
-    (gradient,) = torch.autograd.grad(out.loss, weight)
+    rest = {"config": config}
+    adapted = linear_grpo_loss(hidden * 0, weight.detach(), ids, advantages, adapter=(hidden, weight), **rest)
+    (of_adapter,) = torch.autograd.grad(adapted.loss, weight)
+    (gradient,) = torch.autograd.grad(linear_grpo_loss(hidden, weight, ids, advantages, **rest).loss, weight)
+    assert torch.equal(of_adapter, gradient)
     wide = weight.detach().double().requires_grad_()
     loss = reference.grpo_loss(hidden.detach().double() @ wide.T, ids, advantages, config=config).loss
     (exact,) = torch.autograd.grad(loss, wide)
@@ -365,10 +519,11 @@ def test_fp16_slopes_of_a_low_temperature():
         )
 
 
+@ranks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_upstream_factors(backend, dtype):
+def test_upstream_factors(backend, dtype, rank):
     """Announced or not, the gradient is that of the scaled loss; fp16 gradients do not underflow on the way."""
-    problem = Problem(dtype=dtype, seed=3)
+    problem = Problem(dtype=dtype, seed=3, rank=rank)
     _, whole = problem.run(backend=backend)
     for scale in (1.0, 0.25, 1024.0):
         for announced in (None, scale):
@@ -378,39 +533,53 @@ def test_upstream_factors(backend, dtype):
                 torch.testing.assert_close(a / scale, b, rtol=slack, atol=slack * float(b.abs().max()))
 
 
+@ranks
 @pytest.mark.parametrize("config", ["dapo", "gspo"])
 @pytest.mark.parametrize("rows", [MANY, 7])
-def test_packed_and_strided(backend, config, rows):
-    problem = Problem(3, 6, extra_row=False, dtype=torch.float64)
+def test_packed_and_strided(backend, config, rows, rank):
+    problem = Problem(3, 6, extra_row=False, dtype=torch.float64, rank=rank)
     expected, wanted = problem.run(backend=backend, config=config)
     bounds = torch.tensor([0, 6, 12, 18])
     flat = {name: value.flatten() for name, value in problem.options.items()}
-    hidden = problem.hidden.detach().flatten(0, 1).requires_grad_()
+    hidden, *low = (states.detach().flatten(0, 1).requires_grad_() for states in problem.states)
     arguments = (problem.ids.flatten(), problem.advantages, problem.mask.flatten())
+    adapter = (*low, problem.adapter[1]) if rank else None
     packed = {
         "cu_seqlens": bounds,
         "config": config,
         "chunk_bytes": room(problem, rows),
         "backend": backend,
         "bias": problem.bias,
+        "adapter": adapter,
         **flat,
     }
     out = linear_grpo_loss(hidden, problem.weight, *arguments, **packed)
     torch.testing.assert_close(out.loss, expected.loss)
-    (gradient,) = torch.autograd.grad(out.loss, hidden)
-    torch.testing.assert_close(gradient, wanted[0].flatten(0, 1))
-    wide = torch.randn(3, 6, 32, dtype=torch.float64)
-    wide[..., ::2] = problem.hidden.detach()
-    strided = wide[..., ::2].requires_grad_()
+    of_states = wanted[:: 3 if rank else len(wanted)]
+    for gradient, other in zip(torch.autograd.grad(out.loss, (hidden, *low)), of_states, strict=True):
+        torch.testing.assert_close(gradient, other.flatten(0, 1))
+    in_a_row = ([x[None] for x in (hidden, *low)], (arguments[0][None], arguments[1], arguments[2][None]))
+    (hidden, *low), arguments = in_a_row
+    packed |= {name: value[None] for name, value in flat.items()}
+    packed["adapter"] = (*low, problem.adapter[1]) if rank else None
+    assert torch.equal(linear_grpo_loss(hidden, problem.weight, *arguments, **packed).loss, out.loss)
+    strided = []
+    for states in problem.states:
+        wide = torch.randn(3, 6, 2 * states.shape[-1], dtype=torch.float64)
+        wide[..., ::2] = states.detach()
+        strided.append(wide[..., ::2].requires_grad_())
     out = linear_grpo_loss(
-        strided, problem.weight, problem.ids, problem.advantages, problem.mask, bias=problem.bias,
+        strided[0], problem.weight, problem.ids, problem.advantages, problem.mask, bias=problem.bias,
+        adapter=(strided[1], problem.adapter[1]) if rank else None,
         config=config, backend=backend, **problem.options,
     )  # fmt: skip
-    torch.testing.assert_close(torch.autograd.grad(out.loss, strided)[0], wanted[0])
+    for gradient, other in zip(torch.autograd.grad(out.loss, strided), of_states, strict=True):
+        torch.testing.assert_close(gradient, other)
 
 
-def test_logit_transforms(backend):
-    problem = Problem(dtype=torch.float64)
+@ranks
+def test_logit_transforms(backend, rank):
+    problem = Problem(dtype=torch.float64, rank=rank)
     options = {"temperature": 0.7, "logit_scale": 0.5, "logit_softcap": 3.0}
     out, gradients = problem.run(backend=backend, **options)
     expected, wanted = problem.expected(torch.float64, **options)
@@ -419,15 +588,13 @@ def test_logit_transforms(backend):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def test_autocast_computes_as_a_linear_layer_would():
-    problem = Problem(8, 40, 64, 1500)
+@ranks
+def test_autocast_computes_as_a_linear_layer_would(rank):
+    problem = Problem(8, 40, 64, 1500, rank=rank)
     with torch.autocast("cpu", torch.bfloat16):
         out, gradients = problem.run()
-    cast = Problem(8, 40, 64, 1500)
-    for name in ("hidden", "weight", "bias"):
-        setattr(cast, name, getattr(problem, name).detach().bfloat16().requires_grad_())
-    cast.options = problem.options
-    expected, wanted = cast.run()
+    problem.cast(torch.bfloat16)
+    expected, wanted = problem.run()
     torch.testing.assert_close(out.loss, expected.loss)
     for a, b in zip(gradients, wanted, strict=True):
         assert a.dtype == torch.float32
@@ -450,9 +617,10 @@ def test_tied_weights():
 
 
 @pytest.mark.parametrize("level", LEVELS)
+@ranks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nothing_live(backend, dtype, level):
-    problem = Problem(dtype=dtype)
+def test_nothing_live(backend, dtype, level, rank):
+    problem = Problem(dtype=dtype, rank=rank)
     problem.mask[:] = False
     out, gradients = problem.run(backend=backend, config=LossConfig(level=level))
     assert out.loss == 0
@@ -468,6 +636,11 @@ def test_module_and_compile():
     assert "Clip" in repr(module)
     with pytest.raises(ValueError, match="chunk_bytes"):
         LinearGRPOLoss(chunk_byte=3)
+    problem = Problem(bias=False, rank=3)
+    arguments = (problem.hidden, problem.weight, problem.ids, problem.advantages, problem.mask)
+    expected = linear_grpo_loss(*arguments, adapter=problem.adapter, config="dapo", temperature=0.7)
+    assert torch.equal(module(*arguments, adapter=problem.adapter).loss, expected.loss)
+    assert not torch.equal(module(*arguments).log_probs, expected.log_probs)
 
     @torch.compile
     def step(hidden):
@@ -509,6 +682,29 @@ BAD = {
 }
 
 
+STATES, LOW = torch.randn(4, 8, 3), torch.randn(97, 3)
+BAD |= {
+    f"adapter, {name}": (lambda p, adapter=adapter: {"adapter": adapter}, error, message)
+    for name, adapter, error, message in (
+        ("one tensor", STATES, TypeError, r"two tensors \(states, weight\); got Tensor"),
+        ("one in a tuple", (STATES,), TypeError, r"got \(Tensor\)"),
+        ("half of it", (STATES, None), TypeError, r"got \(Tensor, NoneType\)"),
+        ("three", (STATES, LOW, LOW), TypeError, r"(?s)got \(Tensor, Tensor, Tensor\).*dropout\(hidden\)"),
+        ("nothing", (), TypeError, "got tuple"),
+        ("rows", (STATES[:, :7], LOW), ValueError, r"adapter states \(4, 8, r\) with r >= 1.*got \(4, 7, 3\)"),
+        ("packed rows", (STATES.flatten(0, 1), LOW), ValueError, r"adapter states \(4, 8, r\).*got \(32, 3\)"),
+        ("no columns", (STATES[..., :0], LOW[:, :0]), ValueError, r"r >= 1.*got \(4, 8, 0\)"),
+        ("a number", (torch.ones(()), LOW), ValueError, r"adapter states.*got \(\)"),
+        ("vocabulary", (STATES, LOW[:50]), ValueError, r"an adapter weight \(97, 3\); got \(50, 3\)"),
+        ("rank", (STATES, LOW[:, :2]), ValueError, r"an adapter weight \(97, 3\); got \(97, 2\)"),
+        ("turned", (STATES, LOW.T), ValueError, r"(?s)got \(3, 97\).*weight.T"),
+        ("integer states", (STATES.long(), LOW), TypeError, "adapter_states of a floating dtype; got torch.int64"),
+        ("integer weight", (STATES, LOW.to(torch.int8)), TypeError, "adapter_weight of a floating dtype"),
+        ("device", (STATES, LOW.to("meta")), ValueError, "adapter_weight on the device of hidden, cpu; got meta"),
+    )
+}
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name):
     problem = Problem()
@@ -517,6 +713,25 @@ def test_bad_input(name):
     arguments |= {"advantages": problem.advantages, "mask": problem.mask, "bias": problem.bias, **problem.options}
     with pytest.raises(error, match=message):
         linear_grpo_loss(**{**arguments, **change(problem)})
+
+
+@pytest.mark.parametrize("name", [name for name in BAD if name.startswith("adapter")])
+def test_bad_adapters_of_log_probs(name):
+    problem = Problem()
+    change, error, message = BAD[name]
+    with pytest.raises(error, match=f"(?s)^linear_token_log_probs: .*{message.removeprefix('(?s)')}"):
+        linear_token_log_probs(problem.hidden, problem.weight, problem.ids, **change(problem))
+
+
+def test_transforms_of_an_adapter_are_refused():
+    problem = Problem(rank=3)
+    states, low = problem.adapter
+    with pytest.raises(RuntimeError, match="linear_token_log_probs: .*torch.func"):
+        torch.func.grad(
+            lambda low: linear_token_log_probs(
+                problem.hidden, problem.weight, problem.ids, adapter=(states, low)
+            ).log_probs.sum()
+        )(low)
 
 
 def test_a_sharded_weight_is_refused():
@@ -528,3 +743,6 @@ def test_a_sharded_weight_is_refused():
 
     with pytest.raises(ValueError, match="(?s)whole weight.*register_fsdp_forward_method"):
         linear_token_log_probs(problem.hidden, problem.weight.detach().as_subclass(Sharded), problem.ids)
+    adapter = (torch.randn(4, 8, 3), torch.randn(97, 3).as_subclass(Sharded))
+    with pytest.raises(ValueError, match="(?s)whole adapter_weight.*register_fsdp_forward_method"):
+        linear_token_log_probs(problem.hidden, problem.weight, problem.ids, adapter=adapter)

@@ -90,10 +90,13 @@ rows, hidden, vocab, dtype = 2048, 64, 16000, torch.{dtype}
 states = torch.randn(8, rows // 8, hidden).to(dtype).requires_grad_()
 weight = torch.randn(vocab, hidden).to(dtype).requires_grad_()
 ids, advantages = torch.randint(vocab, (8, rows // 8)), torch.randn(8)
+adapter = (torch.randn(8, rows // 8, {rank}), torch.randn(vocab, {rank})) if {rank} else ()
+leaves = (states, weight, *(part.requires_grad_() for part in adapter))
 
 def call(budget):
-    out = grpo_kernels.linear_grpo_loss(states, weight, ids, advantages, chunk_bytes=budget)
-    return torch.autograd.grad(out.loss, (states, weight))
+    options = dict(adapter=adapter or None, chunk_bytes=budget)
+    out = grpo_kernels.linear_grpo_loss(states, weight, ids, advantages, **options)
+    return torch.autograd.grad(out.loss, leaves)
 
 call({budget})
 print(peak_growth(lambda: call({budget})))
@@ -102,23 +105,55 @@ print(peak_growth(lambda: call({budget})))
 
 @linux
 @pytest.mark.parametrize(
-    ("megabytes", "dtype"),
+    ("megabytes", "dtype", "rank"),
     [
-        (12, "bfloat16"),
-        (40, "float32"),
-        (300, "float32"),
-        (300, "bfloat16"),
-        pytest.param(12, "float32", marks=pytest.mark.nightly),
-        pytest.param(40, "bfloat16", marks=pytest.mark.nightly),
+        (12, "bfloat16", 0),
+        (40, "float32", 0),
+        (40, "float32", 8),
+        (300, "float32", 0),
+        (300, "bfloat16", 0),
+        (300, "bfloat16", 8),
+        pytest.param(12, "float32", 0, marks=pytest.mark.nightly),
+        pytest.param(40, "bfloat16", 0, marks=pytest.mark.nightly),
     ],
 )
-def test_linear_loss_keeps_to_its_budget(megabytes, dtype):
-    """Above inputs: the chunk budget, the gradients, and where chunks are summed in half precision an fp32 weight."""
+def test_linear_loss_keeps_to_its_budget(megabytes, dtype, rank):
+    """Above inputs: the chunk budget, the gradients, and where chunks are summed in half precision an fp32 weight. An
+    fp32 adapter brings its gradients alone, no second copy of the logits of a chunk."""
     budget = megabytes << 20
-    measured = resident.run(LINEAR.format(dtype=dtype, budget=budget))
+    measured = resident.run(LINEAR.format(dtype=dtype, budget=budget, rank=rank))
     size = getattr(torch, dtype).itemsize
-    gradients = (2048 + 16000) * 64 * size
+    gradients = (2048 + 16000) * (64 * size + rank * 4)
     summed = 16000 * 64 * 4 if size == 2 else 0
     slack = 8 << 20  # threads' scratch rows, GEMM packing
     assert measured <= min(budget, 2048 * (16000 * size + 1024 * 4)) + gradients + summed + slack
     assert measured > min(budget, 2048 * 16000 * size) / 2  # else this measures nothing
+
+
+ADAPTED = """
+import torch, grpo_kernels
+rows, hidden, vocab, rank, dtype = 512, 1024, 16000, 8, torch.{dtype}
+states = torch.randn(8, rows // 8, hidden).to(dtype).requires_grad_()
+weight = torch.randn(vocab, hidden).to(dtype)
+low, up = torch.randn(8, rows // 8, rank, requires_grad=True), torch.randn(vocab, rank, requires_grad=True)
+ids, advantages = torch.randint(vocab, (8, rows // 8)), torch.randn(8)
+
+def call():
+    out = grpo_kernels.linear_grpo_loss(states, weight, ids, advantages, adapter=(low, up), chunk_bytes={budget})
+    return torch.autograd.grad(out.loss, (states, low, up))
+
+call()
+print(peak_growth(call))
+"""
+
+
+@linux
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_an_adapter_makes_nothing_of_the_weights_size(dtype):
+    """Beside a frozen weight, which is not merged: the budget, and the gradients of hidden states and adapter."""
+    budget = 8 << 20
+    measured = resident.run(ADAPTED.format(dtype=dtype, budget=budget))
+    size = getattr(torch, dtype).itemsize
+    gradients = 512 * 1024 * size + (512 + 16000) * 8 * 4
+    allowed = budget + gradients + (8 << 20)  # threads' scratch rows, GEMM packing, the adapter in the head's dtype
+    assert budget / 4 < measured <= allowed < 16000 * 1024 * size

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..backends.spec import LogitArgs
 from ..objectives.checks import FLOAT_DTYPES, LARGEST, SMALLEST, check_flag, check_positive, fail
+from .head import HeadTensors
 
 if TYPE_CHECKING:
     from ..objectives.config import LossConfig
@@ -33,12 +34,25 @@ def check_logits(function: str, logits: Tensor, tensors: Mapping[str, object]) -
         fail(function, "logits with last stride 1", f"strides {logits.stride()}", tensors, hint)
 
 
-def check_head(
-    function: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Mapping[str, object]
-) -> None:
-    """Raise unless hidden states and LM head fit each other, and are whole and floating."""
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is None and name == "bias":
+def read_head(
+    function: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor] | None
+) -> HeadTensors:
+    """Return what the logits are made of. Raise unless an adapter is two tensors."""
+    if adapter is None:
+        return HeadTensors(hidden, weight, bias)
+    parts = adapter if isinstance(adapter, (tuple, list)) else ()
+    if len(parts) != 2 or not all(isinstance(part, Tensor) for part in parts):
+        got = f"({', '.join(type(part).__name__ for part in parts)})" if parts else type(adapter).__name__
+        hint = "LoRA on the head is adapter=(scaling * dropout(hidden) @ A.T, B)"
+        fail(function, "adapter to be two tensors (states, weight)", got, hint=hint, error=TypeError)
+    return HeadTensors(hidden, weight, bias, *parts)
+
+
+def check_head(function: str, head: HeadTensors, tensors: Mapping[str, object]) -> None:
+    """Raise unless hidden states, LM head and adapter fit each other, and are whole and floating."""
+    hidden, weight, bias = head[:3]
+    for name, tensor in head._asdict().items():
+        if tensor is None and name not in ("hidden", "weight"):
             continue
         if not isinstance(tensor, Tensor):
             module = "the weight of the head, not the module: model.lm_head.weight" if name == "weight" else None
@@ -68,6 +82,23 @@ def check_head(
     if not autocast and any(tensor is not None and tensor.dtype != hidden.dtype for tensor in (weight, bias)):
         hint = "hidden.to(weight.dtype), or torch.autocast"
         fail(function, f"hidden states, weight and bias of one dtype ({hidden.dtype})", "several", tensors, hint)
+    if head.adapter_states is not None and head.adapter_weight is not None:
+        _check_adapter(function, hidden, weight.shape[0], head.adapter_states, head.adapter_weight, tensors)
+
+
+def _check_adapter(
+    function: str, hidden: Tensor, vocab: int, states: Tensor, weight: Tensor, tensors: Mapping[str, object]
+) -> None:
+    """Raise unless an adapter's states have the rows of the hidden ones and its weight their columns. Their dtypes may
+    be others: adapters are kept in fp32 beside a bf16 head."""
+    rows, rank = hidden.shape[:-1], states.shape[-1] if states.dim() > 0 else 0
+    if states.shape[:-1] != rows or rank < 1:
+        expected = f"adapter states ({', '.join(map(str, rows))}, r) with r >= 1, a row for each of the hidden states"
+        hint = "adapter=(scaling * dropout(hidden) @ A.T, B), of the same hidden"
+        fail(function, expected, str(tuple(states.shape)), tensors, hint)
+    if tuple(weight.shape) != (vocab, rank):
+        turned = "it is (V, r), as lora_B.weight is: weight.T" if tuple(weight.shape) == (rank, vocab) else None
+        fail(function, f"an adapter weight ({vocab}, {rank})", str(tuple(weight.shape)), tensors, turned)
 
 
 def check_no_transforms(function: str, logits: Tensor) -> None:

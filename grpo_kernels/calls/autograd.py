@@ -170,10 +170,10 @@ class LinearLogProbs(torch.autograd.Function):
     @once
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream == (None, None):
-            return None, None, None, None
-        hidden, weight, bias, *stats = ctx.saved_tensors
-        wants, head = Wants(*ctx.needs_input_grad[1:]), HeadTensors(hidden, weight, bias)
-        return None, *ctx.sweep.gradients(wants, head, RowStats(*stats), RowGradients(*upstream))
+            return (None,) * len(ctx.needs_input_grad)
+        saved, count = ctx.saved_tensors, len(HeadTensors._fields)
+        wants, head = Wants(*ctx.needs_input_grad[1:]), HeadTensors(*saved[:count])
+        return None, *ctx.sweep.gradients(wants, head, RowStats(*saved[count:]), RowGradients(*upstream))
 
 
 def backward_rows(rows: Rows, stats: RowStats, gradients: RowGradients, backend: str, inplace: bool) -> Tensor:

@@ -34,10 +34,10 @@ def cut(values: _Tuple, first: int, last: int) -> _Tuple:
     return values._make(parts)
 
 
-def chunk_rows(tokens: RowTokens, operands: torch.dtype, chunk_bytes: int) -> int:
-    """Return how many rows' logits, hidden states and their gradients fit ``chunk_bytes``."""
+def chunk_rows(tokens: RowTokens, width: int, operands: torch.dtype, chunk_bytes: int) -> int:
+    """Return how many rows' logits, states of ``width`` columns in all and their gradients fit ``chunk_bytes``."""
     kind = head_kind(tokens.states.device.type, operands, tokens.dtype)
-    fixed, per_row = kind.bytes(tokens.states.shape[-1], tokens.vocab, operands, tokens.dtype)
+    fixed, per_row = kind.bytes(width, tokens.vocab, operands, tokens.dtype)
     rows = (chunk_bytes - fixed) // per_row
     if rows < 1:
         got = f"chunk_bytes={chunk_bytes}"
@@ -101,8 +101,8 @@ class LiveRows:
     def longest(self) -> int:
         return max((last - first for first, last in self.chunks), default=0)
 
-    def hidden(self, states: Tensor, first: int, last: int) -> Tensor:
-        """Return (last - first, H) rows of ``states`` (B, T or T+1, H) or (N, H), gathered where they lie apart."""
+    def gather(self, states: Tensor, first: int, last: int) -> Tensor:
+        """Return (last - first, K) rows of ``states`` (B, T or T+1, K) or (N, K), gathered where they lie apart."""
         if self.everything and self.count == states.shape[:-1].numel() and states.is_contiguous():
             return states.flatten(0, -2)[first:last]
         index = self.index[first:last]
@@ -112,7 +112,7 @@ class LiveRows:
             return rows
         return rows.masked_fill_(~self.live[0, first:last, None], 0)  # padding repeats some row, which may hold NaN
 
-    def put_hidden(self, values: Tensor, out: Tensor, states: Tensor, first: int, last: int) -> None:
+    def put(self, values: Tensor, out: Tensor, states: Tensor, first: int, last: int) -> None:
         """Write the rows of a chunk into ``out``, (rows of states + 1, H): padding goes to the spare last row."""
         index = self.index[first:last]
         row = index // self.shape[1] * states.shape[-2] + index % self.shape[1]

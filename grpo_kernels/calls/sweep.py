@@ -67,7 +67,7 @@ class Sweep:
         """Return the statistics of the live rows, (1, n)."""
         stats = RowStats(*(torch.zeros_like(self.token_ids, dtype=self.numbers.dtype) for _ in RowStats._fields))
         with torch.autocast(head.hidden.device.type, enabled=False):
-            for chunk in Walk(self, Wants(False, False, False), head).chunks():
+            for chunk in Walk(self, Wants(), head).chunks():
                 outputs = ops.log_probs(chunk.rows, self.backend)
                 for total, output in zip(stats, outputs, strict=True):
                     total[:, chunk.first : chunk.last] = output
@@ -88,35 +88,40 @@ class Walk:
     """One walk: chunk by chunk, logits come of hidden states and leave as gradients of those that are wanted."""
 
     def __init__(self, sweep: Sweep, wants: Wants, head: HeadTensors) -> None:
-        self._sweep, self._wants, self._hidden = sweep, wants, head.hidden
-        device, hidden = head.hidden.device, head.hidden
+        self._sweep, self._wants, self._states = sweep, wants, head.states
+        device = head.hidden.device
         kind = head_kind(device.type, sweep.operands, sweep.dtype)
-        chunks = len(sweep.live_rows.chunks)
-        self._head = kind(head.weight, head.bias, sweep.operands, chunks, wants, sweep.wide)
+        self._head = kind(head, sweep.operands, len(sweep.live_rows.chunks), wants, sweep.wide)
         self._logits = torch.empty(sweep.live_rows.longest, sweep.vocab, dtype=sweep.dtype, device=device)
-        self._gradient: Tensor | None = None
-        if wants.hidden:
-            rows, dtype = hidden.shape[:-1].numel() + 1, torch.float32 if sweep.wide else hidden.dtype
-            self._gradient = hidden.new_zeros(rows, hidden.shape[-1], dtype=dtype)
+        wanted = zip(head.states, wants.states, strict=False)
+        self._gradients = [self._room(states) if wants_states else None for states, wants_states in wanted]
 
     def chunks(self) -> Iterator[Chunk]:
         """Give each chunk with its logits; when the next one is asked for, they are taken as their gradient."""
         sweep, live_rows = self._sweep, self._sweep.live_rows
         for first, last in live_rows.chunks:
-            states = live_rows.hidden(self._hidden, first, last).to(sweep.operands)
+            states = [live_rows.gather(whole, first, last).to(sweep.operands) for whole in self._states]
             logits = self._logits[: last - first]
             self._head.logits(states, logits)
             ids, live = sweep.token_ids[:, first:last], live_rows.live[:, first:last]
             yield Chunk(Rows(logits, ids, live, sweep.numbers, sweep.softcap), first, last)
             if any(self._wants):
-                values = self._head.backward(logits, states)
-                if self._gradient is not None and values is not None:
-                    live_rows.put_hidden(values, self._gradient, self._hidden, first, last)
+                parts = self._head.backward(logits, states)
+                for part, out, whole in zip(parts, self._gradients, self._states, strict=True):
+                    if part is not None and out is not None:
+                        live_rows.put(part, out, whole, first, last)
 
     def gradients(self) -> HeadGradients:
         """Return what has been gathered."""
-        hidden = None if self._gradient is None else self._gradient[:-1].view(self._hidden.shape)
-        return HeadGradients(hidden, *self._head.gradients())
+        both = zip(self._gradients, self._states, strict=True)
+        hidden, *adapter_states = (None if rows is None else rows[:-1].view(whole.shape) for rows, whole in both)
+        (weight, *adapter_weight), bias = self._head.gradients()
+        return HeadGradients(hidden, weight, bias, *adapter_states, *adapter_weight)
+
+    def _room(self, states: Tensor) -> Tensor:
+        """Return zeros for the gradient of ``states``, and a spare row."""
+        dtype = torch.float32 if self._sweep.wide else states.dtype
+        return states.new_zeros(states.shape[:-1].numel() + 1, states.shape[-1], dtype=dtype)
 
 
 class Swept(NamedTuple):
@@ -140,7 +145,7 @@ class LinearLoss:
     plan: Plan
 
     def compute(self, wants: Wants, head: HeadTensors) -> Swept:
-        gradients = HeadGradients(None, None, None)
+        gradients = HeadGradients()
         if not any(wants):
             values, records, _ = self._terms(self.sweep.log_probs(head))
         elif self._of_rows or self.sweep.live_rows.bounds is not None:

@@ -28,7 +28,7 @@ from ..objectives.checks import (
 from ..objectives.maths import real_dtype
 from ..objectives.sequences import Packed
 from .arguments import check_head, check_logits, check_no_transforms, ordinary
-from .head import operand_dtype
+from .head import HeadTensors, operand_dtype
 
 
 @dataclass(frozen=True)
@@ -94,9 +94,7 @@ def read_tokens(
 
 def read_linear_tokens(
     function: str,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: HeadTensors,
     token_ids: Tensor,
     mask: Tensor | None,
     logits_dtype: torch.dtype | None,
@@ -104,17 +102,17 @@ def read_linear_tokens(
     check: bool | None = None,
 ) -> RowTokens:
     """As ``read_tokens``, for hidden states and the head that makes logits of them."""
-    named = {"hidden": hidden, "weight": weight, "bias": bias, "token_ids": token_ids, "mask": mask, **tensors}
-    check_head(function, hidden, weight, bias, named)
-    operands = operand_dtype(hidden)
+    named = {**head._asdict(), "token_ids": token_ids, "mask": mask, **tensors}
+    check_head(function, head, named)
+    operands = operand_dtype(head.hidden)
     dtype = operands if logits_dtype is None else logits_dtype
     if dtype != operands and (dtype != torch.float32 or operands.itemsize != 2):
         expected = f"logits_dtype=torch.float32 (with half precision) or None for that of the GEMM ({operands})"
         fail(function, expected, repr(logits_dtype), named)
-    for tensor in (hidden, weight, bias):
+    for tensor in head:
         if tensor is not None:
             check_no_transforms(function, tensor)
-    return _read_ids(function, hidden, weight.shape[0], dtype, token_ids, mask, named, check)
+    return _read_ids(function, head.hidden, head.weight.shape[0], dtype, token_ids, mask, named, check)
 
 
 def read_log_prob_tokens(

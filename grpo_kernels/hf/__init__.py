@@ -31,7 +31,7 @@ from .model_head import Proof, head_of, in_fsdp_units, row_logits, weight_and_bi
 def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
     """Return the keywords of a function, without those that the model provides."""
     names = keywords_of(function)
-    return tuple(name for name in names if name not in ("hidden", "weight", "bias", "logits", "config"))
+    return tuple(name for name in names if name not in ("hidden", "weight", "bias", "adapter", "logits", "config"))
 
 
 _TOKENS = ("token_ids", "advantages", "mask")
