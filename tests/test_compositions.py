@@ -82,7 +82,7 @@ def test_cells_are_of_every_kind():
 
 def words_of(feature: Feature) -> set[str]:
     """By which a message may call a feature."""
-    words = {feature.function or "", *feature.around, *feature.arguments}
+    words = {(feature.function or "").partition(",")[0], *feature.around, *feature.arguments}
     words |= {"config", *map(str, feature.config.values())} if feature.config else set()
     words |= {type(value).__name__ for value in feature.config.values()}
     words |= {"config", "KL", *feature.kl} if feature.kl else set()

@@ -6,6 +6,7 @@ is another way to call or to run.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -114,6 +115,7 @@ def features() -> tuple[Feature, ...]:
     return (
         *(
             _function("linear_grpo_loss", "from hidden states and head"),
+            _function("linear_grpo_loss, adapter", "`adapter=`, beside hidden states and head"),
             _function("hf.attach", "`hf.attach(model)`: from hidden states, inside of the model"),
             _function("hf.attach, from_logits", "`hf.attach(model, from_logits=True)`: the model's own head"),
             _function("token_log_probs", "and a loss of one's own on log-probs and entropies"),
@@ -246,8 +248,8 @@ REFUSALS = (
     _absent("policy_loss", "grad_scale", "grad_scale", "fp16, announced"),
     _absent("policy_loss", "support", *_SUPPORTS),
     *(
-        _absent(function, keyword, *features)
-        for function in ("linear_grpo_loss", "linear_token_log_probs")
+        dataclasses.replace(_absent(function.partition(",")[0], keyword, *features), feature=function)
+        for function in ("linear_grpo_loss", "linear_grpo_loss, adapter", "linear_token_log_probs")
         for keyword, features in (("inplace", ("inplace",)), ("support", _SUPPORTS))
     ),
     *(

@@ -230,6 +230,10 @@ def _policy_loss(logits: Tensor, token_ids: Tensor, *, mask: Tensor, **keywords:
     return policy_loss(rows.log_probs, mask=mask, entropy=rows.entropy, **keywords)
 
 
+def _adapted(hidden: Tensor, weight: Tensor, states: Tensor, low: Tensor, *args: Any, **keywords: Any) -> LossOutput:
+    return linear_grpo_loss(hidden, weight, *args, adapter=(states, low), **keywords)
+
+
 Public = Callable[..., Any]
 """Of the leaves, then token_ids, then keywords."""
 Run = Callable[..., Ran]
@@ -244,13 +248,27 @@ class Function:
     """Called once for a batch and its leaves."""
     from_states: bool = False
     """Its leaves are hidden states and weight, not logits."""
+    rank: int = 0
+    """How many columns of both are an adapter's instead: its states and weight are two more leaves."""
     is_loss: bool = True
 
     def leaves(self, batch: Batch, dtype: torch.dtype) -> list[nn.Parameter]:
-        values = (batch.hidden, batch.weight) if self.from_states else (batch.logits,)
+        values: Sequence[Tensor] = (batch.hidden, batch.weight) if self.from_states else (batch.logits,)
+        if self.rank:
+            values = [part for parts in zip(*(self._cut(value) for value in values), strict=True) for part in parts]
         leaves = [nn.Parameter(value.to(dtype)) for value in values]
         assert all(torch.equal(leaf.double(), value) for leaf, value in zip(leaves, values, strict=True))
         return leaves
+
+    def _cut(self, value: Tensor) -> tuple[Tensor, ...]:
+        """Return the columns of the head's product, and of the adapter's."""
+        return value.split((WIDTH - self.rank, self.rank), -1)
+
+    def of_whole(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return those of the batch's states and weight, or logits, of those of the leaves."""
+        if not self.rank:
+            return gradients
+        return [torch.cat([*parts], -1) for parts in (gradients[::2], gradients[1::2])]
 
     def run(self, batch: Batch, leaves: Sequence[nn.Parameter], keywords: dict[str, Any]) -> Run:
         public, ids, mask = self.made(batch, leaves), batch.named["token_ids"], batch.named["mask"]
@@ -299,6 +317,7 @@ def _attached(batch: Batch, leaves: Sequence[nn.Parameter], from_logits: bool = 
 FUNCTIONS: Mapping[str, Function] = {
     "grpo_loss": Function(lambda batch, leaves: grpo_loss),
     "linear_grpo_loss": Function(lambda batch, leaves: linear_grpo_loss, from_states=True),
+    "linear_grpo_loss, adapter": Function(lambda batch, leaves: _adapted, from_states=True, rank=1),
     "hf.attach": Function(_attached, from_states=True),
     "hf.attach, from_logits": Function(functools.partial(_attached, from_logits=True), from_states=True),
     "token_log_probs": Function(lambda batch, leaves: token_log_probs, is_loss=False),
@@ -403,7 +422,7 @@ def judge(call: Call, batch: Batch, keywords: Mapping[str, Any], ran: Ran, gradi
         raise WrongNumbers(str(result))
     if function.from_states:
         autocast = "autocast" in call.around and call.dtype != torch.float64
-        _judge_head(truth, batch, torch.bfloat16 if autocast else call.dtype, scale, of_leaves)
+        _judge_head(truth, batch, torch.bfloat16 if autocast else call.dtype, scale, function.of_whole(of_leaves))
 
 
 def _with_last_row(rows: Tensor, batch: Batch) -> Tensor:
