@@ -18,13 +18,15 @@ SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_lay
 SIZES |= dict(num_key_value_heads=2, head_dim=16, pad_token_id=0)
 
 
-def policy(tied: bool = False, **options) -> torch.nn.Module:
+def policy(tied: bool = False, biased: bool = False, **options) -> torch.nn.Module:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES, tie_word_embeddings=tied))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
+    if biased:
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 97))
     return hf.attach(model, **options)
 
 
@@ -105,6 +107,8 @@ CASES = [
     ("head", {"config": "gspo"}),  # two passes over the vocabulary
     ("head", {"chunk_bytes": 4000}),
     ("head", {"from_logits": True}),
+    ("head", {"biased": True}),
+    ("norm and head", {"biased": True, "reshard_after_forward": True}),
 ]
 
 
@@ -188,18 +192,119 @@ def test_mixed_precision(tmp_path):
             assert gradients["lm_head.weight"].abs().max() > 0
 
 
-def refused(rank: int) -> str:
-    model = shard(policy(), "head")
-    model.lm_head.register_forward_hook(lambda module, args, output: output * 30)
+def scale_output(module, args, output):
+    return output * 30
+
+
+def asks_the_type(module, args, output):
+    return output * 30 if type(output) is torch.Tensor else output
+
+
+def asks_the_type_on_rank_1(module, args, output):
+    return asks_the_type(module, args, output) if torch.distributed.get_rank() == 1 else output
+
+
+def multiplies_itself(model: torch.nn.Module) -> None:
+    model.lm_head.forward = lambda states: states @ model.lm_head.weight.T
+
+
+def doubles_its_weight(model: torch.nn.Module) -> None:
+    model.lm_head.forward = lambda states: torch.nn.functional.linear(states, model.lm_head.weight * 2)
+
+
+def cuts_its_columns(model: torch.nn.Module) -> None:
+    model.lm_head.register_forward_hook(lambda module, args, output: output[..., :96])
+
+
+def derived(rank: int, changes: tuple) -> list[str]:
+    found = []
+    for change in changes:
+        for grouping in ("head", "norm and head"):
+            model = policy()
+            change(model)
+            shard(model, grouping)
+            ids, grpo = micro_batch(0, 0)
+            try:
+                model(input_ids=ids, grpo=grpo).loss.backward()
+                found.append("nothing")
+            except ValueError as error:
+                found.append(str(error))
+    return found
+
+
+def test_a_weight_that_is_made_in_a_unit_of_its_own_is_refused(tmp_path):
+    """Its gradient would be each rank's own: only parameters are reduced."""
+    changes = (multiplies_itself, doubles_its_weight, cuts_its_columns)
+    for found in run_ranks(2, tmp_path, functools.partial(derived, changes=changes)):
+        assert len(found) == 6
+        for message in found:
+            assert "in an FSDP2 unit of its own" in message
+
+
+def hooked(rank: int, hooks: tuple) -> list:
+    found = []
+    for hook in hooks:
+        model = shard(policy(), "head")
+        model.lm_head.register_forward_hook(hook)
+        ids, grpo = micro_batch(0, 0)
+        try:
+            found.append(model(input_ids=ids, grpo=grpo).log_probs)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_hooks_of_a_sharded_head(tmp_path):
+    """FSDP's own change nothing; somebody's are traced, or refused: by every rank where one has found something."""
+    model = policy()
+    model.lm_head.register_forward_hook(scale_output)
+    ids, grpo = micro_batch(0, 0)
+    wanted = model(input_ids=ids, grpo=grpo).log_probs
+    hooks = (scale_output, asks_the_type, asks_the_type_on_rank_1)
+    ranks = run_ranks(2, tmp_path, functools.partial(hooked, hooks=hooks))
+    for rank, (scaled, refused, by_one) in enumerate(ranks):
+        torch.testing.assert_close(scaled, wanted)
+        assert "a forward hook on lm_head (test_fsdp.asks_the_type)" in refused
+        assert ("another rank's log-probs are others" if rank == 0 else "differ by up to") in by_one
+
+
+def adapted_policy() -> torch.nn.Module:
+    peft = pytest.importorskip("peft")
+    model = policy()
+    hf.detach(model)
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    return hf.attach(peft.get_peft_model(model, config))
+
+
+def adapted_gradients(rank: int) -> tuple[dict, str]:
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted_policy()
+    fully_shard(model)
+    backward(model, rank)
+    gradients = {name: each.grad.full_tensor() for name, each in model.named_parameters() if each.grad is not None}
+    alone = adapted_policy()
+    fully_shard(alone.base_model.model.lm_head)
+    fully_shard(alone)
     ids, grpo = micro_batch(rank, 0)
     try:
-        model(input_ids=ids, grpo=grpo)
+        alone(input_ids=ids, grpo=types.MappingProxyType(grpo))
     except ValueError as error:
-        return str(error)
-    return "nothing"
+        return gradients, str(error)
+    return gradients, "nothing"
 
 
-def test_the_proof_sees_hooks_of_a_sharded_head(tmp_path):
-    """Its own hooks change nothing; somebody's do, and every rank says so."""
-    for message in run_ranks(2, tmp_path, refused):
-        assert "a forward hook on lm_head (test_fsdp.<lambda>)" in message
+@pytest.mark.peers
+def test_an_adapter_on_a_sharded_head(tmp_path):
+    """In the root's unit; in one of its own its weights are not whole when hidden states meet them."""
+    totals: dict[str, torch.Tensor] = {}
+    for rank in range(2):
+        model = adapted_policy()
+        backward(model, rank)
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                totals[name] = totals.get(name, 0) + parameter.grad.double() / 2
+    for found, message in run_ranks(2, tmp_path, adapted_gradients):
+        assert_close_to(found, totals, 2e-6, "adapter")
+        assert "sharded, in an FSDP2 unit of its own" in message

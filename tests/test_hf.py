@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import threading
 import types
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_kernels import LossOutput, TokenLogProbs, TopK, align, grpo_loss, hf, token_log_probs
 
@@ -24,6 +27,12 @@ LATENT = {
     **dict(n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8),
     **dict(qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, head_dim=8),
 }
+KINDS = (
+    *("llama", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2", "phi"),
+    *("granite", "granitemoe", "gpt2", "gpt_neox", "bloom", "opt", "glm4", "deepseek_v3", "gpt_oss", "hyperclovax"),
+    *("falcon_h1", "roberta", "mamba"),
+)
+"""A head of every kind; tests/architectures has all there are."""
 HEADS = {"logit_scale": 0.3, "logits_scaling": 4.0, "final_logit_softcapping": 5.0}
 
 
@@ -57,7 +66,7 @@ def tokens_of(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {"token_ids": ids, "mask": mask, "advantages": torch.tensor([1.0, -0.5, 0.3])}
 
 
-@pytest.mark.parametrize("kind", hf.MODEL_TYPES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_heads_are_the_models_own(kind):
     model, given = tiny(kind), inputs()
     tokens = tokens_of(given)
@@ -72,7 +81,7 @@ def test_heads_are_the_models_own(kind):
     torch.testing.assert_close(got.log_probs, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", hf.MODEL_TYPES)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_no_rounding_of_an_architecture_is_a_difference(kind, dtype):
     model, given = tiny(kind, initializer_range=0.3).to(dtype), inputs()
@@ -186,7 +195,11 @@ def test_copies_and_what_was_there_before():
     with torch.no_grad():
         twin.get_output_embeddings().weight.zero_()
         assert twin(**given, grpo=tokens).entropy.max() > 4.59 > model(**given, grpo=tokens).entropy.max()
-    assert calls == [twin, model]  # each proven once
+    assert calls == [twin] * 3 + [model] * 3  # run, and proven: on one row, traced and real
+    calls.clear()
+    with torch.no_grad():
+        model(**given, grpo=tokens)
+    assert calls == [model]
     calls.clear()
     twin(**given)
     assert calls == [twin]
@@ -205,17 +218,6 @@ def test_generates_while_attached():
 
 
 def test_refused_by_name():
-    class Lora(torch.nn.Linear):
-        pass
-
-    model = tiny()
-    model.set_output_embeddings(Lora(32, 99, bias=False))
-    with pytest.raises(ValueError, match=r"plain nn.Linear; got .*Lora"):
-        hf.attach(model)
-    model = tiny()
-    model.config.model_type = "mystery"
-    with pytest.raises(ValueError, match="mystery"):
-        hf.attach(model)
     model = hf.attach(tiny())
     with pytest.raises(ValueError, match="detach"):
         hf.attach(model)
@@ -292,6 +294,10 @@ def ban_a_token(module, args, output):
     return output.index_fill(-1, torch.tensor([0]), -torch.inf)
 
 
+def ban_in_place(module, args, output):
+    output[:, :, [3, 5]] = torch.finfo(output.dtype).min
+
+
 def scale_states(module, args):
     return (args[0] * 30,)
 
@@ -301,12 +307,48 @@ def scale_states_by_name(module, args, kwargs):
 
 
 def tilt(module, args, kwargs, output):
-    return output + torch.arange(99) / 99
+    return output + (torch.arange(99) / 99).to(output.dtype)
+
+
+def scale_columns(module, args, output):
+    return torch.linspace(0.5, 2, 99).to(output.dtype) * output - 0.5
+
+
+def negate(module, args, output):
+    return np.float32(1.0) - torch.rsub(torch.zeros(99).to(output.dtype), output)
+
+
+def in_place(module, args, output):
+    output *= 3
+    output /= 2
+    output += torch.linspace(-1, 1, 99).to(output.dtype)
+    return output.mul_(0.5).float().contiguous()
+
+
+def turn(module, args, output):
+    return torch.tensor(-0.5) * output - torch.tensor(0.25)
+
+
+def cap_upside_down(module, args, output):
+    return -3 * torch.tanh(output.index_fill(-1, torch.tensor([0]), -torch.inf) / -2)
+
+
+def close_and_open(module, args, output):
+    """A gate that is shut in front of a bias."""
+    return output * torch.zeros(1) + torch.linspace(-1, 1, 99).to(output.dtype)
+
+
+def cap(module, args, output):
+    return 3 * torch.tanh((output + 1) / 2)
+
+
+def looks_at_the_shape(module, args, output):
+    return output * 2 if output.shape[-1] == 99 and output.is_floating_point() and len(output) else None
 
 
 def patch_head(model):
     head = model.lm_head
-    head.forward = lambda states: torch.nn.functional.linear(states, head.weight) * 30
+    head.forward = lambda states: (states @ head.weight.T) * 30
 
 
 def patch_model(model):
@@ -338,78 +380,330 @@ def subclass_of_inputs(model):
     model.__class__ = Noisy
 
 
-def subclass_that_fails(model):
-    class Strict(type(model)):
-        def forward(self, *args, **inputs):
-            raise RuntimeError("call me by another name")
-
-    model.__class__ = Strict
+def hooked(hook, **options):
+    return lambda model: model.lm_head.register_forward_hook(hook, **options)
 
 
 AROUND = {
-    "a forward hook on lm_head .*scale_output": lambda model: model.lm_head.register_forward_hook(scale_output),
-    "a forward hook on lm_head .*ban_a_token": lambda model: model.lm_head.register_forward_hook(ban_a_token),
-    "a forward hook on lm_head .*tilt": lambda model: model.lm_head.register_forward_hook(tilt, with_kwargs=True),
-    "a forward pre-hook on lm_head .*scale_states": lambda model: model.lm_head.register_forward_pre_hook(scale_states),
-    "a forward pre-hook on lm_head .*scale_states_by_name": lambda model: model.lm_head.register_forward_pre_hook(
-        scale_states_by_name, with_kwargs=True
-    ),
-    "a patched forward of lm_head": patch_head,
-    "a patched forward of the model .*colder": patch_model,
-    "nats; found: Mup, a class": subclass_of_logits,
-    "other inputs than it gets; found: Noisy, a class": subclass_of_inputs,
-    "cannot be followed .*another name.*Strict": subclass_that_fails,
+    "scale": hooked(scale_output),
+    "ban": hooked(ban_a_token),
+    "ban in place": hooked(ban_in_place),
+    "tilt": hooked(tilt, with_kwargs=True),
+    "columns": hooked(scale_columns),
+    "negate": hooked(negate),
+    "in place": hooked(in_place),
+    "cap": hooked(cap),
+    "turn": hooked(turn),
+    "ban and cap upside down": hooked(cap_upside_down),
+    "close and open": hooked(close_and_open),
+    "shape": hooked(looks_at_the_shape),
+    "states": lambda model: model.lm_head.register_forward_pre_hook(scale_states),
+    "states by name": lambda model: model.lm_head.register_forward_pre_hook(scale_states_by_name, with_kwargs=True),
+    "patched head": patch_head,
+    "patched model": patch_model,
+    "subclass of logits": subclass_of_logits,
+    "subclass of inputs": subclass_of_inputs,
 }
 
 
-@pytest.mark.parametrize("message", AROUND)
+@pytest.mark.parametrize("name", AROUND)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_around_the_head_is_refused(message, dtype):
-    """At the first call with it, before attach or after; never once it is gone; and from_logits serves it."""
+def test_what_is_around_the_head_is_served(name, dtype):
+    """Log-probs and gradients are those of the model's own logits, before attach or after."""
     model, given = tiny().to(dtype), inputs()
-    AROUND[message](model)
+    AROUND[name](model)
+    ids, tokens = asked(given)["token_ids"], tokens_of(given)
+    if "ban" in name:
+        ids = tokens["token_ids"] = ids + (ids < 6) * 6  # a token that may be drawn
+        given["input_ids"] = torch.cat([given["input_ids"][:, :1], ids], 1)
+    wanted = own_log_probs(model, given, ids)
+    twin = tiny().to(dtype)
+    AROUND[name](twin)
+    hf.attach(twin, from_logits=True)(**given, grpo=tokens).loss.backward()
     hf.attach(model)
+    for _ in range(2):
+        got = model(**given, grpo=asked(given)).log_probs
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.3)
+    model(**given, grpo=tokens).loss.backward()
+    mine, theirs = (m.get_input_embeddings().weight.grad.float() for m in (model, twin))
+    assert bool(theirs.abs().max() > 0) == (name != "close and open")
+    assert (mine - theirs).norm() <= (1e-4 if dtype == torch.float32 else 0.1) * theirs.norm()
+
+
+def test_the_models_own_error_is_its_own():
+    class Strict(type(tiny())):
+        def forward(self, *args, **inputs):
+            raise RuntimeError("call me by another name")
+
+    model, given = tiny(), inputs()
+    model.__class__ = Strict
+    with pytest.raises(RuntimeError, match="another name"):
+        hf.attach(model)(**given, grpo=asked(given))
+
+
+def looks_at_contents(module, args, output):
+    print(output.norm())
+
+
+def sharpens(module, args, output):
+    return output.softmax(-1).log()
+
+
+def adds_made_logits(module, args, output):
+    return output + torch.ones(*output.shape)
+
+
+def writes_a_row(module, args, output):
+    output[:, 0] = 0
+
+
+def caps_twice(module, args, output):
+    return torch.tanh(torch.tanh(output))
+
+
+def asks_the_type(module, args, output):
+    return output * 30 if type(output) is torch.Tensor else output
+
+
+def writes_a_view(module, args, output):
+    output[:, :-1].mul_(2)
+
+
+def writes_what_is_viewed(module, args, output):
+    first = output[:, :5]
+    output *= 2
+    return torch.cat([first, output[:, 5:]], 1)
+
+
+@torch.no_grad()
+def scales_without_gradient(module, args, output):
+    return output * 3
+
+
+class Quiet(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return logits
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream * 0.1
+
+
+def goes_through_a_function(module, args, output):
+    return Quiet.apply(output)
+
+
+def hooks_the_gradient(module, args, output):
+    output.register_hook(lambda gradient: gradient * 2)
+
+
+def writes_to_the_states(module, args, output):
+    args[0].detach().mul_(2)
+
+
+def adds_a_wider_bias(module, args, output):
+    return output + torch.linspace(-9, 9, 99, dtype=torch.float64)
+
+
+def asks_for_the_graph(module, args, output):
+    return output * 2 if output.grad_fn is None else output
+
+
+def writes_elsewhere(module, args, output):
+    return torch.mul(output, 2, out=torch.empty(3, 9, 99))
+
+
+def cuts_the_vocabulary_oddly(module, args, output):
+    return output[..., ::3]
+
+
+REFUSED = {
+    "norm is called with them; found: a forward hook on lm_head .*looks_at_contents": looks_at_contents,
+    "softmax is called with them; found: .*sharpens": sharpens,
+    "a sum with a tensor .3, 9, 99. is taken; found: .*adds_made_logits": adds_made_logits,
+    "rows of them are written; found: .*writes_a_row": writes_a_row,
+    "capped twice; found: .*caps_twice": caps_twice,
+    "differ by up to .* nats; found: a forward hook on lm_head .*asks_the_type": asks_the_type,
+    "some columns of the logits are taken, not a slice": cuts_the_vocabulary_oddly,
+    "written in place, and views of them are about; found: .*writes_a_view": writes_a_view,
+    "written in place, and views of them are about; found: .*what_is_viewed": writes_what_is_viewed,
+    "called with them where autograd is switched off; found: a forward hook": scales_without_gradient,
+    "view_as is called with them; found: .*goes_through": goes_through_a_function,
+    "a hook is put on their gradient; found: .*hooks_the_gradient": hooks_the_gradient,
+    "__get__ is called with them; found: .*asks_for_the_graph": asks_for_the_graph,
+    "mul is called with them, and .*out.*; found: .*writes_elsewhere": writes_elsewhere,
+    "states are written to behind it; found: .*writes_to_the_states": writes_to_the_states,
+    "a bias in torch.float64 is added to logits of less precision: head_dtype=torch.float64": adds_a_wider_bias,
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_what_cannot_be_traced_is_refused(message):
+    """By name, at every call with it, never once it is gone; from_logits serves it."""
+    model, given = hf.attach(tiny()), inputs()
+    handle = model.lm_head.register_forward_hook(REFUSED[message])
     for _ in range(2):
         with pytest.raises(ValueError, match=f"(?s){message}.*from_logits=True"):
             model(**given, grpo=asked(given))
-    if "cannot be followed" in message:
-        return
-    hf.detach(model)
-    hf.attach(model, from_logits=True)
-    got = model(**given, grpo=asked(given)).log_probs
-    torch.testing.assert_close(got.double(), own_log_probs(model, given, asked(given)["token_ids"]), rtol=0, atol=1e-5)
+    assert "forward" not in vars(model.lm_head)
+    assert isinstance(model.model, transformers.Qwen3Model)
+    handle.remove()
+    wanted = own_log_probs(model, given, asked(given)["token_ids"])
+    torch.testing.assert_close(model(**given, grpo=asked(given)).log_probs.double(), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_head_whose_forward_runs_without_autograd(reentrant):
+    """The loss would have no gradient, and an auxiliary loss hide it."""
+    model, given = tiny("mixtral"), inputs()
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda states: torch.utils.checkpoint.checkpoint(plain, states, use_reentrant=reentrant)
+    grpo = {**tokens_of(given), "aux_loss_coef": 0.1}
+    if reentrant:
+        with pytest.raises(ValueError, match="a function with a backward of its own is applied"):
+            hf.attach(model)(**given, grpo=grpo)
+    else:
+        hf.attach(model)(**given, grpo=grpo).loss.backward()
+        assert model.lm_head.weight.grad.abs().max() > 0
+
+
+def test_a_model_that_writes_to_its_hidden_states():
+    """The proof would do so a second time."""
+    model, given = tiny(), inputs()
+    plain = type(model).forward
+
+    class Writing(type(model)):
+        def forward(self, input_ids, attention_mask=None, **inputs):
+            states = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+            states.mul_(2)
+            return transformers.modeling_outputs.CausalLMOutputWithPast(logits=self.lm_head(states))
+
+    model.__class__ = Writing
+    assert plain is not Writing.forward
+    with pytest.raises(ValueError, match="(?s)what its backbone returns is written to in place.*Writing"):
+        hf.attach(model)(**given, grpo=tokens_of(given))
+
+
+def test_a_part_is_itself_to_whoever_looks():
+    """A model's forward may ask for its backbone's type, parameters and attributes, and set some."""
+
+    class Asking(type(tiny())):
+        def forward(self, *args, **inputs):
+            assert isinstance(self.model, transformers.Qwen3Model)
+            assert len(list(self.model.parameters())) == len(self.sizes)
+            assert [name for name, _ in self.model.named_parameters()] == self.sizes
+            self.model.seen = self.model.config.hidden_size
+            return super().forward(*args, **inputs)
+
+    model, given = tiny(), inputs()
+    model.sizes = [name for name, _ in model.model.named_parameters()]
+    model.__class__ = Asking
+    hf.attach(model)(**given, grpo=tokens_of(given)).loss.backward()
+    assert model.model.seen == 32
+    assert type(model._modules["model"]) is transformers.Qwen3Model
+
+
+def test_calls_in_several_threads():
+    """One after the other: what is in the model's places meanwhile is one thread's."""
+    model, given = hf.attach(tiny(), proof_every=2), inputs()
+    wanted, found = model(**given, grpo=asked(given)).log_probs, []
+
+    def work():
+        for _ in range(10):
+            found.append(model(**given, grpo=asked(given)).log_probs)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 30
+    assert all(torch.equal(each, wanted) for each in found)
+    assert type(model._modules["model"]) is transformers.Qwen3Model
+    assert "forward" not in vars(model.lm_head)
+
+
+def test_a_head_of_another_kind_is_refused():
+    """Quantised heads multiply by code of their own: nothing of theirs is a linear layer of PyTorch."""
+
+    class Packed(torch.nn.Linear):
+        def forward(self, states):
+            return states.double().mul(2).matmul(self.weight.double().t()[:, :50])
+
+    model, given = tiny(), inputs()
+    head = Packed(32, 99, bias=False)
+    model.set_output_embeddings(head)
+    with pytest.raises(ValueError, match=r"(?s)Packed makes them without a linear layer of PyTorch.*from_logits=True"):
+        hf.attach(model)(**given, grpo=asked(given))
 
 
 def test_what_comes_to_the_head_after_attach():
+    """Traced at every call: nothing is remembered."""
     model, given = hf.attach(tiny()), inputs()
-    wanted = own_log_probs(model, given, asked(given)["token_ids"])
 
     def check():
+        wanted = own_log_probs(model, given, asked(given)["token_ids"])
         got = model(**given, grpo=asked(given)).log_probs
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
+        return got
 
-    check()
+    plain = check()
     handle = model.lm_head.register_forward_hook(scale_output)
-    with pytest.raises(ValueError, match="scale_output"):
-        model(**given, grpo=asked(given))
+    assert (check() - plain).abs().max() > 1
     handle.remove()
-    check()
-    seen = []
-    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))  # changes nothing
-    check()
-    assert seen == [(1, 1, 99)]  # the proof's row, once
-    check()
-    assert len(seen) == 1
-    model.train()
-    model(**given, grpo=tokens_of(given))
-    assert len(seen) == 2
+    assert torch.equal(check(), plain)
     model.lm_head.register_forward_hook(lambda module, args, output: output * 30 if module.training else output)
-    with pytest.raises(ValueError, match="differ by up to"):
-        model(**given, grpo=tokens_of(given))
-    model.eval()
-    check()
+    assert torch.equal(check(), plain)
     model.lm_head.train()
-    with pytest.raises(ValueError, match="differ by up to"):
+    assert (check() - plain).abs().max() > 1
+
+
+def test_a_look_at_a_known_state():
+    """Every so many calls: what changes behind the trace's back is found, on a CPU at once."""
+    model, given = hf.attach(tiny(), proof_every=3), inputs()
+    model(**given, grpo=asked(given))
+    model.lm_head.register_forward_hook(asks_the_type)
+    model(**given, grpo=asked(given))
+    with pytest.raises(ValueError, match="(?s)differ by up to.*asks_the_type"):
+        model(**given, grpo=asked(given))
+    never = hf.attach(tiny(), proof_every=0)
+    never(**given, grpo=asked(given))
+    never.lm_head.register_forward_hook(asks_the_type)
+    for _ in range(200):
+        never(**given, grpo=asked(given))
+    with pytest.raises(ValueError, match="proof_every"):
+        hf.attach(tiny(), proof_every=-1)
+
+
+def test_a_look_that_does_not_wait(monkeypatch):
+    """On a device the loss is NaN, and a call after it says why."""
+    from grpo_kernels.hf import proof as proofs
+
+    class Done:
+        def record(self):
+            pass
+
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr(proofs.torch.cuda, "Event", Done)
+    empty = torch.empty
+    monkeypatch.setattr(proofs.torch, "empty", lambda *a, pin_memory=False, **k: empty(*a, **k))
+    model, given = hf.attach(tiny(), proof_every=9), inputs()
+    model(**given, grpo=tokens_of(given))
+    monkeypatch.setattr(proofs, "may_look", lambda tensor, check=None: bool(check))
+    for _ in range(7):
+        assert model(**given, grpo=tokens_of(given)).loss.isfinite()
+    model.lm_head.register_forward_hook(asks_the_type)
+    spoilt = model(**given, grpo=tokens_of(given))
+    assert spoilt.loss.isnan()
+    spoilt.loss.backward()
+    assert model.lm_head.weight.grad.isnan().all()
+    model.lm_head._forward_hooks.clear()
+    for _ in range(proofs._LATER - 1):
+        assert model(**given, grpo=tokens_of(given)).loss.isfinite()
+    with pytest.raises(ValueError, match="at a call whose loss was NaN"):
         model(**given, grpo=tokens_of(given))
 
 
@@ -435,12 +729,17 @@ def test_constants_are_read_at_every_call(kind, change):
         torch.testing.assert_close(model(**given, grpo=asked(given)).log_probs.double(), wanted, rtol=0, atol=1e-5)
 
 
-def test_a_scale_that_is_trained_is_refused():
-    """It would get no gradient."""
-    model, given = hf.attach(tiny("cohere")), inputs()
+def test_a_scale_that_is_trained():
+    """It gets its gradient."""
+    model, given = tiny("cohere"), inputs()
     model.logit_scale = torch.nn.Parameter(torch.tensor(0.5))
-    with pytest.raises(ValueError, match="logit_scale without requires_grad"):
-        model(**given, grpo=tokens_of(given))
+    twin = hf.attach(copy.deepcopy(model), from_logits=True)
+    hf.attach(model)
+    for one in (model, twin):
+        one(**given, grpo=tokens_of(given)).loss.backward()
+    assert twin.logit_scale.grad.abs() > 1e-3
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_the_proof_leaves_no_trace():
@@ -480,7 +779,7 @@ def test_the_proof_keeps_no_cast_weight():
     with torch.autocast("cpu", torch.bfloat16):
         hf.attach(model)(**given, grpo=tokens_of(given))
         assert torch.is_autocast_cache_enabled()
-    assert kept == [False]
+    assert kept == [True, False, False]  # traced, where no product is made; then one row, traced and real
 
 
 def test_dropout_and_masked_rows_do_not_matter():
@@ -493,19 +792,20 @@ def test_dropout_and_masked_rows_do_not_matter():
         output.last_hidden_state[:, :4] = torch.nan
 
     model.model.register_forward_hook(spoil)
-    assert hf.attach(model)(**given, grpo=tokens_of(given)).loss.isfinite()
-    model.lm_head.register_forward_hook(scale_output)
-    with pytest.raises(ValueError, match="scale_output"):  # of a row that is live
+    hf.attach(model).lm_head.register_forward_hook(asks_the_type)
+    with pytest.raises(ValueError, match="asks_the_type"):  # of a row that is live
         model(**given, grpo=tokens_of(given))
+    model.lm_head._forward_hooks.clear()
+    assert model(**given, grpo=tokens_of(given)).loss.isfinite()
 
 
 def test_a_budget_of_one_proof(monkeypatch):
     """Contents of device tensors are looked at once per state: no comparison in later calls, on any rank."""
-    from grpo_kernels.hf import model_head
+    from grpo_kernels.hf import proof
 
     compared = []
-    plain = model_head._difference
-    monkeypatch.setattr(model_head, "_difference", lambda *logits: compared.append(1) or plain(*logits))
+    plain = proof._alike
+    monkeypatch.setattr(proof, "_alike", lambda *logits: compared.append(1) or plain(*logits))
     model, given = hf.attach(tiny()), inputs()
     for _ in range(3):
         model(**given, grpo=tokens_of(given)).loss.backward()
@@ -517,6 +817,8 @@ def test_a_budget_of_one_proof(monkeypatch):
         model(**given, grpo=asked(given))
         hook.remove()
         model(**given, grpo=asked(given))
+    assert len(compared) == 1
+    model.train()(**given, grpo=tokens_of(given))
     assert len(compared) == 2
     hf.detach(model)
     hf.attach(model)(**given, grpo={**tokens_of(given), "mask": torch.zeros(3, 8)})  # no live row: of the first one
@@ -529,20 +831,165 @@ def looks_only(module, inputs, output):
 
 @pytest.mark.parametrize("from_logits", [False, True])
 def test_router_loss_is_not_dropped(from_logits):
-    """transformers adds it where labels are given; here nobody would."""
-    given = inputs()
+    """It comes beside the loss, as the model's own forward makes it; a coefficient adds it."""
+    given, tokens = inputs(), tokens_of(inputs())
     model = hf.attach(tiny("qwen3_moe", router_aux_loss_coef=0.5), from_logits=from_logits)
-    model(**given, grpo=tokens_of(given)).loss.backward()
-    with pytest.raises(ValueError, match="(?s)router's auxiliary loss.*output_router_logits=False"):
-        model(**given, output_router_logits=True, grpo=tokens_of(given))
+    plain = model(**given, grpo=tokens)
+    assert plain.aux_loss is None
+    assert plain.model_output is None
+    own = model(**given, output_router_logits=True)
+    out = model(**given, output_router_logits=True, grpo=tokens)
+    assert torch.equal(out.loss, plain.loss)
+    assert torch.equal(out.aux_loss, own.aux_loss)
+    assert own.aux_loss > 0.5
+    assert all(torch.equal(a, b) for a, b in zip(out.model_output.router_logits, own.router_logits, strict=True))
+    assert out.model_output.logits is None
+    added = model(**given, grpo={**tokens, "aux_loss_coef": 0.5})
+    torch.testing.assert_close(added.loss, plain.loss + 0.5 * own.aux_loss)
+    added.loss.backward()
+    gates = [p for name, p in model.named_parameters() if "gate.weight" in name or "router" in name]
+    assert all(gate.grad.abs().max() > 0 for gate in gates)
     model.config.output_router_logits = True
-    assert model(**given).aux_loss > 0
-    with pytest.raises(ValueError, match="auxiliary"):
-        model(**given, grpo=tokens_of(given))
-    model(**given, grpo=asked(given))  # log-probs alone drop no loss
-    model(**given, output_router_logits=False, grpo=tokens_of(given)).loss.backward()
-    model.config.router_aux_loss_coef = 0.0
-    model(**given, grpo=tokens_of(given)).loss.backward()
+    asked_by_config = model(**given, grpo=tokens)
+    assert torch.equal(asked_by_config.aux_loss, own.aux_loss)
+    assert torch.equal(asked_by_config.loss, plain.loss)
+    log_probs = model(**given, grpo=asked(given))
+    assert isinstance(log_probs, hf.ModelLogProbs)
+    assert torch.equal(log_probs.aux_loss, own.aux_loss)
+    with pytest.raises(ValueError, match="(?s)returns aux_loss; got Qwen3ForCausalLM.*no mixture of experts"):
+        hf.attach(tiny(), from_logits=from_logits)(**given, grpo={**tokens, "aux_loss_coef": 0.5})
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_router_loss_over_micro_batches(count):
+    """With a normalizer that spans them, each call's share is its mean over their number."""
+    given, tokens = inputs(), tokens_of(inputs())
+    model = hf.attach(tiny("mixtral"), "dapo", aux_loss_coef=0.3)
+    normalizer, total, auxiliary = float(tokens["mask"].sum()), 0.0, []
+    for part in torch.arange(3).chunk(count):
+        grpo = {name: value[part] for name, value in tokens.items()} | {"normalizer": normalizer}
+        out = model(**{name: value[part] for name, value in given.items()}, grpo={**grpo, "micro_batches": count})
+        total, auxiliary = total + out.loss, [*auxiliary, out.aux_loss]
+    hf.detach(model)
+    wanted = hf.attach(model, "dapo")(**given, grpo={**tokens, "normalizer": normalizer}).loss
+    torch.testing.assert_close(total, wanted + 0.3 * torch.stack(auxiliary).mean())
+    for wrong, message in (
+        ({"normalizer": 3.0, "aux_loss_coef": 0.1}, "micro_batches=, the number of calls"),
+        ({"micro_batches": 2, "aux_loss_coef": 0.1}, "divides the whole loss"),
+        ({"micro_batches": 0}, "an int >= 1"),
+        ({"token_losses": True, "aux_loss_coef": 0.1}, "add out.aux_loss yourself"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**given, grpo=tokens | wrong)
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_what_else_is_asked_of_the_model(from_logits):
+    """Hidden states, attentions and caches come with the result, and the loss is the same."""
+    given, tokens = inputs(), tokens_of(inputs())
+    model = hf.attach(tiny(attn_implementation="eager"), from_logits=from_logits)
+    plain = model(**given, grpo=tokens)
+    asking = {"output_hidden_states": True, "output_attentions": True, "use_cache": True}
+    own, out = model(**given, **asking), model(**given, **asking, grpo=tokens)
+    assert torch.equal(out.loss, plain.loss)
+    for mine, theirs in zip(out.model_output.hidden_states, own.hidden_states, strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(out.model_output.attentions[0], own.attentions[0])
+    assert out.model_output.past_key_values.get_seq_length() == own.past_key_values.get_seq_length() == 9
+    seen = []
+    old = model(**given, output_hidden_states=True, grpo={**asked(given), "receive": seen.append})
+    assert seen == [old]
+    assert len(old.model_output.hidden_states) == 2
+    assert isinstance(model(**given, grpo=asked(given)), TokenLogProbs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_head_in_full_precision(dtype):
+    """As hidden states and a weight in fp32 make it; autocast does not reach it."""
+    model, given = tiny(initializer_range=0.3).to(dtype), inputs()
+    tokens = tokens_of(given)
+    states = model.model(**given).last_hidden_state.float()
+    wanted = token_log_probs(states @ model.lm_head.weight.float().T, tokens["token_ids"], tokens["mask"]).log_probs
+    hf.attach(model, head_dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+        if dtype == torch.float32:
+            states = model.model(**given).last_hidden_state
+            wanted = token_log_probs(states @ model.lm_head.weight.T, tokens["token_ids"], tokens["mask"]).log_probs
+        out = model(**given, grpo=tokens)
+    torch.testing.assert_close(out.log_probs, wanted.float(), rtol=1e-5, atol=1e-5 if dtype == torch.bfloat16 else 0.02)
+    out.loss.backward()
+    assert model.lm_head.weight.grad.dtype == dtype
+    with pytest.raises(ValueError, match="own scale and cap, which are traced; got logit_scale="):
+        hf.attach(tiny("cohere"), logit_scale=0.5)
+    with pytest.raises(ValueError, match="without from_logits"):
+        hf.attach(tiny(), head_dtype=torch.float32, from_logits=True)
+
+
+def test_an_encoder_decoder():
+    config = transformers.T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, vocab_size=99)
+    torch.manual_seed(0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    given, decoder = inputs(), torch.randint(3, 99, (3, 6))
+    tokens = {"token_ids": decoder[:, 1:], "advantages": torch.tensor([1.0, -0.5, 0.3])}
+    logits = model(**given, decoder_input_ids=decoder).logits
+    wanted = grpo_loss(logits, **tokens)
+    out = hf.attach(model)(**given, decoder_input_ids=decoder, grpo=tokens)
+    torch.testing.assert_close(out.loss, wanted.loss)
+    torch.testing.assert_close(out.log_probs, wanted.log_probs, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="(?s)decoder_input_ids shifted by one.*align\\(decoder_input_ids"):
+        model(**given, decoder_input_ids=decoder, grpo={**tokens, "token_ids": decoder[:, 1:].flip(1)})
+
+
+def test_rows_in_front_of_the_tokens():
+    """Prompt tuning prepends rows that no id belongs to."""
+    model, given = hf.attach(tiny()), inputs()
+    tokens = tokens_of(given)
+    front = torch.randn(3, 4, 32)
+    embedded = torch.cat([front, model.get_input_embeddings()(given["input_ids"])], 1)
+    attention = torch.cat([torch.ones(3, 4, dtype=torch.int64), given["attention_mask"]], 1)
+    with pytest.raises(ValueError, match="(?s)8 or 9 rows.*got 13.*logits_to_keep=9"):
+        model(inputs_embeds=embedded, attention_mask=attention, grpo=tokens)
+    out = model(inputs_embeds=embedded, attention_mask=attention, logits_to_keep=9, grpo=tokens)
+    wanted = grpo_loss(model(inputs_embeds=embedded, attention_mask=attention).logits[:, 4:], **tokens)
+    torch.testing.assert_close(out.loss, wanted.loss)
+
+
+def test_rows_that_the_model_does_not_cut(monkeypatch):
+    """A forward without ``logits_to_keep``."""
+    model, given = tiny(), inputs()
+    plain = type(model).forward
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None, return_dict=None):
+        return plain(self, input_ids, attention_mask, use_cache=use_cache)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    tokens = {"token_ids": given["input_ids"][:, -4:], "output": "log_probs"}
+    wanted = own_log_probs(model, given, given["input_ids"][:, 1:])[:, -4:]
+    for from_logits in (False, True):
+        hf.attach(model, from_logits=from_logits)
+        for keep in (5, torch.arange(4, 9)):
+            got = model(**given, logits_to_keep=keep, grpo=tokens).log_probs
+            torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
+        hf.detach(model)
+
+
+def test_another_thread_sees_the_model_as_it_is():
+    """While a call traces the head, generation beside it gets logits."""
+    model, given = tiny(), inputs()
+    wanted, results = model(**given).logits, []
+
+    def beside(*_):
+        thread = threading.Thread(target=lambda: results.append(model(**given).logits))
+        thread.start()
+        thread.join()
+
+    hf.attach(model)
+    hook = model.model.norm.register_forward_hook(lambda *_: beside() if threading.current_thread() is main else None)
+    main = threading.current_thread()
+    model(**given, grpo=tokens_of(given))
+    hook.remove()
+    assert len(results) == 1
+    assert torch.equal(results[0], wanted)
 
 
 UNSHIFTED = {
@@ -630,15 +1077,115 @@ def test_adapters_that_differ_by_sample():
         model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
     given = inputs() | {"adapter_names": ["default", "__base__", "default"]}
     model.eval()(**given)
-    with pytest.raises(ValueError, match="forward pre-hook on lm_head"):
+    with pytest.raises(ValueError, match="(?s)lm_head.*from_logits=True"):
         model(**given, grpo=asked(given))
 
 
+ADAPTERS = {
+    "LoRA": {"target_modules": ["lm_head", "q_proj"]},
+    "LoRA with dropout": {"target_modules": ["lm_head"], "lora_dropout": 0.3},
+    "LoRA with bias": {"target_modules": ["lm_head"], "lora_bias": True},
+    "rsLoRA": {"target_modules": ["lm_head"], "use_rslora": True},
+    "DoRA": {"target_modules": ["lm_head"], "use_dora": True},
+    "DoRA with dropout": {"target_modules": ["lm_head"], "use_dora": True, "lora_dropout": 0.3},
+    "trained tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [3, 4, 50]}},
+    "trained tokens, tied": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4, 50]},
+    "a copy": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+}
+
+
 @pytest.mark.peers
-def test_a_head_that_peft_changes_otherwise_is_refused():
-    for options in ({"target_modules": ["lm_head"]}, {"trainable_token_indices": {"lm_head": [3, 4]}}):
-        with pytest.raises(ValueError, match="(?s)plain nn.Linear; got peft.*from_logits"):
-            adapted(**{"target_modules": ["q_proj"], **options})
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_on_the_head(name, dtype):
+    """From hidden states as from the model's own logits: log-probs, and the gradient of all that is trained."""
+    peft = pytest.importorskip("peft")
+    given, runs = inputs(), []
+    tokens = tokens_of(given)
+    for from_logits in (True, False):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, init_lora_weights="tokens" in name, **ADAPTERS[name])
+        model = peft.get_peft_model(tiny(tie_word_embeddings="tied" in name).to(dtype), config).train()
+        with torch.no_grad():
+            for parameter in (each for path, each in model.named_parameters() if "token" in path):
+                parameter.add_(0.3)
+        torch.manual_seed(3)
+        out = hf.attach(model, from_logits=from_logits)(**given, grpo=tokens)
+        out.loss.backward()
+        runs.append((out, {path: each.grad for path, each in model.named_parameters() if each.grad is not None}))
+        with model.eval().disable_adapter():
+            plain = model(**given, grpo=asked(given)).log_probs
+            own = own_log_probs(model, given, asked(given)["token_ids"])
+        torch.testing.assert_close(plain.double(), own, rtol=0, atol=0.03 if dtype == torch.bfloat16 else 1e-5)
+    (own, wanted), (got, gradients) = runs
+    bf16 = dtype == torch.bfloat16
+    torch.testing.assert_close(got.log_probs, own.log_probs, rtol=0, atol=0.03 if bf16 else 1e-5)
+    assert gradients.keys() == wanted.keys()
+    assert any(wanted[path].abs().max() > 0 for path in gradients if "lm_head" in path or "token" in path)
+    for path, gradient in gradients.items():
+        assert (gradient - wanted[path]).norm() <= (0.03 if bf16 else 1e-5) * wanted[path].norm(), path
+
+
+@pytest.mark.peers
+def test_two_adapters_at_once():
+    """Two products beside the head's: one, as wide as both."""
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": ["lm_head"], "init_lora_weights": False}
+    model = peft.get_peft_model(tiny(), peft.LoraConfig(r=2, **options))
+    model.add_adapter("other", peft.LoraConfig(r=3, **options))
+    model.base_model.set_adapter(["default", "other"])
+    given = inputs()
+    wanted = own_log_probs(model, given, asked(given)["token_ids"])
+    got = hf.attach(model)(**given, grpo=asked(given)).log_probs
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompt_tuning(kind):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny(), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    given, tokens = inputs(), tokens_of(inputs())
+    wanted = grpo_loss(model(**given).logits[:, -9:], **tokens)
+    hf.attach(model)
+    if kind == "PromptTuningConfig":
+        with pytest.raises(ValueError, match="(?s)8 or 9 rows.*got 13.*logits_to_keep=9"):
+            model(**given, grpo=tokens)
+    out = model(**given, logits_to_keep=9, grpo=tokens)
+    torch.testing.assert_close(out.loss, wanted.loss)
+    out.loss.backward()
+    assert model.prompt_encoder["default"].embedding.weight.grad.abs().max() > 0
+
+
+def test_norms_in_another_dtype():
+    """As preparing a quantised model for training leaves them: what to do is said, and does it."""
+    model, given = tiny().bfloat16(), inputs()
+    model.model.norm.float()
+    tokens = tokens_of(given)
+    with pytest.raises(ValueError, match="(?s)the head's dtype, torch.bfloat16; got torch.float32.*head_dtype"):
+        hf.attach(model)(**given, grpo=tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(**given, grpo=tokens)
+    full = hf.attach(hf.detach(model), head_dtype=torch.float32)(**given, grpo=tokens)
+    torch.testing.assert_close(full.log_probs, rounded.log_probs, rtol=0, atol=0.02)
+    assert not torch.equal(full.log_probs, rounded.log_probs)
+
+
+def test_what_a_proof_costs():
+    """Three rows of the head, and nothing of the backbone; between proofs nothing."""
+    given, tokens = inputs(), tokens_of(inputs())
+    model, rows = hf.attach(tiny(), proof_every=3), int(tokens["mask"].sum())
+    row = 2 * 32 * 99
+    with torch.no_grad():
+        backbone = flops(lambda: model.model(**given))
+        counts = [flops(lambda: model(**given, grpo=tokens)) for _ in range(6)]
+    assert counts == [backbone + (rows + count) * row for count in (2, 0, 2, 0, 0, 2)]
+
+
+def flops(call) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def test_a_compiled_backbone():
@@ -648,18 +1195,25 @@ def test_a_compiled_backbone():
     expected = grpo_loss(model(**given).logits, **tokens).loss
     model.model.compile(backend="eager")
     hf.attach(model)
+    torch._dynamo.reset()
     torch.testing.assert_close(model(**given, grpo=tokens).loss, expected)
-    model.lm_head.register_forward_hook(scale_output)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     whole = torch.compile(model, backend="eager")
-    with pytest.raises(ValueError, match="scale_output"):
-        whole(**given, grpo=tokens)
+    torch.testing.assert_close(whole(**given, grpo=tokens).loss, expected)
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 50  # the backbone's
+    torch.testing.assert_close(whole(**given).logits, model(**given).logits)
+    model.lm_head.register_forward_hook(asks_the_type)
+    with pytest.raises(ValueError, match="asks_the_type"):
+        hf.attach(hf.detach(model))
+        torch.compile(model, backend="eager")(**given, grpo=tokens)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("spread", [0.1, 2.0, 20.0])
 def test_the_proof_tells_rounding_from_a_change(dtype, spread):
     """A head's logits, capped in the dtype and in double precision, differ by rounding; by 2 % or one column do not."""
-    from grpo_kernels.hf.model_head import _difference
+    from grpo_kernels.hf.proof import _alike, _other_shape, _words
 
     torch.manual_seed(2)
     exact = spread * torch.randn(1, 1, 5000, dtype=torch.float64)
@@ -671,14 +1225,15 @@ def test_the_proof_tells_rounding_from_a_change(dtype, spread):
         (logits * 0.3, exact * 0.3),
         (logits, logits.double() + 5),  # the same log-probs
     ):
-        assert _difference(mine, theirs, False) is None
+        assert _alike(mine, theirs, False, 0.0, 3)
     other = exact.clone()
     other[..., 7] -= 1 if spread < 20 else 4
     for theirs in (logits * 1.02, exact / 1.02, other, other.masked_fill(other < -2 * spread, torch.finfo(dtype).min)):
-        assert "differ by up to" in _difference(logits, theirs, False)
-    assert "(1, 1, 4999)" in _difference(logits, logits[..., 1:], False)
-    assert _difference(logits, logits.float() * 1.005, True) is None  # accelerate's autocast
-    assert "nan" in _difference(logits, logits.index_fill(-1, torch.tensor([3]), torch.nan), False)
+        assert not _alike(logits, theirs, False, 0.0, 3)
+        assert "differ by up to" in _words(logits, theirs)
+    assert "(1, 1, 4999)" in _other_shape(logits, logits[..., 1:])
+    assert _alike(logits, logits.float() * 1.005, True, 0.0, 3)  # accelerate's autocast
+    assert not _alike(logits, logits.index_fill(-1, torch.tensor([3]), torch.nan), False, 0.0, 3)
 
 
 def test_an_old_pass_in_inference_mode():
@@ -706,6 +1261,19 @@ OTHERS = {
     "of another batch": lambda ids: (ids[:, 1:].flip(0), {}),
     "the last ones, late by one": lambda ids: (ids[:, -6:-1], {"logits_to_keep": 6}),
 }
+
+
+def test_ids_of_rows_that_an_index_keeps():
+    model, given = hf.attach(tiny()), inputs()
+    keep = torch.tensor([4, 6, -2])
+    ids = given["input_ids"][:, keep + 1]
+    wanted = own_log_probs(model, given, given["input_ids"][:, 1:])[:, keep % 9]
+    got = model(**given, logits_to_keep=keep, grpo={"token_ids": ids, "output": "log_probs"}).log_probs
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
+    for wrong in (given["input_ids"][:, keep], ids.flip(1), ids.flip(1)[:, 1:]):
+        with pytest.raises(ValueError, match="shifted by one"):
+            model(**given, logits_to_keep=keep, grpo={"token_ids": wrong, "output": "log_probs"})
+    model(**given, logits_to_keep=keep, grpo={"token_ids": ids.flip(1), "mask": ids < 0, "output": "log_probs"})
 
 
 @pytest.mark.parametrize("from_logits", [False, True])

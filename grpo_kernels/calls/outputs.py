@@ -26,6 +26,10 @@ class LossOutput(NamedTuple):
     token_losses: Tensor | None = None
     """With ``token_losses=True``: u·ρ·f + kl_coef·k - entropy_coef·H of every token, without the aggregation's weight,
     shape of token_ids, 0 at masked positions; differentiable under any reduction of the caller's."""
+    aux_loss: Tensor | None = None
+    """Of a call of an attached mixture of experts that asked for it: the model's own, unscaled, outside of ``loss``."""
+    model_output: Any = None
+    """Of a call of an attached model that asked for more than the loss: the model's own output, without logits."""
 
 
 class TokenLosses(LossOutput):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,29 +19,27 @@ from ..calls.outputs import LossOutput, TokenLogProbs
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..objectives.checks import check_name, fail, may_look
-from ..objectives.compiler import outside_graphs
+from ..objectives.checks import fail
+from ..objectives.compiler import leaving_graphs, with_frames
 from ..objectives.config import LossConfig, resolve_config
-from ..objectives.names import check_options, keywords_of
 from ..objectives.sequences import read_live
-from .model_head import MODEL_TYPES as MODEL_TYPES
-from .model_head import Proof, head_of, in_fsdp_units, row_logits, weight_and_bias
-
-
-def _keywords(function: Callable[..., Any]) -> tuple[str, ...]:
-    """Return the keywords of a function, without those that the model provides."""
-    names = keywords_of(function)
-    return tuple(name for name in names if name not in ("hidden", "weight", "bias", "adapter", "logits", "config"))
-
-
-_TOKENS = ("token_ids", "advantages", "mask")
-"""Of a call, never of the model."""
-OUTPUTS = ("loss", "log_probs")
-"""``grpo=dict(output=...)``"""
+from .given import OF_A_CALL, OUTPUTS, check_given, check_keywords, keywords
+from .head import FROM_LOGITS, TracedHead, check_backward_hooks, head_of, in_fsdp_units, trace
+from .outputs import ModelLogProbs as ModelLogProbs
+from .outputs import with_model_output
+from .parts import Parts
+from .proof import EVERY, Proof, row_logits, suspects
+from .traced import Autocast, Untraceable
 
 
 def attach(
-    model: nn.Module, config: LossConfig | str = "grpo", *, from_logits: bool = False, **options: Any
+    model: nn.Module,
+    config: LossConfig | str = "grpo",
+    *,
+    from_logits: bool = False,
+    head_dtype: torch.dtype | None = None,
+    proof_every: int = EVERY,
+    **options: Any,
 ) -> nn.Module:
     """Let ``model(..., grpo=dict(...))`` return the loss of ``linear_grpo_loss`` instead of logits.
 
@@ -51,15 +49,22 @@ def attach(
 
     ``grpo`` holds keywords of ``linear_grpo_loss``; with ``output="log_probs"`` the call returns
     ``linear_token_log_probs`` (the old or reference pass), and keywords that only the loss has are left aside.
-    ``token_ids`` are (B, L-1) from ``align``, or (B, R) with ``logits_to_keep=R + 1``. ``token_weights`` may be a
-    function of the ``TokenLogProbs`` of the policy, which are computed first then, without gradient; ``config``
-    replaces the one attached; ``receive`` is a function that is called with the result before wrappers see it. Weight,
-    bias, scale and softcap of the head are the model's, read at every call. Without ``grpo`` nothing changes. A mixture
-    of experts' auxiliary loss is not part of the result: a call that asks for it is refused.
+    ``token_ids`` are (B, L-1) from ``align``, or (B, R) with ``logits_to_keep=R + 1``; of an encoder-decoder, of its
+    decoder's inputs. ``token_weights`` may be a function of the ``TokenLogProbs`` of the policy, which are computed
+    first then, without gradient; ``config`` replaces the one attached; ``receive`` is a function that is called with
+    the result before wrappers see it. Without ``grpo`` nothing changes.
 
-    That hooks, patched forwards, adapters and subclasses leave the log-probs what this head makes them is measured: the
-    first call in each state of the head runs the model's own forward on one live row, without its backbone, and waits
-    for the device to compare. With ``from_logits`` there is nothing to compare.
+    The model's own forward runs. Its head makes no logits; what the model, adapters and hooks do to them (LoRA and DoRA
+    on the head, a bias, a scale, a cap, columns that are cut) is traced at every call and computed with them, and what
+    cannot be is refused by name. At the first call in each state of the model, and every ``proof_every`` calls, one
+    live row is compared with the model's own logits; the first look waits for the device, a later one makes the loss
+    NaN, and a call after it says why.
+
+    Whatever else is asked of the model (``output_hidden_states``, ``output_router_logits``, ``use_cache``, ...) comes
+    with the result: ``out.model_output``. ``out.aux_loss`` is the auxiliary loss of a mixture of experts as the model
+    returns it, outside of ``out.loss``; ``aux_loss_coef=`` asks for it and adds it, times the coefficient. With a
+    ``normalizer=``, which spans the micro-batches of a step, ``micro_batches=`` says how many, and it is divided by
+    them.
 
     FSDP2 may shard the head as a unit of its own or with others. FSDP's mixed precision rounds the tensors of a plain
     dict on the way in, old log-probs among them, and may round outputs on the way out:
@@ -67,36 +72,48 @@ def attach(
     ``nn.DataParallel`` is not served.
 
     Args:
-        model: a causal model of transformers, bare or inside PEFT, DDP or FSDP wrappers. Attach before
-            ``accelerator.prepare``.
+        model: a causal, multimodal or encoder-decoder model of transformers, bare or inside PEFT, DDP or FSDP
+            wrappers. Attach before ``accelerator.prepare``.
         config: a LossConfig or a preset's name.
-        from_logits: run the model's own head and ``grpo_loss`` on its logits: for every architecture and any head, at
-            the memory of the logits.
-        **options: keywords of ``linear_grpo_loss`` (of ``grpo_loss``) to fix (temperature, chunk_bytes, inplace, ...).
+        from_logits: run the model's own head and ``grpo_loss`` on its logits: for any head, at the memory of the
+            logits.
+        head_dtype: of the head's GEMMs and logits, outside of autocast; torch.float32 is a head in full precision
+            behind a backbone in bf16. A weight of another dtype is cast at every call.
+        proof_every: calls between two looks at one row; 0 looks at the first call in each state alone.
+        **options: keywords of ``linear_grpo_loss`` (of ``grpo_loss``) to fix (temperature, chunk_bytes, inplace, ...),
+            and ``aux_loss_coef``.
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: an architecture whose head is not known, a head that is not a plain linear layer (LoRA on the head,
-            quantised), a model that is attached already; of a call: a model whose own log-probs are others, ids that
-            are not shifted, an auxiliary loss that would be dropped.
+        ValueError: a model without a head, or attached already; of a call: a head that cannot be traced (quantised,
+            or not linear), log-probs that are others than the model's own, ids that are not shifted.
     """
     resolved = resolve_config(config)
     inner = causal_model(model, "attach")
     if _attached(inner):
         fail("attach", "a model that is not attached", "one that is", hint="grpo_kernels.hf.detach(model) first")
     _check_unprepared(inner, "attach")
-    names = [name for name in _keywords(grpo_loss if from_logits else linear_grpo_loss) if name not in _TOKENS]
-    _check_keywords("attach: the option", options, names)
-    bind(inner, resolved, from_logits, options)
+    if type(proof_every) is not int or proof_every < 0:
+        fail("attach", "proof_every to be an int >= 0", repr(proof_every))
+    if head_dtype is not None and from_logits:
+        fail("attach", "head_dtype= without from_logits=True", "both", hint="the model's own head has a dtype")
+    names = [name for name in keywords(grpo_loss if from_logits else linear_grpo_loss) if name not in OF_A_CALL]
+    check_keywords("attach: the option", options, [*names, "aux_loss_coef"])
+    bind(inner, resolved, from_logits, options, head_dtype, proof_every)
     return model
 
 
-def bind(inner: Any, config: LossConfig, from_logits: bool, options: Mapping[str, Any]) -> None:
+def bind(
+    inner: Any,
+    config: LossConfig,
+    from_logits: bool,
+    options: Mapping[str, Any],
+    head_dtype: torch.dtype | None = None,
+    proof_every: int = EVERY,
+) -> None:
     """Do what ``attach`` does, without its checks, over whatever ``inner.forward`` is."""
-    loss = grpo_loss if from_logits else linear_grpo_loss
-    names = (*_keywords(loss), "config", "output", "receive")
     if not from_logits:
         head_of(inner)
     before = inner.forward
@@ -107,19 +124,35 @@ def bind(inner: Any, config: LossConfig, from_logits: bool, options: Mapping[str
     def original(self: Any, *args: Any, **inputs: Any) -> Any:
         return before(*args, **inputs) if method is None else method(self, *args, **inputs)
 
-    proof = Proof(original, method or before)
+    proof = Proof(method or before, proof_every)
 
     @functools.wraps(method or type(inner).forward)
     def forward(self: Any, *args: Any, grpo: Mapping[str, Any] | None = None, **inputs: Any) -> Any:
         if grpo is None:
             return original(self, *args, **inputs)
-        inputs |= dict(zip(positions, args, strict=False))
-        _check_given(grpo, names, inputs, self.config, options.get("check"))
-        inputs |= {"return_dict": True, "use_cache": inputs.get("use_cache", False)}
+        return called(self, grpo, {**inputs, **dict(zip(positions, args, strict=False))})
+
+    @leaving_graphs
+    def called(compiled: Any, self: Any, grpo: Mapping[str, Any], inputs: dict[str, Any]) -> Any:
+        check_given(grpo, options, from_logits, inputs, self)
         given = {"config": config, **options, **grpo}
+        extras = {name: given.pop(name, None) for name in ("receive", "aux_loss_coef", "micro_batches")}
+        inputs = _completed(signature, inputs, extras["aux_loss_coef"])
+        keep = None if "logits_to_keep" in signature.parameters else inputs.pop("logits_to_keep", None)
+        kept = slice(-keep, None) if isinstance(keep, int) else keep  # as the models that know it have it
         if from_logits:
-            return _run(grpo_loss, token_log_probs, (original(self, **inputs).logits,), given)
-        return _from_hidden(self, inputs, given, proof)
+            with with_frames(compiled):
+                output = original(self, **inputs)
+            logits = output.logits if kept is None else output.logits[:, kept]
+            out = _run(grpo_loss, token_log_probs, (logits,), given)
+        else:
+            call = functools.partial(original, self, **inputs)
+            with proof.alone(self):
+                output, out = _from_hidden(self, call, compiled, kept, given, head_dtype, proof)
+        result = with_model_output(out, output, self, inputs, extras["aux_loss_coef"], extras["micro_batches"] or 1)
+        if extras["receive"] is not None:
+            extras["receive"](result)
+        return result
 
     del forward.__wrapped__  # accelerate's unwrap_model would follow it past this function
     forward.__signature__ = signature  # type: ignore[attr-defined]
@@ -127,33 +160,117 @@ def bind(inner: Any, config: LossConfig, from_logits: bool, options: Mapping[str
     inner.forward = types.MethodType(forward, inner)
 
 
-def _from_hidden(model: Any, inputs: dict[str, Any], given: dict[str, Any], proof: Proof) -> Any:
-    """Run the backbone, and the loss from its hidden states where the head's weight is whole."""
-    keep = inputs.pop("logits_to_keep", 0)
-    output = model.base_model(**inputs)
-    hidden = output.last_hidden_state[:, slice(-keep, None) if isinstance(keep, int) else keep]
-    return _with_head(model, hidden, output, inputs, given, proof)
+def _completed(signature: inspect.Signature, inputs: dict[str, Any], aux_loss_coef: Any) -> dict[str, Any]:
+    """Return a call's inputs with what the loss needs of the model: named outputs, router logits; no cache unless it is
+    asked for."""
+    wanted: dict[str, Any] = {"return_dict": True, "use_cache": inputs.get("use_cache", False)}
+    if aux_loss_coef is not None:
+        wanted["output_router_logits"] = True
+    open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.parameters.values())
+    return inputs | {name: value for name, value in wanted.items() if open_ended or name in signature.parameters}
 
 
-@outside_graphs
-def _with_head(
-    model: Any, hidden: Tensor, output: Any, inputs: dict[str, Any], given: dict[str, Any], proof: Proof
-) -> Any:
+def _from_hidden(
+    model: Any,
+    call: Callable[[], Any],
+    compiled: Any,
+    kept: Any,
+    given: dict[str, Any],
+    head_dtype: torch.dtype | None,
+    proof: Proof,
+) -> tuple[Any, Any]:
+    """Run the model's own forward with a head that makes no logits, and the loss from the head's states where its
+    weight is whole."""
     head = head_of(model)
-    row, logits = proof.row(model, head, hidden, given.get("mask")), []
+    check_backward_hooks(head)
+    parts = Parts(model, head)
+    try:
+        with parts.recorded(compiled):
+            traced = trace(model, head, call)
+        if kept is not None:
+            traced = traced._replace(form=traced.form.cut((slice(None), kept)))
+        return traced.output, _with_head(model, traced, call, given, head_dtype, proof, parts)
+    except Untraceable as error:
+        fail(
+            "attach",
+            "logits that come of a linear head, scaled, capped or with a bias",
+            f"{type(model).__name__}, where {error}; found: {suspects(model, head, proof.before)}",
+            hint=FROM_LOGITS,
+        )
+
+
+def _with_head(
+    model: Any,
+    traced: TracedHead,
+    call: Callable[[], Any],
+    given: dict[str, Any],
+    head_dtype: torch.dtype | None,
+    proof: Proof,
+    parts: Parts,
+) -> Any:
+    hidden = traced.main.states
+    _check_rows(hidden, given["token_ids"])
+    row, logits = proof.row(traced, parts, call, hidden, given.get("mask")), []
+    device = hidden.device.type
 
     def run(states: Tensor) -> Any:
-        weight, bias = weight_and_bias(head.layer)
-        rows = (states, weight)
-        out = _run(linear_grpo_loss, linear_token_log_probs, rows, {**head.transform, **given}, bias=bias)
+        operands, autocast = traced.operands(head_dtype), traced.form.autocast
+        if head_dtype is not None:
+            states, autocast = states.to(head_dtype), Autocast(False, autocast.dtype)
+        elif not autocast.enabled:
+            _check_dtypes(states, operands.weight)
+        head: dict[str, Any] = {"bias": operands.bias}
+        if operands.adapter is not None:
+            head["adapter"] = operands.adapter
+        with autocast.around(device):
+            out = _run(
+                linear_grpo_loss,
+                linear_token_log_probs,
+                (states, operands.weight),
+                given | operands.transform,
+                **head,
+            )
         if row is not None:
-            logits.append(row_logits(row, states, weight, bias, head))
+            logits.append(row_logits(row))
         return out
 
-    out = in_fsdp_units(model, head.layer, run, hidden)
-    if row is not None:
-        proof.compare(model, head, row, logits[0], inputs, output, hidden)
-    return out
+    out = in_fsdp_units(model, traced.layer, run, hidden)
+    if row is None:
+        return out
+    dtype = None if head_dtype is None else traced.main.weight.dtype
+    factor = proof.compare(row, logits[0], traced, parts, call, dtype)
+    return out if factor is None else _spoilt(out, factor)
+
+
+def _spoilt(out: Any, factor: Tensor) -> Any:
+    """Return a result times 1 or NaN."""
+    if isinstance(out, TokenLogProbs):
+        return TokenLogProbs(*(values * factor for values in out))
+    if out.token_losses is not None:
+        return out._replace(token_losses=out.token_losses * factor)
+    return out._replace(loss=out.loss * factor)
+
+
+def _check_rows(hidden: Tensor, token_ids: Tensor) -> None:
+    """Raise where a wrapper has put rows in front of the tokens'."""
+    if token_ids.dim() == 2 and hidden.dim() == 3 and len(token_ids) == len(hidden):
+        rows, tokens = hidden.shape[1], token_ids.shape[1]
+        if rows > tokens + 1:
+            hint = (
+                f"prompt tuning and image tokens put rows in front: logits_to_keep={tokens + 1} in the model's call "
+                "takes those of token_ids"
+            )
+            fail(
+                "attach", f"{tokens} or {tokens + 1} rows for token_ids {tuple(token_ids.shape)}", f"{rows}", hint=hint
+            )
+
+
+def _check_dtypes(states: Tensor, weight: Tensor) -> None:
+    """Raise where the model's own head would: norms in fp32 in front of a head in bf16, as preparing for quantised
+    training leaves them."""
+    if states.dtype != weight.dtype:
+        hint = "torch.autocast around the call, as trainers have it; or attach(..., head_dtype=torch.float32)"
+        fail("attach", f"hidden states of the head's dtype, {weight.dtype}", f"{states.dtype}", hint=hint)
 
 
 def detach(model: nn.Module) -> nn.Module:
@@ -180,107 +297,16 @@ def _check_unprepared(inner: Any, function: str) -> None:
         fail(function, "a model before accelerator.prepare", "one that accelerate has wrapped")
 
 
-def _check_given(grpo: object, names: tuple[str, ...], inputs: dict[str, Any], config: Any, check: bool | None) -> None:
-    if not isinstance(grpo, Mapping):
-        fail("attach", "grpo=dict(token_ids=..., ...)", type(grpo).__name__, error=TypeError)
-    if inputs.get("labels") is not None:
-        fail("attach", "grpo= or labels=", "both", hint="the loss is grpo's; add one of labels in a call of its own")
-    _check_keywords("grpo=dict(...): the name", grpo, names)
-    check_name("grpo=dict(output=...)", grpo.get("output", OUTPUTS[0]), OUTPUTS)
-    if grpo.get("token_ids") is None:
-        fail("attach", "grpo=dict(token_ids=..., ...)", f"only {', '.join(grpo) or 'an empty dict'}")
-    wants_loss = grpo.get("output", OUTPUTS[0]) == "loss"
-    if grpo.get("advantages") is None and wants_loss:
-        hint = 'grpo=dict(token_ids=..., output="log_probs") asks for the log-probs of the old or reference pass'
-        fail("attach", "grpo=dict(token_ids=..., advantages=..., ...)", "no advantages", hint=hint)
-    if wants_loss:
-        _check_router_loss(inputs, config)
-    _check_shifted(grpo, inputs, grpo.get("check", check))
-    _check_positions(grpo.get("cu_seqlens"), inputs.get("position_ids"), grpo.get("check", check))
-
-
-def _check_keywords(kind: str, options: Mapping[str, object], names: Collection[str]) -> None:
-    """Raise as ``check_options`` does; a keyword of the loss on the other side of ``from_logits`` is not misspelt."""
-    of_logits, of_hidden = _keywords(grpo_loss), _keywords(linear_grpo_loss)
-    for name in options:
-        if name in names:
-            continue
-        if name in of_logits and name not in of_hidden:
-            hint = f"attach(..., from_logits=True) runs the model's own head and grpo_loss, and takes {name}="
-            fail("attach", "keywords of linear_grpo_loss", f"{name}=, which grpo_loss alone has", hint=hint)
-        if name in of_hidden and name not in of_logits:
-            hint = f"attach without from_logits=True runs linear_grpo_loss, and takes {name}="
-            fail("attach", "keywords of grpo_loss", f"{name}=, which linear_grpo_loss alone has", hint=hint)
-    check_options(kind, options, names)
-
-
-def _check_router_loss(inputs: Mapping[str, Any], config: Any) -> None:
-    """Raise where a mixture of experts' auxiliary loss would be dropped in silence."""
-    config, asked = config.get_text_config(), inputs.get("output_router_logits")
-    if asked is None:
-        asked = getattr(config, "output_router_logits", False) and getattr(config, "router_aux_loss_coef", None) != 0
-    if asked:
-        hint = "output_router_logits=False in this call, or the auxiliary loss in a call of its own, without grpo="
-        fail("attach", "a call without the router's auxiliary loss", "output_router_logits=True", hint=hint)
-
-
-def _check_shifted(grpo: Mapping[str, Any], inputs: Mapping[str, Any], check: bool | None) -> None:
-    """Raise unless ``token_ids`` are the inputs shifted by one, row t predicting token t + 1: others may have an
-    accepted shape, and the wrong meaning. Contents are compared at live places, where they may be looked at."""
-    ids, inputs_ids, keep = grpo["token_ids"], inputs.get("input_ids"), inputs.get("logits_to_keep", 0)
-    if not (isinstance(ids, Tensor) and isinstance(inputs_ids, Tensor) and isinstance(keep, int)):
-        return
-    kept = inputs_ids[:, -keep:]
-    rows = kept.shape[-1]
-    if ids.dim() == 0 or ids.shape[-1] not in (rows, rows - 1) or ids.numel() * rows != kept.numel() * ids.shape[-1]:
-        return
-    hint = "token_ids, mask = align(input_ids, loss_mask): row t predicts token t + 1"
-    if ids.shape[-1] == rows and not keep and grpo.get("cu_seqlens") is None:
-        expected = f"token_ids (B, {rows - 1}) for input_ids (B, {rows}), whose last row predicts none"
-        fail("attach", expected, f"as many ids, {tuple(ids.shape)}", grpo, hint=hint)
-    if ids is inputs_ids or not _are_shifted(ids.reshape(kept.shape[0], -1), kept, grpo.get("mask"), check):
-        fail("attach", "token_ids that are input_ids shifted by one", "other ids at live places", grpo, hint=hint)
-
-
-def _check_positions(cu_seqlens: object, position_ids: object, check: bool | None) -> None:
-    """Raise unless the model sees the sequences of a packed batch where the loss does."""
-    if not (isinstance(cu_seqlens, Tensor) and isinstance(position_ids, Tensor)) or position_ids.dim() > 2:
-        return
-    positions = position_ids.reshape(-1)
-    if not may_look(positions, check) or cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-        return
-    first, *inner, last = cu_seqlens.tolist()
-    anew = (positions[1:] != positions[:-1] + 1).nonzero().flatten() + 1
-    found = anew[(anew > first) & (anew < last)].tolist()
-    bounds = sorted({bound for bound in inner if first < bound < last})
-    if found != bounds:
-        expected = f"position_ids that begin anew at the bounds of cu_seqlens, {bounds[:8]}"
-        fail("attach", expected, f"ones that do at {found[:8]}", hint="positions count from 0 in each sequence")
-
-
-def _are_shifted(ids: Tensor, kept: Tensor, mask: object, check: bool | None) -> bool:
-    """Whether ids are the inputs shifted by one; true, too, where contents may not be looked at. A mask of another
-    shape is left to the loss."""
-    if not may_look(ids, check):
-        return True
-    fits = isinstance(mask, Tensor) and mask.numel() == ids.numel()
-    live = mask.reshape(ids.shape) != 0 if isinstance(mask, Tensor) and fits else ids >= 0
-    wanted = kept[:, 1:]
-    same = ids[:, : wanted.shape[1]] == wanted  # the last row has nothing to be compared with
-    return bool((same | ~live[:, : wanted.shape[1]]).all())
-
-
 def _run(
     loss: Callable[..., LossOutput],
     log_probs: Callable[..., TokenLogProbs],
     rows: tuple[Tensor, ...],
     given: dict[str, Any],
-    **head: Tensor | None,
+    **head: Any,
 ) -> LossOutput | TokenLogProbs:
     """Return what was asked for, of logits or of hidden states and head."""
     token_ids, mask, output = given.pop("token_ids"), given.pop("mask", None), given.pop("output", OUTPUTS[0])
-    receive = given.pop("receive", None)
-    known = {name: given[name] for name in _keywords(log_probs) if name in given}
+    known = {name: given[name] for name in keywords(log_probs) if name in given}
     if output == "log_probs":
         inside = _inside(token_ids, mask, given.get("cu_seqlens"), given.get("check"))
         out: LossOutput | TokenLogProbs = log_probs(*rows, token_ids, inside, **head, **known)
@@ -291,8 +317,6 @@ def _run(
             with torch.no_grad():
                 given["token_weights"] = given["token_weights"](log_probs(*rows, token_ids, inside, **head, **known))
         out = loss(*rows, token_ids, given.pop("advantages"), mask, **head, **given)
-    if receive is not None:
-        receive(out)
     return out
 
 

@@ -6,7 +6,8 @@ long as PyTorch itself. The decorators here mark functions in the same way and l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -37,6 +38,37 @@ def outside_graphs(function: _Function) -> _Function:
     frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
+
+
+def leaving_graphs(function: Callable[..., _Value]) -> Callable[..., _Value]:
+    """Let a function break the graph of a compiled caller and run, with all that it calls, as it is. Its first argument
+    is what torch.compile does with frames there, for ``with_frames``."""
+    frames = torch._C._dynamo.eval_frame
+
+    def outside(*args: Any, **kwargs: Any) -> _Value:
+        compiled = frames.set_eval_frame(None)
+        try:
+            return function(compiled, *args, **kwargs)
+        finally:
+            frames.set_eval_frame(compiled)
+
+    if not hasattr(frames, "set_code_exec_strategy"):
+        return torch.compiler.disable(outside, recursive=False)
+    action = frames._FrameAction
+    frames.set_code_exec_strategy(outside.__code__, frames._FrameExecStrategy(action.SKIP, action.DEFAULT))
+    outside._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return outside
+
+
+@contextlib.contextmanager
+def with_frames(compiled: Any) -> Iterator[None]:
+    """Let torch.compile have frames again inside a function that ``leaving_graphs`` runs."""
+    frames = torch._C._dynamo.eval_frame
+    before = frames.set_eval_frame(compiled)
+    try:
+        yield
+    finally:
+        frames.set_eval_frame(before)
 
 
 def constant_in_graphs(function: _Function) -> _Function:
