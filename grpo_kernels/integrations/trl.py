@@ -8,6 +8,7 @@ and RLOO take log-probs and entropies from.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from .. import hf
 from ..calls.outputs import LossOutput, TokenLogProbs
 from ..linear import linear_token_log_probs
 from .objectives import OVER_ITEMS, UNBOUNDED, sampler_log_probs
-from .trl_options import check_arguments, check_trainer, objective_of
+from .trl_options import check_arguments, objective_of
 
 try:
     import trl
@@ -29,26 +30,22 @@ except ImportError as error:
     raise ImportError("grpo_kernels.integrations.trl needs TRL 1.16: pip install 'trl>=1.16,<1.17'") from error
 
 _VERSION = "1.16."
-_VISION = (
-    *("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes", "token_type_ids"),
-    *("mm_token_type_ids", "image_position_ids"),
-)
 
 
 class FusedGRPOTrainer(GRPOTrainer):
     """``GRPOTrainer`` whose loss never holds the logits: ``linear_grpo_loss`` inside the model's forward.
 
-    Losses, metrics and weights are TRL's within rounding. Options that the loss does not have are refused at
-    construction, by name.
+    Losses, metrics and weights are TRL's within rounding. The auxiliary loss of a mixture of experts is the one that
+    the model returns. Options that the loss does not have are refused at construction, by name.
 
     Args:
         *args, **kwargs: as for ``trl.GRPOTrainer``.
-        from_logits: run the model's own head and ``grpo_loss`` on its logits: for architectures that
-            ``hf.MODEL_TYPES`` does not name.
+        from_logits: run the model's own head and ``grpo_loss`` on its logits: for a head that ``hf.attach`` cannot
+            trace.
 
     Raises:
-        ValueError: an option of ``GRPOConfig`` that the loss does not have, with the nearest one that it has; an
-            architecture or a head that ``hf.attach`` refuses.
+        ValueError: an option of ``GRPOConfig`` that the loss does not have, with the nearest one that it has; a model
+            without a head; of a step: a head that ``hf.attach`` refuses.
         RuntimeError: another version of TRL.
         TypeError: a class of the hierarchy that changes a method which this loss replaces, and would be passed over.
     """
@@ -63,7 +60,6 @@ class FusedGRPOTrainer(GRPOTrainer):
         if given is not None:
             check_arguments(given)
         super().__init__(*args, **kwargs)
-        check_trainer(self)
         options = {"temperature": self.temperature, **({"inplace": True} if from_logits else {})}
         # Whatever forward is: TRL's fused head, perhaps over the forward of an earlier trainer.
         hf.bind(hf.causal_model(self.model, "FusedGRPOTrainer"), objective_of(self).config(), from_logits, options)
@@ -74,37 +70,27 @@ class FusedGRPOTrainer(GRPOTrainer):
         input_ids: Tensor,
         attention_mask: Tensor,
         logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
-        **vision: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the old pass by the kernels of the loss: log-probs, and entropies if asked for. A reference model of
-        its own has TRL's head."""
-        if model is self.ref_model or any(value is not None for value in vision.values()):
-            arguments = (model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
-            found: tuple[Tensor, Tensor | None, Tensor | None] = super()._get_per_token_logps_and_entropies(
-                *arguments, compute_aux_loss, **vision
-            )
-            return found
-        parts = []
-        for ids, attention in zip(
-            *(tensor.split(batch_size or len(tensor)) for tensor in (input_ids, attention_mask)), strict=True
-        ):
-            tokens = {"token_ids": ids[:, -logits_to_keep:], "mask": attention[:, -logits_to_keep:]}
-            tokens["output"] = "log_probs"
-            inputs = {"input_ids": ids, "attention_mask": attention, "logits_to_keep": logits_to_keep + 1}
-            parts.append(self._call(model, inputs, tokens)[1])
-        log_probs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-        return log_probs, entropy if compute_entropy else None, None
+        """Return the old pass by the kernels of the loss: TRL's own method slices the batch, and calls the model in
+        our way. A reference model of its own has TRL's head."""
+
+        def scored(input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Any:
+            live = attention_mask[:, -logits_to_keep:]
+            tokens = {"token_ids": input_ids[:, -logits_to_keep:], "mask": live, "output": "log_probs"}
+            return self._call(model, {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}, tokens)[1]
+
+        called = model if model is self.ref_model else scored
+        found: tuple[Tensor, Tensor | None, Tensor | None] = super()._get_per_token_logps_and_entropies(
+            called, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+        )
+        return found
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         _check_overrides(type(self), False)
         mode = "train" if self.model.training else "eval"
         accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
-        ids, attention = (
-            torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask")
-        )
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         scale, normalizer = 1 / accumulated, None
         if self.loss_type in OVER_ITEMS:
@@ -129,20 +115,39 @@ class FusedGRPOTrainer(GRPOTrainer):
         if folded:
             weights = inputs["importance_sampling_ratio"]
             grpo["rollout_log_probs"] = sampler_log_probs(inputs["old_per_token_logps"], weights, mask)
-        given = {name: inputs[name] for name in _VISION if inputs.get(name) is not None}
-        given |= {"input_ids": ids, "attention_mask": attention, "logits_to_keep": mask.shape[1] + 1}
-        returned, out = self._call(model, given, {**grpo, "config": objective_of(self).config(folded)})
-        self._log_step(mode, inputs, mask, out, entropy_coef)
+        if self.aux_loss_enabled:
+            grpo["aux_loss_coef"] = self.router_aux_loss_coef
+            grpo["micro_batches"] = accumulated if normalizer is not None else None
+        returned, out = self._loss_of(model, inputs, {**grpo, "config": objective_of(self).config(folded)})
+        self._log_step(mode, inputs, mask, out, grpo)
         loss: Tensor = returned.loss * scale
         return loss
 
+    def _loss_of(self, model: Any, inputs: dict[str, Any], grpo: dict[str, Any]) -> tuple[Any, Any]:
+        """Return what ``_call`` does of a batch's inputs, which TRL's own method makes, images included."""
+        found: list[tuple[Any, Any]] = []
+
+        def computed(**given: Any) -> Any:
+            found.append(self._call(model, given, grpo))
+            return found[-1][1]
+
+        tokens = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+        more = {name: inputs[name] for name in _OF_IMAGES if inputs.get(name) is not None}
+        super()._get_per_token_logps_and_entropies(
+            computed, *tokens, inputs["completion_ids"].shape[1], compute_aux_loss=self.aux_loss_enabled, **more
+        )
+        return found[-1]
+
     def _call(self, model: Any, inputs: dict[str, Any], grpo: dict[str, Any]) -> tuple[Any, Any]:
         """Return what the model returns, whose loss hooks know, and what was computed inside: FSDP's mixed precision
-        rounds the tensors of plain dicts on the way in and every output on the way out."""
+        rounds the tensors of plain dicts on the way in and every output on the way out. ``inputs`` are TRL's for its
+        own head."""
         inside: list[Any] = []
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", "fused_lm_head")}
+        inputs["logits_to_keep"] = grpo["token_ids"].shape[1] + 1
         config = hf.causal_model(model, "FusedGRPOTrainer").config.get_text_config()
-        if getattr(config, "output_router_logits", False):  # not for this trainer: ``check_trainer``
-            inputs = {**inputs, "output_router_logits": False}
+        if getattr(config, "output_router_logits", False):  # which TRL asks for where its trainer has a coefficient
+            inputs.setdefault("output_router_logits", False)
         with self.accelerator.autocast():
             returned = model(**inputs, grpo=types.MappingProxyType({**grpo, "receive": inside.append}))
         return returned, inside[-1]
@@ -187,7 +192,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         return weights
 
     @torch.no_grad()
-    def _log_step(self, mode: str, inputs: dict[str, Any], mask: Tensor, out: LossOutput, entropy_coef: float) -> None:
+    def _log_step(self, mode: str, inputs: dict[str, Any], mask: Tensor, out: LossOutput, grpo: dict[str, Any]) -> None:
         """Log TRL's metrics by TRL's names, from the log-probs and entropies that the loss returned."""
         metrics = self._metrics[mode]
         advantages = _per_row(inputs["advantages"])
@@ -204,9 +209,13 @@ class FusedGRPOTrainer(GRPOTrainer):
         self._log_bounds(metrics, inputs, mask, own, ratio, advantages)
         if self._entropy_bonus_enabled:
             bonus = _live(out.entropy, mask).sum() / mask.sum().clamp(min=1.0)
-            policy_loss = self.accelerator.gather(out.loss + entropy_coef * bonus)
-            metrics["policy_loss"].append(policy_loss.nanmean().item())
+            policy_loss = out.loss + grpo["entropy_coef"] * bonus
+            if out.aux_loss is not None:
+                policy_loss = policy_loss - grpo["aux_loss_coef"] * out.aux_loss / (grpo["micro_batches"] or 1)
+            metrics["policy_loss"].append(self.accelerator.gather(policy_loss).nanmean().item())
             self._control_entropy(mode, out.entropy, mask)
+        if out.aux_loss is not None:
+            metrics["aux_loss"].append(self.accelerator.gather_for_metrics(out.aux_loss).mean().item())
 
     def _log_bounds(
         self,
@@ -267,6 +276,8 @@ class FusedGRPOTrainer(GRPOTrainer):
             self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
 
 
+_OF_IMAGES = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
+"""What a batch may hold for a model that sees, pixel_values first."""
 _REPLACED = ("_compute_loss", "_get_per_token_logps_and_entropies", "get_gamma_weights")
 """Of trl.GRPOTrainer; what else its loss calls, the fused loss calls too."""
 

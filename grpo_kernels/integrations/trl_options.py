@@ -22,12 +22,6 @@ def check_arguments(args: Any) -> None:
         _refuse("an entropy bonus with top_entropy_quantile < 1", "either of them")
 
 
-def check_trainer(trainer: Any) -> None:
-    """Refuse, by name, what only the constructed trainer knows."""
-    if trainer.aux_loss_enabled:
-        _refuse("the router's auxiliary loss of a mixture of experts", "router_aux_loss_coef=0.0")
-
-
 def _refuse(option: str, supported: str) -> None:
     raise ValueError(
         f"FusedGRPOTrainer does not have {option}; supported: {supported}. trl.GRPOTrainer with "

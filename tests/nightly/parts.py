@@ -67,6 +67,6 @@ PARTS = {
     "mutants-triton": Part(15, ("test_mutants",), (*KERNELS, "tests/*.py"), r"\[triton"),
     "match": Part(5, ("test_match",), ("grpo_kernels/**",)),
     "commands": Part(3, ("test_training", "test_memory", "test_cli"), ("grpo_kernels/**", "csrc/**")),
-    "trl": Part(5, ("test_trl",), ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**")),
+    "trl": Part(5, ("test_trl", "test_trl_models"), ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**")),
     "gpu-check": Part(20, ("test_gpu_rehearsal",), (*CUDA, "benchmarks/gpu_*.py", "tests/test_gpu_check.py")),
 }

@@ -1,0 +1,104 @@
+"""TRL's own trainer and ours on other models than Qwen3: mixtures of experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+trl = pytest.importorskip("trl")
+transformers = pytest.importorskip("transformers")
+
+import trl_step  # noqa: E402
+from trl_cases import BOUNDS, SIZES, assert_same, batch, compute, trainer, with_log_probs  # noqa: E402
+from trl_models import MIXTURES, UNNAMED, WITHOUT, make_model  # noqa: E402
+
+from grpo_kernels.integrations.objectives import AGGREGATIONS  # noqa: E402
+from grpo_kernels.integrations.trl import FusedGRPOTrainer  # noqa: E402
+
+pytestmark = pytest.mark.peers
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("policy")
+    trl_step.save_policy(path, **SIZES)
+    return path
+
+
+@pytest.fixture
+def make(folder, tmp_path):
+    """Ours and TRL's own trainer, copies of one model and the same options."""
+
+    def pair(model, options=None, **keywords):
+        model.save_pretrained(tmp_path / "model")  # the reference is loaded from there
+        found = []
+        for kind, more in ((FusedGRPOTrainer, keywords), (trl.GRPOTrainer, {})):
+            one = type(model).from_pretrained(tmp_path / "model")
+            found.append(trainer(kind, folder, tmp_path, options=options, model=one, **more))
+        return found
+
+    return pair
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_of_experts(make, family):
+    """At TRL's defaults, but for a coefficient that shows: the model's own auxiliary loss is the one TRL computes."""
+    options = {"router_aux_loss_coef": 0.7, "gradient_accumulation_steps": 4, "loss_type": "dapo", "beta": 0.04}
+    subject, plain = make(make_model(family), options)
+    inputs = batch(seed=4)
+    assert subject.aux_loss_enabled
+    assert_same(subject, plain, inputs)
+    assert compute(subject, with_log_probs(batch(seed=4), plain))[2]["aux_loss"] > 0.5
+
+
+@pytest.mark.parametrize("family", UNNAMED)
+def test_mixtures_that_trl_cannot_count(make, family):
+    """TRL reads the number of experts by a name that the config does not have; the model's forward knows it."""
+    subject, plain = make(make_model(family), {"router_aux_loss_coef": 0.7, "gradient_accumulation_steps": 4})
+    inputs = {name: value for name, value in batch().items() if name != "noise"}
+    with pytest.raises(AttributeError, match="num_experts"):
+        compute(plain, inputs)
+    torch.manual_seed(0)  # some experts are drawn
+    loss, gradients, metrics = compute(subject, inputs)
+    ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+    torch.manual_seed(0)
+    aux = subject.model(input_ids=ids, attention_mask=mask, output_router_logits=True).aux_loss
+    assert metrics["aux_loss"] == pytest.approx(float(aux), rel=1e-6)
+    aux_gradient = torch.autograd.grad(0.7 * aux / 4, subject.model.get_input_embeddings().weight)[0]
+    for one in (subject, plain):
+        one.aux_loss_enabled = False
+    torch.manual_seed(0)
+    wanted_loss, wanted, _ = compute(plain, inputs)
+    assert float(loss) == pytest.approx(float(wanted_loss + 0.7 * aux / 4), rel=1e-5)
+    name = next(name for name, each in subject.model.named_parameters() if "embed_tokens" in name)
+    assert float(aux_gradient.abs().max()) > 1e-4
+    torch.testing.assert_close(gradients[name], wanted[name] + aux_gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", WITHOUT)
+def test_mixtures_without_an_auxiliary_loss(make, family):
+    subject, plain = make(make_model(family))
+    assert not subject.aux_loss_enabled
+    assert_same(subject, plain, batch())
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("loss_type", AGGREGATIONS)
+def test_auxiliary_loss_of_every_loss_type(make, loss_type, accumulation, mode):
+    """Divided by the window's micro-batches and by nothing else, and left out of the policy_loss metric."""
+    options = {"router_aux_loss_coef": 0.7, "gradient_accumulation_steps": accumulation, "loss_type": loss_type}
+    options |= {"steps_per_generation": 8, "entropy_coef": 0.05, **BOUNDS.get(loss_type, {})}
+    subject, plain = make(make_model("Qwen3Moe"), options)
+    if mode == "train":
+        assert_same(subject, plain, batch(seed=1))
+        return
+    found = []
+    for one in (subject, plain):
+        inputs = with_log_probs(batch(), plain)
+        one.model.eval()
+        with torch.no_grad():
+            loss = float(one._compute_loss(one.model, inputs))
+        found.append({"loss": loss, **{name: values[-1] for name, values in one._metrics["eval"].items()}})
+    assert {"aux_loss", "policy_loss"} <= found[0].keys()
+    assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6, nan_ok=True)
