@@ -9,7 +9,7 @@ trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 
 import trl_step  # noqa: E402
-from trl_cases import BOUNDS, SIZES, assert_same, batch, compute, trainer, with_log_probs  # noqa: E402
+from trl_cases import BOUNDS, SIZES, assert_same, assert_same_runs, batch, compute, trainer, with_log_probs  # noqa: E402
 from trl_models import MIXTURES, UNNAMED, WITHOUT, make_model  # noqa: E402
 
 from grpo_kernels.integrations.objectives import AGGREGATIONS  # noqa: E402
@@ -102,3 +102,35 @@ def test_auxiliary_loss_of_every_loss_type(make, loss_type, accumulation, mode):
         found.append({"loss": loss, **{name: values[-1] for name, values in one._metrics["eval"].items()}})
     assert {"aux_loss", "policy_loss"} <= found[0].keys()
     assert found[0] == pytest.approx(found[1], rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_in_full_precision(make, tied, bf16):
+    """A bf16 backbone, under autocast or not: logs and weights differ by the rounding of fp32 alone."""
+    model = make_model("Qwen3", tie_word_embeddings=tied).to(torch.bfloat16)
+    options = {"cast_lm_head_to_fp32": True, "bf16": bf16, "beta": 0.04, "loss_type": "dapo"}
+    subject, plain = make(model, options)
+    assert subject.model.lm_head.weight.dtype == subject.ref_model.lm_head.weight.dtype == torch.float32
+    assert subject.model.model.norm.weight.dtype == torch.bfloat16
+    assert_same_runs(subject, plain, still=[torch.bfloat16])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_head_in_full_precision_under_autocast(make, tied):
+    """Of an fp32 model: autocast rounds the backbone, and neither head."""
+    options = {"cast_lm_head_to_fp32": True, "bf16": True, "beta": 0.04}
+    subject, plain = make(make_model("Qwen3", tie_word_embeddings=tied), options)
+    inputs = with_log_probs(batch(), plain)
+    (loss, gradients, metrics), (wanted_loss, wanted, wanted_metrics) = (
+        compute(one, inputs) for one in (subject, plain)
+    )
+    assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
+    assert metrics == pytest.approx(wanted_metrics, rel=1e-5, abs=1e-6, nan_ok=True)
+    for name, gradient in gradients.items():  # one number may fall on the other side of a rounding of the backbone
+        assert float((gradient - wanted[name]).norm()) <= 1e-3 * float(wanted[name].norm()), name
+
+
+def test_head_in_full_precision_from_logits(make):
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32=True with from_logits=True"):
+        make(make_model("Qwen3"), {"cast_lm_head_to_fp32": True}, from_logits=True)

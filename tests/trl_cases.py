@@ -99,3 +99,20 @@ def run_of(subject):
     subject.train()
     log = [{name: value for name, value in row.items() if "time" not in name} for row in subject.state.log_history]
     return log[:-1], {name: value.detach().clone() for name, value in subject.model.named_parameters()}
+
+
+def assert_same_runs(subject, plain, *, still=()):
+    """Train both: the logs of every step, and the weights by how far they have moved; those of a dtype in ``still`` may
+    not have, as steps are below their resolution."""
+    start = {name: value.detach().clone() for name, value in subject.model.named_parameters()}
+    (log, weights), (wanted_log, wanted) = run_of(subject), run_of(plain)
+    assert len(log) == len(wanted_log) == 10
+    for row, wanted_row in zip(log, wanted_log, strict=True):
+        assert set(row) == set(wanted_row)
+        for name, value in row.items():
+            assert value == pytest.approx(wanted_row[name], rel=1e-5, abs=1e-5, nan_ok=True), name
+    moved = {name: float((value - start[name]).abs().max()) for name, value in wanted.items()}
+    assert max(moved.values()) > 1e-4
+    for name, value in weights.items():
+        assert moved[name] > 1e-4 or value.dtype in still, name
+        assert float((value - wanted[name]).abs().max()) <= 1e-3 * moved[name], name

@@ -58,11 +58,15 @@ class FusedGRPOTrainer(GRPOTrainer):
         _check_overrides(type(self), type(self)._compute_loss is not FusedGRPOTrainer._compute_loss)
         given = kwargs.get("args") or next((value for value in args if isinstance(value, GRPOConfig)), None)
         if given is not None:
-            check_arguments(given)
+            check_arguments(given, from_logits)
         super().__init__(*args, **kwargs)
         options = {"temperature": self.temperature, **({"inplace": True} if from_logits else {})}
+        head_dtype = torch.float32 if self.args.cast_lm_head_to_fp32 else None
         # Whatever forward is: TRL's fused head, perhaps over the forward of an earlier trainer.
-        hf.bind(hf.causal_model(self.model, "FusedGRPOTrainer"), objective_of(self).config(), from_logits, options)
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                inner = hf.causal_model(model, "FusedGRPOTrainer")
+                hf.bind(inner, objective_of(self).config(), from_logits, options, head_dtype)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -73,17 +77,16 @@ class FusedGRPOTrainer(GRPOTrainer):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the old pass by the kernels of the loss: TRL's own method slices the batch, and calls the model in
-        our way. A reference model of its own has TRL's head."""
+        """Return the old or reference pass by the kernels of the loss: TRL's own method slices the batch, and calls the
+        model in our way."""
 
         def scored(input_ids: Tensor, attention_mask: Tensor, **inputs: Any) -> Any:
             live = attention_mask[:, -logits_to_keep:]
             tokens = {"token_ids": input_ids[:, -logits_to_keep:], "mask": live, "output": "log_probs"}
             return self._call(model, {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}, tokens)[1]
 
-        called = model if model is self.ref_model else scored
         found: tuple[Tensor, Tensor | None, Tensor | None] = super()._get_per_token_logps_and_entropies(
-            called, input_ids, attention_mask, logits_to_keep, *args, **kwargs
+            scored, input_ids, attention_mask, logits_to_keep, *args, **kwargs
         )
         return found
 

@@ -7,12 +7,12 @@ from typing import Any
 from .objectives import AGGREGATIONS, LEVELS, UNBOUNDED, Objective
 
 
-def check_arguments(args: Any) -> None:
+def check_arguments(args: Any, from_logits: bool) -> None:
     """Refuse, by name, what the fused loss would not honour."""
     if args.loss_type not in AGGREGATIONS:
         _refuse(f'loss_type="{args.loss_type}"', f"one of {', '.join(AGGREGATIONS)}")
-    if args.cast_lm_head_to_fp32:
-        _refuse("cast_lm_head_to_fp32=True", "model_init_kwargs={'dtype': 'float32'}")
+    if args.cast_lm_head_to_fp32 and from_logits:
+        _refuse("cast_lm_head_to_fp32=True with from_logits=True", "either of them")
     if args.importance_sampling_level not in LEVELS:
         _refuse(f'importance_sampling_level="{args.importance_sampling_level}"', " and ".join(LEVELS))
     if args.delta is not None and args.delta < 1 and args.loss_type not in UNBOUNDED:
