@@ -9,8 +9,8 @@ trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 
 import trl_step  # noqa: E402
-from trl_cases import BOUNDS, SIZES, assert_same, assert_same_runs, batch, compute, trainer, with_log_probs  # noqa: E402
-from trl_models import MIXTURES, UNNAMED, WITHOUT, make_model  # noqa: E402
+from trl_cases import BOUNDS, OF_IMAGES, SIZES, assert_same, assert_same_runs, batch, compute, trainer, with_log_probs  # noqa: E402
+from trl_models import MIXTURES, SEEING, UNNAMED, WITHOUT, make_model, make_seeing, with_images  # noqa: E402
 
 from grpo_kernels.integrations.objectives import AGGREGATIONS  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer  # noqa: E402
@@ -134,3 +134,26 @@ def test_head_in_full_precision_under_autocast(make, tied):
 def test_head_in_full_precision_from_logits(make):
     with pytest.raises(ValueError, match="cast_lm_head_to_fp32=True with from_logits=True"):
         make(make_model("Qwen3"), {"cast_lm_head_to_fp32": True}, from_logits=True)
+
+
+@pytest.mark.parametrize("family", SEEING)
+def test_models_that_see(make, family):
+    """The loss, its gradient also through the images' encoder, and the old pass in slices of two rows."""
+    model = make_seeing(family)
+    subject, plain = make(model, {"beta": 0.04, "loss_type": "dapo", "gradient_accumulation_steps": 2})
+    inputs = with_images(family, batch())
+    images = {name: inputs[name] for name in OF_IMAGES if name in inputs}
+    tokens = (torch.cat([inputs[f"prompt_{n}"], inputs[f"completion_{n}"]], 1) for n in ("ids", "mask"))
+    arguments, found = (*tokens, inputs["completion_ids"].shape[1]), []
+    live = inputs["completion_mask"] != 0
+    for one in (subject, plain):
+        with torch.no_grad():
+            passes = one._get_per_token_logps_and_entropies
+            old = passes(one.model, *arguments, batch_size=2, compute_entropy=True, **images)
+            without = passes(one.model, *arguments, **dict.fromkeys(images))[0]
+            ref = passes(one.ref_model, *arguments, batch_size=2, **images)[0]
+        assert float((old[0] - without)[live].abs().max()) > 0.01  # the images count
+        found.append([values[live] for values in (old[0], old[1], ref)])
+    for value, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
+    assert_same(subject, plain, inputs)

@@ -9,6 +9,8 @@ import trl
 import trl_step
 
 VOCAB = 64
+OF_IMAGES = ("pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles")
+OF_IMAGES += ("image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids")
 SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2}
 PLAIN = {"logging_steps": 1, "seed": 3, "per_device_train_batch_size": 4, "max_completion_length": 9, "max_steps": 10}
@@ -67,10 +69,11 @@ def with_log_probs(inputs, subject, on_policy=False):
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     length = inputs["completion_ids"].shape[1]
+    images = {name: inputs[name] for name in OF_IMAGES if name in inputs}
     with torch.no_grad():
-        log_probs = trl.GRPOTrainer._get_per_token_logps_and_entropies(subject, subject.model, ids, attention, length)[
-            0
-        ]
+        log_probs = trl.GRPOTrainer._get_per_token_logps_and_entropies(
+            subject, subject.model, ids, attention, length, **images
+        )[0]
     old, ref, sampled = (log_probs + 0.4 * noise for noise in inputs["noise"])
     found = {name: value for name, value in inputs.items() if name != "noise"}
     found |= {"ref_per_token_logps": ref, "sampling_per_token_logps": sampled}
