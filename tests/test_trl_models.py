@@ -8,14 +8,29 @@ import torch
 trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 
+import datasets  # noqa: E402
 import trl_step  # noqa: E402
-from trl_cases import BOUNDS, OF_IMAGES, SIZES, assert_same, assert_same_runs, batch, compute, trainer, with_log_probs  # noqa: E402
+from PIL import Image  # noqa: E402
+from trl_cases import (  # noqa: E402
+    BOUNDS,
+    OF_IMAGES,
+    PLAIN,
+    SIZES,
+    assert_same,
+    assert_same_runs,
+    batch,
+    compute,
+    trainer,
+    with_log_probs,
+)
 from trl_models import MIXTURES, SEEING, UNNAMED, WITHOUT, make_model, make_seeing, with_images  # noqa: E402
 
 from grpo_kernels.integrations.objectives import AGGREGATIONS  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.peers
+FIXED = {"use_cpu": True, "report_to": [], "save_strategy": "no", "bf16": False, "disable_tqdm": True}
+FIXED |= {"dataloader_pin_memory": False, "num_generations": 4}
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +128,7 @@ def test_head_in_full_precision(make, tied, bf16):
     subject, plain = make(model, options)
     assert subject.model.lm_head.weight.dtype == subject.ref_model.lm_head.weight.dtype == torch.float32
     assert subject.model.model.norm.weight.dtype == torch.bfloat16
-    assert_same_runs(subject, plain, still=[torch.bfloat16])
+    assert_same_runs(subject, plain, lambda _, weight: weight.dtype == torch.bfloat16)  # a step is below its resolution
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -157,3 +172,52 @@ def test_models_that_see(make, family):
     for value, wanted in zip(*found, strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
     assert_same(subject, plain, inputs)
+
+
+def save_processor(folder, path):
+    """Save LLaVA's processor over the tokenizer of single characters."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.image_token, tokenizer.image_token_id = "<image>", tokenizer.convert_tokens_to_ids("<image>")
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    part = "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}"
+    content = "{% for part in message.content %}" + part + "{% endfor %}"
+    text = "{% if message.content is string %}{{ message.content }}{% else %}" + content + "{% endif %}"
+    transformers.LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for message in messages %}" + text + "{% endfor %}",
+    ).save_pretrained(path)
+    return tokenizer.image_token_id
+
+
+def test_ten_steps_with_images(folder, tmp_path):
+    """TRL's own processor, collation, shuffling and generation around an image in every prompt."""
+    image_token = save_processor(folder, tmp_path / "processor")
+    changes = {"image_token_index": image_token, "text_config": {"vocab_size": image_token + 1}}
+    make_seeing("Llava", **changes).save_pretrained(tmp_path / "model")
+    colours = [(40 * i % 255, 90, 255 - 30 * i) for i in range(8)]
+    rows = {
+        "prompt": [
+            [{"role": "user", "content": text}] for text in ("ABC", "HELLO", "Q", "XYZW", "AB", "LM", "PQ", "T")
+        ],
+        "image": [Image.new("RGB", (8, 8), colour) for colour in colours],
+    }
+    runs = []
+    for kind in (FusedGRPOTrainer, trl.GRPOTrainer):
+        options = {**FIXED, **PLAIN, "output_dir": str(tmp_path), "beta": 0.04}
+        subject = kind(
+            model=transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "model"),
+            processing_class=transformers.LlavaProcessor.from_pretrained(tmp_path / "processor"),
+            reward_funcs=lambda completions, **_: [float(len(set(one[0]["content"]))) for one in completions],
+            args=trl.GRPOConfig(**options),
+            train_dataset=datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()),
+        )
+        runs.append(subject)
+    encoder = runs[0].model.model.vision_tower.embeddings.patch_embedding.weight
+    before = encoder.detach().clone()
+    assert_same_runs(*runs, lambda name, _: "vision_tower" in name)  # whose last layer LLaVA does not use
+    assert float((encoder - before).abs().max()) > 1e-5

@@ -115,11 +115,13 @@ SEEING: dict[str, dict[str, Any]] = {
 """Models with images, small enough that one takes four tokens or fewer."""
 
 
-def make_seeing(name: str) -> Any:
+def make_seeing(name: str, text_config: dict[str, Any] | None = None, **changes: Any) -> Any:
     """Return a random model of a family with images, such as Qwen2VL."""
     torch.manual_seed(0)
     kind = getattr(transformers, f"{name}ForConditionalGeneration")
-    model = kind(getattr(transformers, f"{name}Config")(**copy.deepcopy(SEEING[name]))).eval()
+    sizes = copy.deepcopy(SEEING[name]) | changes
+    sizes["text_config"] |= text_config or {}
+    model = kind(getattr(transformers, f"{name}Config")(**sizes)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
