@@ -10,7 +10,6 @@ transformers = pytest.importorskip("transformers")
 
 import datasets  # noqa: E402
 import trl_step  # noqa: E402
-from PIL import Image  # noqa: E402
 from trl_cases import (  # noqa: E402
     BOUNDS,
     OF_IMAGES,
@@ -196,6 +195,7 @@ def save_processor(folder, path):
 
 def test_ten_steps_with_images(folder, tmp_path):
     """TRL's own processor, collation, shuffling and generation around an image in every prompt."""
+    image = pytest.importorskip("PIL.Image")
     image_token = save_processor(folder, tmp_path / "processor")
     changes = {"image_token_index": image_token, "text_config": {"vocab_size": image_token + 1}}
     make_seeing("Llava", **changes).save_pretrained(tmp_path / "model")
@@ -204,7 +204,7 @@ def test_ten_steps_with_images(folder, tmp_path):
         "prompt": [
             [{"role": "user", "content": text}] for text in ("ABC", "HELLO", "Q", "XYZW", "AB", "LM", "PQ", "T")
         ],
-        "image": [Image.new("RGB", (8, 8), colour) for colour in colours],
+        "image": [image.new("RGB", (8, 8), colour) for colour in colours],
     }
     runs = []
     for kind in (FusedGRPOTrainer, trl.GRPOTrainer):
@@ -221,3 +221,59 @@ def test_ten_steps_with_images(folder, tmp_path):
     before = encoder.detach().clone()
     assert_same_runs(*runs, lambda name, _: "vision_tower" in name)  # whose last layer LLaVA does not use
     assert float((encoder - before).abs().max()) > 1e-5
+
+
+ADAPTERS = {
+    "backbone": {"target_modules": ["q_proj", "v_proj", "down_proj"]},
+    "every linear layer but the head": {"target_modules": "all-linear"},
+    "DoRA": {"target_modules": ["q_proj", "v_proj"], "use_dora": True},
+    "a head of its own": {"target_modules": ["q_proj", "v_proj"], "modules_to_save": ["lm_head"]},
+    "embeddings of its own": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters(folder, tmp_path, name, beta):
+    """With beta, the reference is the model without its adapter: under modules_to_save the head as it was."""
+    peft = pytest.importorskip("peft")
+    pair = []
+    for kind in (FusedGRPOTrainer, trl.GRPOTrainer):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[name])
+        pair.append(trainer(kind, folder, tmp_path, options={"beta": beta}, peft_config=config))
+    assert pair[0].ref_model is None
+    trained = [name for name, each in pair[0].model.named_parameters() if each.requires_grad]
+    assert any("lora" in each for each in trained)
+    assert any("lm_head" in each for each in trained) == (name == "a head of its own")
+    assert_same_runs(*pair, lambda name, _: name not in trained)
+
+
+def test_an_adapter_that_was_trained_before(folder, tmp_path):
+    """TRL keeps a copy of it under the name of "ref": the reference pass is that copy's."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    pair = []
+    for kind in (FusedGRPOTrainer, trl.GRPOTrainer):
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
+        pair.append(trainer(kind, folder, tmp_path, options={"beta": 0.1}, model=model))
+    assert "ref" in pair[0].model.peft_config
+    trained = [name for name, each in pair[0].model.named_parameters() if each.requires_grad]
+    assert_same_runs(*pair, lambda name, _: name not in trained or ".ref." in name)
+
+
+def test_an_adapter_on_a_mixture(folder, tmp_path):
+    peft = pytest.importorskip("peft")
+    pair = []
+    for kind in (FusedGRPOTrainer, trl.GRPOTrainer):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+        options = {"beta": 0.04, "router_aux_loss_coef": 0.1}
+        pair.append(trainer(kind, folder, tmp_path, options=options, model=make_model("Qwen3Moe"), peft_config=config))
+    assert pair[0].aux_loss_enabled
+    trained = [name for name, each in pair[0].model.named_parameters() if each.requires_grad]
+    assert_same_runs(*pair, lambda name, _: name not in trained)
