@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -246,7 +249,7 @@ def test_no_class_is_passed_over(folder, tmp_path, name, monkeypatch):
     """Behind FusedGRPOTrainer, in front of it, or patched into TRL's own: refused by class and method."""
     other = type("Other", (trl.GRPOTrainer,), {name: CHANGES[name]})
     behind = type("Behind", (FusedGRPOTrainer, type("Deeper", (other,), {})), {})
-    with pytest.raises(TypeError, match=f"Other overrides {name}, .* of Behind .*patch_trl"):
+    with pytest.raises(TypeError, match=f"Other overrides {name}, .* of Behind .*(FusedGRPOTrainer).*patch_trl"):
         trainer(behind, folder, tmp_path)
     if name != "_compute_loss":
         front = type("Front", (FusedGRPOTrainer,), {name: CHANGES[name]})
@@ -281,6 +284,59 @@ def test_classes_that_are_honoured(folder, tmp_path):
         gradients.append(compute(dropping, inputs)[1]["lm_head.weight"])
     assert gradients[0].abs().max() > 0
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+
+
+class Adding(trl.GRPOTrainer):
+    """A loss that adds to TRL's, and a buffer of what was generated."""
+
+    def _compute_loss(self, model, inputs):
+        return super()._compute_loss(model, inputs) + 0.1 * model.lm_head.weight.square().mean()
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        kept = self.__dict__.setdefault("kept", [])
+        kept.append(output["advantages"])
+        output["advantages"] = (0.5 * output["advantages"] + 0.5 * kept[0])[:, None].expand(
+            output["completion_ids"].shape
+        )
+        return output
+
+
+@pytest.mark.parametrize("other", ["Adding", "GMPOTrainer"])
+def test_trainers_in_front(folder, tmp_path, other):
+    """Their losses run, around the fused one or on its log-probs: the logs and weights are those without us."""
+    options = {"beta": 0.04, "epsilon": 0.1, "max_completion_length": 9}
+    if other == "GMPOTrainer":
+        from trl.experimental.gmpo import GMPOTrainer as Other
+    else:
+        Other = Adding
+    fused = type("Mine", (Other, FusedGRPOTrainer), {})
+    assert_same_runs(*(trainer(kind, folder, tmp_path, options=options) for kind in (fused, Other)))
+    with pytest.raises(
+        TypeError, match=rf"{other} overrides _compute_loss, .*class Wrong\({other}, FusedGRPOTrainer\)"
+    ):
+        trainer(type("Wrong", (FusedGRPOTrainer, Other), {}), folder, tmp_path)
+
+
+def test_every_experimental_trainer_has_a_verdict():
+    """SWITCHING names all that TRL defines, and as what they are: a GRPOTrainer, a caller of TRL's head, or neither."""
+    package = Path(trl.__file__).parent / "experimental"
+    bases, with_head = {}, set()
+    for path in package.glob("*/*.py"):
+        text = path.read_text()
+        kinds = [each for each in ast.walk(ast.parse(text)) if isinstance(each, ast.ClassDef)]
+        for kind in kinds:
+            if kind.name.endswith("Trainer"):
+                bases[kind.name] = {ast.unparse(base) for base in kind.bases}
+                with_head |= {kind.name} if re.search(r"^\s+add_fused_lm_head\(.*log_probs", text, re.M) else set()
+    table = (Path(__file__).parent.parent / "SWITCHING.md").read_text().split("| trl.experimental | here |")[1]
+    rows = [row.split("|")[1:3] for row in table.split("\n\n")[0].splitlines() if row.startswith("| `")]
+    verdicts = {name: verdict for names, verdict in rows for name in re.findall(r"`(\w+)`", names)}
+    assert set(verdicts) == set(bases)
+    assert {name for name in bases if "GRPOTrainer" in bases[name]} == {
+        name for name, verdict in verdicts.items() if f"({name}, FusedGRPOTrainer)" in verdict
+    }
+    assert with_head == {name for name, verdict in verdicts.items() if "`patch_trl()` swaps" in verdict}
 
 
 @pytest.mark.parametrize("loss_type", AGGREGATIONS)

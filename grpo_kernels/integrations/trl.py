@@ -297,11 +297,22 @@ def _check_overrides(kind: type, own_loss: bool) -> None:
                 honoured = other in front and (own_loss or name == "_compute_loss")
                 changed = name in vars(other) and other is not FusedGRPOTrainer and not honoured
             if changed:
-                raise TypeError(
-                    f"{other.__name__} overrides {name}, which the fused loss of {kind.__name__} does not use: leave "
-                    "FusedGRPOTrainer out and call grpo_kernels.integrations.trl.patch_trl(), which keeps every loss "
-                    "of TRL's trainers; or override _compute_loss in a class in front of FusedGRPOTrainer."
-                )
+                raise TypeError(_way_out(kind, other, name))
+
+
+def _way_out(kind: type, other: type, name: str) -> str:
+    """Return what to do about a method that would be passed over."""
+    out = "override _compute_loss in a class in front of FusedGRPOTrainer"
+    if "_compute_loss" in vars(other) and other is not GRPOTrainer:
+        out = (
+            f"class {kind.__name__}({other.__name__}, FusedGRPOTrainer) runs its _compute_loss, on log-probs of these "
+            "kernels, or around the fused loss if it calls super()"
+        )
+    return (
+        f"{other.__name__} overrides {name}, which the fused loss of {kind.__name__} does not use: {out}; or leave "
+        "FusedGRPOTrainer out and call grpo_kernels.integrations.trl.patch_trl(), which keeps every loss of TRL's "
+        "trainers."
+    )
 
 
 def _live(values: Tensor, mask: Tensor) -> Tensor:
