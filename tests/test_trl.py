@@ -28,7 +28,7 @@ from trl_cases import (  # noqa: E402
     with_log_probs,
 )
 
-from grpo_kernels.integrations.objectives import AGGREGATIONS  # noqa: E402
+from grpo_kernels.integrations.objectives import AGGREGATIONS, OVER_ITEMS  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch_trl, patched_trl, unpatch_trl  # noqa: E402
 
 pytestmark = pytest.mark.peers
@@ -124,6 +124,49 @@ def test_ten_steps(make, loss_type, level, beta, accumulation):
     options = {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta}
     subject, plain = make(options | {"gradient_accumulation_steps": accumulation})
     assert_same_runs(subject, plain)
+
+
+@pytest.mark.parametrize(
+    "loss_type",
+    [pytest.param(name, marks=[] if name in ("dapo", "bnpo") else pytest.mark.nightly) for name in AGGREGATIONS],
+)
+def test_windows_that_are_cut_short(make, loss_type):
+    """Eight micro-batches an epoch in windows of three, generated two at a time: the last window has two."""
+    options = {"loss_type": loss_type, "gradient_accumulation_steps": 3, "steps_per_generation": 2, "num_iterations": 1}
+    options |= {"beta": 0.04, **BOUNDS.get(loss_type, {})}
+    seen = set()
+
+    def looked(one, model, inputs):
+        seen.add(one.current_gradient_accumulation_steps)
+        return FusedGRPOTrainer._compute_loss(one, model, inputs)
+
+    subject, plain = make(options)
+    subject._compute_loss = looked.__get__(subject)
+    assert_same_runs(subject, plain)
+    assert seen == {2, 3}
+
+
+@pytest.mark.parametrize("micro_batches", [4, 3])
+@pytest.mark.parametrize("loss_type", OVER_ITEMS)
+def test_normalizer_that_switching_names(make, loss_type, micro_batches):
+    """Of a loop of one's own: the tokens of the generation batch, a process's, times the micro-batches of the window
+    over those of the generation batch. The whole count would be TRL's gradient times that fraction."""
+    options = {"loss_type": loss_type, "gradient_accumulation_steps": 4, "steps_per_generation": 8}
+    subject, plain = make(options | BOUNDS.get(loss_type, {}))
+    inputs = with_log_probs(batch(), plain)
+    plain.args.gradient_accumulation_steps = micro_batches  # what ``compute`` takes for the window's
+    wanted_loss, wanted, _ = compute(plain, inputs)
+    processes, generated = 1, 8
+    normalizer = inputs["num_items_in_batch"] / processes * micro_batches / generated
+    grpo = {"token_ids": inputs["completion_ids"], "mask": inputs["completion_mask"], "normalizer": normalizer}
+    grpo |= {"advantages": inputs["advantages"], "old_log_probs": inputs["old_per_token_logps"]}
+    ids, mask = (torch.cat([inputs[f"prompt_{name}"], inputs[f"completion_{name}"]], 1) for name in ("ids", "mask"))
+    subject.model.zero_grad()
+    out = subject.model(input_ids=ids, attention_mask=mask, logits_to_keep=grpo["token_ids"].shape[1] + 1, grpo=grpo)
+    out.loss.backward()
+    assert float(out.loss) == pytest.approx(float(wanted_loss), rel=1e-4)
+    gradient = subject.model.lm_head.weight.grad
+    torch.testing.assert_close(gradient, wanted["lm_head.weight"], rtol=1e-4, atol=1e-6)
 
 
 def test_lora(folder, tmp_path):
