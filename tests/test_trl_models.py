@@ -22,7 +22,7 @@ from trl_cases import (  # noqa: E402
     trainer,
     with_log_probs,
 )
-from trl_models import MIXTURES, SEEING, UNNAMED, WITHOUT, make_model, make_seeing, with_images  # noqa: E402
+from trl_models import DENSE, MIXTURES, SEEING, UNNAMED, WITHOUT, make_model, make_seeing, with_images  # noqa: E402
 
 from grpo_kernels.integrations.objectives import AGGREGATIONS  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer  # noqa: E402
@@ -277,3 +277,21 @@ def test_an_adapter_on_a_mixture(folder, tmp_path):
     assert pair[0].aux_loss_enabled
     trained = [name for name, each in pair[0].model.named_parameters() if each.requires_grad]
     assert_same_runs(*pair, lambda name, _: name not in trained)
+
+
+SAMPLED = ("Qwen3Moe", "Gemma2", "Cohere2", "NemotronH")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(name, marks=[] if name in SAMPLED else pytest.mark.nightly)
+        for name in (*DENSE, *MIXTURES, *WITHOUT)
+    ],
+)
+def test_ten_steps_of_every_family(make, family):
+    """Generation, rewards, reference, optimizer and all, at TRL's coefficient of the family's auxiliary loss."""
+    start = make_model(family)
+    subject, plain = make(start, {"beta": 0.04, "gradient_accumulation_steps": 2, "loss_type": "dapo"})
+    assert subject.aux_loss_enabled == (family in MIXTURES)
+    assert_same_runs(subject, plain, lambda name, _: True)

@@ -39,12 +39,55 @@ WITHOUT: dict[str, dict[str, Any]] = {
 """Mixtures without one."""
 
 
+DENSE: dict[str, dict[str, Any]] = {
+    "Qwen2": {},
+    "Qwen3": {"tie_word_embeddings": True},
+    "Llama": {},
+    "Mistral": {"sliding_window": 8},
+    "Gemma2": {"final_logit_softcapping": 5.0, "sliding_window": 8},
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+    "Gemma3Text": {"sliding_window": 8},
+    "Cohere2": {"logit_scale": 0.25, "sliding_window": 8},
+    "Granite": {"logits_scaling": 3.0},
+    "FalconH1": {
+        "lm_head_multiplier": 0.5,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 2,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "mamba_chunk_size": 8,
+    },
+    "Phi3": {},
+    "Olmo3": {},
+    "NemotronH": {
+        "layers_block_type": ["mamba", "attention", "moe"],
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "mamba_n_groups": 1,
+        "n_groups": 1,
+        "ssm_state_size": 8,
+        "mamba_d_conv": 4,
+        "chunk_size": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "use_mamba_kernels": False,
+        "moe_shared_expert_intermediate_size": 32,
+    },
+    "GPTNeoX": {},
+    "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128},
+}
+"""Others, with a scale, a cap or a tied head, and without."""
+
+
 def make_model(name: str, **changes: Any) -> Any:
     """Return a random causal model of a family, such as Qwen3Moe."""
     kind = getattr(transformers, f"{name}Config")
-    sizes = {**_PLAIN, **{**MIXTURES, **UNNAMED, **WITHOUT}.get(name, {}), **changes}
+    sizes = {**_PLAIN, **{**MIXTURES, **UNNAMED, **WITHOUT, **DENSE}.get(name, {}), **changes}
     torch.manual_seed(0)
-    return getattr(transformers, f"{name}ForCausalLM")(kind(**sizes)).eval()
+    return transformers.AutoModelForCausalLM.from_config(kind(**sizes)).eval()
 
 
 _IMAGE, _START, _END, _VIDEO = 60, 61, 62, 63
@@ -63,6 +106,9 @@ _ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_s
 _MROPE = {**_TEXT, **_ROPE}
 _SIGHT = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_heads": 2, **_GRID}
 _QWEN3_VL = {**_SIGHT, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+_QWEN3_5 = {**_SIGHT, "num_position_embeddings": 16}
+_GATED = {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2}
+_GATED |= {"linear_num_value_heads": 2, "layer_types": ["linear_attention", "full_attention"]}
 _SMOL = {key: value for key, value in _CLIP.items() if key != "projection_dim"}
 
 SEEING: dict[str, dict[str, Any]] = {
@@ -81,6 +127,12 @@ SEEING: dict[str, dict[str, Any]] = {
         **_MARKS,
         "text_config": {**_MROPE, **MIXTURES["Qwen3Moe"], "decoder_sparse_step": 1},
         "vision_config": _QWEN3_VL,
+    },
+    "Qwen3_5": {**_MARKS, "text_config": {**_MROPE, **_GATED}, "vision_config": _QWEN3_5},
+    "Qwen3_5Moe": {
+        **_MARKS,
+        "text_config": {**_MROPE, **_GATED, **MIXTURES["Qwen3Moe"], "shared_expert_intermediate_size": 32},
+        "vision_config": _QWEN3_5,
     },
     "Llava": {
         "image_token_index": _IMAGE,
