@@ -96,6 +96,14 @@ def test_mixtures_without_an_auxiliary_loss(make, family):
     assert_same(subject, plain, batch())
 
 
+@pytest.mark.parametrize("family", WITHOUT)
+def test_a_coefficient_for_no_auxiliary_loss(make, family):
+    subject, _ = make(make_model(family), {"router_aux_loss_coef": 0.7})
+    inputs = {name: value for name, value in batch().items() if name != "noise"}
+    with pytest.raises(ValueError, match=f"a model whose forward returns aux_loss.*{family}ForCausalLM"):
+        compute(subject, inputs)
+
+
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("accumulation", [1, 4])
 @pytest.mark.parametrize("loss_type", AGGREGATIONS)

@@ -151,6 +151,25 @@ SEEING: dict[str, dict[str, Any]] = {
         "text_config": {**_TEXT, "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},
         "vision_config": {**_SMOL, "model_type": "siglip_vision_model"},
     },
+    "Gemma4": {
+        "image_token_id": _IMAGE,
+        "text_config": {
+            **_TEXT,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "vocab_size_per_layer_input": VOCAB,
+            "hidden_size_per_layer_input": 8,
+            "sliding_window": 16,
+            "final_logit_softcapping": 5.0,
+        },
+        "vision_config": {
+            **_SMOL,
+            "head_dim": 16,
+            "num_key_value_heads": 2,
+            "pooling_kernel_size": 2,
+            "position_embedding_size": 16,
+            "default_output_length": 4,
+        },
+    },
     "SmolVLM": {
         "image_token_id": _IMAGE,
         "scale_factor": 1,
@@ -203,6 +222,9 @@ def images_of(name: str, counts: list[int]) -> tuple[dict[str, Any], list[list[i
         found["pixel_attention_mask"] = torch.ones(len(counts), most, 8, 8, dtype=torch.bool)
         for row, count in enumerate(counts):
             found["pixel_values"][row, count:] = 0
+    elif name == "Gemma4":
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(-1)
+        found |= {"pixel_values": pixels(total, 16, 48), "image_position_ids": places.expand(total, 16, 2)}
     elif name == "InternVL":
         sizes, found["num_tiles"] = [1] * total, counts
         found["pixel_values"] = pixels(total, 3, 8, 8)
