@@ -1,4 +1,5 @@
-"""TRL's own trainer and ours on other models than Qwen3: mixtures of experts."""
+"""TRL's own trainer and ours on other models than test_trl.py's: mixtures of experts, models that see, adapters, heads
+in full precision, and every family that TRL trains in its tests."""
 
 from __future__ import annotations
 
@@ -240,7 +241,7 @@ ADAPTERS = {
 }
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("beta", [pytest.param(0.0, marks=pytest.mark.nightly), 0.04])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters(folder, tmp_path, name, beta):
     """With beta, the reference is the model without its adapter: under modules_to_save the head as it was."""
