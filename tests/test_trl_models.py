@@ -258,6 +258,13 @@ def test_adapters(folder, tmp_path, name, beta):
     assert_same_runs(*pair, lambda name, _: name not in trained)
 
 
+def test_an_adapter_on_the_head(folder, tmp_path):
+    """TRL refuses it in its own constructor: the fused trainer says nothing else."""
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+        trainer(FusedGRPOTrainer, folder, tmp_path, peft_config=peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
+
+
 def test_an_adapter_that_was_trained_before(folder, tmp_path):
     """TRL keeps a copy of it under the name of "ref": the reference pass is that copy's."""
     peft = pytest.importorskip("peft")
