@@ -258,11 +258,32 @@ def test_adapters(folder, tmp_path, name, beta):
     assert_same_runs(*pair, lambda name, _: name not in trained)
 
 
-def test_an_adapter_on_the_head(folder, tmp_path):
-    """TRL refuses it in its own constructor: the fused trainer says nothing else."""
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["LoRA", "DoRA"])
+def test_an_adapter_on_the_head(folder, tmp_path, options):
+    """TRL's constructor refuses it, since its own loss would not train it: the same as from the model's own logits,
+    the reference being the head without it."""
     peft = pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
-        trainer(FusedGRPOTrainer, folder, tmp_path, peft_config=peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
+    pair = []
+    for from_logits in (False, True):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "lm_head"], **options)
+        keywords = {"peft_config": config, "from_logits": from_logits}
+        pair.append(trainer(FusedGRPOTrainer, folder, tmp_path, options={"beta": 0.04}, **keywords))
+    trained = [name for name, each in pair[0].model.named_parameters() if each.requires_grad]
+    head = pair[0].model.get_parameter(next(name for name in trained if "lm_head.lora_B" in name))
+    before = head.detach().clone()
+    assert_same_runs(*pair, lambda name, _: name not in trained)
+    assert (head - before).abs().max() > 1e-5
+    assert pair[0].state.log_history[0]["kl"] > 1e-3
+
+
+def test_an_adapter_on_the_head_that_trl_refuses(folder, tmp_path):
+    """Its fp32 head goes around the adapter; and TRL's own trainer refuses as before."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"])
+    for kind, options in ((FusedGRPOTrainer, {"cast_lm_head_to_fp32": True}), (trl.GRPOTrainer, {})):
+        with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
+            trainer(kind, folder, tmp_path, options=options, peft_config=config)
 
 
 def test_an_adapter_that_was_trained_before(folder, tmp_path):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from .trl_options import check_arguments, objective_of
 try:
     import trl
     from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer import grpo_trainer
     from trl.trainer import utils as trl_utils
 except ImportError as error:
     raise ImportError("grpo_kernels.integrations.trl needs TRL 1.16: pip install 'trl>=1.16,<1.17'") from error
@@ -59,7 +60,8 @@ class FusedGRPOTrainer(GRPOTrainer):
         given = kwargs.get("args") or next((value for value in args if isinstance(value, GRPOConfig)), None)
         if given is not None:
             check_arguments(given, from_logits)
-        super().__init__(*args, **kwargs)
+        with _adapted_head_allowed(given):
+            super().__init__(*args, **kwargs)
         options = {"temperature": self.temperature, **({"inplace": True} if from_logits else {})}
         head_dtype = torch.float32 if self.args.cast_lm_head_to_fp32 else None
         # Whatever forward is: TRL's fused head, perhaps over the forward of an earlier trainer.
@@ -281,6 +283,23 @@ class FusedGRPOTrainer(GRPOTrainer):
 
 _OF_IMAGES = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
 """What a batch may hold for a model that sees, pixel_values first."""
+
+
+@contextlib.contextmanager
+def _adapted_head_allowed(args: GRPOConfig | None) -> Iterator[None]:
+    """Let TRL's constructor pass an adapter on the head, which it refuses since its own loss would not train it. With
+    ``cast_lm_head_to_fp32`` it stays refused: TRL replaces the forward that the adapter is in."""
+    if (args is not None and args.cast_lm_head_to_fp32) or not hasattr(grpo_trainer, "BaseTunerLayer"):
+        yield
+        return
+    plain = grpo_trainer.BaseTunerLayer
+    grpo_trainer.BaseTunerLayer = type("NoLayer", (), {})
+    try:
+        yield
+    finally:
+        grpo_trainer.BaseTunerLayer = plain
+
+
 _REPLACED = ("_compute_loss", "_get_per_token_logps_and_entropies", "get_gamma_weights")
 """Of trl.GRPOTrainer; what else its loss calls, the fused loss calls too."""
 
