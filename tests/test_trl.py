@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import itertools
 import re
 from pathlib import Path
@@ -236,6 +237,12 @@ def test_options_that_change_while_training(make):
     for one in (subject, plain):
         one.beta, one.epsilon_low, one.epsilon_high, one.loss_type = 0.5, 0.01, 0.02, "bnpo"
     assert_same(subject, plain, inputs)
+    subject.args.delta = 0.9
+    with pytest.raises(ValueError, match="delta=0.9"):
+        compute(subject, inputs)
+    subject.args.delta, subject.top_entropy_quantile, subject._entropy_bonus_enabled = None, 0.5, True
+    with pytest.raises(ValueError, match="an entropy bonus with top_entropy_quantile"):
+        compute(subject, inputs)
 
 
 def test_a_second_trainer_on_the_same_model(folder, tmp_path):
@@ -305,9 +312,12 @@ def test_no_class_is_passed_over(folder, tmp_path, name, monkeypatch):
 
         with pytest.raises(TypeError, match=f"Front overrides {name}"):
             trainer(Around, folder, tmp_path, options={"max_steps": 1}).train()
-    monkeypatch.setattr(trl.GRPOTrainer, name, CHANGES[name])
-    with pytest.raises(TypeError, match=f"GRPOTrainer overrides {name}"):
-        trainer(FusedGRPOTrainer, folder, tmp_path)
+    plain = trl.GRPOTrainer.__dict__[name]
+    wrapped = functools.wraps(getattr(trl.GRPOTrainer, name))(lambda *args, **kwargs: None)  # named as TRL's own
+    for patch in (CHANGES[name], staticmethod(wrapped) if isinstance(plain, staticmethod) else wrapped):
+        monkeypatch.setattr(trl.GRPOTrainer, name, patch)
+        with pytest.raises(TypeError, match=f"GRPOTrainer overrides {name}"):
+            trainer(FusedGRPOTrainer, folder, tmp_path)
 
 
 def test_classes_that_are_honoured(folder, tmp_path):

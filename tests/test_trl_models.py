@@ -281,7 +281,18 @@ def test_an_adapter_on_the_head_that_trl_refuses(folder, tmp_path):
     """Its fp32 head goes around the adapter; and TRL's own trainer refuses as before."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=["q_proj", "lm_head"])
-    for kind, options in ((FusedGRPOTrainer, {"cast_lm_head_to_fp32": True}), (trl.GRPOTrainer, {})):
+
+    class Own(trl.GRPOTrainer):
+        """Whose log-probs are TRL's, in which the adapter has no part."""
+
+        def _compute_loss(self, model, inputs):
+            return trl.GRPOTrainer._compute_loss(self, model, inputs)
+
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            return trl.GRPOTrainer._get_per_token_logps_and_entropies(self, *args, **kwargs)
+
+    mixed = type("Mixed", (Own, FusedGRPOTrainer), {})
+    for kind, options in ((FusedGRPOTrainer, {"cast_lm_head_to_fp32": True}), (trl.GRPOTrainer, {}), (mixed, {})):
         with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
             trainer(kind, folder, tmp_path, options=options, peft_config=config)
 

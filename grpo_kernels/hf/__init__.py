@@ -25,6 +25,7 @@ from ..objectives.config import LossConfig, resolve_config
 from ..objectives.sequences import read_live
 from .given import OF_A_CALL, OUTPUTS, check_given, check_keywords, keywords
 from .head import FROM_LOGITS, TracedHead, check_backward_hooks, head_of, in_fsdp_units, trace
+from .head import named as named
 from .outputs import ModelLogProbs as ModelLogProbs
 from .outputs import with_model_output
 from .parts import Parts
@@ -58,13 +59,13 @@ def attach(
     on the head, a bias, a scale, a cap, columns that are cut) is traced at every call and computed with them, and what
     cannot be is refused by name. At the first call in each state of the model, and every ``proof_every`` calls, one
     live row is compared with the model's own logits; the first look waits for the device, a later one makes the loss
-    NaN, and a call after it says why.
+    NaN, and a call soon after says why.
 
     Whatever else is asked of the model (``output_hidden_states``, ``output_router_logits``, ``use_cache``, ...) comes
     with the result: ``out.model_output``. ``out.aux_loss`` is the auxiliary loss of a mixture of experts as the model
     returns it, outside of ``out.loss``; ``aux_loss_coef=`` asks for it and adds it, times the coefficient. With a
     ``normalizer=``, which spans the micro-batches of a step, ``micro_batches=`` says how many, and it is divided by
-    them.
+    them. Forward hooks of the model itself see the result in the place of its output.
 
     FSDP2 may shard the head as a unit of its own or with others. FSDP's mixed precision rounds the tensors of a plain
     dict on the way in, old log-probs among them, and may round outputs on the way out:

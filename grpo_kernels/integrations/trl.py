@@ -20,7 +20,7 @@ from .. import hf
 from ..calls.outputs import LossOutput, TokenLogProbs
 from ..linear import linear_token_log_probs
 from .objectives import OVER_ITEMS, UNBOUNDED, sampler_log_probs
-from .trl_options import check_arguments, objective_of
+from .trl_options import check_arguments, check_trainer, objective_of
 
 try:
     import trl
@@ -60,7 +60,9 @@ class FusedGRPOTrainer(GRPOTrainer):
         given = kwargs.get("args") or next((value for value in args if isinstance(value, GRPOConfig)), None)
         if given is not None:
             check_arguments(given, from_logits)
-        with _adapted_head_allowed(given):
+        own = type(self)._get_per_token_logps_and_entropies is not FusedGRPOTrainer._get_per_token_logps_and_entropies
+        cast = given is not None and given.cast_lm_head_to_fp32
+        with contextlib.nullcontext() if own or cast else _adapted_head_allowed():
             super().__init__(*args, **kwargs)
         options = {"temperature": self.temperature, **({"inplace": True} if from_logits else {})}
         head_dtype = torch.float32 if self.args.cast_lm_head_to_fp32 else None
@@ -94,6 +96,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         _check_overrides(type(self), False)
+        check_trainer(self)
         mode = "train" if self.model.training else "eval"
         accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
@@ -286,10 +289,11 @@ _OF_IMAGES = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entrop
 
 
 @contextlib.contextmanager
-def _adapted_head_allowed(args: GRPOConfig | None) -> Iterator[None]:
-    """Let TRL's constructor pass an adapter on the head, which it refuses since its own loss would not train it. With
-    ``cast_lm_head_to_fp32`` it stays refused: TRL replaces the forward that the adapter is in."""
-    if (args is not None and args.cast_lm_head_to_fp32) or not hasattr(grpo_trainer, "BaseTunerLayer"):
+def _adapted_head_allowed() -> Iterator[None]:
+    """Let TRL's constructor pass an adapter on the head, which it refuses since its own loss would not train it. It
+    stays refused where log-probs are a class's own, and with ``cast_lm_head_to_fp32``, for which TRL replaces the
+    forward that the adapter is in."""
+    if not hasattr(grpo_trainer, "BaseTunerLayer"):  # without PEFT
         yield
         return
     plain = grpo_trainer.BaseTunerLayer
@@ -311,12 +315,22 @@ def _check_overrides(kind: type, own_loss: bool) -> None:
     for other in kind.__mro__:
         for name in _REPLACED:
             if other is GRPOTrainer:
-                changed = not str(getattr(getattr(other, name), "__module__", "")).startswith("trl.")  # patched
+                changed = _is_patched_method(getattr(other, name))
             else:
                 honoured = other in front and (own_loss or name == "_compute_loss")
                 changed = name in vars(other) and other is not FusedGRPOTrainer and not honoured
             if changed:
                 raise TypeError(_way_out(kind, other, name))
+
+
+def _is_patched_method(method: Any) -> bool:
+    """Whether the code of a method of TRL's, or of what is wrapped around it, is somebody else's: a wrapper takes over
+    its name and module."""
+    while method is not None:
+        if not hf.named(method).startswith(("trl.", "torch.")):
+            return True
+        method = getattr(method, "__wrapped__", None)
+    return False
 
 
 def _way_out(kind: type, other: type, name: str) -> str:

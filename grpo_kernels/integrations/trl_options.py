@@ -15,11 +15,22 @@ def check_arguments(args: Any, from_logits: bool) -> None:
         _refuse("cast_lm_head_to_fp32=True with from_logits=True", "either of them")
     if args.importance_sampling_level not in LEVELS:
         _refuse(f'importance_sampling_level="{args.importance_sampling_level}"', " and ".join(LEVELS))
-    if args.delta is not None and args.delta < 1 and args.loss_type not in UNBOUNDED:
-        _refuse(f"delta={args.delta}, which bounds ratios below 1", "delta >= 1")
+    _check_delta(args.delta, args.loss_type)
     bonus = args.entropy_coef != 0 or args.use_adaptive_entropy
     if bonus and args.top_entropy_quantile < 1.0:
         _refuse("an entropy bonus with top_entropy_quantile < 1", "either of them")
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse, by name, what a class behind or a callback has set since, and the fused loss would not honour."""
+    if trainer._entropy_bonus_enabled and trainer.top_entropy_quantile < 1.0:
+        _refuse("an entropy bonus with top_entropy_quantile < 1", "either of them")
+    _check_delta(trainer.args.delta, trainer.loss_type)
+
+
+def _check_delta(delta: float | None, loss_type: str) -> None:
+    if delta is not None and delta < 1 and loss_type not in UNBOUNDED:
+        _refuse(f"delta={delta}, which bounds ratios below 1", "delta >= 1")
 
 
 def _refuse(option: str, supported: str) -> None:
