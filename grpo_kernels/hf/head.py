@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -150,7 +150,8 @@ def trace(model: Any, head: nn.Module, call: Callable[[], Any], row: tuple[Tenso
         with HeadTrace(vocab, states.shape[:-1]):
             return plain(states, *args, **kwargs)
 
-    with _without_fsdp_hooks(head), head_forward(head, traced):
+    own, around = fsdp_units(head.modules()), fsdp_units(way_to(model, head)[1:])
+    with _without_fsdp_hooks(own), head_forward(head, traced):
         output = call()
     logits = output.logits if hasattr(output, "logits") else output[0]
     if isinstance(logits, TracedLogits) and _history(logits) is not None:
@@ -162,8 +163,7 @@ def trace(model: Any, head: nn.Module, call: Callable[[], Any], row: tuple[Tenso
         raise Untraceable(f"{kind} makes them without a linear layer of PyTorch" if rows else "its head is not called")
     if not all(product.current for product in logits.form.products):
         raise Untraceable("its head's states are written to behind it")
-    sharded = bool(units_of(model, head))
-    return TracedHead(head, output, logits.form, rows[-1], owners, sharded)
+    return TracedHead(head, output, logits.form, rows[-1], owners, bool(own or around))
 
 
 def _history(logits: TracedLogits) -> object:
@@ -219,26 +219,29 @@ def head_forward(head: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
             head.forward = before
 
 
-def fsdp_units(module: nn.Module) -> list[nn.Module]:
-    """Return the FSDP2 units among a module and its parts."""
+def way_to(model: nn.Module, part: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the modules from a model to one of its parts, both included, by the shortest way."""
+    ways: list[tuple[nn.Module, ...]] = [(model,)]
+    for way in ways:
+        if way[-1] is part:
+            return way
+        ways.extend((*way, child) for child in way[-1].children())
+    return (model,)
+
+
+def fsdp_units(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return those that are FSDP2 units."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
     from torch.distributed.fsdp import FSDPModule
 
-    return [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
-
-
-def units_of(model: nn.Module, part: nn.Module) -> list[nn.Module]:
-    """Return the FSDP2 units that hold a part, without the model itself."""
-    return [unit for unit in fsdp_units(model) if unit is not model and any(each is part for each in unit.modules())]
+    return [unit for unit in modules if isinstance(unit, FSDPModule)]
 
 
 @contextlib.contextmanager
-def _without_fsdp_hooks(head: nn.Module) -> Iterator[None]:
-    """Leave a head's own FSDP2 unit as it is, sharded: nothing is computed with its weights while they are traced."""
-    before = [
-        (hooks, dict(hooks)) for unit in fsdp_units(head) for hooks in (unit._forward_pre_hooks, unit._forward_hooks)
-    ]
+def _without_fsdp_hooks(units: list[nn.Module]) -> Iterator[None]:
+    """Leave a head's own FSDP2 units as they are, sharded: nothing is computed with weights while they are traced."""
+    before = [(hooks, dict(hooks)) for unit in units for hooks in (unit._forward_pre_hooks, unit._forward_hooks)]
     for hooks, known in before:
         for key, hook in known.items():
             if str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
@@ -258,7 +261,7 @@ def in_fsdp_units(model: nn.Module, layer: nn.Module | None, run: Callable[[Tens
 
     The method lives for the call alone: ``fully_shard`` may come after ``attach``, and copies keep nothing of it.
     """
-    units = [] if layer is None else units_of(model, layer)
+    units = [] if layer is None else fsdp_units(way_to(model, layer)[1:])
     if not units:
         return run(hidden)
     from torch.distributed.fsdp import register_fsdp_forward_method

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..objectives.compiler import with_frames
+from .head import way_to
 from .traced import TracedLogits, Untraceable
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
@@ -104,7 +105,7 @@ class _Returned:
 
 def _parts(model: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
     """Give each part; the way to the head is the shortest."""
-    way = _way(model, head)
+    way = set(way_to(model, head)) - {head}
 
     def below(parent: nn.Module) -> Iterator[nn.Module]:
         for part in parent.children():
@@ -114,14 +115,3 @@ def _parts(model: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
                 yield part
 
     return below(model)
-
-
-def _way(model: nn.Module, head: nn.Module) -> set[nn.Module]:
-    """Return the modules that lead to the head."""
-    ways: list[tuple[nn.Module, ...]] = [(model,)]
-    for way in ways:
-        for part in way[-1].children():
-            if part is head:
-                return set(way)
-            ways.append((*way, part))
-    return {model}
