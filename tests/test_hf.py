@@ -919,6 +919,9 @@ def test_a_head_in_full_precision(dtype):
     torch.testing.assert_close(out.log_probs, wanted.float(), rtol=1e-5, atol=1e-5 if dtype == torch.bfloat16 else 0.02)
     out.loss.backward()
     assert model.lm_head.weight.grad.dtype == dtype
+    for wrong, error in (("float32", TypeError), (torch.int8, ValueError)):
+        with pytest.raises(error, match="a torch.dtype of floats, like torch.float32"):
+            hf.attach(tiny(), head_dtype=wrong)
     with pytest.raises(ValueError, match="own scale and cap, which are traced; got logit_scale="):
         hf.attach(tiny("cohere"), logit_scale=0.5)
     with pytest.raises(ValueError, match="without from_logits"):

@@ -104,7 +104,7 @@ def _check_shifted(grpo: Mapping[str, Any], name: str, given: object, keep: obje
     """Raise unless ``token_ids`` are the inputs shifted by one, row t predicting token t + 1: others may have an
     accepted shape, and the wrong meaning. Contents are compared at live places, where they may be looked at."""
     ids = grpo["token_ids"]
-    if not (isinstance(ids, Tensor) and isinstance(given, Tensor)):
+    if not (isinstance(ids, Tensor) and isinstance(given, Tensor)) or ids.numel() == 0:
         return
     if isinstance(keep, Tensor):
         _check_index(grpo, name, given, keep, check)
