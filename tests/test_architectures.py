@@ -225,12 +225,18 @@ def test_a_model_that_is_left_changed_is_wrong():
 
 @pytest.mark.parametrize("name", ["LlamaForCausalLM", "Gemma2ForCausalLM", "GraniteForCausalLM"])
 def test_logits_that_are_changed_after_attach(name):
-    """Outside of what any look at the model's own forward shows: refused, never served."""
+    """A hook is traced, so the call is another model's than the truth; one that no trace shows is refused."""
 
-    def change(model):
+    def scale(model):
         model.lm_head.register_forward_hook(lambda module, inputs, output: 1.5 * output)
 
-    assert verdict_of(name, attach_then(change))[0].kind in (REFUSED, WRONG)
+    def scale_real_ones(model):
+        model.lm_head.register_forward_hook(
+            lambda module, inputs, output: 1.5 * output if type(output) is torch.Tensor else output
+        )
+
+    assert verdict_of(name, attach_then(scale))[0].kind == WRONG
+    assert verdict_of(name, attach_then(scale_real_ones))[0].kind == REFUSED
 
 
 def test_a_gradient_that_the_logits_lack_is_wrong():

@@ -292,6 +292,10 @@ def test_an_adapter_on_the_head_that_trl_refuses(folder, tmp_path):
             return trl.GRPOTrainer._get_per_token_logps_and_entropies(self, *args, **kwargs)
 
     mixed = type("Mixed", (Own, FusedGRPOTrainer), {})
+    layer = trl.trainer.grpo_trainer.BaseTunerLayer
+    with pytest.raises(TypeError, match="concatenate list"):  # while the check is passed over
+        trainer(FusedGRPOTrainer, folder, tmp_path, peft_config=config, options={}, callbacks=5)
+    assert trl.trainer.grpo_trainer.BaseTunerLayer is layer
     for kind, options in ((FusedGRPOTrainer, {"cast_lm_head_to_fp32": True}), (trl.GRPOTrainer, {}), (mixed, {})):
         with pytest.raises(ValueError, match="adapter to `lm_head` is not supported"):
             trainer(kind, folder, tmp_path, options=options, peft_config=config)
