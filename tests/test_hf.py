@@ -171,11 +171,12 @@ def test_packed_with_a_tail():
     labels = ids.roll(-1, 1)
     labels[:, 9:] = -100
     grpo = {"token_ids": labels, "cu_seqlens": torch.tensor([0, 4, 9])}
-    old = model(input_ids=ids, grpo={**grpo, "output": "log_probs"}).log_probs
+    packed = {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in (4, 5, 3)])[None]}
+    old = model(**packed, grpo={**grpo, "output": "log_probs"}).log_probs
     assert (old[:, 9:] == 0).all()
     grpo |= {"advantages": torch.tensor([1.0, -1.0]), "old_log_probs": old.detach()}
-    plain = model(input_ids=ids, grpo=grpo)
-    weighted = model(input_ids=ids, grpo={**grpo, "token_weights": lambda policy: torch.ones_like(policy.entropy)})
+    plain = model(**packed, grpo=grpo)
+    weighted = model(**packed, grpo={**grpo, "token_weights": lambda policy: torch.ones_like(policy.entropy)})
     assert plain.metrics.ratio_max == 1
     assert torch.equal(plain.loss, weighted.loss)
 
@@ -428,6 +429,16 @@ def test_what_is_around_the_head_is_served(name, dtype):
     mine, theirs = (m.get_input_embeddings().weight.grad.float() for m in (model, twin))
     assert bool(theirs.abs().max() > 0) == (name != "close and open")
     assert (mine - theirs).norm() <= (1e-4 if dtype == torch.float32 else 0.1) * theirs.norm()
+
+
+def test_a_patch_that_takes_anything():
+    """Positions mean what they mean to the model's class."""
+    model, given = tiny(), inputs()
+    plain = type(model).forward
+    model.forward = types.MethodType(lambda self, *args, **inputs: plain(self, *args, **inputs), model)
+    wanted = own_log_probs(model, given, asked(given)["token_ids"])
+    got = hf.attach(model)(given["input_ids"], given["attention_mask"], grpo=asked(given)).log_probs
+    torch.testing.assert_close(got.double(), wanted, rtol=0, atol=1e-5)
 
 
 def test_the_models_own_error_is_its_own():
@@ -877,6 +888,7 @@ def test_router_loss_over_micro_batches(count):
         ({"normalizer": 3.0, "aux_loss_coef": 0.1}, "micro_batches=, the number of calls"),
         ({"micro_batches": 2, "aux_loss_coef": 0.1}, "divides the whole loss"),
         ({"micro_batches": 0}, "an int >= 1"),
+        ({"aux_loss_coef": float("nan")}, "aux_loss_coef to be a finite number"),
         ({"token_losses": True, "aux_loss_coef": 0.1}, "add out.aux_loss yourself"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -922,7 +934,7 @@ def test_a_head_in_full_precision(dtype):
     for wrong, error in (("float32", TypeError), (torch.int8, ValueError)):
         with pytest.raises(error, match="a torch.dtype of floats, like torch.float32"):
             hf.attach(tiny(), head_dtype=wrong)
-    with pytest.raises(ValueError, match="own scale and cap, which are traced; got logit_scale="):
+    with pytest.raises(ValueError, match="own scale and cap, which are traced; got logit_scale=0.5"):
         hf.attach(tiny("cohere"), logit_scale=0.5)
     with pytest.raises(ValueError, match="without from_logits"):
         hf.attach(tiny(), head_dtype=torch.float32, from_logits=True)
@@ -1021,11 +1033,12 @@ def test_ids_that_are_not_shifted(name, from_logits):
     with pytest.raises(ValueError, match="shifted by one"):
         model(input_ids=packed, grpo={**grpo, "token_ids": packed.clone()})
     ids, mask = align(packed, torch.ones_like(packed), cu_seqlens=grpo["cu_seqlens"])
-    model(input_ids=packed, grpo={**grpo, "token_ids": ids, "mask": mask})
+    positions = {"position_ids": torch.arange(9).repeat(3)[None]}
+    model(input_ids=packed, **positions, grpo={**grpo, "token_ids": ids, "mask": mask})
     constant = torch.full((2, 6), 7)  # shifted or not, they are the same
     ids, mask = align(constant.view(1, -1), torch.ones(1, 12), cu_seqlens=torch.tensor([0, 6, 12]))
     grpo = {"token_ids": ids, "mask": mask, "cu_seqlens": torch.tensor([0, 6, 12]), "advantages": torch.ones(2)}
-    model(input_ids=constant.view(1, -1), grpo=grpo)
+    model(input_ids=constant.view(1, -1), position_ids=torch.arange(6).repeat(2)[None], grpo=grpo)
 
 
 def test_rounded_old_log_probs_at_token_level():
@@ -1302,6 +1315,10 @@ def test_positions_and_bounds_of_a_packed_batch(positions):
     bounds = torch.tensor([0, 5, 10])
     token_ids, mask = align(ids, torch.ones_like(ids), bounds)
     grpo = {"token_ids": token_ids, "mask": mask, "advantages": torch.ones(2), "cu_seqlens": bounds}
+    with pytest.raises(ValueError, match=r"(?s)position_ids= in the model's call.*got cu_seqlens alone"):
+        model(input_ids=ids, grpo=grpo)
+    apart = (torch.arange(10)[:, None] // 5 == torch.arange(10) // 5).tril()[None, None]
+    model(input_ids=ids, attention_mask=apart, grpo=grpo)  # told by a mask of its own
     with pytest.raises(ValueError, match=r"position_ids that begin anew at the bounds of cu_seqlens, \[5\]; got ones"):
         model(input_ids=ids, position_ids=torch.tensor([list(positions)]), grpo=grpo)
     right = torch.arange(5).repeat(2)[None]

@@ -59,7 +59,7 @@ def attach(
     on the head, a bias, a scale, a cap, columns that are cut) is traced at every call and computed with them, and what
     cannot be is refused by name. At the first call in each state of the model, and every ``proof_every`` calls, one
     live row is compared with the model's own logits; the first look waits for the device, a later one makes the loss
-    NaN, and a call soon after says why.
+    NaN, and eight calls later the reason is raised.
 
     Whatever else is asked of the model (``output_hidden_states``, ``output_router_logits``, ``use_cache``, ...) comes
     with the result: ``out.model_output``. ``out.aux_loss`` is the auxiliary loss of a mixture of experts as the model
@@ -123,6 +123,8 @@ def bind(
     before = inner.forward
     method = getattr(before, "__func__", None)
     signature = inspect.signature(method or type(inner).forward)
+    if any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in signature.parameters.values()):
+        signature = inspect.signature(type(inner).forward)  # of what somebody's patch passes its arguments on to
     positions = list(signature.parameters)[1:]
 
     def original(self: Any, *args: Any, **inputs: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..linear import linear_grpo_loss
 from ..loss import grpo_loss
-from ..objectives.checks import check_name, fail, may_look
+from ..objectives.checks import check_name, check_scalar, fail, may_look
 from ..objectives.names import check_options, keywords_of
 
 OF_THE_MODEL = ("hidden", "weight", "bias", "adapter", "logits", "config")
@@ -55,6 +55,7 @@ def check_given(
     encoded = bool(getattr(model.config, "is_encoder_decoder", False))
     name = "decoder_input_ids" if encoded else "input_ids"
     _check_shifted(grpo, name, inputs.get(name), inputs.get("logits_to_keep", 0), check)
+    _check_packed(grpo.get("cu_seqlens"), inputs)
     _check_positions(grpo.get("cu_seqlens"), inputs.get("position_ids"), check)
 
 
@@ -64,8 +65,8 @@ def check_keywords(kind: str, options: Mapping[str, object], names: Collection[s
     for name in options:
         if name in names:
             continue
-        if name in OF_THE_HEAD and name not in names:
-            fail("attach", "the model's own scale and cap, which are traced", f"{name}=")
+        if name in OF_THE_HEAD:
+            fail("attach", "the model's own scale and cap, which are traced", f"{name}={options[name]}")
         if name in of_logits and name not in of_hidden:
             hint = f"attach(..., from_logits=True) runs the model's own head and grpo_loss, and takes {name}="
             fail("attach", "keywords of linear_grpo_loss", f"{name}=, which grpo_loss alone has", hint=hint)
@@ -82,6 +83,7 @@ def _check_auxiliary(grpo: Mapping[str, Any]) -> None:
         fail("attach", "grpo=dict(micro_batches=...), an int >= 1", repr(count))
     if coef is None:
         return
+    check_scalar("attach", "aux_loss_coef", coef, grpo.get("check"))
     normalized = grpo.get("normalizer") is not None
     if normalized and count is None:
         hint = (
@@ -136,6 +138,17 @@ def _check_index(grpo: Mapping[str, Any], name: str, given: Tensor, keep: Tensor
     if bool((others & live).any()):
         hint = f"row t predicts token t + 1: token_ids = {name}[:, logits_to_keep + 1]"
         fail("attach", f"token_ids that are {name} shifted by one", "other ids at live places", grpo, hint=hint)
+
+
+def _check_packed(cu_seqlens: object, inputs: Mapping[str, Any]) -> None:
+    """Raise unless the model is told that it sees several sequences: it would attend from one to those before it."""
+    mask = inputs.get("attention_mask")
+    told = any(inputs.get(name) is not None for name in ("position_ids", "cu_seq_lens_q", "seq_idx"))
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.numel() <= 2 or told:
+        return
+    if not isinstance(mask, Tensor) or mask.dim() < 3:
+        hint = "positions count from 0 in each sequence: torch.cat([torch.arange(n) for n in lengths])[None]"
+        fail("attach", "position_ids= in the model's call of a packed batch", "cu_seqlens alone", hint=hint)
 
 
 def _check_positions(cu_seqlens: object, position_ids: object, check: bool | None) -> None:

@@ -153,7 +153,7 @@ def trace(model: Any, head: nn.Module, call: Callable[[], Any], row: tuple[Tenso
     own, around = fsdp_units(head.modules()), fsdp_units(way_to(model, head)[1:])
     with _without_fsdp_hooks(own), head_forward(head, traced):
         output = call()
-    logits = output.logits if hasattr(output, "logits") else output[0]
+    logits = _logits_of(output)
     if isinstance(logits, TracedLogits) and _history(logits) is not None:
         raise Untraceable("a function with a backward of its own is applied to them")
     if isinstance(logits, TracedLogits) and logits.form.trained != torch.is_grad_enabled():
@@ -164,6 +164,10 @@ def trace(model: Any, head: nn.Module, call: Callable[[], Any], row: tuple[Tenso
     if not all(product.current for product in logits.form.products):
         raise Untraceable("its head's states are written to behind it")
     return TracedHead(head, output, logits.form, rows[-1], owners, bool(own or around))
+
+
+def _logits_of(output: Any) -> Any:
+    return output.logits if hasattr(output, "logits") else output[0]
 
 
 def _history(logits: TracedLogits) -> object:
@@ -187,7 +191,7 @@ def rows_of(
 
     with head_forward(head, one_row):
         output = call()
-    return output.logits if hasattr(output, "logits") else output[0]
+    return _logits_of(output)
 
 
 def _row(states: Tensor, row: tuple[Tensor, ...]) -> Tensor:

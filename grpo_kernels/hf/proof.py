@@ -29,7 +29,8 @@ _LATER = 8
 """Calls after which the result of a look that did not wait is read: a device is not that far behind."""
 
 
-_MEMORIES = threading.Lock()
+_MAKING = threading.Lock()
+"""Held while a model's memory is made."""
 
 
 class Row(NamedTuple):
@@ -72,7 +73,7 @@ class Proof:
 
     def alone(self, model: nn.Module) -> threading.RLock:
         """Return the lock of a model: a second thread's call waits."""
-        with _MEMORIES:
+        with _MAKING:
             return self._memories.setdefault(model, _Memory()).lock
 
     def row(
