@@ -635,6 +635,20 @@ def test_calls_in_several_threads():
     assert "forward" not in vars(model.lm_head)
 
 
+def test_a_global_hook_is_named():
+    handle = torch.nn.modules.module.register_module_forward_hook(looks_at_contents_of_all)
+    try:
+        with pytest.raises(ValueError, match="(?s)norm is called with them; found: a global forward hook .*_of_all"):
+            hf.attach(tiny())(**inputs(), grpo=tokens_of(inputs()))
+    finally:
+        handle.remove()
+
+
+def looks_at_contents_of_all(module, args, output):
+    if isinstance(output, torch.Tensor) and output.shape[-1] == 99:
+        output.norm()
+
+
 def test_a_head_of_another_kind_is_refused():
     """Quantised heads multiply by code of their own: nothing of theirs is a linear layer of PyTorch."""
 

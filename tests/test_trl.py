@@ -320,6 +320,25 @@ def test_no_class_is_passed_over(folder, tmp_path, name, monkeypatch):
             trainer(FusedGRPOTrainer, folder, tmp_path)
 
 
+def test_what_is_put_on_a_trainer(make, folder):
+    """A patch of a method that the loss does not call is refused; so is a model that knows nothing of the loss."""
+    subject, _ = make({"beta": 0.04})
+    inputs = with_log_probs(batch(), subject)
+    for name in ("_get_per_token_logps_and_entropies", "get_gamma_weights"):
+        setattr(subject, name, getattr(subject, name))
+        with pytest.raises(TypeError, match=f"trainer.{name} is patched.*patch_trl"):
+            compute(subject, inputs)
+        delattr(subject, name)
+    compute(subject, inputs)
+    other = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokens = (torch.cat([inputs[f"prompt_{n}"], inputs[f"completion_{n}"]], 1) for n in ("ids", "mask"))
+    arguments = (*tokens, inputs["completion_ids"].shape[1])
+    with pytest.raises(RuntimeError, match=r"got another .*trainer.attach_loss\(model\)"):
+        subject._get_per_token_logps_and_entropies(other, *arguments)
+    subject.attach_loss(other)
+    assert subject._get_per_token_logps_and_entropies(other, *arguments)[0].shape == inputs["completion_ids"].shape
+
+
 def test_classes_that_are_honoured(folder, tmp_path):
     """A loss of one's own in front, and the masks that the fused loss asks for."""
     mine = type("Mine", (FusedGRPOTrainer,), {"_compute_loss": seven})

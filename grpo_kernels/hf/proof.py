@@ -29,6 +29,7 @@ _LATER = 8
 """Calls after which the result of a look that did not wait is read: a device is not that far behind."""
 
 
+_GLOBAL_HOOKS = torch.nn.modules.module._global_forward_hooks
 _MAKING = threading.Lock()
 """Held while a model's memory is made."""
 
@@ -184,7 +185,7 @@ def row_logits(row: Row) -> Tensor | None:
 
 def suspects(model: Any, head: nn.Module, before: Callable[..., Any]) -> str:
     """Return what may have made a difference, by name."""
-    found = []
+    found = [f"a global forward hook ({named(hook)})" for hook in _GLOBAL_HOOKS.values()]
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
     for module in head.modules():
         name = names.get(id(module), "the head")

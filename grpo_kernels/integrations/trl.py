@@ -64,13 +64,17 @@ class FusedGRPOTrainer(GRPOTrainer):
         cast = given is not None and given.cast_lm_head_to_fp32
         with contextlib.nullcontext() if own or cast else _adapted_head_allowed():
             super().__init__(*args, **kwargs)
-        options = {"temperature": self.temperature, **({"inplace": True} if from_logits else {})}
-        head_dtype = torch.float32 if self.args.cast_lm_head_to_fp32 else None
-        # Whatever forward is: TRL's fused head, perhaps over the forward of an earlier trainer.
+        self._from_logits = from_logits
         for model in (self.model, self.ref_model):
             if model is not None:
-                inner = hf.causal_model(model, "FusedGRPOTrainer")
-                hf.bind(inner, objective_of(self).config(), from_logits, options, head_dtype)
+                self.attach_loss(model)
+
+    def attach_loss(self, model: Any) -> None:
+        """Attach the loss to whatever forward is: TRL's fused head, perhaps over the forward of an earlier trainer."""
+        options = {"temperature": self.temperature, **({"inplace": True} if self._from_logits else {})}
+        head_dtype = torch.float32 if self.args.cast_lm_head_to_fp32 else None
+        inner = hf.causal_model(model, "FusedGRPOTrainer")
+        hf.bind(inner, objective_of(self).config(), self._from_logits, options, head_dtype)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -96,6 +100,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         _check_overrides(type(self), False)
+        _check_patches(self)
         check_trainer(self)
         mode = "train" if self.model.training else "eval"
         accumulated = self.current_gradient_accumulation_steps if mode == "train" else 1
@@ -158,6 +163,11 @@ class FusedGRPOTrainer(GRPOTrainer):
             inputs.setdefault("output_router_logits", False)
         with self.accelerator.autocast():
             returned = model(**inputs, grpo=types.MappingProxyType({**grpo, "receive": inside.append}))
+        if not inside:
+            raise RuntimeError(
+                "FusedGRPOTrainer: expected the policy or the reference model that the trainer was made with; got "
+                f"another {type(model).__name__}. A model that takes the place of one needs trainer.attach_loss(model)."
+            )
         return returned, inside[-1]
 
     def _entropy_coef_now(self) -> float:
@@ -321,6 +331,16 @@ def _check_overrides(kind: type, own_loss: bool) -> None:
                 changed = name in vars(other) and other is not FusedGRPOTrainer and not honoured
             if changed:
                 raise TypeError(_way_out(kind, other, name))
+
+
+def _check_patches(trainer: Any) -> None:
+    """Refuse what is put on a trainer itself in the place of a method that the fused loss does not call."""
+    for name in _REPLACED[1:]:
+        if name in vars(trainer):
+            raise TypeError(
+                f"trainer.{name} is patched, which the fused loss does not use: use trl.GRPOTrainer with "
+                "grpo_kernels.integrations.trl.patch_trl(), which keeps every loss of TRL's trainers."
+            )
 
 
 def _is_patched_method(method: Any) -> bool:
