@@ -247,6 +247,8 @@ def test_refused_by_name():
         model(**inputs(), grpo=True)
     with pytest.raises(ValueError, match="advantages"):
         hf.attach(tiny(), advantages=torch.ones(3))
+    with pytest.raises(ValueError, match="DistributedDataParallel; got nn.DataParallel"):
+        hf.attach(torch.nn.DataParallel(tiny()))
     with pytest.raises(ValueError, match="no head"):
         hf.attach(transformers.Qwen3Model(tiny().config))
     with pytest.raises(ValueError, match="^detach: "):
@@ -542,7 +544,7 @@ REFUSED = {
     "called with them where autograd is switched off; found: a forward hook": scales_without_gradient,
     "view_as is called with them; found: .*goes_through": goes_through_a_function,
     "a hook is put on their gradient; found: .*hooks_the_gradient": hooks_the_gradient,
-    "__get__ is called with them; found: .*asks_for_the_graph": asks_for_the_graph,
+    "their grad_fn is read; found: .*asks_for_the_graph": asks_for_the_graph,
     "mul is called with them, and .*out.*; found: .*writes_elsewhere": writes_elsewhere,
     "states are written to behind it; found: .*writes_to_the_states": writes_to_the_states,
     "a bias in torch.float64 is added to logits of less precision: head_dtype=torch.float64": adds_a_wider_bias,
@@ -967,6 +969,45 @@ def test_an_encoder_decoder():
     torch.testing.assert_close(out.log_probs, wanted.log_probs, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="(?s)decoder_input_ids shifted by one.*align\\(decoder_input_ids"):
         model(**given, decoder_input_ids=decoder, grpo={**tokens, "token_ids": decoder[:, 1:].flip(1)})
+
+
+@pytest.mark.parametrize("scale", [0.0, 20.0])
+def test_a_bias_in_full_precision_under_autocast(scale):
+    """A buffer that autocast leaves as it is widens the logits: BART and its kin."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "vocab_size": 99, "max_position_embeddings": 64}
+    sizes |= {
+        f"{part}_{what}": 2 * 32 ** (what != "attention_heads")
+        for part in ("encoder", "decoder")
+        for what in ("attention_heads", "ffn_dim")
+    }
+    model = transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes)).eval()
+    model.final_logits_bias.copy_(torch.linspace(0, scale, 99)[None])
+    given, decoder = inputs(), torch.randint(3, 99, (3, 6))
+    tokens = {"token_ids": decoder[:, 1:], "advantages": torch.tensor([1.0, -0.5, 0.3])}
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**given, decoder_input_ids=decoder).logits
+        out = hf.attach(model)(**given, decoder_input_ids=decoder, grpo=tokens)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(out.log_probs, grpo_loss(logits, **tokens).log_probs, rtol=0, atol=0.01)
+    out.loss.backward()
+
+
+def saves_its_output(module, args, output):
+    return output.log_softmax(-1)
+
+
+def test_in_place_where_it_can_be():
+    """Logits that autograd needs in backward are left as they are."""
+    model, given = tiny(), inputs()
+    model.lm_head.register_forward_hook(saves_its_output)
+    grads = []
+    for inplace in (False, True):
+        hf.attach(model, from_logits=True, inplace=inplace)(**given, grpo=tokens_of(given)).loss.backward()
+        grads.append(model.lm_head.weight.grad.clone())
+        model.zero_grad()
+        hf.detach(model)
+    assert torch.equal(*grads)
 
 
 def test_rows_in_front_of_the_tokens():

@@ -186,17 +186,19 @@ class Factor:
 
 
 class Head:
-    """Weights (V, H), (V, r) and bias (V,), cast to ``dtype``; GEMMs on the whole of them. ``wide``: gradients stay in
-    fp32.
+    """Weights (V, H), (V, r), cast to ``dtype``, and bias (V,), to that of the ``logits``; GEMMs on the whole of them.
+    ``wide``: gradients stay in fp32.
 
     Logits have the same dtype, or are fp32; their gradient is rounded to ``dtype`` then.
     """
 
-    def __init__(self, head: HeadTensors, dtype: torch.dtype, chunks: int, wants: Wants, wide: bool) -> None:
+    def __init__(
+        self, head: HeadTensors, dtype: torch.dtype, logits: torch.dtype, chunks: int, wants: Wants, wide: bool
+    ) -> None:
         wanted = zip(head.weights, wants.states, wants.weights, strict=False)
         self.factors = [Factor(weight, dtype, chunks, wide, *of_it) for weight, *of_it in wanted]
         bias = head.bias
-        self.bias = None if bias is None else bias.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(logits)
         self._wants_bias = wants.bias
         self._real = torch.float64 if dtype == torch.float64 else torch.float32
         self._bias_dtype = self._real if wide or bias is None else bias.dtype

@@ -91,7 +91,7 @@ class Walk:
         self._sweep, self._wants, self._states = sweep, wants, head.states
         device = head.hidden.device
         kind = head_kind(device.type, sweep.operands, sweep.dtype)
-        self._head = kind(head, sweep.operands, len(sweep.live_rows.chunks), wants, sweep.wide)
+        self._head = kind(head, sweep.operands, sweep.dtype, len(sweep.live_rows.chunks), wants, sweep.wide)
         self._logits = torch.empty(sweep.live_rows.longest, sweep.vocab, dtype=sweep.dtype, device=device)
         wanted = zip(head.states, wants.states, strict=False)
         self._gradients = [self._room(states) if wants_states else None for states, wants_states in wanted]

@@ -150,6 +150,8 @@ def bind(
             with with_frames(compiled):
                 output = original(self, **inputs)
             logits = output.logits if kept is None else output.logits[:, kept]
+            if hasattr(logits.grad_fn, "_saved_result"):  # autograd needs them once more
+                given.pop("inplace", None)
             out = _run(grpo_loss, token_log_probs, (logits,), given)
         else:
             call = functools.partial(original, self, **inputs)
@@ -337,6 +339,8 @@ def _inside(token_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, c
 def causal_model(model: nn.Module, function: str) -> Any:
     """Return the model inside the wrappers of DDP, FSDP and PEFT."""
     inner: Any = model
+    if isinstance(model, nn.DataParallel):
+        fail(function, "a model for one device, or in DistributedDataParallel", "nn.DataParallel")
     while not hasattr(inner, "get_output_embeddings") or hasattr(inner, "get_base_model"):
         wrapped = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", None)
         if wrapped is None:

@@ -70,7 +70,7 @@ class Operands(NamedTuple):
     bias: Tensor | None
     adapter: tuple[Tensor, Tensor] | None
     transform: dict[str, Any]
-    """logit_scale, logit_softcap"""
+    """logit_scale, logit_softcap, logits_dtype"""
 
 
 class TracedHead(NamedTuple):
@@ -103,7 +103,8 @@ class TracedHead(NamedTuple):
         form, main = self.form, self.main
         rest = [product for product in form.products if product is not main]
         weight, bias = self._weight(main, dtype), None if form.bias is None else self.whole(form.bias)
-        if bias is not None and dtype is None and form.wide_bias:
+        widened = bias is not None and dtype is None and form.wide_bias
+        if bias is not None and widened and not form.autocast.enabled:
             raise Untraceable(f"a bias in {bias.dtype} is added to logits of less precision: head_dtype={bias.dtype}")
         bias = None if bias is None else bias.to(weight.dtype)
         adapter = None
@@ -111,6 +112,8 @@ class TracedHead(NamedTuple):
             states, weights = [product.states for product in rest], [self._weight(product) for product in rest]
             adapter = (states[0], weights[0]) if len(rest) == 1 else (torch.cat(states, -1), torch.cat(weights, -1))
         transform: dict[str, Any] = {"logit_scale": form.logit_scale}
+        if widened:  # as the model's own are
+            transform["logits_dtype"] = torch.float32
         if form.cap is not None:
             transform["logit_softcap"] = form.cap
         return Operands(weight, bias, adapter, transform)

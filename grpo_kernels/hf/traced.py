@@ -273,6 +273,8 @@ class TracedLogits(Tensor):
                 raise Untraceable("their contents are looked at")
             return found
         rule = _RULES.get(name)
+        if name == "__get__":
+            raise Untraceable(f"their {func.__self__.__name__} is read")
         if rule is None:
             raise Untraceable(f"{name} is called with them")
         if any(isinstance(value, cls) and value.form.trained != torch.is_grad_enabled() for value in args):
