@@ -316,9 +316,10 @@ def test_the_output(function):
     with pytest.raises(AttributeError, match="out.token_losses, for the caller to reduce"):
         out.loss
     assert not hasattr(out, "loss")
-    nothing, metrics, log_probs, entropy, route, losses = out
+    nothing, metrics, log_probs, entropy, route, losses, *of_a_model = out
     assert nothing is None
-    assert losses is out.token_losses is out[-1]
+    assert of_a_model == [None, None]
+    assert losses is out.token_losses is out[5]
     assert (metrics, log_probs, entropy, route) == (out.metrics, out.log_probs, out.entropy, out.route)
     assert "token_losses=tensor" in repr(out)
     assert out._asdict()["token_losses"] is losses

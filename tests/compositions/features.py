@@ -260,6 +260,10 @@ REFUSALS = (
         for keyword, features in (("inplace", ("inplace",)), ("support", _SUPPORTS))
     ),
     Refusal(
+        "attach: expected the model's own scale and cap, which are traced; got logit_softcap=5.0.",
+        *("hf.attach", ("logit_softcap",)),
+    ),
+    Refusal(
         "grpo_loss: inplace=True inside activation checkpointing's recomputation: the logits that it was given may "
         "already be the gradient. Keep the loss outside the checkpointed region, or use inplace=False.",
         *("inplace", ("checkpoint",)),
