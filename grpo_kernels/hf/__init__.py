@@ -23,6 +23,7 @@ from ..objectives.checks import FLOAT_DTYPES, fail
 from ..objectives.compiler import leaving_graphs, with_frames
 from ..objectives.config import LossConfig, resolve_config
 from ..objectives.sequences import read_live
+from .form import Autocast, Untraceable
 from .given import OF_A_CALL, OUTPUTS, check_given, check_keywords, keywords
 from .head import FROM_LOGITS, TracedHead, check_backward_hooks, head_of, in_fsdp_units, trace
 from .head import named as named
@@ -30,7 +31,6 @@ from .outputs import ModelLogProbs as ModelLogProbs
 from .outputs import with_model_output
 from .parts import Parts
 from .proof import EVERY, Proof, row_logits, suspects
-from .traced import Autocast, Untraceable
 
 
 def attach(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..objectives.checks import fail
 from ..objectives.compiler import outside_graphs
-from .traced import IN_A_UNIT, Autocast, Form, HeadTrace, Product, TracedLogits, Untraceable
+from .form import IN_A_UNIT, Autocast, Form, Product, Untraceable
+from .traced import HeadTrace, TracedLogits
 
 FROM_LOGITS = "attach(..., from_logits=True) runs the model's own head"
 

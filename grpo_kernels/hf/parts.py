@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..objectives.compiler import with_frames
+from .form import Untraceable
 from .head import way_to
-from .traced import TracedLogits, Untraceable
+from .traced import TracedLogits
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 """Whose elements are called, or may be."""

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ..objectives.checks import fail, may_look
+from .form import Autocast, Untraceable
 from .head import FROM_LOGITS, TracedHead, named, rows_of, trace
 from .parts import Parts
-from .traced import Untraceable
 
 _REMEMBERED = 64
 """States of a model; beyond them the first is forgotten, and measured anew."""
@@ -236,8 +236,7 @@ def _random_numbers_kept(hidden: Tensor) -> Any:
 def _without_cache(hidden: Tensor) -> Any:
     """Return autocast as it is, but a whole weight that is cast for one row is not kept."""
     device = hidden.device.type
-    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
-    return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+    return Autocast.now(device).around(device, cache_enabled=False)
 
 
 def _has_row(hidden: Tensor) -> bool:
