@@ -5,12 +5,14 @@ Everything here works on detached values: nothing is differentiated through a co
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .checks import fail
+from .checks import checks_enabled, fail
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -63,3 +65,79 @@ def ordered_sum(values: Tensor, group: ProcessGroup) -> Tensor:
     for other in others:
         total = total + other
     return total
+
+
+_AGREED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+"""The functions whose ranks have agreed, by process group."""
+_ERRORS = (ValueError, TypeError, IndexError, RuntimeError)
+"""What ``agree`` raises on every rank as what it is on one."""
+
+
+def agree(
+    function: str,
+    name: str,
+    group: ProcessGroup | None,
+    facts: Mapping[str, int | str],
+    error: Exception | None = None,
+    check: bool | None = None,
+) -> None:
+    """Raise one error on all ranks, where one of them has an ``error`` of its own or where their facts differ.
+
+    Ranks tell each other at the first call of a function on a group, and at every call with checks on: conditions that
+    are the same on all of them, as shapes are not. At calls in between, in a captured graph, and without a group, a
+    rank raises its own error alone. Facts are told in words, in two collectives that wait for the device.
+
+    Args:
+        function, name: the function and its keyword for the group, for messages.
+        group: the ranks; None: this one.
+        facts: what is the same on all ranks, by name: numbers, or words such as a config's repr.
+        error: what this rank's own checks have raised, caught so that the others do not wait for it.
+        check: whether checks are on, the same on all ranks; None: the environment's GRPO_KERNELS_CHECK.
+
+    Raises:
+        ValueError: facts that differ, with those of every rank.
+        Exception: the errors of ranks, each with its rank, as the type of the first; that of this rank as it is where
+            nothing is told, or where all ranks have the same.
+    """
+    if group is None or not _tells(function, group, check):
+        if error is not None:
+            raise error
+        return
+    told: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(told, (_in_words(error), {"function": function, **facts}), group=group)
+    errors = [words for words, _ in told]
+    if any(errors):
+        _raise_together(errors, error)
+    _compare(function, name, [of_rank for _, of_rank in told])
+    _AGREED.setdefault(group, set()).add(function)
+
+
+def _tells(function: str, group: ProcessGroup, check: bool | None) -> bool:
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        return False
+    return checks_enabled(check) or function not in _AGREED.get(group, ())
+
+
+def _in_words(error: Exception | None) -> tuple[str, str] | None:
+    """Return the name of an error's type and its text, which travel; its object might not."""
+    if error is None:
+        return None
+    kind = next((kind.__name__ for kind in _ERRORS if isinstance(error, kind)), "RuntimeError")
+    return kind, str(error) or type(error).__name__
+
+
+def _raise_together(errors: list[tuple[str, str] | None], own: Exception | None) -> None:
+    if own is not None and all(words == errors[0] for words in errors):
+        raise own
+    texts = [f"rank {rank} of {len(errors)}: {words[1]}" for rank, words in enumerate(errors) if words is not None]
+    first = next(words[0] for words in errors if words is not None)
+    kind = next(kind for kind in _ERRORS if kind.__name__ == first)
+    raise kind("\n".join(texts)) from own
+
+
+def _compare(function: str, name: str, facts: list[Mapping[str, int | str]]) -> None:
+    for what in dict.fromkeys(what for of_rank in facts for what in of_rank):
+        values = [of_rank.get(what, "none") for of_rank in facts]
+        if any(value != values[0] for value in values):
+            got = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values))
+            fail(function, f"the same {what} on every rank of {name}", got)
