@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,11 +18,22 @@ from .calls.head import HeadTensors, Wants, operand_dtype
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
 from .calls.routes import Require, Route, choose, choose_backend, choose_log_probs
+from .calls.sharding import (
+    ALONE,
+    HiddenGrad,
+    facts_of,
+    local,
+    local_arguments,
+    read_head_shard,
+    read_hidden_grad,
+    vocabulary_agreement,
+)
 from .calls.sweep import LinearLoss, Sweep
 from .calls.terms import TokenBatch, pools, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
 from .calls.token_losses import token_losses as losses_of_tokens
 from .calls.tokens import RowTokens, read_linear_tokens
+from .calls.vocabulary import SHARDED
 from .objectives.checks import check_scalar
 from .objectives.compiler import outside_graphs
 from .objectives.config import LossConfig, resolve_config
@@ -31,6 +42,11 @@ from .objectives.metrics import Metrics
 from .objectives.names import NoKeyword, refuse_keywords
 from .objectives.normalizer import Normalizer
 from .objectives.sequences import Sequences
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .objectives.groups import Group
 
 
 @outside_graphs
@@ -62,6 +78,10 @@ def linear_grpo_loss(
     live_tokens: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     logits_dtype: torch.dtype | None = None,
+    vocab_group: Group | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    hidden_grad: HiddenGrad = "all_reduce",
     check: bool | None = None,
     backend: str | None = None,
     require: Require | None = None,
@@ -88,6 +108,14 @@ def linear_grpo_loss(
             depend on it beyond rounding, and on nothing but shapes and dtypes otherwise.
         logits_dtype: torch.float32 keeps the logits of a bf16 or fp16 head unrounded, as its GEMM accumulates them, at
             twice the memory a row; None: the head's dtype, as a materialised head rounds them.
+        vocab_group: the ranks that hold the rows of one head in rank order, a process group or a device mesh of one
+            dimension: weight, bias and the adapter's weight are this rank's rows, everything else is equal on all of
+            them. What comes back is as well, bit for bit, but for the gradients of these rows. One collective of four
+            numbers a token. They may be DTensors instead (``Shard(0)`` on one dimension of their mesh).
+        vocab_start, vocab_size: as for ``grpo_loss``.
+        hidden_grad: "all_reduce": the gradient of hidden (and adapter) states is summed over the ranks, in fp32 and in
+            rank order, a chunk at a time; "partial": it is this rank's part, for a caller that sums it (Megatron's
+            sequence parallelism, whose gather of the states does in its backward).
         **the rest**: as for ``grpo_loss``.
 
     Returns:
@@ -117,30 +145,43 @@ def linear_grpo_loss(
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_grpo_loss", logit_args, check)
     head = read_head("linear_grpo_loss", hidden, weight, bias, adapter)
-    tokens = read_linear_tokens("linear_grpo_loss", head, token_ids, mask, logits_dtype, arguments.tensors, check)
-    wants = Wants.of(head)
-    if token_losses:
-        refuse_what_losses_of_tokens_lack(tokens, grad_scale)
-    choice = choose_backend(tokens, backend, logit_softcap is not None, fused=any(wants))
-    tokens, batch = read_batch(tokens, config, arguments)
-    plan = choose(
-        tokens,
-        config,
-        batch,
-        arguments,
-        choice,
-        require=require,
-        wants_gradient=any(wants),
-        unknown=ON_DEMAND if token_losses else None,
-    )
-    _check_contents(tokens, head, adapter, logit_args)
+    head, shard = read_head_shard("linear_grpo_loss", head, vocab_group, vocab_start, vocab_size, check)
+    token_ids, mask = local("linear_grpo_loss", "token_ids", token_ids), local("linear_grpo_loss", "mask", mask)
+    arguments = local_arguments("linear_grpo_loss", arguments)
+    with ALONE if shard is None else vocabulary_agreement("linear_grpo_loss", shard, check) as facts:
+        states_group = read_hidden_grad("linear_grpo_loss", hidden_grad, shard)
+        tokens = read_linear_tokens(
+            "linear_grpo_loss", head, token_ids, mask, logits_dtype, arguments.tensors, check, shard
+        )
+        wants = Wants.of(head)
+        if token_losses:
+            refuse_what_losses_of_tokens_lack(tokens, grad_scale)
+        choice = choose_backend(tokens, backend, logit_softcap is not None, fused=any(wants))
+        tokens, batch = read_batch(tokens, config, arguments)
+        plan = choose(
+            tokens,
+            config,
+            batch,
+            arguments,
+            choice,
+            require=require,
+            wants_gradient=any(wants),
+            unknown=ON_DEMAND if token_losses else None if shard is None else SHARDED,
+        )
+        check_ids(tokens, always=head.hidden.device.type == "cpu")
+        rows = _chunk_rows(tokens, head, chunk_bytes)
+        if facts is not None:
+            named = {"config": config, "arguments": arguments.given, "gradients of states": wants.states}
+            facts |= facts_of(tokens, **named, rows_of_a_chunk=rows, hidden_grad=hidden_grad)
+    _check_shift(tokens, head, logit_args)
     wide = grad_scale is None and not token_losses and operand_dtype(hidden) == torch.float16
     scale = _fp16_scale(batch, config, logit_args) if wide else grad_scale
     scale = 1.0 if scale is None else checked_scale("linear_grpo_loss", scale, check)
     numbers = numbers_vector(logit_args, scale, config, tokens.real, hidden.device, entropy_threshold)
     together = plan.spec is None and pools(config, batch) and any(wants) and not token_losses
     sequences = batch.sequences if together else None
-    sweep = _sweep(tokens, numbers, logit_args, plan.route, head, live_tokens, chunk_bytes, sequences, wide)
+    chunks = (live_tokens, rows, states_group, sequences, wide)
+    sweep = _sweep(tokens, numbers, logit_args, plan.route, head, *chunks)
     if token_losses:
         log_prob, entropy = autograd.LinearLogProbs.apply(sweep, *head)
         with torch.no_grad():
@@ -177,6 +218,10 @@ def linear_token_log_probs(
     live_tokens: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     logits_dtype: torch.dtype | None = None,
+    vocab_group: Group | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    hidden_grad: HiddenGrad = "all_reduce",
     check: bool | None = None,
     backend: str | None = None,
     require: Require | None = None,
@@ -195,23 +240,35 @@ def linear_token_log_probs(
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_token_log_probs", logit_args, check)
     head = read_head("linear_token_log_probs", hidden, weight, bias, adapter)
-    tokens = read_linear_tokens("linear_token_log_probs", head, token_ids, mask, logits_dtype, {}, check)
-    route = choose_log_probs(tokens, backend=backend, softcap=logit_softcap is not None, require=require)
-    _check_contents(tokens, head, adapter, logit_args)
+    head, shard = read_head_shard("linear_token_log_probs", head, vocab_group, vocab_start, vocab_size, check)
+    token_ids, mask = (
+        local("linear_token_log_probs", "token_ids", token_ids),
+        local("linear_token_log_probs", "mask", mask),
+    )
+    with ALONE if shard is None else vocabulary_agreement("linear_token_log_probs", shard, check) as facts:
+        states_group = read_hidden_grad("linear_token_log_probs", hidden_grad, shard)
+        tokens = read_linear_tokens("linear_token_log_probs", head, token_ids, mask, logits_dtype, {}, check, shard)
+        route = choose_log_probs(tokens, backend=backend, softcap=logit_softcap is not None, require=require)
+        check_ids(tokens, always=head.hidden.device.type == "cpu")
+        rows = _chunk_rows(tokens, head, chunk_bytes)
+        if facts is not None:
+            wanted = {"gradients of states": Wants.of(head).states}
+            facts |= facts_of(tokens, **wanted, rows_of_a_chunk=rows, hidden_grad=hidden_grad)
+    _check_shift(tokens, head, logit_args)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, hidden.device)
-    sweep = _sweep(tokens, numbers, logit_args, route, head, live_tokens, chunk_bytes)
+    sweep = _sweep(tokens, numbers, logit_args, route, head, live_tokens, rows, states_group)
     log_prob, entropy = autograd.LinearLogProbs.apply(sweep, *head)
     return TokenLogProbs(sweep.valid(log_prob).view(tokens.shape), sweep.valid(entropy).view(tokens.shape))
 
 
-def _check_contents(
-    tokens: RowTokens, head: HeadTensors, adapter: tuple[Tensor, Tensor] | None, logit_args: LogitArgs
-) -> None:
-    """With checks on, raise where ids are out of range or look shifted. On a CPU the range is looked at in any case."""
-    check_ids(tokens, always=head.hidden.device.type == "cpu")
+def _check_shift(tokens: RowTokens, head: HeadTensors, logit_args: LogitArgs) -> None:
+    """With checks on, raise where ids look shifted."""
     if not (tokens.checks and tokens.looks):
         return
+    adapter = None if head.adapter_states is None else (head.adapter_states, head.adapter_weight)
     options = {"bias": head.bias, "adapter": adapter, **logit_args._asdict(), "check": False}
+    if (shard := tokens.shard) is not None:
+        options |= {"vocab_group": shard.group, "vocab_start": shard.start, "vocab_size": shard.vocab}
 
     def log_probs(ids: Tensor, live: Tensor) -> Tensor:
         shaped = (values.view(tokens.shape) for values in (ids, live))
@@ -236,6 +293,11 @@ def _fp16_scale(batch: TokenBatch, config: LossConfig, logit_args: LogitArgs) ->
     return torch.exp2(-largest.clamp(min=2**-24, max=2.0**100).nan_to_num(nan=1.0).log2().floor() - 6)
 
 
+def _chunk_rows(tokens: RowTokens, head: HeadTensors, chunk_bytes: int) -> int:
+    check_scalar(tokens.function, "chunk_bytes", chunk_bytes)
+    return chunk_rows(tokens, head.width, operand_dtype(head.hidden), int(chunk_bytes))
+
+
 def _sweep(
     tokens: RowTokens,
     numbers: Tensor,
@@ -243,22 +305,22 @@ def _sweep(
     route: Route,
     head: HeadTensors,
     live_tokens: int | None,
-    chunk_bytes: int,
+    rows: int,
+    states_group: ProcessGroup | None,
     sequences: Sequences | None = None,
     wide: bool = False,
 ) -> Sweep:
-    check_scalar(tokens.function, "chunk_bytes", chunk_bytes)
-    operands = operand_dtype(head.hidden)
-    rows = chunk_rows(tokens, head.width, operands, int(chunk_bytes))
     live_rows = LiveRows.of(tokens, rows, live_tokens, sequences)
     return Sweep(
         live_rows=live_rows,
         token_ids=live_rows.take(tokens.token_ids),
         numbers=numbers,
         softcap=logit_args.logit_softcap is not None,
-        operands=operands,
+        operands=operand_dtype(head.hidden),
         dtype=tokens.dtype,
-        vocab=tokens.vocab,
+        columns=tokens.columns,
+        shard=tokens.shard,
+        states_group=states_group,
         backend=route.backend,
         wide=wide,
     )

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from .backends import ops
 from .backends.spec import LogitArgs, numbers_vector
 from .calls import autograd
 from .calls.arguments import check_inplace, check_logit_args
-from .calls.contents import check_contents
+from .calls.contents import check_contents, check_ids
 from .calls.outputs import TokenLogProbs
 from .calls.routes import Require, choose_log_probs
+from .calls.sharding import ALONE, facts_of, local, read_shard, vocabulary_agreement
 from .calls.support import Support, check_not_inplace, supported_log_probs
 from .calls.tokens import read_tokens
+from .calls.vocabulary import row_stats
 from .objectives.names import NoKeyword, refuse_keywords
+
+if TYPE_CHECKING:
+    from .objectives.groups import Group
 
 
 def token_log_probs(
@@ -27,6 +33,9 @@ def token_log_probs(
     logit_softcap: float | Tensor | None = None,
     inplace: bool = False,
     support: Support | None = None,
+    vocab_group: Group | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     check: bool | None = None,
     backend: str | None = None,
     require: Require | None = None,
@@ -47,6 +56,7 @@ def token_log_probs(
             sampler's order, or a bool mask (*token_ids.shape, V). Log-probs and entropies are then those of the
             distribution renormalised over it, the drawn token always included. Rows are copied some at a time, masked
             ones too; not inside a compiled graph.
+        vocab_group, vocab_start, vocab_size: as for ``grpo_loss``: logits are some of a vocabulary's columns.
         check, backend: as for ``grpo_loss``.
         require: "fused": raise where no compiled kernels would serve the call.
 
@@ -59,14 +69,23 @@ def token_log_probs(
     """
     if unknown:
         refuse_keywords(token_log_probs, unknown)
-    logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
-    check_logit_args("token_log_probs", logit_args, check)
-    tokens = read_tokens("token_log_probs", logits, token_ids, mask, {}, check)
-    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
-    if inplace and wants_gradient:
-        check_inplace("token_log_probs", inplace, logits, tokens.tensors)
-    softcap, copies = logit_softcap is not None, support is not None
-    route = choose_log_probs(tokens, backend=backend, softcap=softcap, require=require, copies=copies)
+    shard = None
+    if type(logits) is not Tensor or (vocab_group, vocab_start, vocab_size) != (None, None, None):
+        logits, shard = read_shard("token_log_probs", logits, -1, vocab_group, vocab_start, vocab_size, check)
+        token_ids, mask = local("token_log_probs", "token_ids", token_ids), local("token_log_probs", "mask", mask)
+    with ALONE if shard is None else vocabulary_agreement("token_log_probs", shard, check) as facts:
+        logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+        check_logit_args("token_log_probs", logit_args, check)
+        tokens = read_tokens("token_log_probs", logits, token_ids, mask, {}, check, shard)
+        wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+        if inplace and wants_gradient:
+            check_inplace("token_log_probs", inplace, logits, tokens.tensors)
+        softcap, copies = logit_softcap is not None, support is not None
+        route = choose_log_probs(tokens, backend=backend, softcap=softcap, require=require, copies=copies)
+        if shard is not None:
+            check_ids(tokens, always=logits.device.type == "cpu")
+        if facts is not None:
+            facts |= facts_of(tokens)
     check_contents(tokens, route.backend, logit_args)
     if support is not None:
         check_not_inplace("token_log_probs", inplace, tokens.tensors)
@@ -74,7 +93,7 @@ def token_log_probs(
         return TokenLogProbs(log_prob.view(tokens.shape), entropy.view(tokens.shape))
     rows = tokens.rows(numbers_vector(logit_args, 1.0, None, tokens.real, logits.device), softcap)
     if wants_gradient:
-        log_prob, entropy = autograd.LogProbs.apply(logits, rows, route.backend, inplace)
+        log_prob, entropy = autograd.LogProbs.apply(logits, rows, shard, route.backend, inplace)
     else:
-        log_prob, entropy, *_ = ops.log_probs(rows._replace(logits=logits.detach()), route.backend)
+        log_prob, entropy, *_ = row_stats(rows._replace(logits=logits.detach()), shard, route.backend)
     return TokenLogProbs(log_prob.view(tokens.shape), entropy.view(tokens.shape))

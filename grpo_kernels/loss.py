@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,18 +14,23 @@ from .backends.spec import NUMBERS, LogitArgs, ObjectiveSpec, numbers_vector
 from .calls import autograd
 from .calls.arguments import check_inplace, check_logit_args, checked_scale
 from .calls.batch import LossArguments, read_batch
-from .calls.contents import check_contents
+from .calls.contents import check_contents, check_ids
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome
 from .calls.routes import Require, choose, choose_backend
+from .calls.sharding import ALONE, facts_of, local, local_arguments, read_shard, vocabulary_agreement
 from .calls.support import Support, check_not_inplace, supported_log_probs
 from .calls.terms import Settled, TokenBatch, reduce_records, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
 from .calls.token_losses import token_losses as losses_of_tokens
 from .calls.tokens import read_tokens
+from .calls.vocabulary import SHARDED
 from .objectives.config import LossConfig, resolve_config
 from .objectives.names import NoKeyword, refuse_keywords
 from .objectives.normalizer import Normalizer
+
+if TYPE_CHECKING:
+    from .objectives.groups import Group
 
 
 def grpo_loss(
@@ -52,6 +57,9 @@ def grpo_loss(
     support: Support | None = None,
     skip_zero_advantage: bool = False,
     token_losses: bool = False,
+    vocab_group: Group | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
     check: bool | None = None,
     backend: str | None = None,
     require: Require | None = None,
@@ -94,6 +102,14 @@ def grpo_loss(
         token_losses: return the loss of every token, unweighted by the aggregation, in ``out.token_losses`` (and no
             ``out.loss``): for a reduction of your own, which the gradient follows. The metrics' terms of the loss are
             sums over tokens then. Two passes; ``normalizer``, ``grad_scale`` and ``inplace`` are refused.
+        vocab_group: the ranks that hold the columns of one vocabulary in rank order, a process group or a device mesh
+            of one dimension: logits are this rank's columns, everything else is equal on all of them, and so is what
+            comes back, bit for bit. Two passes, and one collective of four numbers a token, in forward. Logits may be a
+            DTensor instead (``Shard(-1)`` on one dimension of its mesh), which says all this by itself.
+        vocab_start: this rank's first column; None: ranks hold columns one after the other.
+        vocab_size: how many columns count: ids are below it, and what a padded vocabulary has beyond it has no
+            probability and gradient 0. Where one of the two is not given, ranks tell each other how many columns they
+            have, which waits for a device.
         check: also check contents on a device, which waits for it, and more of them everywhere (ids in range and not
             shifted, masks without fractions, weights >= 0). None: the environment's GRPO_KERNELS_CHECK.
         backend: "cpu", "cuda", "triton", "torch"; None: the fastest that serves the call ("cuda" only where proven).
@@ -129,29 +145,39 @@ def grpo_loss(
         skip_zero_advantage=skip_zero_advantage,
         token_losses=token_losses,
     )
-    logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
-    check_logit_args("grpo_loss", logit_args, check)
-    tokens = read_tokens("grpo_loss", logits, token_ids, mask, arguments.tensors, check)
-    wants_gradient = torch.is_grad_enabled() and logits.requires_grad
-    if token_losses:
-        refuse_what_losses_of_tokens_lack(tokens, grad_scale, inplace)
-    if inplace and wants_gradient:
-        check_inplace("grpo_loss", inplace, logits, tokens.tensors)
-    unannounced = UNSCALED if grad_scale is None and logits.dtype == torch.float16 else None
-    unannounced = ON_DEMAND if token_losses else unannounced
-    choice = choose_backend(tokens, backend, logit_softcap is not None, fused=wants_gradient)
-    tokens, batch = read_batch(tokens, config, arguments)
-    plan = choose(
-        tokens,
-        config,
-        batch,
-        arguments,
-        choice,
-        require=require,
-        wants_gradient=wants_gradient,
-        copies=support is not None,
-        unknown=unannounced,
-    )
+    shard = None
+    if type(logits) is not Tensor or (vocab_group, vocab_start, vocab_size) != (None, None, None):
+        logits, shard = read_shard("grpo_loss", logits, -1, vocab_group, vocab_start, vocab_size, check)
+        token_ids, mask = local("grpo_loss", "token_ids", token_ids), local("grpo_loss", "mask", mask)
+        arguments = local_arguments("grpo_loss", arguments)
+    with ALONE if shard is None else vocabulary_agreement("grpo_loss", shard, check) as facts:
+        logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+        check_logit_args("grpo_loss", logit_args, check)
+        tokens = read_tokens("grpo_loss", logits, token_ids, mask, arguments.tensors, check, shard)
+        wants_gradient = torch.is_grad_enabled() and logits.requires_grad
+        if token_losses:
+            refuse_what_losses_of_tokens_lack(tokens, grad_scale, inplace)
+        if inplace and wants_gradient:
+            check_inplace("grpo_loss", inplace, logits, tokens.tensors)
+        unannounced = UNSCALED if grad_scale is None and logits.dtype == torch.float16 else None
+        unannounced = ON_DEMAND if token_losses else unannounced if shard is None else SHARDED
+        choice = choose_backend(tokens, backend, logit_softcap is not None, fused=wants_gradient)
+        tokens, batch = read_batch(tokens, config, arguments)
+        plan = choose(
+            tokens,
+            config,
+            batch,
+            arguments,
+            choice,
+            require=require,
+            wants_gradient=wants_gradient,
+            copies=support is not None,
+            unknown=unannounced,
+        )
+        if shard is not None:
+            check_ids(tokens, always=logits.device.type == "cpu")
+        if facts is not None:
+            facts |= facts_of(tokens, config=config, arguments=arguments.given)
     backend = plan.route.backend
     if tokens.checks:
         check_contents(tokens, backend, logit_args)
@@ -164,8 +190,9 @@ def grpo_loss(
         check_not_inplace("grpo_loss", inplace, tokens.tensors)
         outputs = supported_log_probs(logits, tokens, support, logit_args, backend)
         outcome = call.tokens_of(*outputs) if token_losses else call.of_log_probs(*outputs)
-    elif token_losses:
-        outcome = call.tokens_of(*autograd.LogProbs.apply(logits, call.rows, backend, False))
+    elif token_losses or shard is not None:
+        outputs = autograd.LogProbs.apply(logits, call.rows, shard, backend, inplace)
+        outcome = call.tokens_of(*outputs) if token_losses else call.of_log_probs(*outputs)
     elif not wants_gradient:
         outcome = call.forward_only()
     elif plan.fused and plan.spec is not None:

@@ -126,7 +126,7 @@ def _fake_gradient(logits: Tensor) -> Tensor:
     return logits.new_empty_strided(logits.shape, memory.row_strides(logits))
 
 
-def _note_write(tensor: Tensor) -> None:
+def note_write(tensor: Tensor) -> None:
     """Tell autograd of a write: kernels write behind its back, and nodes that saved the tensor would not notice."""
     if not tensor.is_inference():
         torch.autograd.graph.increment_version(tensor)
@@ -159,7 +159,7 @@ def log_probs_backward_(rows: Rows, stats: RowStats, gradients: RowGradients, ba
     """Write the gradient over the logits."""
     backends.get(backend).log_probs_backward(rows, stats, gradients, rows.logits)
     _zero_unused_rows(rows)
-    _note_write(rows.logits)
+    note_write(rows.logits)
 
 
 def _fake_fused_loss_(
@@ -196,7 +196,7 @@ def fused_loss_(
     records = _new_records(stats.log_prob, spec)
     backends.get_fused(backend).fused_loss(rows, inputs, spec, stats, records, rows.logits)
     _zero_unused_rows(rows)
-    _note_write(rows.logits)
+    note_write(rows.logits)
     return stats.log_prob, stats.entropy, records
 
 
@@ -253,5 +253,5 @@ def rescale_(gradient: Tensor, token_ids: Tensor, upstream: Tensor, announced: T
     ``token_ids`` is here for its shape: a compiled backward that saw T only as the T + 1 rows of the gradient would
     not compile (inductor of torch 2.13: "For s + 1, expected [s] to have been codegen-ed").
     """
-    _note_write(gradient)
+    note_write(gradient)
     backends.get(backend).rescale(gradient, upstream, announced)

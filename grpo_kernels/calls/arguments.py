@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ..objectives.config import LossConfig
 
 
-def check_logits(function: str, logits: Tensor, tensors: Mapping[str, object]) -> None:
+def check_logits(function: str, logits: Tensor, tensors: Mapping[str, object], may_be_empty: bool = False) -> None:
+    """Raise unless logits are rows of the vocabulary; ``may_be_empty``: where other ranks hold its columns."""
     if not isinstance(logits, Tensor):
         fail(function, "logits to be a tensor", type(logits).__name__, tensors, error=TypeError)
     if logits.dtype not in FLOAT_DTYPES:
@@ -27,7 +28,7 @@ def check_logits(function: str, logits: Tensor, tensors: Mapping[str, object]) -
             "flatten leading dimensions: logits.flatten(0, -3), token_ids.flatten(0, -2)" if logits.dim() > 3 else None
         )
         fail(function, "logits (B, T, V), (B, T+1, V) or packed (N, V)", f"{logits.dim()} dimensions", tensors, hint)
-    if logits.shape[-1] == 0:
+    if logits.shape[-1] == 0 and not may_be_empty:
         fail(function, "at least one vocabulary column", f"shape {tuple(logits.shape)}", tensors)
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         hint = "the vocabulary must be the contiguous dimension: logits.contiguous()"
@@ -48,8 +49,8 @@ def read_head(
     return HeadTensors(hidden, weight, bias, *parts)
 
 
-def check_head(function: str, head: HeadTensors, tensors: Mapping[str, object]) -> None:
-    """Raise unless hidden states, LM head and adapter fit each other, and are whole and floating."""
+def check_head(function: str, head: HeadTensors, tensors: Mapping[str, object], may_be_empty: bool = False) -> None:
+    """Raise unless hidden states, LM head and adapter fit each other, are floating, and whole or this rank's part."""
     hidden, weight, bias = head[:3]
     for name, tensor in head._asdict().items():
         if tensor is None and name not in ("hidden", "weight"):
@@ -70,7 +71,7 @@ def check_head(function: str, head: HeadTensors, tensors: Mapping[str, object]) 
     if hidden.dim() not in (2, 3):
         expected = "hidden (B, T, H), (B, T+1, H) or packed (N, H)"
         fail(function, expected, f"{hidden.dim()} dimensions", tensors)
-    if weight.dim() != 2 or weight.shape[0] == 0:
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not may_be_empty):
         fail(function, "weight (V, H) with V > 0", f"shape {tuple(weight.shape)}", tensors)
     if hidden.shape[-1] != weight.shape[1]:
         turned = "weight is (V, H), as nn.Linear keeps it: weight.T" if hidden.shape[-1] == weight.shape[0] else None

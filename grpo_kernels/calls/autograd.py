@@ -18,6 +18,7 @@ from ..backends import ops
 from ..backends.contract import RowGradients, Rows, RowStats
 from .arguments import ordinary
 from .head import HeadTensors, Wants
+from .vocabulary import VocabShard, row_stats
 
 _SPENT = (
     "{function}: a second backward through one call. Its gradient was computed during forward and has been handed "
@@ -136,22 +137,28 @@ class LogProbs(torch.autograd.Function):
     """Log-probs and entropies of rows, differentiable in both."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: Rows, backend: str, inplace: bool) -> tuple[Tensor, Tensor]:
-        stats = ops.log_probs(rows._replace(logits=logits), backend)
+    def forward(
+        ctx: Any, logits: Tensor, rows: Rows, shard: VocabShard | None, backend: str, inplace: bool
+    ) -> tuple[Tensor, Tensor]:
+        stats = row_stats(rows._replace(logits=logits), shard, backend)
         ctx.save_for_backward(logits, *rows[1:4], *stats)
         ctx.set_materialize_grads(False)
-        ctx.softcap, ctx.backend, ctx.inplace = rows.softcap, backend, inplace
+        ctx.softcap, ctx.shard, ctx.backend, ctx.inplace = rows.softcap, shard, backend, inplace
         return stats.log_prob, stats.entropy
 
     @staticmethod
     @once
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream == (None, None):
-            return None, None, None, None
+            return None, None, None, None, None
         logits, token_ids, live, numbers, *stats = ctx.saved_tensors
         rows = Rows(logits, token_ids, live, numbers, ctx.softcap)
         gradients = RowGradients(*(None if slope is None else slope.contiguous() for slope in upstream))
-        return backward_rows(rows, RowStats(*stats), gradients, ctx.backend, ctx.inplace), None, None, None
+        if ctx.shard is None:
+            gradient = backward_rows(rows, RowStats(*stats), gradients, ctx.backend, ctx.inplace)
+        else:
+            gradient = ctx.shard.gradient(rows, RowStats(*stats), gradients, ctx.backend, ctx.inplace)
+        return gradient, None, None, None, None
 
 
 class LinearLogProbs(torch.autograd.Function):
@@ -169,7 +176,7 @@ class LinearLogProbs(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if upstream == (None, None):
+        if upstream == (None, None) and ctx.sweep.states_group is None:
             return (None,) * len(ctx.needs_input_grad)
         saved, count = ctx.saved_tensors, len(HeadTensors._fields)
         wants, head = Wants(*ctx.needs_input_grad[1:]), HeadTensors(*saved[:count])

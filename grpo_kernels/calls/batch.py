@@ -53,6 +53,11 @@ class LossArguments:
             "cu_seqlens": self.cu_seqlens,
         }
 
+    @property
+    def given(self) -> str:
+        """The names of what was given."""
+        return ", ".join(field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None)
+
 
 def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) -> tuple[_Tokens, TokenBatch]:
     """Return the tokens, with skipped ones no longer live, and every tensor of tokens that the loss takes."""

@@ -37,7 +37,9 @@ def cut(values: _Tuple, first: int, last: int) -> _Tuple:
 def chunk_rows(tokens: RowTokens, width: int, operands: torch.dtype, chunk_bytes: int) -> int:
     """Return how many rows' logits, states of ``width`` columns in all and their gradients fit ``chunk_bytes``."""
     kind = head_kind(tokens.states.device.type, operands, tokens.dtype)
-    fixed, per_row = kind.bytes(width, tokens.vocab, operands, tokens.dtype)
+    # Not this rank's own columns: all ranks have to cut rows alike.
+    columns = tokens.columns if tokens.shard is None else tokens.shard.even
+    fixed, per_row = kind.bytes(width, columns, operands, tokens.dtype)
     rows = (chunk_bytes - fixed) // per_row
     if rows < 1:
         got = f"chunk_bytes={chunk_bytes}"

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..backends import ops
 from ..backends.spec import LogitArgs, numbers_vector
 from ..objectives.checks import fail, may_look
 from .tokens import RowTokens
+from .vocabulary import row_stats
 
 
 def check_contents(tokens: RowTokens, backend: str, logit_args: LogitArgs) -> None:
@@ -23,7 +23,7 @@ def check_contents(tokens: RowTokens, backend: str, logit_args: LogitArgs) -> No
 
     def log_probs(ids: Tensor, live: Tensor) -> Tensor:
         logits = tokens.states.detach()
-        return ops.log_probs(rows._replace(logits=logits, token_ids=ids, live=live), backend).log_prob
+        return row_stats(rows._replace(logits=logits, token_ids=ids, live=live), tokens.shard, backend).log_prob
 
     check_shift(tokens, log_probs)
 

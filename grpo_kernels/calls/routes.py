@@ -42,7 +42,7 @@ class Plan:
 
 def choose_backend(tokens: RowTokens, backend: str | None, softcap: bool, fused: bool) -> Choice:
     """Choose the backend, and whether it serves the one-pass loss where that is wanted (``fused``)."""
-    request = backends.Request(tokens.states.device, tokens.dtype, tokens.vocab, fused, softcap)
+    request = backends.Request(tokens.states.device, tokens.dtype, max(tokens.columns, 1), fused, softcap)
     return backends.choose(tokens.function, request, backend)
 
 

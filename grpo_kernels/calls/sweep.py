@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,11 +20,16 @@ from ..backends import ops
 from ..backends.contract import RowGradients, Rows, RowStats, TokenRecords, TokenValues
 from ..backends.spec import NUMBERS
 from ..objectives.config import LossConfig
+from ..objectives.groups import total_in_order
 from ..objectives.metrics import Metrics
 from .chunks import LiveRows, cut
 from .head import HeadGradients, HeadTensors, Wants, head_kind
 from .routes import Plan
 from .terms import TokenBatch, fast_token_terms, pools, reduce_records
+from .vocabulary import VocabShard, row_stats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Chunk(NamedTuple):
@@ -49,7 +54,12 @@ class Sweep:
     """Of the GEMMs."""
     dtype: torch.dtype
     """Of the logits."""
-    vocab: int
+    columns: int
+    """Of the logits that are computed here."""
+    shard: VocabShard | None
+    """Which of the vocabulary's they are, where other ranks have others."""
+    states_group: ProcessGroup | None
+    """The ranks that the gradients of states are summed over."""
     backend: str
     wide: bool
     """Gradients stay in fp32 until they are scaled, not yet in the dtypes of what they belong to."""
@@ -68,10 +78,17 @@ class Sweep:
         stats = RowStats(*(torch.zeros_like(self.token_ids, dtype=self.numbers.dtype) for _ in RowStats._fields))
         with torch.autocast(head.hidden.device.type, enabled=False):
             for chunk in Walk(self, Wants(), head).chunks():
-                outputs = ops.log_probs(chunk.rows, self.backend)
+                outputs = row_stats(chunk.rows, self.shard, self.backend)
                 for total, output in zip(stats, outputs, strict=True):
                     total[:, chunk.first : chunk.last] = output
         return stats
+
+    def backward_(self, rows: Rows, stats: RowStats, gradients: RowGradients) -> None:
+        """Write a chunk's gradient over its logits."""
+        if self.shard is None:
+            ops.log_probs_backward_(rows, stats, gradients, self.backend)
+        else:
+            self.shard.gradient(rows, stats, gradients, self.backend, inplace=True)
 
     def gradients(self, wants: Wants, head: HeadTensors, stats: RowStats, gradients: RowGradients) -> HeadGradients:
         """Return those of (B, T) slopes in log-probs and entropies, with ``log_probs``'s ``stats``; the logits are
@@ -80,7 +97,7 @@ class Sweep:
         with torch.autocast(head.hidden.device.type, enabled=False):
             walk = Walk(self, wants, head)
             for rows, first, last in walk.chunks():
-                ops.log_probs_backward_(rows, cut(stats, first, last), cut(slopes, first, last), self.backend)
+                self.backward_(rows, cut(stats, first, last), cut(slopes, first, last))
             return walk.gradients()
 
 
@@ -92,7 +109,7 @@ class Walk:
         device = head.hidden.device
         kind = head_kind(device.type, sweep.operands, sweep.dtype)
         self._head = kind(head, sweep.operands, sweep.dtype, len(sweep.live_rows.chunks), wants, sweep.wide)
-        self._logits = torch.empty(sweep.live_rows.longest, sweep.vocab, dtype=sweep.dtype, device=device)
+        self._logits = torch.empty(sweep.live_rows.longest, sweep.columns, dtype=sweep.dtype, device=device)
         wanted = zip(head.states, wants.states, strict=False)
         self._gradients = [self._room(states) if wants_states else None for states, wants_states in wanted]
 
@@ -109,6 +126,7 @@ class Walk:
                 parts = self._head.backward(logits, states)
                 for part, out, whole in zip(parts, self._gradients, self._states, strict=True):
                     if part is not None and out is not None:
+                        part = part if sweep.states_group is None else total_in_order(part, sweep.states_group)
                         live_rows.put(part, out, whole, first, last)
 
     def gradients(self) -> HeadGradients:
@@ -191,12 +209,12 @@ class LinearLoss:
 
     def _two_passes(self, rows: Rows, part: TokenBatch) -> tuple[tuple[Tensor, Tensor], TokenRecords]:
         backend = self.sweep.backend
-        stats = ops.log_probs(rows, backend)
+        stats = row_stats(rows, self.sweep.shard, backend)
         # On-policy, what pools can be the token's own.
         config = dataclasses.replace(self.config, level="token") if self._of_rows else self.config
         values = TokenValues(stats.log_prob, stats.entropy, part.live)
         records, slope = fast_token_terms(config, part, values, rows.numbers, backend)
-        ops.log_probs_backward_(rows, stats, self._announced(slope, part), backend)
+        self.sweep.backward_(rows, stats, self._announced(slope, part))
         return stats[:2], records
 
     def _terms(self, stats: RowStats) -> tuple[TokenValues, TokenRecords, RowGradients]:

@@ -29,6 +29,7 @@ from ..objectives.maths import real_dtype
 from ..objectives.sequences import Packed
 from .arguments import check_head, check_logits, check_no_transforms, ordinary
 from .head import HeadTensors, operand_dtype
+from .vocabulary import VocabShard
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,15 @@ class RowTokens(Tokens):
     states: Tensor
     """The logits, or the hidden states that they are computed from: the dimensions before the last are the rows'."""
     vocab: int
+    """Columns of the whole vocabulary, which token ids are numbers of."""
+    columns: int
+    """Of the logits that are here."""
     dtype: torch.dtype
     """Of the logits."""
     token_ids: Tensor
     """int64 (B, T), contiguous."""
+    shard: VocabShard | None = None
+    """Which columns are here, where other ranks hold others or some do not count."""
 
     def rows(self, numbers: Tensor, softcap: bool) -> Rows:
         """Return the rows, where the states are the logits."""
@@ -84,12 +90,13 @@ def read_tokens(
     mask: Tensor | None,
     tensors: Mapping[str, object],
     check: bool | None = None,
+    shard: VocabShard | None = None,
 ) -> RowTokens:
     """Check logits, ids and mask against each other and bring ids and mask to (B, T)."""
     named = {"logits": logits, "token_ids": token_ids, "mask": mask, **tensors}
-    check_logits(function, logits, named)
+    check_logits(function, logits, named, may_be_empty=shard is not None)
     check_no_transforms(function, logits)
-    return _read_ids(function, logits, logits.shape[-1], logits.dtype, token_ids, mask, named, check)
+    return _read_ids(function, logits, logits.shape[-1], shard, logits.dtype, token_ids, mask, named, check)
 
 
 def read_linear_tokens(
@@ -100,10 +107,11 @@ def read_linear_tokens(
     logits_dtype: torch.dtype | None,
     tensors: Mapping[str, object],
     check: bool | None = None,
+    shard: VocabShard | None = None,
 ) -> RowTokens:
     """As ``read_tokens``, for hidden states and the head that makes logits of them."""
     named = {**head._asdict(), "token_ids": token_ids, "mask": mask, **tensors}
-    check_head(function, head, named)
+    check_head(function, head, named, may_be_empty=shard is not None)
     operands = operand_dtype(head.hidden)
     dtype = operands if logits_dtype is None else logits_dtype
     if dtype != operands and (dtype != torch.float32 or operands.itemsize != 2):
@@ -112,7 +120,7 @@ def read_linear_tokens(
     for tensor in head:
         if tensor is not None:
             check_no_transforms(function, tensor)
-    return _read_ids(function, head.hidden, head.weight.shape[0], dtype, token_ids, mask, named, check)
+    return _read_ids(function, head.hidden, head.weight.shape[0], shard, dtype, token_ids, mask, named, check)
 
 
 def read_log_prob_tokens(
@@ -147,7 +155,8 @@ def read_log_prob_tokens(
 def _read_ids(
     function: str,
     states: Tensor,
-    vocab: int,
+    columns: int,
+    shard: VocabShard | None,
     dtype: torch.dtype,
     token_ids: Tensor,
     mask: Tensor | None,
@@ -169,7 +178,9 @@ def _read_ids(
     looks, live = may_look(token_ids, checks), read_token_mask(function, mask, token_ids, named, checks, hint)
     live, ids = ordinary(live, token_ids.reshape(live.shape).to(torch.int64).contiguous())
     real = torch.float64 if dtype == torch.float64 else torch.float32
-    return RowTokens(function, live, token_ids.shape, real, named, checks, looks, states, vocab, dtype, ids)
+    vocab = columns if shard is None else shard.vocab
+    of_rows = (states, vocab, columns, dtype, ids, shard)
+    return RowTokens(function, live, token_ids.shape, real, named, checks, looks, *of_rows)
 
 
 def _shift_hint(name: str, value: Tensor, shape: torch.Size, what: str) -> str | None:

@@ -1,0 +1,212 @@
+"""What users say of a vocabulary over several ranks: a process group and bounds, or DTensors, and that ranks agree."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..objectives.checks import check_name, fail
+from ..objectives.compiler import outside_graphs
+from ..objectives.groups import agreement, gather, read_group, tells
+from .batch import LossArguments
+from .head import HeadTensors
+from .tokens import RowTokens
+from .vocabulary import VocabShard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@outside_graphs
+def read_shard(
+    function: str,
+    tensor: Tensor,
+    dim: int,
+    group: Any,
+    start: int | None,
+    size: int | None,
+    check: bool | None,
+) -> tuple[Tensor, VocabShard | None]:
+    """Return this rank's part of a tensor, and which columns of the vocabulary it has; None: all of them.
+
+    Args:
+        tensor: a plain one whose dimension ``dim`` is the vocabulary's, or a DTensor.
+        group: what a user gave for the ranks that share the vocabulary, ``start`` and ``size`` for the first of this
+            rank's columns and the number of all that count. Where one of the two is missing every rank tells how many
+            columns it has; this waits for the device.
+    """
+    if is_dtensor(tensor):
+        if group is not None or start is not None:
+            got = "vocab_group=" if group is not None else "vocab_start="
+            hint = "a DTensor says itself which ranks hold what; to_local() gives the part that these belong to"
+            fail(function, "no vocab_group= and vocab_start= beside a DTensor", got, hint=hint)
+        return _shard_of_dtensor(function, tensor, dim, size)
+    members = read_group(function, "vocab_group", group)
+    if members is None:
+        return tensor, _columns_that_count(function, tensor.shape[dim], start, size)
+    what = f"{function}, columns"
+    telling = tells(what, members, check)
+    with agreement(what, "vocab_group", members, check) as facts:
+        if facts is not None:
+            facts |= {"vocab_start (given or not)": str(start is not None), "vocab_size": str(size)}
+        _check_layout(function, start, size)
+    return tensor, _shard_of_rank(function, tensor.shape[dim], members, start, size, telling, tensor.device)
+
+
+def _check_layout(function: str, start: int | None, size: int | None) -> None:
+    for name, value, least in (("vocab_start", start, 0), ("vocab_size", size, 1)):
+        if value is not None and (type(value) is not int or value < least):
+            error = ValueError if type(value) is int else TypeError
+            fail(function, f"{name} to be an int >= {least}", repr(value), error=error)
+
+
+def _columns_that_count(function: str, width: int, start: int | None, size: int | None) -> VocabShard | None:
+    """Return what counts of a vocabulary that one rank holds."""
+    _check_layout(function, start, size)
+    if start:
+        hint = "vocab_group= says which ranks hold the other columns"
+        fail(function, "vocab_start=0 where one rank holds the vocabulary", repr(start), hint=hint)
+    if size is not None and size > width:
+        fail(function, f"vocab_size <= {width}, the columns that are here", repr(size))
+    return None if size in (None, width) else VocabShard(None, 0, size or 0, size or 0)
+
+
+def _shard_of_rank(
+    function: str,
+    width: int,
+    members: ProcessGroup,
+    start: int | None,
+    size: int | None,
+    telling: bool,
+    device: torch.device,
+) -> VocabShard:
+    """Return the columns of this rank; where ranks tell each other theirs, make sure that these are a vocabulary."""
+    if start is not None and size is not None and not telling:
+        return VocabShard(members, start, max(0, min(width, size - start)), size)
+    own = torch.tensor([-1 if start is None else start, width], device=device)
+    firsts, widths = (column.tolist() for column in gather(own, members).unbind(-1))
+    if start is None:
+        firsts = [sum(widths[:rank]) for rank in range(len(widths))]
+    vocab = max(map(sum, zip(firsts, widths, strict=True))) if size is None else size
+    end = 0
+    for first, last in sorted((first, min(first + count, vocab)) for first, count in zip(firsts, widths, strict=True)):
+        if last > first:
+            if first != end:
+                break
+            end = last
+    if end != vocab:
+        got = ", ".join(f"[{first}, {first + count})" for first, count in zip(firsts, widths, strict=True))
+        hint = "vocab_start= is the first column of a rank; without it ranks hold columns one after the other"
+        fail(function, f"ranks of vocab_group to hold columns [0, {vocab}), each of them once", got, hint=hint)
+    first = firsts[torch.distributed.get_rank(members)]
+    return VocabShard(members, first, max(0, min(width, vocab - first)), vocab)
+
+
+HiddenGrad = Literal["all_reduce", "partial"]
+
+
+def read_head_shard(
+    function: str, head: HeadTensors, group: Any, start: int | None, size: int | None, check: bool | None
+) -> tuple[HeadTensors, VocabShard | None]:
+    """Return this rank's part of a head, and which rows of it they are; None: all of them."""
+    if (group, start, size) == (None, None, None) and not any(map(is_dtensor, head)):
+        return head, None
+    weight, shard = read_shard(function, head.weight, 0, group, start, size, check)
+    parts: dict[str, Any] = {"weight": weight}
+    for name, rows in (("bias", head.bias), ("adapter_weight", head.adapter_weight)):
+        if rows is None or not (is_dtensor(rows) or (is_dtensor(head.weight) and shard is not None)):
+            continue
+        here, of_rows = read_shard(function, rows, 0, None, None, size, check) if is_dtensor(rows) else (rows, None)
+        if of_rows != shard:
+            hint = "distribute_tensor(tensor, weight.device_mesh, weight.placements) cuts it likewise"
+            fail(function, f"{name} in the shards of the weight", f"{type(rows).__name__} in others", hint=hint)
+        parts[name] = here
+    for name in ("hidden", "adapter_states"):
+        parts[name] = local(function, name, getattr(head, name))
+    return head._replace(**parts), shard
+
+
+def read_hidden_grad(function: str, hidden_grad: HiddenGrad, shard: VocabShard | None) -> ProcessGroup | None:
+    """Return the ranks that the gradients of states are summed over; None: they are not."""
+    check_name(f"{function}: hidden_grad", hidden_grad, ("all_reduce", "partial"))
+    return None if shard is None or hidden_grad == "partial" else shard.group
+
+
+def is_dtensor(tensor: object) -> bool:
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def local(function: str, name: str, tensor: Any) -> Any:
+    """Return this rank's part of a DTensor of tokens or states, which every rank of a vocabulary holds whole, or of its
+    own sequences; anything else as it is."""
+    if not is_dtensor(tensor):
+        return tensor
+    for placement in tensor.placements:
+        if placement.is_partial() or (placement.is_shard() and placement.dim != 0):
+            hint = "redistribute it to Replicate() there"
+            fail(function, f"{name} replicated, or cut into sequences (Shard(0))", str(placement), hint=hint)
+    return tensor.to_local()
+
+
+def local_arguments(function: str, arguments: LossArguments) -> LossArguments:
+    """Return a loss's arguments with this rank's part of those that are DTensors."""
+    tensors = {name: local(function, name, tensor) for name, tensor in arguments.tensors.items()}
+    return dataclasses.replace(arguments, **tensors)
+
+
+def _shard_of_dtensor(function: str, tensor: Any, dim: int, size: int | None) -> tuple[Tensor, VocabShard | None]:
+    """Return the local part of a DTensor, and its columns: a dimension of the mesh cuts the vocabulary, or none."""
+    dim %= tensor.dim()
+    mesh, cut = tensor.device_mesh, []
+    for place, placement in enumerate(tensor.placements):
+        plain = type(placement) in (torch.distributed.tensor.Shard, torch.distributed.tensor.Replicate)
+        if not plain or (placement.is_shard() and placement.dim not in (0, dim)):
+            hint = "redistribute it: Shard over the vocabulary on one dimension of the mesh, Replicate() on the others"
+            fail(
+                function, "a DTensor in plain shards of the vocabulary or replicated", str(tensor.placements), hint=hint
+            )
+        if placement.is_shard() and placement.dim == dim:
+            cut.append(place)
+    if len(cut) > 1:
+        fail(function, "a vocabulary cut by one dimension of the mesh", f"{tensor.placements} on {mesh}")
+    vocab, here = tensor.shape[dim] if size is None else size, tensor.to_local()
+    members = read_group(function, "the mesh", mesh.get_group(cut[0])) if cut else None
+    if members is None:
+        return here, None if vocab == tensor.shape[dim] else VocabShard(None, 0, vocab, vocab)
+    widest = -(-tensor.shape[dim] // mesh.size(cut[0]))  # as torch.chunk cuts
+    start = min(mesh.get_local_rank(cut[0]) * widest, tensor.shape[dim])
+    return here, VocabShard(members, start, max(0, min(here.shape[dim], vocab - start)), vocab)
+
+
+ALONE: AbstractContextManager[None] = contextlib.nullcontext()
+"""The block of a rank that shares nothing."""
+
+
+def vocabulary_agreement(
+    function: str, shard: VocabShard, check: bool | None
+) -> AbstractContextManager[dict[str, int | str] | None]:
+    """Return the block in which a call's own checks run: where ranks share a vocabulary, all raise what one does."""
+    if shard.group is None:
+        return ALONE
+    hint = (
+        "the ranks of a vocabulary are given the same tokens. Shards of FSDP's are no such ones: there "
+        "grpo_kernels.hf.attach computes the loss inside the model's forward, where the head is whole"
+    )
+    return agreement(function, "vocab_group", shard.group, check, hint)
+
+
+def facts_of(tokens: RowTokens, **others: object) -> dict[str, int | str]:
+    """Return what is the same on every rank of a vocabulary."""
+    ids = torch.where(tokens.live, tokens.token_ids, -1)
+    places = torch.arange(1, ids.numel() + 1, device=ids.device).view(ids.shape)
+    facts: dict[str, int | str] = {
+        "dtype of the logits": str(tokens.dtype),
+        "shape of token_ids": str(tuple(tokens.shape)),
+        "token_ids and mask": hex(int(((ids + 2) * (places * 0x9E3779B1 + (ids + 2) * places)).sum())),
+    }
+    return facts | {name: str(value) for name, value in others.items()}
