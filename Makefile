@@ -12,17 +12,23 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/installed
 endif
 
-.PHONY: train test test-peers nightly lint bench clean
+.PHONY: train test test-ranks test-peers nightly lint bench clean
 
 train: $(READY)
 	$(RUN) -m grpo_kernels train $(ARGS)
 
 # Two workers: most of the suite is one-threaded (the interpreter, autograd). Idle threads must not spin beside them.
 PARALLEL := -n 2 --dist worksteal
-test test-peers nightly: export OMP_WAIT_POLICY := passive
+test test-ranks test-peers nightly: export OMP_WAIT_POLICY := passive
 
+# Status 5: ARGS names files of the other call alone.
 test: $(READY)
-	$(RUN) -m pytest $(PARALLEL) -m "not nightly and not peers" $(ARGS)
+	$(RUN) -m pytest $(PARALLEL) -m "not nightly and not peers and not ranks" $(ARGS) || [ $$? -eq 5 ]
+	$(MAKE) test-ranks
+
+# One process: its pools of ranks (tests/distributed.py) are the parallel workers.
+test-ranks: $(READY)
+	$(RUN) -m pytest -m "ranks and not nightly and not peers" $(ARGS) || [ $$? -eq 5 ]
 
 # Against the packages themselves: TRL's trainers, Liger's functions.
 test-peers: $(VENV)/peers

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import typing
 
 import pytest
 import torch
 from cases import make
-from distributed import run_ranks
+from distributed import pool, world
 
 from grpo_kernels import (  # fmt: skip
     KL,
@@ -269,22 +268,22 @@ def test_an_aggregation_with_a_number_of_its_own():
         torch.testing.assert_close(loss, case.run(config=LossConfig(aggregation=name))[0].loss, rtol=1e-6, atol=0)
 
 
-def _rank_part(rank: int, aggregation: str) -> tuple:
+def _rank_part(aggregation: str) -> tuple:
     """What a rank of a data-parallel run computes: its share of the sequences, the global normalizer."""
     case, config = batch(), config_of(aggregation)
-    index = torch.arange(16)[:6] if rank == 0 else torch.arange(16)[6:]
-    group = torch.distributed.group.WORLD
-    denominator = normalizer(case.mask[index], config, world_size=2, group=group)
+    index = torch.arange(16)[:6] if torch.distributed.get_rank() == 0 else torch.arange(16)[6:]
+    denominator = normalizer(case.mask[index], config, world_size=2, group=world())
     loss, gradient, metrics = part(case, index, config=config, normalizer=denominator)
     return loss, gradient, metrics.all_reduce().vector
 
 
+@pytest.mark.ranks
 @pytest.mark.parametrize("aggregation", ["token_mean", "sequence_mean", "group_mean"])
-def test_ranks_add_up(tmp_path, aggregation):
+def test_ranks_add_up(aggregation):
     """Two ranks with 6 and 10 sequences; gradients averaged over ranks are the whole batch's."""
     case, config = batch(), config_of(aggregation)
     whole, gradient, metrics = part(case, slice(None), config=config)
-    results = run_ranks(2, tmp_path, functools.partial(_rank_part, aggregation=aggregation))
+    results = pool(2).run(_rank_part, aggregation)
     losses, gradients, vectors = zip(*results, strict=True)
     torch.testing.assert_close(sum(losses) / 2, whole, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(torch.cat(gradients) / 2, gradient, rtol=1e-5, atol=1e-9)

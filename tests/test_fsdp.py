@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import types
 
 import pytest
 import torch
-from distributed import run_ranks
+from distributed import mesh, pool
 
 from grpo_kernels import hf
 
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed"),
+]
 
 SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 SIZES |= dict(num_key_value_heads=2, head_dim=16, pad_token_id=0)
@@ -112,7 +114,7 @@ CASES = [
 ]
 
 
-def gradients_of(rank: int, cases: list) -> list[dict[str, torch.Tensor]]:
+def gradients_of(cases: list) -> list[dict[str, torch.Tensor]]:
     found = []
     for grouping, case in cases:
         options = dict(case)
@@ -122,7 +124,7 @@ def gradients_of(rank: int, cases: list) -> list[dict[str, torch.Tensor]]:
         if freeze is not None:
             freeze(model)
         shard(model, grouping, **reshard)
-        backward(model, rank, old_pass=grouping == "head" and not case)
+        backward(model, torch.distributed.get_rank(), old_pass=grouping == "head" and not case)
         assert "grpo_kernels_forward" not in vars(model.lm_head)
         gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
         found.append({name: gradient.full_tensor() for name, gradient in gradients if gradient is not None})
@@ -137,9 +139,9 @@ def assert_close_to(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tens
         assert error <= limit, (what, name, float(error))
 
 
-def test_gradients_are_the_mean_over_ranks(tmp_path):
+def test_gradients_are_the_mean_over_ranks():
     """However the head is grouped: accumulation without sync, an old pass before each, a rank without live tokens."""
-    ranks = run_ranks(2, tmp_path, functools.partial(gradients_of, cases=CASES))
+    ranks = pool(2).run(gradients_of, CASES)
     for i, (grouping, case) in enumerate(CASES):
         options = {name: value for name, value in case.items() if name not in ("freeze", "reshard_after_forward")}
         wanted = mean_of_ranks(2, case.get("freeze", lambda model: None), **options)
@@ -147,22 +149,20 @@ def test_gradients_are_the_mean_over_ranks(tmp_path):
             assert_close_to(found[i], wanted, 2e-6, f"{grouping} {case}")
 
 
-def hybrid(rank: int) -> dict[str, torch.Tensor]:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    model = shard(policy(), "head", mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-    backward(model, rank)
+def hybrid() -> dict[str, torch.Tensor]:
+    model = shard(policy(), "head", mesh=mesh(2, 2, names=("replicate", "shard")))
+    backward(model, torch.distributed.get_rank())
     return {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
 
 
-def test_hybrid_sharding(tmp_path):
+def test_hybrid_sharding():
     """Two replicas of two shards each: replicas stay equal."""
     wanted = mean_of_ranks(4)
-    for found in run_ranks(4, tmp_path, hybrid):
+    for found in pool(4).run(hybrid):
         assert_close_to(found, wanted, 2e-6, "hybrid")
 
 
-def rounded(rank: int, groupings: tuple[str, ...]) -> list:
+def rounded(groupings: tuple[str, ...]) -> list:
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     found = []
@@ -170,7 +170,7 @@ def rounded(rank: int, groupings: tuple[str, ...]) -> list:
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         model = shard(policy(), grouping, mp_policy=precision)
         seen: list = []
-        ids, grpo = micro_batch(rank, 0)
+        ids, grpo = micro_batch(torch.distributed.get_rank(), 0)
         out = model(input_ids=ids, grpo=types.MappingProxyType({**grpo, "receive": seen.append}))
         out.loss.backward()
         gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
@@ -178,12 +178,12 @@ def rounded(rank: int, groupings: tuple[str, ...]) -> list:
     return found
 
 
-def test_mixed_precision(tmp_path):
+def test_mixed_precision():
     """The head in bf16, whatever it is grouped with, the caller's numbers in fp32: as in the root's group, bit for
     bit."""
     groupings = ("root", "head", "norm and head")
     wanted = mean_of_ranks(2)
-    for ranks in run_ranks(2, tmp_path, functools.partial(rounded, groupings=groupings)):
+    for ranks in pool(2).run(rounded, groupings):
         for log_probs, dtype, gradients in ranks:
             assert dtype == torch.float32
             assert torch.equal(log_probs, ranks[0][0])
@@ -216,7 +216,7 @@ def cuts_its_columns(model: torch.nn.Module) -> None:
     model.lm_head.register_forward_hook(lambda module, args, output: output[..., :96])
 
 
-def derived(rank: int, changes: tuple) -> list[str]:
+def derived(changes: tuple) -> list[str]:
     found = []
     for change in changes:
         for grouping in ("head", "norm and head"):
@@ -232,16 +232,16 @@ def derived(rank: int, changes: tuple) -> list[str]:
     return found
 
 
-def test_a_weight_that_is_made_in_a_unit_of_its_own_is_refused(tmp_path):
+def test_a_weight_that_is_made_in_a_unit_of_its_own_is_refused():
     """Its gradient would be each rank's own: only parameters are reduced."""
     changes = (multiplies_itself, doubles_its_weight, cuts_its_columns)
-    for found in run_ranks(2, tmp_path, functools.partial(derived, changes=changes)):
+    for found in pool(2).run(derived, changes):
         assert len(found) == 6
         for message in found:
             assert "in an FSDP2 unit of its own" in message
 
 
-def hooked(rank: int, hooks: tuple) -> list:
+def hooked(hooks: tuple) -> list:
     found = []
     for hook in hooks:
         model = shard(policy(), "head")
@@ -254,14 +254,14 @@ def hooked(rank: int, hooks: tuple) -> list:
     return found
 
 
-def test_hooks_of_a_sharded_head(tmp_path):
+def test_hooks_of_a_sharded_head():
     """FSDP's own change nothing; somebody's are traced, or refused: by every rank where one has found something."""
     model = policy()
     model.lm_head.register_forward_hook(scale_output)
     ids, grpo = micro_batch(0, 0)
     wanted = model(input_ids=ids, grpo=grpo).log_probs
     hooks = (scale_output, asks_the_type, asks_the_type_on_rank_1)
-    ranks = run_ranks(2, tmp_path, functools.partial(hooked, hooks=hooks))
+    ranks = pool(2).run(hooked, hooks)
     for rank, (scaled, refused, by_one) in enumerate(ranks):
         torch.testing.assert_close(scaled, wanted)
         assert "a forward hook on lm_head (test_fsdp.asks_the_type)" in refused
@@ -277,9 +277,10 @@ def adapted_policy() -> torch.nn.Module:
     return hf.attach(peft.get_peft_model(model, config))
 
 
-def adapted_gradients(rank: int) -> tuple[dict, str]:
+def adapted_gradients() -> tuple[dict, str]:
     from torch.distributed.fsdp import fully_shard
 
+    rank = torch.distributed.get_rank()
     model = adapted_policy()
     fully_shard(model)
     backward(model, rank)
@@ -296,7 +297,7 @@ def adapted_gradients(rank: int) -> tuple[dict, str]:
 
 
 @pytest.mark.peers
-def test_an_adapter_on_a_sharded_head(tmp_path):
+def test_an_adapter_on_a_sharded_head():
     """In the root's unit; in one of its own its weights are not whole when hidden states meet them."""
     totals: dict[str, torch.Tensor] = {}
     for rank in range(2):
@@ -305,6 +306,6 @@ def test_an_adapter_on_a_sharded_head(tmp_path):
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 totals[name] = totals.get(name, 0) + parameter.grad.double() / 2
-    for found, message in run_ranks(2, tmp_path, adapted_gradients):
+    for found, message in pool(2).run(adapted_gradients):
         assert_close_to(found, totals, 2e-6, "adapter")
         assert "sharded, in an FSDP2 unit of its own" in message
