@@ -17,6 +17,7 @@ from .calls.contents import check_ids, check_shift
 from .calls.head import HeadTensors, Wants, operand_dtype
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
+from .calls.provenance import Made
 from .calls.routes import Require, Route, choose, choose_backend, choose_log_probs
 from .calls.sharding import (
     ALONE,
@@ -59,7 +60,7 @@ def linear_grpo_loss(
     *,
     bias: Tensor | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,
-    old_log_probs: Tensor | None = None,
+    old_log_probs: Tensor | TokenLogProbs | None = None,
     ref_log_probs: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
     token_weights: Tensor | None = None,
@@ -128,6 +129,9 @@ def linear_grpo_loss(
     if unknown:
         refuse_keywords(linear_grpo_loss, unknown)
     config = resolve_config(config)
+    made = None
+    if isinstance(old_log_probs, TokenLogProbs):
+        made, old_log_probs = old_log_probs.made, old_log_probs.log_probs
     arguments = LossArguments(
         advantages=advantages,
         old_log_probs=old_log_probs,
@@ -173,6 +177,8 @@ def linear_grpo_loss(
         if facts is not None:
             named = {"config": config, "arguments": arguments.given, "gradients of states": wants.states}
             facts |= facts_of(tokens, **named, rows_of_a_chunk=rows, hidden_grad=hidden_grad)
+    if made is not None:
+        made.warn_of("linear_grpo_loss", Made.of(tokens, plan.route.backend, logit_args, None))
     _check_shift(tokens, head, logit_args)
     wide = grad_scale is None and not token_losses and operand_dtype(hidden) == torch.float16
     scale = _fp16_scale(batch, config, logit_args) if wide else grad_scale
@@ -258,7 +264,9 @@ def linear_token_log_probs(
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, hidden.device)
     sweep = _sweep(tokens, numbers, logit_args, route, head, live_tokens, rows, states_group)
     log_prob, entropy = autograd.LinearLogProbs.apply(sweep, *head)
-    return TokenLogProbs(sweep.valid(log_prob).view(tokens.shape), sweep.valid(entropy).view(tokens.shape))
+    log_prob, entropy = sweep.valid(log_prob), sweep.valid(entropy)
+    made = Made.of(tokens, route.backend, logit_args, None)
+    return TokenLogProbs.by(log_prob.view(tokens.shape), entropy.view(tokens.shape), made)
 
 
 def _check_shift(tokens: RowTokens, head: HeadTensors, logit_args: LogitArgs) -> None:

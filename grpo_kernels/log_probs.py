@@ -12,6 +12,7 @@ from .calls import autograd
 from .calls.arguments import check_inplace, check_logit_args
 from .calls.contents import check_contents, check_ids
 from .calls.outputs import TokenLogProbs
+from .calls.provenance import Made
 from .calls.routes import Require, choose_log_probs
 from .calls.sharding import ALONE, facts_of, local, read_shard, vocabulary_agreement
 from .calls.support import Support, check_not_inplace, supported_log_probs
@@ -87,13 +88,14 @@ def token_log_probs(
         if facts is not None:
             facts |= facts_of(tokens)
     check_contents(tokens, route.backend, logit_args)
+    made = Made.of(tokens, route.backend, logit_args, support)
     if support is not None:
         check_not_inplace("token_log_probs", inplace, tokens.tensors)
         log_prob, entropy = supported_log_probs(logits, tokens, support, logit_args, route.backend)
-        return TokenLogProbs(log_prob.view(tokens.shape), entropy.view(tokens.shape))
+        return TokenLogProbs.by(log_prob.view(tokens.shape), entropy.view(tokens.shape), made)
     rows = tokens.rows(numbers_vector(logit_args, 1.0, None, tokens.real, logits.device), softcap)
     if wants_gradient:
         log_prob, entropy = autograd.LogProbs.apply(logits, rows, shard, route.backend, inplace)
     else:
         log_prob, entropy, *_ = row_stats(rows._replace(logits=logits.detach()), shard, route.backend)
-    return TokenLogProbs(log_prob.view(tokens.shape), entropy.view(tokens.shape))
+    return TokenLogProbs.by(log_prob.view(tokens.shape), entropy.view(tokens.shape), made)

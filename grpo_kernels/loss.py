@@ -16,7 +16,8 @@ from .calls.arguments import check_inplace, check_logit_args, checked_scale
 from .calls.batch import LossArguments, read_batch
 from .calls.contents import check_contents, check_ids
 from .calls.modules import LossModule
-from .calls.outputs import LossOutput, Outcome
+from .calls.outputs import LossOutput, Outcome, TokenLogProbs
+from .calls.provenance import Made
 from .calls.routes import Require, choose, choose_backend
 from .calls.sharding import ALONE, facts_of, local, local_arguments, read_shard, vocabulary_agreement
 from .calls.support import Support, check_not_inplace, supported_log_probs
@@ -39,7 +40,7 @@ def grpo_loss(
     advantages: Tensor,
     mask: Tensor | None = None,
     *,
-    old_log_probs: Tensor | None = None,
+    old_log_probs: Tensor | TokenLogProbs | None = None,
     ref_log_probs: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
     token_weights: Tensor | None = None,
@@ -80,7 +81,8 @@ def grpo_loss(
         advantages: (B,), (B, 1) or (B, T); packed (S,) or token-sized ((1, N) where N is S as well).
         mask: shape of token_ids, bool or numbers >= 0, non-zero where live. A masked row is never read.
         old_log_probs: of the policy that the batch is compared with; None: on-policy, ratio 1, differentiable. In fp32
-            where ratios are pooled over sequences: bf16 would move all of them.
+            where ratios are pooled over sequences: bf16 would move all of them. A whole ``TokenLogProbs`` knows how it
+            was made, and the loss warns where it is made otherwise.
         ref_log_probs: of the reference policy; needed by a KL term.
         rollout_log_probs: of the sampler, NaN where unknown; for metrics and the config's rollout correction.
         token_weights: u, factors of the policy term (not of the KL).
@@ -131,6 +133,9 @@ def grpo_loss(
     if unknown:
         refuse_keywords(grpo_loss, unknown)
     config = resolve_config(config)
+    made = None
+    if isinstance(old_log_probs, TokenLogProbs):
+        made, old_log_probs = old_log_probs.made, old_log_probs.log_probs
     arguments = LossArguments(
         advantages=advantages,
         old_log_probs=old_log_probs,
@@ -179,6 +184,8 @@ def grpo_loss(
         if facts is not None:
             facts |= facts_of(tokens, config=config, arguments=arguments.given)
     backend = plan.route.backend
+    if made is not None:
+        made.warn_of("grpo_loss", Made.of(tokens, backend, logit_args, support))
     if tokens.checks:
         check_contents(tokens, backend, logit_args)
     scale = 1.0 if grad_scale is None else checked_scale("grpo_loss", grad_scale, check)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..objectives.metrics import Metrics
+from .provenance import Made
 from .routes import Route
 
 
@@ -69,10 +70,26 @@ class Outcome(NamedTuple):
         return TokenLosses.of(losses, metrics=self.metrics, route=route, **outputs)
 
 
-class TokenLogProbs(NamedTuple):
-    """Log-probs and entropies of tokens."""
-
+class _TokenLogProbs(NamedTuple):
     log_probs: Tensor
     """Shape of token_ids, fp32 (fp64 for fp64 logits); differentiable; 0 at masked positions."""
     entropy: Tensor
     """Shape of token_ids, nats; differentiable; 0 at masked positions."""
+
+
+class TokenLogProbs(_TokenLogProbs):
+    """Log-probs and entropies of tokens: ``log_probs, entropy = token_log_probs(...)``.
+
+    As a whole they are taken for ``old_log_probs``, and know how they were made: a loss that is computed otherwise
+    warns, once.
+    """
+
+    made: Made | None = None
+    """None where nobody knows: after ``_replace``, pickling, or in a compiled graph."""
+
+    @classmethod
+    def by(cls, log_probs: Tensor, entropy: Tensor, made: Made) -> TokenLogProbs:
+        out = cls(log_probs, entropy)
+        if not torch.compiler.is_compiling():
+            out.made = made
+        return out

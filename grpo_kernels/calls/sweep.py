@@ -26,7 +26,7 @@ from .chunks import LiveRows, cut
 from .head import HeadGradients, HeadTensors, Wants, head_kind
 from .routes import Plan
 from .terms import TokenBatch, fast_token_terms, pools, reduce_records
-from .vocabulary import VocabShard, row_stats
+from .vocabulary import VocabShard, row_gradient_, row_stats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,13 +83,6 @@ class Sweep:
                     total[:, chunk.first : chunk.last] = output
         return stats
 
-    def backward_(self, rows: Rows, stats: RowStats, gradients: RowGradients) -> None:
-        """Write a chunk's gradient over its logits."""
-        if self.shard is None:
-            ops.log_probs_backward_(rows, stats, gradients, self.backend)
-        else:
-            self.shard.gradient(rows, stats, gradients, self.backend, inplace=True)
-
     def gradients(self, wants: Wants, head: HeadTensors, stats: RowStats, gradients: RowGradients) -> HeadGradients:
         """Return those of (B, T) slopes in log-probs and entropies, with ``log_probs``'s ``stats``; the logits are
         computed again."""
@@ -97,7 +90,7 @@ class Sweep:
         with torch.autocast(head.hidden.device.type, enabled=False):
             walk = Walk(self, wants, head)
             for rows, first, last in walk.chunks():
-                self.backward_(rows, cut(stats, first, last), cut(slopes, first, last))
+                row_gradient_(rows, cut(stats, first, last), cut(slopes, first, last), self.shard, self.backend)
             return walk.gradients()
 
 
@@ -214,7 +207,7 @@ class LinearLoss:
         config = dataclasses.replace(self.config, level="token") if self._of_rows else self.config
         values = TokenValues(stats.log_prob, stats.entropy, part.live)
         records, slope = fast_token_terms(config, part, values, rows.numbers, backend)
-        self.sweep.backward_(rows, stats, self._announced(slope, part))
+        row_gradient_(rows, stats, self._announced(slope, part), self.sweep.shard, backend)
         return stats[:2], records
 
     def _terms(self, stats: RowStats) -> tuple[TokenValues, TokenRecords, RowGradients]:

@@ -47,10 +47,13 @@ class VocabShard:
     """Columns of the whole vocabulary that count."""
 
     @property
+    def ranks(self) -> int:
+        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
+
+    @property
     def even(self) -> int:
         """Return the columns of a rank if all had as many: what sizes follow from that are the same on every rank."""
-        ranks = 1 if self.group is None else torch.distributed.get_world_size(self.group)
-        return -(-self.vocab // ranks)
+        return -(-self.vocab // self.ranks)
 
     def holds(self, token_ids: Tensor) -> Tensor:
         """Return where a token's column is one of this rank's, bool."""
@@ -105,6 +108,14 @@ class VocabShard:
 def row_stats(rows: Rows, shard: VocabShard | None, backend: str) -> RowStats:
     """Return the statistics of every row."""
     return ops.log_probs(rows, backend) if shard is None else shard.log_probs(rows, backend)
+
+
+def row_gradient_(rows: Rows, stats: RowStats, gradients: RowGradients, shard: VocabShard | None, backend: str) -> None:
+    """Write the gradient over the logits."""
+    if shard is None:
+        ops.log_probs_backward_(rows, stats, gradients, backend)
+    else:
+        shard.gradient(rows, stats, gradients, backend, inplace=True)
 
 
 def factor_of(rows: Rows) -> Tensor:

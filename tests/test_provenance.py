@@ -1,0 +1,81 @@
+"""Old log-probs that know how they were made."""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+
+import pytest
+import torch
+from cases import make
+
+from grpo_kernels import TopK, grpo_loss, linear_grpo_loss, linear_token_log_probs, token_log_probs
+from grpo_kernels.calls import provenance
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_yet():
+    provenance._warn.cache_clear()
+
+
+def loss(case, old, **options):
+    given = {**case.options, "old_log_probs": old, **options}
+    return grpo_loss(case.logits, *case.arguments, **given)
+
+
+def test_made_alike_nothing_is_said_and_ratios_are_1():
+    case = make()
+    old = token_log_probs(case.logits, case.token_ids, case.mask, temperature=0.7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = loss(case, old, temperature=0.7)
+    assert out.metrics.ratio_min == out.metrics.ratio_max == 1
+    assert torch.equal(out.loss, loss(case, old.log_probs, temperature=0.7).loss)
+
+
+@pytest.mark.parametrize(
+    ("made", "used", "said"),
+    [
+        ({"temperature": 0.7}, {}, "temperature 0.7 there and 1.0 here"),
+        ({"backend": "torch"}, {"backend": "cpu"}, "backend 'torch' there and 'cpu' here"),
+        ({"support": TopK(5)}, {}, r"support 'TopK\(k=5\)' there and 'everything' here"),
+        ({"logit_scale": 0.5}, {"logit_scale": 2.0}, "logit_scale 0.5 there and 2.0 here"),
+        ("bfloat16", {}, "dtype 'bfloat16' there and 'float32' here"),
+    ],
+)
+def test_made_otherwise_it_is_said_once(made, used, said):
+    case = make()
+    logits = case.logits.bfloat16() if made == "bfloat16" else case.logits
+    old = token_log_probs(logits, case.token_ids, case.mask, **({} if made == "bfloat16" else made))
+    with pytest.warns(UserWarning, match=said):
+        loss(case, old, **used)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(case, old, **used)
+        loss(case, old.log_probs, **used)
+
+
+def test_from_hidden_states():
+    case = make()
+    hidden, weight = torch.randn(6, 10, 8), torch.randn(97, 8)
+    old = linear_token_log_probs(hidden, weight, case.token_ids, case.mask, temperature=0.5)
+    options = {"old_log_probs": old, "temperature": 0.5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        linear_grpo_loss(hidden, weight, *case.arguments, **options)
+    with pytest.warns(UserWarning, match="linear_grpo_loss: .* temperature 0.5 there and 1.0 here"):
+        linear_grpo_loss(hidden, weight, *case.arguments, old_log_probs=old)
+
+
+def test_it_is_two_tensors_to_everybody_else():
+    case = make()
+    old = token_log_probs(case.logits, case.token_ids, case.mask)
+    log_probs, entropy = old
+    assert log_probs is old.log_probs
+    assert entropy is old.entropy
+    assert len(old) == 2
+    copied = pickle.loads(pickle.dumps(old))
+    assert torch.equal(copied.log_probs, log_probs)
+    assert old._replace(entropy=entropy + 1).made is None
+    assert torch.utils._pytree.tree_map(lambda x: x + 1, old).log_probs.equal(log_probs + 1)
+    loss(case, old._replace(entropy=entropy + 1), temperature=2.0)
