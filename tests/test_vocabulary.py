@@ -13,11 +13,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from test_support import SUPPORTS
 from threads import run_threads
 
 from grpo_kernels import (
     KL,
     LossConfig,
+    TopK,
+    TopP,
     backends,
     grpo_loss,
     linear_grpo_loss,
@@ -591,3 +594,46 @@ def test_bytes_on_the_wire(monkeypatch):
     states = 4 * live * HIDDEN, 4 * live * 4
     halves = [size // 2 for size in states]
     assert sorted(seen[1]) == sorted([16 * live, *states, *halves])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("cut", ["two", "empty"])
+@pytest.mark.parametrize("support", [*SUPPORTS, TopK(96), TopK(1000), TopP(1.0), TopP(1e-9)], ids=str)
+def test_truncated_support(support, cut, dtype):
+    """Thresholds are those of whole rows: of each rank's k largest, of masses, of the largest of all."""
+    case = cases.make(vocab=VOCAB, dtype=dtype, support=support, temperature=0.8, config="dapo", entropy_coef=0.05)
+    assert_whole(case, CUTS[cut], padding=7)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_a_support_that_is_a_mask_of_each_rank(softcap):
+    case = cases.make(vocab=VOCAB, logit_softcap=softcap)
+    allowed = torch.rand(*case.token_ids.shape, VOCAB, generator=torch.Generator().manual_seed(0)) < 0.3
+    whole, gradient = case.run(support=allowed)
+
+    def of_rank(rank):
+        first, last = CUTS["two"][rank : rank + 2]
+        leaf = case.logits[..., first:last].clone().requires_grad_()
+        out = call(rank, case, logits=leaf, support=allowed[..., first:last])
+        out.loss.backward()
+        return out.log_probs, leaf.grad
+
+    results = run_threads(2, of_rank)
+    torch.testing.assert_close(results[0][0], whole.log_probs, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(torch.cat([part for _, part in results], -1), gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_backward_of_a_truncated_support_asks_no_rank(monkeypatch):
+    case, sizes = cases.make(vocab=VOCAB), counted(monkeypatch)
+
+    def of_rank(rank):
+        first, last = CUTS["two"][rank : rank + 2]
+        leaf = case.logits[..., first:last].clone().requires_grad_()
+        out = call(rank, case, logits=leaf, support=(TopK(20), TopP(0.9)))
+        torch.distributed.barrier()
+        sizes.clear()
+        torch.distributed.barrier()
+        out.loss.backward()
+
+    run_threads(2, of_rank)
+    assert sizes == []

@@ -1,0 +1,318 @@
+"""A vocabulary over processes: DTensors, meshes, checkpointing and what ranks need not have in common."""
+
+from __future__ import annotations
+
+import cases
+import pytest
+import torch
+from distributed import mesh, pool, subgroup, world
+from torch import Tensor
+
+from grpo_kernels import LossConfig, grpo_loss, linear_grpo_loss, linear_token_log_probs, token_log_probs
+
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed"),
+]
+VOCAB, HIDDEN = 97, 16
+
+
+def batch(seed: int = 0) -> cases.Case:
+    return cases.make(vocab=VOCAB, seed=seed, config=LossConfig.preset("gspo", entropy_coef=0.05))
+
+
+def head(seed: int = 1) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(6, 10, HIDDEN, generator=g)
+    return {
+        "hidden": hidden,
+        "weight": torch.randn(VOCAB, HIDDEN, generator=g),
+        "bias": torch.randn(VOCAB, generator=g),
+    }
+
+
+def gradients_of(function, leaves: dict, case: cases.Case, **options):
+    out = function(leaves["hidden"], leaves["weight"], *case.arguments, bias=leaves["bias"], **case.options, **options)
+    out.loss.backward()
+    return out, {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def whole(seed: int = 0):
+    leaves = {name: part.requires_grad_() for name, part in head().items()}
+    return gradients_of(linear_grpo_loss, leaves, batch(seed))
+
+
+def close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=float(b.abs().max()) * 4e-6)
+
+
+def distributed(tensor: Tensor, over, *placements):
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.detach().clone(), over, placements).requires_grad_()
+
+
+def dtensor_logits(shape: tuple[int, ...], token_tensors: bool) -> None:
+    """On one mesh dimension or beside a data-parallel one, where every rank has its own sequences."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    case, over = batch(), mesh(*shape)
+    expected, gradient = case.run()
+    leaf = distributed(case.logits, over, *[Replicate()] * (len(shape) - 1), Shard(-1))
+    arguments = list(case.arguments)
+    if token_tensors:
+        arguments[0] = distributed_ids(arguments[0], over)
+    out = grpo_loss(leaf, *arguments, **case.options)
+    out.loss.backward()
+    close(out.loss, expected.loss)
+    close(leaf.grad.full_tensor(), gradient)
+    assert leaf.grad.placements == leaf.placements
+    assert out.route.reason.startswith("vocab_group=")
+    log_probs = token_log_probs(leaf.detach(), case.token_ids, case.mask).log_probs
+    assert torch.equal(log_probs, out.log_probs)
+
+
+def distributed_ids(ids: Tensor, over):
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    return distribute_tensor(ids, over, [Replicate()] * over.ndim)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 2)], ids=str)
+@pytest.mark.parametrize("token_tensors", [False, True])
+def test_dtensor_logits(shape, token_tensors):
+    pool(4).run(dtensor_logits, shape, token_tensors)
+
+
+def dtensor_sequences() -> None:
+    """(Shard(0), Shard(-1)): this rank's sequences, and its columns of them; the loss is these sequences' own."""
+    from torch.distributed.tensor import Shard
+
+    case, over = batch(), mesh(2, 2)
+    rows = slice(3 * over.get_local_rank("dp"), 3 * over.get_local_rank("dp") + 3)
+    options = {name: value[rows] if isinstance(value, Tensor) else value for name, value in case.options.items()}
+    mine = cases.Case(case.logits[rows], *(x[rows] for x in case.arguments), options)
+    expected, gradient = mine.run()
+    leaf = distributed(case.logits, over, Shard(0), Shard(2))
+    out = grpo_loss(leaf, *mine.arguments, **options)
+    out.loss.backward()
+    close(out.loss, expected.loss)
+    own = leaf.grad.to_local()
+    first = over.get_local_rank("tp") * 49
+    close(own, gradient[..., first : first + 49])
+
+
+def test_dtensor_logits_of_sequences():
+    pool(4).run(dtensor_sequences)
+
+
+def dtensor_head(bias: str) -> None:
+    from torch.distributed.tensor import Replicate, Shard
+
+    expected, gradients = whole()
+    over = mesh(4)
+    leaves = {name: distributed(part, over, Shard(0)) for name, part in head().items() if name != "hidden"}
+    leaves["hidden"] = distributed(head()["hidden"], over, Replicate()) if bias == "all" else head()["hidden"]
+    leaves["hidden"].requires_grad_()
+    out, own = gradients_of(linear_grpo_loss, leaves, batch())
+    close(out.loss, expected.loss)
+    for name in ("weight", "bias"):
+        assert own[name].placements == leaves[name].placements
+        close(own[name].full_tensor(), gradients[name])
+    states = own["hidden"].to_local() if bias == "all" else own["hidden"]
+    close(states, gradients["hidden"])
+
+
+@pytest.mark.parametrize("which", ["weight and bias", "all"])
+def test_dtensor_heads(which):
+    pool(4).run(dtensor_head, which)
+
+
+def refused(what: str) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    case, over, parts = batch(), mesh(2, 2), head()
+    if what == "logits":
+        leaf = distributed(case.logits, over, Replicate(), Shard(1))
+        grpo_loss(leaf, *case.arguments, **case.options)
+    elif what == "two dimensions":
+        grpo_loss(distributed(case.logits, over, Shard(2), Shard(2)), *case.arguments, **case.options)
+    elif what == "beside a group":
+        grpo_loss(distributed(case.logits, over, Replicate(), Shard(2)), *case.arguments, vocab_group=over["tp"])
+    elif what == "bias":
+        weight = distribute_tensor(parts["weight"], over, [Replicate(), Shard(0)])
+        linear_grpo_loss(parts["hidden"], weight, *case.arguments, bias=parts["bias"], **case.options)
+    elif what == "mesh":
+        grpo_loss(case.logits[..., :49], *case.arguments, vocab_group=over, **case.options)
+    elif what == "FSDP":  # its shards of a head, and the tokens of each rank
+        first = distribute_tensor(parts["weight"], mesh(4), [Shard(0)])
+        own = batch(torch.distributed.get_rank())
+        linear_grpo_loss(parts["hidden"], first, *own.arguments, check=True, **own.options)
+
+
+REFUSALS = {
+    "logits": "expected a DTensor in plain shards of the vocabulary or replicated",
+    "two dimensions": "expected a DTensor in plain shards of the vocabulary|a vocabulary cut by one dimension",
+    "beside a group": "no vocab_group= and vocab_start= beside a DTensor",
+    "bias": "bias in the shards of the weight",
+    "mesh": 'vocab_group= of one dimension; got a mesh of 2.*\n.*mesh\\["tp"\\]',
+    "FSDP": "the same token_ids and mask on every rank of vocab_group(.|\n)*hf.attach computes the loss inside",
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_what_is_no_vocabulary_is_refused_on_every_rank(what):
+    import re
+
+    assert re.search(REFUSALS[what], pool(4).refusal_of(refused, what))
+
+
+def a_group_of_others() -> str:
+    group = subgroup(0, 1)
+    case = batch()
+    if torch.distributed.get_rank() < 2:
+        return "member"
+    with pytest.raises(ValueError, match="vocab_group= that this process is in; got a group of other ranks") as error:
+        grpo_loss(case.logits, *case.arguments, vocab_group=group, **case.options)
+    return str(error.value)
+
+
+def test_a_group_that_this_rank_is_not_in():
+    assert pool(4).run(a_group_of_others)[:2] == ["member", "member"]
+
+
+def checkpointed(reentrant: bool) -> None:
+    """Its recomputation replays the collectives of forward, on every rank alike."""
+    from torch.utils.checkpoint import checkpoint
+
+    _, gradients = whole()
+    case, rank = batch(), torch.distributed.get_rank()
+    parts = head()
+    leaves = {name: part if name == "hidden" else part.tensor_split([49])[rank] for name, part in parts.items()}
+    leaves = {name: part.clone().requires_grad_() for name, part in leaves.items()}
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        options = {"bias": bias, "vocab_group": world(), **case.options}
+        return linear_grpo_loss(hidden * 1, weight, *case.arguments, **options).loss
+
+    checkpoint(loss, *leaves.values(), use_reentrant=reentrant).backward()
+    close(leaves["hidden"].grad, gradients["hidden"])
+    for name in ("weight", "bias"):
+        close(leaves[name].grad, gradients[name].tensor_split([49])[rank])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant):
+    pool(2).run(checkpointed, reentrant)
+
+
+def without_backward() -> None:
+    """A scalar loss has no collective in backward: a rank may skip it, or do it in another order."""
+    case, rank = batch(), torch.distributed.get_rank()
+    options = {"vocab_group": world(), **case.options}
+    leaf = case.logits.tensor_split([49], -1)[rank].clone().requires_grad_()
+    outs = [grpo_loss(leaf, *case.arguments, **options), grpo_loss(leaf * 2, *case.arguments, **options)]
+    for out in outs if rank == 0 else ():
+        out.loss.backward()
+
+
+def test_a_rank_without_backward():
+    pool(2).run(without_backward)
+
+
+def upstream_of_one() -> None:
+    """Log-probs from hidden states: backward joins the gradients of states, zeros from a rank whose upstream is 0, and
+    where a rank's outputs have none in log-probs, or none in entropies."""
+    case, rank, parts = batch(), torch.distributed.get_rank(), head()
+    weight = parts["weight"].tensor_split([49])[rank].clone().requires_grad_()
+    hidden = parts["hidden"].clone().requires_grad_()
+    out = linear_token_log_probs(hidden, weight, case.token_ids, case.mask, vocab_group=world())
+    (out.log_probs.sum() if rank == 0 else 0 * out.entropy.sum()).backward()
+    leaves = [parts["hidden"].clone().requires_grad_(), parts["weight"].clone().requires_grad_()]
+    linear_token_log_probs(*leaves, case.token_ids, case.mask).log_probs.sum().backward()
+    if rank == 0:
+        close(weight.grad, leaves[1].grad[:49])
+    else:
+        assert bool((weight.grad == 0).all())
+    everyones = [torch.empty_like(hidden.grad) for _ in range(2)]
+    torch.distributed.all_gather(everyones, hidden.grad)
+    assert torch.equal(*everyones)
+
+
+def test_upstream_of_one_rank():
+    pool(2).run(upstream_of_one)
+
+
+def in_two_dimensions() -> None:
+    """dp × tp: two ranks share a vocabulary, twice; with accumulation, each dp rank has its own tokens."""
+    over = mesh(2, 2)
+    dp, tp = over.get_local_rank("dp"), over.get_local_rank("tp")
+    parts = head()
+    weight = parts["weight"].tensor_split([49])[tp].clone().requires_grad_()
+    bias = parts["bias"].tensor_split([49])[tp]
+    for seed in (2 * dp, 2 * dp + 1):
+        case = batch(seed)
+        options = {"bias": bias, "vocab_group": over["tp"], **case.options}
+        linear_grpo_loss(parts["hidden"], weight, *case.arguments, **options).loss.backward()
+    torch.distributed.all_reduce(weight.grad, group=over.get_group("dp"))
+    leaf = parts["weight"].clone().requires_grad_()
+    for seed in range(4):
+        case = batch(seed)
+        options = {"bias": parts["bias"], **case.options}
+        linear_grpo_loss(parts["hidden"], leaf, *case.arguments, **options).loss.backward()
+    close(weight.grad, leaf.grad.tensor_split([49])[tp])
+
+
+def test_a_mesh_of_data_and_vocabulary():
+    pool(4).run(in_two_dimensions)
+
+
+def compiled() -> None:
+    """The loss leaves the graph of a compiled caller."""
+    case, rank = batch(), torch.distributed.get_rank()
+    own = case.logits.tensor_split([49], -1)[rank]
+    group, options = world(), case.options
+
+    @torch.compile(backend="aot_eager")
+    def loss(leaf: Tensor) -> Tensor:
+        return grpo_loss(leaf * 2, *case.arguments, vocab_group=group, **options).loss * 3
+
+    leaf, plain = (own.clone().requires_grad_() for _ in range(2))
+    loss(leaf).backward()
+    (grpo_loss(plain * 2, *case.arguments, vocab_group=group, **options).loss * 3).backward()
+    assert torch.equal(leaf.grad, plain.grad)
+
+
+def test_in_a_compiled_caller():
+    pool(2).run(compiled)
+
+
+def memory_of_a_shard() -> list[int]:
+    """The largest tensor of every operation, in elements."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(
+                each.numel() for each in (out if isinstance(out, tuple) else (out,)) if isinstance(each, Tensor)
+            )
+            return out
+
+    g = torch.Generator().manual_seed(0)
+    vocab, rows, width = 4096, 64, 32
+    ids, advantages = torch.randint(vocab, (1, rows), generator=g), torch.ones(1)
+    weight = torch.randn(vocab // 4, width, generator=g).requires_grad_()
+    hidden = torch.randn(1, rows, width, generator=g).requires_grad_()
+    with Watch():
+        linear_grpo_loss(hidden, weight, ids, advantages, vocab_group=world(), chunk_bytes=1 << 18).loss.backward()
+    return sizes
+
+
+def test_nothing_has_the_size_of_the_vocabulary():
+    """A rank's largest tensor is its part of the head or its chunk of logits, a quarter of the whole."""
+    for sizes in pool(4).run(memory_of_a_shard):
+        assert max(sizes) <= max(1024 * 32, (1 << 18) // 4)
+        assert len(sizes) > 50
