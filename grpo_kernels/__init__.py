@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import advantages, hf
 from . import surrogates as surrogates
+from .calls.context import ContextPart, split_context
 from .calls.outputs import LossOutput, TokenLogProbs
 from .calls.routes import Route
 from .calls.support import MinP, TopK, TopP
@@ -39,6 +40,7 @@ __all__ = [
     "Cispo",
     "Clip",
     "Constant",
+    "ContextPart",
     "DppoKL",
     "DppoTV",
     "Dro",
@@ -80,6 +82,7 @@ __all__ = [
     "reference",
     "register_surrogate",
     "shadow",
+    "split_context",
     "token_log_probs",
     "value_loss",
 ]

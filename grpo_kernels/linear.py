@@ -17,6 +17,7 @@ from .calls.contents import check_ids, check_shift
 from .calls.head import HeadTensors, Wants, operand_dtype
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
+from .calls.over_ranks import Agreed, over_ranks
 from .calls.provenance import Made
 from .calls.routes import Require, Route, choose, choose_backend, choose_log_probs
 from .calls.sharding import (
@@ -42,7 +43,7 @@ from .objectives.maths import weighed
 from .objectives.metrics import Metrics
 from .objectives.names import NoKeyword, refuse_keywords
 from .objectives.normalizer import Normalizer
-from .objectives.sequences import Sequences
+from .objectives.sequences import Joined, Sequences
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,6 +77,7 @@ def linear_grpo_loss(
     logit_softcap: float | Tensor | None = None,
     skip_zero_advantage: bool = False,
     token_losses: bool = False,
+    sequence_group: Group | None = None,
     live_tokens: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     logits_dtype: torch.dtype | None = None,
@@ -128,6 +130,8 @@ def linear_grpo_loss(
     """
     if unknown:
         refuse_keywords(linear_grpo_loss, unknown)
+    if sequence_group is not None and not isinstance(sequence_group, Agreed):
+        return over_ranks(linear_grpo_loss, locals())
     config = resolve_config(config)
     made = None
     if isinstance(old_log_probs, TokenLogProbs):
@@ -145,6 +149,7 @@ def linear_grpo_loss(
         entropy_threshold=entropy_threshold,
         skip_zero_advantage=skip_zero_advantage,
         token_losses=token_losses,
+        sequence_group=sequence_group,
     )
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_grpo_loss", logit_args, check)
@@ -185,7 +190,7 @@ def linear_grpo_loss(
     scale = 1.0 if scale is None else checked_scale("linear_grpo_loss", scale, check)
     numbers = numbers_vector(logit_args, scale, config, tokens.real, hidden.device, entropy_threshold)
     together = plan.spec is None and pools(config, batch) and any(wants) and not token_losses
-    sequences = batch.sequences if together else None
+    sequences = batch.sequences if together and not isinstance(batch.sequences, Joined) else None
     chunks = (live_tokens, rows, states_group, sequences, wide)
     sweep = _sweep(tokens, numbers, logit_args, plan.route, head, *chunks)
     if token_losses:

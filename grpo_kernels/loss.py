@@ -17,6 +17,7 @@ from .calls.batch import LossArguments, read_batch
 from .calls.contents import check_contents, check_ids
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
+from .calls.over_ranks import Agreed, over_ranks
 from .calls.provenance import Made
 from .calls.routes import Require, choose, choose_backend
 from .calls.sharding import ALONE, facts_of, local, local_arguments, read_shard, vocabulary_agreement
@@ -61,6 +62,7 @@ def grpo_loss(
     vocab_group: Group | None = None,
     vocab_start: int | None = None,
     vocab_size: int | None = None,
+    sequence_group: Group | None = None,
     check: bool | None = None,
     backend: str | None = None,
     require: Require | None = None,
@@ -112,6 +114,9 @@ def grpo_loss(
         vocab_size: how many columns count: ids are below it, and what a padded vocabulary has beyond it has no
             probability and gradient 0. Where one of the two is not given, ranks tell each other how many columns they
             have, which waits for a device.
+        sequence_group: the ranks that hold the other tokens of these sequences, a process group or a mesh of one
+            dimension: all have the same sequences in the same order, each any of their tokens (``split_context``), or
+            none. ``loss`` is this rank's share; shares, and gradients of what all ranks hold, add up.
         check: also check contents on a device, which waits for it, and more of them everywhere (ids in range and not
             shifted, masks without fractions, weights >= 0). None: the environment's GRPO_KERNELS_CHECK.
         backend: "cpu", "cuda", "triton", "torch"; None: the fastest that serves the call ("cuda" only where proven).
@@ -132,6 +137,8 @@ def grpo_loss(
     """
     if unknown:
         refuse_keywords(grpo_loss, unknown)
+    if sequence_group is not None and not isinstance(sequence_group, Agreed):
+        return over_ranks(grpo_loss, locals())
     config = resolve_config(config)
     made = None
     if isinstance(old_log_probs, TokenLogProbs):
@@ -149,6 +156,7 @@ def grpo_loss(
         entropy_threshold=entropy_threshold,
         skip_zero_advantage=skip_zero_advantage,
         token_losses=token_losses,
+        sequence_group=sequence_group,
     )
     shard = None
     if type(logits) is not Tensor or (vocab_group, vocab_start, vocab_size) != (None, None, None):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from .calls import autograd
 from .calls.arguments import check_pooled
 from .calls.batch import LossArguments, check_log_probs, read_batch
 from .calls.outputs import LossOutput, Outcome
+from .calls.over_ranks import Agreed, over_ranks
 from .calls.routes import Route
 from .calls.terms import settle
 from .calls.token_losses import token_losses as losses_of_tokens
@@ -20,6 +23,9 @@ from .objectives.checks import fail
 from .objectives.config import LossConfig, resolve_config
 from .objectives.names import NoKeyword, refuse_keywords
 from .objectives.normalizer import Normalizer
+
+if TYPE_CHECKING:
+    from .objectives.groups import Group
 
 
 def policy_loss(
@@ -40,6 +46,7 @@ def policy_loss(
     entropy_threshold: float | Tensor | None = None,
     skip_zero_advantage: bool = False,
     token_losses: bool = False,
+    sequence_group: Group | None = None,
     check: bool | None = None,
     backend: str | None = None,
     **unknown: NoKeyword,
@@ -58,7 +65,8 @@ def policy_loss(
         entropy: H of each row, nats, shape of log_probs: for the bonus, ``entropy_threshold`` and the metric, which is
             0 without it.
         old_log_probs, ref_log_probs, rollout_log_probs, token_weights, cu_seqlens, config, normalizer, kl_coef,
-            entropy_coef, entropy_threshold, skip_zero_advantage, token_losses, check: as for ``grpo_loss``.
+            entropy_coef, entropy_threshold, skip_zero_advantage, token_losses, sequence_group, check: as for
+            ``grpo_loss``.
         backend: whose [tokens]-sized kernels; None: the fastest for the device.
 
     Returns:
@@ -70,6 +78,8 @@ def policy_loss(
     """
     if unknown:
         refuse_keywords(policy_loss, unknown)
+    if sequence_group is not None and not isinstance(sequence_group, Agreed):
+        return over_ranks(policy_loss, locals())
     config = resolve_config(config)
     arguments = LossArguments(
         advantages=advantages,
@@ -84,6 +94,7 @@ def policy_loss(
         entropy_threshold=entropy_threshold,
         skip_zero_advantage=skip_zero_advantage,
         token_losses=token_losses,
+        sequence_group=sequence_group,
     )
     tokens = read_log_prob_tokens("policy_loss", log_probs, entropy, mask, arguments.tensors, check)
     tokens, batch = read_batch(tokens, config, arguments)

@@ -274,7 +274,7 @@ def _rank_part(aggregation: str) -> tuple:
     index = torch.arange(16)[:6] if torch.distributed.get_rank() == 0 else torch.arange(16)[6:]
     denominator = normalizer(case.mask[index], config, world_size=2, group=world())
     loss, gradient, metrics = part(case, index, config=config, normalizer=denominator)
-    return loss, gradient, metrics.all_reduce().vector
+    return loss, gradient, metrics.all_reduce(world()).vector
 
 
 @pytest.mark.ranks

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,10 +16,14 @@ from ..objectives.aggregation import AGGREGATIONS
 from ..objectives.checks import check_finite, check_flag, check_scalar, check_shape, fail, fits
 from ..objectives.config import LossConfig
 from ..objectives.normalizer import Normalizer
-from ..objectives.sequences import Packed, Padded, Sequences, on_tokens
+from ..objectives.sequences import Joined, Packed, Padded, Sequences, on_tokens
 from .arguments import check_pooled
-from .terms import TokenBatch, with_known_factors
+from .over_ranks import Agreed
+from .terms import KnownSchemes, TokenBatch, pools
 from .tokens import Tokens
+
+if TYPE_CHECKING:
+    from ..objectives.groups import Group
 
 _Tokens = TypeVar("_Tokens", bound=Tokens)
 _POSITIVE_NATS = 1e-3  # rounding of somebody else's log-softmax
@@ -40,6 +45,8 @@ class LossArguments:
     entropy_threshold: float | Tensor | None = None
     skip_zero_advantage: bool = False
     token_losses: bool = False
+    sequence_group: Group | Agreed | None = None
+    """The ranks that hold the other tokens of these sequences, once they have agreed."""
 
     @property
     def tensors(self) -> dict[str, object]:
@@ -61,9 +68,11 @@ class LossArguments:
 
 def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) -> tuple[_Tokens, TokenBatch]:
     """Return the tokens, with skipped ones no longer live, and every tensor of tokens that the loss takes."""
-    sequences, tokens = _read_sequences(tokens, arguments.cu_seqlens)
+    part, tokens = _read_sequences(tokens, arguments.cu_seqlens)
+    ranks = arguments.sequence_group
+    sequences: Sequences = Joined(part, ranks.group) if isinstance(ranks, Agreed) else part
     masked_in = tokens.live
-    advantage, per_sequence = _read_advantages(tokens, sequences, arguments.advantages)
+    advantage = _read_advantages(tokens, sequences, arguments.advantages)
     kl_coef = _read_coefficient(tokens, "kl_coef", arguments.kl_coef, config.kl.coef)
     entropy_coef = _read_coefficient(tokens, "entropy_coef", arguments.entropy_coef, config.entropy_coef)
     _check_needed(tokens, config, arguments, kl_coef is not None)
@@ -71,20 +80,30 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
         check_scalar(tokens.function, "entropy_threshold", arguments.entropy_threshold, tokens.checks)
     if arguments.skip_zero_advantage:
         check_flag(tokens.function, "skip_zero_advantage", arguments.skip_zero_advantage)
+        per_sequence = advantages_per_sequence(sequences, arguments.advantages)
         _check_skip(tokens, config, kl_coef is None and entropy_coef is None, per_sequence)
         tokens = _replace_live(tokens, tokens.live & (advantage != 0))
 
+    old, ref, rollout = arguments.old_log_probs, arguments.ref_log_probs, arguments.rollout_log_probs
+    old = None if old is None else _read_log_probs(tokens, "old_log_probs", old)
+    ref = None if ref is None else _read_log_probs(tokens, "ref_log_probs", ref)
+    rollout = None if rollout is None else _read_log_probs(tokens, "rollout_log_probs", rollout)
+    known = KnownSchemes.of(config, old, rollout, tokens.live) if config.schemes else None
+    if isinstance(sequences, Joined):
+        sequences.ask(masked_in, tokens.live, *(() if known is None else known.pooled))
     weight, entropy_weight = _read_weights(tokens, config, arguments, masked_in, sequences)
     policy_weight = weight
     if arguments.token_weights is not None:
         policy_weight = _times_token_weights(tokens, weight, arguments.token_weights)
-    old, ref, rollout = arguments.old_log_probs, arguments.ref_log_probs, arguments.rollout_log_probs
+    if tokens.checks and tokens.looks:
+        _check_log_probs(tokens, {"old": old, "rollout": rollout}, policy_weight)
+        _check_log_probs(tokens, {"ref": ref}, weight)
     inputs = TokenInputs(
         advantage=advantage,
         policy_weight=policy_weight,
-        old=None if old is None else _read_log_probs(tokens, "old_log_probs", old, policy_weight),
-        ref=None if ref is None else _read_log_probs(tokens, "ref_log_probs", ref, weight),
-        rollout=None if rollout is None else _read_log_probs(tokens, "rollout_log_probs", rollout, policy_weight),
+        old=old,
+        ref=ref,
+        rollout=rollout,
         kl_weight=None if kl_coef is None else _scaled(weight, kl_coef),
         entropy_weight=None if entropy_coef is None else _scaled(entropy_weight, entropy_coef),
     )
@@ -96,19 +115,23 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
         schemes=config.schemes,
         entropy_threshold=arguments.entropy_threshold,
     )
-    if batch.schemes:
-        batch = with_known_factors(config, batch)
+    if known is not None:
+        batch = known.applied(config, batch)
+    if arguments.token_losses and isinstance(sequences, Joined):
+        _check_losses_of_a_part(tokens, config, batch)
     if tokens.looks:
         _check_advantages(tokens, batch, arguments.advantages)
     return tokens, batch
 
 
 def advantages_per_sequence(sequences: Sequences, advantages: Tensor) -> bool:
-    """Whether the advantage is one number for each sequence (not one for each token)."""
-    return fits(advantages, (sequences.count,), (sequences.count, 1))
+    """Whether the advantage is one number for each sequence (not one for each token). (S, 1) of a part of sequences is
+    none: of one token each it is both, and ranks would differ."""
+    shapes = ((sequences.count,), (sequences.count, 1))[: 1 if isinstance(sequences, Joined) else 2]
+    return fits(advantages, *shapes)
 
 
-def _read_sequences(tokens: _Tokens, cu_seqlens: Tensor | None) -> tuple[Sequences, _Tokens]:
+def _read_sequences(tokens: _Tokens, cu_seqlens: Tensor | None) -> tuple[Padded | Packed, _Tokens]:
     function, (batch, length) = tokens.function, tokens.live.shape
     if cu_seqlens is None:
         if len(tokens.shape) == 1:
@@ -126,8 +149,8 @@ def _replace_live(tokens: _Tokens, live: Tensor) -> _Tokens:
     return dataclasses.replace(tokens, live=live.contiguous())
 
 
-def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor) -> tuple[Tensor, bool]:
-    """Return advantages at every token, and whether there is one for each sequence."""
+def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor) -> Tensor:
+    """Return advantages at every token."""
     count, shape = sequences.count, tuple(tokens.live.shape)
     per_sequence = fits(advantages, (count,), (count, 1))
     if not per_sequence:
@@ -138,7 +161,7 @@ def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor) -
         fail(tokens.function, "advantages that are numbers", "torch.bool", tokens.tensors, hint, TypeError)
     values = advantages.detach().to(tokens.real)
     values = sequences.expand(values.reshape(count)).expand(shape) if per_sequence else values.reshape(shape)
-    return values.contiguous(), per_sequence
+    return values.contiguous()
 
 
 def _check_advantages(tokens: Tokens, batch: TokenBatch, advantages: Tensor) -> None:
@@ -191,6 +214,14 @@ def _check_skip(tokens: Tokens, config: LossConfig, policy_only: bool, per_seque
         fail(tokens.function, expected, reason, tokens.tensors)
 
 
+def _check_losses_of_a_part(tokens: Tokens, config: LossConfig, batch: TokenBatch) -> None:
+    """Raise where the backward of losses of tokens would need the other ranks, whose backward may never run."""
+    if pools(config, batch):
+        expected = "no token_losses=True with sequence_group= where slopes are shared over a sequence"
+        hint = "the loss itself (token_losses=False), or what follows from a token alone"
+        fail(tokens.function, expected, repr(config), tokens.tensors, hint)
+
+
 def _read_weights(
     tokens: Tokens, config: LossConfig, arguments: LossArguments, masked_in: Tensor, sequences: Sequences
 ) -> tuple[Tensor, Tensor]:
@@ -238,13 +269,19 @@ def _times_token_weights(tokens: Tokens, weight: Tensor, token_weights: Tensor) 
     return weight
 
 
-def _read_log_probs(tokens: Tokens, name: str, log_probs: Tensor, weight: Tensor) -> Tensor:
-    """Return log-probs to compare with; ``weight`` is 0 where they have no part in the loss."""
+def _read_log_probs(tokens: Tokens, name: str, log_probs: Tensor) -> Tensor:
+    """Return log-probs to compare with."""
     if not log_probs.is_floating_point():
         fail(tokens.function, f"{name} of a floating dtype", str(log_probs.dtype), tokens.tensors, error=TypeError)
-    values = tokens.per_token(name, log_probs)
-    check_log_probs(tokens, name, values, tokens.live & (weight != 0), unknown=name == "rollout_log_probs")
-    return values
+    return tokens.per_token(name, log_probs)
+
+
+def _check_log_probs(tokens: Tokens, log_probs: Mapping[str, Tensor | None], weight: Tensor) -> None:
+    """Look at log-probs, by the first word of their name, where they have a part in the loss."""
+    for name, values in log_probs.items():
+        if values is not None:
+            counts = tokens.live & (weight != 0)
+            check_log_probs(tokens, f"{name}_log_probs", values, counts, unknown=name == "rollout")
 
 
 def check_log_probs(tokens: Tokens, name: str, values: Tensor, counts: Tensor, unknown: bool = False) -> None:

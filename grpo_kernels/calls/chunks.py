@@ -76,7 +76,7 @@ class LiveRows:
         """Cut rows into chunks of ``chunk``, or of as many whole ``sequences`` as fit, if the longest does. Waits
         for the device once, to count, unless told ``live_tokens``."""
         flat = tokens.live.reshape(-1)
-        lengths = None if sequences is None else sequences.sum(tokens.live.to(accumulate_dtype(flat.device)))
+        lengths = None if sequences is None else sequences.sum(tokens.live, accumulate_dtype(flat.device))
         counts, cut = _count(tokens, lengths, live_tokens)
         count = padded = sum(counts)
         if pads(flat.device.type):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..objectives.checks import check_name, fail
 from ..objectives.compiler import outside_graphs
-from ..objectives.groups import agreement, gather, read_group, tells
+from ..objectives.groups import agreement, gather, meets, read_group
 from .batch import LossArguments
 from .head import HeadTensors
 from .tokens import RowTokens
@@ -50,7 +50,7 @@ def read_shard(
     if members is None:
         return tensor, _columns_that_count(function, tensor.shape[dim], start, size)
     what = f"{function}, columns"
-    telling = tells(what, members, check)
+    telling = meets(what, members, check)
     with agreement(what, "vocab_group", members, check) as facts:
         if facts is not None:
             facts |= {"vocab_start (given or not)": str(start is not None), "vocab_size": str(size)}

@@ -25,7 +25,7 @@ from ..objectives.metrics import Metrics
 from .chunks import LiveRows, cut
 from .head import HeadGradients, HeadTensors, Wants, head_kind
 from .routes import Plan
-from .terms import TokenBatch, fast_token_terms, pools, reduce_records
+from .terms import Terms, TokenBatch, fast_token_terms, pools, reduce_records
 from .vocabulary import VocabShard, row_gradient_, row_stats
 
 if TYPE_CHECKING:
@@ -156,16 +156,16 @@ class LinearLoss:
     plan: Plan
 
     def compute(self, wants: Wants, head: HeadTensors) -> Swept:
-        gradients = HeadGradients()
+        gradients, ratios = HeadGradients(), None
         if not any(wants):
-            values, records, _ = self._terms(self.sweep.log_probs(head))
+            values, (records, _, ratios) = self._terms(self.sweep.log_probs(head))
         elif self._of_rows or self.sweep.live_rows.bounds is not None:
             values, records, gradients = self._one_sweep(wants, head)
         else:
             stats = self.sweep.log_probs(head)
-            values, records, slopes = self._terms(stats)
-            gradients = self.sweep.gradients(wants, head, stats, slopes)
-        loss, metrics = reduce_records(self.config, self.batch, values, records, self.sweep.backend)
+            values, (records, slope, ratios) = self._terms(stats)
+            gradients = self.sweep.gradients(wants, head, stats, self._announced(slope, self.batch))
+        loss, metrics = reduce_records(self.config, self.batch, values, records, self.sweep.backend, ratios)
         return Swept(loss, metrics, values, gradients)
 
     @property
@@ -206,17 +206,16 @@ class LinearLoss:
         # On-policy, what pools can be the token's own.
         config = dataclasses.replace(self.config, level="token") if self._of_rows else self.config
         values = TokenValues(stats.log_prob, stats.entropy, part.live)
-        records, slope = fast_token_terms(config, part, values, rows.numbers, backend)
+        records, slope, _ = fast_token_terms(config, part, values, rows.numbers, backend, report=False)
         row_gradient_(rows, stats, self._announced(slope, part), self.sweep.shard, backend)
         return stats[:2], records
 
-    def _terms(self, stats: RowStats) -> tuple[TokenValues, TokenRecords, RowGradients]:
-        """Return values, records and announced slopes, (B, T), of statistics (1, n)."""
+    def _terms(self, stats: RowStats) -> tuple[TokenValues, Terms]:
+        """Return values and terms, (B, T), of statistics (1, n)."""
         sweep = self.sweep
         log_prob, entropy = (sweep.live_rows.scatter(values) for values in stats[:2])
         values = TokenValues(log_prob, entropy, self.batch.live)
-        records, slope = fast_token_terms(self.config, self.batch, values, sweep.numbers, sweep.backend)
-        return values, records, self._announced(slope, self.batch)
+        return values, fast_token_terms(self.config, self.batch, values, sweep.numbers, sweep.backend)
 
     def _announced(self, slope: Tensor, batch: TokenBatch) -> RowGradients:
         scale, weight = self.sweep.announced, batch.inputs.entropy_weight

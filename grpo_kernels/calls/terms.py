@@ -3,11 +3,15 @@
 ``token_terms`` is the twin of the function of that name in csrc/common/surrogates.h:
 
     log-ratio → ratio, pooled and saturated → weight, rollout factors in it → policy part + KL part
+
+What is pooled over sequences is asked for together, once before the surrogate and once behind it: over a group of ranks
+each is one collective.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,11 +23,11 @@ from ..backends import ops
 from ..backends.contract import RowGradients, TokenInputs, TokenRecords, TokenValues
 from ..backends.spec import in_kernel, objective_spec
 from ..objectives.config import LossConfig
-from ..objectives.kl import ESTIMATORS, KLTerms, kl_terms
-from ..objectives.levels import Level
+from ..objectives.kl import ESTIMATORS, kl_terms
+from ..objectives.levels import Share
 from ..objectives.maths import clamp, log_ratio_of, times, weighed, within
 from ..objectives.metrics import FIELDS, Metrics, reduce_ratios
-from ..objectives.rollout import FOLDED, Rollout, rollout_weights
+from ..objectives.rollout import FOLDED, Rollout, rollout_log_ratios, rollout_weights
 from ..objectives.sequences import Sequences, accumulate_dtype
 from ..objectives.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, Point
 
@@ -46,40 +50,71 @@ class TokenBatch:
     entropy_threshold: Tensor | float | None = None
     """Tokens of less entropy have no policy term."""
 
-    def pool(self, values: Tensor, mean: bool) -> Tensor:
-        """Return sums or means over each sequence's live tokens, at every token."""
-        live = torch.where(self.live, values, 0.0)
-        return self.sequences.expand(self.per_sequence(live, mean)).expand_as(values)
+    def totals(self, requests: Sequence[tuple[Tensor, Share]]) -> list[Tensor | None]:
+        """Return the sums, or means over live tokens, of each sequence, (S,) in the accumulation dtype; 0 for an empty
+        one, None for what is each token's own. Values are (B, T), 0 at dead rows."""
+        pooled = [values for values, share in requests if share != "own"]
+        if not pooled:
+            return [None] * len(requests)
+        dtype = accumulate_dtype(self.live.device)
+        each = list({id(values): values for values in pooled}.values())
+        sums = dict(zip(map(id, each), self.sequences.sums(each, dtype), strict=True))
+        if any(share == "mean" for _, share in requests):
+            lengths = self.sequences.sum(self.live, dtype).clamp(min=1)
+        totals: list[Tensor | None] = []
+        for values, share in requests:
+            total = None if share == "own" else sums[id(values)]
+            totals.append(total / lengths if total is not None and share == "mean" else total)
+        return totals
 
-    def per_sequence(self, values: Tensor, mean: bool) -> Tensor:
-        """Return sums (or means over live tokens) of (B, T) values that are 0 at dead rows; 0 for an empty sequence."""
-        dtype = accumulate_dtype(values.device)
-        total = self.sequences.sum(values.to(dtype))
-        if mean:
-            total = total / self.sequences.sum(self.live.to(dtype)).clamp(min=1)
-        return total.to(values.dtype)
+    def at_tokens(self, values: Tensor, total: Tensor | None) -> Tensor:
+        """Return a total (S,) of ``values`` at every token, in their dtype; the values where it is None."""
+        return values if total is None else self.sequences.expand(total.to(values.dtype)).expand_as(values)
 
-    def factors(self, config: LossConfig, log_prob: Tensor, schemes: tuple[Rollout, ...]) -> Tensor:
-        """Return the product of the factors of these rollout schemes."""
+    def pool(self, requests: Sequence[tuple[Tensor, Share]]) -> list[Tensor]:
+        """Return ``totals``, each at every token."""
+        totals = self.totals(requests)
+        return [self.at_tokens(values, total) for (values, _), total in zip(requests, totals, strict=True)]
+
+    def factors(self, config: LossConfig, schemes: Sequence[Rollout], log_ratios: Sequence[Tensor]) -> Tensor:
+        """Return the product of the factors of rollout schemes, from the log-ratio of each before it is pooled."""
+        shares = (scheme.share for scheme in schemes)
+        pooled = self.pool(list(zip(log_ratios, shares, strict=True)))
         inputs = self.inputs
         assert inputs.rollout is not None
-        others = (inputs.old, inputs.rollout, inputs.advantage, config.log_ratio_limit)
-        return rollout_weights(schemes, log_prob, *others, self.pool)
+        return rollout_weights(schemes, pooled, inputs.rollout, inputs.advantage, config.log_ratio_limit)
 
 
-def with_known_factors(config: LossConfig, batch: TokenBatch) -> TokenBatch:
-    """Multiply those rollout factors into the weights that follow from old log-probs, unless a kernel applies them: so
-    the one-pass loss stays one pass."""
-    inputs = batch.inputs
-    if inputs.old is None or config.surrogate.takes_rollout or in_kernel(batch.schemes):
-        return batch
-    of_old = tuple(scheme for scheme in batch.schemes if not scheme.of_policy)
-    if len(of_old) == 0:
-        return batch
-    factors = torch.where(batch.live, batch.factors(config, inputs.old, of_old), 0.0)
-    inputs = inputs._replace(policy_weight=weighed(inputs.policy_weight, factors))
-    of_policy = tuple(scheme for scheme in batch.schemes if scheme.of_policy)
-    return dataclasses.replace(batch, inputs=inputs, schemes=of_policy, rollout_weight=factors)
+class KnownSchemes(NamedTuple):
+    """Rollout schemes whose factors follow from old log-probs alone."""
+
+    schemes: tuple[Rollout, ...]
+    log_ratios: list[Tensor]
+    """(B, T) of each, before they are pooled."""
+    others: tuple[Rollout, ...]
+    """The config's other schemes."""
+
+    @classmethod
+    def of(cls, config: LossConfig, old: Tensor | None, rollout: Tensor | None, live: Tensor) -> KnownSchemes | None:
+        """Return None where there are no such schemes, or a kernel applies them."""
+        if old is None or rollout is None or config.surrogate.takes_rollout or in_kernel(config.schemes):
+            return None
+        of_old = tuple(scheme for scheme in config.schemes if not scheme.of_policy)
+        if not of_old:
+            return None
+        others = tuple(scheme for scheme in config.schemes if scheme.of_policy)
+        return cls(of_old, rollout_log_ratios(of_old, old, old, rollout, live), others)
+
+    @property
+    def pooled(self) -> list[Tensor]:
+        """Return the log-ratios that are to be pooled."""
+        return [values for scheme, values in zip(self.schemes, self.log_ratios, strict=True) if scheme.pooled]
+
+    def applied(self, config: LossConfig, batch: TokenBatch) -> TokenBatch:
+        """Multiply the factors into the batch's weights: so the one-pass loss stays one pass."""
+        factors = torch.where(batch.live, batch.factors(config, self.schemes, self.log_ratios), 0.0)
+        inputs = batch.inputs._replace(policy_weight=weighed(batch.inputs.policy_weight, factors))
+        return dataclasses.replace(batch, inputs=inputs, schemes=self.others, rollout_weight=factors)
 
 
 def pools(config: LossConfig, batch: TokenBatch) -> bool:
@@ -98,21 +133,41 @@ class Settled(NamedTuple):
 
 def settle(config: LossConfig, batch: TokenBatch, values: TokenValues, numbers: Tensor, backend: str) -> Settled:
     """Return loss, metrics and the slopes in log-probs and entropies."""
-    records, slope = fast_token_terms(config, batch, values, numbers, backend)
-    loss, metrics = reduce_records(config, batch, values, records, backend)
+    records, slope, ratios = fast_token_terms(config, batch, values, numbers, backend)
+    loss, metrics = reduce_records(config, batch, values, records, backend, ratios)
     weight = batch.inputs.entropy_weight
     return Settled(loss, metrics, RowGradients(slope, None if weight is None else -weight))
 
 
+class SequenceRatios(NamedTuple):
+    """What metrics of sequences are made of, (S,) in the accumulation dtype."""
+
+    log_ratio: Tensor | None
+    """As the level pools it, unsaturated; None on-policy."""
+    clipped: list[Tensor]
+    """Tokens at the low, the high and the dual bound."""
+
+
+class Terms(NamedTuple):
+    """What every token's log-prob and entropy come to."""
+
+    records: TokenRecords
+    slope: Tensor
+    """∂loss/∂ℓ, weights included."""
+    ratios: SequenceRatios | None
+    """Where a level pools, and metrics are wanted."""
+
+
 def fast_token_terms(
-    config: LossConfig, batch: TokenBatch, values: TokenValues, numbers: Tensor, backend: str
-) -> tuple[TokenRecords, Tensor]:
-    """Return ``token_terms``, by the backend's kernel where it has one: on a GPU one launch in place of sixty."""
+    config: LossConfig, batch: TokenBatch, values: TokenValues, numbers: Tensor, backend: str, report: bool = True
+) -> Terms:
+    """Return the terms, by the backend's kernel where it has one: on a GPU one launch in place of sixty. Metrics of
+    sequences are made beside them if ``report``."""
     by_token = not pools(config, batch)
     spec = objective_spec(config, batch.inputs.kl_weight is not None, batch.schemes) if by_token else None
     if spec is None or not backends.has_token_terms(backend):
-        return token_terms(config, batch, values.log_prob, values.entropy)
-    return ops.token_terms(values, numbers, batch.inputs, spec, backend)
+        return _terms(config, batch, values.log_prob, values.entropy, report)
+    return Terms(*ops.token_terms(values, numbers, batch.inputs, spec, backend), None)
 
 
 def token_terms(
@@ -122,18 +177,45 @@ def token_terms(
 
     ``entropy`` is needed with a threshold alone.
     """
-    ratio = _ratio_of(config, batch, log_prob)
+    return _terms(config, batch, log_prob, entropy, report=False)[:2]
+
+
+def _terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor | None, report: bool) -> Terms:
+    report &= config.pooling.pools
+    ratio = _ratio_of(config, batch, log_prob, report)
     policy = _policy_part(config, batch, log_prob, entropy, ratio)
-    kl_value, kl_slope = _kl_part(config, batch, log_prob, ratio)
+    kl = _kl_part(config, batch, log_prob, ratio)
     live, dead = batch.live, torch.zeros_like(log_prob)
+    flags = torch.where(live, policy.flags, 0)
+    clipped = _at_bounds(flags) if report else []
+    spread: list[tuple[Tensor, Share]] = [(_live(policy.slope, config.pooling.spread, batch), config.pooling.spread)]
+    if kl.through_ratio is not None:
+        spread.append((_live(kl.through_ratio, config.kl_pooling.spread, batch), config.kl_pooling.spread))
+    totals = batch.totals([*spread, *clipped])
+    shared = [batch.at_tokens(values, total) for (values, _), total in zip(spread, totals, strict=False)]
+
+    slope = torch.where(ratio.passes, shared[0], 0.0) + policy.direct
+    kl_slope = kl.slope if len(spread) == 1 else kl.slope + torch.where(ratio.possible, shared[1], 0.0)
     applied = ratio.applied
     records = TokenRecords(
         policy=torch.where(live, policy.value, dead),
-        kl=torch.where(live, kl_value, dead),
-        flags=torch.where(live, policy.flags, 0),
+        kl=torch.where(live, kl.value, dead),
+        flags=flags,
         rollout_weight=log_prob.new_empty(0) if applied is None else torch.where(live, applied, dead),
     )
-    return records, torch.where(live, policy.slope + kl_slope, dead)
+    at_bounds = [total for total in totals[len(spread) :] if total is not None]
+    ratios = SequenceRatios(ratio.of_sequences, at_bounds) if report else None
+    return Terms(records, torch.where(live, slope + kl_slope, dead), ratios)
+
+
+def _live(slope: Tensor, share: Share, batch: TokenBatch) -> Tensor:
+    """Return slopes that are 0 where a token is not live, if they are to be shared."""
+    return slope if share == "own" else torch.where(batch.live, slope, 0.0)
+
+
+def _at_bounds(flags: Tensor) -> list[tuple[Tensor, Share]]:
+    """Return what to ask for so as to know which sequences have tokens at the low, the high and the dual bound."""
+    return [((flags & bit) != 0, "sum") for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
 
 
 class _Ratio(NamedTuple):
@@ -141,12 +223,12 @@ class _Ratio(NamedTuple):
 
     old: Tensor
     """Log-probs that the ratio is taken to; the policy's own on-policy."""
-    own: Tensor
-    """Log-ratio of the token by itself, unbounded."""
-    bounded: Tensor
-    """The same with the surrogate's bounds and the rollout factors that are part of the ratio."""
     pooled: _Pooled
-    """``bounded`` as the level pools it."""
+    """The log-ratio with the surrogate's bounds and the rollout factors that are part of it, as the level pools it."""
+    of_kl: _Pooled
+    """The log-ratio as it is, as the KL's level pools it, where there is a KL."""
+    of_sequences: Tensor | None
+    """The log-ratio as it is, as the level pools it, (S,); None where no metric asks for it, and on-policy."""
     possible: Tensor
     """bool: the token's probability is not 0. One of probability 0 has no direction to give: it saturates."""
     passes: Tensor
@@ -168,52 +250,71 @@ class _Pooled(NamedTuple):
     """bool: where it does not saturate."""
 
     @classmethod
-    def of(cls, level: Level, log_ratio: Tensor, limit: float | None, batch: TokenBatch) -> _Pooled:
-        raw = level.pool(log_ratio, batch.pool)
+    def of(cls, raw: Tensor, limit: float | None) -> _Pooled:
         saturated = clamp(raw, limit)
         return cls(saturated, saturated.exp(), within(raw, limit))
 
 
-def _ratio_of(config: LossConfig, batch: TokenBatch, log_prob: Tensor) -> _Ratio:
-    inputs = batch.inputs
+def _ratio_of(config: LossConfig, batch: TokenBatch, log_prob: Tensor, report: bool) -> _Ratio:
+    inputs, limit = batch.inputs, config.log_ratio_limit
     old = log_prob if inputs.old is None else inputs.old
     own = torch.where(batch.live, log_ratio_of(log_prob, old), 0.0)  # NaN stays NaN
     bounded, free, flags = config.surrogate.clip_log_ratios(own, inputs.advantage)
-    in_ratio, in_value, applied = _rollout_factors(config, batch, log_prob)
+    schemes = batch.schemes
+    log_rhos: list[Tensor] = []
+    if schemes:
+        assert inputs.rollout is not None
+        log_rhos = rollout_log_ratios(schemes, log_prob, inputs.old, inputs.rollout, batch.live)
+    in_ratio = _factors(config, batch, log_rhos, folded=True)  # of tokens, not of sequences: config.py
     if in_ratio is not None:
         bounded = bounded + torch.where(batch.live, in_ratio.log().clamp(*FOLDED), 0.0)
-    pooled = _Pooled.of(config.pooling, bounded, config.log_ratio_limit, batch)
+
+    with_kl = inputs.kl_weight is not None
+    wanted: list[tuple[Tensor, Share]] = [
+        (bounded, config.pooling.pooled),
+        (own, config.kl_pooling.pooled if with_kl else "own"),
+        (own, config.pooling.pooled if report and inputs.old is not None else "own"),
+        *((log_rho, scheme.share) for log_rho, scheme in zip(log_rhos, schemes, strict=True)),
+    ]
+    totals = batch.totals(wanted)
+    of_ratio, of_kl, of_sequences, *of_schemes = totals
+    pooled = _Pooled.of(batch.at_tokens(bounded, of_ratio), limit)
+    same = not with_kl or (config.kl_pooling == config.pooling and bounded is own)
+    pooled_of_kl = pooled if same else _Pooled.of(batch.at_tokens(own, of_kl), limit)
+    known = [batch.at_tokens(log_rho, total) for log_rho, total in zip(log_rhos, of_schemes, strict=True)]
+    in_value = _factors(config, batch, known, folded=False)
+    applied = in_value if in_ratio is None else in_ratio if in_value is None else times(in_ratio, in_value)
     possible = log_prob != float("-inf")
     passes = possible if free is None else possible & free
-    return _Ratio(old, own, bounded, pooled, possible, passes, flags, in_value, applied)
+    return _Ratio(old, pooled, pooled_of_kl, of_sequences, possible, passes, flags, in_value, applied)
 
 
-def _rollout_factors(
-    config: LossConfig, batch: TokenBatch, log_prob: Tensor
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the factors that are part of the ratio, those of the value, and all of them; None where there are none."""
-    in_ratio = tuple(s for s in batch.schemes if config.surrogate.folds(s))
-    in_value = tuple(s for s in batch.schemes if not config.surrogate.folds(s))
-    ratio, value = (
-        batch.factors(config, log_prob, schemes) if len(schemes) else None for schemes in (in_ratio, in_value)
-    )
-    if ratio is None or value is None:
-        return ratio, value, value if ratio is None else ratio
-    return ratio, value, times(ratio, value)
+def _factors(config: LossConfig, batch: TokenBatch, log_ratios: list[Tensor], folded: bool) -> Tensor | None:
+    """Return the product of the factors of the schemes that are part of the ratio (``folded``), or of the value; None
+    where there are none. ``log_ratios`` are those of every scheme, pooled."""
+    each = zip(batch.schemes, log_ratios, strict=True)
+    chosen = [(scheme, values) for scheme, values in each if config.surrogate.folds(scheme) == folded]
+    if not chosen:
+        return None
+    inputs, schemes = batch.inputs, [scheme for scheme, _ in chosen]
+    assert inputs.rollout is not None
+    others = (inputs.rollout, inputs.advantage, config.log_ratio_limit)
+    return rollout_weights(schemes, [values for _, values in chosen], *others)
 
 
 class _PolicyPart(NamedTuple):
     value: Tensor
     """Unweighted, rollout factors included."""
     slope: Tensor
-    """∂loss/∂ℓ, weighted."""
+    """∂loss/∂(pooled log-ratio), weighted; the level spreads it."""
+    direct: Tensor
+    """∂loss/∂ℓ at a fixed ratio, weighted."""
     flags: Tensor
 
 
 def _policy_part(
     config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor | None, ratio: _Ratio
 ) -> _PolicyPart:
-    """Return the surrogate's part: its slope in the pooled ratio, spread as the level says, and the token's own."""
     inputs, pooled = batch.inputs, ratio.pooled
     terms = config.surrogate.terms(Point(log_prob, pooled.log, pooled.ratio, inputs.advantage, ratio.old))
     weight, value = inputs.policy_weight, terms.value
@@ -224,67 +325,80 @@ def _policy_part(
         low = entropy < batch.entropy_threshold
         weight, value = torch.where(low, 0.0, weight), torch.where(low, 0.0, value)
     slope = weighed(weight, torch.where(pooled.inside, terms.slope, 0.0))
-    slope = config.pooling.distribute(slope, batch.pool)
-    slope = torch.where(ratio.passes, slope, 0.0) + weighed(weight, terms.direct)
-    return _PolicyPart(value, slope, terms.flags if ratio.flags is None else terms.flags | ratio.flags)
+    flags = terms.flags if ratio.flags is None else terms.flags | ratio.flags
+    return _PolicyPart(value, slope, weighed(weight, terms.direct), flags)
 
 
-def _kl_part(config: LossConfig, batch: TokenBatch, log_prob: Tensor, ratio: _Ratio) -> tuple[Tensor, Tensor]:
-    """Return the KL's value, unweighted, and its part of ∂loss/∂ℓ, weighted. Its ratio is π/π_old as it is."""
+class _KLPart(NamedTuple):
+    value: Tensor
+    """Unweighted."""
+    slope: Tensor
+    """∂loss/∂ℓ that is the token's own, weighted."""
+    through_ratio: Tensor | None
+    """∂loss/∂(pooled log-ratio), weighted, where a level is to spread it."""
+
+
+def _kl_part(config: LossConfig, batch: TokenBatch, log_prob: Tensor, ratio: _Ratio) -> _KLPart:
+    """Return the KL's part. Its ratio is π/π_old as it is."""
     ref, weight = batch.inputs.ref, batch.inputs.kl_weight
     if weight is None or ref is None:
         zero = torch.zeros_like(log_prob)
-        return zero, zero
-    pooled = ratio.pooled
-    if config.kl_pooling != config.pooling or ratio.bounded is not ratio.own:
-        pooled = _Pooled.of(config.kl_pooling, ratio.own, config.log_ratio_limit, batch)
+        return _KLPart(zero, zero, None)
+    pooled, possible = ratio.of_kl, ratio.possible
     kl = kl_terms(config.kl, log_ratio_of(log_prob, ref), pooled.ratio)
-    kl = kl._replace(slope=torch.where(ratio.possible, kl.slope, 0.0))
+    kl = kl._replace(slope=torch.where(possible, kl.slope, 0.0))
     if not config.kl.ratio_weighted:
-        return kl.value, weighed(weight, kl.slope)
-    slope = _ratio_weighted_slope(config.kl_pooling, pooled, ratio.possible, kl, weight, batch)
-    return times(pooled.ratio, kl.value), slope
-
-
-def _ratio_weighted_slope(
-    level: Level, pooled: _Pooled, passes: Tensor, kl: KLTerms, weight: Tensor, batch: TokenBatch
-) -> Tensor:
-    """Return that of weight * ratio * k: through k by every token alone, through the ratio as the level spreads it."""
-    value, slope, slope_with_ratio = kl
-    ratio, inside = pooled.ratio, pooled.inside
-    if not level.spreads:
-        return weighed(weight, times(ratio, torch.where(inside & passes, slope_with_ratio, slope)))
-    weighted = weighed(weight, times(ratio, value))
-    through_ratio = level.distribute(torch.where(inside, weighted, 0.0), batch.pool)
-    return weighed(weight, times(ratio, slope)) + torch.where(passes, through_ratio, 0.0)
+        return _KLPart(kl.value, weighed(weight, kl.slope), None)
+    value = times(pooled.ratio, kl.value)
+    if not config.kl_pooling.spreads:
+        slope = torch.where(pooled.inside & possible, kl.slope_with_ratio, kl.slope)
+        return _KLPart(value, weighed(weight, times(pooled.ratio, slope)), None)
+    through_ratio = torch.where(pooled.inside, weighed(weight, value), 0.0)
+    return _KLPart(value, weighed(weight, times(pooled.ratio, kl.slope)), through_ratio)
 
 
 def reduce_records(
-    config: LossConfig, batch: TokenBatch, values: TokenValues, records: TokenRecords, backend: str
+    config: LossConfig,
+    batch: TokenBatch,
+    values: TokenValues,
+    records: TokenRecords,
+    backend: str,
+    ratios: SequenceRatios | None = None,
 ) -> tuple[Tensor, Metrics]:
-    """Return the loss (0-d, the records' dtype) and its metrics: the one place where records are summed."""
+    """Return the loss (0-d, the records' dtype) and its metrics: the one place where records are summed. Metrics of
+    sequences are those of ``ratios``, or made here."""
     applied = batch.rollout_weight
     if applied is not None:
         weight = times(records.rollout_weight, applied) if batch.schemes else applied
         records = records._replace(rollout_weight=weight)
     estimator, sequences = ESTIMATORS.index(config.kl.estimator) + 1, batch.sequences.count
+    if not batch.sequences.owner:
+        sequences = 0
     loss, vector = ops.token_sums(values, batch.masked_in, batch.inputs, records, estimator, sequences, backend)
     if config.pooling.pools:
-        ratios = _sequence_ratios(config, batch, values.log_prob, records)
+        if ratios is None:
+            ratios = _sequence_ratios(config, batch, values.log_prob, records)
+        counted = _count_ratios(batch, ratios)
         first = FIELDS.index("ratio_sum")
-        vector = torch.cat([vector[:first], ratios, vector[first + len(ratios) :]])
+        vector = torch.cat([vector[:first], counted, vector[first + len(counted) :]])
     return loss, Metrics(vector)
 
 
-def _sequence_ratios(config: LossConfig, batch: TokenBatch, log_prob: Tensor, records: TokenRecords) -> Tensor:
+def _sequence_ratios(config: LossConfig, batch: TokenBatch, log_prob: Tensor, records: TokenRecords) -> SequenceRatios:
+    old, share = batch.inputs.old, config.pooling.pooled
+    wanted = _at_bounds(records.flags)
+    if old is not None:
+        wanted.append((torch.where(batch.live, log_ratio_of(log_prob, old), 0.0), share))
+    low, high, dual, *log_ratio = (total for total in batch.totals(wanted) if total is not None)
+    return SequenceRatios(log_ratio[0] if log_ratio else None, [low, high, dual])
+
+
+def _count_ratios(batch: TokenBatch, ratios: SequenceRatios) -> Tensor:
     """Return metrics.RATIO_SUMS and extremes of the ratio over non-empty sequences. One counts as clipped where one of
     its tokens does."""
-    dtype = accumulate_dtype(log_prob.device)
-    live = batch.sequences.sum(batch.live.to(dtype)) > 0
-    ratio = torch.ones(live.shape, dtype=dtype, device=live.device)
-    if batch.inputs.old is not None:
-        log_ratio = torch.where(batch.live, log_ratio_of(log_prob, batch.inputs.old), 0.0).to(dtype)
-        ratio = config.pooling.pool(log_ratio, batch.per_sequence).exp()
-    flags = [(records.flags & bit) != 0 for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
-    clipped = [batch.sequences.sum(flag.to(dtype)) > 0 for flag in flags]
-    return reduce_ratios(ratio, live, clipped)
+    lengths = batch.sequences.sum(batch.live, accumulate_dtype(batch.live.device))
+    log_ratio = torch.zeros_like(lengths) if ratios.log_ratio is None else ratios.log_ratio
+    counted, clipped = lengths > 0, [total > 0 for total in ratios.clipped]
+    if not batch.sequences.owner:
+        counted, *clipped = (torch.zeros_like(flag) for flag in (counted, *clipped))
+    return reduce_ratios(log_ratio.exp(), counted, clipped)

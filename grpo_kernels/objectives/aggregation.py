@@ -66,7 +66,7 @@ class TokenMean(Aggregation):
     unit = "tokens"
 
     def weights(self, mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None = None) -> Tensor:
-        return 1 / _denominator(mask.sum() if normalizer is None else normalizer, mask)
+        return 1 / _denominator(sequences.tokens(mask) if normalizer is None else normalizer, mask)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class SequenceMean(Aggregation):
 
     def weights(self, mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None = None) -> Tensor:
         count = _sequence_count(mask, sequences, normalizer)
-        return 1 / (sequences.sum(mask.to(count.dtype)).clamp(min=1) * count)
+        return 1 / (sequences.sum(mask, count.dtype).clamp(min=1) * count)
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class GroupMean(Aggregation):
                 f"(consecutive sequences share a prompt); got {self.size}."
             )
         groups = sequences.count // self.size
-        lengths = sequences.sum(mask.to(accumulate_dtype(mask.device)))
+        lengths = sequences.sum(mask, accumulate_dtype(mask.device))
         tokens = lengths.view(groups, self.size).sum(-1).clamp(min=1)
         count = _denominator(groups if normalizer is None else normalizer, mask)
         return (1 / (tokens * count)).repeat_interleave(self.size, output_size=sequences.count)

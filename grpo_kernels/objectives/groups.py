@@ -122,7 +122,7 @@ def agree(
         Exception: the errors of ranks, each with its rank, as the type of the first; that of this rank as it is where
             nothing is told, or where all ranks have the same.
     """
-    if group is None or not tells(function, group, check):
+    if group is None or not meets(function, group, check):
         if error is not None:
             raise error
         return
@@ -145,15 +145,15 @@ def agreement(
     """
     facts: dict[str, int | str] = {}
     try:
-        yield facts if tells(function, group, check) else None
+        yield facts if meets(function, group, check) else None
     except Exception as error:
         agree(function, name, group, facts, error, check)
     else:
         agree(function, name, group, facts, None, check, hint)
 
 
-def tells(function: str, group: ProcessGroup, check: bool | None) -> bool:
-    """Whether the ranks of a group tell each other anything at this call: the same on all of them."""
+def meets(function: str, group: ProcessGroup, check: bool | None) -> bool:
+    """Whether ``agree`` lets ranks tell each other at this call."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return False
     return checks_enabled(check) or function not in _AGREED.get(group, ())

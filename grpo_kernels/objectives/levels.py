@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from torch import Tensor
-
 from .compiler import computed_once
 
 LevelName = Literal["token", "sequence", "sequence_token", "sequence_product"]
-Pool = Callable[[Tensor, bool], Tensor]
-"""Takes (B, T) values to their sums over each sequence's live tokens, or means if the flag says so: at every token, or
-once for each sequence."""
 Share = Literal["own", "mean", "sum"]
 """A token's own value, or the mean or the sum of its sequence's."""
 
@@ -39,18 +34,6 @@ class Level:
     def spreads(self) -> bool:
         """Whether a token's slope needs those of the other tokens."""
         return self.spread != "own"
-
-    def pool(self, log_ratio: Tensor, pool: Pool) -> Tensor:
-        """Return the log-ratio that stands for each token, from the tokens' own, (B, T)."""
-        return _share(self.pooled, log_ratio, pool)
-
-    def distribute(self, slope: Tensor, pool: Pool) -> Tensor:
-        """Return d loss / d log_prob of every token, from d loss / d (pooled log-ratio) of every token, (B, T)."""
-        return _share(self.spread, slope, pool)
-
-
-def _share(share: Share, values: Tensor, pool: Pool) -> Tensor:
-    return values if share == "own" else pool(values, share == "mean")
 
 
 _LEVELS = (

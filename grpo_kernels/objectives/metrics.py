@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .checks import fail
+from .groups import gather, read_group
+
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from .groups import Group
 
 _LOSSES = ("policy_loss", "kl_loss", "entropy_loss")
 _TOKENS = ("tokens", "skipped_tokens", "impossible_tokens", "entropy_sum")
@@ -34,7 +37,7 @@ REPORTED: Mapping[str, str] = {
     "kl_loss": "the KL term of the loss, coefficient included",
     "entropy_loss": "the entropy term of the loss, coefficient and sign included",
     "tokens": "live tokens",
-    "sequences": "sequences, empty ones included",
+    "sequences": "sequences, empty ones included; those of a sequence_group are counted on its first rank alone",
     "skipped_tokens": "live tokens left unread (skip_zero_advantage)",
     "impossible_tokens": "live tokens of probability 0",
     "kl": "mean of the KL estimator to the reference, unweighted and unclamped",
@@ -103,12 +106,18 @@ class Metrics:
             return self
         return NotImplemented
 
-    def all_reduce(self, group: ProcessGroup | None = None) -> Metrics:
-        """Return the metrics of every rank together: one all-gather, merged in rank order."""
-        size = torch.distributed.get_world_size(group)
-        vectors = [torch.empty_like(self.vector) for _ in range(size)]
-        torch.distributed.all_gather(vectors, self.vector, group=group)
-        return Metrics(_merge(torch.stack(vectors)))
+    def all_reduce(self, group: Group) -> Metrics:
+        """Return the metrics of every rank together: one all-gather, merged in rank order.
+
+        Args:
+            group: a process group, or a device mesh of one dimension, of the ranks that hold other tokens: data
+                parallel and sequence parallel ones, and none that hold shards of one vocabulary.
+        """
+        if group is None:
+            hint = "torch.distributed.group.WORLD is the group of all ranks"
+            fail("Metrics.all_reduce", "a group", "None", hint=hint, error=TypeError)
+        ranks = read_group("Metrics.all_reduce", "group", group)
+        return self if ranks is None else Metrics(_merge(gather(self.vector, ranks)))
 
     def __getattr__(self, name: str) -> Tensor:
         if name in EXTREMES:

@@ -14,11 +14,12 @@ from torch import Tensor
 from .aggregation import AGGREGATIONS, Aggregation, refuse_class
 from .checks import fail, read_name
 from .config import PRESETS, LossConfig, resolve_config
+from .groups import ordered_sum, read_group
 from .names import NoKeyword, refuse_keywords
 from .sequences import accumulate_dtype, read_live
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+    from .groups import Group
 
 
 # Not a dataclass: FSDP's mixed precision looks into those, and would round the count to bf16.
@@ -88,22 +89,28 @@ def normalizer(
     masks: Tensor | Sequence[Tensor],
     config: LossConfig | Aggregation | str | None = None,
     world_size: int = 1,
-    group: ProcessGroup | None = None,
+    group: Group | None = None,
     cu_seqlens: Tensor | Sequence[Tensor] | None = None,
+    sequence_group: Group | None = None,
     **unknown: NoKeyword,
 ) -> Normalizer:
     """Return the denominator of one optimizer step, to pass as ``normalizer=`` to each of its micro-batches.
 
-    Their losses then *add up* to the loss of the whole batch, and gradients averaged over ``world_size``
-    ranks (DDP, FSDP) to its gradient. Where the framework divides by the number of micro-batches k itself
-    (accelerate, DeepSpeed), pass ``normalizer / k`` and ``grad_scale=1 / k``.
+    Their losses then *add up* to the loss of the whole batch, and gradients averaged over ``world_size`` ranks (DDP,
+    FSDP) to its gradient; the shares of ranks that hold parts of one sequence add up as well. Where the framework
+    divides by the number of micro-batches k itself (accelerate, DeepSpeed), pass ``normalizer / k`` and
+    ``grad_scale=1 / k``.
 
     Args:
         masks: the loss masks of this rank's micro-batches (one or several), as given to the loss.
         config: the loss's own: a LossConfig, a preset's name, or an aggregation or its name. It says what is counted.
-        world_size: ranks P over which gradients are averaged.
-        group: a process group to sum over; None: the masks are all there is (or every rank has the same).
+        world_size: what the reduction of gradients divides by, and nothing else: the ranks P of DDP, FSDP2 or ZeRO-3,
+            context parallel ones among them; 1 where gradients are summed.
+        group: the ranks that hold other tokens of the step, data parallel and sequence parallel ones, and none that
+            hold the same (shards of a vocabulary): a process group or a device mesh of one dimension. None: those of
+            ``sequence_group``; without that the masks are all there is (or every rank has the same).
         cu_seqlens: bounds (S+1,) of each packed micro-batch, (N,) or (1, N); what lies outside of them does not count.
+        sequence_group: as for the loss, the ranks that hold parts of the same sequences: each sequence counts once.
 
     Returns:
         Normalizer on the masks' device: live tokens ("token_mean"), groups ("group_mean") or sequences, over all
@@ -132,8 +139,11 @@ def normalizer(
             fail("normalizer", f"whole groups of {group_size} sequences in every micro-batch", f"{sizes} sequences")
         counts = [torch.tensor(size // (group_size or 1), device=micro_batches[0].device) for size in sizes]
     total = torch.stack(counts).sum().to(accumulate_dtype(micro_batches[0].device))
-    if group is not None:
-        torch.distributed.all_reduce(total, group=group)
+    of_sequences = read_group("normalizer", "sequence_group", sequence_group)
+    if unit != "tokens" and of_sequences is not None and torch.distributed.get_rank(of_sequences) > 0:
+        total = torch.zeros_like(total)  # the first rank counts what all of them hold parts of
+    ranks = of_sequences if group is None else read_group("normalizer", "group", group)
+    total = total if ranks is None else ordered_sum(total, ranks)
     return Normalizer(total / world_size, unit, group_size)
 
 

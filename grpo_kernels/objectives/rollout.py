@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .checks import settle_name, settle_number
-from .levels import Pool
+from .levels import Share
 from .maths import clamp, log_ratio_of, times
 
 RolloutLevel = Literal["token", "sequence", "geometric"]
@@ -26,6 +28,8 @@ ROLLOUT_LEVELS = {
     "sequence": "the product of a sequence's ρ",
     "geometric": "their geometric mean",
 }
+_SHARES: Mapping[str, Share] = MappingProxyType({"token": "own", "sequence": "sum", "geometric": "mean"})
+"""What of the log-ratios stands for each token, by level."""
 FOLDED = (math.log(1e-8), 20.0)
 """Bounds of the logarithm of a factor that is part of a ratio, and of that ratio's (TRL's, of VESPO)."""
 
@@ -42,9 +46,14 @@ class Rollout(abc.ABC):
     """Whether the factor follows from the current policy even where there is an old one."""
 
     @property
+    def share(self) -> Share:
+        """Return which log-ratio a token's factor follows from: its own, or the mean or sum of its sequence's."""
+        return "mean"
+
+    @property
     def pooled(self) -> bool:
         """Whether a token's factor needs the other tokens of its sequence."""
-        return True
+        return self.share != "own"
 
     def bounds(self) -> tuple[float, float]:
         """Return the two numbers that a kernel is told: the lowest and the highest ρ that keeps its weight."""
@@ -71,8 +80,8 @@ class _Band(Rollout):
         settle_name(self, "level", f"{kind}(level=...)", ROLLOUT_LEVELS)
 
     @property
-    def pooled(self) -> bool:
-        return self.level != "token"
+    def share(self) -> Share:
+        return _SHARES[self.level]
 
     def bounds(self) -> tuple[float, float]:
         return self.low, self.high
@@ -191,36 +200,39 @@ class OffPolicyMask(Rollout):
         return ((advantages >= 0) | ~(mean_fall > self.threshold)).to(advantages.dtype)
 
 
+def rollout_log_ratios(
+    schemes: Sequence[Rollout], log_prob: Tensor, old: Tensor | None, rollout: Tensor, live: Tensor
+) -> list[Tensor]:
+    """Return the log-ratios to the sampler that each scheme's factors follow from, (B, T), before they are pooled; 0
+    where the sampler's is unknown or a token is not live.
+
+    Args:
+        log_prob, old, rollout: (B, T); ``old`` None: the policy's own log-probs.
+        live: bool (B, T).
+    """
+    known = live & ~rollout.isnan()
+    of_old = log_prob if old is None else old
+    both = (of_old,) if of_old is log_prob else (of_old, log_prob)
+    ratios = [torch.where(known, log_ratio_of(values, rollout), 0.0) for values in both]
+    return [ratios[-1 if scheme.of_policy else 0] for scheme in schemes]
+
+
 def rollout_weights(
-    schemes: tuple[Rollout, ...],
-    log_prob: Tensor,
-    old: Tensor | None,
-    rollout: Tensor,
-    advantages: Tensor,
-    limit: float | None,
-    pool: Pool,
+    schemes: Sequence[Rollout], log_ratios: Sequence[Tensor], rollout: Tensor, advantages: Tensor, limit: float | None
 ) -> Tensor:
     """Return the product of the schemes' factors, (B, T); it is anything where a token is not live.
 
     Args:
-        log_prob, old, rollout, advantages: (B, T); ``old`` None: the policy's own log-probs.
+        log_ratios: of each scheme, (B, T), pooled as its ``share`` says.
+        rollout, advantages: (B, T).
         limit: log ρ saturates at ± this, after pooling; None: nowhere.
-        pool: how to pool over sequences.
     """
-    recorded = ~rollout.isnan()
-    weight = torch.ones_like(log_prob)
-
-    def behind(values: Tensor) -> Tensor:
-        return torch.where(recorded, log_ratio_of(values, rollout), 0.0)
-
-    for scheme in schemes:
+    weight = torch.ones_like(advantages)
+    for scheme, log_rho in zip(schemes, log_ratios, strict=True):
         if isinstance(scheme, OffPolicyMask):
-            weight = times(weight, scheme.factor(advantages, -pool(behind(log_prob), True)))
+            weight = times(weight, scheme.factor(advantages, -log_rho))
             continue
         assert isinstance(scheme, _Band)
-        log_rho = behind(log_prob if old is None else old)
-        if scheme.pooled:
-            log_rho = pool(log_rho, scheme.level == "geometric")
         factor = scheme.factor(clamp(log_rho, limit).exp())
-        weight = times(weight, factor if scheme.pooled else torch.where(recorded, factor, 1.0))
+        weight = times(weight, factor if scheme.pooled else torch.where(rollout.isnan(), 1.0, factor))
     return weight

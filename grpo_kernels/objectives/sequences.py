@@ -1,4 +1,4 @@
-"""The layout of a batch: which tokens form a sequence.
+"""The layout of a batch: which tokens form a sequence, and which ranks hold them.
 
 Token tensors are (B, T) inside the package; a packed batch is one row of N tokens, B = 1, with sequence bounds in
 ``cu_seqlens``.
@@ -6,14 +6,19 @@ Token tensors are (B, T) inside the package; a packed batch is one row of N toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from .checks import check_bounds, fail, read_mask
 from .compiler import define
+from .groups import ordered_sum
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def _sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -32,15 +37,33 @@ def accumulate_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+class Whole:
+    """Sequences whose tokens are all here."""
+
+    owner: ClassVar[bool] = True
+    """Whether this rank counts what is counted once for each sequence."""
+
+    def sum(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return per-sequence sums (S,) of (B, T) values, added in ``dtype``."""
+        raise NotImplementedError
+
+    def sums(self, values: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Return ``sum`` of each."""
+        return [self.sum(one, dtype) for one in values]
+
+    def tokens(self, mask: Tensor) -> Tensor:
+        """Return how many tokens of all sequences a mask counts, 0-d."""
+        return mask.sum()
+
+
 @dataclass(frozen=True)
-class Padded:
+class Padded(Whole):
     """Sequences that are the rows of (B, T) token tensors."""
 
     count: int
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Return per-sequence sums (B,) of (B, T) values."""
-        return values.sum(-1)
+    def sum(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return values.to(dtype).sum(-1)
 
     def expand(self, per_sequence: Tensor) -> Tensor:
         """Return (B,) values, one a sequence, so that they broadcast to (B, T)."""
@@ -48,7 +71,7 @@ class Padded:
 
 
 @dataclass(frozen=True)
-class Packed:
+class Packed(Whole):
     """Sequences that lie one after the other in (1, N) token tensors; sums run in a fixed order."""
 
     cu_seqlens: Tensor
@@ -78,8 +101,8 @@ class Packed:
     def count(self) -> int:
         return self.cu_seqlens.shape[0] - 1
 
-    def sum(self, values: Tensor) -> Tensor:
-        return sequence_sum(values.reshape(-1), self.cu_seqlens)
+    def sum(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return sequence_sum(values.reshape(-1).to(dtype), self.cu_seqlens)
 
     def expand(self, per_sequence: Tensor) -> Tensor:
         return per_sequence[self.sequence_of].unsqueeze(0)
@@ -91,7 +114,58 @@ class Packed:
         return ((positions >= self.cu_seqlens[0]) & (positions < self.cu_seqlens[-1])).unsqueeze(0)
 
 
-Sequences = Padded | Packed
+@dataclass(frozen=True)
+class Joined:
+    """Sequences of which each rank of a group holds some tokens, in any order, this one those of ``part``.
+
+    Sums are those of whole sequences: of every rank's own, added in rank order. What is asked for travels with the
+    next sum that is needed, so that all ranks, which ask and need the same, meet as seldom as can be.
+    """
+
+    part: Padded | Packed
+    group: ProcessGroup
+    _asked: list[Tensor] = field(default_factory=list)
+    _known: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """(B, T) values beside their sums (S,)."""
+
+    @property
+    def count(self) -> int:
+        return self.part.count
+
+    @property
+    def owner(self) -> bool:
+        return torch.distributed.get_rank(self.group) == 0
+
+    def ask(self, *values: Tensor) -> None:
+        """Let the sums of (B, T) values travel with the next one that is needed."""
+        for one in values:
+            if not any(one is other for other in (*self._asked, *(known for known, _ in self._known))):
+                self._asked.append(one)
+
+    def sum(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return per-sequence sums (S,) over all ranks of (B, T) values, added in ``dtype``."""
+        self.ask(values)
+        if any(values is one for one in self._asked):
+            sums = ordered_sum(torch.stack(self.part.sums(self._asked, dtype)), self.group)
+            self._known.extend(zip(self._asked, sums.unbind(), strict=True))
+            self._asked.clear()
+        return next(total for known, total in self._known if known is values)
+
+    def sums(self, values: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """Return ``sum`` of each, in one collective."""
+        self.ask(*values)
+        return [self.sum(one, dtype) for one in values]
+
+    def tokens(self, mask: Tensor) -> Tensor:
+        """Return how many tokens of all sequences the masks of all ranks count, 0-d."""
+        return self.sum(mask, accumulate_dtype(mask.device)).sum()
+
+    def expand(self, per_sequence: Tensor) -> Tensor:
+        """As that of ``part``: values of this rank's tokens."""
+        return self.part.expand(per_sequence)
+
+
+Sequences = Padded | Packed | Joined
 
 
 def on_tokens(weights: Tensor, mask: Tensor, sequences: Sequences, real: torch.dtype) -> Tensor:

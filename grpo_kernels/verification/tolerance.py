@@ -22,6 +22,7 @@ from ..calls.terms import TokenBatch, token_terms
 from ..calls.tokens import read_tokens
 from ..objectives.config import LossConfig
 from ..objectives.maths import log_ratio_of, times
+from ..objectives.rollout import rollout_log_ratios
 from .reference import grpo_loss as reference_loss
 
 C = 4.0
@@ -196,7 +197,7 @@ def _slope_and_term(config: LossConfig, batch: TokenBatch, log_prob: Tensor, ent
     value_growth = torch.maximum(policy_slope, value_growth.nan_to_num(nan=0.0, posinf=0.0))
     slope = policy_slope + kl_size
     if config.pooling.pools:  # a pooled slope errs with the whole sequence
-        pooled = batch.sequences.sum(kl_size + policy_slope)
+        pooled = batch.sequences.sum(kl_size + policy_slope, kl_size.dtype)
         slope = torch.maximum(slope, batch.sequences.expand(pooled).expand(slope.shape) * (kl_size > 0))
     return slope, times(inputs.policy_weight, records.policy).abs() + value_growth + kl_size
 
@@ -230,8 +231,9 @@ def _edges(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Ten
         if batch.schemes:
             edge |= (below.rollout_weight == 0) != (above.rollout_weight == 0)
     if inputs.old is not None and inputs.rollout is not None and config.schemes:
-        shifted = [dataclasses.replace(batch, inputs=inputs._replace(old=inputs.old + w)) for w in (-width, width)]
-        kept_below, kept_above = (moved.factors(config, log_prob, config.schemes) == 0 for moved in shifted)
+        others = (inputs.rollout, batch.live)
+        shifted = (rollout_log_ratios(config.schemes, log_prob, inputs.old + w, *others) for w in (-width, width))
+        kept_below, kept_above = (batch.factors(config, config.schemes, moved) == 0 for moved in shifted)
         edge |= kept_below != kept_above
     if batch.entropy_threshold is not None:
         edge |= (entropy - batch.entropy_threshold).abs() < width

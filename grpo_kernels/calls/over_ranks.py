@@ -1,0 +1,106 @@
+"""A loss of sequences that lie over several ranks: what the ranks agree on before the first of them waits for another.
+
+A first call on a group, and one with checks, rehearses: each rank computes its own part as if it were whole, without a
+gradient. Whatever raises there, shapes, ids or a kernel, is told to all ranks, together with what must be the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..objectives.checks import fail
+from ..objectives.compiler import outside_graphs
+from ..objectives.config import resolve_config
+from ..objectives.groups import agree, meets, read_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .outputs import LossOutput
+
+KEYWORD = "sequence_group"
+_TENSORS = ("old_log_probs", "ref_log_probs", "rollout_log_probs", "token_weights", "cu_seqlens", "entropy")
+_OPTIONS = ("normalizer", "grad_scale", "entropy_threshold", "support", "skip_zero_advantage", "token_losses")
+_COEFFICIENTS = ("kl_coef", "entropy_coef")
+"""Keywords of the losses that all ranks give, or none; of the last also the number."""
+
+
+class Agreed(NamedTuple):
+    """A group whose ranks have agreed on a call, in the place of the one that its user gave."""
+
+    group: ProcessGroup
+
+
+@outside_graphs
+def over_ranks(function: Callable[..., LossOutput], given: Mapping[str, Any]) -> LossOutput:
+    """Call a loss again, once its ranks agree.
+
+    Args:
+        function: the loss.
+        given: its arguments by name, ``sequence_group`` among them: a process group or a mesh.
+
+    Raises:
+        ValueError, TypeError, IndexError, RuntimeError: on every rank what one of them raises, or what differs; at
+            calls that do not rehearse, on that rank alone.
+    """
+    given = {name: value for name, value in given.items() if name != "unknown"}
+    group = read_group(function.__name__, KEYWORD, given[KEYWORD])
+    if group is None:
+        return function(**{**given, KEYWORD: None})
+    if meets(function.__name__, group, given["check"]):
+        facts, error = _rehearse(function, given)
+        agree(function.__name__, KEYWORD, group, facts, error, given["check"])
+    return function(**{**given, KEYWORD: Agreed(group)})
+
+
+def _rehearse(
+    function: Callable[..., LossOutput], given: Mapping[str, Any]
+) -> tuple[dict[str, int | str], Exception | None]:
+    """Return what has to be the same on all ranks, and what this rank's part raises."""
+    alone = {**given, KEYWORD: None, **({"inplace": False} if "inplace" in given else {})}
+    try:
+        _check_advantages(function.__name__, given)
+        with torch.no_grad():
+            out = function(**alone)
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        return {}, error
+    return _facts(given, out), None
+
+
+def _check_advantages(function: str, given: Mapping[str, Any]) -> None:
+    """Raise for packed advantages (N,): on a rank with as many tokens as sequences they would be one a sequence."""
+    advantages, bounds = given["advantages"], given["cu_seqlens"]
+    if not (isinstance(advantages, Tensor) and isinstance(bounds, Tensor)) or advantages.dim() != 1:
+        return
+    if advantages.shape[0] != bounds.shape[0] - 1:
+        expected = f"advantages ({bounds.shape[0] - 1},), one a sequence, or (1, N) with {KEYWORD}="
+        fail(function, expected, str(tuple(advantages.shape)), hint="one for each token: advantages[None]")
+
+
+def _facts(given: Mapping[str, Any], out: LossOutput) -> dict[str, int | str]:
+    values = {name: given.get(name) for name in (*_TENSORS, *_OPTIONS)}
+    named = [name for name, value in values.items() if value is not None and value is not False]
+    bounds, advantages = given["cu_seqlens"], given["advantages"]
+    floating = [value for value in given.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    wanted = torch.is_grad_enabled() and any(value.requires_grad for value in floating)
+    per_sequence = advantages.dim() == 1
+    sequences = out.log_probs.shape[0] if bounds is None else bounds.shape[0] - 1
+    coefficients = {name: _in_words(given[name]) for name in _COEFFICIENTS}
+    return {
+        "number of sequences": sequences,
+        "config": repr(resolve_config(given["config"])),
+        "keywords": ", ".join(named) or "none",
+        **coefficients,
+        "kind of advantages": "one a sequence" if per_sequence else "one a token",
+        "dtype": str(floating[0].dtype),
+        "backend": "" if out.route is None else out.route.backend,
+        "gradients": "wanted" if wanted else "not wanted",
+    }
+
+
+def _in_words(value: object) -> str:
+    return "a tensor" if isinstance(value, Tensor) else repr(value)
