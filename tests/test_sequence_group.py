@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import LEVELS, ROLLOUTS, configs, make
-from distributed import run_ranks
+from distributed import pool
 from threads import errors_of, run_threads
 from torch import Tensor
 
@@ -735,8 +735,13 @@ GLOO = [
 ]
 
 
-def test_two_processes(tmp_path):
-    shares, errors = zip(*run_ranks(2, tmp_path, _gloo_rank), strict=True)
+def _on_pool():
+    return _gloo_rank(torch.distributed.get_rank())
+
+
+@pytest.mark.ranks
+def test_two_processes():
+    shares, errors = zip(*pool(2).run(_on_pool), strict=True)
     for case, *results in zip(GLOO, *shares, strict=False):
         got, expected = case.joined([Result(*result) for result in results], 2), case.whole()
         for a, b in zip(got, expected, strict=True):
