@@ -316,3 +316,42 @@ def test_nothing_has_the_size_of_the_vocabulary():
     for sizes in pool(4).run(memory_of_a_shard):
         assert max(sizes) <= max(1024 * 32, (1 << 18) // 4)
         assert len(sizes) > 50
+
+
+def in_context_and_vocabulary(config: str) -> tuple:
+    """cp × tp: every rank has every other token of each sequence, and some rows of the head."""
+    over, case, parts = mesh(2, 2, names=("cp", "tp")), batch(), head()
+    cp, tp = over.get_local_rank("cp"), over.get_local_rank("tp")
+    tokens, rows = slice(cp, None, 2), (slice(0, 49), slice(49, None))[tp]
+    options = {
+        name: value[:, tokens] if isinstance(value, Tensor) else value
+        for name, value in {**case.options, "config": config}.items()
+    }
+    leaves = {
+        "hidden": parts["hidden"][:, :9][:, tokens].clone().requires_grad_(),
+        "weight": parts["weight"][rows].clone().requires_grad_(),
+    }
+    arguments = (case.token_ids[:, tokens], case.advantages, case.mask[:, tokens])
+    groups = {"vocab_group": over["tp"], "sequence_group": over["cp"]}
+    out = linear_grpo_loss(
+        *leaves.values(), *arguments, bias=parts["bias"][rows], chunk_bytes=4000, **groups, **options
+    )
+    out.loss.backward()
+    torch.distributed.all_reduce(leaves["weight"].grad, group=over.get_group("cp"))
+    loss = out.loss.detach().clone()
+    torch.distributed.all_reduce(loss, group=over.get_group("cp"))
+    return loss, out.metrics.all_reduce(over["cp"]).vector, leaves["hidden"].grad, leaves["weight"].grad
+
+
+@pytest.mark.parametrize("config", ["grpo", "gspo", "vespo"])
+def test_a_mesh_of_context_and_vocabulary(config):
+    case, parts = batch(), head()
+    leaves = [parts[name].requires_grad_() for name in ("hidden", "weight")]
+    expected = linear_grpo_loss(*leaves, *case.arguments, bias=parts["bias"], **{**case.options, "config": config})
+    expected.loss.backward()
+    for rank, (loss, metrics, hidden, weight) in enumerate(pool(4).run(in_context_and_vocabulary, config)):
+        cp, tp = divmod(rank, 2)
+        close(loss, expected.loss.detach())
+        torch.testing.assert_close(metrics, expected.metrics.vector, rtol=2e-6, atol=2e-6)
+        close(hidden, leaves[0].grad[:, :9][:, cp::2])
+        close(weight, leaves[1].grad[(slice(0, 49), slice(49, None))[tp]])

@@ -121,6 +121,9 @@ def features() -> tuple[Feature, ...]:
             _function("token_log_probs", "and a loss of one's own on log-probs and entropies"),
             _function("linear_token_log_probs", "and a loss of one's own on log-probs and entropies"),
             _function("policy_loss", "on the log-probs and entropies of `token_log_probs`"),
+            _function("grpo_loss, vocab_group", "`vocab_group=`: two ranks, each with some of the columns"),
+            _function("linear_grpo_loss, vocab_group", "`vocab_group=`: two ranks, each with some of the head's rows"),
+            _function("grpo_loss, sequence_group", "`sequence_group=`: two ranks, each with some of the tokens"),
         ),
         Feature("packed", "`cu_seqlens=`", packed=True),
         *(

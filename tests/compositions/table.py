@@ -37,6 +37,7 @@ from grpo_kernels.verification.progress import progress_bar
 from grpo_kernels.verification.tolerance import OUTPUT_UNIT, Truth, compare, smallest, truth_of
 
 from .features import Drawn, Feature, features
+from .ranks import linear_over_vocabulary, over_sequences, over_vocabulary
 
 VOCAB, WIDTH, LENGTH = 11, 4, 4
 SEED = 15
@@ -323,6 +324,9 @@ FUNCTIONS: Mapping[str, Function] = {
     "token_log_probs": Function(lambda batch, leaves: token_log_probs, is_loss=False),
     "linear_token_log_probs": Function(lambda batch, leaves: linear_token_log_probs, from_states=True, is_loss=False),
     "policy_loss": Function(lambda batch, leaves: _policy_loss),
+    "grpo_loss, vocab_group": Function(lambda batch, leaves: over_vocabulary),
+    "linear_grpo_loss, vocab_group": Function(lambda batch, leaves: linear_over_vocabulary, from_states=True),
+    "grpo_loss, sequence_group": Function(lambda batch, leaves: over_sequences),
 }
 
 
