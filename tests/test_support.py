@@ -155,3 +155,12 @@ def test_refused():
     leaf = case.logits.clone().requires_grad_() * 1.0
     with pytest.raises(ValueError, match="inplace=False with support="):
         grpo_loss(leaf, *case.arguments, support=TopK(3), inplace=True)
+
+
+def test_top_p_of_1_keeps_everything(backend):
+    """Samplers' default. Rounded, masses reached 1 before the last token, whose gradient was then 0."""
+    case = make(vocab=1000, spread=6.0, config="dapo")
+    out, gradient = case.run(backend=backend, support=TopP(1.0))
+    whole, of_whole = case.run(backend=backend)
+    assert torch.equal(out.log_probs, whole.log_probs)
+    assert torch.equal(gradient == 0, of_whole == 0)

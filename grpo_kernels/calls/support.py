@@ -67,6 +67,8 @@ class TopP:
         _check_share(self)
 
     def lowest(self, z: Tensor, shard: VocabShard | None) -> Tensor:
+        if self.p == 1:  # everything: rounded, masses reach 1 before the last token
+            return z.new_full((len(z), 1), float("-inf"))
         if shard is not None and shard.group is not None:
             return _lowest_by_mass(z, self.p, shard.group)
         ordered = z.sort(-1, descending=True).values
