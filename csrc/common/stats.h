@@ -5,9 +5,9 @@
 
 namespace grpo {
 
-// Nats, but for the anchor: the value that powers are relative to, one of the row's own, near its largest. The
-// log-sum-exp stays in two parts, since z_j - (z_anchor + log_sum) in fp32 loses the digits that a common offset of the
-// logits costs, where (z_j - z_anchor) - log_sum loses none.
+// Nats, but for the anchor: the value that powers are relative to, one of the row's own, near its largest; -inf where
+// no column is possible, never where one is NaN. The log-sum-exp stays in two parts, since z_j - (z_anchor + log_sum)
+// in fp32 loses the digits that a common offset of the logits costs, where (z_j - z_anchor) - log_sum loses none.
 struct RowStats {
   double log_prob, entropy;
   double anchor, log_sum;  // log_sum: of exp(z_j - z_anchor)
@@ -17,7 +17,8 @@ struct RowStats {
 // From the sums without the sampled column, and that column's power, all relative to the anchor: the largest value, or
 // the sampled one, if nothing overflows so.
 GRPO_FN RowStats finish_stats(double rest, double entropy_rest, double anchor, double target_power, bool any_possible) {
-  if (entropy_rest != entropy_rest || !any_possible) return {NAN, NAN, 0, NAN, NAN};
+  if (entropy_rest != entropy_rest) return {NAN, NAN, 0, NAN, NAN};
+  if (!any_possible) return {NAN, NAN, -INFINITY, NAN, NAN};
   const double target = exp2(target_power), sum = rest + target;
   const double log_sum = target_power == 0 ? log1p(rest) : log(sum);
   const double weighted = entropy_rest + (target == 0 ? 0 : target * target_power);

@@ -104,8 +104,9 @@ struct Sums {
   // To a larger value: every power falls by `fall`.
   void rescale(double fall) {
     const typename V::scalar scale = typename V::scalar(::exp2(-fall));
-    if (scale == 0) {  // fall may be past the largest float
-      *this = Sums();
+    if (scale == 0) {  // fall may be past the largest float; a NaN stays
+      entropy = entropy * V::broadcast(0);
+      sum = sum * V::broadcast(0);
       return;
     }
     const V factor = V::broadcast(scale);

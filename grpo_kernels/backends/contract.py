@@ -71,7 +71,12 @@ class RowStats(NamedTuple):
     entropy: Tensor
     """H = -Σ_j p_j log p_j, nats."""
     anchor: Tensor
-    """The value (a logit, under a softcap the capped one) that the row's powers are relative to, near its largest."""
+    """The value (a logit, under a softcap the capped one) that the row's powers are relative to, near its largest.
+
+    -inf exactly where no column of a row is possible: all values are -inf. The other three are NaN there, as they are
+    in a row with a NaN or +inf among its values, whose anchor is anything but -inf. So a shard of the vocabulary that
+    has nothing to add is told from one that spoils the row.
+    """
     log_sum: Tensor
     """log Σ_j exp(z_j - z_anchor)"""
 

@@ -40,7 +40,16 @@ class Part:
         return nightly and item.path.stem in self.files and re.search(self.cases, item.nodeid) is not None
 
 
-ROWS = ("test_loss", "test_numerics", "test_bits", "test_autograd", "test_support", "test_ops", "test_registration")
+ROWS = (
+    "test_loss",
+    "test_numerics",
+    "test_row_stats",
+    "test_bits",
+    "test_autograd",
+    "test_support",
+    "test_ops",
+    "test_registration",
+)
 CALLS = (
     "test_linear",
     "test_layout",

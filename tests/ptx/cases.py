@@ -86,6 +86,9 @@ def drawn(case: Case) -> dict[str, Tensor]:
         ids[6] = min(vocab - 1, 8192)
         values[6] = -math.inf
         values[6, ids[6]] = 1.0
+    if count > 8 and case.what == "log_probs":  # nothing is possible, and a NaN besides
+        values[7:9] = -math.inf
+        values[8, vocab // 2] = math.nan
     logits, memory = placed((*shape, vocab), case.dtype, case.skew)
     logits.copy_(values.view(*shape, vocab))
     real = FP64 if case.dtype == FP64 else FP32
@@ -211,9 +214,12 @@ class Run:
             self.wrong.append(f"{name}: {count} differ, first at {at}: {found[at]!r} is not {wanted[at]!r}")
 
     def _check_stats(self) -> None:
-        """The anchor may be any origin; with the sum it makes the log-sum-exp."""
+        """The anchor may be any origin, but -inf where no column is possible alone; with the sum it makes the
+        log-sum-exp."""
         found = {name: flat(self.outputs[name]) for name in STATS}
         found["lse"] = found["anchor"] * self.truth.factor + found["log_sum"]
+        impossible = self.live & np.isneginf(self.truth.y).all(1)
+        self._compare("impossible rows", np.isneginf(found["anchor"]), impossible, 0, 0)
         tolerance = (1e-12, 1e-11) if self.case.dtype == FP64 else (1.5e-6, 8e-6)
         for name in ("log_prob", "entropy", "lse"):
             self._compare(name, found[name], np.where(self.live, getattr(self.truth, name), 0), *tolerance)

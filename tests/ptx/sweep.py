@@ -54,6 +54,7 @@ def _triton_cases() -> list[Case]:
         case = replace(case, out=pick(("in", "own", "odd")), entropy=pick((True, False)), cap=pick((0.0, 0.0, 3.0)))
         found.append(replace(case, processors=pick((132, 1))))
     found.append(replace(base, dtype=FP16, vocab=4101, seed=3))
+    found += [replace(base, dtype=dtype, rows=(1, 9), seed=7) for dtype in (BF16, FP64)]
     found += [replace(base, what=what, dtype=FP64, seed=3) for what in PASSES]
     tokens = replace(base, what="tokens", vocab=300)
     found += [replace(tokens, rows=(2, n), dtype=dtype, seed=n) for n, dtype in ((3, FP32), (400, BF16))]

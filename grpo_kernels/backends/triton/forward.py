@@ -19,6 +19,7 @@ from .rows import (
     lane_sums,
     load_block,
     logit_map,
+    max_or_nan,
     origin_of,
     sampled,
     unrounded,
@@ -111,11 +112,12 @@ def row_sums(
 
 @triton.jit
 def row_max(row, vocab, numbers, mapping, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Return the row's largest value; +inf where one is NaN, so that -inf says that no column is possible."""
     largest = tl.full([BLOCK], -float("inf"), numbers.dtype.element_ty)
     for start in tl.range(0, vocab, BLOCK):
         logits = load_block(row, start, vocab, numbers, BLOCK, True)
-        largest = tl.maximum(largest, values_of(logits, start, vocab, mapping, BLOCK, True, SOFTCAP))
-    return tl.max(largest, 0)
+        largest = max_or_nan(largest, values_of(logits, start, vocab, mapping, BLOCK, True, SOFTCAP))
+    return tl.max(tl.where(largest == largest, largest, float("inf")), 0)
 
 
 @triton.jit
