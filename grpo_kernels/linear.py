@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,8 +47,6 @@ from .objectives.normalizer import Normalizer
 from .objectives.sequences import Joined, Sequences
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
     from .objectives.groups import Group
 
 
@@ -117,7 +116,8 @@ def linear_grpo_loss(
             numbers a token. They may be DTensors instead (``Shard(0)`` on one dimension of their mesh).
         vocab_start, vocab_size: as for ``grpo_loss``.
         hidden_grad: "all_reduce": the gradient of hidden (and adapter) states is summed over the ranks, in fp32 and in
-            rank order, a chunk at a time; "partial": it is this rank's part, for a caller that sums it (Megatron's
+            rank order, a chunk at a time; "overlapped": the same while the weight's gradient is computed (not yet
+            measured on a GPU); "partial": it is this rank's part, for a caller that sums it (Megatron's
             sequence parallelism, whose gather of the states does in its backward).
         **the rest**: as for ``grpo_loss``.
 
@@ -158,7 +158,7 @@ def linear_grpo_loss(
     token_ids, mask = local("linear_grpo_loss", "token_ids", token_ids), local("linear_grpo_loss", "mask", mask)
     arguments = local_arguments("linear_grpo_loss", arguments)
     with ALONE if shard is None else vocabulary_agreement("linear_grpo_loss", shard, check) as facts:
-        states_group = read_hidden_grad("linear_grpo_loss", hidden_grad, shard)
+        states_sum = read_hidden_grad("linear_grpo_loss", hidden_grad, shard)
         tokens = read_linear_tokens(
             "linear_grpo_loss", head, token_ids, mask, logits_dtype, arguments.tensors, check, shard
         )
@@ -191,7 +191,7 @@ def linear_grpo_loss(
     numbers = numbers_vector(logit_args, scale, config, tokens.real, hidden.device, entropy_threshold)
     together = plan.spec is None and pools(config, batch) and any(wants) and not token_losses
     sequences = batch.sequences if together and not isinstance(batch.sequences, Joined) else None
-    chunks = (live_tokens, rows, states_group, sequences, wide)
+    chunks = (live_tokens, rows, states_sum, sequences, wide)
     sweep = _sweep(tokens, numbers, logit_args, plan.route, head, *chunks)
     if token_losses:
         log_prob, entropy = autograd.LinearLogProbs.apply(sweep, *head)
@@ -257,7 +257,7 @@ def linear_token_log_probs(
         local("linear_token_log_probs", "mask", mask),
     )
     with ALONE if shard is None else vocabulary_agreement("linear_token_log_probs", shard, check) as facts:
-        states_group = read_hidden_grad("linear_token_log_probs", hidden_grad, shard)
+        states_sum = read_hidden_grad("linear_token_log_probs", hidden_grad, shard)
         tokens = read_linear_tokens("linear_token_log_probs", head, token_ids, mask, logits_dtype, {}, check, shard)
         route = choose_log_probs(tokens, backend=backend, softcap=logit_softcap is not None, require=require)
         check_ids(tokens, always=head.hidden.device.type == "cpu")
@@ -267,7 +267,7 @@ def linear_token_log_probs(
             facts |= facts_of(tokens, **wanted, rows_of_a_chunk=rows, hidden_grad=hidden_grad)
     _check_shift(tokens, head, logit_args)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, hidden.device)
-    sweep = _sweep(tokens, numbers, logit_args, route, head, live_tokens, rows, states_group)
+    sweep = _sweep(tokens, numbers, logit_args, route, head, live_tokens, rows, states_sum)
     log_prob, entropy = autograd.LinearLogProbs.apply(sweep, *head)
     log_prob, entropy = sweep.valid(log_prob), sweep.valid(entropy)
     made = Made.of(tokens, route.backend, logit_args, None)
@@ -319,7 +319,7 @@ def _sweep(
     head: HeadTensors,
     live_tokens: int | None,
     rows: int,
-    states_group: ProcessGroup | None,
+    states_sum: Callable[[Tensor], Callable[[], Tensor]] | None,
     sequences: Sequences | None = None,
     wide: bool = False,
 ) -> Sweep:
@@ -333,7 +333,7 @@ def _sweep(
         dtype=tokens.dtype,
         columns=tokens.columns,
         shard=tokens.shard,
-        states_group=states_group,
+        states_sum=states_sum,
         backend=route.backend,
         wide=wide,
     )

@@ -355,3 +355,22 @@ def test_a_mesh_of_context_and_vocabulary(config):
         torch.testing.assert_close(metrics, expected.metrics.vector, rtol=2e-6, atol=2e-6)
         close(hidden, leaves[0].grad[:, :9][:, cp::2])
         close(weight, leaves[1].grad[(slice(0, 49), slice(49, None))[tp]])
+
+
+def overlapped(dtype: torch.dtype) -> None:
+    """Slices travel beside the weight's GEMM: the same bits, chunk by chunk."""
+    case, rank = batch(), torch.distributed.get_rank()
+    results = []
+    for way in ("all_reduce", "overlapped"):
+        leaves = {name: part.to(dtype).requires_grad_() for name, part in head().items()}
+        own = {name: leaf if name == "hidden" else leaf.tensor_split([49])[rank] for name, leaf in leaves.items()}
+        options = {"vocab_group": world(), "hidden_grad": way, "chunk_bytes": 3000, **case.options}
+        linear_grpo_loss(own["hidden"], own["weight"], *case.arguments, bias=own["bias"], **options).loss.backward()
+        results.append([leaf.grad for leaf in leaves.values()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert results[0][0].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_overlapped_sum_has_the_same_bits(dtype):
+    pool(2).run(overlapped, dtype)

@@ -176,7 +176,7 @@ class LinearLogProbs(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if upstream == (None, None) and ctx.sweep.states_group is None:
+        if upstream == (None, None) and ctx.sweep.states_sum is None:
             return (None,) * len(ctx.needs_input_grad)
         saved, count = ctx.saved_tensors, len(HeadTensors._fields)
         wants, head = Wants(*ctx.needs_input_grad[1:]), HeadTensors(*saved[:count])

@@ -8,6 +8,7 @@ of its own: its product is added to the logits where they are.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -225,15 +226,22 @@ class Head:
         for rows, factor in zip(states[1:], self.factors[1:], strict=True):
             _add_product(out, rows, factor.weight.t())
 
-    def backward(self, gradient: Tensor, states: list[Tensor]) -> list[Tensor | None]:
-        """Add the logits' gradient (C, V) to the weights' and the bias's, and return those of the states (C, K)."""
+    def backward(
+        self, gradient: Tensor, states: list[Tensor], over_ranks: Callable[[Tensor], Callable[[], Tensor]] | None
+    ) -> list[Tensor | None]:
+        """Add the logits' gradient (C, V) to the weights' and the bias's, and return those of the states (C, K).
+
+        ``over_ranks`` begins to add one of the latter over ranks, beside which the weights' are computed.
+        """
         if self._wants_bias:
             self._add_bias(gradient)
         gradient = gradient.to(self.factors[0].weight.dtype)
+        parts = [gradient @ factor.weight if factor.wants_states else None for factor in self.factors]
+        sums = [None if part is None or over_ranks is None else over_ranks(part) for part in parts]
         for factor, rows in zip(self.factors, states, strict=True):
             if factor.wants_weight:
                 factor.add(gradient, rows)
-        return [gradient @ factor.weight if factor.wants_states else None for factor in self.factors]
+        return [part if total is None else total() for part, total in zip(parts, sums, strict=True)]
 
     def gradients(self) -> tuple[list[Tensor | None], Tensor | None]:
         """Return the weights' and the bias's gradients in their own dtypes, zeros where no chunk came."""
@@ -271,7 +279,9 @@ class SlicedHead(Head):
                 columns += self.bias[first:last]
             out[:, first:last] = columns
 
-    def backward(self, gradient: Tensor, states: list[Tensor]) -> list[Tensor | None]:
+    def backward(
+        self, gradient: Tensor, states: list[Tensor], over_ranks: Callable[[Tensor], Callable[[], Tensor]] | None
+    ) -> list[Tensor | None]:
         if self._wants_bias:
             self._add_bias(gradient)
         if not any(factor.wants_states or factor.wants_weight for factor in self.factors):
@@ -288,7 +298,8 @@ class SlicedHead(Head):
                     _add_product(result, columns, factor.slice(first, last))
                 if factor.wants_weight:
                     factor.add_slice(columns, rows, first, last)
-        return [None if result is None else result.to(gradient.dtype) for result in results]
+        parts = [None if result is None else result.to(gradient.dtype) for result in results]
+        return [part if part is None or over_ranks is None else over_ranks(part)() for part in parts]
 
     def _part_of(self, rows: int, columns: int) -> Tensor:
         """Return room for some columns of a chunk."""

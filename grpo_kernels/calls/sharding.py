@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from ..objectives.checks import check_name, fail
 from ..objectives.compiler import outside_graphs
-from ..objectives.groups import agreement, gather, meets, read_group
+from ..objectives.groups import agreement, begin_total, gather, meets, read_group
 from .batch import LossArguments
 from .head import HeadTensors
 from .tokens import RowTokens
@@ -107,7 +109,7 @@ def _shard_of_rank(
     return VocabShard(members, first, max(0, min(width, vocab - first)), vocab)
 
 
-HiddenGrad = Literal["all_reduce", "partial"]
+HiddenGrad = Literal["all_reduce", "overlapped", "partial"]
 
 
 def read_head_shard(
@@ -131,10 +133,14 @@ def read_head_shard(
     return head._replace(**parts), shard
 
 
-def read_hidden_grad(function: str, hidden_grad: HiddenGrad, shard: VocabShard | None) -> ProcessGroup | None:
-    """Return the ranks that the gradients of states are summed over; None: they are not."""
-    check_name(f"{function}: hidden_grad", hidden_grad, ("all_reduce", "partial"))
-    return None if shard is None or hidden_grad == "partial" else shard.group
+def read_hidden_grad(
+    function: str, hidden_grad: HiddenGrad, shard: VocabShard | None
+) -> Callable[[Tensor], Callable[[], Tensor]] | None:
+    """Return what begins to add gradients of states over ranks; None: nobody does here."""
+    check_name(f"{function}: hidden_grad", hidden_grad, get_args(HiddenGrad))
+    if shard is None or shard.group is None or hidden_grad == "partial":
+        return None
+    return functools.partial(begin_total, group=shard.group, overlapped=hidden_grad == "overlapped")
 
 
 def is_dtensor(tensor: object) -> bool:

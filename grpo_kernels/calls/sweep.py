@@ -9,9 +9,9 @@ longest does not fit one, all are computed again (8·N·H·V).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,16 +20,12 @@ from ..backends import ops
 from ..backends.contract import RowGradients, Rows, RowStats, TokenRecords, TokenValues
 from ..backends.spec import NUMBERS
 from ..objectives.config import LossConfig
-from ..objectives.groups import total_in_order
 from ..objectives.metrics import Metrics
 from .chunks import LiveRows, cut
 from .head import HeadGradients, HeadTensors, Wants, head_kind
 from .routes import Plan
 from .terms import Terms, TokenBatch, fast_token_terms, pools, reduce_records
 from .vocabulary import VocabShard, row_gradient_, row_stats
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 
 class Chunk(NamedTuple):
@@ -58,8 +54,8 @@ class Sweep:
     """Of the logits that are computed here."""
     shard: VocabShard | None
     """Which of the vocabulary's they are, where other ranks have others."""
-    states_group: ProcessGroup | None
-    """The ranks that the gradients of states are summed over."""
+    states_sum: Callable[[Tensor], Callable[[], Tensor]] | None
+    """Begins to add gradients of states over ranks; None: they are whole here, or the caller's to add."""
     backend: str
     wide: bool
     """Gradients stay in fp32 until they are scaled, not yet in the dtypes of what they belong to."""
@@ -116,10 +112,9 @@ class Walk:
             ids, live = sweep.token_ids[:, first:last], live_rows.live[:, first:last]
             yield Chunk(Rows(logits, ids, live, sweep.numbers, sweep.softcap), first, last)
             if any(self._wants):
-                parts = self._head.backward(logits, states)
+                parts = self._head.backward(logits, states, sweep.states_sum)
                 for part, out, whole in zip(parts, self._gradients, self._states, strict=True):
                     if part is not None and out is not None:
-                        part = part if sweep.states_group is None else total_in_order(part, sweep.states_group)
                         live_rows.put(part, out, whole, first, last)
 
     def gradients(self) -> HeadGradients:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -68,24 +68,33 @@ def ordered_sum(values: Tensor, group: ProcessGroup) -> Tensor:
     return total
 
 
-def total_in_order(values: Tensor, group: ProcessGroup) -> Tensor:
-    """Return the sum over ranks of large tensors of one shape, in their dtype: every rank adds one slice of them, in
-    fp32 (fp64) and in rank order, and hands it to the others.
+def begin_total(values: Tensor, group: ProcessGroup, overlapped: bool = False) -> Callable[[], Tensor]:
+    """Begin to add large tensors of one shape over ranks; what it returns gives the sum, in their dtype.
 
-    It moves what an all-reduce moves, 2·(ranks - 1)/ranks of the tensor, and rounds once: a ring that adds in bf16 has
-    2.4 times the error at 8 ranks. The bits are the same on every rank, and do not depend on how rows are grouped.
+    Every rank adds one slice of them, in fp32 (fp64) and in rank order, and hands it to the others. It moves what an
+    all-reduce moves, 2·(ranks - 1)/ranks of the tensor, and rounds once: a ring that adds in bf16 has 2.4 times the
+    error at 8 ranks. The bits are the same on every rank, and do not depend on how rows are grouped.
+
+    Args:
+        overlapped: the slices travel until the sum is asked for, beside whatever the caller computes in between.
     """
     ranks, count = torch.distributed.get_world_size(group), values.numel()
     slice_size = -(-count // ranks)
     flat = values.new_zeros(ranks * slice_size)
     flat[:count] = values.reshape(-1)
     slices = torch.empty_like(flat)
-    torch.distributed.all_to_all_single(slices, flat, group=group)
-    real = torch.float64 if values.dtype == torch.float64 else torch.float32
-    total, *others = slices.view(ranks, slice_size).to(real).unbind()
-    for other in others:
-        total = total + other
-    return gather(total.to(values.dtype), group).view(-1)[:count].view(values.shape)
+    work = torch.distributed.all_to_all_single(slices, flat, group=group, async_op=overlapped)
+
+    def total() -> Tensor:
+        if work is not None:
+            work.wait()
+        real = torch.float64 if values.dtype == torch.float64 else torch.float32
+        own, *others = slices.view(ranks, slice_size).to(real).unbind()
+        for other in others:
+            own = own + other
+        return gather(own.to(values.dtype), group).view(-1)[:count].view(values.shape)
+
+    return total
 
 
 _AGREED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()

@@ -66,13 +66,13 @@ def over_vocabulary(logits: Tensor, token_ids: Tensor, *, support: Any = None, *
 
 @torch.compiler.disable
 def linear_over_vocabulary(hidden: Tensor, weight: Tensor, token_ids: Tensor, **keywords: Any) -> LossOutput:
-    """linear_grpo_loss of two ranks; each has the whole gradient of the states, of which autograd is to see one."""
+    """linear_grpo_loss of two ranks; each makes its part of the gradient of the states, which autograd adds."""
     cut = 4
 
     def of_rank(rank: int) -> LossOutput:
         rows = weight[:cut] if rank == 0 else weight[cut:]
-        states = hidden if rank == 0 else hidden.detach().requires_grad_()
-        return linear_grpo_loss(states, rows, token_ids, vocab_group=torch.distributed.group.WORLD, **keywords)
+        over = {"vocab_group": torch.distributed.group.WORLD, "hidden_grad": "partial"}
+        return linear_grpo_loss(hidden, rows, token_ids, **over, **keywords)
 
     return _joined(_on_ranks(of_rank), _parts_of_one)
 
