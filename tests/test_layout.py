@@ -449,3 +449,66 @@ def test_one_token(backend):
         truth = truth_of(case.logits, *case.arguments, **case.options, config=config)
         out, gradient = case.run(backend, config=config)
         assert compare(truth, out.loss, out.log_probs, out.entropy, gradient).holds
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_megatrons_layouts(backend, packs):
+    """(T, B, V), and packed (T, 1, V): a view is all that is needed, and gradients lie as what was given."""
+    case = make(4, 9, 33, extra_row=False)
+    _, expected = case.run(backend=backend, config="gspo")
+    ids, advantages, mask = case.arguments
+    options = {**case.options, "config": "gspo", "backend": backend}
+    if packs:
+        options |= {name: value.reshape(1, -1) for name, value in case.options.items()}
+        options["cu_seqlens"] = torch.arange(5) * 9
+        ids, mask = ids.reshape(1, -1), mask.reshape(1, -1)
+        leaf, expected = case.logits.reshape(-1, 1, 33).clone(), expected.reshape(-1, 1, 33)
+    else:
+        leaf, expected = case.logits.transpose(0, 1).contiguous(), expected.transpose(0, 1)
+    leaf.requires_grad_()
+    grpo_loss(leaf.transpose(0, 1), ids, advantages, mask, **options).loss.backward()
+    assert torch.equal(leaf.grad, expected)
+
+    hidden, weight = torch.randn(*leaf.shape[:2], 16, requires_grad=True), torch.randn(33, 16, requires_grad=True)
+    arguments = (weight, ids, advantages, mask)
+    linear_grpo_loss(hidden.transpose(0, 1), *arguments, **options).loss.backward()
+    of_view, hidden.grad = hidden.grad, None
+    linear_grpo_loss(hidden.transpose(0, 1).contiguous(), *arguments, **options).loss.backward()
+    assert torch.equal(of_view, hidden.grad)
+
+
+def test_megatrons_layouts_are_hinted_at():
+    for shape, ids, view in (
+        ((9, 4, 5), (4, 9), "transpose(0, 1)"),
+        ((9, 1, 5), (1, 9), "transpose(0, 1)"),
+        ((9, 1, 5), (9,), "squeeze(1)"),
+    ):
+        with pytest.raises(ValueError, match="token_ids of shape") as raised:
+            grpo_loss(torch.zeros(shape), torch.zeros(ids, dtype=torch.int64), torch.ones(4))
+        assert f"Megatron has logits (T, B, ...), packed ones (T, 1, ...): logits.{view} is a view" in str(raised.value)
+
+
+def columns(rows: int, runs: list[float], dead: float, generator: torch.Generator):
+    """Logits (rows, 1, V) with ids, advantages and mask (rows, 1)."""
+    advantages = torch.tensor(runs).repeat_interleave(-(-rows // len(runs)))[:rows, None]
+    mask = torch.rand(rows, 1, generator=generator) >= dead
+    return torch.zeros(rows, 1, 5), torch.zeros(rows, 1, dtype=torch.int64), advantages, mask
+
+
+def test_a_packed_batch_that_is_read_as_sequences_of_one_token():
+    generator = torch.Generator().manual_seed(0)
+    packed = columns(256, [1.0, -0.5, 0.25, 0.0], 0.3, generator)
+    with pytest.raises(
+        ValueError, match=r"256 sequences of one token, \d+ of them live, with 4 runs of advantages"
+    ) as raised:
+        grpo_loss(*packed, check=True)
+    assert "logits.transpose(0, 1), and ids, mask and advantages (1, T)" in str(raised.value)
+    grpo_loss(*packed)  # it is what shapes say
+    for seed in range(200):  # answers of one token, groups of 8 with rewards of 0 and 1
+        generator.manual_seed(seed)
+        share = torch.rand(32, 1, generator=generator)
+        rewards = (torch.rand(32, 8, generator=generator) < share).double()
+        normed = ((rewards - rewards.mean(1, True)) / (rewards.std(1, keepdim=True) + 1e-6)).view(-1, 1)
+        logits, ids, _, mask = columns(256, [0.0], 0.0 if seed % 2 else 0.04, generator)
+        grpo_loss(logits, ids, normed, mask, check=True)
+    grpo_loss(*columns(256, [0.0], 0.3, generator), check=True)

@@ -5,6 +5,7 @@ Ranks are threads of this process (threads.py); what only processes show runs on
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import threading
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from cases import LEVELS, ROLLOUTS, configs, make
-from distributed import pool
+from distributed import mesh, pool
 from threads import errors_of, run_threads
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from grpo_kernels import (
     TruncatedIS,
     align,
     grpo_loss,
+    hf,
     linear_grpo_loss,
     normalizer,
     policy_loss,
@@ -182,7 +184,8 @@ class Case(NamedTuple):
 
     def joined(self, results: list[Result], ranks: int = RANKS) -> Result:
         """What the ranks' shares come to, in the places of the whole."""
-        whole = torch.zeros_like(self.batch().states[self.function])
+        width = results[0].states.shape[2:]  # of logits that are cut, fewer columns
+        whole = torch.zeros(S, T, *width, dtype=results[0].states.dtype)
         for columns, result in zip(self.columns(ranks), results, strict=True):
             rows, places = (columns >= 0).nonzero(as_tuple=True)
             gradient = result.states[0] if self.pack else result.states[rows, places]
@@ -502,11 +505,82 @@ def test_a_mesh_of_one_dimension_is_a_group():
     case = Case("mesh", "hidden", LossConfig.preset("gspo", surrogate=Clip(0.2, 0.28)), "random")
 
     def of_rank(rank):
-        mesh = torch.distributed.init_device_mesh("cpu", (RANKS,), mesh_dim_names=("cp",))
-        return run("hidden", part_of(case.batch(), case.columns()[rank]), case.config, mesh)
+        group = mesh(RANKS, names=("cp",))
+        return run("hidden", part_of(case.batch(), case.columns()[rank]), case.config, group)
 
     for a, b in zip(case.joined(run_threads(RANKS, of_rank)), case.whole(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_advantages_of_tokens_on_a_rank_with_one_token():
+    """(S, 1) there, and (S, T) on the others: all take one way, though on-policy one of a sequence could be shorter."""
+    config = LossConfig(Clip(), level="sequence")
+    batch = batch_of(5, per_token=True, on_policy=True)
+    batch.options.pop("token_weights")
+    columns = [torch.zeros(S, 1, dtype=torch.int64), *(torch.arange(*ends).expand(S, -1) for ends in ((1, 6), (6, T)))]
+
+    def of_rank(rank):
+        return run("logits", part_of(batch, columns[rank]), config, torch.distributed.group.WORLD)
+
+    whole = run("logits", batch, config)
+    got = torch.cat([result.states for result in run_threads(RANKS, of_rank)], 1)
+    torch.testing.assert_close(got, whole.states, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "vespo"])
+def test_beside_a_vocabulary_over_ranks(name):
+    """Two halves of the columns times two parts of the sequences; old log-probs know how they were made."""
+    config = dataclasses.replace(LossConfig.presets()[name].config, entropy_coef=0.1)
+    case = Case("both", "logits", config, "zigzag")
+    batch, whole, columns = case.batch(), case.whole(), case.columns(2)
+
+    def of_rank(rank):
+        ranks = mesh(2, 2, names=("cp", "tp"))
+        context, shard = divmod(rank, 2)
+        part = part_of(batch, columns[context])
+        halves = {"logits": part.states["logits"].tensor_split(2, -1)[shard].contiguous()}
+        return run("logits", part._replace(states=halves), config, ranks["cp"], vocab_group=ranks["tp"])
+
+    results = run_threads(4, of_rank)
+    halves = [case.joined([results[i] for i in ends], 2) for ends in ((0, 2), (1, 3))]
+    got = torch.cat([half.states for half in halves], -1)
+    torch.testing.assert_close(got, whole.states, rtol=1e-11, atol=1e-12)
+    for half in halves:
+        torch.testing.assert_close(half.loss, whole.loss, rtol=1e-11, atol=0)
+        torch.testing.assert_close(half.metrics, whole.metrics, rtol=1e-11, atol=1e-12)
+
+
+def test_an_attached_model():
+    """Beside the model's own logits of both parts, one after the other: a loss does not ask for the order of tokens."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= {"head_dim": 8, "intermediate_size": 32, "vocab_size": V, "tie_word_embeddings": True}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("qwen3", **sizes)).double()
+    g = torch.Generator().manual_seed(2)
+    ids, advantages = torch.randint(V, (4, 10), generator=g), torch.randn(4, generator=g, dtype=torch.float64)
+    loss_mask = torch.rand(4, 10, generator=g) < 0.7
+    parts = [split_context(ids, loss_mask, rank, 2) for rank in range(2)]
+    options = {"config": LossConfig.preset("gspo", surrogate=Clip(0.2, 0.28)), "entropy_coef": 0.1}
+    whole = copy.deepcopy(model)
+    logits = torch.cat([whole(p.input_ids, position_ids=p.position_ids).logits for p in parts], 1)
+    token_ids, mask = (torch.cat([getattr(p, name) for p in parts], 1) for name in ("token_ids", "mask"))
+    log_probs = logits.detach().log_softmax(-1).gather(-1, token_ids[..., None])[..., 0]
+    old = (log_probs + 0.2 * torch.randn(log_probs.shape, generator=g, dtype=torch.float64)).split(6, 1)
+    expected = grpo_loss(logits, token_ids, advantages, mask, old_log_probs=torch.cat(old, 1), **options)
+    expected.loss.backward()
+
+    def of_rank(rank):
+        own, part, group = hf.attach(copy.deepcopy(model)), parts[rank], torch.distributed.group.WORLD
+        grpo = {"token_ids": part.token_ids, "advantages": advantages, "mask": part.mask, "old_log_probs": old[rank]}
+        grpo |= {**options, "sequence_group": group}
+        out = own(part.input_ids, position_ids=part.position_ids, grpo=grpo)
+        out.loss.backward()
+        return out.loss.detach(), [parameter.grad for parameter in own.parameters()]
+
+    (first, of_first), (second, of_second) = run_threads(2, of_rank)
+    torch.testing.assert_close(first + second, expected.loss.detach(), rtol=1e-10, atol=0)
+    for one, other, parameter in zip(of_first, of_second, whole.parameters(), strict=True):
+        torch.testing.assert_close(one + other, parameter.grad, rtol=1e-10, atol=1e-10)
 
 
 # The denominator of a step, and its metrics.
@@ -520,12 +594,12 @@ def test_a_normalizer_counts_each_sequence_once(config, count):
     expected = float(mask.sum()) if count is None else count
 
     def of_rank(rank):
-        mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+        ranks = mesh(2, 2, names=("dp", "cp"))
         data, context = divmod(rank, 2)
         own = mask[2 * data : 2 * data + 2, 3 * context : 3 * context + 3]
-        world, along = torch.distributed.group.WORLD, mesh["cp"]
+        world, along = torch.distributed.group.WORLD, ranks["cp"]
         of_all = normalizer(own, config, world_size=4, group=world, sequence_group=along)
-        of_two = normalizer(own, config, sequence_group=mesh.get_group("cp"))
+        of_two = normalizer(own, config, sequence_group=ranks.get_group("cp"))
         return float(of_all), float(of_two)
 
     of_all, of_two = zip(*run_threads(4, of_rank), strict=True)
@@ -540,18 +614,18 @@ def test_shares_with_a_normalizer_average_to_the_whole_step():
     batch, columns = case.batch(), columns_of("zigzag", 0, 2)
 
     def of_rank(rank):
-        mesh = torch.distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp"))
+        ranks = mesh(2, 2, names=("dp", "cp"))
         part = part_of(batch, columns[rank % 2])
         rows = slice(0, 2) if rank < 2 else slice(2, S)
         options = {name: values[rows] for name, values in part.options.items()}
         states = {name: values[rows] for name, values in part.states.items()}
         part = Batch(states, part.weight, part.token_ids[rows], part.advantages[rows], part.mask[rows], options)
-        world, along = torch.distributed.group.WORLD, mesh["cp"]
+        world, along = torch.distributed.group.WORLD, ranks["cp"]
         count = normalizer(part.mask, case.config, world_size=4, group=world, sequence_group=along)
         result = run("hidden", part, case.config, along, normalizer=count)
         weight = result.weight.clone()
         torch.distributed.all_reduce(weight)
-        return weight / 4, Metrics(result.metrics).all_reduce(mesh["dp"]).vector
+        return weight / 4, Metrics(result.metrics).all_reduce(ranks["dp"]).vector
 
     whole = case.whole()
     for weight, metrics in run_threads(4, of_rank):
@@ -702,8 +776,8 @@ def test_every_preset_of_split_sequences(function, pack):
 # Processes.
 
 
-def _gloo_rank(rank: int) -> tuple[list[tuple[Tensor, ...]], str]:
-    group, results = torch.distributed.group.WORLD, []
+def _gloo_rank() -> tuple[list[tuple[Tensor, ...]], str]:
+    rank, group, results = torch.distributed.get_rank(), torch.distributed.group.WORLD, []
     for case in GLOO:
         part = part_of(case.batch(), case.columns(2)[rank])
         results.append(tuple(run(case.function, part, case.config, group)))
@@ -735,13 +809,9 @@ GLOO = [
 ]
 
 
-def _on_pool():
-    return _gloo_rank(torch.distributed.get_rank())
-
-
 @pytest.mark.ranks
 def test_two_processes():
-    shares, errors = zip(*pool(2).run(_on_pool), strict=True)
+    shares, errors = zip(*pool(2).run(_gloo_rank), strict=True)
     for case, *results in zip(GLOO, *shares, strict=False):
         got, expected = case.joined([Result(*result) for result in results], 2), case.whole()
         for a, b in zip(got, expected, strict=True):

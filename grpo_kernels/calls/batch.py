@@ -96,6 +96,8 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
     if arguments.token_weights is not None:
         policy_weight = _times_token_weights(tokens, weight, arguments.token_weights)
     if tokens.checks and tokens.looks:
+        if isinstance(part, Padded):
+            _check_columns(tokens, masked_in, advantage)
         _check_log_probs(tokens, {"old": old, "rollout": rollout}, policy_weight)
         _check_log_probs(tokens, {"ref": ref}, weight)
     inputs = TokenInputs(
@@ -162,6 +164,30 @@ def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor) -
     values = advantages.detach().to(tokens.real)
     values = sequences.expand(values.reshape(count)).expand(shape) if per_sequence else values.reshape(shape)
     return values.contiguous()
+
+
+_COLUMN_ROWS, _COLUMN_RUN, _COLUMN_DEAD = 32, 8, 0.05
+"""Sequences of one token that are evidence at all; how many in a row have one advantage on average, and the share that
+is masked, from which on they are tokens of a packed batch."""
+
+
+def _check_columns(tokens: Tokens, live: Tensor, advantage: Tensor) -> None:
+    """Raise where a packed batch as Megatron has it, (T, 1, ...), is read as T sequences of one token: advantages come
+    in runs and prompts are masked, as in no batch of answers of one token."""
+    if live.shape[1] != 1 or live.shape[0] < _COLUMN_ROWS:
+        return
+    values = advantage[live]
+    runs = 1 + int((values.diff() != 0).sum())
+    if runs == 1 or runs * _COLUMN_RUN > values.numel() or float(live.double().mean()) > 1 - _COLUMN_DEAD:
+        return
+    what = next(iter(tokens.tensors))
+    fail(
+        tokens.function,
+        f"{what} (B, T, ...), or packed ones with cu_seqlens=",
+        f"{live.shape[0]} sequences of one token, {values.numel()} of them live, with {runs} runs of advantages",
+        tokens.tensors,
+        f"Megatron has packed {what} (T, 1, ...): {what}.transpose(0, 1), and ids, mask and advantages (1, T)",
+    )
 
 
 def _check_advantages(tokens: Tokens, batch: TokenBatch, advantages: Tensor) -> None:

@@ -61,7 +61,9 @@ def _rehearse(
     function: Callable[..., LossOutput], given: Mapping[str, Any]
 ) -> tuple[dict[str, int | str], Exception | None]:
     """Return what has to be the same on all ranks, and what this rank's part raises."""
-    alone = {**given, KEYWORD: None, **({"inplace": False} if "inplace" in given else {})}
+    old = given["old_log_probs"]  # with what it knows of itself, the call will warn, and its rehearsal not
+    alone = {**given, KEYWORD: None, "old_log_probs": getattr(old, "log_probs", old)}
+    alone |= {"inplace": False} if "inplace" in given else {}
     try:
         _check_advantages(function.__name__, given)
         with torch.no_grad():

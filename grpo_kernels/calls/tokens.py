@@ -171,8 +171,11 @@ def _read_ids(
     shapes = [(*leading, length), (*leading, length - 1)][: 1 + (length > 0)]
     if not fits(token_ids, *shapes):
         what, wanted = next(iter(named)), " or ".join(map(str, shapes))
-        aligned = f"align(input_ids, mask) gives ids for {what} (B, L, ...) as a causal model returns them"
-        fail(function, f"token_ids of shape {wanted}", str(tuple(token_ids.shape)), named, aligned)
+        todo = f"align(input_ids, mask) gives ids for {what} (B, L, ...) as a causal model returns them"
+        if fits(token_ids, (length, *leading), *([tuple(leading)] if length == 1 else [])):
+            view = f"{what}.transpose(0, 1)" if token_ids.dim() == 2 else f"{what}.squeeze(1)"
+            todo = f"Megatron has {what} (T, B, ...), packed ones (T, 1, ...): {view} is a view"
+        fail(function, f"token_ids of shape {wanted}", str(tuple(token_ids.shape)), named, todo)
     checks = checks_enabled(check)
     hint = functools.partial(_shift_hint, shape=token_ids.shape, what=next(iter(named)))
     looks, live = may_look(token_ids, checks), read_token_mask(function, mask, token_ids, named, checks, hint)
