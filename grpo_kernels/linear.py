@@ -154,11 +154,12 @@ def linear_grpo_loss(
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_grpo_loss", logit_args, check)
     head = read_head("linear_grpo_loss", hidden, weight, bias, adapter)
-    head, shard = read_head_shard("linear_grpo_loss", head, vocab_group, vocab_start, vocab_size, check)
+    over = (vocab_group, vocab_start, vocab_size)
+    head, shard = read_head_shard("linear_grpo_loss", head, *over, hidden_grad, check)
     token_ids, mask = local("linear_grpo_loss", "token_ids", token_ids), local("linear_grpo_loss", "mask", mask)
     arguments = local_arguments("linear_grpo_loss", arguments)
     with ALONE if shard is None else vocabulary_agreement("linear_grpo_loss", shard, check) as facts:
-        states_sum = read_hidden_grad("linear_grpo_loss", hidden_grad, shard)
+        states_sum = read_hidden_grad("linear_grpo_loss", shard, hidden_grad)
         tokens = read_linear_tokens(
             "linear_grpo_loss", head, token_ids, mask, logits_dtype, arguments.tensors, check, shard
         )
@@ -251,13 +252,14 @@ def linear_token_log_probs(
     logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
     check_logit_args("linear_token_log_probs", logit_args, check)
     head = read_head("linear_token_log_probs", hidden, weight, bias, adapter)
-    head, shard = read_head_shard("linear_token_log_probs", head, vocab_group, vocab_start, vocab_size, check)
+    over = (vocab_group, vocab_start, vocab_size)
+    head, shard = read_head_shard("linear_token_log_probs", head, *over, hidden_grad, check)
     token_ids, mask = (
         local("linear_token_log_probs", "token_ids", token_ids),
         local("linear_token_log_probs", "mask", mask),
     )
     with ALONE if shard is None else vocabulary_agreement("linear_token_log_probs", shard, check) as facts:
-        states_sum = read_hidden_grad("linear_token_log_probs", hidden_grad, shard)
+        states_sum = read_hidden_grad("linear_token_log_probs", shard, hidden_grad)
         tokens = read_linear_tokens("linear_token_log_probs", head, token_ids, mask, logits_dtype, {}, check, shard)
         route = choose_log_probs(tokens, backend=backend, softcap=logit_softcap is not None, require=require)
         check_ids(tokens, always=head.hidden.device.type == "cpu")
@@ -319,7 +321,7 @@ def _sweep(
     head: HeadTensors,
     live_tokens: int | None,
     rows: int,
-    states_sum: Callable[[Tensor], Callable[[], Tensor]] | None,
+    sum_of_states: Callable[[Tensor], Callable[[], Tensor]] | None,
     sequences: Sequences | None = None,
     wide: bool = False,
 ) -> Sweep:
@@ -333,7 +335,7 @@ def _sweep(
         dtype=tokens.dtype,
         columns=tokens.columns,
         shard=tokens.shard,
-        states_sum=states_sum,
+        states_sum=sum_of_states,
         backend=route.backend,
         wide=wide,
     )

@@ -637,3 +637,21 @@ def test_backward_of_a_truncated_support_asks_no_rank(monkeypatch):
 
     run_threads(2, of_rank)
     assert sizes == []
+
+
+def test_bits_of_other_numbers_of_ranks():
+    """Log-probs and entropies of 1 to 8 ranks differ by their rounding, not by more."""
+    torch.manual_seed(0)
+    logits, ids = 3 * torch.randn(1, 64, 1000), torch.randint(1000, (1, 64))
+    whole = token_log_probs(logits, ids)
+    for ranks in (2, 4, 8):
+        bounds = [1000 * rank // ranks for rank in range(ranks + 1)]
+
+        def of_rank(rank, bounds=bounds):
+            columns = logits[..., bounds[rank] : bounds[rank + 1]]
+            return token_log_probs(columns, ids, vocab_group=torch.distributed.group.WORLD)
+
+        for out in run_threads(ranks, of_rank):
+            torch.testing.assert_close(out.log_probs, whole.log_probs, rtol=8 * 2**-23, atol=0)
+            torch.testing.assert_close(out.entropy, whole.entropy, rtol=8 * 2**-23, atol=0)
+            assert out.made.vocabulary_ranks == ranks

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import cases
 import pytest
 import torch
 from distributed import mesh, pool, subgroup, world
 from torch import Tensor
 
-from grpo_kernels import LossConfig, grpo_loss, linear_grpo_loss, linear_token_log_probs, token_log_probs
+from grpo_kernels import KL, LossConfig, grpo_loss, linear_grpo_loss, linear_token_log_probs, token_log_probs
 
 pytestmark = [
     pytest.mark.ranks,
@@ -162,7 +164,6 @@ REFUSALS = {
 
 @pytest.mark.parametrize("what", REFUSALS)
 def test_what_is_no_vocabulary_is_refused_on_every_rank(what):
-    import re
 
     assert re.search(REFUSALS[what], pool(4).refusal_of(refused, what))
 
@@ -374,3 +375,80 @@ def overlapped(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_overlapped_sum_has_the_same_bits(dtype):
     pool(2).run(overlapped, dtype)
+
+
+def of_one_rank(what: str) -> None:
+    """Something that rank 1 alone is given."""
+    case, rank, parts = batch(), torch.distributed.get_rank(), head()
+    weight, bias = (parts[name].tensor_split([49])[rank] for name in ("weight", "bias"))
+    hidden, options = parts["hidden"], {"check": True, **case.options}
+    if rank == 1:
+        options |= {"no tensor": {}, "narrow": {}, "hidden_grad": {"hidden_grad": "sum"}}[what]
+        weight = None if what == "no tensor" else weight[:, :8] if what == "narrow" else weight
+    linear_grpo_loss(hidden, weight, *case.arguments, bias=bias, vocab_group=world(), **options)
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("no tensor", "rank 1 of 2: .*rows \\(V, H\\) of the vocabulary; got NoneType"),
+        ("narrow", "rank 1 of 2: .*expected weight \\(V, 16\\) for these hidden states; got \\(48, 8\\)"),
+        ("hidden_grad", "rank 1 of 2: .*hidden_grad must be one of"),
+    ],
+)
+def test_what_one_rank_is_given(what, text):
+
+    assert re.search(text, pool(2).refusal_of(of_one_rank, what))
+
+
+def every_preset() -> list:
+    """Loss, metrics and gradients of each, from logits and from hidden states, of uneven shards."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    bounds = [0, *([40] if ranks == 2 else [40, 40, 90]), VOCAB]
+    mine, results = slice(*bounds[rank : rank + 2]), []
+    for case, config in presets():
+        leaf = case.logits[..., mine].clone().requires_grad_()
+        out = grpo_loss(leaf, *case.arguments, vocab_group=world(), config=config, **case.options)
+        out.loss.backward()
+        parts = head()
+        leaves = {
+            name: (part if name == "hidden" else part[mine]).clone().requires_grad_() for name, part in parts.items()
+        }
+        given = {"config": config, "vocab_group": world(), **case.options}
+        linear = linear_grpo_loss(leaves["hidden"], leaves["weight"], *case.arguments, bias=leaves["bias"], **given)
+        linear.loss.backward()
+        gradients = [leaf.grad, *(each.grad for each in leaves.values())]
+        results.append((out.loss, out.metrics.vector, linear.loss, linear.metrics.vector, *gradients))
+    return results
+
+
+def presets():
+    sizes = {"constant": {"constant_length": 9}, "group_mean": {"group_size": 2}}
+    for name in LossConfig.presets():
+        case = cases.make(vocab=VOCAB)
+        aggregation = LossConfig.preset(name).aggregation
+        yield case, LossConfig.preset(name, entropy_coef=0.05, kl=KL(0.1), **sizes.get(aggregation, {}))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_preset_over_processes(ranks):
+    results = pool(ranks).run(every_preset)
+    for i, (case, config) in enumerate(presets()):
+        leaf = case.logits.clone().requires_grad_()
+        out = grpo_loss(leaf, *case.arguments, config=config, **case.options)
+        out.loss.backward()
+        leaves = [part.clone().requires_grad_() for part in head().values()]
+        linear = linear_grpo_loss(leaves[0], leaves[1], *case.arguments, bias=leaves[2], config=config, **case.options)
+        linear.loss.backward()
+        of_ranks = [result[i] for result in results]
+        for loss, metrics, of_linear, of_linear_metrics, *_ in of_ranks:
+            torch.testing.assert_close(loss, out.loss, rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(of_linear, linear.loss, rtol=2e-6, atol=2e-6)
+            torch.testing.assert_close(metrics, out.metrics.vector, rtol=5e-6, atol=2e-6)
+            torch.testing.assert_close(of_linear_metrics, linear.metrics.vector, rtol=5e-6, atol=2e-6)
+            assert torch.equal(loss, of_ranks[0][0])
+        close(torch.cat([result[4] for result in of_ranks], -1), leaf.grad)
+        for result in of_ranks:
+            close(result[5], leaves[0].grad)
+        close(torch.cat([result[6] for result in of_ranks]), leaves[1].grad)
+        close(torch.cat([result[7] for result in of_ranks]), leaves[2].grad)

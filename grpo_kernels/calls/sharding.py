@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..objectives.checks import check_name, fail
+from ..objectives.checks import check_name, describe, fail
 from ..objectives.compiler import outside_graphs
 from ..objectives.groups import agreement, begin_total, gather, meets, read_group
 from .batch import LossArguments
@@ -50,13 +50,17 @@ def read_shard(
         return _shard_of_dtensor(function, tensor, dim, size)
     members = read_group(function, "vocab_group", group)
     if members is None:
-        return tensor, _columns_that_count(function, tensor.shape[dim], start, size)
+        is_given = isinstance(tensor, Tensor) and tensor.dim() > 0  # what is not is refused with what it should be
+        return tensor, _columns_that_count(function, tensor.shape[dim], start, size) if is_given else None
     what = f"{function}, columns"
     telling = meets(what, members, check)
     with agreement(what, "vocab_group", members, check) as facts:
         if facts is not None:
             facts |= {"vocab_start (given or not)": str(start is not None), "vocab_size": str(size)}
         _check_layout(function, start, size)
+        if not isinstance(tensor, Tensor) or tensor.dim() < 2:
+            got = describe(tensor) if isinstance(tensor, Tensor) else type(tensor).__name__
+            fail(function, "a tensor of columns (..., V) or of rows (V, H) of the vocabulary", got, error=TypeError)
     return tensor, _shard_of_rank(function, tensor.shape[dim], members, start, size, telling, tensor.device)
 
 
@@ -113,7 +117,13 @@ HiddenGrad = Literal["all_reduce", "overlapped", "partial"]
 
 
 def read_head_shard(
-    function: str, head: HeadTensors, group: Any, start: int | None, size: int | None, check: bool | None
+    function: str,
+    head: HeadTensors,
+    group: Any,
+    start: int | None,
+    size: int | None,
+    hidden_grad: HiddenGrad,
+    check: bool | None,
 ) -> tuple[HeadTensors, VocabShard | None]:
     """Return this rank's part of a head, and which rows of it they are; None: all of them."""
     if (group, start, size) == (None, None, None) and not any(map(is_dtensor, head)):
@@ -128,13 +138,16 @@ def read_head_shard(
             hint = "distribute_tensor(tensor, weight.device_mesh, weight.placements) cuts it likewise"
             fail(function, f"{name} in the shards of the weight", f"{type(rows).__name__} in others", hint=hint)
         parts[name] = here
-    for name in ("hidden", "adapter_states"):
-        parts[name] = local(function, name, getattr(head, name))
+    for name, states in (("hidden", head.hidden), ("adapter_states", head.adapter_states)):
+        if hidden_grad == "partial" and is_dtensor(states):
+            hint = "its placements say that its gradient is whole; to_local(grad_placements=...) says what else it is"
+            fail(function, f'{name} that is no DTensor with hidden_grad="partial"', "a DTensor", hint=hint)
+        parts[name] = local(function, name, states)
     return head._replace(**parts), shard
 
 
 def read_hidden_grad(
-    function: str, hidden_grad: HiddenGrad, shard: VocabShard | None
+    function: str, shard: VocabShard | None, hidden_grad: HiddenGrad
 ) -> Callable[[Tensor], Callable[[], Tensor]] | None:
     """Return what begins to add gradients of states over ranks; None: nobody does here."""
     check_name(f"{function}: hidden_grad", hidden_grad, get_args(HiddenGrad))
