@@ -265,6 +265,7 @@ def test_options_of_a_call():
 
 
 COLLECTIVES = {
+    "dr_grpo": 0,
     "dapo": 1,
     "dapo with a normalizer": 0,
     "dapo, old rejected": 1,
@@ -287,7 +288,7 @@ def configured(name: str) -> tuple[LossConfig, bool, dict[str, Any]]:
     if name.startswith("sequence_product"):
         kl = KL(0.1, ratio_weighted=True, level="sequence")
         return LossConfig(Clip(), level="sequence_product", kl=kl), False, more
-    config = LossConfig.preset(name.split(",")[0].split(" ")[0])
+    config = dataclasses.replace(LossConfig.presets()[name.split(",")[0].split(" ")[0]].config, constant_length=9)
     if "rejected" in name:
         config = dataclasses.replace(config, rollout=rejection)
     if "all schemes" in name:
