@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
 import torch
 from distributed import mesh, pool
@@ -53,7 +51,7 @@ def backward(model: torch.nn.Module, rank: int, steps: int = 2, old_pass: bool =
             assert (old.min() < -3) or not grpo["mask"].any()
         if hasattr(model, "set_requires_gradient_sync"):
             model.set_requires_gradient_sync(step == steps - 1)
-        model(input_ids=ids, grpo=types.MappingProxyType(grpo)).loss.backward()
+        model(input_ids=ids, grpo=hf.batch(**grpo)).loss.backward()
 
 
 def shard(model: torch.nn.Module, grouping: str, **options) -> torch.nn.Module:
@@ -73,13 +71,13 @@ def shard(model: torch.nn.Module, grouping: str, **options) -> torch.nn.Module:
     return fully_shard(model, **options)
 
 
-def mean_of_ranks(ranks: int, prepare=lambda model: None, **options) -> dict[str, torch.Tensor]:
+def mean_of_ranks(ranks: int, prepare=lambda model: None, steps: int = 2, **options) -> dict[str, torch.Tensor]:
     """One process for each rank's micro-batches, one after the other, on a model of its own."""
     totals: dict[str, torch.Tensor] = {}
     for rank in range(ranks):
         model = policy(**options)
         prepare(model)
-        backward(model, rank)
+        backward(model, rank, steps)
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
                 totals[name] = totals.get(name, 0) + parameter.grad.double() / ranks
@@ -171,7 +169,7 @@ def rounded(groupings: tuple[str, ...]) -> list:
         model = shard(policy(), grouping, mp_policy=precision)
         seen: list = []
         ids, grpo = micro_batch(torch.distributed.get_rank(), 0)
-        out = model(input_ids=ids, grpo=types.MappingProxyType({**grpo, "receive": seen.append}))
+        out = model(input_ids=ids, grpo=hf.batch(**grpo, receive=seen.append))
         out.loss.backward()
         gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
         found.append((seen[0].log_probs, seen[0].loss.dtype, gradients))
@@ -290,7 +288,7 @@ def adapted_gradients() -> tuple[dict, str]:
     fully_shard(alone)
     ids, grpo = micro_batch(rank, 0)
     try:
-        alone(input_ids=ids, grpo=types.MappingProxyType(grpo))
+        alone(input_ids=ids, grpo=hf.batch(**grpo))
     except ValueError as error:
         return gradients, str(error)
     return gradients, "nothing"

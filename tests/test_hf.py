@@ -1381,3 +1381,33 @@ def test_positions_and_bounds_of_a_packed_batch(positions):
     padded = {**grpo, "cu_seqlens": torch.tensor([0, 3, 8])}  # two rows of padding behind
     padded["token_ids"], padded["mask"] = align(ids, torch.ones_like(ids), padded["cu_seqlens"])
     model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0, 0]]), grpo=padded)
+
+
+def test_a_batch_is_one_thing_to_wrappers():
+    """FSDP and DDP look for tensors in what a forward is called with, and cast or move them."""
+    from torch.distributed.utils import _apply_to_tensors, _recursive_to
+    from torch.utils import _pytree
+
+    model, given = hf.attach(tiny()), inputs()
+    tokens = tokens_of(given)
+    batch = hf.batch(**tokens, temperature=0.9)
+    assert dict(batch) == {**tokens, "temperature": 0.9}
+    assert _pytree.tree_map_only(torch.Tensor, torch.Tensor.bfloat16, {"grpo": batch})["grpo"] is batch
+    assert _apply_to_tensors(lambda value: value.bfloat16(), {"grpo": batch})["grpo"] is batch
+    assert _recursive_to({"grpo": batch}, torch.device("meta"), False) == [{"grpo": batch}]
+    moved = batch.to("meta")
+    assert {name: value.device.type for name, value in moved.items() if name != "temperature"} == dict.fromkeys(
+        tokens, "meta"
+    )
+    assert moved["advantages"].dtype == torch.float32
+    assert moved["temperature"] == 0.9
+    assert "advantages=(3,)" in repr(batch)
+    again = pickle.loads(pickle.dumps(batch))
+    out = model(**given, grpo=again)
+    assert torch.equal(out.loss, model(**given, grpo={**tokens, "temperature": 0.9}).loss)
+
+
+def test_a_batch_knows_its_names():
+    with pytest.raises(ValueError, match="Did you mean 'advantages'"):
+        hf.batch(token_ids=torch.zeros(1, 2, dtype=torch.long), advantage=torch.ones(1))
+    assert dict(hf.batch(output="log_probs", inplace=True, chunk_bytes=3, receive=print, aux_loss_coef=0.1))

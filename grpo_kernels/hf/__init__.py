@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls.outputs import LossOutput, TokenLogProbs
+from ..calls.sharding import is_dtensor
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
@@ -25,6 +26,7 @@ from ..objectives.config import LossConfig, resolve_config
 from ..objectives.sequences import read_live
 from .form import Autocast, Untraceable
 from .given import OF_A_CALL, OUTPUTS, check_given, check_keywords, keywords
+from .given import batch as batch
 from .head import FROM_LOGITS, TracedHead, check_backward_hooks, head_of, in_fsdp_units, trace
 from .head import named as named
 from .outputs import ModelLogProbs as ModelLogProbs
@@ -68,9 +70,10 @@ def attach(
     them. Forward hooks of the model itself see the result in the place of its output.
 
     FSDP2 may shard the head as a unit of its own or with others. FSDP's mixed precision rounds the tensors of a plain
-    dict on the way in, old log-probs among them, and may round outputs on the way out:
-    ``grpo=types.MappingProxyType(dict(...))`` and ``receive`` go around it. Pickle a model detached;
-    ``nn.DataParallel`` is not served.
+    dict on the way in, old log-probs among them, and may round outputs on the way out: ``grpo=batch(...)`` and
+    ``receive`` go around it. Tensor parallelism may shard the head (``ColwiseParallel``, transformers' plans; before
+    ``attach`` or after), under FSDP2 too: each rank then computes with its own rows of the head, and loss and log-probs
+    are the same on all of them. Pickle a model detached; ``nn.DataParallel`` is not served.
 
     Args:
         model: a causal, multimodal or encoder-decoder model of transformers, bare or inside PEFT, DDP or FSDP
@@ -150,6 +153,7 @@ def bind(
             with with_frames(compiled):
                 output = original(self, **inputs)
             logits = output.logits if kept is None else output.logits[:, kept]
+            _check_columns(self, logits, given)
             if hasattr(logits.grad_fn, "_saved_result"):  # autograd needs them once more
                 given.pop("inplace", None)
             out = _run(grpo_loss, token_log_probs, (logits,), given)
@@ -271,6 +275,17 @@ def _check_rows(hidden: Tensor, token_ids: Tensor) -> None:
             fail(
                 "attach", f"{tokens} or {tokens + 1} rows for token_ids {tuple(token_ids.shape)}", f"{rows}", hint=hint
             )
+
+
+def _check_columns(model: Any, logits: Tensor, given: Mapping[str, Any]) -> None:
+    """Raise where a rank of tensor parallelism has some of the logits' columns, and the call does not say so."""
+    if is_dtensor(logits) or given.get("vocab_group") is not None:
+        return
+    layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    weight = getattr(layer, "weight", None)
+    if is_dtensor(weight) and logits.shape[-1] == weight.to_local().shape[0] < weight.shape[0]:
+        hint = "vocab_group=tp among the options of attach, or ColwiseParallel(..., use_local_output=False)"
+        fail("attach", f"logits of {weight.shape[0]} columns", f"{logits.shape[-1]}, those of this rank", hint=hint)
 
 
 def _check_dtypes(states: Tensor, weight: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,55 @@ def keywords(function: Callable[..., Any]) -> tuple[str, ...]:
     """Return the keywords of a function, without those that the model provides."""
     known = OF_THE_MODEL if function is not linear_grpo_loss else (*OF_THE_MODEL, *OF_THE_HEAD)
     return tuple(name for name in keywords_of(function) if name not in known)
+
+
+class Batch(Mapping[str, Any]):
+    """What ``batch`` returns: one thing, as wrappers of a model see it, that the model reads as a mapping."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
+        """Return the batch with its tensors on a device, in their dtypes."""
+        moved = {
+            name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+            for name, value in self.items()
+        }
+        return Batch(moved)
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{name}={tuple(value.shape) if isinstance(value, Tensor) else value!r}" for name, value in self.items()
+        )
+        return f"batch({', '.join(shown)})"
+
+
+def batch(**grpo: Any) -> Batch:
+    """Return what ``model(..., grpo=...)`` takes, so that wrappers leave it alone.
+
+    FSDP's mixed precision casts the tensors of a plain dict to its ``param_dtype``, old log-probs and advantages among
+    them; accelerate and DDP move them. Into this they do not look: ``batch(...).to(device)`` moves it.
+
+    Args:
+        **grpo: as ``attach`` takes them.
+
+    Raises:
+        ValueError: a name that no loss has.
+    """
+    names = dict.fromkeys((*keywords(grpo_loss), *keywords(linear_grpo_loss), *OF_ATTACH))
+    check_keywords("hf.batch: the name", grpo, list(names))
+    return Batch(grpo)
 
 
 def check_given(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -163,7 +162,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         if getattr(config, "output_router_logits", False):  # which TRL asks for where its trainer has a coefficient
             inputs.setdefault("output_router_logits", False)
         with self.accelerator.autocast():
-            returned = model(**inputs, grpo=types.MappingProxyType({**grpo, "receive": inside.append}))
+            returned = model(**inputs, grpo=hf.batch(**grpo, receive=inside.append))
         if not inside:
             raise RuntimeError(
                 "FusedGRPOTrainer: expected the policy or the reference model that the trainer was made with; got "
