@@ -117,8 +117,8 @@ def linear_grpo_loss(
         vocab_start, vocab_size: as for ``grpo_loss``.
         hidden_grad: "all_reduce": the gradient of hidden (and adapter) states is summed over the ranks, in fp32 and in
             rank order, a chunk at a time; "overlapped": the same while the weight's gradient is computed (not yet
-            measured on a GPU); "partial": it is this rank's part, for a caller that sums it (Megatron's
-            sequence parallelism, whose gather of the states does in its backward).
+            measured on a GPU); "partial": it is this rank's part, for a caller that sums it (Megatron's sequence
+            parallelism, whose gather of the states does in its backward; states that are DTensors do).
         **the rest**: as for ``grpo_loss``.
 
     Returns:

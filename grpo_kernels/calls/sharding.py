@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor
@@ -138,11 +138,9 @@ def read_head_shard(
             hint = "distribute_tensor(tensor, weight.device_mesh, weight.placements) cuts it likewise"
             fail(function, f"{name} in the shards of the weight", f"{type(rows).__name__} in others", hint=hint)
         parts[name] = here
-    for name, states in (("hidden", head.hidden), ("adapter_states", head.adapter_states)):
-        if hidden_grad == "partial" and is_dtensor(states):
-            hint = "its placements say that its gradient is whole; to_local(grad_placements=...) says what else it is"
-            fail(function, f'{name} that is no DTensor with hidden_grad="partial"', "a DTensor", hint=hint)
-        parts[name] = local(function, name, states)
+    partial = None if shard is None or hidden_grad != "partial" else shard.group
+    for name in ("hidden", "adapter_states"):
+        parts[name] = local(function, name, getattr(head, name), partial)
     return head._replace(**parts), shard
 
 
@@ -156,20 +154,26 @@ def read_hidden_grad(
     return functools.partial(begin_total, group=shard.group, overlapped=hidden_grad == "overlapped")
 
 
-def is_dtensor(tensor: object) -> bool:
+def is_dtensor(tensor: object) -> TypeGuard[Any]:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
-def local(function: str, name: str, tensor: Any) -> Any:
+def local(function: str, name: str, tensor: Any, partial: ProcessGroup | None = None) -> Any:
     """Return this rank's part of a DTensor of tokens or states, which every rank of a vocabulary holds whole, or of its
-    own sequences; anything else as it is."""
+    own sequences; anything else as it is. ``partial``: the ranks that each give a part of its gradient, which the
+    DTensor sums."""
     if not is_dtensor(tensor):
         return tensor
     for placement in tensor.placements:
         if placement.is_partial() or (placement.is_shard() and placement.dim != 0):
             hint = "redistribute it to Replicate() there"
             fail(function, f"{name} replicated, or cut into sequences (Shard(0))", str(placement), hint=hint)
-    return tensor.to_local()
+    if partial is None:
+        return tensor.to_local()
+    sums = torch.distributed.tensor.Partial()
+    meets = [tensor.device_mesh.get_group(dim) is partial for dim in range(tensor.device_mesh.ndim)]
+    grads = [sums if parts else each for each, parts in zip(tensor.placements, meets, strict=True)]
+    return tensor.to_local(grad_placements=grads)
 
 
 def local_arguments(function: str, arguments: LossArguments) -> LossArguments:

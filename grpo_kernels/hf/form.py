@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..calls.sharding import is_dtensor
+
 IN_A_UNIT = "a part of it besides weight and bias is sharded, in an FSDP2 unit of its own: the root's unit serves it"
 """Why a sharded head is not traced."""
+ON_RANKS = "while every rank has some of them: ColwiseParallel(output_layouts=Replicate()) gives a model them all"
+"""Why columns of logits are left alone."""
 
 
 class Untraceable(Exception):
@@ -86,6 +90,8 @@ class Form:
     """Of the coarsest dtype that they are rounded to."""
     wide_bias: bool = False
     """Whether the bias, of a wider dtype than the head's logits, has widened them."""
+    spread: bool = False
+    """Whether the model's own would be, on each rank of tensor parallelism, the columns of that rank alone."""
 
     @classmethod
     def of_linear(cls, states: Tensor, weight: Tensor, bias: Tensor | None) -> Form:
@@ -138,6 +144,8 @@ class Form:
             return replace(self, bias=total, dtype=dtype, wide_bias=wide)
         if self.trained != other.trained:
             raise Untraceable("only some of their parts are made with autograd on")
+        if self.spread != other.spread:
+            raise Untraceable(f"others are added to them {ON_RANKS}")
         if self.autocast != other.autocast:
             raise Untraceable("only some of their parts are made inside autocast")
         if self.shape != other.shape:
@@ -185,6 +193,11 @@ class Form:
                 cut.setdefault(id(product.states), product.states[tuple(keys)])
             products = tuple(Product.of(cut[id(each.states)], each.weight, each.columns) for each in products)
         if columns.indices(self.vocab) != (0, self.vocab, 1):
+            if self.spread or is_dtensor(self.products[0].weight):
+                raise Untraceable(
+                    "columns of a head are cut that is sharded over ranks by tensor parallelism, or in an FSDP2 unit "
+                    "of its own: the root's unit serves it"
+                )
             products = tuple(
                 each._replace(
                     weight=each.weight[columns], columns=None if each.columns is None else each.columns[columns]
@@ -197,6 +210,8 @@ class Form:
 
     def without(self, columns: Any) -> Form:
         """Return logits that are -inf in some columns."""
+        if self.spread:
+            raise Untraceable(f"columns are set {ON_RANKS}")
         weight = self.products[0].weight
         bias = torch.zeros(self.vocab, device=weight.device, dtype=weight.dtype) if self.bias is None else self.bias
         if self.cap is not None:
@@ -213,6 +228,8 @@ class Form:
         """Return (V,) of (..., 1, V)."""
         if self.cap is not None:
             raise Untraceable(f"{what} one number for each column stands behind a cap")
+        if self.spread and values.numel() > 1:
+            raise Untraceable(f"{what} one number for each column is taken {ON_RANKS}")
         if values.numel() == 1:
             return values.reshape(()).expand(self.vocab)
         if values.shape[-1:] != (self.vocab,) or values.numel() != self.vocab:

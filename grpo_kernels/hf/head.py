@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..calls.sharding import is_dtensor
 from ..objectives.checks import fail
 from ..objectives.compiler import outside_graphs
 from .form import IN_A_UNIT, Autocast, Form, Product, Untraceable
@@ -103,14 +104,16 @@ class TracedHead(NamedTuple):
         """Return what is to be called, with whole weights, in ``dtype`` if given."""
         form, main = self.form, self.main
         rest = [product for product in form.products if product is not main]
-        weight, bias = self._weight(main, dtype), None if form.bias is None else self.whole(form.bias)
+        weight = self._weight(main, dtype)
+        bias = None if form.bias is None else rows_like(self.current(form.bias), weight)
         widened = bias is not None and dtype is None and form.wide_bias
         if bias is not None and widened and not form.autocast.enabled:
             raise Untraceable(f"a bias in {bias.dtype} is added to logits of less precision: head_dtype={bias.dtype}")
         bias = None if bias is None else bias.to(weight.dtype)
         adapter = None
         if rest:
-            states, weights = [product.states for product in rest], [self._weight(product) for product in rest]
+            states = [product.states for product in rest]
+            weights = [rows_like(self._weight(product), weight) for product in rest]
             adapter = (states[0], weights[0]) if len(rest) == 1 else (torch.cat(states, -1), torch.cat(weights, -1))
         transform: dict[str, Any] = {"logit_scale": form.logit_scale}
         if widened:  # as the model's own are
@@ -122,20 +125,65 @@ class TracedHead(NamedTuple):
     def _weight(self, product: Product, dtype: torch.dtype | None = None) -> Tensor:
         if self.sharded and id(product.weight) not in self.owners:
             raise Untraceable(IN_A_UNIT)
-        weight = self.whole(product.weight)
+        weight = self.current(product.weight)
         dtype = dtype or weight.dtype
         if product.columns is not None:
-            weight = self.whole(product.columns)[:, None] * weight
+            weight = rows_like(self.current(product.columns), weight)[:, None] * weight
         return weight.to(dtype)
 
-    def whole(self, tensor: Tensor) -> Tensor:
-        """Return what is in a parameter's place now, gathered where tensor parallelism has sharded it."""
+    def current(self, tensor: Tensor) -> Tensor:
+        """Return what is in a parameter's place now: inside its FSDP2 units a DTensor is one of tensor parallelism's,
+        rows of which each rank has."""
         owner = self.owners.get(id(tensor))
-        if owner is None and self.sharded and (tensor.requires_grad or hasattr(tensor, "full_tensor")):
+        if owner is None and self.sharded and (tensor.requires_grad or is_dtensor(tensor)):
             raise Untraceable(IN_A_UNIT)
         current: Any = tensor if owner is None else getattr(*owner)
-        whole: Tensor = current.full_tensor() if hasattr(current, "full_tensor") else current
-        return whole
+        if is_dtensor(current):
+            check_rows(current)
+        return current
+
+
+def check_rows(tensor: Any) -> None:
+    """Raise ``Untraceable`` unless each rank has some rows of a DTensor, in rank order, or all."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    for placement in tensor.placements:
+        if type(placement) is not Replicate and not (type(placement) is Shard and placement.dim == 0):
+            raise Untraceable(
+                f"its parameters are in shards {tensor.placements}, not in rows of the vocabulary (Shard(0)) as "
+                "ColwiseParallel shards a head"
+            )
+
+
+def rows_like(values: Any, weight: Any) -> Any:
+    """Return (V, ...) in the shards of a weight, which each rank has its rows of. Of what is whole on every rank the
+    gradient is gathered, so that it is whole as well."""
+    if not is_dtensor(weight):
+        return values.full_tensor() if is_dtensor(values) else values
+    return on_mesh(values, weight).redistribute(placements=weight.placements)
+
+
+def on_mesh(values: Any, weight: Any) -> Any:
+    """Return what is whole on every rank as a DTensor beside a weight that is one."""
+    if not is_dtensor(weight) or is_dtensor(values):
+        return values
+    from torch.distributed.tensor import DTensor, Replicate
+
+    return DTensor.from_local(values, weight.device_mesh, [Replicate()] * weight.device_mesh.ndim, run_check=False)
+
+
+def whole(tensor: Any) -> Any:
+    """Return a DTensor gathered, without a gradient of its own; anything else as it is."""
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+def columns_of(logits: Tensor, weight: Any) -> Tensor:
+    """Return the columns of (..., V) that this rank has of a sharded weight."""
+    from torch.distributed.tensor import Shard
+
+    placements = [Shard(logits.dim() - 1) if each.is_shard() else each for each in weight.placements]
+    here: Tensor = on_mesh(logits, weight).redistribute(placements=placements).to_local()
+    return here
 
 
 def trace(model: Any, head: nn.Module, call: Callable[[], Any], row: tuple[Tensor, ...] | None = None) -> TracedHead:
@@ -147,14 +195,15 @@ def trace(model: Any, head: nn.Module, call: Callable[[], Any], row: tuple[Tenso
     rows: list[torch.Size] = []
     owners: dict[int, tuple[nn.Module, str]] = {}
 
+    own, around = fsdp_units(head.modules()), fsdp_units(way_to(model, head)[1:])
+
     def traced(plain: Callable[..., Any], states: Tensor, *args: Any, **kwargs: Any) -> Any:
         states = states if row is None else _row(states, row)
         rows.append(states.shape[:-1])
         owners.update((id(each), (part, name)) for part in head.modules() for name, each in part._parameters.items())
-        with HeadTrace(vocab, states.shape[:-1]):
+        with HeadTrace(head, vocab, states.shape[:-1], bool(own or around)):
             return plain(states, *args, **kwargs)
 
-    own, around = fsdp_units(head.modules()), fsdp_units(way_to(model, head)[1:])
     with _without_fsdp_hooks(own), head_forward(head, traced):
         output = call()
     logits = _logits_of(output)
@@ -198,7 +247,11 @@ def rows_of(
     return _logits_of(output)
 
 
-def _row(states: Tensor, row: tuple[Tensor, ...]) -> Tensor:
+def _row(states: Any, row: tuple[Tensor, ...]) -> Any:
+    if is_dtensor(states):
+        return on_mesh(_row(states.full_tensor(), row), states).redistribute(placements=states.placements)
+    if states.numel() == 0:  # this rank's batch is empty, and others look at a row of theirs
+        return states.new_zeros(*(1,) * len(row), states.shape[-1])
     return states.detach()[row].reshape(*(1,) * len(row), -1)
 
 
@@ -252,7 +305,7 @@ def _without_fsdp_hooks(units: list[nn.Module]) -> Iterator[None]:
     before = [(hooks, dict(hooks)) for unit in units for hooks in (unit._forward_pre_hooks, unit._forward_hooks)]
     for hooks, known in before:
         for key, hook in known.items():
-            if str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
+            if str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp"):
                 del hooks[key]
     try:
         yield

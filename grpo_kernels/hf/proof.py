@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..calls.sharding import is_dtensor
 from ..objectives.checks import fail, may_look
 from .form import Autocast, Untraceable
-from .head import FROM_LOGITS, TracedHead, named, rows_of, trace
+from .head import FROM_LOGITS, TracedHead, columns_of, named, on_mesh, rows_of, trace, whole
 from .parts import Parts
 
 _REMEMBERED = 64
@@ -45,6 +46,8 @@ class Row(NamedTuple):
     traced: TracedHead | None
     problem: str | None
     """Why it cannot be traced."""
+    real: bool
+    """Whether this rank's batch has it; otherwise it is zeros, for ranks whose batches do to be met."""
 
 
 @dataclass
@@ -87,16 +90,17 @@ class Proof:
         state = _state(parts.model, traced)
         known = state in memory.proven
         waits = self._every == 0 or memory.calls % self._every or memory.late is not None
-        if (known and waits) or not _has_row(hidden):
+        real = hidden.numel() > 0
+        if (known and waits) or not may_look(hidden, check=True) or not (real or _groups(parts.model)):
             return None
         place = _live_place(traced.rows, hidden, mask)
         try:
             with torch.no_grad(), parts.replayed(), _random_numbers_kept(hidden), _without_cache(hidden):
                 found = trace(parts.model, parts.head, call, place)
         except Untraceable as error:
-            return Row(state, known, place, None, f"its forward cannot be followed ({error})")
+            return Row(state, known, place, None, f"its forward cannot be followed ({error})", real)
         unlike = _shape(found) != _shape(traced)
-        return Row(state, known, place, found, "its head is another for one row" if unlike else None)
+        return Row(state, known, place, found, "its head is another for one row" if unlike else None, real)
 
     def compare(
         self,
@@ -114,16 +118,16 @@ class Proof:
         theirs: Any = None
         try:  # whatever was found before: a head that FSDP shards is gathered by all ranks, or by none
             with torch.no_grad(), parts.replayed(), _random_numbers_kept(hidden), _without_cache(hidden):
-                theirs = rows_of(parts.head, call, row.place, traced.form.autocast, dtype)
+                theirs = whole(rows_of(parts.head, call, row.place, traced.form.autocast, dtype))
         except Exception as error:
             found = found or f"its forward cannot be followed ({type(error).__name__}: {str(error)[:200]})"
         if found is None and mine is not None:
-            found = _other_shape(mine, theirs)
+            found = _other_shape(mine, theirs, traced.form.spread)
             accelerated = hasattr(parts.model, "_original_forward")
             form = traced.form
             own = None if found else _alike(mine, theirs, accelerated, form.eps, form.roundings)
         same = torch.zeros((), dtype=torch.bool, device=hidden.device) if own is None else own
-        same = _on_every_rank(parts.model, same)
+        same, real = _on_every_rank(parts.model, same, row.real)
         if row.known and not may_look(same):
             self._keep(parts.model, same)
             return torch.where(same, 1.0, torch.nan)
@@ -131,6 +135,8 @@ class Proof:
             if mine is not None and own is not None:
                 found = "another rank's log-probs are others" if bool(own) else _words(mine, theirs)
             self._fail(parts.model, traced, str(found))
+        if not real:
+            return None
         proven = self._memories[parts.model].proven
         while len(proven) >= _REMEMBERED:
             proven.pop(next(iter(proven)))
@@ -172,14 +178,16 @@ def row_logits(row: Row) -> Tensor | None:
     with torch.no_grad(), form.autocast.around(form.products[0].states.device.type, cache_enabled=False):
         total: Any = 0
         for product in form.products:
-            weight = row.traced.whole(product.weight)
+            weight = row.traced.current(product.weight)
             states = product.states if form.autocast.enabled else product.states.to(weight.dtype)
-            part = nn.functional.linear(states, weight)
+            part = whole(nn.functional.linear(on_mesh(states, weight), weight))
             total = total + (part if product.columns is None else part * product.columns)
         if form.bias is not None:
-            total = total + row.traced.whole(form.bias)
+            total = total + whole(row.traced.current(form.bias))
         total = total * form.scale
         logits: Tensor = total if form.cap is None else form.cap * torch.tanh(total)
+        if form.spread:
+            logits = columns_of(logits, row.traced.current(row.traced.main.weight))
         return logits.to(form.dtype)
 
 
@@ -216,17 +224,24 @@ def _state(model: Any, traced: TracedHead) -> tuple[object, ...]:
     return model.training, traced.head.training, _shape(traced)
 
 
-def _on_every_rank(model: nn.Module, same: Tensor) -> Tensor:
-    """Return whether all ranks found so that a sharded model is spread over; they all look, or none."""
+def _groups(model: nn.Module) -> list[Any]:
+    """Return the process groups that a sharded model is spread over, in one order on every rank."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return same
-    mesh = next((each.device_mesh for each in model.parameters() if hasattr(each, "device_mesh")), None)
-    if mesh is None:
-        return same
-    least = same.to(torch.int32)
-    for dim in range(mesh.ndim):
-        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, mesh.get_group(dim))
-    return least > 0
+        return []
+    meshes = dict.fromkeys(each.device_mesh for each in model.parameters() if is_dtensor(each))
+    return list(dict.fromkeys(mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)))
+
+
+def _on_every_rank(model: nn.Module, same: Tensor, real: bool) -> tuple[Tensor, bool | Tensor]:
+    """Return whether all ranks found so that a sharded model is spread over, and whether one had a row of its batch;
+    they all look, or none."""
+    groups = _groups(model)
+    if not groups:
+        return same, real
+    least = torch.stack([same.to(torch.int32), torch.full_like(same, -int(real), dtype=torch.int32)])
+    for group in groups:
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group)
+    return least[0] > 0, least[1] < 0
 
 
 def _random_numbers_kept(hidden: Tensor) -> Any:
@@ -237,11 +252,6 @@ def _without_cache(hidden: Tensor) -> Any:
     """Return autocast as it is, but a whole weight that is cast for one row is not kept."""
     device = hidden.device.type
     return Autocast.now(device).around(device, cache_enabled=False)
-
-
-def _has_row(hidden: Tensor) -> bool:
-    """Whether there is a row whose contents can be compared, at the price of waiting once."""
-    return hidden.numel() > 0 and may_look(hidden, check=True)
 
 
 def _live_place(rows: torch.Size, hidden: Tensor, mask: object) -> tuple[Tensor, ...]:
@@ -255,8 +265,9 @@ def _live_place(rows: torch.Size, hidden: Tensor, mask: object) -> tuple[Tensor,
     return (column,) if len(rows) == 1 else (batch, *[torch.zeros_like(batch)] * (len(rows) - 2), column)
 
 
-def _other_shape(mine: Tensor, theirs: Any) -> str | None:
-    if isinstance(theirs, Tensor) and theirs.shape == mine.shape and theirs.numel() > 0:
+def _other_shape(mine: Tensor, theirs: Any, spread: bool = False) -> str | None:
+    """Say where shapes differ; a rank may have none of columns that are ``spread``."""
+    if isinstance(theirs, Tensor) and theirs.shape == mine.shape and (theirs.numel() > 0 or spread):
         return None
     shape = tuple(theirs.shape) if isinstance(theirs, Tensor) else type(theirs).__name__
     return f"its own logits of a row are {shape}, not {tuple(mine.shape)}"
@@ -269,6 +280,8 @@ def _alike(mine: Tensor, theirs: Tensor, autocast: bool, eps: float, roundings: 
     dtypes = (mine.dtype, theirs.dtype, *([torch.bfloat16] if autocast else []))
     unit = max(2**-16, eps, *(torch.finfo(dtype).eps for dtype in dtypes)) * (2 + max(0, roundings - 3))
     a, b = (logits.float() for logits in (mine, theirs))
+    if a.numel() == 0:
+        return torch.ones((), dtype=torch.bool, device=a.device)
     same = (a == b) | (a.isnan() & b.isnan())
     banned = torch.finfo(torch.float16).min  # -inf, or what stands for it
     same |= (a < banned) & (b < banned)

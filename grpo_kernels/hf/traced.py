@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from ..calls.sharding import is_dtensor
 from .form import IN_A_UNIT, Form, Untraceable
 
 
@@ -38,16 +39,30 @@ class TracedLogits(Tensor):
         made.form, made.shared = form, shared
         return made
 
-    placements = None
-    """Hooks of tensor parallelism ask a DTensor for them; these are on no mesh, and go wherever logits are whole."""
+    placements: Any = None
+    """What tensor parallelism has asked for; first nothing, so that it asks. They are on no mesh, and go anywhere."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """Where the head's weight is a DTensor its logits would be one, and are asked what they are."""
+        if not is_dtensor(self.form.products[0].weight):
+            return TracedLogits
+        from torch.distributed.tensor import DTensor
+
+        return DTensor
 
     def redistribute(self, *, placements: Any, **options: Any) -> TracedLogits:
-        if not all(placement.is_replicate() for placement in placements):
-            raise Untraceable("they stay sharded over ranks")
-        return self
+        columns = len(self.form.shape) - 1
+        cut = [placement for placement in placements if not placement.is_replicate()]
+        if not all(placement.is_shard() and placement.dim in (-1, columns) for placement in cut):
+            raise Untraceable(f"tensor parallelism makes them {placements}, neither whole nor some columns of all rows")
+        placed = TracedLogits(self.form, self.shared)
+        placed.placements = placements
+        return placed
 
     def to_local(self) -> TracedLogits:
-        return self
+        spread = any(not placement.is_replicate() for placement in self.placements or ())
+        return TracedLogits(replace(self.form, spread=spread), self.shared)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"TracedLogits({tuple(self.form.shape)}, {self.form.dtype})"
@@ -70,7 +85,7 @@ class TracedLogits(Tensor):
             raise Untraceable(f"{name} is called with them where autograd is switched off")
         try:
             return rule(*args, **kwargs)
-        except (TypeError, IndexError) as error:
+        except (TypeError, IndexError, RuntimeError) as error:
             raise Untraceable(f"{name} is called with them, and {error}") from error
 
     @classmethod
@@ -228,27 +243,45 @@ _RULES: dict[str, Callable[..., Any]] = {
 
 
 class HeadTrace(TorchFunctionMode):
-    """Around the forward of a head: its linear layers over the vocabulary, of ``states``' rows, make no logits."""
+    """Around the forward of a head: its linear layers over the vocabulary, of ``states``' rows, make no logits.
 
-    def __init__(self, vocab: int, rows: torch.Size) -> None:
+    ``units``: whether FSDP2 shards the head at this moment, too, so that its parameters are known by identity alone.
+    """
+
+    def __init__(self, head: torch.nn.Module, vocab: int, rows: torch.Size, units: bool) -> None:
         super().__init__()
-        self._vocab, self._rows = vocab, rows
+        self._vocab, self._rows, self._units = vocab, rows, units
+        self._shared_out = [each for part in head.modules() for each in part._parameters.values() if is_dtensor(each)]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.nn.functional.linear:
             states, weight, bias = _linear(*args, **kwargs)
-            if hasattr(states, "full_tensor") and states.shape[:-1] == self._rows:
+            if is_dtensor(states) and states.shape[:-1] == self._rows:
                 states = states.full_tensor()
-            if weight.shape[0] == self._vocab and states.shape[:-1] == self._rows:
-                return TracedLogits(Form.of_linear(states, weight, bias))
-            if hasattr(weight, "full_tensor") and not hasattr(states, "full_tensor"):
+            whole = self._parameter(weight)
+            if whole.shape[0] == self._vocab and states.shape[:-1] == self._rows:
+                bias = None if bias is None else self._parameter(bias)
+                if is_dtensor(bias) and not self._units:
+                    bias = bias.full_tensor()
+                return TracedLogits(Form.of_linear(states, whole, bias))
+            if is_dtensor(weight) and not is_dtensor(states):
                 raise Untraceable(IN_A_UNIT)
         elif func in _MATMULS and len(args) == 2 and not kwargs:
             states, right = args
             if right.dim() == 2 and right.shape[1] == self._vocab and states.shape[:-1] == self._rows:
                 return TracedLogits(Form.of_linear(states, right.t(), None))
         return func(*args, **kwargs)
+
+    def _parameter(self, tensor: Any) -> Any:
+        """Return the DTensor whose local part a tensor is: transformers puts these in their places without autograd."""
+        if is_dtensor(tensor):
+            return tensor
+        for parameter in self._shared_out:
+            here = parameter.to_local()
+            if here.shape == tensor.shape and here.data_ptr() == tensor.data_ptr():
+                return parameter
+        return tensor
 
 
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, operator.matmul)
