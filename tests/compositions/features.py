@@ -195,10 +195,16 @@ def _absent(function: str, keyword: str, *features: str) -> Refusal:
     return Refusal(f"{function}() got an unexpected keyword argument '{keyword}'", function, features)
 
 
-def _two_passes(why: str, *features: str) -> Refusal:
+def _two_passes(why: str, *features: str, function: str = "grpo_loss") -> Refusal:
     """Of ``require="fused"``."""
     expected = "a call that compiled kernels serve in one pass (require='fused')"
-    return Refusal(f"grpo_loss: expected {expected}; got 2 passes of backend 'cpu': {why}.", "require", features)
+    return Refusal(f"{function}: expected {expected}; got 2 passes of backend 'cpu': {why}.", "require", features)
+
+
+def _over_a_vocabulary(function: str) -> Refusal:
+    """Of ``require="fused"``, told by every rank."""
+    why = "vocab_group=: a row's slope follows from the columns of every rank"
+    return _two_passes(why, f"{function}, vocab_group", function=f"rank 0 of 2: {function}")
 
 
 def _pools(level: str) -> tuple[Refusal, ...]:
@@ -252,7 +258,10 @@ REFUSALS = (
     _absent("policy_loss", "support", *_SUPPORTS),
     *(
         dataclasses.replace(_absent(function.partition(",")[0], keyword, *features), feature=function)
-        for function in ("linear_grpo_loss", "linear_grpo_loss, adapter", "linear_token_log_probs")
+        for function in (
+            *("linear_grpo_loss", "linear_grpo_loss, adapter", "linear_grpo_loss, vocab_group"),
+            "linear_token_log_probs",
+        )
         for keyword, features in (("inplace", ("inplace",)), ("support", _SUPPORTS))
     ),
     *(
@@ -289,6 +298,7 @@ REFUSALS = (
     _without_a_loss("no normalizer=", "one", "normalizer"),
     _without_a_loss("no grad_scale=", str(SCALE), "grad_scale", "fp16, announced"),
     _two_passes("support= works on copies of the rows", *_SUPPORTS),
+    *(_over_a_vocabulary(function) for function in ("grpo_loss", "linear_grpo_loss")),
     _two_passes("Vespo has no one-pass kernel", "Vespo"),
     _two_passes("Gmpo has no one-pass kernel", "Gmpo"),
     _two_passes("Tempered has no one-pass kernel", "registered surrogate"),
