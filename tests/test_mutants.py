@@ -75,7 +75,30 @@ MUTANTS = {
     "rollout: unknown": ("objectives/rollout.py", "torch.where(rollout.isnan(), 1.0, factor)", "factor"),
     "rollout: current policy": ("calls/terms.py", "if not scheme.of_policy)", ")"),
     "entropy threshold": ("calls/terms.py", "low = entropy < batch", "low = entropy > batch"),
-    "support: drawn token": ("calls/support.py", "kept.scatter_(1, safe[:, None], True)", "pass"),
+    "support: drawn token": ("calls/support.py", "kept.gather(1, column) | held[:, None]", "kept.gather(1, column)"),
+    "vocabulary: states not summed": ("calls/sharding.py", 'shard.group is None or hidden_grad == "partial"', "True"),
+    "vocabulary: token elsewhere": (
+        "calls/vocabulary.py",
+        "column.copy_(torch.where(held, column, first))",
+        "pass",
+    ),
+    "vocabulary: shares": ("calls/vocabulary.py", "entropy - log_share, 0.0)", "entropy, 0.0)"),
+    "vocabulary: confident rows": (
+        "calls/vocabulary.py",
+        "-torch.log1p(to_top.exp()",
+        "-torch.log(1 + to_top.exp()",
+    ),
+    "vocabulary: impossible shards": (
+        "calls/vocabulary.py",
+        'possible = anchor != float("-inf")',
+        "possible = anchor == anchor",
+    ),
+    "vocabulary: chunks": ("calls/chunks.py", "else tokens.shard.even", "else tokens.columns"),
+    "ranks: own order": (
+        "objectives/groups.py",
+        "return everyones.view(ranks, *values.shape)",
+        "return everyones.view(ranks, *values.shape).roll(torch.distributed.get_rank(group), 0)",
+    ),
     "triton: rollout": ("backends/triton/surrogates.py", "policy_weight = weighed(policy_weight, weight)", "pass"),
     "k3: sign": ("objectives/kl.py", "KLTerms(k3_of(-x), -torch.expm1(-x), x)", "KLTerms(k3_of(x), torch.expm1(x), x)"),
     "k2: slope": (
@@ -225,11 +248,16 @@ MUTANTS = {
     "reference: mask": ("verification/reference/__init__.py", "mask & inside.view(shape)", "mask | inside.view(shape)"),
     "mask: read": ("objectives/checks.py", "return mask != 0", "return mask == 1"),
 }
-SAMPLED = {"clip: slope kept": "surrogates", "second backward": "autograd", "direct slope dropped": "surrogates"}
+SAMPLED = {
+    "vocabulary: token elsewhere": "vocabulary",
+    "clip: slope kept": "surrogates",
+    "second backward": "autograd",
+    "direct slope dropped": "surrogates",
+}
 """In every run, each by the one test file that must notice it; the others are nightly, and all of TESTS run."""
 TESTS = (
     "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages "
-    "test_numerics test_linear test_triton test_support test_zero_weights"
+    "test_numerics test_linear test_triton test_support test_zero_weights test_vocabulary test_sequence_group"
 )
 
 
