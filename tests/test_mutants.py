@@ -245,6 +245,42 @@ MUTANTS = {
         "masked_fill(line.first[:, 1:] != line.first[:, :-1], 0.0)",
         "abs()",
     ),
+    "ranks: own rank first": (
+        "objectives/groups.py",
+        "total, *others = gather(values, group).unbind()",
+        "total, *others = gather(values, group).roll(-torch.distributed.get_rank(group), 0).unbind()",
+    ),
+    "ranks: sums of a part": (
+        "objectives/sequences.py",
+        "sums = ordered_sum(torch.stack(self.part.sums(self._asked, dtype)), self.group)",
+        "sums = torch.stack(self.part.sums(self._asked, dtype))",
+    ),
+    "ranks: tokens of a part": (
+        "objectives/sequences.py",
+        "return self.sum(mask, accumulate_dtype(mask.device)).sum()",
+        "return mask.sum()",
+    ),
+    "ranks: asked one by one": (
+        "objectives/sequences.py",
+        "        self.ask(*values)\n        return [",
+        "        return [",
+    ),
+    "ranks: sequences counted on each": (
+        "objectives/sequences.py",
+        "return torch.distributed.get_rank(self.group) == 0",
+        "return True",
+    ),
+    "ranks: normalizer counted on each": (
+        "objectives/normalizer.py",
+        "and torch.distributed.get_rank(of_sequences) > 0",
+        "and False",
+    ),
+    "ranks: chunks of parts": ("linear.py", "if together and not isinstance(batch.sequences, Joined)", "if together"),
+    "ranks: advantages that are both": (
+        "calls/batch.py",
+        "[: 1 if isinstance(sequences, Joined) else 2]",
+        "[:2]",
+    ),
     "reference: mask": ("verification/reference/__init__.py", "mask & inside.view(shape)", "mask | inside.view(shape)"),
     "mask: read": ("objectives/checks.py", "return mask != 0", "return mask == 1"),
 }
@@ -276,6 +312,8 @@ def test_mutant_is_noticed(tmp_path, name):
     source = tmp_path / "grpo_kernels" / file
     source.write_text(source.read_text().replace(old, new, 1))
     tests = [f"tests/test_{SAMPLED[name]}.py"] if name in SAMPLED else [f"tests/{test}.py" for test in TESTS.split()]
+    if name.startswith("ranks"):
+        tests = ["tests/test_groups.py", "tests/test_sequence_group.py"]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-m", "not nightly", *tests]
     command += ["-k", "triton" if name.startswith("triton") else "not triton"]  # interpreted kernels are slow
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}

@@ -103,11 +103,13 @@ def check_given(
     check = grpo.get("check", options.get("check"))
     encoded = bool(getattr(model.config, "is_encoder_decoder", False))
     name = "decoder_input_ids" if encoded else "input_ids"
+    # Of a part of a sequence the next token may be another rank's, and places are in any order.
+    whole = grpo.get("sequence_group", options.get("sequence_group")) is None
+    if whole:
+        _check_shifted(grpo, name, inputs.get(name), inputs.get("logits_to_keep", 0), check)
     _check_packed(grpo.get("cu_seqlens"), inputs)
-    if grpo.get("sequence_group", options.get("sequence_group")) is not None:
-        return  # of a part of a sequence the next token may be another rank's, and places are in any order
-    _check_shifted(grpo, name, inputs.get(name), inputs.get("logits_to_keep", 0), check)
-    _check_positions(grpo.get("cu_seqlens"), inputs.get("position_ids"), check)
+    if whole:
+        _check_positions(grpo.get("cu_seqlens"), inputs.get("position_ids"), check)
 
 
 def check_keywords(kind: str, options: Mapping[str, object], names: Collection[str]) -> None:
