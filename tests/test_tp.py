@@ -463,3 +463,51 @@ def test_a_rank_without_rows_keeps_nobody_waiting():
     for found in pool(2).run(without_rows_on_one_rank, ("head", "norm and head")):
         for gradients in found:
             assert_close_to(gradients, wanted, 2e-6, "without rows")
+
+
+def adapted(style: Callable | None) -> tuple:
+    """LoRA on a head whose own weight is sharded: its parts are whole on every rank, and so are their gradients."""
+    peft = pytest.importorskip("peft")
+    model = policy()
+    hf.detach(model)
+    torch.manual_seed(5)
+    config = peft.LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False)
+    model = peft.get_peft_model(model, config)
+    if style is not None:
+        style(model, mesh(2))
+    return run_case(hf.attach(model))
+
+
+def gathered_base(model: torch.nn.Module, tp) -> None:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    plan = {"base_model.model.lm_head.base_layer": ColwiseParallel(output_layouts=Replicate())}
+    parallelize_module(model, tp, plan)
+
+
+@pytest.mark.peers
+def test_an_adapter_on_a_sharded_head():
+    old, loss, log_probs, gradients = adapted(None)
+    assert sum("lora" in name for name in gradients) == 2
+    ranks = pool(2).run(adapted, gathered_base)
+    for found in ranks:
+        assert torch.equal(found[2], ranks[0][2])
+        torch.testing.assert_close(found[0], old, rtol=5e-6, atol=5e-6)
+        torch.testing.assert_close(found[1], loss, rtol=5e-6, atol=5e-6)
+        assert_close_to(found[3], gradients, 4e-6, "adapter")
+
+
+def outside_of_a_forward() -> None:
+    """FSDP's shards of a head, taken for a vocabulary's."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = Policy(97)
+    fully_shard(model)
+    ids, grpo = tokens_of(torch.distributed.get_rank(), 97)
+    states = torch.randn(2, 9, 16)
+    linear_grpo_loss(states, model.lm_head.weight, ids, grpo["advantages"], grpo["mask"], check=True)
+
+
+def test_shards_of_fsdp_are_no_vocabulary():
+    assert "grpo_kernels.hf.attach computes the loss inside" in pool(2).refusal_of(outside_of_a_forward)
