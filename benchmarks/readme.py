@@ -27,8 +27,8 @@ def result(name: str) -> Path:
 
 
 def documents() -> list[Path]:
-    """Return every Markdown file that may hold figures: those of the repository's root and of docs/."""
-    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+    """Return every Markdown file that may hold figures: those of the repository's root, of docs/ and beside this."""
+    return sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 
 
 def filled(text: str) -> str:

@@ -340,3 +340,38 @@ def test_surrogates_table(inplace):
     text = surrogates.table({"environment": report.environment("cpu"), "rows": [row_of(times)]})
     line = next(line for line in text.splitlines() if line.startswith("| `Reinforce()`")).split(" | ")
     assert line[1 + inplace].strip(" |") == ("3.00 (1.50x)" if inplace else "3.00 (0.50x)")
+
+
+def test_the_cost_model_of_ranks():
+    """Computed numbers are those of the formulas, and the table has them; what was measured is a share of V's time."""
+    import scaling
+
+    for ranks, wire in ((2, "NVLink"), (8, "IB"), (64, "NVLink")):
+        bandwidth = scaling.value(wire)
+        part = 2 / 3 * (ranks - 1) * scaling.value("F") / (scaling.value("V") * bandwidth)
+        assert scaling.hidden_seconds(ranks, wire) / scaling.gemm_seconds(ranks) == pytest.approx(part)
+        assert scaling.statistics_seconds(ranks, wire, 1) == pytest.approx(8192 * 16 * (ranks - 1) / bandwidth)
+        assert scaling.statistics_seconds(2, wire, 1) == scaling.statistics_seconds(2, wire, 2)
+    assert scaling.gemm_seconds(2) == pytest.approx(6 * 8192 * 4096 * 151936 / 2 / 790e12)
+    rows = [{"ranks": p, "columns": scaling.VOCAB // p, "ms": [30.0, 90.0 / p + 5, 1e6]} for p in scaling.RANKS]
+    gloo = [{"processes": p, "collective": "all-gather", "payload": 128 << 10, "received": 1e6, "seconds": 2e-3}
+            for p in scaling.PROCESSES]  # fmt: skip
+    found = {"environment": report.environment("cpu"), "gloo": gloo, "load": 3.0}
+    text = scaling.text({**found, "compute": {"tokens": 3, "hidden": 5, "rows": rows}})
+    line = next(line for line in text.splitlines() if line.startswith("| 2 | 75,968 |")).split(" | ")
+    assert line[2:5] == ["52.6 (50.0)", "19.36", "0.15 / 1.34"]
+    assert "| 4 | all-gather | 131,072 | 2,000 | 0.50 |" in text
+    assert "On GPUs: not yet measured." in text
+
+
+@pytest.mark.ranks
+def test_collectives_are_timed_between_processes():
+    """Both collectives, of every size, by as many processes as are asked for."""
+    import scaling
+
+    found = scaling.collectives(2)
+    assert [(row["collective"], row["payload"]) for row in found] == [
+        (name, payload) for payload in scaling.PAYLOADS for name in ("all-gather", "all-to-all")
+    ]
+    assert all(row["processes"] == 2 and row["seconds"] > 0 for row in found)
+    assert [row["received"] / row["payload"] for row in found] == [1.0, 0.5] * 3

@@ -26,7 +26,7 @@ from grpo_kernels.verification import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-PAGES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *PAGES])
 FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.S | re.M)
 
@@ -153,6 +153,7 @@ FIGURES = {
     "train_sort",
     "trl_step",
     "surrogates",
+    "scaling",
 }
 
 

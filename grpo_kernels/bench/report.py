@@ -43,7 +43,8 @@ def caption(environment: dict[str, Any]) -> str:
     """Return the machine and the versions as one line, which stands above a table."""
     parts = [environment["machine"]]
     if "threads" in environment:
-        parts += [f"{environment['threads']} threads", environment["instruction_set"]]
+        threads = environment["threads"]
+        parts += [f"{threads} thread{'s' if threads > 1 else ''}", environment["instruction_set"]]
     if "backend" in environment:
         parts += [f"ours on backend={environment['backend']!r}"]
     return ", ".join([*parts, f"torch {environment['torch']}", f"grpo_kernels {environment['grpo_kernels']}"])
