@@ -79,3 +79,23 @@ def test_it_is_two_tensors_to_everybody_else():
     assert old._replace(entropy=entropy + 1).made is None
     assert torch.utils._pytree.tree_map(lambda x: x + 1, old).log_probs.equal(log_probs + 1)
     loss(case, old._replace(entropy=entropy + 1), temperature=2.0)
+
+
+def test_an_attached_model_knows_too():
+    """In the call in which the model's own row is compared as well."""
+    transformers = pytest.importorskip("transformers")
+    from grpo_kernels import hf
+
+    transformers.logging.set_verbosity_error()
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=1, pad_token_id=0)
+    heads = dict(num_attention_heads=2, num_key_value_heads=2, head_dim=16)
+    model = hf.attach(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes, **heads)))
+    ids = torch.randint(3, 97, (2, 8))
+    old = model(input_ids=ids, grpo=hf.batch(token_ids=ids[:, 1:], output="log_probs"))
+    grpo = {"token_ids": ids[:, 1:], "advantages": torch.tensor([1.0, -1.0]), "old_log_probs": old}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert model(input_ids=ids, grpo=hf.batch(**grpo)).metrics.ratio_max == 1
+    other = hf.attach(hf.detach(model), temperature=0.5)
+    with pytest.warns(UserWarning, match="temperature 1.0 there and 0.5 here"):
+        other(input_ids=ids, grpo=hf.batch(**grpo))

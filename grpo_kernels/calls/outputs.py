@@ -88,7 +88,7 @@ class TokenLogProbs(_TokenLogProbs):
     """None where nobody knows: after ``_replace``, pickling, or in a compiled graph."""
 
     @classmethod
-    def by(cls, log_probs: Tensor, entropy: Tensor, made: Made) -> TokenLogProbs:
+    def by(cls, log_probs: Tensor, entropy: Tensor, made: Made | None) -> TokenLogProbs:
         out = cls(log_probs, entropy)
         if not torch.compiler.is_compiling():
             out.made = made

@@ -257,7 +257,7 @@ def _with_head(
 def _spoilt(out: Any, factor: Tensor) -> Any:
     """Return a result times 1 or NaN."""
     if isinstance(out, TokenLogProbs):
-        return TokenLogProbs(*(values * factor for values in out))
+        return TokenLogProbs.by(out.log_probs * factor, out.entropy * factor, out.made)
     if out.token_losses is not None:
         return out._replace(token_losses=out.token_losses * factor)
     return out._replace(loss=out.loss * factor)
