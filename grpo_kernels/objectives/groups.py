@@ -80,8 +80,9 @@ def begin_total(values: Tensor, group: ProcessGroup, overlapped: bool = False) -
     """
     ranks, count = torch.distributed.get_world_size(group), values.numel()
     slice_size = -(-count // ranks)
-    flat = values.new_zeros(ranks * slice_size)
-    flat[:count] = values.reshape(-1)
+    flat = values.reshape(-1)
+    if spare := ranks * slice_size - count:
+        flat = torch.nn.functional.pad(flat, (0, spare))
     slices = torch.empty_like(flat)
     work = torch.distributed.all_to_all_single(slices, flat, group=group, async_op=overlapped)
 
