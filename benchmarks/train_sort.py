@@ -26,7 +26,7 @@ def complete_run(seed: int) -> list[dict]:
     folder = Path("runs") / f"sort-seed-{seed}"
     log = folder / "log.jsonl"
     if not log.exists() or log.read_text().count("\n") < STEPS:
-        start = ["--resume", str(folder)] if (folder / "checkpoint.pt").exists() else ["--out", str(folder)]
+        start = ["--resume", str(folder)] if (folder / "checkpoint.safetensors").exists() else ["--out", str(folder)]
         seeded = [] if start[0] == "--resume" else ["--seed", str(seed)]
         subprocess.run([sys.executable, "-m", "grpo_kernels", "train", *start, *seeded], check=True)
     return [json.loads(line) for line in log.read_text().splitlines()]

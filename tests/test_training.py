@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from grpo_kernels.__main__ import main
+from grpo_kernels.training import checkpoint as checkpoint_file
 from grpo_kernels.training import tasks
 from grpo_kernels.training.loop import Trainer, train
 from grpo_kernels.training.options import Options
@@ -310,13 +311,13 @@ def test_bad_runs(tmp_path, monkeypatch, capsys):
     assert "no causal language model could be loaded from this folder" in fails("--model", "run")
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == kept
 
-    checkpoint = tmp_path / "run" / "checkpoint.pt"
-    checkpoint.write_bytes(kept["checkpoint.pt"][: len(kept["checkpoint.pt"]) // 2])
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
+    checkpoint.write_bytes(kept["checkpoint.safetensors"][: len(kept["checkpoint.safetensors"]) // 2])
     message = fails("--resume", "run")
-    assert "checkpoint.pt is damaged" in message
+    assert "checkpoint.safetensors is damaged" in message
     assert "Nothing was changed" in message
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == kept["log.jsonl"]
-    torch.save({"step": 1}, checkpoint)
+    checkpoint_file.write(checkpoint, {}, {"step": 1})
     assert "is not a checkpoint of this loop" in fails("--resume", "run")
     checkpoint.unlink()
     assert "holds no checkpoint to resume from" in fails("--resume", "run")

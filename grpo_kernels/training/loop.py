@@ -2,6 +2,7 @@
 
 python -m grpo_kernels train                       # sort 4 digits, a tiny model, about 3 minutes on two cores
 python -m grpo_kernels train --loss gspo --reference-loss --task reasoning_gym:basic_arithmetic
+torchrun --nproc-per-node 2 -m grpo_kernels train  # the same run, shared by two processes or GPUs
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..calls.outputs import LossOutput
 from ..hf import attach
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
@@ -27,9 +29,11 @@ from ..objectives.metrics import Metrics
 from ..objectives.normalizer import normalizer
 from ..verification import reference
 from ..verification.progress import progress_bar
+from . import sharding
 from .options import Options, add_options, read_options
 from .policy import load_policy, response_inputs, response_logits
-from .report import RunFolder, read_saved_options
+from .ranks import Ranks, Several, start_ranks
+from .report import RunFolder, SilentFolder, read_saved_options
 from .rollout import Samples, roll_out
 from .tasks import make_task
 
@@ -37,10 +41,14 @@ from .tasks import make_task
 class Trainer:
     """The state of a run, and one step of it."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, ranks: Ranks | None = None) -> None:
         self.options = options
         self.config = options.loss_config()
-        self.device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.ranks = Ranks(options.device) if ranks is None else ranks
+        self.device = self.ranks.device
+        if options.prompts % self.ranks.count:
+            rule = f"a multiple of the {self.ranks.count} ranks that share them"
+            raise ValueError(f"--prompts must be {rule}; got {options.prompts}.")
         torch.manual_seed(options.seed)
         self.rng = random.Random(options.seed)  # draws problems and shuffles
         self.task = make_task(options.task, options.numbers, options.largest, options.reward)
@@ -50,9 +58,21 @@ class Trainer:
             for model in (self.model, self.reference):
                 if model is not None:
                     attach(model, self.config, temperature=options.temperature, backend=options.backend)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+        self.policy = self._spread()
+        self.names = {parameter: name for name, parameter in self.model.named_parameters()}
+        parameters = [{"params": unit} for unit in sharding.by_mesh(self.names)]
+        self.optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate)
         self.step = 0
+
+    def _spread(self) -> nn.Module:
+        """Spread the model over the ranks, and return what a training step calls in its place."""
+        if not isinstance(self.ranks, Several) or not (self.options.fsdp or self.options.tp > 1):
+            return sharding.replicate(self.model, self.ranks)
+        for model in (self.model, self.reference):
+            if model is not None:
+                (sharding.shard if self.options.fsdp else sharding.cut_vocabulary)(model, self.ranks)
+        return self.model
 
     def _learning_rate(self, update: int) -> float:
         """Return a step's factor of the learning rate: linear warm-up, then linear decay to zero over the run."""
@@ -67,7 +87,7 @@ class Trainer:
             self.reference.load_state_dict(self.model.state_dict())
         samples = roll_out(
             *(self.model, self.tokenizer, self.task, self.rng, o.prompts, o.group),
-            *(o.response_limit(), o.temperature),
+            *(o.response_limit(), o.temperature, self.ranks),
         )
         reward, length = samples.rewards.mean().item(), samples.mask.sum(-1).float().mean().item()
         samples, advantages = self._advantages(samples)
@@ -100,18 +120,20 @@ class Trainer:
     @torch.no_grad()
     def _log_probs(self, model: Any, samples: Samples) -> Tensor:
         """Return log-probs (B, R) of the responses under a frozen model; nothing of the vocabulary's size is kept."""
-        parts = []
-        for index in torch.arange(len(samples.rewards), device=self.device).split(self._micro_batch()):
+        rows = torch.arange(len(samples.rewards), device=self.device)
+        parts = [samples.mask.new_empty(0, samples.mask.shape[1], dtype=torch.float32)]
+        for index, live in self.ranks.micro_batches(rows, self._micro_batch()):
             part = samples[index]
             sequences = (part.ids, part.attention_mask, part.prompt_length)
             if self.options.linear_loss:
                 tokens: dict[str, Any] = {"token_ids": part.response_ids, "mask": part.mask, "output": "log_probs"}
-                out = model(**response_inputs(*sequences), grpo=tokens)
+                out = model(**response_inputs(*sequences), grpo=MappingProxyType(tokens))
             else:
                 options: dict[str, Any] = {"temperature": self.options.temperature, "backend": self.options.backend}
                 out = token_log_probs(response_logits(model, *sequences), part.response_ids, part.mask, **options)
-            parts.append(out.log_probs)
-        return torch.cat(parts)
+            if live:
+                parts.append(out.log_probs)
+        return self.ranks.join(torch.cat(parts), len(rows))
 
     def _inner_epochs(self, samples: Samples, advantages: Tensor, old: Tensor, ref: Tensor | None) -> dict[str, float]:
         o = self.options
@@ -121,22 +143,23 @@ class Trainer:
         for _ in range(o.epochs):
             for minibatch in self._shuffled(len(advantages)).split(o.minibatch):
                 loss, merged = self._backward(samples, advantages, old, ref, minibatch)
-                norms.append(torch.nn.utils.clip_grad_norm_(self.model.parameters(), o.max_grad_norm))
+                norms.append(sharding.clip_gradients(self.model.parameters(), o.max_grad_norm))
                 self.optimizer.step()
                 self.schedule.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 losses.append(loss)
                 metrics.append(merged)
-        total = sum(metrics[1:], start=metrics[0])
+        total = self.ranks.merge(sum(metrics[1:], start=metrics[0]))
         names = ("entropy", "k3_old", "clip_fraction", "ratio_mean", "ratio_max")
-        record = {"loss": torch.stack(losses).mean().item(), "grad_norm": torch.stack(norms).mean().item()}
+        loss = self.ranks.mean(torch.stack(losses)).mean()
+        record = {"loss": loss.item(), "grad_norm": torch.stack(norms).mean().item()}
         if ref is not None:
             record["kl"] = total.kl.item()
         return record | {name: getattr(total, name).item() for name in names}
 
     def _shuffled(self, count: int) -> Tensor:
         """Return a random order of sequences; of whole groups where the loss averages inside groups."""
-        block = self.options.group if self.config.aggregation == "group_mean" else 1
+        block = self._block()
         blocks = list(range(count // block))
         self.rng.shuffle(blocks)
         return torch.tensor([b * block + i for b in blocks for i in range(block)], device=self.device)
@@ -144,105 +167,160 @@ class Trainer:
     def _backward(
         self, samples: Samples, advantages: Tensor, old: Tensor, ref: Tensor | None, minibatch: Tensor
     ) -> tuple[Tensor, Metrics]:
-        """Accumulate the gradients of one optimizer step over micro-batches; return its loss and metrics."""
-        o = self.options
-        loss_function = reference.grpo_loss if o.reference_loss else grpo_loss
-        denominator = normalizer(samples.mask[minibatch], self.config)
+        """Accumulate the gradients of one optimizer step over micro-batches; return this rank's part of its loss and
+        metrics."""
+        ranks = self.ranks
+        mask = samples.mask[ranks.own(minibatch, self._block())]
+        denominator = normalizer(mask, self.config, world_size=ranks.count, group=ranks.group)
+        micro_batches = ranks.micro_batches(minibatch, self._micro_batch(), self._block())
         losses, metrics = [], []
-        for index in minibatch.split(self._micro_batch()):
+        for i, (index, live) in enumerate(micro_batches, 1):
             part = samples[index]
-            sequences = (part.ids, part.attention_mask, part.prompt_length)
             tokens: dict[str, Any] = {
                 "token_ids": part.response_ids,
                 "advantages": advantages[index],
-                "mask": part.mask,
+                "mask": part.mask & live,
             }
             tokens |= {"old_log_probs": old[index], "ref_log_probs": None if ref is None else ref[index]}
             tokens["normalizer"] = denominator
-            if o.linear_loss:
-                out = self.model(**response_inputs(*sequences), grpo=tokens)
-            else:
-                options: dict[str, Any] = {
-                    "config": self.config,
-                    "temperature": o.temperature,
-                    "backend": o.backend,
-                    "inplace": True,
-                }
-                out = loss_function(response_logits(self.model, *sequences), **tokens, **options)
-            out.loss.backward()
+            with sharding.accumulation(self.policy, last=i == len(micro_batches)):
+                out = self._loss(part, tokens)
+                out.loss.backward()
             losses.append(out.loss.detach())
             metrics.append(out.metrics)
+        if self.options.tp > 1:
+            sharding.average_gradients(self.model.parameters(), ranks)
         return torch.stack(losses).sum(), sum(metrics[1:], start=metrics[0])
+
+    def _loss(self, part: Samples, tokens: dict[str, Any]) -> LossOutput:
+        """Return the loss of a micro-batch, of the policy's logits or inside its forward."""
+        o = self.options
+        sequences = (part.ids, part.attention_mask, part.prompt_length)
+        if o.linear_loss:
+            out: LossOutput = self.policy(**response_inputs(*sequences), grpo=MappingProxyType(tokens))
+            return out
+        options: dict[str, Any] = {"temperature": o.temperature, "backend": o.backend, "inplace": True}
+        loss_function = reference.grpo_loss if o.reference_loss else grpo_loss
+        return loss_function(response_logits(self.policy, *sequences), **tokens, config=self.config, **options)
 
     def _micro_batch(self) -> int:
         return self.options.micro_batch or self.options.minibatch
 
+    def _block(self) -> int:
+        """Return how many sequences are not to be parted: a group, where the loss averages inside groups."""
+        return self.options.group if self.config.aggregation == "group_mean" else 1
+
     def state(self) -> dict[str, Any]:
-        """Return everything that the next step depends on."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        """Return everything that the next step depends on; the generators' states with a row for each rank."""
         version, words, gauss = self.rng.getstate()
+        rng: dict[str, Any] = {"python": [version, list(words), gauss]}
+        for name, generator in self._generators().items():
+            rng[name] = self.ranks.gather(generator.get_state().to(self.device))
         return {
             "step": self.step,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "optimizer": self._optimizer_state(),
+            "schedule": self.schedule.last_epoch,
             "reference": None if self.reference is None else self.reference.state_dict(),
-            "rng": {"torch": torch.get_rng_state(), "cuda": cuda, "python": [version, list(words), gauss]},
+            "rng": rng,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state that ``state`` has returned and a checkpoint kept."""
         self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if self.reference is not None:
-            self.reference.load_state_dict(state["reference"])
-        torch.set_rng_state(state["rng"]["torch"])
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+        for name, model in (("model", self.model), ("reference", self.reference)):
+            if model is not None:
+                held = model.state_dict()
+                model.load_state_dict({key: sharding.cut_as(value, held[key]) for key, value in state[name].items()})
+        self._load_optimizer_state(state["optimizer"])
+        self.schedule.last_epoch = state["schedule"]
         version, words, gauss = state["rng"]["python"]
         self.rng.setstate((version, tuple(words), gauss))
+        for name, generator in self._generators().items():
+            if name in state["rng"]:
+                states = state["rng"][name]
+                generator.set_state(states[self.ranks.index % len(states)].clone())  # a view is misread
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """Return the optimizer's state by the names of weights, however they are grouped."""
+        options = {key: value for key, value in self.optimizer.param_groups[0].items() if key != "params"}
+        return {"options": options, "weights": {self.names[each]: held for each, held in self.optimizer.state.items()}}
+
+    def _load_optimizer_state(self, saved: dict[str, Any]) -> None:
+        state = self.optimizer.state_dict()
+        for group, keys in zip(self.optimizer.param_groups, state["param_groups"], strict=True):
+            keys.update(saved["options"])
+            for key, parameter in zip(keys["params"], group["params"], strict=True):
+                held = saved["weights"].get(self.names[parameter], {})
+                state["state"][key] = {
+                    name: sharding.cut_as(value, parameter) if value.shape == parameter.shape else value
+                    for name, value in held.items()
+                }
+        self.optimizer.load_state_dict(state)
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        """Return the generators that sampling and dropout draw from: the CPU's, and a GPU's."""
+        if self.device.type != "cuda":
+            return {"torch": torch.default_generator}
+        index = torch.cuda.current_device() if self.device.index is None else self.device.index
+        return {"torch": torch.default_generator, "cuda": torch.cuda.default_generators[index]}
 
 
 class _Interrupt:
-    """The first Ctrl-C asks the loop to stop after its step; the second stops at once."""
+    """The first Ctrl-C asks the loop to stop after its step; the second stops at once. Of several ranks the first
+    signal to any stops all, and no other does: torchrun passes a terminal's Ctrl-C on, which comes twice then."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: Ranks) -> None:
         self.asked = False
-        self._previous = signal.signal(signal.SIGINT, self._handle)
+        self._ranks = ranks
+        self._previous = {number: signal.signal(number, self._handle) for number in ranks.signals}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.asked and not self._ranks.several:
             raise KeyboardInterrupt
+        if self._ranks.writes and not self.asked:
+            again = "" if self._ranks.several else " (Ctrl-C again: stop at once, unsaved)"
+            print(f"\nfinishing this step, then saving{again}", file=sys.stderr)
         self.asked = True
-        print("\nfinishing this step, then saving (Ctrl-C again: stop at once, unsaved)", file=sys.stderr)
+
+    def stops(self) -> bool:
+        """Whether any rank was asked to stop. Every rank must ask."""
+        return self._ranks.largest(int(self.asked)) > 0
 
     def restore(self) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 def train(trainer: Trainer, folder: RunFolder, resume: bool = False) -> Trainer:
     """Run the loop to its end (or to Ctrl-C), logging, plotting and saving into ``folder``."""
-    options = trainer.options
+    options, ranks = trainer.options, trainer.ranks
     if resume:
-        trainer.load_state(folder.load_checkpoint())
+        state = folder.load_checkpoint()
+        trainer.load_state(state)
         folder.rewind(trainer.step)
-    interrupt = _Interrupt()
-    progress = progress_bar(options.steps, folder.path.name, "step", trainer.step, leave=True)
+        saved = len(state["rng"]["torch"])
+        if ranks.writes and saved != ranks.count:
+            print(f"note: the checkpoint is of {saved} ranks; {ranks.count} go on within rounding, not bit for bit")
+    interrupt = _Interrupt(ranks)
+    progress = progress_bar(options.steps, folder.path.name, "step", trainer.step, leave=True) if ranks.writes else None
     try:
-        while trainer.step < options.steps and not interrupt.asked:
+        while trainer.step < options.steps and not interrupt.stops():
             record = trainer.train_step()
             folder.log(record)
-            shown = {name: f"{record[name]:.3f}" for name in ("reward", "loss", "entropy") if name in record}
-            progress.set_postfix(shown)
-            progress.update()
+            if progress is not None:
+                shown = {name: f"{record[name]:.3f}" for name in ("reward", "loss", "entropy") if name in record}
+                progress.set_postfix(shown)
+                progress.update()
             if trainer.step % options.checkpoint_every == 0:
                 folder.save_checkpoint(trainer.state())
+        folder.save_checkpoint(trainer.state())
+        folder.plot()
+        ranks.wait()
     finally:
-        progress.close()
+        if progress is not None:
+            progress.close()
         interrupt.restore()
-    folder.save_checkpoint(trainer.state())
-    folder.plot()
     return trainer
 
 
@@ -254,22 +332,49 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run ``train`` from the command line and return the exit status."""
-    if arguments.resume is not None:
-        saved = read_saved_options(arguments.resume)
-        options = read_options(arguments, saved)
-        if options != saved:
-            raise SystemExit("--resume continues a run as it was started: give no other options with it.")
-        folder = RunFolder(arguments.resume, options, resume=True)
-        trainer = Trainer(options)
+    saved = None if arguments.resume is None else read_saved_options(arguments.resume)
+    options = read_options(arguments, saved)
+    if saved is not None and options != saved:
+        raise SystemExit("--resume continues a run as it was started: give no other options with it.")
+    ranks = start_ranks(options.device, options.fsdp, options.tp)
+    try:
+        return _run(arguments, options, ranks)
+    finally:
+        ranks.finish()
+
+
+def _run(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> int:
+    resume = arguments.resume is not None
+    if resume:
+        folder = _folder(arguments, options, ranks)
+        trainer = Trainer(options, ranks)
     else:
-        options = read_options(arguments)
-        trainer = Trainer(options)  # first: what cannot be trained leaves no folder behind
-        folder = RunFolder(arguments.out, options, resume=False) if arguments.out else RunFolder.fresh(options)
+        trainer = Trainer(options, ranks)  # first: what cannot be trained leaves no folder behind
+        folder = _folder(arguments, options, ranks)
     config = options.loss_config()
-    print(f"{config!r}\nrun folder: {folder.path}", flush=True)
-    if not config.surrogate.uses_ratio and options.epochs > 1:
-        print(f"note: --loss {options.loss} has no ratio to correct for a moved policy; --epochs 1 learns better")
-    train(trainer, folder, resume=arguments.resume is not None)
+    if ranks.writes:
+        print(f"{config!r}\nrun folder: {folder.path}", flush=True)
+        if not config.surrogate.uses_ratio and options.epochs > 1:
+            print(f"note: --loss {options.loss} has no ratio to correct for a moved policy; --epochs 1 learns better")
+    train(trainer, folder, resume)
+    if ranks.writes:
+        _report(trainer, folder)
+    return 0 if trainer.step >= options.steps else 130
+
+
+def _folder(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> RunFolder:
+    """Return the run's folder: one for all ranks, which the first has opened and alone writes into."""
+
+    def opened() -> RunFolder:
+        if arguments.resume is not None:
+            return RunFolder(arguments.resume, options, resume=True)
+        return RunFolder(arguments.out, options, resume=False) if arguments.out else RunFolder.fresh(options)
+
+    folder = ranks.decide(opened)
+    return folder if ranks.writes else SilentFolder(folder.path)
+
+
+def _report(trainer: Trainer, folder: RunFolder) -> None:
     records = folder.records()
     rewards = [record["reward"] for record in records[-50:]]
     seconds = sum(record["seconds"] for record in records)
@@ -277,7 +382,5 @@ def main(arguments: argparse.Namespace) -> int:
         mean = sum(rewards) / len(rewards)
         print(f"step {trainer.step}, {seconds:.0f} s: mean reward of the last {len(rewards)} steps {mean:.3f}")
     print(f"log, curves and checkpoint: {folder.path}")
-    if trainer.step < options.steps:
-        print(f"interrupted; continue with: python -m grpo_kernels train --resume {folder.path}")
-        return 130
-    return 0
+    if trainer.step < trainer.options.steps:
+        print(f"interrupted; continue with: {trainer.ranks.command} train --resume {folder.path}")

@@ -47,6 +47,8 @@ class Options:
     seed: int = 0
     checkpoint_every: int = 200
     device: str | None = None
+    fsdp: bool = False
+    tp: int = 1
 
     def __post_init__(self) -> None:
         counts = (
@@ -59,7 +61,7 @@ class Options:
             "checkpoint_every",
             "max_new_tokens",
         )
-        for name in (*counts, "numbers", "largest", "hidden", "layers"):
+        for name in (*counts, "numbers", "largest", "hidden", "layers", "tp"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")
         for name in ("temperature", "lr", "max_grad_norm"):
@@ -70,6 +72,9 @@ class Options:
         self._require("overlong_buffer", self.overlong_buffer <= limit, f"at most the {limit} tokens of a response")
         self._require("group", self.group > 1 or not self.dynamic_sampling, "at least 2 with --dynamic-sampling")
         self._require("linear_loss", not (self.linear_loss and self.reference_loss), "given without --reference-loss")
+        self._require(
+            "tp", self.tp == 1 or (self.linear_loss and not self.fsdp), "1 without --linear-loss or with --fsdp"
+        )
         settle_name(self, "loss", "--loss", LossConfig.presets())
         if self.backend is not None:
             check_name("--backend", self.backend, backends.names())
@@ -119,11 +124,11 @@ HELP = {
     "linear_loss": "from hidden states: the logits never exist in full",
     "backend": "backend of the fused loss; default: the fastest that serves",
     "steps": "rollouts",
-    "prompts": "prompts in a rollout",
+    "prompts": "prompts in a rollout, of all ranks",
     "group": "responses to each prompt",
     "epochs": "passes over each rollout",
-    "minibatch": "sequences in an optimizer step",
-    "micro_batch": "sequences in a forward pass; default: the minibatch",
+    "minibatch": "sequences in an optimizer step, of all ranks",
+    "micro_batch": "sequences in a forward pass of a rank; default: its part of the minibatch",
     "max_new_tokens": "longest response; default: just enough for sort, else 64",
     "temperature": "of sampling, and of the log-probs",
     "lr": "peak learning rate",
@@ -138,6 +143,8 @@ HELP = {
     "seed": "of everything",
     "checkpoint_every": "steps between checkpoints",
     "device": "cuda, cpu, ...; default: a GPU if there is one",
+    "fsdp": "under torchrun: cut the weights over the ranks (FSDP2); default: a copy on each (DDP)",
+    "tp": "under torchrun, with --linear-loss: cut the head's vocabulary over so many ranks, all of the same sequences",
 }
 
 

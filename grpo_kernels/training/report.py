@@ -7,8 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from . import checkpoint
 from .options import Options
 
 CURVES = {
@@ -28,8 +27,7 @@ class RunFolder:
     """Where a run writes. Opening it checks that it can be written before any work is done."""
 
     def __init__(self, path: Path, options: Options, resume: bool) -> None:
-        self.path = path
-        self.log_path, self.checkpoint_path = path / "log.jsonl", path / "checkpoint.pt"
+        self._place(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".writable"
@@ -41,6 +39,10 @@ class RunFolder:
             raise SystemExit(f"{path} already holds a run. Continue it with --resume {path}, or choose another --out.")
         if not resume:
             self._write(path / "options.json", json.dumps(dataclasses.asdict(options), indent=2) + "\n")
+
+    def _place(self, path: Path) -> None:
+        self.path = path
+        self.log_path, self.checkpoint_path = path / "log.jsonl", path / "checkpoint.safetensors"
 
     @classmethod
     def fresh(cls, options: Options, parent: Path = Path("runs")) -> RunFolder:
@@ -64,9 +66,7 @@ class RunFolder:
         self._write(self.log_path, "".join(line + "\n" for line in kept))
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        temporary = self.checkpoint_path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(self.checkpoint_path)
+        checkpoint.write(self.checkpoint_path, *checkpoint.flatten(state))
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Return the last checkpoint. Exit with a message where there is none or it cannot be read."""
@@ -75,9 +75,9 @@ class RunFolder:
                 f"{self.path} holds no checkpoint to resume from ({self.checkpoint_path.name} is missing)."
             )
         try:
-            state: dict[str, Any] = torch.load(self.checkpoint_path, map_location="cpu", weights_only=True)
+            state = checkpoint.read(self.checkpoint_path)
             missing = {"step", "model", "optimizer", "schedule", "reference", "rng"} - state.keys()
-        except Exception as error:  # torch.load fails in many ways on a damaged file
+        except Exception as error:  # reading fails in many ways on a damaged file
             raise SystemExit(
                 f"{self.checkpoint_path} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
                 "Nothing was changed; start again without --resume, in another --out."
@@ -120,6 +120,25 @@ class RunFolder:
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text(text)
         temporary.replace(path)
+
+
+class SilentFolder(RunFolder):
+    """The folder of a run that another rank writes."""
+
+    def __init__(self, path: Path) -> None:
+        self._place(path)
+
+    def log(self, record: dict[str, Any]) -> None:
+        return
+
+    def rewind(self, step: int) -> None:
+        return
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        checkpoint.flatten(state, keep=False)  # its parts go to the rank that writes
+
+    def plot(self) -> Path | None:
+        return None
 
 
 def _smooth(values: list[float], window: int = 25) -> list[float]:

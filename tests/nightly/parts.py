@@ -75,7 +75,9 @@ PARTS = {
     "mutants": Part(15, ("test_mutants",), (*KERNELS, "tests/*.py"), r"\[(?!triton)"),
     "mutants-triton": Part(15, ("test_mutants",), (*KERNELS, "tests/*.py"), r"\[triton"),
     "match": Part(5, ("test_match",), ("grpo_kernels/**",)),
-    "commands": Part(3, ("test_training", "test_memory", "test_cli"), ("grpo_kernels/**", "csrc/**")),
+    "commands": Part(
+        6, ("test_training", "test_training_ranks", "test_memory", "test_cli"), ("grpo_kernels/**", "csrc/**")
+    ),
     "trl": Part(5, ("test_trl", "test_trl_models"), ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**")),
     "gpu-check": Part(20, ("test_gpu_rehearsal",), (*CUDA, "benchmarks/gpu_*.py", "tests/test_gpu_check.py")),
 }
