@@ -191,7 +191,7 @@ def largest_of(styles: tuple) -> list[int]:
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**WIDE, tie_word_embeddings=False))
         model.model.embed_tokens.requires_grad_(False)  # PyTorch makes the gradient of the whole of it
         style(model, mesh(2))
-        hf.attach(model, chunk_bytes=100_000)
+        hf.attach(model, chunk_bytes=100_000, backend="torch")
         with Sizes() as sizes:
             with torch.no_grad():
                 model(input_ids=ids, grpo={**grpo, "output": "log_probs"})
@@ -238,6 +238,35 @@ def test_sharded_by_fsdp_as_well():
         wanted = mean_of_ranks(2, **options)
         for found in ranks:
             assert_close_to(found[i], wanted, 4e-6, f"{style.__name__} {grouping} {options}")
+
+
+def rounded(groupings: tuple) -> list:
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    groups, found = mesh(2, 2), []
+    for grouping in groupings:
+        model = policy()
+        columns(model, groups["tp"])
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        shard(model, grouping, mesh=groups["dp"], mp_policy=precision)
+        ids, grpo = micro_batch(groups["dp"].get_local_rank(), 0)
+        seen: list = []
+        model(input_ids=ids, grpo=hf.batch(**grpo, receive=seen.append)).loss.backward()
+        gradients = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+        found.append((seen[0].log_probs.detach(), gradients))
+    return found
+
+
+def test_mixed_precision():
+    """The head in bf16, the caller's numbers in fp32: log-probs have the same bits on the ranks of a vocabulary."""
+    wanted = mean_of_ranks(2, steps=1)
+    ranks = pool(4).run(rounded, ("root", "head"))
+    for i in range(2):
+        for rank, found in enumerate(ranks):
+            assert torch.equal(found[i][0], ranks[rank - rank % 2][i][0])
+            assert found[i][1]["lm_head.weight"].dtype == torch.float32
+            of_head = {"lm_head.weight": found[i][1]["lm_head.weight"]}
+            assert_close_to(of_head, {"lm_head.weight": wanted["lm_head.weight"]}, 3e-2, "rounded")
 
 
 class Head(torch.nn.Linear):
@@ -389,9 +418,15 @@ def refused_call(style: Callable) -> None:
     model(input_ids=ids, grpo=grpo)
 
 
+def partial_gradients(model: torch.nn.Module, tp) -> None:
+    columns(model, tp)
+    hf.attach(hf.detach(model), hidden_grad="partial")
+
+
 @pytest.mark.parametrize(
     ("style", "expected"),
     [
+        (partial_gradients, "expected the whole gradient of hidden states"),
         (rowwise, r"not in rows of the vocabulary \(Shard\(0\)\) as ColwiseParallel shards a head"),
         (sequence_of_logits, "neither whole nor some columns of all rows"),
         (cut_columns, "columns of a head are cut that is sharded over ranks by tensor parallelism"),

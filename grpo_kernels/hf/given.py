@@ -100,6 +100,9 @@ def check_given(
         hint = 'grpo=dict(token_ids=..., output="log_probs") asks for the log-probs of the old or reference pass'
         fail("attach", "grpo=dict(token_ids=..., advantages=..., ...)", "no advantages", hint=hint)
     _check_auxiliary({**options, **grpo})
+    if {**options, **grpo}.get("hidden_grad") == "partial":
+        hint = "the hooks of a sharded head, and every module before it, take the gradient for the whole one"
+        fail("attach", "the whole gradient of hidden states", 'hidden_grad="partial"', grpo, hint=hint)
     check = grpo.get("check", options.get("check"))
     encoded = bool(getattr(model.config, "is_encoder_decoder", False))
     name = "decoder_input_ids" if encoded else "input_ids"
