@@ -46,6 +46,19 @@ def columns_dtensor(model: torch.nn.Module, tp) -> None:
     columns(model, tp, use_local_output=False)
 
 
+def sequence(model: torch.nn.Module, tp) -> None:
+    """The norm before the head has a part of every sequence, as in sequence parallelism, and the head gathers it."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, SequenceParallel, parallelize_module
+
+    def cut(module, args):
+        return DTensor.from_local(args[0], tp, [Replicate()], run_check=False).redistribute(placements=[Shard(1)])
+
+    head = ColwiseParallel(input_layouts=Shard(1))
+    parallelize_module(model, tp, {"model.norm": SequenceParallel(), "lm_head": head})
+    model.model.norm.register_forward_pre_hook(cut, prepend=True)
+
+
 def with_embedding(model: torch.nn.Module, tp) -> None:
     """Each style makes parameters of its own, so that what was tied is tied again."""
     from torch.distributed.tensor import Replicate
@@ -90,6 +103,7 @@ CASES: list[tuple[Callable, bool, Callable | None, dict]] = [
     *((style, late, None, {}) for style in (gathered, columns, plan_of_transformers) for late in (False, True)),
     (gathered_dtensor, False, None, {}),
     (columns_dtensor, False, None, {}),
+    (sequence, False, None, {}),
     (with_embedding, False, None, {"tied": True}),
     (columns, False, None, {"biased": True}),
     (plan_of_transformers, False, None, {"biased": True}),
