@@ -13,7 +13,7 @@ from .backends.spec import LogitArgs, numbers_vector
 from .calls import autograd
 from .calls.arguments import check_pooled
 from .calls.batch import LossArguments, check_log_probs, read_batch
-from .calls.outputs import LossOutput, Outcome
+from .calls.outputs import LossOutput, Outcome, TokenLogProbs
 from .calls.over_ranks import Agreed, over_ranks
 from .calls.routes import Route
 from .calls.terms import settle
@@ -34,7 +34,7 @@ def policy_loss(
     mask: Tensor | None = None,
     *,
     entropy: Tensor | None = None,
-    old_log_probs: Tensor | None = None,
+    old_log_probs: Tensor | TokenLogProbs | None = None,
     ref_log_probs: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
     token_weights: Tensor | None = None,
@@ -81,6 +81,8 @@ def policy_loss(
     if sequence_group is not None and not isinstance(sequence_group, Agreed):
         return over_ranks(policy_loss, locals())
     config = resolve_config(config)
+    if isinstance(old_log_probs, TokenLogProbs):
+        old_log_probs = old_log_probs.log_probs
     arguments = LossArguments(
         advantages=advantages,
         old_log_probs=old_log_probs,

@@ -15,7 +15,7 @@ from grpo_kernels.calls import provenance
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet():
-    provenance._warn.cache_clear()
+    provenance._SAID.clear()
 
 
 def loss(case, old, **options):
@@ -40,11 +40,14 @@ def test_made_alike_nothing_is_said_and_ratios_are_1():
         ({"backend": "torch"}, {"backend": "cpu"}, "backend 'torch' there and 'cpu' here"),
         ({"support": TopK(5)}, {}, r"support 'TopK\(k=5\)' there and 'everything' here"),
         ({"logit_scale": 0.5}, {"logit_scale": 2.0}, "logit_scale 0.5 there and 2.0 here"),
+        ({}, {"logit_softcap": 30.0}, "logit_softcap None there and 30.0 here"),
+        ({"vocab_size": 96}, {}, "vocabulary 96 there and 97 here"),
         ("bfloat16", {}, "dtype 'bfloat16' there and 'float32' here"),
     ],
 )
 def test_made_otherwise_it_is_said_once(made, used, said):
     case = make()
+    case.token_ids.clamp_(max=95)
     logits = case.logits.bfloat16() if made == "bfloat16" else case.logits
     old = token_log_probs(logits, case.token_ids, case.mask, **({} if made == "bfloat16" else made))
     with pytest.warns(UserWarning, match=said):
@@ -76,6 +79,7 @@ def test_it_is_two_tensors_to_everybody_else():
     assert len(old) == 2
     copied = pickle.loads(pickle.dumps(old))
     assert torch.equal(copied.log_probs, log_probs)
+    assert copied.made == old.made
     assert old._replace(entropy=entropy + 1).made is None
     assert torch.utils._pytree.tree_map(lambda x: x + 1, old).log_probs.equal(log_probs + 1)
     loss(case, old._replace(entropy=entropy + 1), temperature=2.0)
@@ -99,3 +103,16 @@ def test_an_attached_model_knows_too():
     other = hf.attach(hf.detach(model), temperature=0.5)
     with pytest.warns(UserWarning, match="temperature 1.0 there and 0.5 here"):
         other(input_ids=ids, grpo=hf.batch(**grpo))
+
+
+def test_an_annealed_temperature_is_said_once():
+    case = make()
+    old = token_log_probs(case.logits, case.token_ids, case.mask)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(5):
+            loss(case, old, temperature=0.9 - 0.1 * step)
+    assert ["temperature 1.0 there and 0.9 here" in str(each.message) for each in said] == [True]
+    with warnings.catch_warnings():  # on a device nobody looks
+        warnings.simplefilter("error")
+        loss(case, old, logit_scale=torch.tensor(0.5))

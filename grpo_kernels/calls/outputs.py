@@ -85,7 +85,7 @@ class TokenLogProbs(_TokenLogProbs):
     """
 
     made: Made | None = None
-    """None where nobody knows: after ``_replace``, pickling, or in a compiled graph."""
+    """None where nobody knows: after ``_replace`` or ``tree_map``, or in a compiled graph."""
 
     @classmethod
     def by(cls, log_probs: Tensor, entropy: Tensor, made: Made | None) -> TokenLogProbs:

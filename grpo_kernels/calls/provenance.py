@@ -8,7 +8,6 @@ temperature and the support.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,34 +19,41 @@ from .tokens import RowTokens
 
 @dataclass(frozen=True)
 class Made:
-    """How log-probs were made. Numbers on a device are not looked at: they are None."""
+    """How log-probs were made. Numbers on a device are not looked at: they are ``UNKNOWN``."""
 
     backend: str
     dtype: str
     """Of the logits."""
+    vocabulary: int
+    """Columns that count."""
     vocabulary_ranks: int
-    temperature: float | None
-    logit_scale: float | None
-    logit_softcap: float | None
+    temperature: float | str | None
+    logit_scale: float | str | None
+    logit_softcap: float | str | None
     support: str
 
     @classmethod
     def of(cls, tokens: RowTokens, backend: str, logit_args: LogitArgs, support: object) -> Made:
-        temperature, scale, softcap = (None if isinstance(value, Tensor) else value for value in logit_args)
+        temperature, scale, softcap = (UNKNOWN if isinstance(value, Tensor) else value for value in logit_args)
         dtype = str(tokens.dtype).removeprefix("torch.")
         ranks = 1 if tokens.shard is None else tokens.shard.ranks
         kept = "a mask" if isinstance(support, Tensor) else "everything" if support is None else repr(support)
-        return cls(backend, dtype, ranks, temperature, scale, softcap, kept)
+        return cls(backend, dtype, tokens.vocab, ranks, temperature, scale, softcap, kept)
 
     def warn_of(self, function: str, now: Made) -> None:
-        """Warn, once for each difference, where old log-probs were made in another way than a loss is ``now``."""
+        """Warn, once for each kind of difference, where old log-probs were made otherwise than a loss is ``now``."""
         for field in dataclasses.fields(self):
             before, after = getattr(self, field.name), getattr(now, field.name)
-            if before != after and None not in (before, after):
+            if before != after and UNKNOWN not in (before, after) and (function, field.name) not in _SAID:
+                _SAID.add((function, field.name))
                 _warn(function, field.name, repr(before), repr(after))
 
 
-@functools.cache
+UNKNOWN = "on a device"
+_SAID: set[tuple[str, str]] = set()
+"""Functions, and the field that was not the same."""
+
+
 def _warn(function: str, name: str, before: str, after: str) -> None:
     what = name.replace("_", " ") if name == "vocabulary_ranks" else name
     warn_caller(

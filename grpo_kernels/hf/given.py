@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calls.outputs import TokenLogProbs
 from ..linear import linear_grpo_loss
 from ..loss import grpo_loss
 from ..objectives.checks import check_name, check_scalar, fail, may_look
 from ..objectives.names import check_options, keywords_of
+from ..objectives.normalizer import Normalizer
 
 OF_THE_MODEL = ("hidden", "weight", "bias", "adapter", "logits", "config")
 """Keywords of the losses that the model brings, or ``attach``."""
@@ -52,11 +54,17 @@ class Batch(Mapping[str, Any]):
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
         """Return the batch with its tensors on a device, in their dtypes."""
-        moved = {
-            name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
-            for name, value in self.items()
-        }
-        return Batch(moved)
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.to(device, non_blocking=non_blocking)
+            if isinstance(value, TokenLogProbs):
+                return TokenLogProbs.by(moved(value.log_probs), moved(value.entropy), value.made)
+            if isinstance(value, Normalizer):
+                return Normalizer(moved(value.value), value.unit, value.group_size)
+            return value
+
+        return Batch({name: moved(value) for name, value in self.items()})
 
     def __repr__(self) -> str:
         shown = (
