@@ -22,13 +22,14 @@ from .calls.over_ranks import Agreed, over_ranks
 from .calls.provenance import Made
 from .calls.routes import Require, Route, choose, choose_backend, choose_log_probs
 from .calls.sharding import (
-    ALONE,
+    ONE_RANK,
     HiddenGrad,
     facts_of,
     local,
     local_arguments,
-    read_head_shard,
+    local_head,
     read_hidden_grad,
+    read_shard,
     vocabulary_agreement,
 )
 from .calls.sweep import LinearLoss, Sweep
@@ -132,7 +133,6 @@ def linear_grpo_loss(
         refuse_keywords(linear_grpo_loss, unknown)
     if sequence_group is not None and not isinstance(sequence_group, Agreed):
         return over_ranks(linear_grpo_loss, locals())
-    config = resolve_config(config)
     made = None
     if isinstance(old_log_probs, TokenLogProbs):
         made, old_log_probs = old_log_probs.made, old_log_probs.log_probs
@@ -151,15 +151,17 @@ def linear_grpo_loss(
         token_losses=token_losses,
         sequence_group=sequence_group,
     )
-    logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
-    check_logit_args("linear_grpo_loss", logit_args, check)
-    head = read_head("linear_grpo_loss", hidden, weight, bias, adapter)
     over = (vocab_group, vocab_start, vocab_size)
-    head, shard = read_head_shard("linear_grpo_loss", head, *over, hidden_grad, check)
-    token_ids, mask = local("linear_grpo_loss", "token_ids", token_ids), local("linear_grpo_loss", "mask", mask)
-    arguments = local_arguments("linear_grpo_loss", arguments)
-    with ALONE if shard is None else vocabulary_agreement("linear_grpo_loss", shard, check) as facts:
+    own, shard = read_shard("linear_grpo_loss", weight, 0, *over, check)
+    with ONE_RANK if shard is None else vocabulary_agreement("linear_grpo_loss", shard, check) as facts:
+        config = resolve_config(config)
+        logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+        check_logit_args("linear_grpo_loss", logit_args, check)
+        head = read_head("linear_grpo_loss", hidden, weight, bias, adapter)
         states_sum = read_hidden_grad("linear_grpo_loss", shard, hidden_grad)
+        head = local_head("linear_grpo_loss", head, own, shard, hidden_grad)
+        token_ids, mask = local("linear_grpo_loss", "token_ids", token_ids), local("linear_grpo_loss", "mask", mask)
+        arguments = local_arguments("linear_grpo_loss", arguments)
         tokens = read_linear_tokens(
             "linear_grpo_loss", head, token_ids, mask, logits_dtype, arguments.tensors, check, shard
         )
@@ -178,17 +180,20 @@ def linear_grpo_loss(
             wants_gradient=any(wants),
             unknown=ON_DEMAND if token_losses else None if shard is None else SHARDED,
         )
+        if grad_scale is not None:
+            checked_scale("linear_grpo_loss", grad_scale, check)
         check_ids(tokens, always=head.hidden.device.type == "cpu")
         rows = _chunk_rows(tokens, head, chunk_bytes)
         if facts is not None:
             named = {"config": config, "arguments": arguments.given, "gradients of states": wants.states}
-            facts |= facts_of(tokens, **named, rows_of_a_chunk=rows, hidden_grad=hidden_grad)
+            how = {"rows of a chunk": rows, "hidden_grad": hidden_grad}
+            facts |= facts_of(tokens, logit_args, arguments.tensors, **named, **how)
     if made is not None:
         made.warn_of("linear_grpo_loss", Made.of(tokens, plan.route.backend, logit_args, None))
     _check_shift(tokens, head, logit_args)
     wide = grad_scale is None and not token_losses and operand_dtype(hidden) == torch.float16
     scale = _fp16_scale(batch, config, logit_args) if wide else grad_scale
-    scale = 1.0 if scale is None else checked_scale("linear_grpo_loss", scale, check)
+    scale = 1.0 if scale is None else scale
     numbers = numbers_vector(logit_args, scale, config, tokens.real, hidden.device, entropy_threshold)
     together = plan.spec is None and pools(config, batch) and any(wants) and not token_losses
     sequences = batch.sequences if together and not isinstance(batch.sequences, Joined) else None
@@ -249,24 +254,23 @@ def linear_token_log_probs(
     """
     if unknown:
         refuse_keywords(linear_token_log_probs, unknown)
-    logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
-    check_logit_args("linear_token_log_probs", logit_args, check)
-    head = read_head("linear_token_log_probs", hidden, weight, bias, adapter)
     over = (vocab_group, vocab_start, vocab_size)
-    head, shard = read_head_shard("linear_token_log_probs", head, *over, hidden_grad, check)
-    token_ids, mask = (
-        local("linear_token_log_probs", "token_ids", token_ids),
-        local("linear_token_log_probs", "mask", mask),
-    )
-    with ALONE if shard is None else vocabulary_agreement("linear_token_log_probs", shard, check) as facts:
+    own, shard = read_shard("linear_token_log_probs", weight, 0, *over, check)
+    with ONE_RANK if shard is None else vocabulary_agreement("linear_token_log_probs", shard, check) as facts:
+        logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+        check_logit_args("linear_token_log_probs", logit_args, check)
+        head = read_head("linear_token_log_probs", hidden, weight, bias, adapter)
         states_sum = read_hidden_grad("linear_token_log_probs", shard, hidden_grad)
+        head = local_head("linear_token_log_probs", head, own, shard, hidden_grad)
+        token_ids = local("linear_token_log_probs", "token_ids", token_ids)
+        mask = local("linear_token_log_probs", "mask", mask)
         tokens = read_linear_tokens("linear_token_log_probs", head, token_ids, mask, logits_dtype, {}, check, shard)
         route = choose_log_probs(tokens, backend=backend, softcap=logit_softcap is not None, require=require)
         check_ids(tokens, always=head.hidden.device.type == "cpu")
         rows = _chunk_rows(tokens, head, chunk_bytes)
         if facts is not None:
-            wanted = {"gradients of states": Wants.of(head).states}
-            facts |= facts_of(tokens, **wanted, rows_of_a_chunk=rows, hidden_grad=hidden_grad)
+            how = {"rows of a chunk": rows, "hidden_grad": hidden_grad, "gradients of states": Wants.of(head).states}
+            facts |= facts_of(tokens, logit_args, {}, **how)
     _check_shift(tokens, head, logit_args)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, hidden.device)
     sweep = _sweep(tokens, numbers, logit_args, route, head, live_tokens, rows, states_sum)

@@ -14,8 +14,8 @@ from .calls.contents import check_contents, check_ids
 from .calls.outputs import TokenLogProbs
 from .calls.provenance import Made
 from .calls.routes import Require, choose_log_probs
-from .calls.sharding import ALONE, facts_of, local, read_shard, vocabulary_agreement
-from .calls.support import Support, check_not_inplace, supported_log_probs
+from .calls.sharding import ONE_RANK, PLAIN, WHOLE, facts_of, local, read_shard, refuse_inplace, vocabulary_agreement
+from .calls.support import Support, Supported, check_not_inplace, supported_log_probs
 from .calls.tokens import read_tokens
 from .calls.vocabulary import row_stats
 from .objectives.names import NoKeyword, refuse_keywords
@@ -71,10 +71,11 @@ def token_log_probs(
     if unknown:
         refuse_keywords(token_log_probs, unknown)
     shard = None
-    if type(logits) is not Tensor or (vocab_group, vocab_start, vocab_size) != (None, None, None):
+    if type(logits) not in PLAIN or type(token_ids) not in PLAIN or (vocab_group, vocab_start, vocab_size) != WHOLE:
+        refuse_inplace("token_log_probs", logits, inplace)
         logits, shard = read_shard("token_log_probs", logits, -1, vocab_group, vocab_start, vocab_size, check)
         token_ids, mask = local("token_log_probs", "token_ids", token_ids), local("token_log_probs", "mask", mask)
-    with ALONE if shard is None else vocabulary_agreement("token_log_probs", shard, check) as facts:
+    with ONE_RANK if shard is None else vocabulary_agreement("token_log_probs", shard, check) as facts:
         logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
         check_logit_args("token_log_probs", logit_args, check)
         tokens = read_tokens("token_log_probs", logits, token_ids, mask, {}, check, shard)
@@ -83,14 +84,16 @@ def token_log_probs(
             check_inplace("token_log_probs", inplace, logits, tokens.tensors)
         softcap, copies = logit_softcap is not None, support is not None
         route = choose_log_probs(tokens, backend=backend, softcap=softcap, require=require, copies=copies)
+        if support is not None:
+            check_not_inplace("token_log_probs", inplace, tokens.tensors)
         if shard is not None:
             check_ids(tokens, always=logits.device.type == "cpu")
-        if facts is not None:
-            facts |= facts_of(tokens)
+            kept = "None" if support is None else Supported.of(tokens, support, logit_args).said
+            if facts is not None:
+                facts |= facts_of(tokens, logit_args, {}, support=kept)
     check_contents(tokens, route.backend, logit_args)
     made = Made.of(tokens, route.backend, logit_args, support)
     if support is not None:
-        check_not_inplace("token_log_probs", inplace, tokens.tensors)
         log_prob, entropy = supported_log_probs(logits, tokens, support, logit_args, route.backend)
         return TokenLogProbs.by(log_prob.view(tokens.shape), entropy.view(tokens.shape), made)
     rows = tokens.rows(numbers_vector(logit_args, 1.0, None, tokens.real, logits.device), softcap)

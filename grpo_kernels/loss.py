@@ -20,8 +20,18 @@ from .calls.outputs import LossOutput, Outcome, TokenLogProbs
 from .calls.over_ranks import Agreed, over_ranks
 from .calls.provenance import Made
 from .calls.routes import Require, choose, choose_backend
-from .calls.sharding import ALONE, facts_of, local, local_arguments, read_shard, vocabulary_agreement
-from .calls.support import Support, check_not_inplace, supported_log_probs
+from .calls.sharding import (
+    ONE_RANK,
+    PLAIN,
+    WHOLE,
+    facts_of,
+    local,
+    local_arguments,
+    read_shard,
+    refuse_inplace,
+    vocabulary_agreement,
+)
+from .calls.support import Support, Supported, check_not_inplace, supported_log_probs
 from .calls.terms import Settled, TokenBatch, reduce_records, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
 from .calls.token_losses import token_losses as losses_of_tokens
@@ -139,7 +149,6 @@ def grpo_loss(
         refuse_keywords(grpo_loss, unknown)
     if sequence_group is not None and not isinstance(sequence_group, Agreed):
         return over_ranks(grpo_loss, locals())
-    config = resolve_config(config)
     made = None
     if isinstance(old_log_probs, TokenLogProbs):
         made, old_log_probs = old_log_probs.made, old_log_probs.log_probs
@@ -159,11 +168,13 @@ def grpo_loss(
         sequence_group=sequence_group,
     )
     shard = None
-    if type(logits) is not Tensor or (vocab_group, vocab_start, vocab_size) != (None, None, None):
+    if type(logits) not in PLAIN or type(token_ids) not in PLAIN or (vocab_group, vocab_start, vocab_size) != WHOLE:
+        refuse_inplace("grpo_loss", logits, inplace)
         logits, shard = read_shard("grpo_loss", logits, -1, vocab_group, vocab_start, vocab_size, check)
         token_ids, mask = local("grpo_loss", "token_ids", token_ids), local("grpo_loss", "mask", mask)
         arguments = local_arguments("grpo_loss", arguments)
-    with ALONE if shard is None else vocabulary_agreement("grpo_loss", shard, check) as facts:
+    with ONE_RANK if shard is None else vocabulary_agreement("grpo_loss", shard, check) as facts:
+        config = resolve_config(config)
         logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
         check_logit_args("grpo_loss", logit_args, check)
         tokens = read_tokens("grpo_loss", logits, token_ids, mask, arguments.tensors, check, shard)
@@ -187,22 +198,25 @@ def grpo_loss(
             copies=support is not None,
             unknown=unannounced,
         )
+        scale = 1.0 if grad_scale is None else checked_scale("grpo_loss", grad_scale, check)
+        if support is not None:
+            check_not_inplace("grpo_loss", inplace, tokens.tensors)
         if shard is not None:
             check_ids(tokens, always=logits.device.type == "cpu")
-        if facts is not None:
-            facts |= facts_of(tokens, config=config, arguments=arguments.given)
+            kept = "None" if support is None else Supported.of(tokens, support, logit_args).said
+            if facts is not None:
+                named = {"config": config, "arguments": arguments.given, "support": kept}
+                facts |= facts_of(tokens, logit_args, arguments.tensors, **named)
     backend = plan.route.backend
     if made is not None:
         made.warn_of("grpo_loss", Made.of(tokens, backend, logit_args, support))
     if tokens.checks:
         check_contents(tokens, backend, logit_args)
-    scale = 1.0 if grad_scale is None else checked_scale("grpo_loss", grad_scale, check)
     numbers = numbers_vector(logit_args, scale, config, tokens.real, logits.device, entropy_threshold)
     rows = Rows(logits, tokens.token_ids, tokens.live, numbers, logit_softcap is not None)
     call = _Call(config, rows, batch, backend, inplace)
 
     if support is not None:
-        check_not_inplace("grpo_loss", inplace, tokens.tensors)
         outputs = supported_log_probs(logits, tokens, support, logit_args, backend)
         outcome = call.tokens_of(*outputs) if token_losses else call.of_log_probs(*outputs)
     elif token_losses or shard is not None:

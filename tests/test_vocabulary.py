@@ -447,7 +447,7 @@ BAD = {
     ),
     "another dtype": (lambda case: {"logits": case.logits[..., 49:].bfloat16()}, "dtype of the logits"),
     "another config": (lambda case: {"config": "dapo"}, "config"),
-    "fewer arguments": (lambda case: {"old_log_probs": None}, "arguments"),
+    "fewer arguments": (lambda case: {"old_log_probs": None}, "old_log_probs"),
     "another vocabulary": (lambda case: {"vocab_size": 90}, "vocab_size"),
     "a start": (lambda case: {"vocab_start": 49}, "vocab_start (given or not)"),
     "a bad start": (lambda case: {"vocab_start": -3}, "rank 1 of 2: grpo_loss: expected vocab_start to be an int >= 0"),
@@ -456,6 +456,16 @@ BAD = {
         "rank 1 of 2: grpo_loss: expected advantages of shape",
     ),
     "a bad temperature": (lambda case: {"temperature": -1.0}, "rank 1 of 2: grpo_loss: expected temperature"),
+    "another temperature": (lambda case: {"temperature": 0.5}, "temperature"),
+    "other advantages": (
+        lambda case: {"arguments": (case.token_ids, case.advantages + 1, case.mask)},
+        "advantages on every rank",
+    ),
+    "other old log-probs": (lambda case: {"old_log_probs": case.options["old_log_probs"] - 0.1}, "old_log_probs"),
+    "a support": (lambda case: {"support": TopK(3)}, "support"),
+    "no support": (lambda case: {"support": "top"}, "rank 1 of 2: grpo_loss: expected support="),
+    "a bad scale": (lambda case: {"grad_scale": -1.0}, "rank 1 of 2: grpo_loss: expected grad_scale"),
+    "no config": (lambda case: {"config": "gpso"}, "rank 1 of 2: preset must be one of"),
     "required in one pass": (
         lambda case: {"require": "fused", "logits": case.logits[..., 49:].clone().requires_grad_()},
         "rank 1 of 2: grpo_loss: expected a call that compiled",
@@ -472,7 +482,7 @@ def test_ranks_that_differ_raise_the_same_error(name):
     def of_rank(rank):
         errors = []
         for _ in range(2):
-            with pytest.raises((ValueError, RuntimeError)) as error:
+            with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
                 call(rank, case, **(changed(case) if rank == 1 else {}))
             errors.append(str(error.value))
         return errors, call(rank, case).loss
@@ -655,3 +665,98 @@ def test_bits_of_other_numbers_of_ranks():
             torch.testing.assert_close(out.log_probs, whole.log_probs, rtol=8 * 2**-23, atol=0)
             torch.testing.assert_close(out.entropy, whole.entropy, rtol=8 * 2**-23, atol=0)
             assert out.made.vocabulary_ranks == ranks
+
+
+def test_a_mask_of_other_columns_on_one_rank():
+    case = cases.make(vocab=VOCAB)
+
+    def of_rank(rank):
+        columns = 49 if rank == 0 else 47
+        with pytest.raises(ValueError, match=r"rank 1 of 2: grpo_loss: expected support") as error:
+            call(rank, case, support=torch.ones(*case.token_ids.shape, columns, dtype=torch.bool))
+        return str(error.value)
+
+    first, second = run_threads(2, of_rank, deadline=10)
+    assert first == second
+
+
+def test_columns_that_are_no_vocabulary_are_refused_again():
+    """What ranks found out together is forgotten where it failed."""
+    case = cases.make(vocab=VOCAB)
+
+    def of_rank(rank):
+        for _ in range(2):
+            with pytest.raises(ValueError, match="each of them once"):
+                call(rank, case, vocab_start=0, vocab_size=VOCAB)
+        return call(rank, case, vocab_start=49 * rank, vocab_size=VOCAB).loss
+
+    assert all(loss.isfinite() for loss in run_threads(2, of_rank, deadline=10))
+
+
+def test_a_token_that_two_ranks_hold_is_nan():
+    """Ranks told of good columns once may be told of bad ones later, when nobody asks."""
+    case = cases.make(vocab=VOCAB)
+
+    def of_rank(rank):
+        call(rank, case, vocab_start=49 * rank, vocab_size=VOCAB)
+        both = case.logits[..., :60]
+        return token_log_probs(
+            both, case.token_ids, case.mask, vocab_group=torch.distributed.group.WORLD, vocab_start=0, vocab_size=60
+        )
+
+    case.token_ids.clamp_(max=59)
+
+    def warmed(rank):
+        first = slice(30 * rank, 30 * rank + 30)
+        where = {"vocab_group": torch.distributed.group.WORLD, "vocab_start": 30 * rank, "vocab_size": 60}
+        token_log_probs(case.logits[..., first], case.token_ids, case.mask, **where)
+        return of_rank(rank)
+
+    for out in run_threads(2, warmed):
+        assert out.log_probs[case.mask].isnan().all()
+
+
+def test_a_group_of_vocabularies_has_not_agreed_on_sequences():
+    """One group may be given as either; each is agreed on by itself."""
+    case = cases.make(vocab=VOCAB)
+
+    def of_rank(rank):
+        call(rank, case)
+        advantages = case.advantages if rank == 0 else case.advantages[:-1]
+        with pytest.raises(ValueError, match="rank 1 of 2: grpo_loss: expected advantages") as error:
+            grpo_loss(case.logits, case.token_ids, advantages, case.mask, sequence_group=torch.distributed.group.WORLD)
+        return str(error.value)
+
+    first, second = run_threads(2, of_rank, deadline=10)
+    assert first == second
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_masked_positions_are_0_whatever_their_ids(ranks):
+    case = cases.make(vocab=VOCAB, extra_row=False)
+    case.token_ids[~case.mask] = -100
+
+    def of_rank(rank):
+        columns = case.logits.tensor_split(ranks, -1)[rank]
+        return token_log_probs(
+            columns, case.token_ids, case.mask, vocab_group=torch.distributed.group.WORLD, vocab_size=96
+        )
+
+    case.token_ids[case.mask] = case.token_ids[case.mask].clamp(max=95)
+    for out in run_threads(ranks, of_rank):
+        assert (out.log_probs[~case.mask] == 0).all()
+        assert (out.entropy[~case.mask] == 0).all()
+        assert out.log_probs.isfinite().all()
+
+
+def test_parameters_are_plain_tensors():
+    """A Parameter stays in the graph of a compiled caller."""
+    leaf = torch.nn.Parameter(torch.randn(2, 4, 11))
+    ids, advantages = torch.randint(11, (2, 4)), torch.ones(2)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def loss():
+        return grpo_loss(leaf, ids, advantages).loss + token_log_probs(leaf, ids).log_probs.sum()
+
+    loss().backward()
+    assert leaf.grad.abs().max() > 0

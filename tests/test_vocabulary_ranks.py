@@ -144,6 +144,8 @@ def refused(what: str) -> None:
     elif what == "bias":
         weight = distribute_tensor(parts["weight"], over, [Replicate(), Shard(0)])
         linear_grpo_loss(parts["hidden"], weight, *case.arguments, bias=parts["bias"], **case.options)
+    elif what == "in place":
+        grpo_loss(distributed(case.logits, over, Replicate(), Shard(2)), *case.arguments, inplace=True, **case.options)
     elif what == "mesh":
         grpo_loss(case.logits[..., :49], *case.arguments, vocab_group=over, **case.options)
     elif what == "FSDP":  # its shards of a head, and the tokens of each rank
@@ -157,6 +159,7 @@ REFUSALS = {
     "two dimensions": "expected a DTensor in plain shards of the vocabulary|a vocabulary cut by one dimension",
     "beside a group": "no vocab_group= and vocab_start= beside a DTensor",
     "bias": "bias in the shards of the weight",
+    "in place": "expected inplace=False with a DTensor",
     "mesh": 'vocab_group= of one dimension; got a mesh of 2.*\n.*mesh\\["tp"\\]',
     "FSDP": "the same token_ids and mask on every rank of vocab_group(.|\n)*hf.attach computes the loss inside",
 }
@@ -383,7 +386,8 @@ def of_one_rank(what: str) -> None:
     weight, bias = (parts[name].tensor_split([49])[rank] for name in ("weight", "bias"))
     hidden, options = parts["hidden"], {"check": True, **case.options}
     if rank == 1:
-        options |= {"no tensor": {}, "narrow": {}, "hidden_grad": {"hidden_grad": "sum"}}[what]
+        changed = {"hidden_grad": "sum", "temperature": -1.0, "config": "x", "adapter": (1, 2), "grad_scale": -1.0}
+        options |= {name: value for name, value in changed.items() if name == what}
         weight = None if what == "no tensor" else weight[:, :8] if what == "narrow" else weight
     linear_grpo_loss(hidden, weight, *case.arguments, bias=bias, vocab_group=world(), **options)
 
@@ -394,6 +398,10 @@ def of_one_rank(what: str) -> None:
         ("no tensor", "rank 1 of 2: .*rows \\(V, H\\) of the vocabulary; got NoneType"),
         ("narrow", "rank 1 of 2: .*expected weight \\(V, 16\\) for these hidden states; got \\(48, 8\\)"),
         ("hidden_grad", "rank 1 of 2: .*hidden_grad must be one of"),
+        ("temperature", "rank 1 of 2: .*expected temperature"),
+        ("config", "rank 1 of 2: .*preset must be one of"),
+        ("adapter", "rank 1 of 2: .*adapter to be two tensors"),
+        ("grad_scale", "rank 1 of 2: .*expected grad_scale"),
     ],
 )
 def test_what_one_rank_is_given(what, text):
@@ -452,3 +460,27 @@ def test_every_preset_over_processes(ranks):
             close(result[5], leaves[0].grad)
         close(torch.cat([result[6] for result in of_ranks]), leaves[1].grad)
         close(torch.cat([result[7] for result in of_ranks]), leaves[2].grad)
+
+
+def parts_of_states() -> list:
+    """hidden_grad="partial" with states that are DTensors: their mesh sums them, whoever made its ranks' group."""
+    from torch.distributed.tensor import Replicate
+
+    case, parts, rank = batch(), head(), torch.distributed.get_rank()
+    weight = parts["weight"].tensor_split([49])[rank]
+    found = []
+    for group in (mesh(2).get_group(), subgroup(0, 1)):
+        hidden = distributed(parts["hidden"], mesh(2), Replicate())
+        options = {"vocab_group": group, "hidden_grad": "partial", **case.options}
+        linear_grpo_loss(hidden, weight, *case.arguments, **options).loss.backward()
+        found.append(hidden.grad.full_tensor())
+    return found
+
+
+def test_states_that_are_dtensors_sum_their_parts():
+    case, parts = batch(), head()
+    hidden = parts["hidden"].requires_grad_()
+    linear_grpo_loss(hidden, parts["weight"], *case.arguments, **case.options).loss.backward()
+    for found in pool(2).run(parts_of_states):
+        for gradient in found:
+            close(gradient, hidden.grad)

@@ -63,7 +63,8 @@ class LossArguments:
     @property
     def given(self) -> str:
         """The names of what was given."""
-        return ", ".join(field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None)
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return ", ".join(name for name, value in values if value is not None and value is not False)
 
 
 def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) -> tuple[_Tokens, TokenBatch]:

@@ -51,7 +51,7 @@ def over_ranks(function: Callable[..., LossOutput], given: Mapping[str, Any]) ->
     group = read_group(function.__name__, KEYWORD, given[KEYWORD])
     if group is None:
         return function(**{**given, KEYWORD: None})
-    if meets(function.__name__, group, given["check"]):
+    if meets(function.__name__, KEYWORD, group, given["check"]):
         facts, error = _rehearse(function, given)
         agree(function.__name__, KEYWORD, group, facts, error, given["check"])
     return function(**{**given, KEYWORD: Agreed(group)})
@@ -68,9 +68,9 @@ def _rehearse(
         _check_advantages(function.__name__, given)
         with torch.no_grad():
             out = function(**alone)
-    except (ValueError, TypeError, IndexError, RuntimeError) as error:
+        return _facts(given, out), None
+    except Exception as error:  # of any kind: the others wait
         return {}, error
-    return _facts(given, out), None
 
 
 def _check_advantages(function: str, given: Mapping[str, Any]) -> None:

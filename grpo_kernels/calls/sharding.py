@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor
 
+from ..backends.spec import LogitArgs
 from ..objectives.checks import check_name, describe, fail
 from ..objectives.compiler import outside_graphs
-from ..objectives.groups import agreement, begin_total, gather, meets, read_group
+from ..objectives.groups import agreement, begin_total, forget, gather, meets, read_group
 from .batch import LossArguments
 from .head import HeadTensors
 from .tokens import RowTokens
@@ -22,6 +23,12 @@ from .vocabulary import VocabShard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+PLAIN = (Tensor, torch.nn.Parameter)
+"""Types of tensors that are whole, or say nothing of other ranks."""
+WHOLE = (None, None, None)
+"""``vocab_group``, ``vocab_start`` and ``vocab_size`` of a call whose vocabulary is all here."""
 
 
 @outside_graphs
@@ -42,6 +49,8 @@ def read_shard(
             rank's columns and the number of all that count. Where one of the two is missing every rank tells how many
             columns it has; this waits for the device.
     """
+    if (group, start, size) == WHOLE and not is_dtensor(tensor):
+        return tensor, None
     if is_dtensor(tensor):
         if group is not None or start is not None:
             got = "vocab_group=" if group is not None else "vocab_start="
@@ -53,7 +62,7 @@ def read_shard(
         is_given = isinstance(tensor, Tensor) and tensor.dim() > 0  # what is not is refused with what it should be
         return tensor, _columns_that_count(function, tensor.shape[dim], start, size) if is_given else None
     what = f"{function}, columns"
-    telling = meets(what, members, check)
+    telling = meets(what, "vocab_group", members, check)
     with agreement(what, "vocab_group", members, check) as facts:
         if facts is not None:
             facts |= {"vocab_start (given or not)": str(start is not None), "vocab_size": str(size)}
@@ -61,7 +70,11 @@ def read_shard(
         if not isinstance(tensor, Tensor) or tensor.dim() < 2:
             got = describe(tensor) if isinstance(tensor, Tensor) else type(tensor).__name__
             fail(function, "a tensor of columns (..., V) or of rows (V, H) of the vocabulary", got, error=TypeError)
-    return tensor, _shard_of_rank(function, tensor.shape[dim], members, start, size, telling, tensor.device)
+    try:
+        return tensor, _shard_of_rank(function, tensor.shape[dim], members, start, size, telling, tensor.device)
+    except ValueError:
+        forget(what, "vocab_group", members)
+        raise
 
 
 def _check_layout(function: str, start: int | None, size: int | None) -> None:
@@ -116,24 +129,18 @@ def _shard_of_rank(
 HiddenGrad = Literal["all_reduce", "overlapped", "partial"]
 
 
-def read_head_shard(
-    function: str,
-    head: HeadTensors,
-    group: Any,
-    start: int | None,
-    size: int | None,
-    hidden_grad: HiddenGrad,
-    check: bool | None,
-) -> tuple[HeadTensors, VocabShard | None]:
-    """Return this rank's part of a head, and which rows of it they are; None: all of them."""
-    if (group, start, size) == (None, None, None) and not any(map(is_dtensor, head)):
-        return head, None
-    weight, shard = read_shard(function, head.weight, 0, group, start, size, check)
+def local_head(
+    function: str, head: HeadTensors, weight: Tensor, shard: VocabShard | None, hidden_grad: HiddenGrad
+) -> HeadTensors:
+    """Return a head with this rank's part of what are DTensors; ``weight`` is its own, the rows of ``shard``."""
+    if weight is head.weight and not any(map(is_dtensor, head)):
+        return head
     parts: dict[str, Any] = {"weight": weight}
     for name, rows in (("bias", head.bias), ("adapter_weight", head.adapter_weight)):
         if rows is None or not (is_dtensor(rows) or (is_dtensor(head.weight) and shard is not None)):
             continue
-        here, of_rows = read_shard(function, rows, 0, None, None, size, check) if is_dtensor(rows) else (rows, None)
+        size = None if shard is None else shard.vocab
+        here, of_rows = _shard_of_dtensor(function, rows, 0, size) if is_dtensor(rows) else (rows, None)
         if of_rows != shard:
             hint = "distribute_tensor(tensor, weight.device_mesh, weight.placements) cuts it likewise"
             fail(function, f"{name} in the shards of the weight", f"{type(rows).__name__} in others", hint=hint)
@@ -141,7 +148,7 @@ def read_head_shard(
     partial = None if shard is None or hidden_grad != "partial" else shard.group
     for name in ("hidden", "adapter_states"):
         parts[name] = local(function, name, getattr(head, name), partial)
-    return head._replace(**parts), shard
+    return head._replace(**parts)
 
 
 def read_hidden_grad(
@@ -170,10 +177,21 @@ def local(function: str, name: str, tensor: Any, partial: ProcessGroup | None = 
             fail(function, f"{name} replicated, or cut into sequences (Shard(0))", str(placement), hint=hint)
     if partial is None:
         return tensor.to_local()
+    mesh, ranks = tensor.device_mesh, torch.distributed.get_process_group_ranks(partial)
+    groups = [torch.distributed.get_process_group_ranks(mesh.get_group(dim)) for dim in range(mesh.ndim)]
+    if ranks not in groups:
+        hint = "its mesh has to have them as a dimension, along which its gradient is summed"
+        fail(function, f'{name} on a mesh of vocab_group\'s ranks with hidden_grad="partial"', str(mesh), hint=hint)
     sums = torch.distributed.tensor.Partial()
-    meets = [tensor.device_mesh.get_group(dim) is partial for dim in range(tensor.device_mesh.ndim)]
-    grads = [sums if parts else each for each, parts in zip(tensor.placements, meets, strict=True)]
+    grads = [sums if of_dim == ranks else each for each, of_dim in zip(tensor.placements, groups, strict=True)]
     return tensor.to_local(grad_placements=grads)
+
+
+def refuse_inplace(function: str, logits: object, inplace: bool) -> None:
+    """Raise for DTensors: what autograd knows of them is not known of their local parts, which would be overwritten."""
+    if inplace and is_dtensor(logits):
+        hint = "inplace=False, or vocab_group= and logits that are plain tensors"
+        fail(function, "inplace=False with a DTensor", "inplace=True", hint=hint)
 
 
 def local_arguments(function: str, arguments: LossArguments) -> LossArguments:
@@ -206,7 +224,7 @@ def _shard_of_dtensor(function: str, tensor: Any, dim: int, size: int | None) ->
     return here, VocabShard(members, start, max(0, min(here.shape[dim], vocab - start)), vocab)
 
 
-ALONE: AbstractContextManager[None] = contextlib.nullcontext()
+ONE_RANK: AbstractContextManager[None] = contextlib.nullcontext()
 """The block of a rank that shares nothing."""
 
 
@@ -215,7 +233,7 @@ def vocabulary_agreement(
 ) -> AbstractContextManager[dict[str, int | str] | None]:
     """Return the block in which a call's own checks run: where ranks share a vocabulary, all raise what one does."""
     if shard.group is None:
-        return ALONE
+        return ONE_RANK
     hint = (
         "the ranks of a vocabulary are given the same tokens. Shards of FSDP's are no such ones: there "
         "grpo_kernels.hf.attach computes the loss inside the model's forward, where the head is whole"
@@ -223,13 +241,25 @@ def vocabulary_agreement(
     return agreement(function, "vocab_group", shard.group, check, hint)
 
 
-def facts_of(tokens: RowTokens, **others: object) -> dict[str, int | str]:
-    """Return what is the same on every rank of a vocabulary."""
-    ids = torch.where(tokens.live, tokens.token_ids, -1)
-    places = torch.arange(1, ids.numel() + 1, device=ids.device).view(ids.shape)
+def facts_of(
+    tokens: RowTokens, logit_args: LogitArgs, tensors: Mapping[str, object], **others: object
+) -> dict[str, int | str]:
+    """Return what is the same on every rank of a vocabulary: checksums of ``tensors``, and ``others`` in words."""
     facts: dict[str, int | str] = {
         "dtype of the logits": str(tokens.dtype),
         "shape of token_ids": str(tuple(tokens.shape)),
-        "token_ids and mask": hex(int(((ids + 2) * (places * 0x9E3779B1 + (ids + 2) * places)).sum())),
+        "token_ids and mask": _checksum(torch.where(tokens.live, tokens.token_ids, -1)),
     }
-    return facts | {name: str(value) for name, value in others.items()}
+    numbers = {name: "a tensor" if isinstance(x, Tensor) else repr(x) for name, x in logit_args._asdict().items()}
+    sums = {name: _checksum(value, tokens) for name, value in tensors.items() if isinstance(value, Tensor)}
+    return facts | numbers | sums | {name.replace("_", " "): str(value) for name, value in others.items()}
+
+
+def _checksum(values: Tensor, tokens: RowTokens | None = None) -> str:
+    """Return a number of 64 bits that other values have hardly; of values of tokens, those that are live."""
+    if tokens is not None and values.shape == tokens.shape:
+        values = torch.where(tokens.live.view(tokens.shape), values, 0)
+    bits = values.detach().to(torch.float64).view(torch.int64) if values.is_floating_point() else values.to(torch.int64)
+    places = torch.arange(1, bits.numel() + 1, device=bits.device)
+    mixed = (bits.reshape(-1) ^ (bits.reshape(-1) >> 29)) * (places * 0x9E3779B1 + 1)
+    return hex(int(mixed.sum()))

@@ -202,6 +202,11 @@ class Supported:
         return out
 
     @property
+    def said(self) -> str:
+        """Return the filters in words, or that it is a mask."""
+        return "a mask" if self.mask is not None else repr(self.filters)
+
+    @property
     def _columns(self) -> int:
         """Return how many of the columns here count."""
         return self.rows.vocab if self.shard is None else self.shard.columns

@@ -63,11 +63,10 @@ class VocabShard:
     def log_probs(self, rows: Rows, backend: str) -> RowStats:
         """Return the statistics of the whole rows: one collective of four numbers a row."""
         stats = self._own_stats(rows, backend)
-        if self.group is None:
-            return stats
-        everyones = gather(torch.stack(stats), self.group)
-        combined = combine(RowStats(*everyones.unbind(1)), factor_of(rows))
-        return RowStats(*(torch.where(rows.live, value, 0.0).to(rows.numbers.dtype) for value in combined))
+        if self.group is not None:
+            everyones = gather(torch.stack(stats), self.group)
+            stats = combine(RowStats(*everyones.unbind(1)), factor_of(rows))
+        return RowStats(*(torch.where(rows.live, value, 0.0).to(rows.numbers.dtype) for value in stats))
 
     @outside_graphs
     def gradient(self, rows: Rows, stats: RowStats, gradients: RowGradients, backend: str, inplace: bool) -> Tensor:
@@ -135,7 +134,8 @@ def combine(everyones: RowStats, factor: Tensor) -> RowStats:
     likely token and H of a row that is certain, is never the difference of large numbers: the logarithm of the largest
     share is -log1p of the others'. Three numbers a token (lse, H, ℓ) would lose 5 % of a small entropy in fp32.
 
-    Where a rank's columns are all impossible its anchor is -inf, and it has no part; NaN has, and stays.
+    Where a rank's columns are all impossible its anchor is -inf, and it has no part; NaN has, and stays. A token that
+    no rank holds, or several, is NaN.
     """
     log_prob, entropy, anchor, log_sum = (values.to(factor.dtype) for values in everyones)
     possible = anchor != float("-inf")
@@ -156,7 +156,7 @@ def combine(everyones: RowStats, factor: Tensor) -> RowStats:
         anchor=largest,
         log_sum=(top_lse.squeeze(0) - log_top_share),
     )
-    void = ~possible.any(0) | ~held.any(0) | whole.log_sum.isnan()
+    void = ~possible.any(0) | (held.sum(0) != 1) | whole.log_sum.isnan()
     return RowStats(*(torch.where(void, float("nan"), value) for value in whole))
 
 

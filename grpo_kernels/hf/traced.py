@@ -85,6 +85,8 @@ class TracedLogits(Tensor):
             raise Untraceable(f"{name} is called with them where autograd is switched off")
         try:
             return rule(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
         except (TypeError, IndexError, RuntimeError) as error:
             raise Untraceable(f"{name} is called with them, and {error}") from error
 

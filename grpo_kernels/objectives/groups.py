@@ -98,8 +98,8 @@ def begin_total(values: Tensor, group: ProcessGroup, overlapped: bool = False) -
     return total
 
 
-_AGREED: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
-"""The functions whose ranks have agreed, by process group."""
+_AGREED: weakref.WeakKeyDictionary[Any, set[tuple[str, str]]] = weakref.WeakKeyDictionary()
+"""The functions whose ranks have agreed, with the keyword that names the group there, by process group."""
 _ERRORS = (ValueError, TypeError, IndexError, RuntimeError)
 """What ``agree`` raises on every rank as what it is on one."""
 
@@ -132,17 +132,32 @@ def agree(
         Exception: the errors of ranks, each with its rank, as the type of the first; that of this rank as it is where
             nothing is told, or where all ranks have the same.
     """
-    if group is None or not meets(function, group, check):
-        if error is not None:
-            raise error
-        return
+    if group is not None and meets(function, name, group, check):
+        _tell(function, name, group, facts, error, hint)
+    elif error is not None:
+        raise error
+
+
+def _tell(
+    function: str,
+    name: str,
+    group: ProcessGroup,
+    facts: Mapping[str, int | str],
+    error: Exception | None,
+    hint: str | None,
+) -> None:
     told: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(told, (_in_words(error), {"function": function, **facts}), group=group)
     errors = [words for words, _ in told]
     if any(errors):
         _raise_together(errors, error)
     _compare(function, name, [of_rank for _, of_rank in told], hint)
-    _AGREED.setdefault(group, set()).add(function)
+    _AGREED.setdefault(group, set()).add((function, name))
+
+
+def forget(function: str, name: str, group: ProcessGroup) -> None:
+    """Let ranks meet again at the next call: what they found out together has failed, on all of them."""
+    _AGREED.get(group, set()).discard((function, name))
 
 
 @contextlib.contextmanager
@@ -153,20 +168,23 @@ def agreement(
 
     Gives a mapping for the facts; None at a call that tells nothing.
     """
+    if not meets(function, name, group, check):
+        yield None
+        return
     facts: dict[str, int | str] = {}
     try:
-        yield facts if meets(function, group, check) else None
+        yield facts
     except Exception as error:
-        agree(function, name, group, facts, error, check)
+        _tell(function, name, group, facts, error, hint)
     else:
-        agree(function, name, group, facts, None, check, hint)
+        _tell(function, name, group, facts, None, hint)
 
 
-def meets(function: str, group: ProcessGroup, check: bool | None) -> bool:
+def meets(function: str, name: str, group: ProcessGroup, check: bool | None) -> bool:
     """Whether ``agree`` lets ranks tell each other at this call."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return False
-    return checks_enabled(check) or function not in _AGREED.get(group, ())
+    return checks_enabled(check) or (function, name) not in _AGREED.get(group, ())
 
 
 def _in_words(error: Exception | None) -> tuple[str, str] | None:
