@@ -284,9 +284,10 @@ def rewards_in(log: Path) -> list[float]:
     return [json.loads(line)["reward"] for line in log.read_text().splitlines()]
 
 
-def rewards_of_one_process(steps: int, **changes) -> list[float]:
+def rewards_of_one_process(steps: int, first: int | None = None, **changes) -> list[float]:
+    """Of a run of so many steps, which its learning rate follows from, the ``first``."""
     one = trainer_of({"steps": steps, **changes}, several=False)
-    return [one.train_step()["reward"] for _ in range(steps)]
+    return [one.train_step()["reward"] for _ in range(first or steps)]
 
 
 NAMED = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name != "steps"]
@@ -354,7 +355,7 @@ def test_learns(fsdp):
     one process."""
     changes = {"prompts": 16, "group": 8, "minibatch": 64, "numbers": 2, "largest": 3, "hidden": 64, "lr": 2e-3}
     changes |= {"steps": 150, "warmup": 10}
-    expected = rewards_of_one_process(**{**changes, "steps": 10})
+    expected = rewards_of_one_process(first=10, **changes)
     for records in pool(2).run(records_of, [{**changes, "fsdp": fsdp}], seconds=300):
         rewards = [record["reward"] for record in records[0]]
         assert rewards[:10] == expected[:10]
