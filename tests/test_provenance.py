@@ -116,3 +116,16 @@ def test_an_annealed_temperature_is_said_once():
     with warnings.catch_warnings():  # on a device nobody looks
         warnings.simplefilter("error")
         loss(case, old, logit_scale=torch.tensor(0.5))
+
+
+def test_a_batch_moves_what_is_in_it():
+    from grpo_kernels import hf, normalizer
+
+    case = make()
+    old = token_log_probs(case.logits, case.token_ids, case.mask)
+    count = normalizer(case.mask, "dapo")
+    moved = hf.batch(token_ids=case.token_ids, old_log_probs=old, normalizer=count).to("meta")
+    assert {moved["token_ids"].device.type, moved["normalizer"].value.device.type} == {"meta"}
+    assert {each.device.type for each in moved["old_log_probs"]} == {"meta"}
+    assert moved["old_log_probs"].made == old.made
+    assert moved["normalizer"].unit == count.unit
