@@ -337,3 +337,16 @@ def test_default_run_is_cheap_to_describe():
     options = Options()
     assert (options.steps, options.numbers, options.largest, options.prompts, options.group) == (900, 4, 9, 32, 8)
     assert options.response_limit() == 5
+
+
+def test_a_run_of_several_ranks_goes_on_in_one_process(tmp_path, monkeypatch, capsys):
+    """What cuts weights over ranks is left out, and said; the run's own options stay as they were."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    trained, _ = run(folder, steps=2, linear_loss=True)
+    saved = json.loads((folder / "options.json").read_text()) | {"tp": 2, "steps": 3}
+    (folder / "options.json").write_text(json.dumps(saved))
+    assert main(["train", "--resume", "run"]) == 0
+    assert "goes on in one process" in capsys.readouterr().out
+    assert json.loads((folder / "options.json").read_text()) == saved
+    assert trained.step == 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import random
 import signal
 import sys
@@ -32,7 +33,7 @@ from ..verification.progress import progress_bar
 from . import sharding
 from .options import Options, add_options, read_options
 from .policy import load_policy, response_inputs, response_logits
-from .ranks import Ranks, Several, start_ranks
+from .ranks import Ranks, Several, start_ranks, started_by_torchrun
 from .report import RunFolder, SilentFolder, read_saved_options
 from .rollout import Samples, roll_out
 from .tasks import make_task
@@ -336,6 +337,9 @@ def main(arguments: argparse.Namespace) -> int:
     options = read_options(arguments, saved)
     if saved is not None and options != saved:
         raise SystemExit("--resume continues a run as it was started: give no other options with it.")
+    if saved is not None and (saved.fsdp or saved.tp > 1) and not started_by_torchrun():
+        print("note: the run was shared by several ranks; it goes on in one process, whose weights are whole")
+        options = dataclasses.replace(options, fsdp=False, tp=1)
     ranks = start_ranks(options.device, options.fsdp, options.tp)
     try:
         return _run(arguments, options, ranks)

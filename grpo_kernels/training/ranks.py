@@ -156,9 +156,13 @@ class Several(Ranks):
         torch.distributed.destroy_process_group()
 
 
+def started_by_torchrun() -> bool:
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def start_ranks(device: str | None, fsdp: bool = False, tp: int = 1) -> Ranks:
     """Join the process group that torchrun's environment describes, or return the form for one process."""
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if started_by_torchrun():
         return Several(device, tp)
     if fsdp or tp > 1:
         flag = "--fsdp" if fsdp else f"--tp {tp}"

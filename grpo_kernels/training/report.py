@@ -72,7 +72,8 @@ class RunFolder:
         """Return the last checkpoint. Exit with a message where there is none or it cannot be read."""
         if not self.checkpoint_path.exists():
             raise SystemExit(
-                f"{self.path} holds no checkpoint to resume from ({self.checkpoint_path.name} is missing)."
+                f"{self.path} holds no checkpoint to resume from ({self.checkpoint_path.name} is missing): it ended "
+                "before its first one. Start again without --resume, in another --out."
             )
         try:
             state = checkpoint.read(self.checkpoint_path)
