@@ -121,7 +121,8 @@ def _read_rank(rank: int | None, size: int | None, group: Group | None) -> tuple
         ranks = read_group("split_context", "group", group)
         return (0, 1) if ranks is None else (torch.distributed.get_rank(ranks), torch.distributed.get_world_size(ranks))
     if rank is None or size is None or not 0 <= rank < size:
-        fail("split_context", "0 <= rank < size, or group=", f"rank={rank!r}, size={size!r}")
+        got = f"rank={rank!r}, size={size!r}, group=None"
+        fail("split_context", "0 <= rank < size, or a group of ranks", got)
     return rank, size
 
 

@@ -151,6 +151,9 @@ def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None, w
     if not masks or not all(isinstance(mask, Tensor) for mask in masks):
         got = type(masks[0]).__name__ if masks else "none"
         fail("normalizer", "at least one mask, each a tensor", got, error=TypeError if masks else ValueError)
+    if any(hasattr(mask, "device_mesh") for mask in masks):
+        hint = "to_local(), and group= of the ranks that have other tokens"
+        fail("normalizer", "masks that are plain tensors", "a DTensor", hint=hint)
     if bounds is not None and len(bounds) != len(masks):
         fail("normalizer", f"cu_seqlens of each of the {len(masks)} micro-batches", f"{len(bounds)}")
     if world_size < 1:
