@@ -152,7 +152,7 @@ def linear_grpo_loss(
         sequence_group=sequence_group,
     )
     over = (vocab_group, vocab_start, vocab_size)
-    own, shard = read_shard("linear_grpo_loss", weight, 0, *over, check)
+    own, shard = read_shard("linear_grpo_loss", weight, 0, *over, check, hidden)
     with ONE_RANK if shard is None else vocabulary_agreement("linear_grpo_loss", shard, check) as facts:
         config = resolve_config(config)
         logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
@@ -255,7 +255,7 @@ def linear_token_log_probs(
     if unknown:
         refuse_keywords(linear_token_log_probs, unknown)
     over = (vocab_group, vocab_start, vocab_size)
-    own, shard = read_shard("linear_token_log_probs", weight, 0, *over, check)
+    own, shard = read_shard("linear_token_log_probs", weight, 0, *over, check, hidden)
     with ONE_RANK if shard is None else vocabulary_agreement("linear_token_log_probs", shard, check) as facts:
         logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
         check_logit_args("linear_token_log_probs", logit_args, check)

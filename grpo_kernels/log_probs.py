@@ -14,7 +14,17 @@ from .calls.contents import check_contents, check_ids
 from .calls.outputs import TokenLogProbs
 from .calls.provenance import Made
 from .calls.routes import Require, choose_log_probs
-from .calls.sharding import ONE_RANK, PLAIN, WHOLE, facts_of, local, read_shard, refuse_inplace, vocabulary_agreement
+from .calls.sharding import (
+    ONE_RANK,
+    PLAIN,
+    WHOLE,
+    facts_of,
+    local,
+    outside_a_graph,
+    read_shard,
+    refuse_inplace,
+    vocabulary_agreement,
+)
 from .calls.support import Support, Supported, check_not_inplace, supported_log_probs
 from .calls.tokens import read_tokens
 from .calls.vocabulary import row_stats
@@ -70,6 +80,8 @@ def token_log_probs(
     """
     if unknown:
         refuse_keywords(token_log_probs, unknown)
+    if vocab_group is not None and torch.compiler.is_compiling():
+        return outside_a_graph(token_log_probs, locals())
     shard = None
     if type(logits) not in PLAIN or type(token_ids) not in PLAIN or (vocab_group, vocab_start, vocab_size) != WHOLE:
         refuse_inplace("token_log_probs", logits, inplace)

@@ -27,6 +27,7 @@ from .calls.sharding import (
     facts_of,
     local,
     local_arguments,
+    outside_a_graph,
     read_shard,
     refuse_inplace,
     vocabulary_agreement,
@@ -147,6 +148,8 @@ def grpo_loss(
     """
     if unknown:
         refuse_keywords(grpo_loss, unknown)
+    if vocab_group is not None and torch.compiler.is_compiling():
+        return outside_a_graph(grpo_loss, locals())
     if sequence_group is not None and not isinstance(sequence_group, Agreed):
         return over_ranks(grpo_loss, locals())
     made = None

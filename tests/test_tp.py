@@ -560,3 +560,17 @@ def outside_of_a_forward() -> None:
 
 def test_shards_of_fsdp_are_no_vocabulary():
     assert "grpo_kernels.hf.attach computes the loss inside" in pool(2).refusal_of(outside_of_a_forward)
+
+
+def whole_head(from_logits: bool) -> None:
+    """vocab_group= for a head that no plan has cut."""
+    model = policy(from_logits=from_logits, vocab_group=mesh(2))
+    ids = torch.randint(3, 97, (2, 8), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, grpo=hf.batch(token_ids=ids[:, 1:], advantages=torch.ones(2)))
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+def test_a_whole_head_is_no_part_of_a_vocabulary(from_logits):
+    said = pool(2).refusal_of(whole_head, from_logits)
+    assert "expected each rank of vocab_group to hold a part of the vocabulary" in said
+    assert "need no vocab_group=" in said

@@ -760,3 +760,38 @@ def test_parameters_are_plain_tensors():
 
     loss().backward()
     assert leaf.grad.abs().max() > 0
+
+
+def test_ranks_that_hold_the_same_columns_are_refused():
+    case = cases.make(vocab=VOCAB)
+    case.token_ids.clamp_(max=49)
+
+    def of_rank(rank):
+        said = []
+        for columns, where in (
+            (97, {"vocab_start": 0, "vocab_size": 50}),  # all of what counts, twice
+            (60, {"vocab_start": 0, "vocab_size": 97}),
+            (97, {"vocab_size": 97}),  # gathered logits
+        ):
+            with pytest.raises(ValueError, match="vocab_group to hold") as error:
+                call(rank, case, logits=case.logits[..., :columns], **where)
+            said.append(str(error.value))
+        return said
+
+    first, second = run_threads(2, of_rank, deadline=10)
+    assert first == second
+    assert "each rank of vocab_group to hold a part of the vocabulary" in first[0]
+    assert "each of them once; got [0, 60), [0, 60)" in first[1]
+    assert "need no vocab_group=" in first[2]
+
+
+def test_a_vocabulary_is_not_over_the_ranks_of_a_sequence():
+    case = cases.make(vocab=VOCAB)
+
+    def of_rank(rank):
+        with pytest.raises(ValueError, match=r"sequence_group= of other ranks than vocab_group=") as error:
+            call(rank, case, sequence_group=torch.distributed.group.WORLD)
+        return str(error.value)
+
+    first, second = run_threads(2, of_rank, deadline=10)
+    assert first == second

@@ -142,7 +142,7 @@ def refused(what: str) -> None:
     elif what == "beside a group":
         grpo_loss(distributed(case.logits, over, Replicate(), Shard(2)), *case.arguments, vocab_group=over["tp"])
     elif what == "bias":
-        weight = distribute_tensor(parts["weight"], over, [Replicate(), Shard(0)])
+        weight = distribute_tensor(parts["weight"], mesh(4), [Shard(0)])
         linear_grpo_loss(parts["hidden"], weight, *case.arguments, bias=parts["bias"], **case.options)
     elif what == "in place":
         grpo_loss(distributed(case.logits, over, Replicate(), Shard(2)), *case.arguments, inplace=True, **case.options)
@@ -272,18 +272,24 @@ def test_a_mesh_of_data_and_vocabulary():
 
 
 def compiled() -> None:
-    """The loss leaves the graph of a compiled caller."""
+    """The loss leaves the graph of a compiled caller, at the first call on a group as at others."""
+    from grpo_kernels.objectives import groups
+
+    groups._AGREED.clear()
     case, rank = batch(), torch.distributed.get_rank()
     own = case.logits.tensor_split([49], -1)[rank]
     group, options = world(), case.options
 
     @torch.compile(backend="aot_eager")
     def loss(leaf: Tensor) -> Tensor:
-        return grpo_loss(leaf * 2, *case.arguments, vocab_group=group, **options).loss * 3
+        log_probs = token_log_probs(leaf, case.token_ids, case.mask, vocab_group=group).log_probs
+        return grpo_loss(leaf * 2, *case.arguments, vocab_group=group, **options).loss * 3 + log_probs.sum()
 
     leaf, plain = (own.clone().requires_grad_() for _ in range(2))
-    loss(leaf).backward()
-    (grpo_loss(plain * 2, *case.arguments, vocab_group=group, **options).loss * 3).backward()
+    for _ in range(2):
+        loss(leaf).backward()
+        log_probs = token_log_probs(plain, case.token_ids, case.mask, vocab_group=group).log_probs.sum()
+        (grpo_loss(plain * 2, *case.arguments, vocab_group=group, **options).loss * 3 + log_probs).backward()
     assert torch.equal(leaf.grad, plain.grad)
 
 
@@ -484,3 +490,36 @@ def test_states_that_are_dtensors_sum_their_parts():
     for found in pool(2).run(parts_of_states):
         for gradient in found:
             close(gradient, hidden.grad)
+
+
+def head_beside_data() -> tuple:
+    """dp × tp with states that are DTensors: the weight's gradient is a part on each dp rank, and says so."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    over, parts = mesh(2, 2), head()
+    dp = over.get_local_rank("dp")
+    case = batch(dp)
+    hidden = DTensor.from_local(parts["hidden"].clone(), over, [Shard(0), Replicate()]).requires_grad_()
+    weight = distributed(parts["weight"], over, Replicate(), Shard(0))
+    bias = distributed(parts["bias"], over, Replicate(), Shard(0))
+    linear_grpo_loss(hidden, weight, *case.arguments, bias=bias, **case.options).loss.backward()
+    assert weight.grad.placements[0].is_partial()
+    assert bias.grad.placements[0].is_partial()
+    with pytest.raises(ValueError, match="hidden states on the mesh of a weight that is replicated"):
+        linear_grpo_loss(parts["hidden"], weight, *case.arguments, bias=bias, **case.options)
+    return weight.grad.full_tensor(), bias.grad.full_tensor(), hidden.grad.to_local()
+
+
+def test_a_head_on_a_mesh_of_data_and_vocabulary():
+    parts = head()
+    leaves = {name: parts[name].requires_grad_() for name in ("weight", "bias")}
+    states = []
+    for seed in range(2):
+        case, hidden = batch(seed), head()["hidden"].requires_grad_()
+        options = {"bias": leaves["bias"], **case.options}
+        linear_grpo_loss(hidden, leaves["weight"], *case.arguments, **options).loss.backward()
+        states.append(hidden.grad)
+    for rank, (weight, bias, hidden) in enumerate(pool(4).run(head_beside_data)):
+        close(weight, leaves["weight"].grad)
+        close(bias, leaves["bias"].grad)
+        close(hidden, states[rank // 2])

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..objectives.checks import fail
 from ..objectives.compiler import outside_graphs
 from ..objectives.config import resolve_config
-from ..objectives.groups import agree, meets, read_group
+from ..objectives.groups import agree, checksum, get_ranks, meets, read_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,10 +51,19 @@ def over_ranks(function: Callable[..., LossOutput], given: Mapping[str, Any]) ->
     group = read_group(function.__name__, KEYWORD, given[KEYWORD])
     if group is None:
         return function(**{**given, KEYWORD: None})
+    _refuse_the_vocabulary(function.__name__, group, given.get("vocab_group"))
     if meets(function.__name__, KEYWORD, group, given["check"]):
         facts, error = _rehearse(function, given)
         agree(function.__name__, KEYWORD, group, facts, error, given["check"])
     return function(**{**given, KEYWORD: Agreed(group)})
+
+
+def _refuse_the_vocabulary(function: str, group: ProcessGroup, vocab_group: Any) -> None:
+    """Raise where the ranks of a sequence are those of a vocabulary: these all hold the same tokens."""
+    other = read_group(function, "vocab_group", vocab_group)
+    if other is not None and set(get_ranks(other)) & set(get_ranks(group)) != {torch.distributed.get_rank()}:
+        hint = 'two dimensions of a mesh: mesh["cp"], mesh["tp"]'
+        fail(function, f"{KEYWORD}= of other ranks than vocab_group=", "ranks that are in both", hint=hint)
 
 
 def _rehearse(
@@ -98,6 +107,7 @@ def _facts(given: Mapping[str, Any], out: LossOutput) -> dict[str, int | str]:
         "keywords": ", ".join(named) or "none",
         **coefficients,
         "kind of advantages": "one a sequence" if per_sequence else "one a token",
+        **({"advantages": checksum(advantages)} if per_sequence else {}),
         "dtype": str(floating[0].dtype),
         "backend": "" if out.route is None else out.route.backend,
         "gradients": "wanted" if wanted else "not wanted",

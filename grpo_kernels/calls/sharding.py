@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends.spec import LogitArgs
 from ..objectives.checks import check_name, describe, fail
 from ..objectives.compiler import outside_graphs
-from ..objectives.groups import agreement, begin_total, forget, gather, meets, read_group
+from ..objectives.groups import agreement, begin_total, checksum, forget, gather, get_ranks, meets, read_group
 from .batch import LossArguments
 from .head import HeadTensors
 from .tokens import RowTokens
@@ -23,6 +23,19 @@ from .vocabulary import VocabShard
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+def _parts(function: str, weight: Any, states: Any) -> list[Any]:
+    """Return the placements of a weight's gradient: a part of it where ranks have states of other tokens."""
+    mesh = weight.device_mesh
+    spread = [dim for dim, each in enumerate(weight.placements) if each.is_replicate() and mesh.size(dim) > 1]
+    if spread and not (is_dtensor(states) and states.device_mesh == mesh):
+        hint = "DTensor.from_local(hidden, weight.device_mesh, [...]): Shard(0) where ranks have tokens of their own"
+        expected = "hidden states on the mesh of a weight that is replicated on one of its dimensions"
+        fail(function, expected, type(states).__name__, hint=hint)
+    sums = torch.distributed.tensor.Partial()
+    parts = {dim for dim in spread if states.placements[dim].is_shard()}
+    return [sums if dim in parts else each for dim, each in enumerate(weight.placements)]
 
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -40,6 +53,7 @@ def read_shard(
     start: int | None,
     size: int | None,
     check: bool | None,
+    states: object = None,
 ) -> tuple[Tensor, VocabShard | None]:
     """Return this rank's part of a tensor, and which columns of the vocabulary it has; None: all of them.
 
@@ -48,6 +62,7 @@ def read_shard(
         group: what a user gave for the ranks that share the vocabulary, ``start`` and ``size`` for the first of this
             rank's columns and the number of all that count. Where one of the two is missing every rank tells how many
             columns it has; this waits for the device.
+        states: of a weight, what it is multiplied with, whose placements say on which ranks its gradient is a part.
     """
     if (group, start, size) == WHOLE and not is_dtensor(tensor):
         return tensor, None
@@ -56,7 +71,7 @@ def read_shard(
             got = "vocab_group=" if group is not None else "vocab_start="
             hint = "a DTensor says itself which ranks hold what; to_local() gives the part that these belong to"
             fail(function, "no vocab_group= and vocab_start= beside a DTensor", got, hint=hint)
-        return _shard_of_dtensor(function, tensor, dim, size)
+        return _shard_of_dtensor(function, tensor, dim, size, states)
     members = read_group(function, "vocab_group", group)
     if members is None:
         is_given = isinstance(tensor, Tensor) and tensor.dim() > 0  # what is not is refused with what it should be
@@ -112,10 +127,15 @@ def _shard_of_rank(
     if start is None:
         firsts = [sum(widths[:rank]) for rank in range(len(widths))]
     vocab = max(map(sum, zip(firsts, widths, strict=True))) if size is None else size
+    if min(widths) >= vocab:
+        got = f"{min(widths)} columns on each rank, of {vocab} that count"
+        hint = "whole logits or a whole head (gather_output=True, output_layouts=Replicate()) need no vocab_group="
+        fail(function, "each rank of vocab_group to hold a part of the vocabulary", got, hint=hint)
     end = 0
     for first, last in sorted((first, min(first + count, vocab)) for first, count in zip(firsts, widths, strict=True)):
         if last > first:
             if first != end:
+                end = -1
                 break
             end = last
     if end != vocab:
@@ -140,7 +160,8 @@ def local_head(
         if rows is None or not (is_dtensor(rows) or (is_dtensor(head.weight) and shard is not None)):
             continue
         size = None if shard is None else shard.vocab
-        here, of_rows = _shard_of_dtensor(function, rows, 0, size) if is_dtensor(rows) else (rows, None)
+        own = is_dtensor(rows)
+        here, of_rows = _shard_of_dtensor(function, rows, 0, size, head.hidden) if own else (rows, None)
         if of_rows != shard:
             hint = "distribute_tensor(tensor, weight.device_mesh, weight.placements) cuts it likewise"
             fail(function, f"{name} in the shards of the weight", f"{type(rows).__name__} in others", hint=hint)
@@ -161,6 +182,12 @@ def read_hidden_grad(
     return functools.partial(begin_total, group=shard.group, overlapped=hidden_grad == "overlapped")
 
 
+@outside_graphs
+def outside_a_graph(function: Callable[..., Any], given: Mapping[str, Any]) -> Any:
+    """Call a function with the arguments that it has, outside of a compiled caller's graph: ranks talk there."""
+    return function(**{name: value for name, value in given.items() if name != "unknown"})
+
+
 def is_dtensor(tensor: object) -> TypeGuard[Any]:
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
@@ -177,8 +204,8 @@ def local(function: str, name: str, tensor: Any, partial: ProcessGroup | None = 
             fail(function, f"{name} replicated, or cut into sequences (Shard(0))", str(placement), hint=hint)
     if partial is None:
         return tensor.to_local()
-    mesh, ranks = tensor.device_mesh, torch.distributed.get_process_group_ranks(partial)
-    groups = [torch.distributed.get_process_group_ranks(mesh.get_group(dim)) for dim in range(mesh.ndim)]
+    mesh, ranks = tensor.device_mesh, get_ranks(partial)
+    groups = [get_ranks(mesh.get_group(dim)) for dim in range(mesh.ndim)]
     if ranks not in groups:
         hint = "its mesh has to have them as a dimension, along which its gradient is summed"
         fail(function, f'{name} on a mesh of vocab_group\'s ranks with hidden_grad="partial"', str(mesh), hint=hint)
@@ -200,7 +227,9 @@ def local_arguments(function: str, arguments: LossArguments) -> LossArguments:
     return dataclasses.replace(arguments, **tensors)
 
 
-def _shard_of_dtensor(function: str, tensor: Any, dim: int, size: int | None) -> tuple[Tensor, VocabShard | None]:
+def _shard_of_dtensor(
+    function: str, tensor: Any, dim: int, size: int | None, states: Any
+) -> tuple[Tensor, VocabShard | None]:
     """Return the local part of a DTensor, and its columns: a dimension of the mesh cuts the vocabulary, or none."""
     dim %= tensor.dim()
     mesh, cut = tensor.device_mesh, []
@@ -215,7 +244,8 @@ def _shard_of_dtensor(function: str, tensor: Any, dim: int, size: int | None) ->
             cut.append(place)
     if len(cut) > 1:
         fail(function, "a vocabulary cut by one dimension of the mesh", f"{tensor.placements} on {mesh}")
-    vocab, here = tensor.shape[dim] if size is None else size, tensor.to_local()
+    vocab = tensor.shape[dim] if size is None else size
+    here = tensor.to_local() if states is None else tensor.to_local(grad_placements=_parts(function, tensor, states))
     members = read_group(function, "the mesh", mesh.get_group(cut[0])) if cut else None
     if members is None:
         return here, None if vocab == tensor.shape[dim] else VocabShard(None, 0, vocab, vocab)
@@ -248,18 +278,13 @@ def facts_of(
     facts: dict[str, int | str] = {
         "dtype of the logits": str(tokens.dtype),
         "shape of token_ids": str(tuple(tokens.shape)),
-        "token_ids and mask": _checksum(torch.where(tokens.live, tokens.token_ids, -1)),
+        "token_ids and mask": checksum(torch.where(tokens.live, tokens.token_ids, -1)),
     }
     numbers = {name: "a tensor" if isinstance(x, Tensor) else repr(x) for name, x in logit_args._asdict().items()}
-    sums = {name: _checksum(value, tokens) for name, value in tensors.items() if isinstance(value, Tensor)}
+    sums = {name: checksum(_live(value, tokens)) for name, value in tensors.items() if isinstance(value, Tensor)}
     return facts | numbers | sums | {name.replace("_", " "): str(value) for name, value in others.items()}
 
 
-def _checksum(values: Tensor, tokens: RowTokens | None = None) -> str:
-    """Return a number of 64 bits that other values have hardly; of values of tokens, those that are live."""
-    if tokens is not None and values.shape == tokens.shape:
-        values = torch.where(tokens.live.view(tokens.shape), values, 0)
-    bits = values.detach().to(torch.float64).view(torch.int64) if values.is_floating_point() else values.to(torch.int64)
-    places = torch.arange(1, bits.numel() + 1, device=bits.device)
-    mixed = (bits.reshape(-1) ^ (bits.reshape(-1) >> 29)) * (places * 0x9E3779B1 + 1)
-    return hex(int(mixed.sum()))
+def _live(values: Tensor, tokens: RowTokens) -> Tensor:
+    """Return values of tokens with 0 where they do not count; others as they are."""
+    return torch.where(tokens.live.view(tokens.shape), values, 0) if values.shape == tokens.shape else values

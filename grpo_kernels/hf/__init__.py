@@ -154,6 +154,7 @@ def bind(
                 output = original(self, **inputs)
             logits = output.logits if kept is None else output.logits[:, kept]
             _check_columns(self, logits, given)
+            given = _with_vocabulary(self, given)
             if hasattr(logits.grad_fn, "_saved_result"):  # autograd needs them once more
                 given.pop("inplace", None)
             out = _run(grpo_loss, token_log_probs, (logits,), given)
@@ -222,6 +223,7 @@ def _with_head(
 ) -> Any:
     hidden = traced.main.states
     _check_rows(hidden, given["token_ids"])
+    given = _with_vocabulary(model, given)
     row, logits = proof.row(traced, parts, call, hidden, given.get("mask")), []
     device = hidden.device.type
 
@@ -275,6 +277,14 @@ def _check_rows(hidden: Tensor, token_ids: Tensor) -> None:
             fail(
                 "attach", f"{tokens} or {tokens + 1} rows for token_ids {tuple(token_ids.shape)}", f"{rows}", hint=hint
             )
+
+
+def _with_vocabulary(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """Return what is given with the vocabulary of the model, where ranks are said to share it: a head that is whole on
+    each of them is then noticed."""
+    if given.get("vocab_group") is None or "vocab_size" in given:
+        return given
+    return {**given, "vocab_size": model.config.get_text_config().vocab_size}
 
 
 def _check_columns(model: Any, logits: Tensor, given: Mapping[str, Any]) -> None:

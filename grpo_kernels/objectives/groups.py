@@ -50,6 +50,20 @@ def read_group(function: str, name: str, group: Any) -> ProcessGroup | None:
     return group if torch.distributed.get_world_size(group) > 1 else None
 
 
+def get_ranks(group: ProcessGroup) -> list[int]:
+    """Return the ranks of a group, by their numbers among all."""
+    ranks: list[int] = torch.distributed.get_process_group_ranks(group)
+    return ranks
+
+
+def checksum(values: Tensor) -> str:
+    """Return a number of 64 bits that other values, or the same in another order, have hardly."""
+    values = values.detach().reshape(-1)
+    bits = values.to(torch.float64).view(torch.int64) if values.is_floating_point() else values.to(torch.int64)
+    places = torch.arange(1, bits.numel() + 1, device=bits.device)
+    return hex(int(((bits ^ (bits >> 29)) * (places * 0x9E3779B1 + 1)).sum()))
+
+
 def gather(values: Tensor, group: ProcessGroup) -> Tensor:
     """Return the values of every rank, (ranks, *shape), in rank order; shape and dtype are the same on all ranks."""
     ranks = torch.distributed.get_world_size(group)
