@@ -10,7 +10,15 @@ import torch
 from distributed import mesh, pool, subgroup, world
 from torch import Tensor
 
-from grpo_kernels import KL, LossConfig, grpo_loss, linear_grpo_loss, linear_token_log_probs, token_log_probs
+from grpo_kernels import (
+    KL,
+    LossConfig,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_log_probs,
+    normalizer,
+    token_log_probs,
+)
 
 pytestmark = [
     pytest.mark.ranks,
@@ -523,3 +531,13 @@ def test_a_head_on_a_mesh_of_data_and_vocabulary():
         close(weight, leaves["weight"].grad)
         close(bias, leaves["bias"].grad)
         close(hidden, states[rank // 2])
+
+
+def mask_of_sequences() -> None:
+    from torch.distributed.tensor import Shard
+
+    normalizer(distributed(batch().mask.float(), mesh(2), Shard(0)), "dapo", group=world())
+
+
+def test_a_mask_that_is_cut_over_ranks_is_not_counted():
+    assert "masks that are plain tensors; got a DTensor" in pool(2).refusal_of(mask_of_sequences)
