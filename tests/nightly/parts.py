@@ -58,6 +58,7 @@ CALLS = (
     "test_metrics",
     "test_policy",
     "test_token_losses",
+    "test_vocabulary",
 )
 
 PARTS = {
