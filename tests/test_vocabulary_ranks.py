@@ -152,6 +152,8 @@ def refused(what: str) -> None:
     elif what == "bias":
         weight = distribute_tensor(parts["weight"], mesh(4), [Shard(0)])
         linear_grpo_loss(parts["hidden"], weight, *case.arguments, bias=parts["bias"], **case.options)
+    elif what == "vocab_size":
+        grpo_loss(distributed(case.logits, over, Replicate(), Shard(2)), *case.arguments, vocab_size=98, **case.options)
     elif what == "in place":
         grpo_loss(distributed(case.logits, over, Replicate(), Shard(2)), *case.arguments, inplace=True, **case.options)
     elif what == "mesh":
@@ -167,6 +169,7 @@ REFUSALS = {
     "two dimensions": "expected a DTensor in plain shards of the vocabulary|a vocabulary cut by one dimension",
     "beside a group": "no vocab_group= and vocab_start= beside a DTensor",
     "bias": "bias in the shards of the weight",
+    "vocab_size": "vocab_size <= 97, the columns of the DTensor; got 98",
     "in place": "expected inplace=False with a DTensor",
     "mesh": 'vocab_group= of one dimension; got a mesh of 2.*\n.*mesh\\["tp"\\]',
     "FSDP": "the same token_ids and mask on every rank of vocab_group(.|\n)*hf.attach computes the loss inside",

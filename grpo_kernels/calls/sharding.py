@@ -25,19 +25,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def _parts(function: str, weight: Any, states: Any) -> list[Any]:
-    """Return the placements of a weight's gradient: a part of it where ranks have states of other tokens."""
-    mesh = weight.device_mesh
-    spread = [dim for dim, each in enumerate(weight.placements) if each.is_replicate() and mesh.size(dim) > 1]
-    if spread and not (is_dtensor(states) and states.device_mesh == mesh):
-        hint = "DTensor.from_local(hidden, weight.device_mesh, [...]): Shard(0) where ranks have tokens of their own"
-        expected = "hidden states on the mesh of a weight that is replicated on one of its dimensions"
-        fail(function, expected, type(states).__name__, hint=hint)
-    sums = torch.distributed.tensor.Partial()
-    parts = {dim for dim in spread if states.placements[dim].is_shard()}
-    return [sums if dim in parts else each for dim, each in enumerate(weight.placements)]
-
-
 PLAIN = (Tensor, torch.nn.Parameter)
 """Types of tensors that are whole, or say nothing of other ranks."""
 WHOLE = (None, None, None)
@@ -244,7 +231,10 @@ def _shard_of_dtensor(
             cut.append(place)
     if len(cut) > 1:
         fail(function, "a vocabulary cut by one dimension of the mesh", f"{tensor.placements} on {mesh}")
+    _check_layout(function, None, size)
     vocab = tensor.shape[dim] if size is None else size
+    if vocab > tensor.shape[dim]:
+        fail(function, f"vocab_size <= {tensor.shape[dim]}, the columns of the DTensor", repr(size))
     here = tensor.to_local() if states is None else tensor.to_local(grad_placements=_parts(function, tensor, states))
     members = read_group(function, "the mesh", mesh.get_group(cut[0])) if cut else None
     if members is None:
@@ -252,6 +242,19 @@ def _shard_of_dtensor(
     widest = -(-tensor.shape[dim] // mesh.size(cut[0]))  # as torch.chunk cuts
     start = min(mesh.get_local_rank(cut[0]) * widest, tensor.shape[dim])
     return here, VocabShard(members, start, max(0, min(here.shape[dim], vocab - start)), vocab)
+
+
+def _parts(function: str, weight: Any, states: Any) -> list[Any]:
+    """Return the placements of a weight's gradient: a part of it where ranks have states of other tokens."""
+    mesh = weight.device_mesh
+    spread = [dim for dim, each in enumerate(weight.placements) if each.is_replicate() and mesh.size(dim) > 1]
+    if spread and not (is_dtensor(states) and states.device_mesh == mesh):
+        hint = "DTensor.from_local(hidden, weight.device_mesh, [...]): Shard(0) where ranks have tokens of their own"
+        expected = "hidden states on the mesh of a weight that is replicated on one of its dimensions"
+        fail(function, expected, type(states).__name__, hint=hint)
+    sums = torch.distributed.tensor.Partial()
+    parts = {dim for dim in spread if states.placements[dim].is_shard()}
+    return [sums if dim in parts else each for dim, each in enumerate(weight.placements)]
 
 
 ONE_RANK: AbstractContextManager[None] = contextlib.nullcontext()
