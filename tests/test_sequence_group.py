@@ -717,9 +717,9 @@ def test_what_is_cut():
 
 def test_bad_splits():
     ids, mask = torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4)
-    with pytest.raises(ValueError, match="0 <= rank < size, or group=; got rank=2, size=2"):
+    with pytest.raises(ValueError, match="0 <= rank < size, or a group of ranks; got rank=2, size=2"):
         split_context(ids, mask, 2, 2)
-    with pytest.raises(ValueError, match="0 <= rank < size, or group=; got rank=None"):
+    with pytest.raises(ValueError, match="0 <= rank < size, or a group of ranks; got rank=None"):
         split_context(ids, mask)
     with pytest.raises(ValueError, match="layout must be one of zigzag, contiguous"):
         split_context(ids, mask, 0, 2, layout="ring")

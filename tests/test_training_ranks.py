@@ -20,7 +20,10 @@ from grpo_kernels.training.options import Options
 from grpo_kernels.training.ranks import Several, start_ranks
 from grpo_kernels.training.report import RunFolder, SilentFolder
 
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed"),
+]
 
 SMALL = {"prompts": 4, "group": 4, "minibatch": 8, "steps": 3, "hidden": 32, "layers": 2, "numbers": 3, "warmup": 2}
 SMALL |= {"device": "cpu"}
