@@ -25,9 +25,9 @@ from .calls.sharding import (
     ONE_RANK,
     HiddenGrad,
     facts_of,
-    local,
     local_arguments,
     local_head,
+    local_tokens,
     read_hidden_grad,
     read_shard,
     vocabulary_agreement,
@@ -160,7 +160,7 @@ def linear_grpo_loss(
         head = read_head("linear_grpo_loss", hidden, weight, bias, adapter)
         states_sum = read_hidden_grad("linear_grpo_loss", shard, hidden_grad)
         head = local_head("linear_grpo_loss", head, own, shard, hidden_grad)
-        token_ids, mask = local("linear_grpo_loss", "token_ids", token_ids), local("linear_grpo_loss", "mask", mask)
+        token_ids, mask = local_tokens("linear_grpo_loss", token_ids, mask)
         arguments = local_arguments("linear_grpo_loss", arguments)
         tokens = read_linear_tokens(
             "linear_grpo_loss", head, token_ids, mask, logits_dtype, arguments.tensors, check, shard
@@ -262,8 +262,7 @@ def linear_token_log_probs(
         head = read_head("linear_token_log_probs", hidden, weight, bias, adapter)
         states_sum = read_hidden_grad("linear_token_log_probs", shard, hidden_grad)
         head = local_head("linear_token_log_probs", head, own, shard, hidden_grad)
-        token_ids = local("linear_token_log_probs", "token_ids", token_ids)
-        mask = local("linear_token_log_probs", "mask", mask)
+        token_ids, mask = local_tokens("linear_token_log_probs", token_ids, mask)
         tokens = read_linear_tokens("linear_token_log_probs", head, token_ids, mask, logits_dtype, {}, check, shard)
         route = choose_log_probs(tokens, backend=backend, softcap=logit_softcap is not None, require=require)
         check_ids(tokens, always=head.hidden.device.type == "cpu")

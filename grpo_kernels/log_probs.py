@@ -19,7 +19,7 @@ from .calls.sharding import (
     PLAIN,
     WHOLE,
     facts_of,
-    local,
+    local_tokens,
     outside_a_graph,
     read_shard,
     refuse_inplace,
@@ -86,7 +86,7 @@ def token_log_probs(
     if type(logits) not in PLAIN or type(token_ids) not in PLAIN or (vocab_group, vocab_start, vocab_size) != WHOLE:
         refuse_inplace("token_log_probs", logits, inplace)
         logits, shard = read_shard("token_log_probs", logits, -1, vocab_group, vocab_start, vocab_size, check)
-        token_ids, mask = local("token_log_probs", "token_ids", token_ids), local("token_log_probs", "mask", mask)
+        token_ids, mask = local_tokens("token_log_probs", token_ids, mask)
     with ONE_RANK if shard is None else vocabulary_agreement("token_log_probs", shard, check) as facts:
         logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
         check_logit_args("token_log_probs", logit_args, check)

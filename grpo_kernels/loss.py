@@ -25,8 +25,8 @@ from .calls.sharding import (
     PLAIN,
     WHOLE,
     facts_of,
-    local,
     local_arguments,
+    local_tokens,
     outside_a_graph,
     read_shard,
     refuse_inplace,
@@ -174,7 +174,7 @@ def grpo_loss(
     if type(logits) not in PLAIN or type(token_ids) not in PLAIN or (vocab_group, vocab_start, vocab_size) != WHOLE:
         refuse_inplace("grpo_loss", logits, inplace)
         logits, shard = read_shard("grpo_loss", logits, -1, vocab_group, vocab_start, vocab_size, check)
-        token_ids, mask = local("grpo_loss", "token_ids", token_ids), local("grpo_loss", "mask", mask)
+        token_ids, mask = local_tokens("grpo_loss", token_ids, mask)
         arguments = local_arguments("grpo_loss", arguments)
     with ONE_RANK if shard is None else vocabulary_agreement("grpo_loss", shard, check) as facts:
         config = resolve_config(config)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..objectives.checks import fail
 from ..objectives.compiler import outside_graphs
 from ..objectives.config import resolve_config
-from ..objectives.groups import agree, checksum, get_ranks, meets, read_group
+from ..objectives.groups import agree, checksum, get_ranks, in_words, meets, read_group
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -100,7 +100,7 @@ def _facts(given: Mapping[str, Any], out: LossOutput) -> dict[str, int | str]:
     wanted = torch.is_grad_enabled() and any(value.requires_grad for value in floating)
     per_sequence = advantages.dim() == 1
     sequences = out.log_probs.shape[0] if bounds is None else bounds.shape[0] - 1
-    coefficients = {name: _in_words(given[name]) for name in _COEFFICIENTS}
+    coefficients = {name: in_words(given[name]) for name in _COEFFICIENTS}
     return {
         "number of sequences": sequences,
         "config": repr(resolve_config(given["config"])),
@@ -112,7 +112,3 @@ def _facts(given: Mapping[str, Any], out: LossOutput) -> dict[str, int | str]:
         "backend": "" if out.route is None else out.route.backend,
         "gradients": "wanted" if wanted else "not wanted",
     }
-
-
-def _in_words(value: object) -> str:
-    return "a tensor" if isinstance(value, Tensor) else repr(value)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends.spec import LogitArgs
 from ..objectives.checks import check_name, describe, fail
 from ..objectives.compiler import outside_graphs
-from ..objectives.groups import agreement, begin_total, checksum, forget, gather, get_ranks, meets, read_group
+from ..objectives.groups import agreement, begin_total, checksum, forget, gather, get_ranks, in_words, meets, read_group
 from .batch import LossArguments
 from .head import HeadTensors
 from .tokens import RowTokens
@@ -51,14 +51,14 @@ def read_shard(
             columns it has; this waits for the device.
         states: of a weight, what it is multiplied with, whose placements say on which ranks its gradient is a part.
     """
-    if (group, start, size) == WHOLE and not is_dtensor(tensor):
-        return tensor, None
     if is_dtensor(tensor):
         if group is not None or start is not None:
             got = "vocab_group=" if group is not None else "vocab_start="
             hint = "a DTensor says itself which ranks hold what; to_local() gives the part that these belong to"
             fail(function, "no vocab_group= and vocab_start= beside a DTensor", got, hint=hint)
         return _shard_of_dtensor(function, tensor, dim, size, states)
+    if (group, start, size) == WHOLE:
+        return tensor, None
     members = read_group(function, "vocab_group", group)
     if members is None:
         is_given = isinstance(tensor, Tensor) and tensor.dim() > 0  # what is not is refused with what it should be
@@ -208,6 +208,11 @@ def refuse_inplace(function: str, logits: object, inplace: bool) -> None:
         fail(function, "inplace=False with a DTensor", "inplace=True", hint=hint)
 
 
+def local_tokens(function: str, token_ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return this rank's part of ids and mask."""
+    return local(function, "token_ids", token_ids), local(function, "mask", mask)
+
+
 def local_arguments(function: str, arguments: LossArguments) -> LossArguments:
     """Return a loss's arguments with this rank's part of those that are DTensors."""
     tensors = {name: local(function, name, tensor) for name, tensor in arguments.tensors.items()}
@@ -283,7 +288,7 @@ def facts_of(
         "shape of token_ids": str(tuple(tokens.shape)),
         "token_ids and mask": checksum(torch.where(tokens.live, tokens.token_ids, -1)),
     }
-    numbers = {name: "a tensor" if isinstance(x, Tensor) else repr(x) for name, x in logit_args._asdict().items()}
+    numbers = {name: in_words(value) for name, value in logit_args._asdict().items()}
     sums = {name: checksum(_live(value, tokens)) for name, value in tensors.items() if isinstance(value, Tensor)}
     return facts | numbers | sums | {name.replace("_", " "): str(value) for name, value in others.items()}
 

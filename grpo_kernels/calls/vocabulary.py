@@ -24,7 +24,7 @@ from ..objectives.sequences import accumulate_dtype
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-ELSEWHERE = float("inf")
+OF_ANOTHER_RANK = float("inf")
 """A log-prob that says: another rank holds the token. No log-prob is above 0."""
 
 SHARDED = "vocab_group=: a row's slope follows from the columns of every rank"
@@ -92,7 +92,7 @@ class VocabShard:
         return rows._replace(logits=rows.logits.detach()[..., : self.columns], token_ids=ids)
 
     def _own_stats(self, rows: Rows, backend: str) -> RowStats:
-        """Return those of this rank's columns alone, with ``ELSEWHERE`` for the log-prob of a token of another's."""
+        """Return those of this rank's columns alone; ``OF_ANOTHER_RANK`` is the log-prob of a token elsewhere."""
         held = self.holds(rows.token_ids)
         if self.columns:
             stats = ops.log_probs(self._own(rows), backend)
@@ -101,7 +101,7 @@ class VocabShard:
             stats = RowStats(none, none, none - float("inf"), none)
         impossible = stats.anchor == float("-inf")
         log_prob = torch.where(impossible, float("-inf") if self.group else float("nan"), stats.log_prob)
-        return stats._replace(log_prob=torch.where(held, log_prob, ELSEWHERE if self.group else float("nan")))
+        return stats._replace(log_prob=torch.where(held, log_prob, OF_ANOTHER_RANK if self.group else float("nan")))
 
 
 def row_stats(rows: Rows, shard: VocabShard | None, backend: str) -> RowStats:
@@ -146,7 +146,7 @@ def combine(everyones: RowStats, factor: Tensor) -> RowStats:
     log_top_share = -torch.log1p(to_top.exp().scatter(0, top, 0.0).sum(0))
     log_share = to_top + log_top_share
     share_entropy = torch.where(possible & (log_share != float("-inf")), entropy - log_share, 0.0)
-    held = log_prob != ELSEWHERE
+    held = log_prob != OF_ANOTHER_RANK
     own = torch.where(held, log_prob, 0.0).sum(0)
     own_lse = torch.where(held, lse, 0.0).sum(0)
     others = torch.where(held, 0.0, (lse - own_lse).exp()).sum(0)

@@ -161,7 +161,7 @@ def _tell(
     hint: str | None,
 ) -> None:
     told: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(told, (_in_words(error), {"function": function, **facts}), group=group)
+    torch.distributed.all_gather_object(told, (_error_in_words(error), {"function": function, **facts}), group=group)
     errors = [words for words, _ in told]
     if any(errors):
         _raise_together(errors, error)
@@ -201,7 +201,12 @@ def meets(function: str, name: str, group: ProcessGroup, check: bool | None) -> 
     return checks_enabled(check) or (function, name) not in _AGREED.get(group, ())
 
 
-def _in_words(error: Exception | None) -> tuple[str, str] | None:
+def in_words(value: object) -> str:
+    """Return a fact as ranks tell it; numbers on a device are not looked at."""
+    return "a tensor" if isinstance(value, Tensor) else repr(value)
+
+
+def _error_in_words(error: Exception | None) -> tuple[str, str] | None:
     """Return the name of an error's type and its text, which travel; its object might not."""
     if error is None:
         return None
