@@ -13,7 +13,7 @@ import torch
 
 from grpo_kernels import backends
 from grpo_kernels.backends import cpu, cuda, native
-from grpo_kernels.backends.contract import RowGradients, RowStats, TokenInputs, TokenRecords
+from grpo_kernels.backends.contract import DivergenceStats, RowGradients, RowStats, TokenInputs, TokenRecords
 from grpo_kernels.backends.spec import NUMBERS, SURROGATE_PARAMETERS, ObjectiveSpec
 from grpo_kernels.objectives.kl import ESTIMATORS, GRADIENTS
 from grpo_kernels.objectives.metrics import FIELDS
@@ -61,6 +61,7 @@ TUPLES = {
     "GrpoRowGradients": RowGradients,
     "GrpoTokenInputs": TokenInputs,
     "GrpoTokenRecords": TokenRecords,
+    "GrpoDivergenceStats": DivergenceStats,
 }
 
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grpo_kernels import backends, grpo_loss, token_log_probs
-from grpo_kernels.backends import cpu
+from grpo_kernels.backends import cpu, eager_rows
 from grpo_kernels.backends.contract import RowGradients, Rows, RowStats
 from grpo_kernels.backends.spec import LogitArgs, numbers_vector
 from grpo_kernels.bench.measure import peak_bytes, quiet, step
@@ -106,7 +106,7 @@ def test_compiled_code_says_it_too(no_library):
 def test_a_fresh_process_says_it_on_stderr(tmp_path):
     code = f"""
 from pathlib import Path
-from grpo_kernels.backends import cpu
+from grpo_kernels.backends import cpu, eager_rows
 cpu.LIBRARY = Path({str(tmp_path / "libgrpo_cpu.so")!r})
 import torch, grpo_kernels
 for _ in range(3):
@@ -171,7 +171,7 @@ def test_sweeps(monkeypatch, dtype, name):
     forward, backward, buffers = SWEEPS[name]
     loaded = int(dtype != torch.float32 and name != "softcap")  # a cap's logits are loaded in any dtype
     chunks, tokens, vocab = 4, 3, 5000
-    monkeypatch.setattr(plain, "CHUNK_ELEMENTS", (tokens * vocab, tokens * vocab))
+    monkeypatch.setattr(eager_rows, "CHUNK_ELEMENTS", (tokens * vocab, tokens * vocab))
     cap = 9.0 if name == "softcap" else None
     logits = torch.randn(chunks, tokens, vocab).to(dtype)
     live = torch.ones(chunks, tokens, dtype=torch.bool)
@@ -198,7 +198,7 @@ def test_bits_do_not_depend_on_chunks_and_threads(monkeypatch, vocab, options):
     case = make(batch=3, length=4, vocab=vocab, empty=False, spread=4.0)
     expected = None
     for rows in (1, 3, 9, 1000):
-        monkeypatch.setattr(plain, "CHUNK_ELEMENTS", (rows * vocab, rows * vocab))
+        monkeypatch.setattr(eager_rows, "CHUNK_ELEMENTS", (rows * vocab, rows * vocab))
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             out, gradient = case.run("torch", **options)

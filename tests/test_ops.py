@@ -35,7 +35,7 @@ from grpo_kernels.verification.verify import complete
 
 def rows_of(case, config=None) -> tuple[torch.Tensor, ...]:
     numbers = numbers_vector(LogitArgs(), 1.0, config, torch.float32, torch.device("cpu"))
-    return case.token_ids, case.mask, numbers, False
+    return case.token_ids, case.mask, numbers, False, None
 
 
 def op_calls(backend: str) -> dict:

@@ -43,8 +43,30 @@ struct GrpoTokenRecords {
   void* rollout_weight;
 };
 
+// real[rows]: outputs of divergence and fused_divergence, inputs of divergence_backward (contract.py has the maths)
+struct GrpoDivergenceStats {
+  void* divergence;
+  void* shift;
+  void* centre;
+  void* mean;
+};
+
+// The teacher's rows beside the policy's: of one vocabulary, for the same tokens. Null outside of divergences.
+struct GrpoTeacher {
+  void* teacher_log_prob;  // real[rows], as GrpoRowStats
+  void* teacher_entropy;
+  void* teacher_anchor;
+  void* teacher_log_sum;
+  const void* teacher_logits;
+  int64_t teacher_batch_stride, teacher_row_stride;
+  const void* teacher_numbers;
+  const void* teacher_temperature;
+  const void* grad_divergence;  // real[rows]: the slope of the loss in D; of fused_divergence the weight of D
+  int32_t teacher_dtype, divergence_kind;
+};
+
 // Row r is logits + (r / length) * batch_stride + (r % length) * row_stride, in elements; out likewise.
-struct GrpoCall : GrpoRowStats, GrpoRowGradients, GrpoTokenInputs, GrpoTokenRecords {
+struct GrpoCall : GrpoRowStats, GrpoRowGradients, GrpoTokenInputs, GrpoTokenRecords, GrpoDivergenceStats, GrpoTeacher {
   int32_t dtype;
   int32_t surrogate, kl_estimator, kl_gradient, kl_ratio_weighted, rollout_scheme;  // fused_loss, token_terms
   int64_t rows, length, vocab;
@@ -56,4 +78,5 @@ struct GrpoCall : GrpoRowStats, GrpoRowGradients, GrpoTokenInputs, GrpoTokenReco
   // Gradient: written to out (which may be the logits), unless null.
   void* out;
   int64_t out_batch_stride, out_row_stride;
+  const void* temperature;  // real[rows], in the place of the number; null: the number is every row's
 };

@@ -29,6 +29,7 @@ enum Number {
   kRolloutLow,
   kRolloutHigh,
   kEntropyThreshold,  // -inf: none
+  kDivergenceMix,
   kSurrogateFirst,    // up to eight parameters of the surrogate
   kNumbers = kSurrogateFirst + 8
 };

@@ -36,6 +36,8 @@ class Rows(NamedTuple):
     """The vector of ``spec.NUMBERS`` and the surrogate's parameters."""
     softcap: bool
     """Whether logits go through a softcap; its size is one of the numbers."""
+    temperature: Tensor | None = None
+    """A row's own, (B, T), > 0 where it is live: in the place of the one among the numbers, which is 1 then."""
 
     @property
     def vocab(self) -> int:
@@ -88,6 +90,32 @@ class RowGradients(NamedTuple):
     """∂loss/∂ℓ"""
     grad_entropy: Tensor | None
     """∂loss/∂H"""
+
+
+class DivergenceStats(NamedTuple):
+    """A row's divergence of the policy p from a teacher q, and what its gradient needs beside both rows' ``RowStats``.
+
+    With s = dz/dvalue of the policy's row (its scale over its temperature), s' of the teacher's, values x and y
+    (logits, under a softcap the capped ones), anchors α and β and ρ = s'/s,
+
+        d_j = log(p_j/q_j) = s·t_j + shift,    t_j = (x_j - ρ·y_j) - (α - ρ·β),    d_j = 0 where both are -inf,
+
+    so that what two rows have in common costs nothing: logits of like size subtract exactly, before anything is scaled.
+    Then, with the columns' ``term``, ``own`` and ``slope`` of objectives/divergence.py,
+
+        D = Σ_j term_j,    ∂D/∂z_j = own_j + p_j·((slope_j - slope at centre) - mean).
+    """
+
+    divergence: Tensor
+    """D, nats; +inf where it is."""
+    shift: Tensor
+    """log_sum of the teacher - log_sum of the policy, less the rest of rounding log(1 + Σ_j (p_j - q_j)), whose sum
+    over terms that are small where p and q are close has the digits that the two logarithms lost."""
+    centre: Tensor
+    """d at the column of the policy's largest value: slopes are relative to it, as p·(d - KL) of a confident column
+    would cancel. Bit for bit what the formula gives there."""
+    mean: Tensor
+    """Σ_j p_j·(slope_j - slope at centre); NaN where D is infinite and has no gradient."""
 
 
 class TokenInputs(NamedTuple):
@@ -174,6 +202,30 @@ class Backend(Protocol):
         ``masked_in`` (bool) counts in the denominators, ``kl_estimator`` is 1 + its place in ``kl.ESTIMATORS``.
         """
 
+    def divergence(
+        self, rows: Rows, stats: RowStats, teacher: Rows, teacher_stats: RowStats, kind: int, out: DivergenceStats
+    ) -> None:
+        """Write every row's divergence, 0 at dead rows. Both have their ``log_probs``, of one vocabulary and the same
+        token; ``kind`` is the place in objectives/divergence.KINDS, its mix one of the policy's numbers."""
+
+    def divergence_backward(
+        self,
+        rows: Rows,
+        stats: RowStats,
+        teacher: Rows,
+        teacher_stats: RowStats,
+        kind: int,
+        divergence: DivergenceStats,
+        gradients: RowGradients,
+        grad_divergence: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Write the gradient in the policy's logits: that of ``log_probs_backward`` and ∂loss/∂D times D's.
+
+        ``out`` is shaped like the logits and may be the logits. Where ``grad_divergence`` is 0 the divergence has no
+        part, whatever it is.
+        """
+
     def rescale(self, gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:
         """Multiply a gradient by upstream / announced in place, unless they are equal."""
 
@@ -196,6 +248,28 @@ class FusedBackend(Backend, Protocol):
         grad_log_prob: Tensor,
     ) -> None:
         """Write the records and ∂loss/∂ℓ of tokens whose log-probs are known (``calls/terms.py`` has the maths)."""
+
+
+class PairBackend(FusedBackend, Protocol):
+    """A backend whose one pass takes the teacher's rows beside the policy's."""
+
+    def fused_divergence(
+        self,
+        rows: Rows,
+        teacher: Rows,
+        kind: int,
+        inputs: TokenInputs,
+        weight: Tensor,
+        spec: ObjectiveSpec,
+        stats: RowStats,
+        teacher_stats: RowStats,
+        divergence: DivergenceStats,
+        records: TokenRecords,
+        out: Tensor,
+    ) -> None:
+        """``fused_loss`` with Σ weight·D in the loss, while a row and its teacher's are read once.
+
+        Its numbers have the bits of ``log_probs`` and ``divergence``. A backend without it takes two passes."""
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

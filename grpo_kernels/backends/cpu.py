@@ -13,12 +13,14 @@ from torch import Tensor
 
 from . import native
 from .contract import Request, RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
+from .eager import divergence as divergence
+from .eager import divergence_backward as divergence_backward
 from .eager import rescale as rescale
-from .eager import token_id_message
+from .eager_rows import token_id_message
 from .spec import ObjectiveSpec
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _OK, _TOKEN_ID_OUT_OF_RANGE = 0, 1
 
 LIBRARY = native.library_path("cpu")

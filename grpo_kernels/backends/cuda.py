@@ -29,9 +29,11 @@ from .contract import (
     batch_and_row_stride,
     on_device,
 )
+from .eager import divergence as divergence
+from .eager import divergence_backward as divergence_backward
 from .spec import ObjectiveSpec
 
-_ABI_VERSION = 4
+_ABI_VERSION = 5
 _OLDEST_CAPABILITY = (9, 0)
 CLUSTERS = (1, 2, 4, 8, 16)
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .contract import RowGradients, Rows, RowStats, TokenInputs, TokenRecords, batch_and_row_stride
+from .contract import DivergenceStats, RowGradients, Rows, RowStats, TokenInputs, TokenRecords, batch_and_row_stride
 from .spec import ObjectiveSpec
 
 FOLDER = Path(__file__).resolve().parent.parent / "native"
@@ -30,17 +30,28 @@ def pointers(*kinds: Any) -> tuple[tuple[str, Any], ...]:
     return tuple((name, c_void_p) for kind in kinds for name in kind._fields)
 
 
+TEACHER: tuple[tuple[str, Any], ...] = (
+    *((f"teacher_{name}", c_void_p) for name in (*RowStats._fields, "logits")),
+    *((f"teacher_{name}_stride", c_int64) for name in ("batch", "row")),
+    *((name, c_void_p) for name in ("teacher_numbers", "teacher_temperature", "grad_divergence")),
+    *((name, c_int32) for name in ("teacher_dtype", "divergence_kind")),
+)
+"""The fields of GrpoTeacher."""
+
+
 class Call(ctypes.Structure):
     """GrpoCall, field by field; a library's own parameters follow."""
 
     _fields_ = (
-        *pointers(RowStats, RowGradients, TokenInputs, TokenRecords),
+        *pointers(RowStats, RowGradients, TokenInputs, TokenRecords, DivergenceStats),
+        *TEACHER,
         *((name, c_int32) for name in ("dtype", *ObjectiveSpec._fields)),
         *((name, c_int64) for name in ("rows", "length", "vocab")),
         ("logits", c_void_p),
         *((name, c_int64) for name in ("batch_stride", "row_stride")),
         *((name, c_void_p) for name in ("token_ids", "live", "numbers", "out")),
         *((name, c_int64) for name in ("out_batch_stride", "out_row_stride")),
+        ("temperature", c_void_p),
     )
 
 
@@ -65,10 +76,25 @@ def call_of(
     )
     fill(call, *parts)
     call.batch_stride, call.row_stride = batch_and_row_stride(logits)
+    if rows.temperature is not None:
+        call.temperature = rows.temperature.data_ptr()
     if out is not None:
         call.out = out.data_ptr()
         call.out_batch_stride, call.out_row_stride = batch_and_row_stride(out)
     return call
+
+
+def fill_teacher(call: Call, teacher: Rows, stats: RowStats, kind: int, grad_divergence: Tensor | None) -> None:
+    """Set the fields of GrpoTeacher."""
+    call.teacher_logits, call.teacher_numbers = teacher.logits.data_ptr(), teacher.numbers.data_ptr()
+    call.teacher_batch_stride, call.teacher_row_stride = batch_and_row_stride(teacher.logits)
+    call.teacher_dtype, call.divergence_kind = DTYPES[teacher.logits.dtype], kind
+    for name, value in zip(stats._fields, stats, strict=True):
+        setattr(call, f"teacher_{name}", value.data_ptr())
+    if teacher.temperature is not None:
+        call.teacher_temperature = teacher.temperature.data_ptr()
+    if grad_divergence is not None:
+        call.grad_divergence = grad_divergence.data_ptr()
 
 
 def fill(params: ctypes.Structure, *parts: Any) -> None:

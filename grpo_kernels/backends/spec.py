@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..objectives.config import LossConfig
+from ..objectives.divergence import Divergence
 from ..objectives.kl import ESTIMATORS, GRADIENTS
 from ..objectives.rollout import Rollout
 
@@ -31,6 +32,7 @@ NUMBERS = (
     "rollout_low",
     "rollout_high",
     "entropy_threshold",  # -inf: none
+    "divergence_mix",
 )
 """The order of the vector; up to eight parameters of the surrogate follow (csrc/common/surrogates.h)."""
 SURROGATE_PARAMETERS = 8
@@ -80,20 +82,26 @@ def numbers_vector(
     dtype: torch.dtype,
     device: torch.device,
     entropy_threshold: float | Tensor | None = None,
+    divergence: Divergence | None = None,
 ) -> Tensor:
-    """Return the vector of NUMBERS and the surrogate's parameters, ``dtype`` on ``device``.
+    """Return the vector of NUMBERS and the surrogate's parameters, ``dtype`` on ``device``; the divergence's number is
+    the config's, where there is one.
 
     Python numbers alone give a cached tensor: nothing is copied to the device twice.
     """
     softcap = 0.0 if logit_args.logit_softcap is None else logit_args.logit_softcap
     values: list[float | Tensor] = [logit_args.temperature, logit_args.logit_scale, softcap, grad_scale]
     if config is not None:
+        divergence = config.divergence
         limits = (config.log_ratio_limit, *config.kl.limit)
         values += [math.inf if limit is None else float(limit) for limit in limits]
         values += [config.kl.ratio_cap, *(config.schemes[0].bounds() if in_kernel(config.schemes) else (0.0, math.inf))]
         values.append(-math.inf if entropy_threshold is None else entropy_threshold)
-        if config.surrogate.kernel_id is not None:
-            values += config.surrogate.parameters()
+    else:
+        values += [0.0] * (NUMBERS.index("divergence_mix") - len(values))
+    values.append(0.0 if divergence is None else divergence.mix)
+    if config is not None and config.surrogate.kernel_id is not None:
+        values += config.surrogate.parameters()
     values += [0.0] * (len(NUMBERS) + SURROGATE_PARAMETERS - len(values))
     if any(isinstance(value, Tensor) for value in values):
         return _mixed(values, dtype, device)

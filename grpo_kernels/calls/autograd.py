@@ -103,15 +103,16 @@ class LossGradient(torch.autograd.Function):
         backend: str,
         inplace: bool,
     ) -> Tensor:
-        ctx.save_for_backward(logits, *rows[1:4], *stats, *gradients)
+        ctx.save_for_backward(logits, *rows[1:4], rows.temperature, *stats, *gradients)
         ctx.softcap, ctx.backend, ctx.inplace = rows.softcap, backend, inplace
         return loss.clone()
 
     @staticmethod
     @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        logits, token_ids, live, numbers, *saved = ctx.saved_tensors
-        rows, stats = Rows(logits, token_ids, live, numbers, ctx.softcap), RowStats(*saved[:4])
+        logits, token_ids, live, numbers, temperature, *saved = ctx.saved_tensors
+        rows = Rows(logits, token_ids, live, numbers, ctx.softcap, temperature)
+        stats = RowStats(*saved[:4])
         gradients = RowGradients(*(None if slope is None else slope * upstream for slope in saved[4:]))
         return backward_rows(rows, stats, gradients, ctx.backend, ctx.inplace), *(None,) * 6
 
@@ -141,7 +142,7 @@ class LogProbs(torch.autograd.Function):
         ctx: Any, logits: Tensor, rows: Rows, shard: VocabShard | None, backend: str, inplace: bool
     ) -> tuple[Tensor, Tensor]:
         stats = row_stats(rows._replace(logits=logits), shard, backend)
-        ctx.save_for_backward(logits, *rows[1:4], *stats)
+        ctx.save_for_backward(logits, *rows[1:4], rows.temperature, *stats)
         ctx.set_materialize_grads(False)
         ctx.softcap, ctx.shard, ctx.backend, ctx.inplace = rows.softcap, shard, backend, inplace
         return stats.log_prob, stats.entropy
@@ -151,8 +152,8 @@ class LogProbs(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream == (None, None):
             return None, None, None, None, None
-        logits, token_ids, live, numbers, *stats = ctx.saved_tensors
-        rows = Rows(logits, token_ids, live, numbers, ctx.softcap)
+        logits, token_ids, live, numbers, temperature, *stats = ctx.saved_tensors
+        rows = Rows(logits, token_ids, live, numbers, ctx.softcap, temperature)
         gradients = RowGradients(*(None if slope is None else slope.contiguous() for slope in upstream))
         if ctx.shard is None:
             gradient = backward_rows(rows, RowStats(*stats), gradients, ctx.backend, ctx.inplace)

@@ -12,6 +12,7 @@ from . import names
 from .aggregation import AGGREGATIONS, Aggregation, AggregationName, numbers_elsewhere, refuse_class
 from .checks import check_limit, plain, read_name, settle_count, settle_name, settle_number
 from .compiler import computed_once
+from .divergence import Divergence
 from .kl import KL
 from .levels import LEVELS, Level, LevelName
 from .names import check_options, translates_fields
@@ -25,7 +26,8 @@ from .surrogates.registration import check_surrogate
 class LossConfig:
     """An objective of the GRPO family.
 
-    loss = Σ_t w_t·( u_t·ρ_t·f(ℓ_t, r_t, A_t) + kl.coef·k(ℓ_t - ref_t) ) - entropy_coef·Σ_t w'_t·H_t
+    loss = Σ_t w_t·( u_t·ρ_t·f(ℓ_t, r_t, A_t) + kl.coef·k(ℓ_t - ref_t) + divergence.coef·D_t )
+           - entropy_coef·Σ_t w'_t·H_t
 
     Args:
         surrogate: f, a class of ``grpo_kernels.surrogates`` with its own parameters.
@@ -41,6 +43,7 @@ class LossConfig:
             (TRL, Liger). verl and OpenRLHF use 20.
         constant_length: the length in the "constant" aggregation (Dr. GRPO: the longest completion).
         group_size: consecutive sequences that share a prompt, for "group_mean".
+        divergence: D, a divergence over the whole vocabulary from the ``teacher=`` of a call; None: no such term.
 
     Raises:
         ValueError: an unknown name (the nearest one is suggested) or a number out of its range.
@@ -56,6 +59,7 @@ class LossConfig:
     log_ratio_limit: float | None = 20.0
     constant_length: int | None = None
     group_size: int | None = None
+    divergence: Divergence | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.surrogate, Surrogate):
@@ -63,6 +67,9 @@ class LossConfig:
         check_surrogate(self.surrogate)
         if not isinstance(self.kl, KL):
             raise TypeError(f"LossConfig(kl=...) must be a KL such as KL(0.04); got {self.kl!r}.")
+        if not (self.divergence is None or isinstance(self.divergence, Divergence)):
+            expected = "a Divergence such as Divergence('reverse_kl'), or None"
+            raise TypeError(f"LossConfig(divergence=...) must be {expected}; got {self.divergence!r}.")
         settle_name(self, "level", "level", LEVELS)
         self._read_aggregation()
         if self.entropy_aggregation is not None:
@@ -159,6 +166,8 @@ class LossConfig:
         terms = ["·".join([*(f"[{factor}]" for factor in factors), f"({term})"]) if factors else term]
         if self.kl.coef:
             terms.append(f"{self.kl.coef:g}·{self.kl.written()}")
+        if self.divergence is not None:
+            terms.append(f"{self.divergence.coef:g}·{self.divergence.written()}")
         where = f", {self.pooling.equation}" if self.surrogate.uses_ratio else ""
         where += "".join(f", r of ratios times {factor}" for factor in folded)
         entropy = f" - {self.entropy_coef:g}·entropy" if self.entropy_coef else ""

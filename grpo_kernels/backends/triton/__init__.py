@@ -21,6 +21,8 @@ from ..contract import (
     TokenValues,
     batch_and_row_stride,
 )
+from ..eager import divergence as divergence
+from ..eager import divergence_backward as divergence_backward
 from ..spec import ObjectiveSpec
 
 _MINIMUM_TRITON = (3, 6)
