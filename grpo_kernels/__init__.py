@@ -14,13 +14,16 @@ from .calls.context import ContextPart, split_context
 from .calls.outputs import LossOutput, TokenLogProbs
 from .calls.routes import Route
 from .calls.support import MinP, TopK, TopP
+from .calls.teacher import Teacher
 from .calls.tokens import align
+from .divergences import TokenDivergence, linear_token_divergence, token_divergence
 from .linear import LinearGRPOLoss, linear_grpo_loss, linear_token_log_probs
 from .log_probs import token_log_probs
 from .loss import GRPOLoss, grpo_loss
 from .objectives.advantages import value_loss
 from .objectives.aggregation import Constant, GroupMean, SequenceMean, SequenceSum, TokenMean
 from .objectives.config import LossConfig
+from .objectives.divergence import Divergence
 from .objectives.kl import KL
 from .objectives.metrics import Metrics
 from .objectives.normalizer import Normalizer, normalizer
@@ -41,6 +44,7 @@ __all__ = [
     "Clip",
     "Constant",
     "ContextPart",
+    "Divergence",
     "DppoKL",
     "DppoTV",
     "Dro",
@@ -63,6 +67,8 @@ __all__ = [
     "SequenceMean",
     "SequenceSum",
     "Surrogate",
+    "Teacher",
+    "TokenDivergence",
     "TokenLogProbs",
     "TokenMean",
     "TopK",
@@ -75,6 +81,7 @@ __all__ = [
     "grpo_loss",
     "hf",
     "linear_grpo_loss",
+    "linear_token_divergence",
     "linear_token_log_probs",
     "match",
     "normalizer",
@@ -83,6 +90,7 @@ __all__ = [
     "register_surrogate",
     "shadow",
     "split_context",
+    "token_divergence",
     "token_log_probs",
     "value_loss",
 ]

@@ -104,7 +104,7 @@ def presets_table() -> str:
     lines = ["| preset | f | level | aggregation | paper | the paper's coefficients |", "| --- |" + " --- |" * 5]
     for name, preset in LossConfig.presets().items():
         config = preset.config
-        cells = [f"`{name}`", f"`{config.surrogate!r}`", config.level, config.weighting.name, preset.paper]
+        cells = [f"`{name}`", f"`{config.policy_term!r}`", config.level, config.weighting.name, preset.paper]
         lines.append("| " + " | ".join([*cells, preset.coefficients]) + " |")
     return "\n".join(lines)
 
@@ -116,7 +116,7 @@ def surrogates_table() -> str:
         "| --- |" + " --- |" * 6,
     ]
     for cls in BUILT_IN:
-        presets = (name for name, preset in LossConfig.presets().items() if type(preset.config.surrogate) is cls)
+        presets = (name for name, preset in LossConfig.presets().items() if type(preset.config.policy_term) is cls)
         names = ", ".join(f"`{name}`" for name in presets)
         passes = "two" if cls.kernel_id is None else "one"
         cells = [f"`{cls.__name__}`", cls.equation, cls.slope_equation, passes, names, cls.paper, cls.found_in]

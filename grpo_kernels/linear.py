@@ -15,6 +15,7 @@ from .calls.arguments import check_logit_args, checked_scale, read_head
 from .calls.batch import LossArguments, read_batch
 from .calls.chunks import CHUNK_BYTES, LiveRows, chunk_rows
 from .calls.contents import check_ids, check_shift
+from .calls.divergence import refuse_shards
 from .calls.head import HeadTensors, Wants, operand_dtype
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
@@ -32,8 +33,10 @@ from .calls.sharding import (
     read_shard,
     vocabulary_agreement,
 )
-from .calls.sweep import LinearLoss, Sweep
-from .calls.terms import TokenBatch, pools, settle
+from .calls.sweep import LinearLogProbs, LinearLoss, Sweep
+from .calls.teacher import Teacher, first_columns
+from .calls.teacher_rows import TeacherStates
+from .calls.terms import Diverged, TokenBatch, pools, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
 from .calls.token_losses import token_losses as losses_of_tokens
 from .calls.tokens import RowTokens, read_linear_tokens
@@ -56,7 +59,7 @@ def linear_grpo_loss(
     hidden: Tensor,
     weight: Tensor,
     token_ids: Tensor,
-    advantages: Tensor,
+    advantages: Tensor | None,
     mask: Tensor | None = None,
     *,
     bias: Tensor | None = None,
@@ -65,12 +68,14 @@ def linear_grpo_loss(
     ref_log_probs: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
     token_weights: Tensor | None = None,
+    teacher: Teacher | None = None,
     cu_seqlens: Tensor | None = None,
     config: LossConfig | str = "grpo",
     normalizer: float | Tensor | Normalizer | None = None,
     grad_scale: float | Tensor | None = None,
     kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
+    divergence_coef: float | Tensor | None = None,
     entropy_threshold: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_scale: float | Tensor = 1.0,
@@ -101,14 +106,16 @@ def linear_grpo_loss(
         adapter: (states, weight), whose product states @ weight.T is added to the logits, in one small GEMM a chunk:
             LoRA on the head is ``(scaling * dropout(hidden) @ A.T, B)``. States of hidden's leading shape with r
             columns, weight (V, r), each of any floating dtype: cast to hidden's (under autocast to its) for GEMMs.
+        teacher: as for ``grpo_loss``, and ``Teacher(hidden=..., weight=...)``, whose logits exist a chunk at a time as
+            well: 2·N·H'·V FLOPs more. The head may be the policy's own, as beside an adapter.
         token_losses: as for ``grpo_loss``, from log-probs whose backward computes the logits a second time (8·N·H·V
             FLOPs in place of 6).
         live_tokens: how many tokens the mask leaves (with ``skip_zero_advantage``, of A != 0), or a bound of it: then
             nothing waits for the device, which otherwise is asked once, before any GEMM. Where there are more, loss
             and outputs are NaN (on a CPU an error). On a GPU, pooled ratios of more than one chunk then compute the
             logits twice.
-        chunk_bytes: memory for a chunk's logits, hidden states, adapter states and their gradients. Results do not
-            depend on it beyond rounding, and on nothing but shapes and dtypes otherwise.
+        chunk_bytes: memory for a chunk's logits, a teacher's too, hidden states, adapter states and their gradients.
+            Results do not depend on it beyond rounding, and on nothing but shapes and dtypes otherwise.
         logits_dtype: torch.float32 keeps the logits of a bf16 or fp16 head unrounded, as its GEMM accumulates them, at
             twice the memory a row; None: the head's dtype, as a materialised head rounds them.
         vocab_group: the ranks that hold the rows of one head in rank order, a process group or a device mesh of one
@@ -133,6 +140,11 @@ def linear_grpo_loss(
         refuse_keywords(linear_grpo_loss, unknown)
     if sequence_group is not None and not isinstance(sequence_group, Agreed):
         return over_ranks(linear_grpo_loss, locals())
+    if teacher is not None:
+        teacher, (weight, bias, adapter) = beside_teacher(
+            "linear_grpo_loss", teacher, (weight, bias, adapter), hidden, vocab_group, vocab_start, vocab_size
+        )
+        vocab_size = None
     made = None
     if isinstance(old_log_probs, TokenLogProbs):
         made, old_log_probs = old_log_probs.made, old_log_probs.log_probs
@@ -147,6 +159,8 @@ def linear_grpo_loss(
         kl_coef=kl_coef,
         entropy_coef=entropy_coef,
         entropy_threshold=entropy_threshold,
+        divergence_coef=divergence_coef,
+        teacher=teacher,
         skip_zero_advantage=skip_zero_advantage,
         token_losses=token_losses,
         sequence_group=sequence_group,
@@ -168,7 +182,8 @@ def linear_grpo_loss(
         wants = Wants.of(head)
         if token_losses:
             refuse_what_losses_of_tokens_lack(tokens, grad_scale)
-        choice = choose_backend(tokens, backend, logit_softcap is not None, fused=any(wants))
+        of_teacher = None if teacher is None else teacher.dtype
+        choice = choose_backend(tokens, backend, logit_softcap is not None, any(wants), of_teacher)
         tokens, batch = read_batch(tokens, config, arguments)
         plan = choose(
             tokens,
@@ -183,7 +198,10 @@ def linear_grpo_loss(
         if grad_scale is not None:
             checked_scale("linear_grpo_loss", grad_scale, check)
         check_ids(tokens, always=head.hidden.device.type == "cpu")
-        rows = _chunk_rows(tokens, head, chunk_bytes)
+        beside = None
+        if teacher is not None and config.divergence is not None:
+            beside = TeacherStates.read(tokens, teacher, config.divergence, logit_args, logits_dtype, check)
+        rows = chunk_rows_of(tokens, head, chunk_bytes, beside)
         if facts is not None:
             named = {"config": config, "arguments": arguments.given, "gradients of states": wants.states}
             how = {"rows of a chunk": rows, "hidden_grad": hidden_grad}
@@ -198,13 +216,16 @@ def linear_grpo_loss(
     together = plan.spec is None and pools(config, batch) and any(wants) and not token_losses
     sequences = batch.sequences if together and not isinstance(batch.sequences, Joined) else None
     chunks = (live_tokens, rows, states_sum, sequences, wide)
-    sweep = _sweep(tokens, numbers, logit_args, plan.route, head, *chunks)
+    sweep = sweep_of(tokens, numbers, logit_args, plan.route, head, *chunks, teacher=beside)
     if token_losses:
-        log_prob, entropy = autograd.LinearLogProbs.apply(sweep, *head)
+        log_prob, entropy, *diverged = LinearLogProbs.apply(sweep, *head)
         with torch.no_grad():
             values = TokenValues(log_prob.detach(), entropy.detach(), batch.live)
-            metrics = settle(config, batch, values, numbers, sweep.backend).metrics
+            known = Diverged(*(value.detach() for value in diverged)) if diverged else None
+            metrics = settle(config, batch, values, numbers, sweep.backend, known).metrics
         loss = losses_of_tokens(config, batch, log_prob, entropy)
+        if batch.divergence_weight is not None:
+            loss = loss + weighed(batch.divergence_weight, diverged[0])
     else:
         with torch.no_grad():
             loss, metrics, values, gradients = LinearLoss(config, batch, sweep, plan).compute(wants, head)
@@ -266,14 +287,14 @@ def linear_token_log_probs(
         tokens = read_linear_tokens("linear_token_log_probs", head, token_ids, mask, logits_dtype, {}, check, shard)
         route = choose_log_probs(tokens, backend=backend, softcap=logit_softcap is not None, require=require)
         check_ids(tokens, always=head.hidden.device.type == "cpu")
-        rows = _chunk_rows(tokens, head, chunk_bytes)
+        rows = chunk_rows_of(tokens, head, chunk_bytes)
         if facts is not None:
             how = {"rows of a chunk": rows, "hidden_grad": hidden_grad, "gradients of states": Wants.of(head).states}
             facts |= facts_of(tokens, logit_args, {}, **how)
     _check_shift(tokens, head, logit_args)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, hidden.device)
-    sweep = _sweep(tokens, numbers, logit_args, route, head, live_tokens, rows, states_sum)
-    log_prob, entropy = autograd.LinearLogProbs.apply(sweep, *head)
+    sweep = sweep_of(tokens, numbers, logit_args, route, head, live_tokens, rows, states_sum)
+    log_prob, entropy = LinearLogProbs.apply(sweep, *head)
     log_prob, entropy = sweep.valid(log_prob), sweep.valid(entropy)
     made = Made.of(tokens, route.backend, logit_args, None)
     return TokenLogProbs.by(log_prob.view(tokens.shape), entropy.view(tokens.shape), made)
@@ -303,20 +324,44 @@ def _fp16_scale(batch: TokenBatch, config: LossConfig, logit_args: LogitArgs) ->
     if inputs.policy_weight.numel() == 0:
         return torch.ones((), device=inputs.policy_weight.device)
     sizes = inputs.advantage.abs()
-    if not config.surrogate.flat_at_zero_advantage:
+    if not config.policy_term.flat_at_zero_advantage:
         sizes = sizes.clamp(min=64)  # a slope of its own: DRO's spring at 20 nats
-    factors = (weighed(inputs.policy_weight, sizes), inputs.kl_weight, inputs.entropy_weight)
+    factors = (weighed(inputs.policy_weight, sizes), inputs.kl_weight, inputs.entropy_weight, batch.divergence_weight)
     largest = torch.stack([values.abs().amax() for values in factors if values is not None]).amax()
     largest = largest * logit_args.logit_scale / logit_args.temperature
     return torch.exp2(-largest.clamp(min=2**-24, max=2.0**100).nan_to_num(nan=1.0).log2().floor() - 6)
 
 
-def _chunk_rows(tokens: RowTokens, head: HeadTensors, chunk_bytes: int) -> int:
+def chunk_rows_of(tokens: RowTokens, head: HeadTensors, chunk_bytes: int, teacher: TeacherStates | None = None) -> int:
     check_scalar(tokens.function, "chunk_bytes", chunk_bytes)
-    return chunk_rows(tokens, head.width, operand_dtype(head.hidden), int(chunk_bytes))
+    beside = 0 if teacher is None else teacher.row_bytes
+    return chunk_rows(tokens, head.width, operand_dtype(head.hidden), int(chunk_bytes), beside)
 
 
-def _sweep(
+_Adapter = tuple[Tensor, Tensor] | None
+
+
+def beside_teacher(
+    function: str,
+    teacher: Teacher,
+    head: tuple[Tensor, Tensor | None, _Adapter],
+    hidden: Tensor,
+    vocab_group: Group | None,
+    vocab_start: int | None,
+    vocab_size: int | None,
+) -> tuple[Teacher, tuple[Tensor, Tensor | None, _Adapter]]:
+    """Return teacher and head (weight, bias, adapter) over the columns that count."""
+    weight, bias, adapter = head
+    refuse_shards(function, vocab_group, vocab_start, (weight, hidden))
+    if vocab_size is None or not isinstance(teacher, Teacher):
+        return teacher, head
+    of_adapter = adapter[1] if isinstance(adapter, tuple) and len(adapter) == 2 else None
+    teacher, (own, own_bias, own_adapter) = first_columns(function, vocab_size, teacher, 0, weight, bias, of_adapter)
+    assert own is not None
+    return teacher, (own, own_bias, adapter if own_adapter is None or adapter is None else (adapter[0], own_adapter))
+
+
+def sweep_of(
     tokens: RowTokens,
     numbers: Tensor,
     logit_args: LogitArgs,
@@ -327,6 +372,7 @@ def _sweep(
     sum_of_states: Callable[[Tensor], Callable[[], Tensor]] | None,
     sequences: Sequences | None = None,
     wide: bool = False,
+    teacher: TeacherStates | None = None,
 ) -> Sweep:
     live_rows = LiveRows.of(tokens, rows, live_tokens, sequences)
     return Sweep(
@@ -341,6 +387,7 @@ def _sweep(
         states_sum=sum_of_states,
         backend=route.backend,
         wide=wide,
+        teacher=teacher,
     )
 
 
@@ -359,7 +406,7 @@ class LinearGRPOLoss(LossModule):
         hidden: Tensor,
         weight: Tensor,
         token_ids: Tensor,
-        advantages: Tensor,
+        advantages: Tensor | None,
         mask: Tensor | None = None,
         **options: Any,
     ) -> LossOutput:

@@ -15,6 +15,7 @@ from .calls import autograd
 from .calls.arguments import check_inplace, check_logit_args, checked_scale
 from .calls.batch import LossArguments, read_batch
 from .calls.contents import check_contents, check_ids
+from .calls.divergence import Beside, DivergedLogProbs, read_teacher, refuse_columns_inplace, refuse_shards
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
 from .calls.over_ranks import Agreed, over_ranks
@@ -33,12 +34,14 @@ from .calls.sharding import (
     vocabulary_agreement,
 )
 from .calls.support import Support, Supported, check_not_inplace, supported_log_probs
-from .calls.terms import Settled, TokenBatch, reduce_records, settle
+from .calls.teacher import Teacher, first_columns
+from .calls.terms import Diverged, Settled, TokenBatch, reduce_records, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
 from .calls.token_losses import token_losses as losses_of_tokens
 from .calls.tokens import read_tokens
 from .calls.vocabulary import SHARDED
 from .objectives.config import LossConfig, resolve_config
+from .objectives.maths import weighed
 from .objectives.names import NoKeyword, refuse_keywords
 from .objectives.normalizer import Normalizer
 
@@ -49,19 +52,21 @@ if TYPE_CHECKING:
 def grpo_loss(
     logits: Tensor,
     token_ids: Tensor,
-    advantages: Tensor,
+    advantages: Tensor | None,
     mask: Tensor | None = None,
     *,
     old_log_probs: Tensor | TokenLogProbs | None = None,
     ref_log_probs: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
     token_weights: Tensor | None = None,
+    teacher: Teacher | None = None,
     cu_seqlens: Tensor | None = None,
     config: LossConfig | str = "grpo",
     normalizer: float | Tensor | Normalizer | None = None,
     grad_scale: float | Tensor | None = None,
     kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
+    divergence_coef: float | Tensor | None = None,
     entropy_threshold: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_scale: float | Tensor = 1.0,
@@ -81,17 +86,19 @@ def grpo_loss(
 ) -> LossOutput:
     """The GRPO-family loss of ``config``, its gradient in the logits and its metrics.
 
-    loss = Σ_t w_t·( u_t·ρ_t·f(ℓ_t, r_t, A_t) + kl_coef·k(ℓ_t - ref_t) ) - entropy_coef·Σ_t w'_t·H_t, with ℓ_t the
-    log-softmax of softcap(logits·logit_scale)/temperature at the token, r_t = exp(ℓ_t - old_t), f the surrogate, w the
-    aggregation, u the ``token_weights`` and ρ the rollout correction (Shao et al. 2024, arXiv:2402.03300, and the
-    presets' papers).
+    loss = Σ_t w_t·( u_t·ρ_t·f(ℓ_t, r_t, A_t) + kl_coef·k(ℓ_t - ref_t) + divergence_coef·D_t )
+           - entropy_coef·Σ_t w'_t·H_t,
+    with ℓ_t the log-softmax of softcap(logits·logit_scale)/temperature at the token, r_t = exp(ℓ_t - old_t), f the
+    surrogate, w the aggregation, u the ``token_weights``, ρ the rollout correction and D the divergence of the row from
+    a teacher's (Shao et al. 2024, arXiv:2402.03300, and the presets' papers).
 
     Args:
         logits: (B, T, V), or (B, T+1, V) as a causal model returns it (the last row is unused), or packed (N, V) or
             (1, N, V). float32, bfloat16, float16 or float64; any batch and row stride, last stride 1.
         token_ids: integers (B, T), packed (N,) or (1, N): ``token_ids[:, t]`` is the token that row t *predicts*
             (``align`` makes it).
-        advantages: (B,), (B, 1) or (B, T); packed (S,) or token-sized ((1, N) where N is S as well).
+        advantages: (B,), (B, 1) or (B, T); packed (S,) or token-sized ((1, N) where N is S as well). None where the
+            config has no surrogate.
         mask: shape of token_ids, bool or numbers >= 0, non-zero where live. A masked row is never read.
         old_log_probs: of the policy that the batch is compared with; None: on-policy, ratio 1, differentiable. In fp32
             where ratios are pooled over sequences: bf16 would move all of them. A whole ``TokenLogProbs`` knows how it
@@ -99,6 +106,8 @@ def grpo_loss(
         ref_log_probs: of the reference policy; needed by a KL term.
         rollout_log_probs: of the sampler, NaN where unknown; for metrics and the config's rollout correction.
         token_weights: u, factors of the policy term (not of the KL).
+        teacher: the distribution that the config's ``divergence`` is taken to: ``Teacher(logits=...)``, or top-k ids
+            and log-probs of it.
         cu_seqlens: (S+1,) bounds of packed sequences; rows before the first and past the last count as masked.
         config: a LossConfig or a preset's name.
         normalizer: replaces the denominator over the batch: from ``normalizer()``, which knows what it counted, or a
@@ -106,7 +115,7 @@ def grpo_loss(
         grad_scale: the factor (> 0) that the caller will put on the loss before backward: 1/accumulation steps, a
             gradient scaler's scale. The gradient is written already multiplied by it; ``loss`` is not. Announced, it
             costs nothing; unannounced, a read and write of the gradient.
-        kl_coef, entropy_coef: replace the config's, for annealing; numbers or 0-d device tensors.
+        kl_coef, entropy_coef, divergence_coef: replace the config's, for annealing; numbers or 0-d device tensors.
         entropy_threshold: tokens whose entropy (nats) is lower have no policy term; they stay in the denominators. A
             quantile of ``token_log_probs(...).entropy`` keeps the rest (Wang et al. 2025, arXiv:2506.01939).
         temperature, logit_scale, logit_softcap: how logits become log-probs, > 0; numbers or 0-d tensors.
@@ -122,9 +131,9 @@ def grpo_loss(
             comes back, bit for bit. Two passes, and one collective of four numbers a token, in forward. Logits may be a
             DTensor instead (``Shard(-1)`` on one dimension of its mesh), which says all this by itself.
         vocab_start: this rank's first column; None: ranks hold columns one after the other.
-        vocab_size: how many columns count: ids are below it, and what a padded vocabulary has beyond it has no
-            probability and gradient 0. Where one of the two is not given, ranks tell each other how many columns they
-            have, which waits for a device.
+        vocab_size: how many columns count, of a teacher as well: ids are below it, and what a padded vocabulary has
+            beyond it has no probability and gradient 0. Where one of the two is not given, ranks tell each other how
+            many columns they have, which waits for a device.
         sequence_group: the ranks that hold the other tokens of these sequences, a process group or a mesh of one
             dimension: all have the same sequences in the same order, each any of their tokens (``split_context``), or
             none. ``loss`` is this rank's share; shares, and gradients of what all ranks hold, add up.
@@ -152,6 +161,12 @@ def grpo_loss(
         return outside_a_graph(grpo_loss, locals())
     if sequence_group is not None and not isinstance(sequence_group, Agreed):
         return over_ranks(grpo_loss, locals())
+    if teacher is not None:
+        refuse_shards("grpo_loss", vocab_group, vocab_start, (logits, token_ids))
+        if vocab_size is not None:
+            teacher, (logits,) = first_columns("grpo_loss", vocab_size, teacher, -1, logits)  # type: ignore[assignment]
+            inplace = refuse_columns_inplace("grpo_loss", inplace)
+            vocab_size = None
     made = None
     if isinstance(old_log_probs, TokenLogProbs):
         made, old_log_probs = old_log_probs.made, old_log_probs.log_probs
@@ -166,6 +181,8 @@ def grpo_loss(
         kl_coef=kl_coef,
         entropy_coef=entropy_coef,
         entropy_threshold=entropy_threshold,
+        divergence_coef=divergence_coef,
+        teacher=teacher,
         skip_zero_advantage=skip_zero_advantage,
         token_losses=token_losses,
         sequence_group=sequence_group,
@@ -188,7 +205,8 @@ def grpo_loss(
             check_inplace("grpo_loss", inplace, logits, tokens.tensors)
         unannounced = UNSCALED if grad_scale is None and logits.dtype == torch.float16 else None
         unannounced = ON_DEMAND if token_losses else unannounced if shard is None else SHARDED
-        choice = choose_backend(tokens, backend, logit_softcap is not None, fused=wants_gradient)
+        of_teacher = None if teacher is None else teacher.dtype
+        choice = choose_backend(tokens, backend, logit_softcap is not None, wants_gradient, of_teacher)
         tokens, batch = read_batch(tokens, config, arguments)
         plan = choose(
             tokens,
@@ -201,6 +219,9 @@ def grpo_loss(
             copies=support is not None,
             unknown=unannounced,
         )
+        beside = None
+        if teacher is not None and config.divergence is not None:
+            beside = read_teacher(tokens, teacher, config.divergence, logit_args, support, check)
         scale = 1.0 if grad_scale is None else checked_scale("grpo_loss", grad_scale, check)
         if support is not None:
             check_not_inplace("grpo_loss", inplace, tokens.tensors)
@@ -217,10 +238,13 @@ def grpo_loss(
         check_contents(tokens, backend, logit_args)
     numbers = numbers_vector(logit_args, scale, config, tokens.real, logits.device, entropy_threshold)
     rows = Rows(logits, tokens.token_ids, tokens.live, numbers, logit_softcap is not None)
-    call = _Call(config, rows, batch, backend, inplace)
+    call = _Call(config, rows, batch, backend, inplace, beside)
 
     if support is not None:
         outputs = supported_log_probs(logits, tokens, support, logit_args, backend)
+        outcome = call.tokens_of(*outputs) if token_losses else call.of_log_probs(*outputs)
+    elif beside is not None and not (plan.fused and plan.spec is not None):
+        outputs = DivergedLogProbs.apply(logits, call.rows, *beside, backend, inplace)
         outcome = call.tokens_of(*outputs) if token_losses else call.of_log_probs(*outputs)
     elif token_losses or shard is not None:
         outputs = autograd.LogProbs.apply(logits, call.rows, shard, backend, inplace)
@@ -250,6 +274,8 @@ class _Call:
     batch: TokenBatch
     backend: str
     inplace: bool
+    beside: Beside | None = None
+    """The teacher's rows."""
 
     def forward_only(self) -> Outcome:
         with torch.no_grad():
@@ -262,12 +288,15 @@ class _Call:
         with torch.no_grad():
             gradient = rows.logits.detach()
             arguments = (rows._replace(logits=gradient), batch.inputs, spec, self.backend)
-            if self.inplace:
+            diverged = None
+            if self.beside is not None:
+                log_prob, entropy, diverged, records, gradient = self._one_pass_of_pairs(self.beside, spec)
+            elif self.inplace:
                 log_prob, entropy, records = ops.fused_loss_(*arguments)
             else:
                 log_prob, entropy, records, gradient = ops.fused_loss(*arguments)
             values = TokenValues(log_prob, entropy, batch.live)
-            value, metrics = reduce_records(self.config, batch, values, records, self.backend)
+            value, metrics = reduce_records(self.config, batch, values, records, self.backend, diverged=diverged)
         announced = rows.numbers[NUMBERS.index("grad_scale")]
         loss = autograd.KnownGradients.apply(
             value, announced, rows.token_ids, self.backend, "grpo_loss", rows.logits, gradient
@@ -284,23 +313,43 @@ class _Call:
         )
         return Outcome(loss, settled.metrics, stats.log_prob, stats.entropy)
 
-    def of_log_probs(self, log_prob: Tensor, entropy: Tensor) -> Outcome:
-        """Return the loss of log-probs and entropies that make their own gradient."""
+    def of_log_probs(self, log_prob: Tensor, entropy: Tensor, *diverged: Tensor) -> Outcome:
+        """Return the loss of log-probs and entropies that make their own gradient, and what is ``Diverged``."""
         with torch.no_grad():
-            settled = self._settle(log_prob.detach(), entropy.detach())
-        loss = autograd.LossOfLogProbs.apply(log_prob, entropy, settled.loss, *settled.gradients)
+            settled = self._settle(log_prob.detach(), entropy.detach(), *(value.detach() for value in diverged))
+        divergence = diverged[0] if diverged else None
+        loss = autograd.LossOfLogProbs.apply(
+            log_prob, entropy, divergence, settled.loss, *settled.gradients, settled.grad_divergence
+        )
         return Outcome(loss, settled.metrics, log_prob.detach(), entropy.detach())
 
-    def tokens_of(self, log_prob: Tensor, entropy: Tensor) -> Outcome:
+    def tokens_of(self, log_prob: Tensor, entropy: Tensor, *diverged: Tensor) -> Outcome:
         """Return losses of tokens, from such log-probs and entropies."""
         with torch.no_grad():
-            metrics = self._settle(log_prob.detach(), entropy.detach()).metrics
+            metrics = self._settle(log_prob.detach(), entropy.detach(), *(value.detach() for value in diverged)).metrics
         losses = losses_of_tokens(self.config, self.batch, log_prob, entropy)
+        if diverged:
+            assert self.batch.divergence_weight is not None
+            losses = losses + weighed(self.batch.divergence_weight, diverged[0])
         return Outcome(losses, metrics, log_prob.detach(), entropy.detach())
 
-    def _settle(self, log_prob: Tensor, entropy: Tensor) -> Settled:
+    def _one_pass_of_pairs(self, beside: Beside, spec: ObjectiveSpec) -> tuple[Any, ...]:
+        """Return log-probs, entropies, what diverged, records and the logits' gradient."""
+        rows, weight = self.rows._replace(logits=self.rows.logits.detach()), self.batch.divergence_weight
+        assert weight is not None
+        arguments = (rows, *beside, self.batch.inputs, weight, spec, self.backend)
+        if self.inplace:
+            stats, teacher, divergences, records = ops.fused_divergence_(*arguments)
+            gradient = rows.logits
+        else:
+            stats, teacher, divergences, records, gradient = ops.fused_divergence(*arguments)
+        diverged = Diverged(divergences.divergence, teacher.entropy)
+        return stats.log_prob, stats.entropy, diverged, records, gradient
+
+    def _settle(self, log_prob: Tensor, entropy: Tensor, *diverged: Tensor) -> Settled:
         values = TokenValues(log_prob, entropy, self.batch.live)
-        return settle(self.config, self.batch, values, self.rows.numbers, self.backend)
+        known = Diverged(*diverged) if diverged else None
+        return settle(self.config, self.batch, values, self.rows.numbers, self.backend, known)
 
 
 class GRPOLoss(LossModule):
@@ -314,7 +363,12 @@ class GRPOLoss(LossModule):
     function = staticmethod(grpo_loss)
 
     def forward(
-        self, logits: Tensor, token_ids: Tensor, advantages: Tensor, mask: Tensor | None = None, **options: Any
+        self,
+        logits: Tensor,
+        token_ids: Tensor,
+        advantages: Tensor | None,
+        mask: Tensor | None = None,
+        **options: Any,
     ) -> LossOutput:
         """See ``grpo_loss``."""
         return grpo_loss(logits, token_ids, advantages, mask, config=self.config, **{**self.options, **options})

@@ -81,6 +81,9 @@ def policy_loss(
     if sequence_group is not None and not isinstance(sequence_group, Agreed):
         return over_ranks(policy_loss, locals())
     config = resolve_config(config)
+    if config.divergence is not None:
+        hint = "token_divergence gives the divergence of every token, differentiable, to be added to token_losses"
+        fail("policy_loss", "a config without a divergence, which needs rows", repr(config.divergence), hint=hint)
     if isinstance(old_log_probs, TokenLogProbs):
         old_log_probs = old_log_probs.log_probs
     arguments = LossArguments(
@@ -114,7 +117,7 @@ def policy_loss(
     if token_losses:
         losses = losses_of_tokens(config, batch, log_prob, entropies)
         return Outcome(losses, settled.metrics, *values[:2]).of_tokens(tokens.shape, route)
-    loss = autograd.LossOfLogProbs.apply(log_prob, entropies, settled.loss, *settled.gradients)
+    loss = autograd.LossOfLogProbs.apply(log_prob, entropies, None, settled.loss, *settled.gradients, None)
     known, of_rows = values.log_prob.view(tokens.shape), values.entropy.view(tokens.shape)
     return LossOutput(loss, settled.metrics, known, of_rows, route)
 

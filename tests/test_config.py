@@ -189,7 +189,7 @@ def test_refusals(make, message):
 
 
 def test_wrong_types():
-    with pytest.raises(TypeError, match=r"must be a Surrogate such as Clip\(\); got 'clip'"):
+    with pytest.raises(TypeError, match=r"must be a Surrogate such as Clip\(\), or None .*; got 'clip'"):
         LossConfig("clip")
     with pytest.raises(TypeError, match=r"must be a KL such as KL\(0.04\); got 0.04"):
         LossConfig(kl=0.04)

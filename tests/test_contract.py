@@ -16,7 +16,7 @@ from grpo_kernels.backends import cpu, cuda, native
 from grpo_kernels.backends.contract import DivergenceStats, RowGradients, RowStats, TokenInputs, TokenRecords
 from grpo_kernels.backends.spec import NUMBERS, SURROGATE_PARAMETERS, ObjectiveSpec
 from grpo_kernels.objectives.kl import ESTIMATORS, GRADIENTS
-from grpo_kernels.objectives.metrics import FIELDS
+from grpo_kernels.objectives.metrics import OF_KERNELS
 from grpo_kernels.objectives.rollout import MaskedIS, Rejection, TruncatedIS
 from grpo_kernels.objectives.surrogates import BUILT_IN, CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW
 
@@ -132,7 +132,7 @@ def test_choices_of_triton():
 def test_metrics_are_summed_in_order():
     fields = [plain(name) for name in enum("cpu/token_sums.h", "SumField") if name not in ("SumFields", "Fields")]
     aliases = {"clippedlowcount": "clippedlow", "clippedhighcount": "clippedhigh", "clippeddualcount": "clippeddual"}
-    assert [aliases.get(name, name) for name in fields] == [plain(name) for name in FIELDS]
+    assert [aliases.get(name, name) for name in fields] == [plain(name) for name in OF_KERNELS]
 
 
 def test_dtypes():
@@ -146,9 +146,9 @@ def test_the_room_for_partial_sums_is_the_librarys():
     """Whatever the length of its chunks: Python has no number of its own that could be too small."""
     library = cpu.library()
     lengths = [library.grpo_cpu_partial_sums(n) for n in (0, 1, 512, 513, 5000)]
-    assert lengths[:2] == [0, len(FIELDS)]
+    assert lengths[:2] == [0, len(OF_KERNELS)]
     assert lengths == sorted(lengths)
-    assert lengths[-1] % len(FIELDS) == 0
+    assert lengths[-1] % len(OF_KERNELS) == 0
 
 
 WRONG = {

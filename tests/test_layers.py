@@ -21,7 +21,7 @@ LAYERS = {
     "objectives": 0,
     "backends": 1,
     "calls": 2,
-    **dict.fromkeys(("loss", "log_probs", "linear", "policy", "hf", "advantages", "surrogates"), 3),
+    **dict.fromkeys(("loss", "log_probs", "linear", "divergences", "policy", "hf", "advantages", "surrogates"), 3),
     **dict.fromkeys(("integrations", "verification"), 4),
     **dict.fromkeys(("matching", "bench", "training", "info", "__main__"), 5),
 }

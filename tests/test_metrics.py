@@ -49,6 +49,7 @@ def test_against_their_definitions(backend, scheme):
         "clip_dual": 0.0,
         "skipped_tokens": 0,
         "impossible_tokens": 0,
+        **dict.fromkeys(("divergence_loss", "divergence", "infinite_divergences", "teacher_entropy"), 0),
     }
     known = live & ~rollout.isnan()
     x = (log_probs - rollout)[known]
@@ -203,6 +204,6 @@ def token_records(tokens: int, missing: str, dtype: torch.dtype) -> list:
 
 def sums_of(backend, inputs: list, estimator: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     loss = torch.empty((), dtype=dtype)
-    sums = torch.empty(len(FIELDS), dtype=torch.float64)
+    sums = torch.zeros(len(FIELDS), dtype=torch.float64)
     backend.token_sums(*inputs, estimator, 7, loss, sums)
     return loss, sums

@@ -149,8 +149,8 @@ MUTANTS = {
     ),
     "metrics: extremes": (
         "objectives/metrics.py",
-        'FIELDS.index("ratio_max") :].amax(0)',
-        'FIELDS.index("ratio_max") :].amin(0)',
+        'FIELDS.index("ratio_max") : last].amax(0)',
+        'FIELDS.index("ratio_max") : last].amin(0)',
     ),
     "metrics: count": ("objectives/metrics.py", '"kl": ("kl_sum", "kl_count")', '"kl": ("kl_sum", "ratio_count")'),
     "unused row": (

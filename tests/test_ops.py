@@ -309,7 +309,7 @@ BAD = {
     "float bounds": (bad(cu_seqlens=torch.tensor([0.0, 4.0])), ValueError, r"cu_seqlens \(S\+1,\) of int32 or int64"),
     "packed in rows": (bad(cu_seqlens=torch.tensor([0, 4])), ValueError, r"packed tensors \(N,\) or .*got 3 rows"),
     "skipping with KL": (
-        bad(skip_zero_advantage=True, kl_coef=0.1), ValueError, "skip_zero_advantage=True .*got a KL term or an",
+        bad(skip_zero_advantage=True, kl_coef=0.1), ValueError, "skip_zero_advantage=True .*got a KL term, an",
     ),
     "skipping tokens of a pooled ratio": (
         bad(skip_zero_advantage=True, config="gspo", advantages=torch.zeros(3, 4)), ValueError, "need every token",

@@ -117,8 +117,9 @@ def test_reference_shares_no_maths():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 3:
                 names |= {alias.name for alias in node.names}
-    containers = {"KL", "LossConfig", "LossOutput", "Metrics", "Normalizer", "Point", "resolve_config"}
-    assert names == containers | {"check_pooled", "read_mask"}
+    options = {"KL", "Divergence", "LossConfig", "Normalizer", "resolve_config"}
+    containers = {"DIVERGENCE_SUMS", "LossOutput", "Metrics", "Point", "Teacher"}
+    assert names == options | containers | {"check_pooled", "read_mask"}
 
 
 def test_reference_knows_every_surrogate():

@@ -13,7 +13,7 @@ import torch
 
 from ..objectives.checks import check_name, fail, warn_caller
 from ..objectives.compiler import constant_in_graphs
-from .contract import Backend, FusedBackend
+from .contract import Backend, FusedBackend, PairBackend
 from .contract import Request as Request
 
 if TYPE_CHECKING:
@@ -71,6 +71,15 @@ get_fused = cast(Callable[[str], FusedBackend], get)
 """Returns a backend that was chosen for one pass."""
 
 
+get_pair = cast(Callable[[str], PairBackend], get)
+"""Returns a backend that was chosen for one pass over pairs of rows."""
+
+
+@constant_in_graphs
+def fuses_divergences(name: str) -> bool:
+    return hasattr(get(name), "fused_divergence")
+
+
 @constant_in_graphs
 def has_token_terms(name: str) -> bool:
     return hasattr(get(name), "token_terms")
@@ -88,7 +97,7 @@ def choose(function: str, request: Request, name: str | None) -> Choice:
     if name is not None:
         check_name("backend", name, _MODULES)
     device = request.device
-    what = (request.dtype, request.vocab, request.fused, request.softcap)
+    what = (request.dtype, request.vocab, request.fused, request.softcap, request.teacher)
     chosen, fuses, unfused, reasons = _choose(device.type, device.index, *what, name)
     if chosen:
         return Choice(chosen, fuses, unfused, reasons)
@@ -100,18 +109,27 @@ def choose(function: str, request: Request, name: str | None) -> Choice:
 
 @constant_in_graphs
 def _choose(
-    device: str, index: int | None, dtype: torch.dtype, vocab: int, fused: bool, softcap: bool, name: str | None
+    device: str,
+    index: int | None,
+    dtype: torch.dtype,
+    vocab: int,
+    fused: bool,
+    softcap: bool,
+    teacher: torch.dtype | None,
+    name: str | None,
 ) -> tuple[str, bool, str, str]:
     """Return the fields of a ``Choice``, its name "" for none. torch.compile runs this instead of tracing it."""
     named, name = name, switched() or name
     where = torch.device(device) if index is None else torch.device(device, index)
-    request = Request(where, dtype, vocab, fused, softcap, by_name=name is not None)
+    request = Request(where, dtype, vocab, fused, softcap, teacher, by_name=name is not None)
     reasons: dict[str, str] = {}
     for candidate in _MODULES if name is None else (name,):
         unsupported = get(candidate).unsupported
         unfused = reason = unsupported(request)
         if fused and unfused is not None:
             reason = unsupported(dataclasses.replace(request, fused=False))
+        elif fused and teacher is not None and not fuses_divergences(candidate):
+            unfused = "no kernel of it reads a row and its teacher's at once"
         if reason is None:
             passed_over = "; ".join(f"{other}: {why}" for other, why in reasons.items())
             if name != named:

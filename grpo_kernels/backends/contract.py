@@ -170,6 +170,8 @@ class Request:
     fused: bool = False
     """Whether the one-pass loss is asked for, not log-probs and their backward."""
     softcap: bool = False
+    teacher: torch.dtype | None = None
+    """Of a teacher's logits, whose rows come beside the policy's; None: no teacher."""
     by_name: bool = False
     """Whether the user named the backend. In automatic choice ``cuda`` has to be proven on such a device."""
 
@@ -197,7 +199,7 @@ class Backend(Protocol):
         loss: Tensor,
         sums: Tensor,
     ) -> None:
-        """Reduce records to the loss (0-d) and the sums behind its metrics (``metrics.FIELDS``, fp64).
+        """Reduce records to the loss (0-d) and the sums behind its metrics (``metrics.OF_KERNELS``, fp64).
 
         ``masked_in`` (bool) counts in the denominators, ``kl_estimator`` is 1 + its place in ``kl.ESTIMATORS``.
         """

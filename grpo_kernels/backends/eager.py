@@ -128,7 +128,8 @@ def token_sums(
     count = torch.full((1,), sequences, dtype=sums.dtype, device=sums.device)
     lowest = torch.full((2, 1), -math.inf, dtype=sums.dtype, device=sums.device)
     largest = torch.where(recorded, torch.stack([rho, applied]), -math.inf).flatten(1)
-    sums.copy_(torch.cat([token, count, ratios, torch.cat([largest, lowest], 1).amax(1)]))
+    written = torch.cat([token, count, ratios, torch.cat([largest, lowest], 1).amax(1)])
+    sums[: len(written)].copy_(written)
     loss.copy_(token[:3].sum())
 
 

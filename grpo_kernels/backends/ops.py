@@ -22,7 +22,7 @@ from ..objectives.compiler import define
 from ..objectives.metrics import FIELDS
 from ..objectives.sequences import accumulate_dtype
 from . import memory
-from .contract import RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
+from .contract import DivergenceStats, RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
 from .spec import ObjectiveSpec
 
 _Arguments = ParamSpec("_Arguments")
@@ -47,8 +47,7 @@ def _operator(
         results = [part for part in parts if part is not type(None)]
         taken = ", ".join(
             f"{_SCHEMA[kind].replace('Tensor', 'Tensor(a!)') if name == writes else _SCHEMA[kind]} {name}"
-            for argument, whole in arguments.items()
-            for name, kind in _fields(whole, argument)
+            for name, kind in _flat(arguments)
         )
         schemas = [_SCHEMA[kind] for whole in results for _, kind in _fields(whole)]
         kinds, result_kinds = _counted(arguments.values()), _counted(results)
@@ -102,6 +101,15 @@ def _operator(
 def _fields(kind: Any, name: str = "") -> Sequence[tuple[str, Any]]:
     """Return the names and types of a named tuple's fields, or those of one value."""
     return list(typing.get_type_hints(kind).items()) if hasattr(kind, "_fields") else [(name, kind)]
+
+
+def _flat(arguments: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Return the names and types of all fields; of a second tuple of a kind after the argument that it is."""
+    taken: dict[str, Any] = {}
+    for argument, whole in arguments.items():
+        for name, kind in _fields(whole, argument):
+            taken[f"{argument}_{name}" if name in taken else name] = kind
+    return list(taken.items())
 
 
 def _counted(kinds: typing.Iterable[Any]) -> list[tuple[Any, int]]:
@@ -160,6 +168,111 @@ def log_probs_backward_(rows: Rows, stats: RowStats, gradients: RowGradients, ba
     backends.get(backend).log_probs_backward(rows, stats, gradients, rows.logits)
     _zero_unused_rows(rows)
     note_write(rows.logits)
+
+
+def _new_divergence(
+    rows: Rows, stats: RowStats, teacher: Rows, teacher_stats: RowStats, kind: int, backend: str
+) -> DivergenceStats:
+    return DivergenceStats(*[torch.empty_like(stats.log_prob) for _ in DivergenceStats._fields])
+
+
+@_operator(fake=_new_divergence)
+def divergence(
+    rows: Rows, stats: RowStats, teacher: Rows, teacher_stats: RowStats, kind: int, backend: str
+) -> DivergenceStats:
+    """Return every row's divergence from the teacher's."""
+    out = _new_divergence(rows, stats, teacher, teacher_stats, kind, backend)
+    backends.get(backend).divergence(rows, stats, teacher, teacher_stats, kind, out)
+    return out
+
+
+def _fake_divergence_backward(
+    rows: Rows,
+    stats: RowStats,
+    teacher: Rows,
+    teacher_stats: RowStats,
+    kind: int,
+    divergence: DivergenceStats,
+    gradients: RowGradients,
+    grad_divergence: Tensor,
+    backend: str,
+) -> Tensor:
+    return _fake_gradient(rows.logits)
+
+
+@_operator(fake=_fake_divergence_backward)
+def divergence_backward(
+    rows: Rows,
+    stats: RowStats,
+    teacher: Rows,
+    teacher_stats: RowStats,
+    kind: int,
+    divergence: DivergenceStats,
+    gradients: RowGradients,
+    grad_divergence: Tensor,
+    backend: str,
+) -> Tensor:
+    """Return the logits' gradient, by log-probs, entropies and divergences."""
+    out = memory.gradient_like(rows.logits, rows.token_ids.shape[1])
+    known = (rows, stats, teacher, teacher_stats, kind, divergence, gradients, grad_divergence)
+    backends.get(backend).divergence_backward(*known, out)
+    return out
+
+
+@_operator(fake=lambda *arguments: None, writes="logits")
+def divergence_backward_(
+    rows: Rows,
+    stats: RowStats,
+    teacher: Rows,
+    teacher_stats: RowStats,
+    kind: int,
+    divergence: DivergenceStats,
+    gradients: RowGradients,
+    grad_divergence: Tensor,
+    backend: str,
+) -> None:
+    """Write the gradient over the logits."""
+    known = (rows, stats, teacher, teacher_stats, kind, divergence, gradients, grad_divergence)
+    backends.get(backend).divergence_backward(*known, rows.logits)
+    _zero_unused_rows(rows)
+    note_write(rows.logits)
+
+
+def _new_pair(
+    rows: Rows, teacher: Rows, kind: int, inputs: TokenInputs, weight: Tensor, spec: ObjectiveSpec, backend: str
+) -> tuple[RowStats, RowStats, DivergenceStats, TokenRecords]:
+    stats, teacher_stats = _new_stats(rows), _new_stats(rows)
+    divergences = _new_divergence(rows, stats, teacher, teacher_stats, kind, backend)
+    return stats, teacher_stats, divergences, _new_records(stats.log_prob, spec)
+
+
+def _fake_fused_divergence(
+    rows: Rows, teacher: Rows, kind: int, inputs: TokenInputs, weight: Tensor, spec: ObjectiveSpec, backend: str
+) -> tuple[RowStats, RowStats, DivergenceStats, TokenRecords, Tensor]:
+    return *_new_pair(rows, teacher, kind, inputs, weight, spec, backend), _fake_gradient(rows.logits)
+
+
+@_operator(fake=_fake_fused_divergence)
+def fused_divergence(
+    rows: Rows, teacher: Rows, kind: int, inputs: TokenInputs, weight: Tensor, spec: ObjectiveSpec, backend: str
+) -> tuple[RowStats, RowStats, DivergenceStats, TokenRecords, Tensor]:
+    """Return the statistics of both rows, divergences, records and the logits' gradient."""
+    made = _new_pair(rows, teacher, kind, inputs, weight, spec, backend)
+    out = memory.gradient_like(rows.logits, rows.token_ids.shape[1])
+    backends.get_pair(backend).fused_divergence(rows, teacher, kind, inputs, weight, spec, *made, out)
+    return *made, out
+
+
+@_operator(fake=_new_pair, writes="logits")
+def fused_divergence_(
+    rows: Rows, teacher: Rows, kind: int, inputs: TokenInputs, weight: Tensor, spec: ObjectiveSpec, backend: str
+) -> tuple[RowStats, RowStats, DivergenceStats, TokenRecords]:
+    """Return the same without the gradient, which is written over the logits."""
+    made = _new_pair(rows, teacher, kind, inputs, weight, spec, backend)
+    backends.get_pair(backend).fused_divergence(rows, teacher, kind, inputs, weight, spec, *made, rows.logits)
+    _zero_unused_rows(rows)
+    note_write(rows.logits)
+    return made
 
 
 def _fake_fused_loss_(
@@ -226,7 +339,7 @@ def _new_sums(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     like = values.log_prob
-    sums = torch.empty(len(FIELDS), dtype=accumulate_dtype(like.device), device=like.device)
+    sums = torch.zeros(len(FIELDS), dtype=accumulate_dtype(like.device), device=like.device)
     return torch.empty((), dtype=like.dtype, device=like.device), sums
 
 

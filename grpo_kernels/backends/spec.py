@@ -54,7 +54,7 @@ class ObjectiveSpec(NamedTuple):
 def objective_spec(config: LossConfig, with_kl: bool, schemes: tuple[Rollout, ...] = ()) -> ObjectiveSpec | None:
     """Return the choices of an objective; None where the surrogate, or the rollout ``schemes`` that are still to be
     applied, have no one-pass arm."""
-    kl, surrogate = config.kl, config.surrogate.kernel_id
+    kl, surrogate = config.kl, config.policy_term.kernel_id
     if surrogate is None or not (schemes == () or in_kernel(schemes)):
         return None
     estimator = 1 + ESTIMATORS.index(kl.estimator) if with_kl else 0
@@ -100,8 +100,8 @@ def numbers_vector(
     else:
         values += [0.0] * (NUMBERS.index("divergence_mix") - len(values))
     values.append(0.0 if divergence is None else divergence.mix)
-    if config is not None and config.surrogate.kernel_id is not None:
-        values += config.surrogate.parameters()
+    if config is not None and config.policy_term.kernel_id is not None:
+        values += config.policy_term.parameters()
     values += [0.0] * (len(NUMBERS) + SURROGATE_PARAMETERS - len(values))
     if any(isinstance(value, Tensor) for value in values):
         return _mixed(values, dtype, device)

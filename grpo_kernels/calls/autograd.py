@@ -1,7 +1,7 @@
 """Gradients attached to values that are already computed: a few small ``autograd.Function``s.
 
 The forward work of a loss happens before them, under ``no_grad``; a Function only ties its result to the logits.
-``LogProbs`` and ``LinearLogProbs`` run their own.
+``LogProbs`` runs its own.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from ..backends import ops
 from ..backends.contract import RowGradients, Rows, RowStats
-from .arguments import ordinary
-from .head import HeadTensors, Wants
 from .vocabulary import VocabShard, row_stats
 
 _SPENT = (
@@ -118,20 +116,27 @@ class LossGradient(torch.autograd.Function):
 
 
 class LossOfLogProbs(torch.autograd.Function):
-    """A loss whose slopes in log-prob and entropy are known, of log-probs that make their own gradient."""
+    """A loss whose slopes in log-prob, entropy and divergence are known, of what makes its own gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, log_prob: Tensor, entropy: Tensor, loss: Tensor, slope: Tensor, entropy_slope: Tensor | None
+        ctx: Any,
+        log_prob: Tensor,
+        entropy: Tensor,
+        divergence: Tensor | None,
+        loss: Tensor,
+        slope: Tensor,
+        entropy_slope: Tensor | None,
+        divergence_slope: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(slope, entropy_slope)
+        ctx.save_for_backward(slope, entropy_slope, divergence_slope)
         return loss.clone()
 
     @staticmethod
     @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        slope, entropy_slope = ctx.saved_tensors
-        return slope * upstream, None if entropy_slope is None else entropy_slope * upstream, None, None, None
+        slopes = (None if slope is None else slope * upstream for slope in ctx.saved_tensors)
+        return *slopes, None, None, None, None
 
 
 class LogProbs(torch.autograd.Function):
@@ -160,28 +165,6 @@ class LogProbs(torch.autograd.Function):
         else:
             gradient = ctx.shard.gradient(rows, RowStats(*stats), gradients, ctx.backend, ctx.inplace)
         return gradient, None, None, None, None
-
-
-class LinearLogProbs(torch.autograd.Function):
-    """Log-probs and entropies from hidden states; ``sweep`` (sweep.py) computes both ways, chunk by chunk."""
-
-    @staticmethod
-    def forward(ctx: Any, sweep: Any, *head: Tensor | None) -> tuple[Tensor, Tensor]:
-        stats = sweep.log_probs(HeadTensors(*head))  # type: ignore[arg-type]
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*(None if tensor is None else ordinary(tensor)[0] for tensor in head), *stats)
-        ctx.set_materialize_grads(False)
-        ctx.sweep = sweep
-        return sweep.live_rows.scatter(stats.log_prob), sweep.live_rows.scatter(stats.entropy)
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if upstream == (None, None) and ctx.sweep.states_sum is None:
-            return (None,) * len(ctx.needs_input_grad)
-        saved, count = ctx.saved_tensors, len(HeadTensors._fields)
-        wants, head = Wants(*ctx.needs_input_grad[1:]), HeadTensors(*saved[:count])
-        return None, *ctx.sweep.gradients(wants, head, RowStats(*saved[count:]), RowGradients(*upstream))
 
 
 def backward_rows(rows: Rows, stats: RowStats, gradients: RowGradients, backend: str, inplace: bool) -> Tensor:

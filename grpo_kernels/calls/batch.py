@@ -15,10 +15,13 @@ from ..backends.contract import TokenInputs
 from ..objectives.aggregation import AGGREGATIONS
 from ..objectives.checks import check_finite, check_flag, check_scalar, check_shape, fail, fits
 from ..objectives.config import LossConfig
+from ..objectives.divergence import Divergence
 from ..objectives.normalizer import Normalizer
 from ..objectives.sequences import Joined, Packed, Padded, Sequences, on_tokens
+from ..objectives.surrogates import NoSurrogate
 from .arguments import check_pooled
 from .over_ranks import Agreed
+from .teacher import Teacher, check_teacher
 from .terms import KnownSchemes, TokenBatch, pools
 from .tokens import Tokens
 
@@ -33,7 +36,7 @@ _POSITIVE_NATS = 1e-3  # rounding of somebody else's log-softmax
 class LossArguments:
     """What a loss is given beside its rows, as its users name it."""
 
-    advantages: Tensor
+    advantages: Tensor | None
     old_log_probs: Tensor | None = None
     ref_log_probs: Tensor | None = None
     rollout_log_probs: Tensor | None = None
@@ -43,6 +46,8 @@ class LossArguments:
     kl_coef: float | Tensor | None = None
     entropy_coef: float | Tensor | None = None
     entropy_threshold: float | Tensor | None = None
+    divergence_coef: float | Tensor | None = None
+    teacher: Teacher | None = None
     skip_zero_advantage: bool = False
     token_losses: bool = False
     sequence_group: Group | Agreed | None = None
@@ -73,16 +78,20 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
     ranks = arguments.sequence_group
     sequences: Sequences = Joined(part, ranks.group) if isinstance(ranks, Agreed) else part
     masked_in = tokens.live
-    advantage = _read_advantages(tokens, sequences, arguments.advantages)
+    advantage = _read_advantages(tokens, config, sequences, arguments.advantages)
     kl_coef = _read_coefficient(tokens, "kl_coef", arguments.kl_coef, config.kl.coef)
     entropy_coef = _read_coefficient(tokens, "entropy_coef", arguments.entropy_coef, config.entropy_coef)
     _check_needed(tokens, config, arguments, kl_coef is not None)
+    divergence = config.divergence
+    if divergence is not None or arguments.teacher is not None:
+        check_teacher(tokens.function, arguments.teacher, divergence)
     if arguments.entropy_threshold is not None:
         check_scalar(tokens.function, "entropy_threshold", arguments.entropy_threshold, tokens.checks)
     if arguments.skip_zero_advantage:
         check_flag(tokens.function, "skip_zero_advantage", arguments.skip_zero_advantage)
         per_sequence = advantages_per_sequence(sequences, arguments.advantages)
-        _check_skip(tokens, config, kl_coef is None and entropy_coef is None, per_sequence)
+        policy_only = kl_coef is None and entropy_coef is None and divergence is None
+        _check_skip(tokens, config, policy_only, per_sequence)
         tokens = _replace_live(tokens, tokens.live & (advantage != 0))
 
     old, ref, rollout = arguments.old_log_probs, arguments.ref_log_probs, arguments.rollout_log_probs
@@ -93,9 +102,9 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
     if isinstance(sequences, Joined):
         sequences.ask(masked_in, tokens.live, *(() if known is None else known.pooled))
     weight, entropy_weight = _read_weights(tokens, config, arguments, masked_in, sequences)
-    policy_weight = weight
+    policy_weight = torch.zeros_like(weight) if isinstance(config.policy_term, NoSurrogate) else weight
     if arguments.token_weights is not None:
-        policy_weight = _times_token_weights(tokens, weight, arguments.token_weights)
+        policy_weight = _times_token_weights(tokens, policy_weight, arguments.token_weights)
     if tokens.checks and tokens.looks:
         if isinstance(part, Padded):
             _check_columns(tokens, masked_in, advantage)
@@ -117,19 +126,22 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
         inputs=inputs,
         schemes=config.schemes,
         entropy_threshold=arguments.entropy_threshold,
+        divergence_weight=None if divergence is None else _divergence_weight(tokens, divergence, arguments, weight),
     )
     if known is not None:
         batch = known.applied(config, batch)
     if arguments.token_losses and isinstance(sequences, Joined):
         _check_losses_of_a_part(tokens, config, batch)
-    if tokens.looks:
+    if tokens.looks and arguments.advantages is not None:
         _check_advantages(tokens, batch, arguments.advantages)
     return tokens, batch
 
 
-def advantages_per_sequence(sequences: Sequences, advantages: Tensor) -> bool:
+def advantages_per_sequence(sequences: Sequences, advantages: Tensor | None) -> bool:
     """Whether the advantage is one number for each sequence (not one for each token). (S, 1) of a part of sequences is
     none: of one token each it is both, and ranks would differ."""
+    if advantages is None:
+        return True
     shapes = ((sequences.count,), (sequences.count, 1))[: 1 if isinstance(sequences, Joined) else 2]
     return fits(advantages, *shapes)
 
@@ -152,8 +164,13 @@ def _replace_live(tokens: _Tokens, live: Tensor) -> _Tokens:
     return dataclasses.replace(tokens, live=live.contiguous())
 
 
-def _read_advantages(tokens: Tokens, sequences: Sequences, advantages: Tensor) -> Tensor:
-    """Return advantages at every token."""
+def _read_advantages(tokens: Tokens, config: LossConfig, sequences: Sequences, advantages: Tensor | None) -> Tensor:
+    """Return advantages at every token; 0 where there is no policy term, and none were given."""
+    if advantages is None:
+        if not isinstance(config.policy_term, NoSurrogate):
+            hint = "LossConfig(surrogate=None, divergence=...) has no policy term and needs none"
+            fail(tokens.function, "advantages to be a tensor", "None", tokens.tensors, hint, TypeError)
+        return torch.zeros_like(tokens.live, dtype=tokens.real)
     count, shape = sequences.count, tuple(tokens.live.shape)
     per_sequence = fits(advantages, (count,), (count, 1))
     if not per_sequence:
@@ -201,6 +218,12 @@ def _check_advantages(tokens: Tokens, batch: TokenBatch, advantages: Tensor) -> 
     check_finite(tokens.function, "advantages", values, counts, tokens.tensors, hint)
 
 
+def _divergence_weight(tokens: Tokens, divergence: Divergence, arguments: LossArguments, weight: Tensor) -> Tensor:
+    """Return the weight of each token's divergence: 0 where its coefficient is, then it is a metric alone."""
+    coef = _read_coefficient(tokens, "divergence_coef", arguments.divergence_coef, divergence.coef)
+    return torch.zeros_like(weight) if coef is None else _scaled(weight, coef)
+
+
 def _read_coefficient(
     tokens: Tokens, name: str, argument: float | Tensor | None, configured: float
 ) -> float | Tensor | None:
@@ -231,9 +254,9 @@ def _check_skip(tokens: Tokens, config: LossConfig, policy_only: bool, per_seque
     """Raise unless a zero advantage means a zero gradient and no other row needs the token: then skipping is exact."""
     reason = None
     if not policy_only:
-        reason = "a KL term or an entropy bonus, whose gradient is not 0 at A = 0"
-    elif not config.surrogate.flat_at_zero_advantage:
-        reason = f"{config.surrogate!r}, whose slope is not 0 at A = 0"
+        reason = "a KL term, an entropy bonus or a divergence, whose gradient is not 0 at A = 0"
+    elif not config.policy_term.flat_at_zero_advantage:
+        reason = f"{config.policy_term!r}, whose slope is not 0 at A = 0"
     elif (config.pooling.pools or any(scheme.pooled for scheme in config.schemes)) and not per_sequence:
         reason = "ratios pooled over sequences with an advantage per token: they need every token of their sequence"
     if reason:

@@ -34,12 +34,14 @@ def cut(values: _Tuple, first: int, last: int) -> _Tuple:
     return values._make(parts)
 
 
-def chunk_rows(tokens: RowTokens, width: int, operands: torch.dtype, chunk_bytes: int) -> int:
-    """Return how many rows' logits, states of ``width`` columns in all and their gradients fit ``chunk_bytes``."""
+def chunk_rows(tokens: RowTokens, width: int, operands: torch.dtype, chunk_bytes: int, beside: int = 0) -> int:
+    """Return how many rows' logits, states of ``width`` columns in all and their gradients fit ``chunk_bytes``, and
+    ``beside`` bytes a row of a teacher's."""
     kind = head_kind(tokens.states.device.type, operands, tokens.dtype)
     # Not this rank's own columns: all ranks have to cut rows alike.
     columns = tokens.columns if tokens.shard is None else tokens.shard.even
     fixed, per_row = kind.bytes(width, columns, operands, tokens.dtype)
+    per_row += beside
     rows = (chunk_bytes - fixed) // per_row
     if rows < 1:
         got = f"chunk_bytes={chunk_bytes}"
@@ -137,8 +139,14 @@ class LiveRows:
     def batch(self, batch: TokenBatch) -> TokenBatch:
         """Return the batch of the live tokens alone, (1, n); ``narrow`` says which sequences a part of it holds."""
         inputs = TokenInputs(*(None if values is None else self.take(values) for values in batch.inputs))  # type: ignore[arg-type]
-        masked_in = self.take(batch.masked_in)
-        return dataclasses.replace(batch, live=self.live, masked_in=masked_in, inputs=inputs, rollout_weight=None)
+        return dataclasses.replace(
+            batch,
+            live=self.live,
+            masked_in=self.take(batch.masked_in),
+            inputs=inputs,
+            rollout_weight=None,
+            divergence_weight=self.take(batch.divergence_weight),
+        )
 
     def narrow(self, batch: TokenBatch, first: int, last: int) -> TokenBatch:
         """Return tokens [first, last) of ``batch``'s result; without ``bounds`` as one sequence."""
@@ -146,8 +154,15 @@ class LiveRows:
         sequences: Sequences = Padded(1)
         if self.bounds is not None:
             sequences = Packed.of(self.bounds.clamp(first, last) - first, last - first)
-        inputs = cut(batch.inputs, first, last)
-        return dataclasses.replace(batch, live=live, masked_in=masked_in, sequences=sequences, inputs=inputs)
+        inputs, weight = cut(batch.inputs, first, last), batch.divergence_weight
+        return dataclasses.replace(
+            batch,
+            live=live,
+            masked_in=masked_in,
+            sequences=sequences,
+            inputs=inputs,
+            divergence_weight=None if weight is None else weight[:, first:last],
+        )
 
 
 def _chunks_of_sequences(lengths: list[int], chunk: int, count: int) -> list[tuple[int, int]]:

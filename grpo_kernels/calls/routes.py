@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
+
 from .. import backends
 from ..backends import Choice
 from ..backends.spec import ObjectiveSpec, objective_spec
@@ -40,9 +42,12 @@ class Plan:
     """Whether loss and gradient come in that one pass."""
 
 
-def choose_backend(tokens: RowTokens, backend: str | None, softcap: bool, fused: bool) -> Choice:
-    """Choose the backend, and whether it serves the one-pass loss where that is wanted (``fused``)."""
-    request = backends.Request(tokens.states.device, tokens.dtype, max(tokens.columns, 1), fused, softcap)
+def choose_backend(
+    tokens: RowTokens, backend: str | None, softcap: bool, fused: bool, teacher: torch.dtype | None = None
+) -> Choice:
+    """Choose the backend, and whether it serves the one-pass loss where that is wanted (``fused``); ``teacher``: the
+    dtype of the logits that are beside."""
+    request = backends.Request(tokens.states.device, tokens.dtype, max(tokens.columns, 1), fused, softcap, teacher)
     return backends.choose(tokens.function, request, backend)
 
 
@@ -124,8 +129,8 @@ def _one_pass_spec(
     spec = objective_spec(config, batch.inputs.kl_weight is not None, batch.schemes)
     if spec is not None:
         return spec, None
-    if config.surrogate.kernel_id is None:
-        return None, f"{type(config.surrogate).__name__} has no one-pass kernel"
+    if config.policy_term.kernel_id is None:
+        return None, f"{type(config.policy_term).__name__} has no one-pass kernel"
     return None, f"no one-pass kernel applies {', '.join(map(repr, batch.schemes))} inside of a row"
 
 

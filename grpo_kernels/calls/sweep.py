@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,10 +21,14 @@ from ..backends.contract import RowGradients, Rows, RowStats, TokenRecords, Toke
 from ..backends.spec import NUMBERS
 from ..objectives.config import LossConfig
 from ..objectives.metrics import Metrics
+from .arguments import ordinary
+from .autograd import once
 from .chunks import LiveRows, cut
+from .divergence import PAIR_FIELDS, Beside, Pair, PairStats, Stats, flat, known_of, nested
 from .head import HeadGradients, HeadTensors, Wants, head_kind
 from .routes import Plan
-from .terms import Terms, TokenBatch, fast_token_terms, pools, reduce_records
+from .teacher_rows import TeacherStates
+from .terms import Diverged, Terms, TokenBatch, fast_token_terms, pools, reduce_records
 from .vocabulary import VocabShard, row_gradient_, row_stats
 
 
@@ -35,6 +39,16 @@ class Chunk(NamedTuple):
     first: int
     last: int
     """Its rows among the live ones are [first, last)."""
+    beside: Beside | None
+    """The teacher's rows."""
+
+
+class Slopes(NamedTuple):
+    """The loss's slopes in what is known of every row; None: 0."""
+
+    log_prob: Tensor | None
+    entropy: Tensor | None
+    divergence: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,7 @@ class Sweep:
     backend: str
     wide: bool
     """Gradients stay in fp32 until they are scaled, not yet in the dtypes of what they belong to."""
+    teacher: TeacherStates | None = None
 
     @property
     def announced(self) -> Tensor:
@@ -69,25 +84,41 @@ class Sweep:
         too_many = self.live_rows.cut
         return value if too_many is None else value * torch.where(too_many, torch.nan, 1.0).to(value.dtype)
 
-    def log_probs(self, head: HeadTensors) -> RowStats:
-        """Return the statistics of the live rows, (1, n)."""
-        stats = RowStats(*(torch.zeros_like(self.token_ids, dtype=self.numbers.dtype) for _ in RowStats._fields))
+    def log_probs(self, head: HeadTensors) -> Stats:
+        """Return the statistics of the live rows, (1, n), flat: ``RowStats``, or with a teacher ``PairStats``."""
+        count = len(RowStats._fields) if self.teacher is None else PAIR_FIELDS
+        stats = tuple(torch.zeros_like(self.token_ids, dtype=self.numbers.dtype) for _ in range(count))
         with torch.autocast(head.hidden.device.type, enabled=False):
             for chunk in Walk(self, Wants(), head).chunks():
-                outputs = row_stats(chunk.rows, self.shard, self.backend)
-                for total, output in zip(stats, outputs, strict=True):
+                for total, output in zip(stats, self.stats(chunk), strict=True):
                     total[:, chunk.first : chunk.last] = output
         return stats
 
-    def gradients(self, wants: Wants, head: HeadTensors, stats: RowStats, gradients: RowGradients) -> HeadGradients:
-        """Return those of (B, T) slopes in log-probs and entropies, with ``log_probs``'s ``stats``; the logits are
-        computed again."""
-        slopes = RowGradients(*(None if slope is None else self.live_rows.take(slope) for slope in gradients))
+    def gradients(self, wants: Wants, head: HeadTensors, stats: Stats, slopes: Slopes) -> HeadGradients:
+        """Return those of (B, T) slopes in log-probs, entropies and divergences, with ``log_probs``'s ``stats``; the
+        logits are computed again."""
+        at_rows = Slopes(*(None if slope is None else self.live_rows.take(slope) for slope in slopes))
         with torch.autocast(head.hidden.device.type, enabled=False):
             walk = Walk(self, wants, head)
-            for rows, first, last in walk.chunks():
-                row_gradient_(rows, cut(stats, first, last), cut(slopes, first, last), self.shard, self.backend)
+            for chunk in walk.chunks():
+                first, last = chunk.first, chunk.last
+                self.gradient_(chunk, tuple(value[:, first:last] for value in stats), cut(at_rows, first, last))
             return walk.gradients()
+
+    def stats(self, chunk: Chunk) -> Stats:
+        """Return the statistics of a chunk's rows."""
+        if chunk.beside is None:
+            return row_stats(chunk.rows, self.shard, self.backend)
+        return flat(Pair(chunk.rows, *chunk.beside, self.backend).stats())
+
+    def gradient_(self, chunk: Chunk, stats: Stats, slopes: Slopes) -> None:
+        """Write the gradient over a chunk's logits."""
+        gradients = RowGradients(slopes.log_prob, slopes.entropy)
+        if chunk.beside is None:
+            row_gradient_(chunk.rows, RowStats(*stats), gradients, self.shard, self.backend)
+            return
+        grad_divergence = torch.zeros_like(stats[0]) if slopes.divergence is None else slopes.divergence
+        Pair(chunk.rows, *chunk.beside, self.backend).gradient_(nested(stats), gradients, grad_divergence)
 
 
 class Walk:
@@ -98,6 +129,7 @@ class Walk:
         device = head.hidden.device
         kind = head_kind(device.type, sweep.operands, sweep.dtype)
         self._head = kind(head, sweep.operands, sweep.dtype, len(sweep.live_rows.chunks), wants, sweep.wide)
+        self._teacher = None if sweep.teacher is None else sweep.teacher.walk(sweep.live_rows)
         self._logits = torch.empty(sweep.live_rows.longest, sweep.columns, dtype=sweep.dtype, device=device)
         wanted = zip(head.states, wants.states, strict=False)
         self._gradients = [self._room(states) if wants_states else None for states, wants_states in wanted]
@@ -110,7 +142,8 @@ class Walk:
             logits = self._logits[: last - first]
             self._head.logits(states, logits)
             ids, live = sweep.token_ids[:, first:last], live_rows.live[:, first:last]
-            yield Chunk(Rows(logits, ids, live, sweep.numbers, sweep.softcap), first, last)
+            beside = None if self._teacher is None else self._teacher(first, last, ids, live)
+            yield Chunk(Rows(logits, ids, live, sweep.numbers, sweep.softcap), first, last, beside)
             if any(self._wants):
                 parts = self._head.backward(logits, states, sweep.states_sum)
                 for part, out, whole in zip(parts, self._gradients, self._states, strict=True):
@@ -128,6 +161,32 @@ class Walk:
         """Return zeros for the gradient of ``states``, and a spare row."""
         dtype = torch.float32 if self._sweep.wide else states.dtype
         return states.new_zeros(states.shape[:-1].numel() + 1, states.shape[-1], dtype=dtype)
+
+
+class LinearLogProbs(torch.autograd.Function):
+    """Log-probs and entropies from hidden states, with a teacher also divergences and its entropies; the sweep
+    computes both ways, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx: Any, sweep: Sweep, *head: Tensor | None) -> tuple[Tensor, ...]:
+        stats = sweep.log_probs(HeadTensors(*head))  # type: ignore[arg-type]
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(*(None if tensor is None else ordinary(tensor)[0] for tensor in head), *stats)
+        ctx.set_materialize_grads(False)
+        ctx.sweep = sweep
+        outputs = tuple(map(sweep.live_rows.scatter, known_of(stats)))
+        ctx.mark_non_differentiable(*outputs[3:])
+        return outputs
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        slopes = upstream[:3]
+        if not any(slope is not None for slope in slopes) and ctx.sweep.states_sum is None:
+            return (None,) * len(ctx.needs_input_grad)
+        saved, count = ctx.saved_tensors, len(HeadTensors._fields)
+        wants, head = Wants(*ctx.needs_input_grad[1:]), HeadTensors(*saved[:count])
+        return None, *ctx.sweep.gradients(wants, head, saved[count:], Slopes(*slopes))
 
 
 class Swept(NamedTuple):
@@ -152,15 +211,14 @@ class LinearLoss:
 
     def compute(self, wants: Wants, head: HeadTensors) -> Swept:
         gradients, ratios = HeadGradients(), None
-        if not any(wants):
-            values, (records, _, ratios) = self._terms(self.sweep.log_probs(head))
-        elif self._of_rows or self.sweep.live_rows.bounds is not None:
-            values, records, gradients = self._one_sweep(wants, head)
+        if any(wants) and (self._of_rows or self.sweep.live_rows.bounds is not None):
+            values, diverged, records, gradients = self._one_sweep(wants, head)
         else:
             stats = self.sweep.log_probs(head)
-            values, (records, slope, ratios) = self._terms(stats)
-            gradients = self.sweep.gradients(wants, head, stats, self._announced(slope, self.batch))
-        loss, metrics = reduce_records(self.config, self.batch, values, records, self.sweep.backend, ratios)
+            values, diverged, (records, slope, ratios) = self._terms(stats)
+            if any(wants):
+                gradients = self.sweep.gradients(wants, head, stats, self._announced(slope, self.batch))
+        loss, metrics = reduce_records(self.config, self.batch, values, records, self.sweep.backend, ratios, diverged)
         return Swept(loss, metrics, values, gradients)
 
     @property
@@ -168,50 +226,63 @@ class LinearLoss:
         """Whether every row's slope follows from the row."""
         return self.plan.spec is not None or not pools(self.config, self.batch)
 
-    def _one_sweep(self, wants: Wants, head: HeadTensors) -> tuple[TokenValues, TokenRecords, HeadGradients]:
+    def _one_sweep(
+        self, wants: Wants, head: HeadTensors
+    ) -> tuple[TokenValues, Diverged | None, TokenRecords, HeadGradients]:
         """Compute loss and gradients chunk by chunk: every row's slope follows from the rows of its chunk."""
         sweep = self.sweep
         live_batch = sweep.live_rows.batch(self.batch)
         real = torch.zeros_like(sweep.token_ids, dtype=sweep.numbers.dtype)
         flags = torch.zeros_like(real, dtype=torch.uint8)
         weight = torch.zeros_like(real) if self.batch.schemes else real.new_empty(0)
-        log_prob, entropy = torch.zeros_like(real), torch.zeros_like(real)
+        known = [torch.zeros_like(real) for _ in range(2 if sweep.teacher is None else 4)]
         records = TokenRecords(torch.zeros_like(real), torch.zeros_like(real), flags, weight)
         with torch.autocast(head.hidden.device.type, enabled=False):
             walk = Walk(sweep, wants, head)
-            for rows, first, last in walk.chunks():
-                part = sweep.live_rows.narrow(live_batch, first, last)
-                values, chunk_records = self._fused(rows, part) if self.plan.fused else self._two_passes(rows, part)
-                for total, chunk in zip((log_prob, entropy, *records), (*values, *chunk_records), strict=True):
+            for chunk in walk.chunks():
+                part = sweep.live_rows.narrow(live_batch, chunk.first, chunk.last)
+                values, chunk_records = self._fused(chunk, part) if self.plan.fused else self._two_passes(chunk, part)
+                for total, of_chunk in zip((*known, *records), (*values, *chunk_records), strict=True):
                     if total.dim() > 1:
-                        total[:, first:last] = chunk
+                        total[:, chunk.first : chunk.last] = of_chunk
             gradients = walk.gradients()
         scatter = sweep.live_rows.scatter
         everywhere = TokenRecords(*(scatter(total) if total.dim() > 1 else total for total in records))
-        return TokenValues(scatter(log_prob), scatter(entropy), self.batch.live), everywhere, gradients
+        log_prob, entropy, *diverged = map(scatter, known)
+        values_of_all = TokenValues(log_prob, entropy, self.batch.live)
+        return values_of_all, Diverged(*diverged) if diverged else None, everywhere, gradients
 
-    def _fused(self, rows: Rows, part: TokenBatch) -> tuple[tuple[Tensor, Tensor], TokenRecords]:
-        assert self.plan.spec is not None
-        log_prob, entropy, records = ops.fused_loss_(rows, part.inputs, self.plan.spec, self.sweep.backend)
-        return (log_prob, entropy), records
+    def _fused(self, chunk: Chunk, part: TokenBatch) -> tuple[tuple[Tensor, ...], TokenRecords]:
+        """Return log-probs and entropies, with a teacher also divergences and its entropies, and records."""
+        spec, backend = self.plan.spec, self.sweep.backend
+        assert spec is not None
+        if chunk.beside is None:
+            log_prob, entropy, records = ops.fused_loss_(chunk.rows, part.inputs, spec, backend)
+            return (log_prob, entropy), records
+        assert part.divergence_weight is not None
+        arguments = (*chunk.beside, part.inputs, part.divergence_weight, spec, backend)
+        *stats, records = ops.fused_divergence_(chunk.rows, *arguments)
+        return known_of(flat(PairStats(*stats))), records  # type: ignore[arg-type]
 
-    def _two_passes(self, rows: Rows, part: TokenBatch) -> tuple[tuple[Tensor, Tensor], TokenRecords]:
-        backend = self.sweep.backend
-        stats = row_stats(rows, self.sweep.shard, backend)
+    def _two_passes(self, chunk: Chunk, part: TokenBatch) -> tuple[tuple[Tensor, ...], TokenRecords]:
+        stats = self.sweep.stats(chunk)
         # On-policy, what pools can be the token's own.
         config = dataclasses.replace(self.config, level="token") if self._of_rows else self.config
-        values = TokenValues(stats.log_prob, stats.entropy, part.live)
-        records, slope, _ = fast_token_terms(config, part, values, rows.numbers, backend, report=False)
-        row_gradient_(rows, stats, self._announced(slope, part), self.sweep.shard, backend)
-        return stats[:2], records
+        values = TokenValues(stats[0], stats[1], part.live)
+        numbers, backend = chunk.rows.numbers, self.sweep.backend
+        records, slope, _ = fast_token_terms(config, part, values, numbers, backend, report=False)
+        self.sweep.gradient_(chunk, stats, self._announced(slope, part))
+        return known_of(stats), records
 
-    def _terms(self, stats: RowStats) -> tuple[TokenValues, Terms]:
+    def _terms(self, stats: Stats) -> tuple[TokenValues, Diverged | None, Terms]:
         """Return values and terms, (B, T), of statistics (1, n)."""
         sweep = self.sweep
-        log_prob, entropy = (sweep.live_rows.scatter(values) for values in stats[:2])
+        log_prob, entropy, *diverged = map(sweep.live_rows.scatter, known_of(stats))
         values = TokenValues(log_prob, entropy, self.batch.live)
-        return values, fast_token_terms(self.config, self.batch, values, sweep.numbers, sweep.backend)
+        terms = fast_token_terms(self.config, self.batch, values, sweep.numbers, sweep.backend)
+        return values, Diverged(*diverged) if diverged else None, terms
 
-    def _announced(self, slope: Tensor, batch: TokenBatch) -> RowGradients:
-        scale, weight = self.sweep.announced, batch.inputs.entropy_weight
-        return RowGradients(slope * scale, None if weight is None else -weight * scale)
+    def _announced(self, slope: Tensor, batch: TokenBatch) -> Slopes:
+        scale, weight, of_divergence = self.sweep.announced, batch.inputs.entropy_weight, batch.divergence_weight
+        bonus = None if weight is None else -weight * scale
+        return Slopes(slope * scale, bonus, None if of_divergence is None else of_divergence * scale)

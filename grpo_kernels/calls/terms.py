@@ -49,6 +49,8 @@ class TokenBatch:
     """The factors of those already applied, for the metrics."""
     entropy_threshold: Tensor | float | None = None
     """Tokens of less entropy have no policy term."""
+    divergence_weight: Tensor | None = None
+    """The weight in the loss of the divergence from a teacher, coefficient included; None: no such term."""
 
     def totals(self, requests: Sequence[tuple[Tensor, Share]]) -> list[Tensor | None]:
         """Return the sums, or means over live tokens, of each sequence, (S,) in the accumulation dtype; 0 for an empty
@@ -97,7 +99,7 @@ class KnownSchemes(NamedTuple):
     @classmethod
     def of(cls, config: LossConfig, old: Tensor | None, rollout: Tensor | None, live: Tensor) -> KnownSchemes | None:
         """Return None where there are no such schemes, or a kernel applies them."""
-        if old is None or rollout is None or config.surrogate.takes_rollout or in_kernel(config.schemes):
+        if old is None or rollout is None or config.policy_term.takes_rollout or in_kernel(config.schemes):
             return None
         of_old = tuple(scheme for scheme in config.schemes if not scheme.of_policy)
         if not of_old:
@@ -129,14 +131,30 @@ class Settled(NamedTuple):
     """0-d, detached."""
     metrics: Metrics
     gradients: RowGradients
+    grad_divergence: Tensor | None
 
 
-def settle(config: LossConfig, batch: TokenBatch, values: TokenValues, numbers: Tensor, backend: str) -> Settled:
-    """Return loss, metrics and the slopes in log-probs and entropies."""
+class Diverged(NamedTuple):
+    """What is known of every token's teacher, (B, T)."""
+
+    divergence: Tensor
+    teacher_entropy: Tensor
+
+
+def settle(
+    config: LossConfig,
+    batch: TokenBatch,
+    values: TokenValues,
+    numbers: Tensor,
+    backend: str,
+    diverged: Diverged | None = None,
+) -> Settled:
+    """Return loss, metrics and the slopes in log-probs, entropies and divergences."""
     records, slope, ratios = fast_token_terms(config, batch, values, numbers, backend)
-    loss, metrics = reduce_records(config, batch, values, records, backend, ratios)
+    loss, metrics = reduce_records(config, batch, values, records, backend, ratios, diverged)
     weight = batch.inputs.entropy_weight
-    return Settled(loss, metrics, RowGradients(slope, None if weight is None else -weight))
+    gradients = RowGradients(slope, None if weight is None else -weight)
+    return Settled(loss, metrics, gradients, batch.divergence_weight)
 
 
 class SequenceRatios(NamedTuple):
@@ -259,7 +277,7 @@ def _ratio_of(config: LossConfig, batch: TokenBatch, log_prob: Tensor, report: b
     inputs, limit = batch.inputs, config.log_ratio_limit
     old = log_prob if inputs.old is None else inputs.old
     own = torch.where(batch.live, log_ratio_of(log_prob, old), 0.0)  # NaN stays NaN
-    bounded, free, flags = config.surrogate.clip_log_ratios(own, inputs.advantage)
+    bounded, free, flags = config.policy_term.clip_log_ratios(own, inputs.advantage)
     schemes = batch.schemes
     log_rhos: list[Tensor] = []
     if schemes:
@@ -293,7 +311,7 @@ def _factors(config: LossConfig, batch: TokenBatch, log_ratios: list[Tensor], fo
     """Return the product of the factors of the schemes that are part of the ratio (``folded``), or of the value; None
     where there are none. ``log_ratios`` are those of every scheme, pooled."""
     each = zip(batch.schemes, log_ratios, strict=True)
-    chosen = [(scheme, values) for scheme, values in each if config.surrogate.folds(scheme) == folded]
+    chosen = [(scheme, values) for scheme, values in each if config.policy_term.folds(scheme) == folded]
     if not chosen:
         return None
     inputs, schemes = batch.inputs, [scheme for scheme, _ in chosen]
@@ -316,7 +334,7 @@ def _policy_part(
     config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor | None, ratio: _Ratio
 ) -> _PolicyPart:
     inputs, pooled = batch.inputs, ratio.pooled
-    terms = config.surrogate.terms(Point(log_prob, pooled.log, pooled.ratio, inputs.advantage, ratio.old))
+    terms = config.policy_term.terms(Point(log_prob, pooled.log, pooled.ratio, inputs.advantage, ratio.old))
     weight, value = inputs.policy_weight, terms.value
     if ratio.in_value is not None:
         weight, value = weighed(weight, ratio.in_value), weighed(ratio.in_value, value)
@@ -364,6 +382,7 @@ def reduce_records(
     records: TokenRecords,
     backend: str,
     ratios: SequenceRatios | None = None,
+    diverged: Diverged | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Return the loss (0-d, the records' dtype) and its metrics: the one place where records are summed. Metrics of
     sequences are those of ``ratios``, or made here."""
@@ -381,7 +400,23 @@ def reduce_records(
         counted = _count_ratios(batch, ratios)
         first = FIELDS.index("ratio_sum")
         vector = torch.cat([vector[:first], counted, vector[first + len(counted) :]])
+    if diverged is not None:
+        sums = _divergence_sums(batch, diverged).to(vector.dtype)
+        vector = torch.cat([vector[: -len(sums)], sums])
+        loss = (loss + sums[0]).to(loss.dtype)
     return loss, Metrics(vector)
+
+
+def _divergence_sums(batch: TokenBatch, diverged: Diverged) -> Tensor:
+    """Return metrics.DIVERGENCE_SUMS."""
+    weight, live = batch.divergence_weight, batch.live
+    assert weight is not None
+    dtype = accumulate_dtype(live.device)
+    divergence, entropy = (torch.where(live, values, 0.0).to(dtype) for values in diverged)
+    infinite = divergence == float("inf")
+    finite = torch.where(infinite, 0.0, divergence)
+    columns = (weighed(weight.to(dtype), divergence), finite, live & ~infinite, infinite, entropy)
+    return torch.stack([column.to(dtype).sum() for column in columns])
 
 
 def _sequence_ratios(config: LossConfig, batch: TokenBatch, log_prob: Tensor, records: TokenRecords) -> SequenceRatios:

@@ -207,7 +207,7 @@ def check_device(function: str, tensors: Mapping[str, object]) -> None:
             fail(function, f"{name} on the device of {what}, {first.device}", str(tensor.device), tensors, hint)
 
 
-_NEEDED = ("token_ids", "log_probs", "advantages")
+_NEEDED = ("token_ids", "log_probs")
 
 
 def check_tensors(function: str, named: Mapping[str, object]) -> None:

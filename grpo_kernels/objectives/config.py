@@ -17,7 +17,7 @@ from .kl import KL
 from .levels import LEVELS, Level, LevelName
 from .names import check_options, translates_fields
 from .rollout import Rollout
-from .surrogates import Clip, Surrogate
+from .surrogates import Clip, NoSurrogate, Surrogate
 from .surrogates.registration import check_surrogate
 
 
@@ -30,7 +30,8 @@ class LossConfig:
            - entropy_coef·Σ_t w'_t·H_t
 
     Args:
-        surrogate: f, a class of ``grpo_kernels.surrogates`` with its own parameters.
+        surrogate: f, a class of ``grpo_kernels.surrogates`` with its own parameters; None: no policy term, for
+            distillation alone, which needs no advantages.
         level: how log-ratios are pooled into r: "token", "sequence", "sequence_token", "sequence_product".
         aggregation: the weights w: "token_mean", "sequence_mean", "sequence_sum", "constant", "group_mean"; or an
             instance such as ``Constant(1024)``, which is the name with its number in the field below.
@@ -49,7 +50,7 @@ class LossConfig:
         ValueError: an unknown name (the nearest one is suggested) or a number out of its range.
     """
 
-    surrogate: Surrogate = Clip()
+    surrogate: Surrogate | None = Clip()
     level: LevelName = "token"
     aggregation: AggregationName | Aggregation = "sequence_mean"
     kl: KL = KL()
@@ -62,9 +63,11 @@ class LossConfig:
     divergence: Divergence | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.surrogate, Surrogate):
-            raise TypeError(f"LossConfig(surrogate=...) must be a Surrogate such as Clip(); got {self.surrogate!r}.")
-        check_surrogate(self.surrogate)
+        if not isinstance(self.policy_term, Surrogate):
+            expected = "a Surrogate such as Clip(), or None for no policy term"
+            raise TypeError(f"LossConfig(surrogate=...) must be {expected}; got {self.surrogate!r}.")
+        if self.surrogate is not None:
+            check_surrogate(self.surrogate)
         if not isinstance(self.kl, KL):
             raise TypeError(f"LossConfig(kl=...) must be a KL such as KL(0.04); got {self.kl!r}.")
         if not (self.divergence is None or isinstance(self.divergence, Divergence)):
@@ -79,9 +82,9 @@ class LossConfig:
         check_limit("log_ratio_limit", self.log_ratio_limit)
         for name in ("constant_length", "group_size"):
             settle_count(self, name, name)
-        if self.pooling.pools and not self.surrogate.uses_ratio:
+        if self.pooling.pools and not self.policy_term.uses_ratio:
             raise ValueError(
-                f'level="{self.level}" pools ratios, and {self.surrogate!r} has none. Use level="token", or '
+                f'level="{self.level}" pools ratios, and {self.policy_term!r} has none. Use level="token", or '
                 "Unclipped() for a policy gradient with a ratio."
             )
         self._check_rollout()
@@ -115,9 +118,9 @@ class LossConfig:
         for scheme in self.schemes:
             if not isinstance(scheme, Rollout):
                 raise TypeError(f"LossConfig(rollout=...) takes schemes such as TruncatedIS(2.0); got {scheme!r}.")
-            if self.surrogate.folds(scheme) and scheme.pooled:
+            if self.policy_term.folds(scheme) and scheme.pooled:
                 raise ValueError(
-                    f"{self.surrogate!r} multiplies token weights into its ratio, and {scheme!r} weighs sequences. "
+                    f"{self.policy_term!r} multiplies token weights into its ratio, and {scheme!r} weighs sequences. "
                     'Use level="token", as in TruncatedIS(2.0) or MaskedIS(0.5, 5.0).'
                 )
 
@@ -125,6 +128,11 @@ class LossConfig:
     def schemes(self) -> tuple[Rollout, ...]:
         """Return ``rollout`` as a tuple, whatever was given."""
         return self.rollout if isinstance(self.rollout, tuple) else (self.rollout,)
+
+    @computed_once
+    def policy_term(self) -> Surrogate:
+        """Return the surrogate; ``NoSurrogate()`` where there is none."""
+        return NoSurrogate() if self.surrogate is None else self.surrogate
 
     @computed_once
     def pooling(self) -> Level:
@@ -150,7 +158,7 @@ class LossConfig:
         name = read_name("preset", name, PRESETS)
         preset = PRESETS[name].config
         fields = [field.name for field in dataclasses.fields(cls)]
-        check_options(f"preset({name!r}, ...): the field", changes, fields, preset.surrogate)
+        check_options(f"preset({name!r}, ...): the field", changes, fields, preset.policy_term)
         return dataclasses.replace(preset, **changes)
 
     @classmethod
@@ -160,18 +168,20 @@ class LossConfig:
 
     def equation(self) -> str:
         """Return the objective as one line of maths (ℓ log-prob, A advantage, m mask, f the bracket)."""
-        folded = [s.written() for s in self.schemes if self.surrogate.folds(s)]
-        factors = [s.written() for s in self.schemes if not self.surrogate.folds(s)]
-        term = self.surrogate.written()
+        folded = [s.written() for s in self.schemes if self.policy_term.folds(s)]
+        factors = [s.written() for s in self.schemes if not self.policy_term.folds(s)]
+        term = self.policy_term.written()
         terms = ["·".join([*(f"[{factor}]" for factor in factors), f"({term})"]) if factors else term]
+        if self.surrogate is None:
+            terms = []
         if self.kl.coef:
             terms.append(f"{self.kl.coef:g}·{self.kl.written()}")
         if self.divergence is not None:
             terms.append(f"{self.divergence.coef:g}·{self.divergence.written()}")
-        where = f", {self.pooling.equation}" if self.surrogate.uses_ratio else ""
+        where = f", {self.pooling.equation}" if self.policy_term.uses_ratio else ""
         where += "".join(f", r of ratios times {factor}" for factor in folded)
         entropy = f" - {self.entropy_coef:g}·entropy" if self.entropy_coef else ""
-        return f"loss = {self.weighting.written()}{entropy}, f = {' + '.join(terms)}{where}"
+        return f"loss = {self.weighting.written()}{entropy}, f = {' + '.join(terms) or '0'}{where}"
 
     def __repr__(self) -> str:
         default = LossConfig()

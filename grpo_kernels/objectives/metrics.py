@@ -29,18 +29,32 @@ RATIO_SUMS = ("ratio_sum", "ratio_count", "clipped_low", "clipped_high", "clippe
 """Sums over tokens, or over sequences at the sequence levels."""
 SUMS = (*TOKEN_SUMS, "sequences", *RATIO_SUMS)
 EXTREMES = ("ratio_min", "ratio_max", "rollout_ratio_max", "rollout_weight_max")
-FIELDS = SUMS + EXTREMES
-"""The fields of a ``Metrics``'s vector, in order (csrc/cpu/token_sums.h has the same)."""
+OF_KERNELS = SUMS + EXTREMES
+"""The fields that a backend's ``token_sums`` writes (csrc/cpu/token_sums.h has the same), which come first."""
+DIVERGENCE_SUMS = (
+    "divergence_loss",
+    "divergence_sum",
+    "divergence_count",
+    "infinite_divergences",
+    "teacher_entropy_sum",
+)
+"""Sums over tokens that have a divergence, 0 elsewhere."""
+FIELDS = OF_KERNELS + DIVERGENCE_SUMS
+"""The fields of a ``Metrics``'s vector, in order."""
 
 REPORTED: Mapping[str, str] = {
     "policy_loss": "the policy term of the loss",
     "kl_loss": "the KL term of the loss, coefficient included",
     "entropy_loss": "the entropy term of the loss, coefficient and sign included",
+    "divergence_loss": "the divergence term of the loss, coefficient included",
     "tokens": "live tokens",
     "sequences": "sequences, empty ones included; those of a sequence_group are counted on its first rank alone",
     "skipped_tokens": "live tokens left unread (skip_zero_advantage)",
     "impossible_tokens": "live tokens of probability 0",
     "kl": "mean of the KL estimator to the reference, unweighted and unclamped",
+    "divergence": "mean divergence from the teacher, nats, unweighted, over tokens where it is finite",
+    "infinite_divergences": "tokens whose divergence is infinite",
+    "teacher_entropy": "mean entropy of the teacher, nats; 0 without one",
     "k1_old": "mean of ℓ - old",
     "k3_old": "mean of exp(old - ℓ) - (old - ℓ) - 1",
     "k1_rollout": "mean of ℓ - rollout, over tokens whose rollout log-prob is known",
@@ -65,6 +79,7 @@ REPORTED: Mapping[str, str] = {
 
 _RATIOS = {
     "kl": ("kl_sum", "kl_count"),
+    "divergence": ("divergence_sum", "divergence_count"),
     "k1_rollout": ("k1_rollout_sum", "rollout_count"),
     "k3_rollout": ("k3_rollout_sum", "rollout_count"),
     "rollout_ratio_mean": ("rollout_ratio_sum", "rollout_count"),
@@ -126,6 +141,9 @@ class Metrics:
         if name in _RATIOS:
             total, count = _RATIOS[name]
             return _ratio(self._field(total), self._field(count))
+        if name == "teacher_entropy":
+            counted = self._field("divergence_count") + self._field("infinite_divergences")
+            return _ratio(self._field("teacher_entropy_sum"), counted)
         if name in ("entropy", "k1_old", "k3_old"):
             return _ratio(self._field(f"{name}_sum"), self._field("tokens") - self._field("skipped_tokens"))
         if name in FIELDS:
@@ -167,12 +185,13 @@ def _ratio(total: Tensor, count: Tensor) -> Tensor:
 def _merge(vectors: Tensor) -> Tensor:
     """Merge vectors (n, FIELDS) into one: sums are added in order, extremes taken over all (a vector that counted no
     ratio has infinite ones)."""
-    sums = vectors[0, : len(SUMS)]
+    sums = vectors[0]
     for vector in vectors[1:]:
-        sums = sums + vector[: len(SUMS)]
+        sums = sums + vector
+    first, last = len(SUMS), len(OF_KERNELS)
     smallest = vectors[:, FIELDS.index("ratio_min")].amin(0)
-    largest = vectors[:, FIELDS.index("ratio_max") :].amax(0)
-    return torch.cat([sums, smallest[None], largest])
+    largest = vectors[:, FIELDS.index("ratio_max") : last].amax(0)
+    return torch.cat([sums[:first], smallest[None], largest, sums[last:]])
 
 
 def reduce_ratios(ratio: Tensor, counted: Tensor, clipped: list[Tensor]) -> Tensor:

@@ -68,6 +68,7 @@ FIELDS = (
     "log_ratio_limit",
     "constant_length",
     "group_size",
+    "divergence",
 )
 """What a config holds, and a call takes inside of its config."""
 AGGREGATIONS = {

@@ -358,7 +358,7 @@ def _run(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> int:
     config = options.loss_config()
     if ranks.writes:
         print(f"{config!r}\nrun folder: {folder.path}", flush=True)
-        if not config.surrogate.uses_ratio and options.epochs > 1:
+        if not config.policy_term.uses_ratio and options.epochs > 1:
             print(f"note: --loss {options.loss} has no ratio to correct for a moved policy; --epochs 1 learns better")
     train(trainer, folder, resume)
     if ranks.writes:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...objectives.metrics import FIELDS, SUMS
+from ...objectives.metrics import OF_KERNELS as FIELDS
+from ...objectives.metrics import SUMS
 from .maths import expm1
 from .surrogates import ABS, CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, K1, K2, log_ratio_of
 

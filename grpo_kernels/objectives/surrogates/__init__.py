@@ -19,6 +19,7 @@ from .token import Clip as Clip
 from .token import DppoKL as DppoKL
 from .token import DppoTV as DppoTV
 from .token import Dro as Dro
+from .token import NoSurrogate as NoSurrogate
 from .token import Reinforce as Reinforce
 from .token import Sapo as Sapo
 from .token import Unclipped as Unclipped

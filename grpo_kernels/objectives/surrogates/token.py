@@ -40,6 +40,22 @@ class Reinforce(Surrogate):
 
 
 @dataclass(frozen=True, repr=False)
+class NoSurrogate(Reinforce):
+    """No policy term: of distillation alone. ``LossConfig(surrogate=None)`` is this.
+
+    Its weight in the loss is 0 at every token, so kernels may take any of their arms.
+    """
+
+    equation = "0"
+    slope_equation = "0"
+    paper = found_in = ""
+
+    def terms(self, t: Point) -> Terms:
+        zero = nothing(t.log_prob)
+        return Terms(zero, zero, zero, no_flags(zero))
+
+
+@dataclass(frozen=True, repr=False)
 class Unclipped(Surrogate):
     """-r * A: importance sampling without a bound. On-policy it is the policy gradient, pi/sg(pi) * A.
 

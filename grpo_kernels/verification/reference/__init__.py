@@ -15,9 +15,11 @@ from torch import Tensor
 
 from ...calls.arguments import check_pooled
 from ...calls.outputs import LossOutput
+from ...calls.teacher import Teacher
 from ...objectives.checks import read_mask
 from ...objectives.config import LossConfig, resolve_config
 from ...objectives.normalizer import Normalizer
+from .divergences import divergence_of
 from .metrics import metrics_of
 from .terms import VALUES as VALUES
 from .terms import Inputs as Inputs
@@ -27,22 +29,25 @@ from .terms import difference, kl_penalty, pool, registered, rollout_weights, su
 def grpo_loss(
     logits: Tensor,
     token_ids: Tensor,
-    advantages: Tensor,
+    advantages: Tensor | None,
     mask: Tensor | None = None,
     *,
     old_log_probs: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
     token_weights: Tensor | None = None,
+    teacher: Teacher | None = None,
     cu_seqlens: Tensor | None = None,
     config: LossConfig | str = "grpo",
     normalizer: float | Tensor | Normalizer | None = None,
     kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
+    divergence_coef: float | Tensor | None = None,
     entropy_threshold: float | Tensor | None = None,
     temperature: float | Tensor = 1.0,
     logit_scale: float | Tensor = 1.0,
     logit_softcap: float | Tensor | None = None,
+    vocab_size: int | None = None,
     support: Any = None,
     grad_scale: float | Tensor | None = None,
     inplace: bool = False,
@@ -64,11 +69,14 @@ def grpo_loss(
     log_probs = {"old_log_probs": old_log_probs, "rollout_log_probs": rollout_log_probs}
     check_pooled("reference.grpo_loss", config, old_log_probs, rollout_log_probs, log_probs)
     shape = token_ids.shape
+    logits = logits[..., :vocab_size]
     real = torch.float64 if logits.dtype == torch.float64 else torch.float32
 
     # Everything below is flat: one entry for each token that counts, with the index of its sequence.
     if mask is None:
         mask = torch.ones(shape, dtype=torch.bool, device=logits.device)
+    if advantages is None:
+        advantages = torch.zeros(shape, dtype=real, device=logits.device)
     mask = read_mask("reference.grpo_loss", mask, {"advantages": advantages, "mask": mask}, check)
     sequence, sequences, mask = _sequences(shape, mask, cu_seqlens)
     counted = mask.reshape(-1).nonzero().squeeze(-1)
@@ -86,23 +94,25 @@ def grpo_loss(
 
     old, ref, rollout = at_live(old_log_probs), at_live(ref_log_probs), at_live(rollout_log_probs)
     A = advantages[live]
-    log_prob, entropy = _log_probs(
-        logits, token_ids.reshape(-1)[live], live, shape, real, temperature, logit_scale, logit_softcap, support
-    )
+    ids = token_ids.reshape(-1)[live].long()
+    log_p = _log_softmax(logits, ids, live, shape, real, temperature, logit_scale, logit_softcap, support)
+    log_prob, entropy = log_p.gather(-1, ids[:, None]).squeeze(-1), _entropy(log_p)
 
     given = at_live(token_weights)
     u = torch.ones_like(log_prob) if given is None else given
+    if config.surrogate is None:
+        u = torch.zeros_like(log_prob)
     if config.level == "token":  # a token that weighs nothing has no part, not even by 0 times NaN
         old = None if old is None else torch.where(u == 0, log_prob.detach(), old)
         A = torch.where(u == 0, 0.0, A)
     own = difference(log_prob, old)
     log_ratio = pool(config.level, own, sequence, sequences)
     sampled = (log_prob.detach(), old, rollout, A, sequence, sequences, config.log_ratio_limit)
-    in_ratio = [s for s in config.schemes if config.surrogate.takes_rollout and type(s).__name__ != "OffPolicyMask"]
+    in_ratio = [s for s in config.schemes if config.policy_term.takes_rollout and type(s).__name__ != "OffPolicyMask"]
     rho = rollout_weights([s for s in config.schemes if s not in in_ratio], *sampled)
     folded = rollout_weights(in_ratio, *sampled)
     inputs = Inputs(log_prob, old, A, own, sequence, sequences, config, folded)
-    policy, clipped = VALUES.get(config.surrogate.name, registered)(config.surrogate, inputs)
+    policy, clipped = VALUES.get(config.policy_term.name, registered)(config.policy_term, inputs)
     u = torch.where(rho == 0, 0.0, u * rho)
     if entropy_threshold is not None:
         u = u * ~(entropy.detach() < entropy_threshold)
@@ -121,9 +131,25 @@ def grpo_loss(
         entropy_loss = -entropy_coef * (entropy_weight * entropy).sum()
         loss = loss + entropy_loss
 
+    of_teacher: dict[str, Tensor | float] = {}
+    if config.divergence is not None:
+        assert teacher is not None, "a divergence needs a teacher"
+        assert teacher.logits is not None, "the teacher's logits"
+        tau = config.divergence.teacher_temperature or temperature
+        forms = (tau, teacher.logit_scale, teacher.logit_softcap, None)
+        log_q = _log_softmax(teacher.logits[..., :vocab_size], ids, live, shape, real, *forms)
+        divergence = divergence_of(config.divergence, log_p, log_q)
+        coef = config.divergence.coef if divergence_coef is None else divergence_coef
+        divergence_loss = (weight * coef * divergence).sum()
+        loss = loss + divergence_loss
+        of_teacher = {"divergence_loss": divergence_loss, "teacher_entropy_sum": _entropy(log_q).double().sum()}
+        of_teacher["divergence_sum"] = divergence[divergence.isfinite()].double().sum()
+        of_teacher["infinite_divergences"] = divergence.isinf().double().sum()
+        of_teacher["divergence_count"] = (~divergence.isinf()).double().sum()
+
     with torch.no_grad():
         terms: dict[str, Tensor | float] = {"policy_loss": policy_loss, "kl_loss": kl_loss}
-        terms |= {"entropy_loss": entropy_loss}
+        terms |= {"entropy_loss": entropy_loss, **of_teacher}
         terms |= {"tokens": float(len(counted)), "sequences": float(sequences)}
         terms["skipped_tokens"] = float(len(counted) - len(live))
         others = (old, ref, rollout, torch.where(rho == 0, 0.0, rho * folded))
@@ -131,7 +157,7 @@ def grpo_loss(
     return LossOutput(loss, metrics, _scatter(log_prob, live, shape), _scatter(entropy, live, shape))
 
 
-def _log_probs(
+def _log_softmax(
     logits: Tensor,
     ids: Tensor,
     live: Tensor,
@@ -141,8 +167,8 @@ def _log_probs(
     logit_scale: float | Tensor,
     logit_softcap: float | Tensor | None,
     support: Any,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of each live token and entropy of its row."""
+) -> Tensor:
+    """Log-probs of the rows of live tokens, (tokens, V)."""
     if logits.dim() == 3:
         logits = logits[:, : shape[-1]]
     z = logits.reshape(-1, logits.shape[-1])[live].to(real) * logit_scale
@@ -151,11 +177,13 @@ def _log_probs(
     z = z / temperature
     if support is not None:
         allowed = support.reshape(-1, z.shape[-1])[live] != 0 if isinstance(support, Tensor) else _kept(z, support)
-        z = z.masked_fill(~allowed.scatter(-1, ids[:, None].long(), True), -math.inf)
-    log_p = torch.log_softmax(z, -1)
+        z = z.masked_fill(~allowed.scatter(-1, ids[:, None], True), -math.inf)
+    return torch.log_softmax(z, -1)
+
+
+def _entropy(log_p: Tensor) -> Tensor:
     p = log_p.exp()
-    entropy = -(p * torch.where(p == 0, 0.0, log_p)).sum(-1)
-    return log_p.gather(-1, ids[:, None].long()).squeeze(-1), entropy
+    return -(p * torch.where(p == 0, 0.0, log_p)).sum(-1)
 
 
 def _kept(z: Tensor, support: Any) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...objectives.config import LossConfig
-from ...objectives.metrics import Metrics
+from ...objectives.metrics import DIVERGENCE_SUMS, Metrics
 from .terms import difference, estimate, sum_by
 
 
@@ -24,7 +24,7 @@ def metrics_of(
     sequence: Tensor,
     sequences: int,
 ) -> Metrics:
-    sums = dict(terms)
+    sums: dict[str, Tensor | float] = {**dict.fromkeys(DIVERGENCE_SUMS, 0.0), **terms}
     sums["impossible_tokens"] = (log_prob == float("-inf")).sum().double()
     sums["entropy_sum"] = entropy.double().sum()
 

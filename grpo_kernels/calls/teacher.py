@@ -1,0 +1,145 @@
+"""A teacher: the distribution that the policy's is compared with, in the form in which it is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.spec import LogitArgs
+from ..objectives.checks import fail, plain
+from ..objectives.divergence import Divergence
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Teacher:
+    """A distribution for every token, of another policy: one of three forms.
+
+        Teacher(logits=teacher_logits)
+        Teacher(hidden=teacher_hidden, weight=teacher_head)
+        Teacher(token_ids=top_ids, log_probs=top_log_probs, temperature=1.0)
+
+    It has no gradient. Its rows are the policy's: row t is of the token that row t of the policy predicts.
+
+    Args:
+        logits: (B, T, V) or (B, T+1, V), packed (N, V) or (1, N, V).
+        hidden: (B, T, H'), (B, T+1, H') or packed, of any width H', behind its final norm; with ``weight`` (V, H') and
+            ``bias`` (V,), which may be those of the policy. The logits exist a chunk of rows at a time.
+        token_ids, log_probs: its likeliest tokens, (*token_ids.shape of the call, k), an id < 0 where there are fewer;
+            or with ``offsets`` (N+1,), (n,) of all tokens one after the other.
+        logit_scale, logit_softcap: of its logits, as for ``grpo_loss``.
+        temperature: of recorded log-probs, which carry it: what the sampler's logits were divided by (that of prompt
+            log-probs of vLLM and SGLang is 1, whatever the sampler's is). No default.
+    """
+
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    token_ids: Tensor | None = None
+    log_probs: Tensor | None = None
+    offsets: Tensor | None = None
+    logit_scale: float | Tensor = 1.0
+    logit_softcap: float | Tensor | None = None
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        forms = {"logits": ("logits",), "hidden": ("hidden", "weight"), "token_ids": ("token_ids", "log_probs")}
+        named = self.tensors
+        for name, value in named.items():
+            if value is not None and not isinstance(value, Tensor):
+                fail("Teacher", f"{name} to be a tensor", type(value).__name__, error=TypeError)
+        given = [form for form, needs in forms.items() if any(named[name] is not None for name in needs)]
+        form = given[0] if len(given) == 1 else ""
+        if not form or any(named[name] is None for name in forms[form]):
+            got = ", ".join(name for name, value in named.items() if value is not None) or "nothing"
+            fail("Teacher", "logits=, or hidden= and weight=, or token_ids= and log_probs=", got)
+        for name in ("logits", "hidden", "log_probs"):
+            value = named[name]
+            if value is not None and value.requires_grad:
+                hint = f"run it under torch.no_grad(), or {name}.detach()"
+                fail(
+                    "Teacher", f"{name} without a gradient: only the policy learns", "one that requires grad", hint=hint
+                )
+        object.__setattr__(self, "temperature", plain(self.temperature))
+        if (form == "token_ids") != (self.temperature is not None):
+            expected = "temperature= of recorded log-probs, and of them alone"
+            hint = (
+                "log-probs carry what their logits were divided by: 1.0 of prompt log-probs, else the sampler's"
+                if form == "token_ids"
+                else "Divergence(teacher_temperature=...) is what its logits are divided by; None: the call's"
+            )
+            fail("Teacher", expected, repr(self.temperature), hint=hint)
+
+    @property
+    def form(self) -> str:
+        """Return "logits", "hidden" or "token_ids"."""
+        return next(name for name in ("logits", "hidden", "token_ids") if getattr(self, name) is not None)
+
+    @property
+    def tensors(self) -> dict[str, Any]:
+        """The tensors by name."""
+        names = ("logits", "hidden", "weight", "bias", "token_ids", "log_probs", "offsets")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Return that of its logits; None where there are none."""
+        states = self.hidden if self.logits is None else self.logits
+        return None if states is None else states.dtype
+
+    def first_columns(self, count: int) -> Teacher:
+        """Return the teacher over the first columns of its vocabulary."""
+        narrowed = {
+            name: None if value is None else value.narrow(dim, 0, count)
+            for name, dim, value in (("logits", -1, self.logits), ("weight", 0, self.weight), ("bias", 0, self.bias))
+        }
+        return replace(self, **narrowed)  # type: ignore[arg-type]
+
+    @property
+    def columns(self) -> int | None:
+        """Return how many columns its vocabulary has; None where it has recorded some."""
+        whole = self.weight if self.logits is None else self.logits.mT
+        return None if whole is None else whole.shape[-2]
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Teacher:
+        """Return the teacher with its tensors on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+            for name, value in values.items()
+        }
+        return Teacher(**moved)
+
+
+def check_teacher(function: str, teacher: object, divergence: Divergence | None) -> None:
+    """Raise where one of the two is missing."""
+    if teacher is not None and not isinstance(teacher, Teacher):
+        hint = "Teacher(logits=...), Teacher(hidden=..., weight=...) or Teacher(token_ids=..., log_probs=...)"
+        fail(function, "teacher= to be a Teacher", type(teacher).__name__, hint=hint, error=TypeError)
+    if divergence is not None and teacher is None:
+        hint = "divergence=None leaves the term out"
+        fail(function, f"teacher= for {divergence!r}", "none", hint=hint)
+    if divergence is None and teacher is not None:
+        hint = "LossConfig(divergence=Divergence('reverse_kl')) says what is minimised"
+        fail(function, "a divergence in the config beside teacher=", "none", hint=hint)
+
+
+def first_columns(
+    function: str, vocab_size: int, teacher: Teacher, dim: int, *tensors: Tensor | None
+) -> tuple[Teacher, tuple[Tensor | None, ...]]:
+    """Return a teacher and the policy's ``tensors`` without what their vocabularies have beyond ``vocab_size``."""
+    columns = [tensor.shape[dim] for tensor in tensors if tensor is not None]
+    most = min(columns if teacher.columns is None else [*columns, teacher.columns])
+    if type(vocab_size) is not int or not 0 < vocab_size <= most:
+        fail(function, f"vocab_size, an int in [1, {most}], the columns of policy and teacher", repr(vocab_size))
+    narrowed = tuple(None if tensor is None else tensor.narrow(dim, 0, vocab_size) for tensor in tensors)
+    return teacher if teacher.columns is None else teacher.first_columns(vocab_size), narrowed
+
+
+def teacher_args(teacher: Teacher, divergence: Divergence, temperature: float | Tensor) -> LogitArgs:
+    """Return how the teacher's logits become log-probs."""
+    own = divergence.teacher_temperature
+    return LogitArgs(temperature if own is None else own, teacher.logit_scale, teacher.logit_softcap)

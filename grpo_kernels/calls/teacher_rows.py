@@ -1,0 +1,110 @@
+"""A teacher beside hidden states: its logits of some live rows at a time, of its own states and head, or gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import Rows
+from ..backends.spec import LogitArgs, numbers_vector
+from ..objectives.checks import check_device
+from ..objectives.divergence import Divergence
+from .arguments import check_head, check_logit_args, check_logits
+from .chunks import LiveRows
+from .divergence import Beside, check_columns, check_rows
+from .head import HeadTensors, Wants, head_kind, operand_dtype
+from .teacher import Teacher, teacher_args
+from .tokens import RowTokens
+
+RowsOf = Callable[[int, int, Tensor, Tensor], Beside]
+"""The teacher's rows of live rows [first, last), of their token ids and which of them are none; until the next call."""
+
+
+@dataclass(frozen=True)
+class TeacherStates:
+    """A teacher beside a sweep over hidden states."""
+
+    states: Tensor
+    """Its hidden states, or its logits: (B, T or T+1, K) or (N, K)."""
+    head: HeadTensors | None
+    """None: the states are the logits."""
+    operands: torch.dtype
+    dtype: torch.dtype
+    """Of its logits."""
+    columns: int
+    numbers: Tensor
+    softcap: bool
+    kind: int
+
+    @classmethod
+    def read(
+        cls,
+        tokens: RowTokens,
+        teacher: Teacher,
+        divergence: Divergence,
+        logit_args: LogitArgs,
+        logits_dtype: torch.dtype | None,
+        check: bool | None,
+    ) -> TeacherStates:
+        """Read a teacher of logits or of hidden states.
+
+        Raises:
+            ValueError, TypeError: tensors that do not fit the tokens or each other, or another vocabulary than the
+                policy's.
+        """
+        function, head = tokens.function, None
+        if teacher.hidden is not None and teacher.weight is not None:
+            head = HeadTensors(teacher.hidden.detach(), teacher.weight.detach(), teacher.bias)
+            name, states, columns = "teacher.hidden", head.hidden, head.weight.shape[0]
+        else:
+            assert teacher.logits is not None
+            name, states, columns = "teacher.logits", teacher.logits.detach(), teacher.logits.shape[-1]
+        own = {f"teacher.{name}": value for name, value in teacher.tensors.items() if value is not None}
+        named = {**tokens.tensors, **own}
+        if head is None:
+            check_logits(function, states, named)
+            operands = dtype = states.dtype
+        else:
+            check_head(f"{function}: teacher", head, named)
+            operands = operand_dtype(head.hidden)
+            dtype = logits_dtype if logits_dtype is not None and operands.itemsize == 2 else operands
+        check_device(function, named)
+        check_rows(tokens, name, states, named)
+        check_columns(tokens, columns, named)
+        args = teacher_args(teacher, divergence, logit_args.temperature)
+        check_logit_args(function, args, check)
+        numbers = numbers_vector(args, 1.0, None, tokens.real, states.device)
+        softcap = args.logit_softcap is not None
+        return cls(states, head, operands, dtype, columns, numbers, softcap, divergence.kernel_id)
+
+    @property
+    def row_bytes(self) -> int:
+        """Return those of a row of a chunk: its logits, and its states."""
+        states = 0 if self.head is None else self.states.shape[-1] * self.operands.itemsize
+        return self.columns * self.dtype.itemsize + states
+
+    def walk(self, live_rows: LiveRows) -> RowsOf:
+        """Return what gives the rows of chunk after chunk."""
+        make = self._gathered(live_rows) if self.head is None else self._computed(self.head, live_rows)
+
+        def rows_of(first: int, last: int, token_ids: Tensor, live: Tensor) -> Beside:
+            return Beside(Rows(make(first, last), token_ids, live, self.numbers, self.softcap), self.kind)
+
+        return rows_of
+
+    def _gathered(self, live_rows: LiveRows) -> Callable[[int, int], Tensor]:
+        return lambda first, last: live_rows.gather(self.states, first, last)
+
+    def _computed(self, head: HeadTensors, live_rows: LiveRows) -> Callable[[int, int], Tensor]:
+        device = self.states.device
+        gemm = head_kind(device.type, self.operands, self.dtype)(head, self.operands, self.dtype, 1, Wants(), False)
+        room = torch.empty(live_rows.longest, self.columns, dtype=self.dtype, device=device)
+
+        def logits(first: int, last: int) -> Tensor:
+            gemm.logits([live_rows.gather(self.states, first, last).to(self.operands)], room[: last - first])
+            return room[: last - first]
+
+        return logits
