@@ -12,6 +12,7 @@ from . import advantages, hf
 from . import surrogates as surrogates
 from .calls.context import ContextPart, split_context
 from .calls.outputs import LossOutput, TokenLogProbs
+from .calls.recorded import Recorded
 from .calls.routes import Route
 from .calls.support import MinP, TopK, TopP
 from .calls.teacher import Teacher
@@ -60,6 +61,7 @@ __all__ = [
     "MinP",
     "Normalizer",
     "OffPolicyMask",
+    "Recorded",
     "Reinforce",
     "Rejection",
     "Route",

@@ -13,6 +13,7 @@ from .calls.arguments import check_inplace, check_logit_args
 from .calls.contents import check_contents, check_ids
 from .calls.outputs import TokenLogProbs
 from .calls.provenance import Made
+from .calls.recorded import Recorded, recorded_log_probs
 from .calls.routes import Require, choose_log_probs
 from .calls.sharding import (
     ONE_RANK,
@@ -25,7 +26,7 @@ from .calls.sharding import (
     refuse_inplace,
     vocabulary_agreement,
 )
-from .calls.support import Support, Supported, check_not_inplace, supported_log_probs
+from .calls.support import Support, check_support, how_read, said_of, supported_log_probs
 from .calls.tokens import read_tokens
 from .calls.vocabulary import row_stats
 from .objectives.names import NoKeyword, refuse_keywords
@@ -94,22 +95,24 @@ def token_log_probs(
         wants_gradient = torch.is_grad_enabled() and logits.requires_grad
         if inplace and wants_gradient:
             check_inplace("token_log_probs", inplace, logits, tokens.tensors)
-        softcap, copies = logit_softcap is not None, support is not None
-        route = choose_log_probs(tokens, backend=backend, softcap=softcap, require=require, copies=copies)
+        softcap, reading = logit_softcap is not None, None if support is None else how_read(support)
+        route = choose_log_probs(tokens, backend=backend, softcap=softcap, require=require, reading=reading)
         if support is not None:
-            check_not_inplace("token_log_probs", inplace, tokens.tensors)
+            check_support(tokens, support, inplace)
         if shard is not None:
             check_ids(tokens, always=logits.device.type == "cpu")
-            kept = "None" if support is None else Supported.of(tokens, support, logit_args).said
+            kept = said_of(tokens, support, logit_args)
             if facts is not None:
                 facts |= facts_of(tokens, logit_args, {}, support=kept)
     check_contents(tokens, route.backend, logit_args)
     made = Made.of(tokens, route.backend, logit_args, support)
-    if support is not None:
+    if support is not None and not isinstance(support, Recorded):
         log_prob, entropy = supported_log_probs(logits, tokens, support, logit_args, route.backend)
         return TokenLogProbs.by(log_prob.view(tokens.shape), entropy.view(tokens.shape), made)
     rows = tokens.rows(numbers_vector(logit_args, 1.0, None, tokens.real, logits.device), softcap)
-    if wants_gradient:
+    if isinstance(support, Recorded):
+        log_prob, entropy, _ = recorded_log_probs(tokens, support, rows, route.backend)
+    elif wants_gradient:
         log_prob, entropy = autograd.LogProbs.apply(logits, rows, shard, route.backend, inplace)
     else:
         log_prob, entropy, *_ = row_stats(rows._replace(logits=logits.detach()), shard, route.backend)

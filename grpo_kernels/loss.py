@@ -20,6 +20,7 @@ from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
 from .calls.over_ranks import Agreed, over_ranks
 from .calls.provenance import Made
+from .calls.recorded import Recorded, recorded_log_probs
 from .calls.routes import Require, choose, choose_backend
 from .calls.sharding import (
     ONE_RANK,
@@ -33,7 +34,7 @@ from .calls.sharding import (
     refuse_inplace,
     vocabulary_agreement,
 )
-from .calls.support import Support, Supported, check_not_inplace, supported_log_probs
+from .calls.support import Support, check_support, how_read, said_of, supported_log_probs
 from .calls.teacher import Teacher, first_columns
 from .calls.terms import Diverged, Settled, TokenBatch, reduce_records, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
@@ -216,7 +217,7 @@ def grpo_loss(
             choice,
             require=require,
             wants_gradient=wants_gradient,
-            copies=support is not None,
+            reading=None if support is None else how_read(support),
             unknown=unannounced,
         )
         beside = None
@@ -224,10 +225,10 @@ def grpo_loss(
             beside = read_teacher(tokens, teacher, config.divergence, logit_args, support, check)
         scale = 1.0 if grad_scale is None else checked_scale("grpo_loss", grad_scale, check)
         if support is not None:
-            check_not_inplace("grpo_loss", inplace, tokens.tensors)
+            check_support(tokens, support, inplace)
         if shard is not None:
             check_ids(tokens, always=logits.device.type == "cpu")
-            kept = "None" if support is None else Supported.of(tokens, support, logit_args).said
+            kept = said_of(tokens, support, logit_args)
             if facts is not None:
                 named = {"config": config, "arguments": arguments.given, "support": kept}
                 facts |= facts_of(tokens, logit_args, arguments.tensors, **named)
@@ -240,7 +241,11 @@ def grpo_loss(
     rows = Rows(logits, tokens.token_ids, tokens.live, numbers, logit_softcap is not None)
     call = _Call(config, rows, batch, backend, inplace, beside)
 
-    if support is not None:
+    if isinstance(support, Recorded):
+        log_prob, entropy, _ = recorded_log_probs(tokens, support, rows, backend)
+        outputs = log_prob, entropy
+        outcome = call.tokens_of(*outputs) if token_losses else call.of_log_probs(*outputs)
+    elif support is not None:
         outputs = supported_log_probs(logits, tokens, support, logit_args, backend)
         outcome = call.tokens_of(*outputs) if token_losses else call.of_log_probs(*outputs)
     elif beside is not None and not (plan.fused and plan.spec is not None):

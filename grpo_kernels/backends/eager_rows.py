@@ -128,6 +128,15 @@ def load(chunk: Chunk, buffer: Tensor) -> Tensor:
     return buffer
 
 
+def capped(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cap·tanh(logit·scale/cap), and its derivative in the logit: scale·(1 - tanh²) as 4q/(1+q)², which keeps
+    its precision where tanh is nearly 1."""
+    _, scale, cap = numbers[:3].unbind()
+    inner = logits * (scale / cap)
+    q = torch.exp(-2 * inner.abs())
+    return cap * torch.tanh(inner), 4 * q / (1 + q) ** 2 * scale
+
+
 def several(values: Tensor) -> Tensor:
     """Return rows as they are, but a lone one twice: PyTorch adds it up in another order than one of several."""
     return values if len(values) > 1 else values.expand(2, -1)

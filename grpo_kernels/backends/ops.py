@@ -23,6 +23,7 @@ from ..objectives.metrics import FIELDS
 from ..objectives.sequences import accumulate_dtype
 from . import memory
 from .contract import DivergenceStats, RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
+from .sets import Sets, gather, scatter_, set_gradient, set_stats
 from .spec import ObjectiveSpec
 
 _Arguments = ParamSpec("_Arguments")
@@ -273,6 +274,33 @@ def fused_divergence_(
     _zero_unused_rows(rows)
     note_write(rows.logits)
     return made
+
+
+def _fake_set_log_probs(rows: Rows, sets: Sets, backend: str) -> tuple[RowStats, Tensor]:
+    return _new_stats(rows), rows.token_ids.new_empty(())
+
+
+@_operator(fake=_fake_set_log_probs)
+def set_log_probs(rows: Rows, sets: Sets, backend: str) -> tuple[RowStats, Tensor]:
+    """Return the statistics of every row over its set, over the whole vocabulary where that is empty; and how many
+    live rows' token is outside of theirs."""
+    filled = sets.filled.view_as(rows.live)
+    whole = rows._replace(live=rows.live & ~filled)
+    stats = _new_stats(rows)
+    backends.get(backend).log_probs(whole, stats)
+    of_sets, outside = set_stats(rows, sets, gather(rows, sets))
+    return RowStats(*(torch.where(filled, a, b) for a, b in zip(of_sets, stats, strict=True))), outside
+
+
+@_operator(fake=lambda rows, sets, stats, gradients, backend: _fake_gradient(rows.logits))
+def set_log_probs_backward(rows: Rows, sets: Sets, stats: RowStats, gradients: RowGradients, backend: str) -> Tensor:
+    """Return the logits' gradient: a kernel's where a row has no set, and its zeros elsewhere, with the sets' in it."""
+    out = memory.gradient_like(rows.logits, rows.token_ids.shape[1])
+    whole = rows._replace(live=rows.live & ~sets.filled.view_as(rows.live))
+    backends.get(backend).log_probs_backward(whole, stats, gradients, out)
+    at = gather(rows, sets)
+    scatter_(out, rows, at, set_gradient(rows, sets, at, stats, gradients))
+    return out
 
 
 def _fake_fused_loss_(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..backends.spec import LogitArgs
 from ..objectives.checks import warn_caller
+from .recorded import Recorded
 from .tokens import RowTokens
 
 
@@ -38,6 +39,7 @@ class Made:
         dtype = str(tokens.dtype).removeprefix("torch.")
         ranks = 1 if tokens.shard is None else tokens.shard.ranks
         kept = "a mask" if isinstance(support, Tensor) else "everything" if support is None else repr(support)
+        kept = "recorded sets" if isinstance(support, Recorded) else kept
         return cls(backend, dtype, tokens.vocab, ranks, temperature, scale, softcap, kept)
 
     def warn_of(self, function: str, now: Made) -> None:

@@ -60,7 +60,7 @@ def choose(
     *,
     require: Require | None,
     wants_gradient: bool,
-    copies: bool = False,
+    reading: str | None = None,
     unknown: str | None = None,
 ) -> Plan:
     """Choose the passes of a loss.
@@ -69,15 +69,15 @@ def choose(
         choice: of the backend.
         require: "fused": raise where compiled kernels would not compute loss and gradient in one pass.
         wants_gradient: whether any of what the loss depends on requires one.
-        copies: whether rows are copied first, for a truncated support.
+        reading: how rows of a truncated support are read, in two passes; None: there is none.
         unknown: why a row's slope is not known in forward, whatever the objective; None where it may be.
 
     Raises:
         RuntimeError: a call that is not served as required.
     """
     spec, reason = _one_pass_spec(config, batch, arguments)
-    if copies:
-        passes, reason = 2, "support= works on copies of the rows"
+    if reading is not None:
+        passes, reason = 2, reading
     elif not wants_gradient:
         passes, reason = 1, "no gradient is wanted"
     elif unknown is not None or reason is not None:
@@ -93,14 +93,14 @@ def choose(
 
 
 def choose_log_probs(
-    tokens: RowTokens, *, backend: str | None, softcap: bool, require: Require | None, copies: bool = False
+    tokens: RowTokens, *, backend: str | None, softcap: bool, require: Require | None, reading: str | None = None
 ) -> Route:
     """Choose the backend of log-probs alone."""
     choice = choose_backend(tokens, backend, softcap, fused=False)
-    reason = "support= works on copies of the rows" if copies else "no gradient is wanted"
+    reason = "no gradient is wanted" if reading is None else reading
     if choice.passed_over:
         reason = f"{reason}; {choice.passed_over}"
-    route = Route(choice.backend, 2 if copies else 1, reason)
+    route = Route(choice.backend, 1 if reading is None else 2, reason)
     if require is not None:
         _check_require(tokens, require, route)
     return route

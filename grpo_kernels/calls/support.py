@@ -10,7 +10,7 @@ applied to the copies first: it would turn the -inf into -cap, and bring every c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import RowGradients, Rows, RowStats
+from ..backends.eager_rows import capped
 from ..backends.spec import NUMBERS, LogitArgs, numbers_vector
 from ..objectives.checks import check_device, check_shape, fail, plain, read_mask
 from ..objectives.compiler import outside_graphs
@@ -25,6 +26,7 @@ from ..objectives.groups import gather, ordered_sum
 from ..objectives.maths import weighed
 from .autograd import once
 from .contents import check_ids
+from .recorded import READ, Recorded, check_recorded
 from .tokens import RowTokens
 from .vocabulary import VocabShard, row_gradient_, row_stats
 
@@ -142,13 +144,29 @@ def _check_share(support: TopP | MinP) -> None:
 
 
 Filter: TypeAlias = TopK | TopP | MinP
-Support: TypeAlias = Filter | tuple[Filter, ...] | Tensor
+Filtered: TypeAlias = Filter | tuple[Filter, ...] | Tensor
 """One filter, several in the sampler's order (each renormalises what the one before left), or a bool mask."""
+Support: TypeAlias = Filtered | Recorded
 
 
-def check_not_inplace(function: str, inplace: bool, tensors: Mapping[str, object]) -> None:
-    if inplace:
-        fail(function, "inplace=False with support=, whose gradient is made of copies", "inplace=True", tensors)
+def how_read(support: Support) -> str:
+    """Return why a call with ``support=`` takes two passes."""
+    return READ if isinstance(support, Recorded) else "support= works on copies of the rows"
+
+
+def check_support(tokens: RowTokens, support: Support, inplace: bool) -> None:
+    """Raise for what a support does not go with."""
+    if isinstance(support, Recorded):
+        check_recorded(tokens, inplace)
+    elif inplace:
+        expected = "inplace=False with support=, whose gradient is made of copies"
+        fail(tokens.function, expected, "inplace=True", tokens.tensors)
+
+
+def said_of(tokens: RowTokens, support: Support | None, logit_args: LogitArgs) -> str:
+    """Return a support in words, for ranks of a vocabulary to compare; raise for one that does not fit."""
+    none = support is None or isinstance(support, Recorded)  # of a vocabulary over ranks: check_recorded
+    return "None" if none else Supported.of(tokens, support, logit_args).said  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -164,7 +182,7 @@ class Supported:
     """(B·T, 1), of each row the smallest z that the filters keep, found with the log-probs: backward asks no rank."""
 
     @classmethod
-    def of(cls, tokens: RowTokens, support: Support, logit_args: LogitArgs) -> Supported:
+    def of(cls, tokens: RowTokens, support: Filtered, logit_args: LogitArgs) -> Supported:
         numbers = numbers_vector(logit_args, 1.0, None, tokens.real, tokens.states.device)
         rows = tokens.rows(numbers, logit_args.logit_softcap is not None)
         check_ids(tokens, always=rows.logits.device.type == "cpu")  # rows are numbered anew below
@@ -177,7 +195,7 @@ class Supported:
             return cls(rows, tokens.shard, (), mask, lowest)
         filters = support if isinstance(support, tuple) else (support,)
         if not filters or not all(isinstance(one, (TopK, TopP, MinP)) for one in filters):
-            expected = "support=TopK(k), TopP(p), MinP(p), a tuple of them, or a bool mask (*token_ids.shape, V)"
+            expected = "support=TopK(k), TopP(p), MinP(p), a tuple of them, a bool mask (*token_ids.shape, V), Recorded"
             fail(tokens.function, expected, repr(support), tokens.tensors, error=TypeError)
         return cls(rows, tokens.shard, filters, None, lowest)
 
@@ -223,7 +241,7 @@ class Supported:
         for index in torch.arange(count, device=rows.logits.device).split(size):
             logits = whole[index // length, index % length]
             ids, live = (x.reshape(-1)[index] for x in (rows.token_ids, rows.live))
-            values, slope = (logits, None) if not rows.softcap else _capped(logits.to(numbers.dtype), rows.numbers)
+            values, slope = (logits, None) if not rows.softcap else capped(logits.to(numbers.dtype), rows.numbers)
             kept = self._kept(values, numbers, index, find) if self.mask is None else self._masked(index)
             self._keep_drawn(kept, ids)
             values = values.masked_fill_(~kept, float("-inf"))[None]
@@ -262,15 +280,6 @@ def _without_softcap(numbers: Tensor) -> Tensor:
     return numbers
 
 
-def _capped(logits: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cap·tanh(logit·scale/cap), and its derivative in the logit: scale·(1 - tanh²) as 4q/(1+q)², which keeps
-    its precision where tanh is nearly 1."""
-    _, scale, cap = numbers[:3].unbind()
-    inner = logits * (scale / cap)
-    q = torch.exp(-2 * inner.abs())
-    return cap * torch.tanh(inner), 4 * q / (1 + q) ** 2 * scale
-
-
 class SupportedLogProbs(torch.autograd.Function):
     """Log-probs and entropies over a truncated support, differentiable in both."""
 
@@ -293,7 +302,7 @@ class SupportedLogProbs(torch.autograd.Function):
 
 @outside_graphs
 def supported_log_probs(
-    logits: Tensor, tokens: RowTokens, support: Support, logit_args: LogitArgs, backend: str
+    logits: Tensor, tokens: RowTokens, support: Filtered, logit_args: LogitArgs, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Return (B, T) log-probs and entropies, differentiable in ``logits`` where gradients are on."""
     supported = Supported.of(tokens, support, logit_args)
