@@ -15,7 +15,7 @@ from .calls.divergence import DivergedLogProbs, read_teacher, refuse_columns_inp
 from .calls.routes import choose_backend, choose_log_probs
 from .calls.sweep import LinearLogProbs
 from .calls.teacher import Teacher, check_teacher, first_columns
-from .calls.teacher_rows import TeacherStates
+from .calls.teacher_rows import read_teacher_states
 from .calls.tokens import read_linear_tokens, read_tokens
 from .linear import beside_teacher, chunk_rows_of, sweep_of
 from .objectives.checks import read_name
@@ -93,7 +93,7 @@ def token_divergence(
     check_contents(tokens, choice.backend, logit_args)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, logits.device, divergence=kind)
     rows = tokens.rows(numbers, logit_softcap is not None)
-    log_prob, entropy, value, teacher_entropy = DivergedLogProbs.apply(logits, rows, *beside, choice.backend, inplace)
+    log_prob, entropy, value, teacher_entropy = DivergedLogProbs.apply(logits, rows, beside, choice.backend, inplace)
     return TokenDivergence(*(x.view(tokens.shape) for x in (value, log_prob, entropy, teacher_entropy)))
 
 
@@ -142,7 +142,7 @@ def linear_token_divergence(
     tokens = read_linear_tokens(name, head, token_ids, mask, logits_dtype, {}, check)
     route = choose_log_probs(tokens, backend=backend, softcap=logit_softcap is not None, require=None)
     check_ids(tokens, always=head.hidden.device.type == "cpu")
-    beside = TeacherStates.read(tokens, teacher, kind, logit_args, logits_dtype, check)
+    beside = read_teacher_states(tokens, teacher, kind, logit_args, logits_dtype, check)
     rows = chunk_rows_of(tokens, head, chunk_bytes, beside)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, hidden.device, divergence=kind)
     sweep = sweep_of(tokens, numbers, logit_args, route, head, live_tokens, rows, None, teacher=beside)

@@ -15,7 +15,7 @@ from .calls.arguments import check_logit_args, checked_scale, read_head
 from .calls.batch import LossArguments, read_batch
 from .calls.chunks import CHUNK_BYTES, LiveRows, chunk_rows
 from .calls.contents import check_ids, check_shift
-from .calls.divergence import refuse_shards
+from .calls.divergence import refuse_shards, why_unfused
 from .calls.head import HeadTensors, Wants, operand_dtype
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
@@ -35,7 +35,7 @@ from .calls.sharding import (
 )
 from .calls.sweep import LinearLogProbs, LinearLoss, Sweep
 from .calls.teacher import Teacher, first_columns
-from .calls.teacher_rows import TeacherStates
+from .calls.teacher_rows import SweptTeacher, read_teacher_states
 from .calls.terms import Diverged, TokenBatch, pools, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
 from .calls.token_losses import token_losses as losses_of_tokens
@@ -193,14 +193,14 @@ def linear_grpo_loss(
             choice,
             require=require,
             wants_gradient=any(wants),
-            unknown=ON_DEMAND if token_losses else None if shard is None else SHARDED,
+            unknown=ON_DEMAND if token_losses else why_unfused(teacher) if shard is None else SHARDED,
         )
         if grad_scale is not None:
             checked_scale("linear_grpo_loss", grad_scale, check)
         check_ids(tokens, always=head.hidden.device.type == "cpu")
         beside = None
         if teacher is not None and config.divergence is not None:
-            beside = TeacherStates.read(tokens, teacher, config.divergence, logit_args, logits_dtype, check)
+            beside = read_teacher_states(tokens, teacher, config.divergence, logit_args, logits_dtype, check)
         rows = chunk_rows_of(tokens, head, chunk_bytes, beside)
         if facts is not None:
             named = {"config": config, "arguments": arguments.given, "gradients of states": wants.states}
@@ -332,7 +332,7 @@ def _fp16_scale(batch: TokenBatch, config: LossConfig, logit_args: LogitArgs) ->
     return torch.exp2(-largest.clamp(min=2**-24, max=2.0**100).nan_to_num(nan=1.0).log2().floor() - 6)
 
 
-def chunk_rows_of(tokens: RowTokens, head: HeadTensors, chunk_bytes: int, teacher: TeacherStates | None = None) -> int:
+def chunk_rows_of(tokens: RowTokens, head: HeadTensors, chunk_bytes: int, teacher: SweptTeacher | None = None) -> int:
     check_scalar(tokens.function, "chunk_bytes", chunk_bytes)
     beside = 0 if teacher is None else teacher.row_bytes
     return chunk_rows(tokens, head.width, operand_dtype(head.hidden), int(chunk_bytes), beside)
@@ -372,7 +372,7 @@ def sweep_of(
     sum_of_states: Callable[[Tensor], Callable[[], Tensor]] | None,
     sequences: Sequences | None = None,
     wide: bool = False,
-    teacher: TeacherStates | None = None,
+    teacher: SweptTeacher | None = None,
 ) -> Sweep:
     live_rows = LiveRows.of(tokens, rows, live_tokens, sequences)
     return Sweep(

@@ -15,7 +15,15 @@ from .calls import autograd
 from .calls.arguments import check_inplace, check_logit_args, checked_scale
 from .calls.batch import LossArguments, read_batch
 from .calls.contents import check_contents, check_ids
-from .calls.divergence import Beside, DivergedLogProbs, read_teacher, refuse_columns_inplace, refuse_shards
+from .calls.divergence import (
+    Beside,
+    DivergedLogProbs,
+    Whole,
+    read_teacher,
+    refuse_columns_inplace,
+    refuse_shards,
+    why_unfused,
+)
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
 from .calls.over_ranks import Agreed, over_ranks
@@ -206,6 +214,7 @@ def grpo_loss(
             check_inplace("grpo_loss", inplace, logits, tokens.tensors)
         unannounced = UNSCALED if grad_scale is None and logits.dtype == torch.float16 else None
         unannounced = ON_DEMAND if token_losses else unannounced if shard is None else SHARDED
+        unannounced = why_unfused(teacher) if unannounced is None else unannounced
         of_teacher = None if teacher is None else teacher.dtype
         choice = choose_backend(tokens, backend, logit_softcap is not None, wants_gradient, of_teacher)
         tokens, batch = read_batch(tokens, config, arguments)
@@ -249,7 +258,7 @@ def grpo_loss(
         outputs = supported_log_probs(logits, tokens, support, logit_args, backend)
         outcome = call.tokens_of(*outputs) if token_losses else call.of_log_probs(*outputs)
     elif beside is not None and not (plan.fused and plan.spec is not None):
-        outputs = DivergedLogProbs.apply(logits, call.rows, *beside, backend, inplace)
+        outputs = DivergedLogProbs.apply(logits, call.rows, beside, backend, inplace)
         outcome = call.tokens_of(*outputs) if token_losses else call.of_log_probs(*outputs)
     elif token_losses or shard is not None:
         outputs = autograd.LogProbs.apply(logits, call.rows, shard, backend, inplace)
@@ -294,7 +303,7 @@ class _Call:
             gradient = rows.logits.detach()
             arguments = (rows._replace(logits=gradient), batch.inputs, spec, self.backend)
             diverged = None
-            if self.beside is not None:
+            if isinstance(self.beside, Whole):
                 log_prob, entropy, diverged, records, gradient = self._one_pass_of_pairs(self.beside, spec)
             elif self.inplace:
                 log_prob, entropy, records = ops.fused_loss_(*arguments)
@@ -338,11 +347,11 @@ class _Call:
             losses = losses + weighed(self.batch.divergence_weight, diverged[0])
         return Outcome(losses, metrics, log_prob.detach(), entropy.detach())
 
-    def _one_pass_of_pairs(self, beside: Beside, spec: ObjectiveSpec) -> tuple[Any, ...]:
+    def _one_pass_of_pairs(self, beside: Whole, spec: ObjectiveSpec) -> tuple[Any, ...]:
         """Return log-probs, entropies, what diverged, records and the logits' gradient."""
         rows, weight = self.rows._replace(logits=self.rows.logits.detach()), self.batch.divergence_weight
         assert weight is not None
-        arguments = (rows, *beside, self.batch.inputs, weight, spec, self.backend)
+        arguments = (rows, beside.teacher, beside.kind, self.batch.inputs, weight, spec, self.backend)
         if self.inplace:
             stats, teacher, divergences, records = ops.fused_divergence_(*arguments)
             gradient = rows.logits

@@ -108,6 +108,13 @@ def numbers_vector(
     return _plain(tuple(float(value) for value in values), dtype, device)
 
 
+def without_softcap(numbers: Tensor) -> Tensor:
+    """Return numbers for values that are scaled and capped already."""
+    numbers = numbers.clone()
+    numbers[NUMBERS.index("logit_scale")], numbers[NUMBERS.index("logit_softcap")] = 1.0, 0.0
+    return numbers
+
+
 @functools.lru_cache(maxsize=256)
 def _cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # backward saves it

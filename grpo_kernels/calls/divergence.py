@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from ..objectives.checks import check_device, fail, fits
 from ..objectives.divergence import Divergence
 from .arguments import check_logit_args, check_logits
 from .autograd import backward_rows, once
+from .recorded_teacher import read_recorded
 from .sharding import is_dtensor
 from .teacher import Teacher, teacher_args
 from .tokens import RowTokens
@@ -22,62 +23,78 @@ from .tokens import RowTokens
 if TYPE_CHECKING:
     from ..objectives.groups import Group
 
-
-class PairStats(NamedTuple):
-    """The statistics of rows beside a teacher's, (B, T)."""
-
-    policy: RowStats
-    teacher: RowStats
-    divergence: DivergenceStats
-
-
 Stats = tuple[Tensor, ...]
-"""``RowStats``, or the fields of ``PairStats`` one after the other."""
-PAIR_FIELDS = 2 * len(RowStats._fields) + len(DivergenceStats._fields)
+"""What is known of every row, (B, T) each; of which fields depends on the teacher's form, the policy's come first."""
 
 
-def flat(stats: PairStats) -> Stats:
-    return (*stats.policy, *stats.teacher, *stats.divergence)
+class Beside(Protocol):
+    """A teacher beside rows of logits."""
 
+    fields: ClassVar[int]
+    """Of its ``Stats``."""
 
-def nested(stats: Stats) -> PairStats:
-    """Return what ``flat`` was given."""
-    rows = len(RowStats._fields)
-    return PairStats(RowStats(*stats[:rows]), RowStats(*stats[rows : 2 * rows]), DivergenceStats(*stats[2 * rows :]))
+    def stats(self, rows: Rows, backend: str) -> Stats:
+        """Return what is known of rows and their teacher."""
 
+    @staticmethod
+    def known(stats: Stats) -> Stats:
+        """Return log-probs, entropies, divergences and the teacher's entropies."""
 
-def known_of(stats: Stats) -> Stats:
-    """Return log-probs and entropies; with a teacher also divergences and the teacher's entropies."""
-    if len(stats) != PAIR_FIELDS:
-        return stats[:2]
-    pair = nested(stats)
-    return *pair.policy[:2], pair.divergence.divergence, pair.teacher.entropy
+    def gradient(
+        self, rows: Rows, stats: Stats, slopes: RowGradients, grad_divergence: Tensor, backend: str, inplace: bool
+    ) -> Tensor:
+        """Return the logits' gradient, in a tensor of its own or over the logits."""
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What backward saves, and ``of`` makes it of again."""
+
+    def of(self, tensors: tuple[Tensor | None, ...]) -> Beside:
+        """Return the same of saved tensors."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Rows beside a teacher's, of one vocabulary and for the same tokens."""
+class Whole:
+    """A teacher's logits beside the policy's."""
 
-    rows: Rows
     teacher: Rows
     kind: int
-    backend: str
 
-    def stats(self) -> PairStats:
-        policy, teacher = (ops.log_probs(rows, self.backend) for rows in (self.rows, self.teacher))
-        values = ops.divergence(self.rows, policy, self.teacher, teacher, self.kind, self.backend)
-        return PairStats(policy, teacher, values)
+    fields: ClassVar[int] = 2 * len(RowStats._fields) + len(DivergenceStats._fields)
 
-    def gradient(self, stats: PairStats, gradients: RowGradients, grad_divergence: Tensor) -> Tensor:
-        """Return the policy's logits' gradient."""
-        return ops.divergence_backward(*self._known(stats), gradients, grad_divergence, self.backend)
+    def stats(self, rows: Rows, backend: str) -> Stats:
+        policy, teacher = ops.log_probs(rows, backend), ops.log_probs(self.teacher, backend)
+        return (*policy, *teacher, *ops.divergence(rows, policy, self.teacher, teacher, self.kind, backend))
 
-    def gradient_(self, stats: PairStats, gradients: RowGradients, grad_divergence: Tensor) -> None:
-        """Write it over the logits."""
-        ops.divergence_backward_(*self._known(stats), gradients, grad_divergence, self.backend)
+    @staticmethod
+    def known(stats: Stats) -> Stats:
+        policy, teacher, divergence = _parts(stats)
+        return policy.log_prob, policy.entropy, divergence.divergence, teacher.entropy
 
-    def _known(self, stats: PairStats) -> tuple[Rows, RowStats, Rows, RowStats, int, DivergenceStats]:
-        return self.rows, stats.policy, self.teacher, stats.teacher, self.kind, stats.divergence
+    def gradient(
+        self, rows: Rows, stats: Stats, slopes: RowGradients, grad_divergence: Tensor, backend: str, inplace: bool
+    ) -> Tensor:
+        policy, teacher, divergence = _parts(stats)
+        arguments = (policy, self.teacher, teacher, self.kind, divergence, slopes, grad_divergence, backend)
+        if not inplace:
+            return ops.divergence_backward(rows, *arguments)
+        target = rows._replace(logits=rows.logits.detach())
+        ops.divergence_backward_(target, *arguments)
+        return target.logits
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return *self.teacher[:4], self.teacher.temperature
+
+    def of(self, tensors: tuple[Tensor | None, ...]) -> Whole:
+        logits, ids, live, numbers, temperature = tensors
+        assert logits is not None and ids is not None and live is not None and numbers is not None  # noqa: PT018
+        return replace(self, teacher=Rows(logits, ids, live, numbers, self.teacher.softcap, temperature))
+
+
+def _parts(stats: Stats) -> tuple[RowStats, RowStats, DivergenceStats]:
+    rows = len(RowStats._fields)
+    return RowStats(*stats[:rows]), RowStats(*stats[rows : 2 * rows]), DivergenceStats(*stats[2 * rows :])
 
 
 class DivergedLogProbs(torch.autograd.Function):
@@ -85,44 +102,31 @@ class DivergedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, rows: Rows, teacher: Rows, kind: int, backend: str, inplace: bool
+        ctx: Any, logits: Tensor, rows: Rows, beside: Beside, backend: str, inplace: bool
     ) -> tuple[Tensor, ...]:
-        stats = Pair(rows._replace(logits=logits), teacher, kind, backend).stats()
-        ctx.save_for_backward(logits, *rows[1:4], rows.temperature, *teacher[:4], teacher.temperature, *flat(stats))
+        stats = beside.stats(rows._replace(logits=logits), backend)
+        of_teacher = beside.tensors
+        ctx.save_for_backward(logits, *rows[1:4], rows.temperature, *of_teacher, *stats)
         ctx.set_materialize_grads(False)
-        ctx.softcaps, ctx.kind, ctx.backend, ctx.inplace = (rows.softcap, teacher.softcap), kind, backend, inplace
-        ctx.mark_non_differentiable(stats.teacher.entropy)
-        return known_of(flat(stats))
+        ctx.softcap, ctx.beside, ctx.count = rows.softcap, beside, 5 + len(of_teacher)
+        ctx.backend, ctx.inplace = backend, inplace
+        known = beside.known(stats)
+        ctx.mark_non_differentiable(known[3])
+        return known
 
     @staticmethod
     @once
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None, d: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 5
+        nothing = (None,) * 4
         if g is None and h is None and d is None:
             return None, *nothing
-        saved = ctx.saved_tensors
-        of_policy, of_teacher = ctx.softcaps
-        logits, ids, live, numbers, temperature, *others = saved[:10]
-        rows = Rows(logits, ids, live, numbers, of_policy, temperature)
-        logits, ids, live, numbers, temperature = others
-        teacher = Rows(logits, ids, live, numbers, of_teacher, temperature)
-        stats = nested(saved[10:])
-        gradients = RowGradients(*(None if slope is None else slope.contiguous() for slope in (g, h)))
+        (logits, ids, live, numbers, temperature), others = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        rows = Rows(logits, ids, live, numbers, ctx.softcap, temperature)
+        beside, stats = ctx.beside.of(others[: ctx.count - 5]), others[ctx.count - 5 :]
+        slopes = RowGradients(*(None if slope is None else slope.contiguous() for slope in (g, h)))
         if d is None:
-            return backward_rows(rows, stats.policy, gradients, ctx.backend, ctx.inplace), *nothing
-        if not ctx.inplace:
-            pair = Pair(rows, teacher, ctx.kind, ctx.backend)
-            return pair.gradient(stats, gradients, d.contiguous()), *nothing
-        target = rows._replace(logits=rows.logits.detach())
-        Pair(target, teacher, ctx.kind, ctx.backend).gradient_(stats, gradients, d.contiguous())
-        return target.logits, *nothing
-
-
-class Beside(NamedTuple):
-    """A teacher's logits beside the policy's."""
-
-    teacher: Rows
-    kind: int
+            return backward_rows(rows, RowStats(*stats[:4]), slopes, ctx.backend, ctx.inplace), *nothing
+        return beside.gradient(rows, stats, slopes, d.contiguous(), ctx.backend, ctx.inplace), *nothing
 
 
 def read_teacher(
@@ -133,16 +137,18 @@ def read_teacher(
     support: object,
     check: bool | None,
 ) -> Beside:
-    """Return the rows of a teacher's logits.
+    """Return a teacher of logits, or of recorded log-probs.
 
     Raises:
-        ValueError, TypeError: logits that do not fit the tokens, or another number of columns than the policy's;
+        ValueError, TypeError: tensors that do not fit the tokens, or another number of columns than the policy's;
             ``support=``.
     """
     function, logits = tokens.function, teacher.logits
     if support is not None:
         hint = "a divergence is of the whole vocabulary: leave support= to a call without teacher="
         fail(function, "no support= with teacher=", type(support).__name__, tokens.tensors, hint)
+    if teacher.token_ids is not None:
+        return read_recorded(tokens, teacher, divergence, logit_args)
     if logits is None:
         hint = "linear_grpo_loss takes them; here, teacher logits = hidden @ weight.T + bias"
         fail(function, "a teacher of logits beside logits", f"one of {teacher.form}", tokens.tensors, hint)
@@ -155,7 +161,7 @@ def read_teacher(
     check_logit_args(function, args, check)
     numbers = numbers_vector(args, 1.0, None, tokens.real, logits.device)
     rows = Rows(logits.detach(), tokens.token_ids, tokens.live, numbers, args.logit_softcap is not None)
-    return Beside(rows, divergence.kernel_id)
+    return Whole(rows, divergence.kernel_id)
 
 
 def check_rows(tokens: RowTokens, name: str, states: Tensor, named: dict[str, object]) -> None:
@@ -188,3 +194,12 @@ def refuse_shards(
     if vocab_group is not None or vocab_start is not None or any(is_dtensor(tensor) for tensor in tensors):
         hint = "without a teacher= a vocabulary may lie on several ranks; ref_log_probs= with KL(...) works there"
         fail(function, "no vocabulary over ranks with teacher=", "vocab_group=, vocab_start= or DTensors", hint=hint)
+
+
+UNREAD = "a recorded teacher: its columns are written beside the kernels' gradient"
+"""Why such a call takes two passes."""
+
+
+def why_unfused(teacher: Teacher | None) -> str | None:
+    """Return why a call takes two passes whatever its backend has; None where it may take one."""
+    return UNREAD if teacher is not None and teacher.form == "token_ids" else None

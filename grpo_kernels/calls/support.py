@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.eager_rows import capped
-from ..backends.spec import NUMBERS, LogitArgs, numbers_vector
+from ..backends.spec import LogitArgs, numbers_vector, without_softcap
 from ..objectives.checks import check_device, check_shape, fail, plain, read_mask
 from ..objectives.compiler import outside_graphs
 from ..objectives.groups import gather, ordered_sum
@@ -233,7 +233,7 @@ class Supported:
         """Give some rows at a time, copied, -inf outside of the support; their places in the flattened (B, T); under a
         softcap the slope of the copied values, which are capped. ``find``: what the filters keep is to be found."""
         rows = self.rows
-        numbers = rows.numbers if not rows.softcap else _without_softcap(rows.numbers)
+        numbers = rows.numbers if not rows.softcap else without_softcap(rows.numbers)
         whole = rows.row_view(rows.logits)[..., : self._columns]
         length, count = rows.token_ids.shape[1], rows.token_ids.numel()
         widest = rows.vocab if self.shard is None else self.shard.even  # all ranks have to cut rows alike
@@ -271,13 +271,6 @@ class Supported:
         if self._columns:
             column = torch.where(held, here, 0)[:, None]
             kept.scatter_(1, column, kept.gather(1, column) | held[:, None])
-
-
-def _without_softcap(numbers: Tensor) -> Tensor:
-    """Return numbers for values that are scaled and capped already."""
-    numbers = numbers.clone()
-    numbers[NUMBERS.index("logit_scale")], numbers[NUMBERS.index("logit_softcap")] = 1.0, 0.0
-    return numbers
 
 
 class SupportedLogProbs(torch.autograd.Function):

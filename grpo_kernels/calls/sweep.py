@@ -24,10 +24,10 @@ from ..objectives.metrics import Metrics
 from .arguments import ordinary
 from .autograd import once
 from .chunks import LiveRows, cut
-from .divergence import PAIR_FIELDS, Beside, Pair, PairStats, Stats, flat, known_of, nested
+from .divergence import Beside, Stats, Whole
 from .head import HeadGradients, HeadTensors, Wants, head_kind
 from .routes import Plan
-from .teacher_rows import TeacherStates
+from .teacher_rows import SweptTeacher
 from .terms import Diverged, Terms, TokenBatch, fast_token_terms, pools, reduce_records
 from .vocabulary import VocabShard, row_gradient_, row_stats
 
@@ -73,7 +73,7 @@ class Sweep:
     backend: str
     wide: bool
     """Gradients stay in fp32 until they are scaled, not yet in the dtypes of what they belong to."""
-    teacher: TeacherStates | None = None
+    teacher: SweptTeacher | None = None
 
     @property
     def announced(self) -> Tensor:
@@ -85,8 +85,8 @@ class Sweep:
         return value if too_many is None else value * torch.where(too_many, torch.nan, 1.0).to(value.dtype)
 
     def log_probs(self, head: HeadTensors) -> Stats:
-        """Return the statistics of the live rows, (1, n), flat: ``RowStats``, or with a teacher ``PairStats``."""
-        count = len(RowStats._fields) if self.teacher is None else PAIR_FIELDS
+        """Return what is known of the live rows, (1, n): ``RowStats``, or what a teacher's form has."""
+        count = len(RowStats._fields) if self.teacher is None else self.teacher.fields
         stats = tuple(torch.zeros_like(self.token_ids, dtype=self.numbers.dtype) for _ in range(count))
         with torch.autocast(head.hidden.device.type, enabled=False):
             for chunk in Walk(self, Wants(), head).chunks():
@@ -109,7 +109,7 @@ class Sweep:
         """Return the statistics of a chunk's rows."""
         if chunk.beside is None:
             return row_stats(chunk.rows, self.shard, self.backend)
-        return flat(Pair(chunk.rows, *chunk.beside, self.backend).stats())
+        return chunk.beside.stats(chunk.rows, self.backend)
 
     def gradient_(self, chunk: Chunk, stats: Stats, slopes: Slopes) -> None:
         """Write the gradient over a chunk's logits."""
@@ -118,7 +118,11 @@ class Sweep:
             row_gradient_(chunk.rows, RowStats(*stats), gradients, self.shard, self.backend)
             return
         grad_divergence = torch.zeros_like(stats[0]) if slopes.divergence is None else slopes.divergence
-        Pair(chunk.rows, *chunk.beside, self.backend).gradient_(nested(stats), gradients, grad_divergence)
+        chunk.beside.gradient(chunk.rows, stats, gradients, grad_divergence, self.backend, inplace=True)
+
+    def known(self, stats: Stats) -> Stats:
+        """Return log-probs and entropies; with a teacher also divergences and the teacher's entropies."""
+        return stats[:2] if self.teacher is None else self.teacher.known(stats)
 
 
 class Walk:
@@ -174,7 +178,7 @@ class LinearLogProbs(torch.autograd.Function):
             ctx.save_for_backward(*(None if tensor is None else ordinary(tensor)[0] for tensor in head), *stats)
         ctx.set_materialize_grads(False)
         ctx.sweep = sweep
-        outputs = tuple(map(sweep.live_rows.scatter, known_of(stats)))
+        outputs = tuple(map(sweep.live_rows.scatter, sweep.known(stats)))
         ctx.mark_non_differentiable(*outputs[3:])
         return outputs
 
@@ -260,9 +264,10 @@ class LinearLoss:
             log_prob, entropy, records = ops.fused_loss_(chunk.rows, part.inputs, spec, backend)
             return (log_prob, entropy), records
         assert part.divergence_weight is not None
-        arguments = (*chunk.beside, part.inputs, part.divergence_weight, spec, backend)
+        assert isinstance(chunk.beside, Whole)
+        arguments = (chunk.beside.teacher, chunk.beside.kind, part.inputs, part.divergence_weight, spec, backend)
         *stats, records = ops.fused_divergence_(chunk.rows, *arguments)
-        return known_of(flat(PairStats(*stats))), records  # type: ignore[arg-type]
+        return self.sweep.known(tuple(value for part in stats for value in part)), records
 
     def _two_passes(self, chunk: Chunk, part: TokenBatch) -> tuple[tuple[Tensor, ...], TokenRecords]:
         stats = self.sweep.stats(chunk)
@@ -272,12 +277,12 @@ class LinearLoss:
         numbers, backend = chunk.rows.numbers, self.sweep.backend
         records, slope, _ = fast_token_terms(config, part, values, numbers, backend, report=False)
         self.sweep.gradient_(chunk, stats, self._announced(slope, part))
-        return known_of(stats), records
+        return self.sweep.known(stats), records
 
     def _terms(self, stats: Stats) -> tuple[TokenValues, Diverged | None, Terms]:
         """Return values and terms, (B, T), of statistics (1, n)."""
         sweep = self.sweep
-        log_prob, entropy, *diverged = map(sweep.live_rows.scatter, known_of(stats))
+        log_prob, entropy, *diverged = map(sweep.live_rows.scatter, sweep.known(stats))
         values = TokenValues(log_prob, entropy, self.batch.live)
         terms = fast_token_terms(self.config, self.batch, values, sweep.numbers, sweep.backend)
         return values, Diverged(*diverged) if diverged else None, terms

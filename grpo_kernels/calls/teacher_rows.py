@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -14,13 +15,46 @@ from ..objectives.checks import check_device
 from ..objectives.divergence import Divergence
 from .arguments import check_head, check_logit_args, check_logits
 from .chunks import LiveRows
-from .divergence import Beside, check_columns, check_rows
+from .divergence import Beside, Stats, Whole, check_columns, check_rows
 from .head import HeadTensors, Wants, head_kind, operand_dtype
+from .recorded_teacher import read_recorded
 from .teacher import Teacher, teacher_args
 from .tokens import RowTokens
 
 RowsOf = Callable[[int, int, Tensor, Tensor], Beside]
 """The teacher's rows of live rows [first, last), of their token ids and which of them are none; until the next call."""
+
+
+class SweptTeacher(Protocol):
+    """A teacher beside a sweep over hidden states."""
+
+    fields: ClassVar[int]
+    """Of its ``Stats``."""
+
+    @staticmethod
+    def known(stats: Stats) -> Stats:
+        """As that of ``Beside``."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a row of a chunk."""
+
+    def walk(self, live_rows: LiveRows) -> RowsOf:
+        """Return what gives the rows of chunk after chunk."""
+
+
+def read_teacher_states(
+    tokens: RowTokens,
+    teacher: Teacher,
+    divergence: Divergence,
+    logit_args: LogitArgs,
+    logits_dtype: torch.dtype | None,
+    check: bool | None,
+) -> SweptTeacher:
+    """Return a teacher in any of its forms. Raises as ``read_teacher``."""
+    if teacher.token_ids is not None:
+        return read_recorded(tokens, teacher, divergence, logit_args)
+    return TeacherStates.read(tokens, teacher, divergence, logit_args, logits_dtype, check)
 
 
 @dataclass(frozen=True)
@@ -38,6 +72,12 @@ class TeacherStates:
     numbers: Tensor
     softcap: bool
     kind: int
+
+    fields: ClassVar[int] = Whole.fields
+
+    @staticmethod
+    def known(stats: Stats) -> Stats:
+        return Whole.known(stats)
 
     @classmethod
     def read(
@@ -91,7 +131,7 @@ class TeacherStates:
         make = self._gathered(live_rows) if self.head is None else self._computed(self.head, live_rows)
 
         def rows_of(first: int, last: int, token_ids: Tensor, live: Tensor) -> Beside:
-            return Beside(Rows(make(first, last), token_ids, live, self.numbers, self.softcap), self.kind)
+            return Whole(Rows(make(first, last), token_ids, live, self.numbers, self.softcap), self.kind)
 
         return rows_of
 
