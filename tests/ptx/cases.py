@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.backends.contract import RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
-from grpo_kernels.backends.spec import ObjectiveSpec
+from grpo_kernels.backends.spec import NUMBERS, ObjectiveSpec
 from grpo_kernels.objectives.metrics import FIELDS
 
 from . import arithmetic, launches
@@ -92,7 +92,9 @@ def drawn(case: Case) -> dict[str, Tensor]:
     logits, memory = placed((*shape, vocab), case.dtype, case.skew)
     logits.copy_(values.view(*shape, vocab))
     real = FP64 if case.dtype == FP64 else FP32
-    numbers = [1.25, 0.75, case.cap, GRAD_SCALE, *[math.inf] * 3, 10.0, 0.0, math.inf, -math.inf, 0.8, 1.2, math.inf]
+    chosen = {"temperature": 1.25, "logit_scale": 0.75, "logit_softcap": case.cap, "grad_scale": GRAD_SCALE}
+    chosen |= {"kl_ratio_cap": 10.0, "rollout_low": 0.0, "entropy_threshold": -math.inf, "divergence_mix": 0.3}
+    numbers = [*(chosen.get(name, math.inf) for name in NUMBERS), 0.8, 1.2, math.inf]  # the last of clip
     data = {"logits": logits, "memory": memory, "ids": ids.view(shape), "live": live.view(shape)}
     data |= {"numbers": torch.tensor(numbers + [0.0] * 5, dtype=real)}
     data |= {"g": slopes[0].view(shape).to(real), "h": slopes[1].view(shape).to(real)}
