@@ -33,6 +33,8 @@ POINTERS = {"token_ids": "i64", "live": "i1", "masked_in": "i1", "flags": "u8", 
 STRIDES = ("batch_stride", "row_stride", "out_batch_stride", "out_row_stride")
 LENGTHS = ("length", "vocab", "parts", "blocks", "spans", "rows", "count", "chunks", "sequences")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TEMPERATURES = ("temperatures",)
+"""Left out of a launch where rows have no temperature of their own."""
 GRPO = {"SURROGATE": 2, "KL_ESTIMATOR": 3, "KL_GRADIENT": 0, "KL_RATIO_WEIGHTED": 0, "ROLLOUT_SCHEME": 0}
 
 
@@ -113,7 +115,8 @@ UNALIGNED = [(32008, 0), (32004, 0), (32002, 0), (32001, 0), (32000, 1)]
 
 
 def plain(target: str) -> None:
-    """Every kernel, dtype and size class with the settings of GRPO with KL; then rows at other addresses."""
+    """Every kernel, dtype and size class with the settings of GRPO with KL; then rows at other addresses, and rows with
+    a temperature each."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for vocab in (1000, 8192, 32000, 151936) if dtype in (torch.bfloat16, torch.float32) else (151936,):
             _kernels_of_rows(dtype, vocab, target)
@@ -124,18 +127,21 @@ def plain(target: str) -> None:
         report(sums.merge_chunks_kernel, dtype, 1, target, AT_ONCE=sums.CHUNKS_AT_ONCE)
     for vocab, shift in UNALIGNED:
         _kernels_of_rows(torch.bfloat16, vocab, target, shift)
+    for vocab in (32000, 151936):
+        _kernels_of_rows(torch.bfloat16, vocab, target, per_row=True)
 
 
-def _kernels_of_rows(dtype: torch.dtype, vocab: int, target: str, shift: int = 0) -> None:
+def _kernels_of_rows(dtype: torch.dtype, vocab: int, target: str, shift: int = 0, per_row: bool = False) -> None:
     blocks, row = blocks_for(vocab, dtype, target=target), row_constants(dtype, vocab, target, shift=shift)
-    report(forward.log_probs_kernel, dtype, vocab, target, **row)
+    absent = () if per_row else TEMPERATURES
+    report(forward.log_probs_kernel, dtype, vocab, target, absent, **row)
     held = row_constants(dtype, vocab, target, shift=shift, one_pass=True)
-    report(one_pass.one_pass_kernel, dtype, vocab, target, ("entropy_weight",), **held, **GRPO)
+    report(one_pass.one_pass_kernel, dtype, vocab, target, (*absent, "entropy_weight"), **held, **GRPO)
     size = {name: value for name, value in row.items() if name not in ("SPAN", "SWEEP", "STAGES")}
-    report(gradient.gradient_kernel, dtype, vocab, target, ("grad_entropy",), **size)
+    report(gradient.gradient_kernel, dtype, vocab, target, (*absent, "grad_entropy"), **size)
     if vocab > blocks.span:
-        report(forward.span_sums_kernel, dtype, vocab, target, **row)
-        report(forward.merge_spans_kernel, dtype, vocab, target, **row)
+        report(forward.span_sums_kernel, dtype, vocab, target, absent, **row)
+        report(forward.merge_spans_kernel, dtype, vocab, target, absent, **row)
 
 
 def variants(target: str) -> None:
@@ -160,7 +166,7 @@ def variants(target: str) -> None:
 
 def _one_pass(target: str, vocab: int, absent: tuple[str, ...], softcap: bool, spec: dict[str, int]) -> None:
     row = row_constants(torch.bfloat16, vocab, target, softcap, one_pass=True)
-    report(one_pass.one_pass_kernel, torch.bfloat16, vocab, target, absent, **row, **spec)
+    report(one_pass.one_pass_kernel, torch.bfloat16, vocab, target, (*TEMPERATURES, *absent), **row, **spec)
 
 
 def keys(target: str) -> None:

@@ -38,6 +38,7 @@ class Case:
     seed: int = 0
     entropy: bool = False
     cap: float = 0.0
+    per_row: bool = False  # a temperature for each row
     skew: int = 0  # elements by which rows are off 16 bytes
     out: str = "own"  # "in" place, "own" tensor, "odd": aligned otherwise than the logits
     rows: tuple[int, int] = (2, 3)
@@ -49,7 +50,7 @@ class Case:
         parts = [self.backend, self.what, NAMES[self.dtype], str(self.vocab)]
         parts += [f"plan{self.plan}".replace(" ", "")] if self.plan else []
         parts += [f"processors{self.processors}"] if self.processors != launches.PROCESSORS else []
-        parts += [word for word in ("entropy", "cap", "perturbed", "races") if getattr(self, word)]
+        parts += [word for word in ("entropy", "cap", "per_row", "perturbed", "races") if getattr(self, word)]
         rows = f"rows{self.rows}".replace(" ", "")
         return " ".join([*parts, f"skew{self.skew}", f"out-{self.out}", rows, f"seed{self.seed}"])
 
@@ -100,6 +101,8 @@ def drawn(case: Case) -> dict[str, Tensor]:
     data |= {"g": slopes[0].view(shape).to(real), "h": slopes[1].view(shape).to(real)}
     data["advantage"] = torch.randn(shape, generator=g).to(real)
     data |= {f"{name}_weight": torch.rand(shape, generator=g).to(real) for name in ("policy", "kl", "entropy")}
+    if case.per_row:
+        data["temperature"] = torch.where(data["live"], 0.5 + torch.rand(shape, generator=g), math.nan).to(real)
     return data | {"noise": (0.4 * torch.randn(2, *shape, generator=g)).to(real)}
 
 
@@ -114,11 +117,14 @@ class Truth:
     def __init__(self, data: dict[str, Tensor]) -> None:
         x = data["logits"].double().numpy().reshape(-1, data["logits"].shape[-1])
         temperature, scale, cap = flat(data["numbers"])[:3]
+        if "temperature" in data:
+            temperature = np.where(flat(data["live"]), flat(data["temperature"]), 1)
+        temperature = np.broadcast_to(temperature, len(x))
         self.ids, rows = data["ids"].numpy().ravel(), np.arange(len(x))
         inner = np.tanh(x * scale / cap) if cap else x
-        self.y = (cap * inner if cap else x * scale) / temperature
-        self.chain = scale / temperature * ((1 - inner * inner) if cap else np.ones_like(x))
         self.factor = (1 if cap else scale) / temperature
+        self.y = (cap * inner if cap else x) * self.factor[:, None]
+        self.chain = (scale / temperature)[:, None] * ((1 - inner * inner) if cap else np.ones_like(x))
         largest = self.y.max(1)
         self.anchor, self.log_sum = largest / self.factor, np.log(np.exp(self.y - largest[:, None]).sum(1))
         self.lse = largest + self.log_sum
@@ -162,7 +168,7 @@ class Run:
             if name not in ("memory", "noise"):
                 launches.map_tensor(self.executor.memory, name, tensor)
         d = self.data
-        return Rows(d["logits"], d["ids"], d["live"], d["numbers"], self.case.cap > 0)
+        return Rows(d["logits"], d["ids"], d["live"], d["numbers"], self.case.cap > 0, d.get("temperature"))
 
     def _backend(self) -> Any:
         case = self.case

@@ -56,6 +56,10 @@ def _triton_cases() -> list[Case]:
     found.append(replace(base, dtype=FP16, vocab=4101, seed=3))
     found += [replace(base, dtype=dtype, rows=(1, 9), seed=7) for dtype in (BF16, FP64)]
     found += [replace(base, what=what, dtype=FP64, seed=3) for what in PASSES]
+    for seed, (what, cap) in enumerate(itertools.product(PASSES, (0.0, 3.0)), 11):
+        case = replace(base, what=what, dtype=(BF16, FP32)[seed % 2], entropy=True, cap=cap, seed=seed)
+        found.append(replace(case, per_row=True))
+    found.append(replace(base, vocab=70000, processors=132, per_row=True, seed=17))  # a program a span
     tokens = replace(base, what="tokens", vocab=300)
     found += [replace(tokens, rows=(2, n), dtype=dtype, seed=n) for n, dtype in ((3, FP32), (400, BF16))]
     rescale = replace(base, what="rescale", vocab=4101, skew=1, seed=4101)
@@ -104,7 +108,7 @@ def _sampled(all_cases: list[list[Case]]) -> list[list[Case]]:
     for cases in all_cases:
         one, several = cases[0], len(cases) > 1
         if one.vocab <= (1000 if several else 10000 if one.races else 32000):
-            key = (one.backend, one.what, one.races, one.races and one.skew > 0, several)
+            key = (one.backend, one.what, one.races, one.races and one.skew > 0, several, one.per_row)
             groups.setdefault(key, []).append(cases)
     return [cases for (backend, *_), group in groups.items() for cases in group[:: STEP[backend]]]
 

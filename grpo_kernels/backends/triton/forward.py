@@ -178,6 +178,7 @@ def log_probs_kernel(
     token_ids,
     live,
     numbers,
+    temperatures,
     log_prob,
     entropy,
     anchor,
@@ -198,7 +199,7 @@ def log_probs_kernel(
         store_no_stats(row_index, log_prob, entropy, anchor, log_sum)
         return
     vocab = in_vectors(vocab, VECTOR)
-    mapping = logit_map(numbers, SOFTCAP)
+    mapping = logit_map(numbers, temperatures, row_index, SOFTCAP)
     row, target, _, value = sampled(
         logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, ALIGNMENT, SOFTCAP
     )
@@ -218,6 +219,7 @@ def span_sums_kernel(
     token_ids,
     live,
     numbers,
+    temperatures,
     partial,
     length,
     vocab,
@@ -236,7 +238,7 @@ def span_sums_kernel(
     if tl.load(live + row_index) == 0:
         return
     vocab = in_vectors(vocab, VECTOR)
-    mapping = logit_map(numbers, SOFTCAP)
+    mapping = logit_map(numbers, temperatures, row_index, SOFTCAP)
     row, target, _, value = sampled(
         logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, ALIGNMENT, SOFTCAP
     )
@@ -257,6 +259,7 @@ def merge_spans_kernel(
     token_ids,
     live,
     numbers,
+    temperatures,
     partial,
     log_prob,
     entropy,
@@ -279,7 +282,7 @@ def merge_spans_kernel(
         store_no_stats(row_index, log_prob, entropy, anchor, log_sum)
         return
     vocab = in_vectors(vocab, VECTOR)
-    mapping = logit_map(numbers, SOFTCAP)
+    mapping = logit_map(numbers, temperatures, row_index, SOFTCAP)
     row, target, _, value = sampled(
         logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, ALIGNMENT, SOFTCAP
     )

@@ -50,6 +50,7 @@ def gradient_kernel(
     token_ids,
     live,
     numbers,
+    temperatures,
     log_prob,
     entropy,
     anchor,
@@ -84,7 +85,7 @@ def gradient_kernel(
     if (tl.load(live + row_index) == 0) | ((g == 0) & (h == 0)):
         fill(out, zero, first, last, vocab, BLOCK)
         return
-    mapping = logit_map(numbers, SOFTCAP)
+    mapping = logit_map(numbers, temperatures, row_index, SOFTCAP)
     row, target, target_logit, _ = sampled(
         logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, ALIGNMENT, SOFTCAP
     )

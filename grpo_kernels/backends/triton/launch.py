@@ -47,7 +47,7 @@ def blocks_of(rows: Rows) -> Blocks:
 
 
 def row_arguments(rows: Rows) -> tuple[Any, ...]:
-    return rows.logits, *rows.strides, rows.token_ids, rows.live, rows.numbers
+    return rows.logits, *rows.strides, rows.token_ids, rows.live, rows.numbers, rows.temperature
 
 
 def row_constants(rows: Rows, blocks: Blocks, *written: Tensor) -> dict[str, Any]:

@@ -133,6 +133,7 @@ def one_pass_kernel(
     token_ids,
     live,
     numbers,
+    temperatures,
     advantage,
     policy_weight,
     old,
@@ -184,7 +185,7 @@ def one_pass_kernel(
             tl.store(rollout_weight + row_index, zero)
         fill(out, zero, 0, tl.cdiv(vocab, BLOCK), vocab, BLOCK)
         return
-    mapping = logit_map(numbers, SOFTCAP)
+    mapping = logit_map(numbers, temperatures, row_index, SOFTCAP)
     row, target, target_logit, value = sampled(
         logits, batch_stride, row_stride, token_ids, row_index, length, vocab, numbers, mapping, ALIGNMENT, SOFTCAP
     )

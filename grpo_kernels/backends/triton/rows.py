@@ -81,13 +81,17 @@ def lane_sums(total, weighted, SWEEP: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit
-def logit_map(numbers, SOFTCAP: tl.constexpr):
-    """Return inner, cap, derivative and factor, which take a logit to z = softcap(logit * scale) / temperature.
+def logit_map(numbers, temperatures, row_index, SOFTCAP: tl.constexpr):
+    """Return inner, cap, derivative and factor, which take a logit to z = softcap(logit * scale) / temperature, the
+    row's own temperature where rows have one each.
 
     z = value * derivative, and in powers of 2 z * log2(e) = value * factor;
     value = cap * tanh(logit * inner) with a softcap, else the logit itself.
     """
-    temperature = tl.load(numbers + TEMPERATURE)
+    if temperatures is None:
+        temperature = tl.load(numbers + TEMPERATURE)
+    else:
+        temperature = tl.load(temperatures + row_index)
     scale = tl.load(numbers + LOGIT_SCALE)
     cap = tl.load(numbers + LOGIT_SOFTCAP)
     if SOFTCAP:
