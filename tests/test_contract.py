@@ -15,6 +15,7 @@ from grpo_kernels import backends
 from grpo_kernels.backends import cpu, cuda, native
 from grpo_kernels.backends.contract import DivergenceStats, RowGradients, RowStats, TokenInputs, TokenRecords
 from grpo_kernels.backends.spec import NUMBERS, SURROGATE_PARAMETERS, ObjectiveSpec
+from grpo_kernels.objectives.divergence import KINDS
 from grpo_kernels.objectives.kl import ESTIMATORS, GRADIENTS
 from grpo_kernels.objectives.metrics import OF_KERNELS
 from grpo_kernels.objectives.rollout import MaskedIS, Rejection, TruncatedIS
@@ -127,6 +128,15 @@ def test_choices_of_triton():
     shared = {name: value for name, value in found.items() if name in wanted}
     assert len(shared) > 30
     assert shared == {name: wanted[name] for name in shared}
+
+
+def test_kinds_of_triton():
+    """Every divergence that its twin names, at its place; of the last kind is what is left."""
+    pytest.importorskip("triton")
+    from grpo_kernels.backends.triton import divergences
+
+    found = {name.lower(): value.value for name, value in vars(divergences).items() if name.isupper()}
+    assert found == {name: i for i, name in enumerate(KINDS) if i < len(KINDS) - 1}
 
 
 def test_metrics_are_summed_in_order():

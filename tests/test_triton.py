@@ -296,6 +296,18 @@ def test_every_variant_compiles_without_spills(target):
     assert all(line["spills"] == 0 for line in lines), [line for line in lines if line["spills"]]
 
 
+@pytest.mark.parametrize("target", [*TARGETS[:3], pytest.param("gfx942", marks=pytest.mark.nightly)])
+def test_divergences_compile_without_spills(target):
+    lines = offline("divergences", target)
+    assert len(lines) == 33
+    for line in lines:
+        assert line["dtype"] == "fp64" or line["spills"] == 0, line
+        assert line["sums_of"] == ([2] if line["kernel"] == "divergence_kernel" else []), line
+        if target != "gfx942" and line["constants"]["ALIGNMENT"] == 16:
+            assert line["wide_loads"] > 0, line
+            assert (line["wide_stores"] > 0) == ("gradient" in line["kernel"]), line
+
+
 def test_alignment_of_rows():
     """What kernels are told holds for every row of every tensor, and is not less than it could be."""
     for size, vocab, stride, shift in itertools.product(

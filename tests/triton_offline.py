@@ -1,7 +1,7 @@
 """Compile the Triton kernels for GPUs that are not here, and print what the compilers say of each, one JSON line each.
 
 Run by test_triton.py in a process of its own: one process cannot both interpret and compile. Usage:
-python triton_offline.py {plain|variants} TARGET..., with targets such as sm_90 and gfx942.
+python triton_offline.py {plain|variants|divergences} TARGET..., with targets such as sm_90 and gfx942.
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from grpo_kernels.backends.contract import Rows
-from grpo_kernels.backends.triton import forward, gradient, launch, one_pass, sums
+from grpo_kernels.backends.triton import forward, gradient, launch, one_pass, pairs, sums
 from grpo_kernels.backends.triton.blocks import blocks_for
+from grpo_kernels.objectives.divergence import KINDS
 from grpo_kernels.objectives.surrogates import BUILT_IN
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 POINTERS = {"token_ids": "i64", "live": "i1", "masked_in": "i1", "flags": "u8", "chunk_records": "fp64", "sums": "fp64"}
-STRIDES = ("batch_stride", "row_stride", "out_batch_stride", "out_row_stride")
+STRIDES = tuple(f"{of}{kind}_stride" for of in ("", "teacher_", "out_") for kind in ("batch", "row"))
 LENGTHS = ("length", "vocab", "parts", "blocks", "spans", "rows", "count", "chunks", "sequences")
+OF_LOGITS = ("logits", "teacher_logits", "out", "gradient")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-TEMPERATURES = ("temperatures",)
+TEMPERATURES = ("temperatures", "teacher_temperatures")
 """Left out of a launch where rows have no temperature of their own."""
 GRPO = {"SURROGATE": 2, "KL_ESTIMATOR": 3, "KL_GRADIENT": 0, "KL_RATIO_WEIGHTED": 0, "ROLLOUT_SCHEME": 0}
 
@@ -55,7 +57,7 @@ def source(kernel: Any, dtype: torch.dtype, absent: tuple[str, ...], constants: 
         elif name in LENGTHS:
             signature[name] = "i32"
         else:
-            element = NAMES[dtype] if name in ("logits", "out", "gradient") else POINTERS.get(name, real)
+            element = NAMES[dtype] if name in OF_LOGITS else POINTERS.get(name, real)
             signature[name] = "*" + element
             attributes[(i,)] = aligned
     return ASTSource(kernel, signature, constexprs, attributes)
@@ -104,10 +106,13 @@ def row_constants(
 ) -> dict[str, Any]:
     """Of a launch for contiguous rows that begin ``shift`` elements off 16 bytes."""
     constants_of = launch.one_pass_constants if one_pass else launch.row_constants
+    return constants_of(rows_of(dtype, vocab, softcap, shift), blocks_for(vocab, dtype, softcap, target))
+
+
+def rows_of(dtype: torch.dtype, vocab: int, softcap: bool = False, shift: int = 0) -> Rows:
     logits = torch.empty(shift + 2 * 3 * vocab, dtype=dtype, device="meta")[shift:].view(2, 3, vocab)
     none = torch.empty(0)
-    blocks = blocks_for(vocab, dtype, softcap, target)
-    return constants_of(Rows(logits, none, none, none, softcap), blocks)
+    return Rows(logits, none, none, none, softcap)
 
 
 UNALIGNED = [(32008, 0), (32004, 0), (32002, 0), (32001, 0), (32000, 1)]
@@ -169,6 +174,40 @@ def _one_pass(target: str, vocab: int, absent: tuple[str, ...], softcap: bool, s
     report(one_pass.one_pass_kernel, torch.bfloat16, vocab, target, (*TEMPERATURES, *absent), **row, **spec)
 
 
+def divergences(target: str) -> None:
+    """Every kind at one size; then other sizes, dtypes and addresses, rows with a softcap and with temperatures."""
+    for kind in KINDS:
+        _kernels_of_pairs(target, kind)
+        absent = (*TEMPERATURES, "grad_log_prob", "grad_entropy")
+        _gradient_of_pairs(target, kind, absent, rows_of(torch.bfloat16, 151936))
+    for dtype, vocab in ((torch.bfloat16, 1000), (torch.float32, 32000), (torch.float64, 32000)):
+        _kernels_of_pairs(target, "mixed_kl", dtype, vocab)
+    for vocab, shift in UNALIGNED[2:4]:
+        _kernels_of_pairs(target, "reverse_kl", vocab=vocab, shift=shift)
+    _kernels_of_pairs(target, "reverse_kl", softcap=True, absent=())
+
+
+def _kernels_of_pairs(
+    target: str,
+    kind: str,
+    dtype: torch.dtype = torch.bfloat16,
+    vocab: int = 151936,
+    shift: int = 0,
+    softcap: bool = False,
+    absent: tuple[str, ...] = TEMPERATURES,
+) -> None:
+    rows = rows_of(dtype, vocab, softcap, shift)
+    constants = launch.pair_constants(rows, rows) | {"KIND": list(KINDS).index(kind)}
+    report(pairs.divergence_kernel, dtype, vocab, target, absent, **constants)
+    _gradient_of_pairs(target, kind, (*absent, "grad_entropy"), rows)
+
+
+def _gradient_of_pairs(target: str, kind: str, absent: tuple[str, ...], rows: Rows) -> None:
+    constants = launch.pair_constants(rows, rows, rows.logits) | {"KIND": list(KINDS).index(kind)}
+    del constants["SWEEP"], constants["STAGES"]
+    report(pairs.divergence_gradient_kernel, rows.logits.dtype, rows.vocab, target, absent, **constants)
+
+
 def keys(target: str) -> None:
     """What a launch's kernel is looked up by, for several lengths of (B, T+1, V) logits and several numbers."""
     backend = make_backend(target_of(target))
@@ -199,4 +238,4 @@ def _example(name: str, length: int, vocab: int) -> Any:
 
 if __name__ == "__main__":
     for name in sys.argv[2:]:
-        {"plain": plain, "variants": variants, "keys": keys}[sys.argv[1]](name)
+        {"plain": plain, "variants": variants, "divergences": divergences, "keys": keys}[sys.argv[1]](name)

@@ -1,7 +1,7 @@
 """Triton kernels, for NVIDIA and AMD GPUs; on CPU tensors only in Triton's interpreter (TRITON_INTERPRET=1).
 
-rows.py has the maths of a row, surrogates.py that of a token; forward.py, gradient.py, one_pass.py and sums.py have the
-kernels, launch.py grids, blocks.py block sizes.
+rows.py has the maths of a row, surrogates.py that of a token, divergences.py that of a column of two rows; forward.py,
+gradient.py, one_pass.py, pairs.py and sums.py have the kernels, launch.py grids, blocks.py block sizes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..contract import (
+    DivergenceStats,
     Request,
     RowGradients,
     Rows,
@@ -21,8 +22,6 @@ from ..contract import (
     TokenValues,
     batch_and_row_stride,
 )
-from ..eager import divergence as divergence
-from ..eager import divergence_backward as divergence_backward
 from ..spec import ObjectiveSpec
 
 _MINIMUM_TRITON = (3, 6)
@@ -97,6 +96,42 @@ def log_probs_backward(rows: Rows, stats: RowStats, gradients: RowGradients, out
     constants = {"BLOCK": blocks.block, "SOFTCAP": rows.softcap, "warps": blocks.warps}
     constants |= launch.vector_constants(rows.logits, out)
     launch.launch(gradient.gradient_kernel, count * parts, device, *arguments, *sizes, **constants)
+
+
+def divergence(
+    rows: Rows, stats: RowStats, teacher: Rows, teacher_stats: RowStats, kind: int, out: DivergenceStats
+) -> None:
+    from . import launch, pairs
+
+    softmaxes = (*launch.softmax_arguments(rows, stats), *launch.softmax_arguments(teacher, teacher_stats))
+    sizes = (rows.token_ids.shape[1], rows.vocab)
+    constants = launch.pair_constants(rows, teacher) | {"KIND": kind}
+    count, device = rows.token_ids.numel(), rows.logits.device
+    launch.launch(pairs.divergence_kernel, count, device, rows.live, *softmaxes, *out, *sizes, **constants)
+
+
+def divergence_backward(
+    rows: Rows,
+    stats: RowStats,
+    teacher: Rows,
+    teacher_stats: RowStats,
+    kind: int,
+    divergence: DivergenceStats,
+    gradients: RowGradients,
+    grad_divergence: Tensor,
+    out: Tensor,
+) -> None:
+    from . import launch, pairs
+
+    count, device = rows.token_ids.numel(), rows.logits.device
+    constants = launch.pair_constants(rows, teacher, out) | {"KIND": kind}
+    del constants["SWEEP"], constants["STAGES"]
+    parts, share = launch.gradient_parts(count, rows.vocab, constants["BLOCK"], device)
+    softmaxes = (*launch.softmax_arguments(rows, stats), *launch.softmax_arguments(teacher, teacher_stats))
+    of_token = (rows.token_ids, stats.log_prob, stats.entropy, *gradients, grad_divergence)
+    arguments = (rows.live, *softmaxes, *divergence, *of_token, *launch.out_arguments(out))
+    sizes = (rows.token_ids.shape[1], rows.vocab, parts, share)
+    launch.launch(pairs.divergence_gradient_kernel, count * parts, device, *arguments, *sizes, **constants)
 
 
 def fused_loss(

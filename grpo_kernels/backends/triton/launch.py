@@ -10,12 +10,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ..contract import Rows, batch_and_row_stride, on_device
+from ..contract import Rows, RowStats, batch_and_row_stride, on_device
 from .blocks import Blocks, blocks_for, target_of
 
 _PROGRAMS_PER_PROCESSOR = 4
 _GRADIENT_COLUMNS = 32768
 """The columns of a row that one program of the gradient kernel takes."""
+_PAIR_BLOCK, _PAIR_WARPS = 2048, 8
+"""At most, of kernels that read rows in pairs."""
 
 
 @functools.cache
@@ -50,6 +52,11 @@ def row_arguments(rows: Rows) -> tuple[Any, ...]:
     return rows.logits, *rows.strides, rows.token_ids, rows.live, rows.numbers, rows.temperature
 
 
+def softmax_arguments(rows: Rows, stats: RowStats) -> tuple[Any, ...]:
+    """Return what probabilities are made of."""
+    return rows.logits, *rows.strides, rows.numbers, rows.temperature, stats.anchor, stats.log_sum
+
+
 def row_constants(rows: Rows, blocks: Blocks, *written: Tensor) -> dict[str, Any]:
     sizes = {"SPAN": blocks.span, "BLOCK": blocks.block, "STAGES": blocks.stages, "warps": blocks.warps}
     sizes["SWEEP"] = blocks.warps * 32 * 16 // rows.logits.element_size()
@@ -66,12 +73,24 @@ def one_pass_constants(rows: Rows, blocks: Blocks, *written: Tensor) -> dict[str
     return constants
 
 
+def pair_constants(rows: Rows, teacher: Rows, *written: Tensor) -> dict[str, Any]:
+    """Return constants of a kernel that reads two rows at a time: shorter blocks, as a lane of sums takes seven
+    registers of a thread."""
+    blocks = blocks_of(rows)
+    block, warps = min(blocks.block, _PAIR_BLOCK), min(blocks.warps, _PAIR_WARPS)
+    sizes = {"BLOCK": block, "STAGES": blocks.stages, "warps": warps}
+    sizes["SWEEP"] = warps * 32 * 16 // rows.logits.element_size()
+    softcaps = {"SOFTCAP": rows.softcap, "TEACHER_SOFTCAP": teacher.softcap}
+    return sizes | softcaps | vector_constants(rows.logits, teacher.logits, *written)
+
+
 def vector_constants(*tensors: Tensor) -> dict[str, int]:
     """Return ALIGNMENT: bytes, at most 16, at whose multiples all rows of the tensors (shaped like logits) begin; and
     VECTOR: columns, at most as many as fit 16 bytes, that divide a row."""
-    size, vocab = tensors[0].element_size(), tensors[0].shape[-1]
-    places = [n for t in tensors for n in (t.data_ptr(), *(size * stride for stride in batch_and_row_stride(t)))]
-    return {"ALIGNMENT": math.gcd(16, *places), "VECTOR": math.gcd(16 // size, vocab)}
+    places = [t.data_ptr() for t in tensors]
+    places += [t.element_size() * stride for t in tensors for stride in batch_and_row_stride(t)]
+    columns = 16 // min(t.element_size() for t in tensors)
+    return {"ALIGNMENT": math.gcd(16, *places), "VECTOR": math.gcd(columns, tensors[0].shape[-1])}
 
 
 def out_arguments(out: Tensor) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ import triton.language as tl
 from .maths import LOWEST_POWER, divide, expm1, log1p, tanh, tanh_derivative, to_nats, to_power
 from .surrogates import LOGIT_SCALE, LOGIT_SOFTCAP, TEMPERATURE
 
-_STRIDES = ("batch_stride", "row_stride", "out_batch_stride", "out_row_stride")
+_STRIDES = tuple(f"{of}{kind}_stride" for of in ("", "teacher_", "out_") for kind in ("batch", "row"))
 AT_RUN_TIME = (*_STRIDES, "length", "vocab", "parts", "blocks", "spans", "rows")
 """Arguments whose values compile nothing: what kernels may assume of them is in ALIGNMENT and VECTOR."""
 
@@ -248,6 +248,12 @@ def finish_stats(anchored_at, others, weighted_others, value, factor):
 
 
 @triton.jit
+def power_of(value, anchor, factor, shift):
+    """Return the power of 2 that a probability is."""
+    return tl.minimum(tl.fma(value - anchor, factor, shift), 0)
+
+
+@triton.jit
 def gradient_terms(stats, g, h, target_logit, mapping, SOFTCAP: tl.constexpr, HAS_H: tl.constexpr):
     """Return anchor, shift, constant, linear for every column, and the gradient in the sampled logit.
 
@@ -274,8 +280,7 @@ def gradient_of(logits, columns, target_column, mapping, terms, SOFTCAP: tl.cons
     """Return d loss / d logit of some columns."""
     inner, cap, _, factor = mapping
     anchor, shift, constant, linear, target = terms
-    power = tl.fma(value_of(logits, inner, cap, SOFTCAP) - anchor, factor, shift)
-    power = tl.minimum(power, 0)  # of a probability
+    power = power_of(value_of(logits, inner, cap, SOFTCAP), anchor, factor, shift)
     if HAS_H:
         power = tl.maximum(power, LOWEST_POWER)
         gradient = tl.exp2(power) * tl.fma(power, linear, constant)

@@ -24,6 +24,7 @@ KL_RATIO_CAP = tl.constexpr(7)
 ROLLOUT_LOW = tl.constexpr(8)
 ROLLOUT_HIGH = tl.constexpr(9)
 ENTROPY_THRESHOLD = tl.constexpr(10)
+DIVERGENCE_MIX = tl.constexpr(11)
 SURROGATE_FIRST = tl.constexpr(12)
 
 REINFORCE = tl.constexpr(0)
