@@ -102,6 +102,7 @@ def test_numbers():
 
 
 CHOICES = {
+    "DivergenceKind": {name: i for i, name in enumerate(KINDS)},
     "SurrogateId": {cls.name: cls.kernel_id for cls in BUILT_IN if cls.kernel_id is not None},
     "EstimatorId": {"no_kl": 0, **{name: 1 + i for i, name in enumerate(ESTIMATORS)}},
     "KLGradient": {name: i for i, name in enumerate(GRADIENTS)},
@@ -113,7 +114,8 @@ CHOICES = {
 @pytest.mark.parametrize("name", CHOICES)
 def test_choices_of_cpp(name):
     wanted = {plain(choice): value for choice, value in CHOICES[name].items()}
-    assert {plain(choice): value for choice, value in enum("common/surrogates.h", name).items()} == wanted
+    header = "common/divergences.h" if name == "DivergenceKind" else "common/surrogates.h"
+    assert {plain(choice): value for choice, value in enum(header, name).items()} == wanted
 
 
 def test_choices_of_triton():

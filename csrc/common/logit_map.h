@@ -18,9 +18,10 @@ struct LogitMap {
   bool softcap;
 };
 
+// A row's temperature may be its own.
 template <class real>
-GRPO_FN LogitMap<real> logit_map(const real* numbers) {
-  const double temperature = numbers[kTemperature], scale = numbers[kLogitScale], cap = numbers[kLogitSoftcap];
+GRPO_FN LogitMap<real> logit_map(const real* numbers, double temperature) {
+  const double scale = numbers[kLogitScale], cap = numbers[kLogitSoftcap];
   LogitMap<real> map;
   map.softcap = cap > 0;
   map.inner = map.softcap ? real(scale / cap) : 0;
@@ -28,6 +29,11 @@ GRPO_FN LogitMap<real> logit_map(const real* numbers) {
   map.derivative = (map.softcap ? 1.0 : scale) / temperature;
   map.slope = real(map.derivative * kLog2e);
   return map;
+}
+
+template <class real>
+GRPO_FN LogitMap<real> logit_map(const real* numbers) {
+  return logit_map(numbers, numbers[kTemperature]);
 }
 
 GRPO_FN float tanh_of(float x) { return tanhf(x); }
