@@ -26,13 +26,15 @@ from test_numerics import assert_rule
 
 from grpo_kernels import backends, grpo_loss, token_log_probs
 from grpo_kernels.backends import cuda, native
-from grpo_kernels.backends.contract import RowGradients, Rows, RowStats
-from grpo_kernels.backends.spec import LogitArgs, numbers_vector
+from grpo_kernels.backends.contract import RowGradients, Rows, RowStats, TokenInputs, TokenRecords
+from grpo_kernels.backends.memory import gradient_like
+from grpo_kernels.backends.spec import LogitArgs, numbers_vector, objective_spec
+from grpo_kernels.objectives.config import LossConfig
 from grpo_kernels.verification.verify import complete
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = native.FOLDER / "libgrpo_cuda.so"
-RING_OFFSET = 7808
+RING_OFFSET = 8064
 """Bytes of shared memory before the ring, sizeof(Shared) of layout.h, over the emulator, whose barriers are larger."""
 H200 = {"major": 9, "minor": 0, "shared_bytes": 232448}
 
@@ -345,6 +347,54 @@ def test_rows_far_from_the_sampled_token(dtype, entropy):
     assert_rule(case, "cuda", entropy_coef=entropy)
 
 
+def passes(logits, ids, live, numbers, softcap, temperature, slopes):
+    """Statistics, the gradient of log-probs and entropies, and that of a loss in one pass."""
+    rows = Rows(logits, ids, live, numbers, softcap, temperature)
+    real = numbers.dtype
+    zeros = [torch.zeros(ids.shape, dtype=real) for _ in range(11)]
+    stats, again, records = (
+        RowStats(*zeros[:4]),
+        RowStats(*zeros[4:8]),
+        TokenRecords(*zeros[8:10], zeros[10].byte(), zeros[10][:0]),
+    )
+    cuda.log_probs(rows, stats)
+    gradient, fused = gradient_like(logits).fill_(7), gradient_like(logits).fill_(7)
+    cuda.log_probs_backward(rows, stats, RowGradients(slopes, slopes.abs()), gradient)
+    inputs = TokenInputs(slopes, slopes.abs(), None, None, None, None, slopes.abs())
+    cuda.fused_loss(rows, inputs, objective_spec(LossConfig.preset("dapo"), False), again, records, fused)
+    assert all(torch.equal(a, b) for a, b in zip(stats, again, strict=True))
+    return [*stats, *records[:2], gradient, fused]
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 6.0])
+def test_a_row_has_a_temperature_of_its_own(dtype, softcap):
+    """The bits of a call of that temperature alone, whatever stands at dead rows; and float64's log-probs."""
+    torch.manual_seed(1)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    logits = (3 * torch.randn(1, 5, 9001)).to(dtype)
+    ids, live = torch.randint(9001, (1, 5)), torch.tensor([[True, True, False, True, True]])
+    temperature = torch.tensor([[0.5, 1.0, math.nan, 0.7, 3.0]], dtype=real)
+    slopes = torch.randn(1, 5, dtype=real)
+
+    def numbers(value: float) -> torch.Tensor:
+        arguments = LogitArgs(value, 1.25, softcap)
+        return numbers_vector(arguments, 1.0, LossConfig.preset("dapo"), real, torch.device("cpu"))
+
+    cap = softcap is not None
+    found = passes(logits, ids, live, numbers(1.0), cap, temperature, slopes)
+    assert all((tensor[0, 2] == 0).all() for tensor in found)
+    for row in (0, 1, 3, 4):
+        part = slice(row, row + 1)
+        value = float(temperature[0, row])
+        alone = passes(logits[:, part], ids[:, part], live[:, part], numbers(value), cap, None, slopes[:, part])
+        assert all(torch.equal(a[0, row], b[0, 0]) for a, b in zip(found, alone, strict=True))
+        z = 1.25 * logits[0, row].double()
+        exact = torch.log_softmax((6 * torch.tanh(z / 6) if cap else z) / value, -1)[ids[0, row]]
+        assert abs(found[0][0, row] - exact) < (1e-11 if real == torch.float64 else 1e-5)
+
+
 @everywhere
 def test_large_logits_lose_nothing():
     """The origin of powers is rounded, by up to 6e-5 here; the sums are not."""
@@ -565,6 +615,7 @@ MUTANTS = {
     "sums: origin's rounding kept": (SUMS, "    if (!near) return;\n", "    near = false;\n    return;\n"),
     "sums: too large": (SUMS, "if (sum < kLargestSum<real>)", "if (sum == sum)"),
     "merge: references ignored": (SUMS, "if (other_reference > reference)", "if (false)"),
+    "rows: one temperature for all": ("job.h", "return p.temperature ? logit_map", "return false ? logit_map"),
     "order: records of dead rows": ("token_kernels.h", "      put_stats<real>(p, r, {0, 0, 0, 0, 0});\n", ""),
 }
 """One-line faults of csrc/cuda, each of which the tests below must notice."""

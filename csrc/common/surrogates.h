@@ -30,7 +30,7 @@ enum Number {
   kRolloutHigh,
   kEntropyThreshold,  // -inf: none
   kDivergenceMix,
-  kSurrogateFirst,    // up to eight parameters of the surrogate
+  kSurrogateFirst,  // up to eight parameters of the surrogate
   kNumbers = kSurrogateFirst + 8
 };
 

@@ -14,7 +14,7 @@ struct Job {
   static constexpr bool kSums = kMode != kLogProbsBackward, kGradient = kMode != kLogProbs;
 
   const GrpoCudaParams& p;
-  LogitMap<real> map;
+  LogitMap<real> map;              // of the call's temperature
   int rank, first_row, live_rows;  // the block's slice; the place of its first row in the order of rows
   int64_t first_column;
   int columns, tiles;  // of the slice, which has at least one tile
@@ -66,6 +66,16 @@ struct Job {
     const int64_t id = p.token_ids[r];
     return id >= 0 && id < p.vocab ? load_one(row(r) + id) : NAN;
   }
+  // By the row's own temperature, if it has one.
+  GRPO_DEVICE LogitMap<real> map_of(int r) const {
+    return p.temperature ? logit_map(static_cast<const real*>(p.numbers), at(p.temperature, r)) : map;
+  }
+  GRPO_DEVICE LogitMap<real> map_of(const RowInfo& info) const {
+    LogitMap<real> own = map;
+    own.slope = real(info.slope);
+    own.derivative = info.derivative;
+    return own;
+  }
   GRPO_DEVICE double value_of(double logit) const { return map.softcap ? softcapped(real(logit), map) : real(logit); }
 
   GRPO_DEVICE RowInfo info_of(int r) const {
@@ -78,10 +88,13 @@ struct Job {
     const bool needed = kMode != kLogProbsBackward || (here && map.softcap);
     info.logit = needed ? sampled_logit(r) : 0;
     info.value = value_of(info.logit);
+    const LogitMap<real> own = map_of(r);
+    info.slope = own.slope;
+    info.derivative = own.derivative;
     if (kMode == kLogProbsBackward) {
       const double g = p.grad_log_prob ? at(p.grad_log_prob, r) : 0, h = p.grad_entropy ? at(p.grad_entropy, r) : 0;
       const GradientTerms<real> terms = row_gradient<real>(at(p.log_prob, r), at(p.entropy, r), at(p.anchor, r),
-                                                           at(p.log_sum, r), g, h, info.logit, map);
+                                                           at(p.log_sum, r), g, h, info.logit, own);
       keep_terms(info.terms, terms);
     }
     return info;

@@ -35,9 +35,11 @@ constexpr int kTerms = 5;  // of GradientTerms
 
 struct RowInfo {
   int row;
-  int target;            // sampled column, counted from the slice's first, or kElsewhere
-  double logit;          // of the sampled column; NaN for an id outside the vocabulary
-  double value;          // the same, softcapped
+  int target;    // sampled column, counted from the slice's first, or kElsewhere
+  double logit;  // of the sampled column; NaN for an id outside the vocabulary
+  double value;  // the same, softcapped
+  double slope;  // of the row's LogitMap, as its derivative
+  double derivative;
   double terms[kTerms];  // GradientTerms, where they are known before the row is read
 };
 

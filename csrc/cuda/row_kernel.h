@@ -35,15 +35,16 @@ class Consumer {
     shared_.filled[summed_.place].wait(summed_.lap);
     const RowInfo& info = shared_.info[summed_.place];
     const int target = info.target;
-    const Anchor<real> anchor(info.value, job_.map.slope);
+    const LogitMap<real> map = job_.map_of(info);
+    const Anchor<real> anchor(info.value, map.slope);
     const T* slice = job_.slice(info.row);
     Sums<real> sums(anchor);
     for (int tile = 0; tile < job_.tiles; ++tile, summed_.next(job_.p.tiles)) {
       shared_.filled[summed_.place].wait(summed_.lap);
-      sweep_sums(job_.piece(shared_, summed_.place, slice, tile, target), job_.map, anchor, sums);
+      sweep_sums(job_.piece(shared_, summed_.place, slice, tile, target), map, anchor, sums);
       if (kMode == kLogProbs) signal(shared_.emptied[summed_.place]);
     }
-    const Partial<real> partial = warp_sums(sums, anchor, job_.map.slope);
+    const Partial<real> partial = warp_sums(sums, anchor, map.slope);
     const int turn = index % kRowsAhead;
     if (index >= kRowsAhead) shared_.settled[turn].wait(index / kRowsAhead - 1 & 1);  // its place is free
     port::sync_warp();  // what its lanes have read may be overwritten after this, by whoever has those columns then
@@ -58,13 +59,14 @@ class Consumer {
     shared_.filled[written_.place].wait(written_.lap);
     const RowInfo& info = shared_.info[written_.place];
     const int target = info.target;
+    const LogitMap<real> map = job_.map_of(info);
     const T* slice = job_.slice(info.row);
     const int turn = index % kRowsAhead;
     if (kMode == kFusedLoss) shared_.settled[turn].wait(index / kRowsAhead & 1);
     const GradientTerms<real> terms = kept_terms<real>(kMode == kFusedLoss ? shared_.terms[turn] : info.terms);
     for (int tile = 0; tile < job_.tiles; ++tile, written_.next(job_.p.tiles)) {
       if (kMode == kLogProbsBackward) shared_.filled[written_.place].wait(written_.lap);
-      sweep_gradient(job_.piece(shared_, written_.place, slice, tile, target), job_.map, terms);
+      sweep_gradient(job_.piece(shared_, written_.place, slice, tile, target), map, terms);
       port::fence_for_bulk();
       signal(shared_.written[written_.place]);
     }
@@ -99,8 +101,9 @@ GRPO_DEVICE void keep_sums(const Job<T, kLogProbs>& job, Shared& shared, int tur
   const int count = job.count();
   for (int index = turn; index < count; index += kSettlers) {
     const int64_t row = job.row_of(index);
+    const real slope = job.map_of(int(row)).slope;  // not from the ring, whose place the loader may have taken again
     shared.swept[turn].wait(index / kRowsAhead & 1);
-    const Partial<real> mine = slice_sums<real>(shared, turn, job.map.slope);
+    const Partial<real> mine = slice_sums<real>(shared, turn, slope);
     port::sync_warp();
     if (port::thread_index() % 32 != 0) continue;
     static_cast<Partial<real>*>(job.p.partials)[row * job.p.cluster + job.rank] = mine;
@@ -143,7 +146,8 @@ class Settler {
       shared_.swept[turn_].wait(phase);
       const RowInfo& info = shared_.info[first.place];
       const double value = info.value, logit = info.logit;
-      const Partial<real> mine = slice_sums<real>(shared_, turn_, job_.map.slope);
+      const LogitMap<real> map = job_.map_of(info);
+      const Partial<real> mine = slice_sums<real>(shared_, turn_, map.slope);
       if (job_.p.cluster > 1) send_to_all(mine, index);
 
       const int settled_row = row;
@@ -154,14 +158,14 @@ class Settler {
       token = token_of<real>(job_.p, row);
       entropy_weight = entropy_weight_of(row);
 
-      const RowStats stats = row_stats(all_slices(mine, phase), value, job_.map.slope);
+      const RowStats stats = row_stats(all_slices(mine, phase, map.slope), value, map.slope);
       settled.log_prob = real(stats.log_prob);
       settled.entropy = real(stats.entropy);
       const TokenTerms<real> terms = terms_of(job_.p, numbers_, settled);
       // From the rounded outputs, so that one pass and two passes write the same bits.
       const GradientTerms<real> gradient =
           row_gradient<real>(settled.log_prob, settled.entropy, real(stats.anchor), real(stats.log_sum),
-                             numbers_[kGradScale] * double(terms.slope), h, logit, job_.map);
+                             numbers_[kGradScale] * double(terms.slope), h, logit, map);
       port::sync_warp();
       first.next(job_.p.tiles, kSettlers * job_.tiles);
       if (lane_ != 0) continue;
@@ -199,10 +203,10 @@ class Settler {
   }
 
   // The row's sums. A block alone has them; it may not send, not even to itself.
-  GRPO_DEVICE Partial<double> all_slices(const Partial<real>& mine, unsigned phase) {
+  GRPO_DEVICE Partial<double> all_slices(const Partial<real>& mine, unsigned phase, real slope) {
     if (job_.p.cluster == 1) return {mine.reference, mine.sum, mine.weighted, 0};
     shared_.arrived[turn_].wait_for_cluster(phase);
-    const Partial<double> total = merged<double>(slices(), job_.p.cluster, job_.map.slope);
+    const Partial<double> total = merged<double>(slices(), job_.p.cluster, slope);
     port::sync_warp();
     if (lane_ < job_.p.cluster) shared_.drained[turn_].arrive_at(lane_);
     return total;

@@ -74,7 +74,7 @@ GRPO_KERNEL GRPO_BOUNDS(kConsumers) finish_kernel(GRPO_PARAMETERS GrpoCudaParams
   if (p.live && !p.live[r]) return put_stats<real>(p, r, {0, 0, 0, 0, 0});
   const Job<T, kLogProbs> job(p);
   const Partial<real>* slices = static_cast<const Partial<real>*>(p.partials) + r * p.cluster;
-  const double slope = job.map.slope, value = job.value_of(job.sampled_logit(int(r)));
+  const double slope = job.map_of(int(r)).slope, value = job.value_of(job.sampled_logit(int(r)));
   put_stats<real>(p, r, row_stats(merged<double>(slices, p.cluster, slope), value, slope));
 }
 

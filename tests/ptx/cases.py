@@ -25,6 +25,8 @@ ROUNDING = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 0.0, FP64: 0.0}
 SPEC = ObjectiveSpec(2, 3, 0, 0, 0)
 """Clip, with k3."""
 GRAD_SCALE = 0.5
+MIX = 0.375
+"""Of divergences."""
 STATS = ("log_prob", "entropy", "anchor", "log_sum")
 
 
@@ -94,7 +96,7 @@ def drawn(case: Case) -> dict[str, Tensor]:
     logits.copy_(values.view(*shape, vocab))
     real = FP64 if case.dtype == FP64 else FP32
     chosen = {"temperature": 1.25, "logit_scale": 0.75, "logit_softcap": case.cap, "grad_scale": GRAD_SCALE}
-    chosen |= {"kl_ratio_cap": 10.0, "rollout_low": 0.0, "entropy_threshold": -math.inf, "divergence_mix": 0.3}
+    chosen |= {"kl_ratio_cap": 10.0, "rollout_low": 0.0, "entropy_threshold": -math.inf, "divergence_mix": MIX}
     numbers = [*(chosen.get(name, math.inf) for name in NUMBERS), 0.8, 1.2, math.inf]  # the last of clip
     data = {"logits": logits, "memory": memory, "ids": ids.view(shape), "live": live.view(shape)}
     data |= {"numbers": torch.tensor(numbers + [0.0] * 5, dtype=real)}
