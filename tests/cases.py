@@ -154,6 +154,8 @@ KLS = (
 
 
 LEVELS = ("token", "sequence", "sequence_token", "sequence_product")
+RUNNING = ("prefix_product", "prefix_min")
+"""Levels at which every token has a ratio of its own, that of the tokens up to it."""
 ROLLOUTS = (
     *(TruncatedIS(1.1), TruncatedIS(1.2, 0.9), MaskedIS(0.8, 1.2), Rejection(0.8, 1.2)),
     *(TruncatedIS(1.1, level="sequence"), MaskedIS(0, 1.3, "sequence"), MaskedIS(0.9, 1.1, "geometric")),
@@ -179,6 +181,12 @@ def configs() -> list[LossConfig]:
         for aggregation in ("token_mean", "sequence_sum", "constant", "group_mean"):
             lengths = {"constant_length": 11, "group_size": 2}
             out.append(LossConfig(Clip(), level=level, aggregation=aggregation, kl=KL(0.05), **lengths))
+    for i, surrogate in enumerate(one for one in SURROGATES if one.uses_ratio):
+        kl = KL(0.1, ratio_weighted=True) if i % 3 == 0 else KL()
+        out.append(LossConfig(surrogate, level=RUNNING[i % 2], kl=kl))
+    for level, other in (RUNNING, RUNNING[::-1], ("token", "prefix_product"), ("prefix_min", "token")):
+        for kl in (KL(0.1, ratio_weighted=True, level=other), KL(0.1, "k1", "weighted_k2", level=other)):
+            out.append(LossConfig(Clip(0.2, 0.28), level=level, kl=kl))
     import dataclasses
 
     mixed = []
@@ -199,6 +207,8 @@ def one_of_each() -> list[LossConfig]:
         aggregation = ("token_mean", "sequence_sum", "constant", "group_mean")[i]
         kl = KL(0.1, ratio_weighted=True)
         out.append(LossConfig(Clip(0.2, 0.28), level=level, aggregation=aggregation, kl=kl, **lengths))
+    for level in RUNNING:
+        out.append(LossConfig(Clip(0.2, 0.28), level=level, kl=KL(0.1, ratio_weighted=True), rollout=ROLLOUTS[-1]))
     out += [LossConfig(Clip(0.2, 0.28), rollout=scheme, kl=KL(0.05)) for scheme in ROLLOUTS[2::2]]
     return [*out, LossConfig(Vespo(), level="sequence_product", kl=KL(0.1, ratio_weighted=True, level="token"))]
 

@@ -221,12 +221,15 @@ def loss(problem: Problem, frozen: dict | None = None, derivative: bool = False)
 
         def pooled(each, frozen_each, bt, level=problem.level, sequence=sequence):
             mean = sum(each.values()) / len(sequence)
+            before = sequence[: sequence.index(bt) + 1]
             frozen_mean = sum(frozen_each.values()) / len(sequence)
             log_ratio = {
                 "token": each[bt],
                 "sequence": mean,
                 "sequence_token": frozen_mean + each[bt] - frozen_each[bt],
                 "sequence_product": mean * len(sequence),
+                "prefix_product": sum(each[s] for s in before),
+                "prefix_min": each[min(before, key=frozen_each.get)],  # the first of equal ones
             }[level]
             return _clamp(log_ratio, problem.log_ratio_limit)
 

@@ -217,9 +217,12 @@ def test_levels_say_how_they_pool_and_spread():
         "sequence": (mean, mean),
         "sequence_token": (mean, own),
         "sequence_product": (total, total),
+        "prefix_product": ("sum_before", "sum_behind"),
+        "prefix_min": ("least_before", "sum_of_least"),
     }
     assert [name for name, level in LEVELS.items() if not level.pools] == ["token"]
-    assert [name for name, level in LEVELS.items() if level.spreads] == ["sequence", "sequence_product"]
+    assert [name for name, level in LEVELS.items() if not level.spreads] == ["token", "sequence_token"]
+    assert [name for name, level in LEVELS.items() if level.running] == ["prefix_product", "prefix_min"]
     assert typing.get_args(LevelName) == tuple(LEVELS)
 
 

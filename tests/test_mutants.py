@@ -120,8 +120,28 @@ MUTANTS = {
     ),
     "gspo: slope not shared": (
         "calls/terms.py",
-        "shared = [batch.at_tokens(values, total) for",
-        "shared = [values for",
+        "pooled.column) if running else batch.at_tokens(slope, total)",
+        "pooled.column) if running else slope",
+    ),
+    "prefix: over a bound": (
+        "objectives/sequences.py",
+        "return (self.sequence_of[1:] == self.sequence_of[:-1])",
+        "return (self.sequence_of[1:] == self.sequence_of[1:])",
+    ),
+    "prefix: the last of equal ones": (
+        "objectives/sequences.py",
+        "smaller = (before <= value",
+        "smaller = (before < value",
+    ),
+    "prefix: slopes of those before": (
+        "calls/terms.py",
+        "return backward_scan(real, self.sequences.links(real)).to",
+        "return forward_scan(real, self.sequences.links(real)).to",
+    ),
+    "prefix: metrics of the token": (
+        "calls/terms.py",
+        "ratio = batch.up_to(own, config.pooling.pooled)[0].exp()",
+        "ratio = own.double().exp()",
     ),
     "impossible tokens": (
         "calls/terms.py",
@@ -293,7 +313,8 @@ SAMPLED = {
 """In every run, each by the one test file that must notice it; the others are nightly, and all of TESTS run."""
 TESTS = (
     "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages "
-    "test_numerics test_linear test_triton test_support test_zero_weights test_vocabulary test_sequence_group"
+    "test_numerics test_linear test_triton test_support test_zero_weights test_vocabulary test_sequence_group "
+    "test_prefix_ratios"
 )
 
 

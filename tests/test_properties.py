@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import exact_log_probs, make
+from cases import LEVELS, RUNNING, exact_log_probs, make
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -158,7 +158,7 @@ def test_on_policy_is_reinforce(case, level):
 @given(cases)
 def test_on_policy_is_old_equal_to_new(case):
     """Log-probs of the same kernels as old: the same numbers as without, at every level."""
-    for level in ("token", "sequence", "sequence_token", "sequence_product"):
+    for level in (*LEVELS, *RUNNING):
         config = LossConfig(Clip(), level=level)
         case.options = {"old_log_probs": None}
         out, gradient = case.run(config=config)
@@ -222,7 +222,7 @@ def test_one_token_makes_levels_agree(case):
     case.mask[:] = False
     case.mask[:, 0] = True
     expected = case.run(config=LossConfig(Clip(), kl=KL(0.1, ratio_weighted=True)))
-    for level in ("sequence", "sequence_token", "sequence_product"):
+    for level in (*LEVELS[1:], *RUNNING):
         got = case.run(config=LossConfig(Clip(), level=level, kl=KL(0.1, ratio_weighted=True)))
         close(got[0].loss, expected[0].loss)
         close(got[1], expected[1])

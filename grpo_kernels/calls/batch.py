@@ -76,7 +76,10 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
     """Return the tokens, with skipped ones no longer live, and every tensor of tokens that the loss takes."""
     part, tokens = _read_sequences(tokens, arguments.cu_seqlens)
     ranks = arguments.sequence_group
-    sequences: Sequences = Joined(part, ranks.group) if isinstance(ranks, Agreed) else part
+    sequences: Sequences = part
+    if isinstance(ranks, Agreed):
+        _check_order(tokens, config)
+        sequences = Joined(part, ranks.group)
     masked_in = tokens.live
     advantage = _read_advantages(tokens, config, sequences, arguments.advantages)
     kl_coef = _read_coefficient(tokens, "kl_coef", arguments.kl_coef, config.kl.coef)
@@ -262,6 +265,14 @@ def _check_skip(tokens: Tokens, config: LossConfig, policy_only: bool, per_seque
     if reason:
         expected = "skip_zero_advantage=True with a loss that ignores tokens of A = 0"
         fail(tokens.function, expected, reason, tokens.tensors)
+
+
+def _check_order(tokens: Tokens, config: LossConfig) -> None:
+    """Raise where a ratio follows from the tokens before it: which of them other ranks hold, nobody says."""
+    for name, level in (("level", config.pooling), ("KL(level=...)", config.kl_pooling)):
+        if level.running:
+            expected = f"{name} of whole sequences with sequence_group=, whose ranks hold tokens in any order"
+            fail(tokens.function, expected, repr(level.name), tokens.tensors, "whole sequences on each rank")
 
 
 def _check_losses_of_a_part(tokens: Tokens, config: LossConfig, batch: TokenBatch) -> None:

@@ -24,11 +24,18 @@ from ..backends.contract import RowGradients, TokenInputs, TokenRecords, TokenVa
 from ..backends.spec import in_kernel, objective_spec
 from ..objectives.config import LossConfig
 from ..objectives.kl import ESTIMATORS, kl_terms
-from ..objectives.levels import Share
+from ..objectives.levels import Level, Share
 from ..objectives.maths import clamp, log_ratio_of, times, weighed, within
 from ..objectives.metrics import FIELDS, Metrics, reduce_ratios
 from ..objectives.rollout import FOLDED, Rollout, rollout_log_ratios, rollout_weights
-from ..objectives.sequences import Sequences, accumulate_dtype
+from ..objectives.sequences import (
+    Joined,
+    Sequences,
+    accumulate_dtype,
+    backward_scan,
+    forward_scan,
+    running_least,
+)
 from ..objectives.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, Point
 
 
@@ -54,8 +61,8 @@ class TokenBatch:
 
     def totals(self, requests: Sequence[tuple[Tensor, Share]]) -> list[Tensor | None]:
         """Return the sums, or means over live tokens, of each sequence, (S,) in the accumulation dtype; 0 for an empty
-        one, None for what is each token's own. Values are (B, T), 0 at dead rows."""
-        pooled = [values for values, share in requests if share != "own"]
+        one, None for other shares. Values are (B, T), 0 at dead rows."""
+        pooled = [values for values, share in requests if share in ("mean", "sum")]
         if not pooled:
             return [None] * len(requests)
         dtype = accumulate_dtype(self.live.device)
@@ -65,7 +72,7 @@ class TokenBatch:
             lengths = self.sequences.sum(self.live, dtype).clamp(min=1)
         totals: list[Tensor | None] = []
         for values, share in requests:
-            total = None if share == "own" else sums[id(values)]
+            total = sums[id(values)] if share in ("mean", "sum") else None
             totals.append(total / lengths if total is not None and share == "mean" else total)
         return totals
 
@@ -77,6 +84,25 @@ class TokenBatch:
         """Return ``totals``, each at every token."""
         totals = self.totals(requests)
         return [self.at_tokens(values, total) for (values, _), total in zip(requests, totals, strict=True)]
+
+    def up_to(self, values: Tensor, share: Share) -> tuple[Tensor, Tensor | None]:
+        """Return what a running level makes of values (B, T), 0 at dead rows, in the accumulation dtype, and where it
+        takes one of them, the column of that one."""
+        assert not isinstance(self.sequences, Joined)  # read_batch refuses them
+        real = values.to(accumulate_dtype(values.device))
+        links = self.sequences.links(real)
+        return running_least(real, self.live, links) if share == "least_before" else (forward_scan(real, links), None)
+
+    def back_from(self, slopes: Tensor, column: Tensor | None) -> Tensor:
+        """Return what slopes (B, T) in the log-ratios of ``up_to``, 0 at dead rows, come to in each token's own: those
+        from it on; those of the tokens that took its ``column``, which follow one another, the first of them it."""
+        assert not isinstance(self.sequences, Joined)
+        real = slopes.to(accumulate_dtype(slopes.device))
+        if column is None:
+            return backward_scan(real, self.sequences.links(real)).to(slopes.dtype)
+        of_runs = backward_scan(real, (column[:, 1:] == column[:, :-1]).to(real.dtype))
+        taken = column == torch.arange(column.shape[-1], device=column.device)
+        return torch.where(taken, of_runs, 0.0).to(slopes.dtype)
 
     def factors(self, config: LossConfig, schemes: Sequence[Rollout], log_ratios: Sequence[Tensor]) -> Tensor:
         """Return the product of the factors of rollout schemes, from the log-ratio of each before it is pooled."""
@@ -199,7 +225,7 @@ def token_terms(
 
 
 def _terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor | None, report: bool) -> Terms:
-    report &= config.pooling.pools
+    report &= config.pooling.pools and not config.pooling.running
     ratio = _ratio_of(config, batch, log_prob, report)
     policy = _policy_part(config, batch, log_prob, entropy, ratio)
     kl = _kl_part(config, batch, log_prob, ratio)
@@ -210,7 +236,8 @@ def _terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Ten
     if kl.through_ratio is not None:
         spread.append((_live(kl.through_ratio, config.kl_pooling.spread, batch), config.kl_pooling.spread))
     totals = batch.totals([*spread, *clipped])
-    shared = [batch.at_tokens(values, total) for (values, _), total in zip(spread, totals, strict=False)]
+    each = zip(spread, totals, (ratio.pooled, ratio.of_kl), strict=False)
+    shared = [_shared(batch, *request, total, pooled) for request, total, pooled in each]
 
     slope = torch.where(ratio.passes, shared[0], 0.0) + policy.direct
     kl_slope = kl.slope if len(spread) == 1 else kl.slope + torch.where(ratio.possible, shared[1], 0.0)
@@ -224,6 +251,12 @@ def _terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Ten
     at_bounds = [total for total in totals[len(spread) :] if total is not None]
     ratios = SequenceRatios(ratio.of_sequences, at_bounds) if report else None
     return Terms(records, torch.where(live, slope + kl_slope, dead), ratios)
+
+
+def _shared(batch: TokenBatch, slope: Tensor, share: Share, total: Tensor | None, pooled: _Pooled) -> Tensor:
+    """Return what every token's own log-prob gets of the slopes in pooled log-ratios."""
+    running = share in ("sum_behind", "sum_of_least")
+    return batch.back_from(slope, pooled.column) if running else batch.at_tokens(slope, total)
 
 
 def _live(slope: Tensor, share: Share, batch: TokenBatch) -> Tensor:
@@ -266,11 +299,18 @@ class _Pooled(NamedTuple):
     ratio: Tensor
     inside: Tensor
     """bool: where it does not saturate."""
+    column: Tensor | None
+    """Of the token whose own it is, where the level takes that of one."""
 
     @classmethod
-    def of(cls, raw: Tensor, limit: float | None) -> _Pooled:
+    def of(cls, batch: TokenBatch, values: Tensor, level: Level, total: Tensor | None, limit: float | None) -> _Pooled:
+        """Pool every token's own; ``total`` is that of the sequences, where the level has one."""
+        raw, column = batch.at_tokens(values, total), None
+        if level.running:
+            raw, column = batch.up_to(values, level.pooled)
+            raw = raw.to(values.dtype)
         saturated = clamp(raw, limit)
-        return cls(saturated, saturated.exp(), within(raw, limit))
+        return cls(saturated, saturated.exp(), within(raw, limit), column)
 
 
 def _ratio_of(config: LossConfig, batch: TokenBatch, log_prob: Tensor, report: bool) -> _Ratio:
@@ -296,9 +336,9 @@ def _ratio_of(config: LossConfig, batch: TokenBatch, log_prob: Tensor, report: b
     ]
     totals = batch.totals(wanted)
     of_ratio, of_kl, of_sequences, *of_schemes = totals
-    pooled = _Pooled.of(batch.at_tokens(bounded, of_ratio), limit)
+    pooled = _Pooled.of(batch, bounded, config.pooling, of_ratio, limit)
     same = not with_kl or (config.kl_pooling == config.pooling and bounded is own)
-    pooled_of_kl = pooled if same else _Pooled.of(batch.at_tokens(own, of_kl), limit)
+    pooled_of_kl = pooled if same else _Pooled.of(batch, own, config.kl_pooling, of_kl, limit)
     known = [batch.at_tokens(log_rho, total) for log_rho, total in zip(log_rhos, of_schemes, strict=True)]
     in_value = _factors(config, batch, known, folded=False)
     applied = in_value if in_ratio is None else in_ratio if in_value is None else times(in_ratio, in_value)
@@ -395,9 +435,10 @@ def reduce_records(
         sequences = 0
     loss, vector = ops.token_sums(values, batch.masked_in, batch.inputs, records, estimator, sequences, backend)
     if config.pooling.pools:
-        if ratios is None:
-            ratios = _sequence_ratios(config, batch, values.log_prob, records)
-        counted = _count_ratios(batch, ratios)
+        if config.pooling.running:
+            counted = _count_running(config, batch, values.log_prob, records)
+        else:
+            counted = _count_ratios(batch, ratios or _sequence_ratios(config, batch, values.log_prob, records))
         first = FIELDS.index("ratio_sum")
         vector = torch.cat([vector[:first], counted, vector[first + len(counted) :]])
     if diverged is not None:
@@ -437,3 +478,12 @@ def _count_ratios(batch: TokenBatch, ratios: SequenceRatios) -> Tensor:
     if not batch.sequences.owner:
         counted, *clipped = (torch.zeros_like(flag) for flag in (counted, *clipped))
     return reduce_ratios(log_ratio.exp(), counted, clipped)
+
+
+def _count_running(config: LossConfig, batch: TokenBatch, log_prob: Tensor, records: TokenRecords) -> Tensor:
+    """Return metrics.RATIO_SUMS and extremes of the ratio over tokens, as a running level has it."""
+    old = log_prob if batch.inputs.old is None else batch.inputs.old
+    own = torch.where(batch.live, log_ratio_of(log_prob, old), 0.0)
+    ratio = batch.up_to(own, config.pooling.pooled)[0].exp()
+    clipped = [((records.flags & bit) != 0).flatten() for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
+    return reduce_ratios(ratio.flatten(), batch.live.flatten(), clipped)

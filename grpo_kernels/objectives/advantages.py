@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_scalar, check_shape, fail, read_mask
-from .sequences import Packed, Padded, Sequences
+from .sequences import Packed, Padded, Sequences, backward_scan
 
 
 def raw(rewards: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ def reward_to_go(
     live = tokens.live
     r = torch.where(live, tokens.rows(_floating(rewards)), 0.0)
     links = torch.full_like(r, discount).masked_fill(~live, 1.0)[:, :-1]
-    out = _backward_scan(r, links.masked_fill(tokens.first[:, 1:] != tokens.first[:, :-1], 0.0))
+    out = backward_scan(r, links.masked_fill(tokens.first[:, 1:] != tokens.first[:, :-1], 0.0))
     if baseline is not None:
         out = out - tokens.baseline("reward_to_go", baseline)
     if discount_from_start:
@@ -148,7 +148,7 @@ def gae(
     r, v = line.columns
     delta = r + discount * line.ahead(v, 1) - v
     links = torch.full_like(delta[:, 1:], discount * lam)
-    advantages = _backward_scan(delta, links.masked_fill(line.first[:, 1:] != line.first[:, :-1], 0.0))
+    advantages = backward_scan(delta, links.masked_fill(line.first[:, 1:] != line.first[:, :-1], 0.0))
     outputs = (line.spread(columns).view(rewards.shape) for columns in (advantages, advantages + v))
     return next(outputs), next(outputs)
 
@@ -276,18 +276,3 @@ def _constant(groups: Tensor) -> Tensor:
 def _check_unit(function: str, name: str, value: float) -> None:
     if not 0 <= value <= 1:
         fail(function, f"{name} in [0, 1]", repr(value))
-
-
-def _backward_scan(values: Tensor, links: Tensor) -> Tensor:
-    """Return out_t = values_t + links_t * out_{t+1} over (B, T), of links (B, T-1), in log2(T) steps.
-
-    A link of 0 ends a sequence: whatever lies behind it has no part, NaN neither.
-    """
-    length, step = values.shape[-1], 1
-    out, reach = values.clone(), links
-    while step < length:
-        # reach is the product of the links from t to t + step
-        out[:, :-step] += torch.where(reach == 0, 0.0, reach * out[:, step:])
-        reach = reach[:, :-step] * reach[:, step:]
-        step *= 2
-    return out

@@ -32,7 +32,8 @@ class LossConfig:
     Args:
         surrogate: f, a class of ``grpo_kernels.surrogates`` with its own parameters; None: no policy term, for
             distillation alone, which needs no advantages.
-        level: how log-ratios are pooled into r: "token", "sequence", "sequence_token", "sequence_product".
+        level: how log-ratios are pooled into r: "token", "sequence", "sequence_token", "sequence_product",
+            "prefix_product", "prefix_min".
         aggregation: the weights w: "token_mean", "sequence_mean", "sequence_sum", "constant", "group_mean"; or an
             instance such as ``Constant(1024)``, which is the name with its number in the field below.
         kl: the penalty k towards the reference policy.

@@ -9,9 +9,11 @@ from typing import Literal
 
 from .compiler import computed_once
 
-LevelName = Literal["token", "sequence", "sequence_token", "sequence_product"]
-Share = Literal["own", "mean", "sum"]
-"""A token's own value, or the mean or the sum of its sequence's."""
+LevelName = Literal["token", "sequence", "sequence_token", "sequence_product", "prefix_product", "prefix_min"]
+Share = Literal["own", "mean", "sum", "sum_before", "least_before", "sum_behind", "sum_of_least"]
+"""Which of a sequence's values come to a token: its own; the mean or the sum of all; of running levels the sum, or the
+least (of equal ones the first), of those up to it, the sum of those from it on, the sum of those of the tokens whose
+least is its own."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class Level:
         return self.pooled != "own"
 
     @computed_once
+    def running(self) -> bool:
+        """Whether a token's ratio is that of the tokens up to it: of each token another, which metrics count."""
+        return self.pooled in ("sum_before", "least_before")
+
+    @computed_once
     def spreads(self) -> bool:
         """Whether a token's slope needs those of the other tokens."""
         return self.spread != "own"
@@ -41,6 +48,10 @@ _LEVELS = (
     Level("sequence", "mean", "mean", "r = exp(mean_t(ℓ - old))"),  # GSPO
     Level("sequence_token", "mean", "own", "r = exp(sg(mean_t(ℓ - old)) + ℓ - sg(ℓ))"),  # GSPO-token
     Level("sequence_product", "sum", "sum", "r = exp(Σ_t(ℓ - old))"),  # π(y)/π_old(y)
+    # The weight of a decision and all before it: Precup, Sutton, Singh 2000.
+    Level("prefix_product", "sum_before", "sum_behind", "r = exp(Σ_{s≤t}(ℓ_s - old_s))"),
+    # Lei et al. 2026 (MinPRO), arXiv:2601.22718: the least ratio of a prefix in the place of their product.
+    Level("prefix_min", "least_before", "sum_of_least", "r = exp(min_{s≤t}(ℓ_s - old_s))"),
 )
 LEVELS: Mapping[str, Level] = MappingProxyType({level.name: level for level in _LEVELS})
 """Levels by name, of the policy term and of the KL's ratio."""

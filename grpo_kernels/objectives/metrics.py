@@ -67,7 +67,7 @@ REPORTED: Mapping[str, str] = {
     "rollout_weight_effective_sample_size": "(Σw)² / (n·Σw²) of these factors",
     "rollout_rejected": "fraction of factors that are 0",
     "entropy": "mean entropy, nats",
-    "ratio_mean": "mean ratio to the old policy, over tokens (sequences at sequence levels), unsaturated",
+    "ratio_mean": "mean ratio to the old policy, over tokens (sequences where level= pools whole ones), unsaturated",
     "ratio_min": "smallest such ratio",
     "ratio_max": "largest such ratio",
     "clip_low": "fraction bounded from below: clipped at 1 - low (or the surrogate's own lower bound)",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,55 @@ sequence_sum = define("sequence_sum(Tensor values, Tensor cu_seqlens) -> Tensor"
 def accumulate_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of sums over tokens: fp64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
+
+
+def backward_scan(values: Tensor, links: Tensor) -> Tensor:
+    """Return out_t = values_t + links_t * out_{t+1} over (B, T), of links (B, T-1), in log2(T) steps.
+
+    A link of 0 ends a sequence: whatever lies behind it has no part, NaN neither. Which sums are added to which follows
+    from the distances of tokens alone, so that a sequence has its bits wherever it lies, and on every run: a cumulative
+    sum of floats promises neither on CUDA.
+    """
+    length, step = values.shape[-1], 1
+    out, reach = values.clone(), links
+    while step < length:
+        # reach is the product of the links from t to t + step
+        out[:, :-step] += torch.where(reach == 0, 0.0, reach * out[:, step:])
+        reach = reach[:, :-step] * reach[:, step:]
+        step *= 2
+    return out
+
+
+def forward_scan(values: Tensor, links: Tensor) -> Tensor:
+    """Return out_t = values_t + links_{t-1} * out_{t-1}, as ``backward_scan`` the other way."""
+    return backward_scan(values.flip(-1), links.flip(-1)).flip(-1)
+
+
+class Least(NamedTuple):
+    """The least value of a sequence up to each token, (B, T)."""
+
+    value: Tensor
+    """NaN from the first NaN on."""
+    column: Tensor
+    """Where it is, of equal ones the first, int64; -1, and a value of +inf, before the first live token."""
+
+
+def running_least(values: Tensor, live: Tensor, links: Tensor) -> Least:
+    """Return the least of the ``live`` values (B, T) up to each token, of links (B, T-1) that say, by not 0, which
+    token belongs with the next; in log2(T) steps."""
+    length, step = values.shape[-1], 1
+    value = torch.where(live, values, torch.inf)
+    column = torch.where(live, torch.arange(length, device=values.device), -1)
+    reach = links != 0
+    while step < length:
+        before, there = value[:, :-step], column[:, :-step]
+        smaller = (before <= value[:, step:]) | before.isnan() | (column[:, step:] < 0)
+        taken = reach & (there >= 0) & smaller
+        value = torch.cat([value[:, :step], torch.where(taken, before, value[:, step:])], -1)
+        column = torch.cat([column[:, :step], torch.where(taken, there, column[:, step:])], -1)
+        reach = reach[:, :-step] & reach[:, step:]
+        step *= 2
+    return Least(value, column)
 
 
 class Whole:
@@ -68,6 +117,10 @@ class Padded(Whole):
     def expand(self, per_sequence: Tensor) -> Tensor:
         """Return (B,) values, one a sequence, so that they broadcast to (B, T)."""
         return per_sequence.unsqueeze(-1)
+
+    def links(self, values: Tensor) -> Tensor:
+        """Return, (B, T-1) like (B, T) ``values``, 1 where a token and the next are of one sequence, else 0."""
+        return torch.ones_like(values[:, 1:])
 
 
 @dataclass(frozen=True)
@@ -106,6 +159,10 @@ class Packed(Whole):
 
     def expand(self, per_sequence: Tensor) -> Tensor:
         return per_sequence[self.sequence_of].unsqueeze(0)
+
+    def links(self, values: Tensor) -> Tensor:
+        """As that of ``Padded``."""
+        return (self.sequence_of[1:] == self.sequence_of[:-1]).to(values.dtype).unsqueeze(0)
 
     def inside(self) -> Tensor:
         """Return, bool (1, N), which tokens belong to a sequence, neither before the first bound nor past the last.

@@ -52,7 +52,7 @@ def metrics_of(
 
     clipped = torch.zeros(3, len(log_prob), dtype=torch.bool, device=log_prob.device) if clipped is None else clipped
     ratio = log_ratio.double().exp()
-    if config.level != "token":  # one ratio for each sequence that has a token
+    if config.level.startswith("sequence"):  # one ratio for each sequence that has a token
         present = sum_by(sequence, torch.ones_like(ratio), sequences) > 0
         ratio = torch.zeros(sequences, dtype=ratio.dtype, device=ratio.device).index_copy(0, sequence, ratio)[present]
         clipped = torch.stack([sum_by(sequence, flag.double(), sequences) > 0 for flag in clipped])

@@ -30,6 +30,9 @@ def pool(level: str, log_ratio: Tensor, sequence: Tensor, sequences: int) -> Ten
     """The log-ratio that stands for each token."""
     if level == "token":
         return log_ratio
+    if level.startswith("prefix"):
+        parts = [up_to(level, log_ratio[sequence == i]) for i in range(sequences)]
+        return torch.cat([log_ratio[:0], *parts])  # tokens lie in the order of their sequences
     total = sum_by(sequence, log_ratio, sequences)
     if level == "sequence_product":
         return total[sequence]
@@ -38,6 +41,13 @@ def pool(level: str, log_ratio: Tensor, sequence: Tensor, sequences: int) -> Ten
         return mean
     finite = torch.where(log_ratio.isinf(), 0.0, log_ratio)
     return mean.detach() + (finite - finite.detach())  # sequence_token
+
+
+def up_to(level: str, own: Tensor) -> Tensor:
+    """What stands for each token of one sequence: the sum up to it, or the least (of equal ones the first)."""
+    if level == "prefix_product":
+        return own.cpu().cumsum(0).to(own.device)  # CUDA's is not deterministic
+    return own[[int(own.detach()[: t + 1].argmin()) for t in range(len(own))]]
 
 
 def clamp(x: Tensor, limit: float | None) -> Tensor:
