@@ -25,7 +25,9 @@ from ptx.memory import Fault, Global
 from ptx.parser import parse
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = [("cuda", what) for what in sweep.PASSES] + [("triton", what) for what in (*sweep.PASSES, "tokens", "rescale")]
+PARTS = [("cuda", what) for what in sweep.PASSES] + [
+    ("triton", what) for what in (*sweep.PASSES, *sweep.PAIRS, "tokens", "rescale")
+]
 MISSING = {
     "cuda": None if launches.nvcc() and launches.host_compiler() else "no nvcc, or no C++ compiler, to make PTX with",
     "triton": None if importlib.util.find_spec("triton") else "triton is not installed",
@@ -212,6 +214,8 @@ INSTRUCTIONS = {
     "cvt.rn.f32.u32 %f1, %r1; fma.rn.f32 %f2, %f1, 0f40000000, 0f3F000000; mov.b32 %r6, %f2;": (
         lambda i: int(np.float32(2 * i + 0.5).view(np.int32))
     ),
+    "mov.f32 %f1, 0f80000000; mov.f32 %f2, 0f00000000; min.f32 %f3, %f2, %f1; mov.b32 %r6, %f3;": lambda i: -(2**31),
+    "mov.f32 %f1, 0f80000000; mov.f32 %f2, 0f00000000; max.f32 %f3, %f1, %f2; mov.b32 %r6, %f3;": lambda i: 0,
     "setp.lt.s32 %p1, %r1, 40; selp.b32 %r6, 1, 2, %p1;": lambda i: 1 if i < 40 else 2,
     "setp.lt.u32 %p1, %r1, 40; vote.sync.ballot.b32 %r6, %p1, -1;": lambda i: -1 if i < 32 else 255,
     "mov.u32 %r6, 7; setp.ge.u32 %p1, %r1, 9; @%p1 bra DONE; ret; DONE:": lambda i: 7 if i >= 9 else None,

@@ -114,7 +114,7 @@ def _with_zero_signs(value, a, b, pick):
     zeros = (a == 0) & (b == 0)
     if not zeros.any():
         return value
-    sign = where(pick(np.signbit(a), np.signbit(b)), -1, 1)
+    sign = where(pick(np.signbit(a), np.signbit(b)), value.dtype.type(-1), value.dtype.type(1))
     return where(zeros, np.copysign(value, sign), value)
 
 

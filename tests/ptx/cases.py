@@ -13,8 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo_kernels.backends.contract import RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
+from grpo_kernels.backends.contract import (
+    DivergenceStats,
+    RowGradients,
+    Rows,
+    RowStats,
+    TokenInputs,
+    TokenRecords,
+    TokenValues,
+)
 from grpo_kernels.backends.spec import NUMBERS, ObjectiveSpec
+from grpo_kernels.objectives.divergence import KINDS
 from grpo_kernels.objectives.metrics import FIELDS
 
 from . import arithmetic, launches
@@ -41,6 +50,8 @@ class Case:
     entropy: bool = False
     cap: float = 0.0
     per_row: bool = False  # a temperature for each row
+    kind: str = ""  # of a divergence from a teacher
+    teacher: torch.dtype = FP32
     skew: int = 0  # elements by which rows are off 16 bytes
     out: str = "own"  # "in" place, "own" tensor, "odd": aligned otherwise than the logits
     rows: tuple[int, int] = (2, 3)
@@ -50,6 +61,7 @@ class Case:
 
     def __str__(self) -> str:
         parts = [self.backend, self.what, NAMES[self.dtype], str(self.vocab)]
+        parts += [self.kind, f"from-{NAMES[self.teacher]}"] if self.kind else []
         parts += [f"plan{self.plan}".replace(" ", "")] if self.plan else []
         parts += [f"processors{self.processors}"] if self.processors != launches.PROCESSORS else []
         parts += [word for word in ("entropy", "cap", "per_row", "perturbed", "races") if getattr(self, word)]
@@ -89,7 +101,7 @@ def drawn(case: Case) -> dict[str, Tensor]:
         ids[6] = min(vocab - 1, 8192)
         values[6] = -math.inf
         values[6, ids[6]] = 1.0
-    if count > 8 and case.what == "log_probs":  # nothing is possible, and a NaN besides
+    if count > 8 and (case.what == "log_probs" or case.kind):  # nothing is possible, and a NaN besides
         values[7:9] = -math.inf
         values[8, vocab // 2] = math.nan
     logits, memory = placed((*shape, vocab), case.dtype, case.skew)
@@ -103,9 +115,23 @@ def drawn(case: Case) -> dict[str, Tensor]:
     data |= {"g": slopes[0].view(shape).to(real), "h": slopes[1].view(shape).to(real)}
     data["advantage"] = torch.randn(shape, generator=g).to(real)
     data |= {f"{name}_weight": torch.rand(shape, generator=g).to(real) for name in ("policy", "kl", "entropy")}
+    if case.kind:
+        data |= _teacher(case, values.view(*shape, vocab), data, g)
     if case.per_row:
         data["temperature"] = torch.where(data["live"], 0.5 + torch.rand(shape, generator=g), math.nan).to(real)
     return data | {"noise": (0.4 * torch.randn(2, *shape, generator=g)).to(real)}
+
+
+def _teacher(case: Case, values: Tensor, data: dict[str, Tensor], g: torch.Generator) -> dict[str, Tensor]:
+    """Rows near the policy's; in the last one a column is impossible, in the one before nothing differs."""
+    logits, _ = placed(tuple(values.shape), case.teacher, case.skew)
+    logits.copy_(values + 0.5 * torch.randn(values.shape, generator=g))
+    logits[-1, -1, 0] = -math.inf
+    if case.teacher == case.dtype:
+        logits[-1, -2] = data["logits"][-1, -2]
+    weight = torch.randn(case.rows, generator=g).to(data["numbers"].dtype)
+    weight[0, 0] = 0
+    return {"teacher": logits, "weight": weight}
 
 
 def flat(tensor: Tensor) -> Any:
@@ -142,6 +168,34 @@ class Truth:
         one[np.arange(len(self.ids)), self.ids] = 1
         part = np.where(p > 0, p * (np.where(p > 0, log_p, 0) + self.entropy[:, None]), 0)
         return (g[:, None] * (one - p) - h[:, None] * part) * self.chain
+
+
+def diverged(kind: str, y: Any, u: Any, mix: float) -> tuple[Any, Any]:
+    """A divergence of softmax(y) from softmax(u), in fp64, and its gradient in y; NaN where D is infinite and has
+    none."""
+    y, u = (values - np.where(np.isinf(top := values.max(1, keepdims=True)), np.nan, top) for values in (y, u))
+    y, u = (values - np.log(np.exp(values).sum(1, keepdims=True)) for values in (y, u))
+    p, q = np.exp(y), np.exp(u)
+
+    def kl(a: Any, log_a: Any, log_b: Any) -> Any:
+        return np.where(a == 0, 0, a * np.where(a == 0, 0, log_a - log_b)).sum(1)
+
+    share = {"jsd": 1 - mix, "skew_forward_kl": 1 - mix}.get(kind, mix)  # of p
+    m = np.logaddexp(y + np.log(share), u + np.log(1 - share))
+    d, s, odds, zero = y - u, y - m, np.exp(y - m), np.zeros_like(y)
+    forward, reverse = (kl(q, u, y), p - q, zero), (kl(p, y, u), zero, d)
+    value, own, slope = {
+        "forward_kl": forward,
+        "reverse_kl": reverse,
+        "mixed_kl": tuple(mix * a + (1 - mix) * b for a, b in zip(forward, reverse, strict=True)),
+        "jsd": (mix * kl(q, u, m) + (1 - mix) * kl(p, y, m), zero, (1 - mix) * s),
+        "skew_forward_kl": (kl(q, u, m), zero, -(1 - mix) * np.exp(u - m)),
+        "skew_reverse_kl": (kl(p, y, m), zero, s - mix * odds),
+        "tvd": (np.abs(p - q).sum(1) / 2, zero, np.sign(d) / 2),
+    }[kind]
+    mean = np.where(p == 0, 0, p * slope).sum(1, keepdims=True)
+    gradient = own + np.where(p == 0, 0, p * (slope - mean))
+    return value, gradient + 0 * value[:, None] if kind != "forward_kl" else gradient
 
 
 class Run:
@@ -212,6 +266,32 @@ class Run:
         tensor, self.gaps = placed(tuple(d["logits"].shape), case.dtype, skew)
         return self._mapped("out", tensor)
 
+    def _pairs(self) -> tuple[Rows, RowStats, Rows, RowStats, int]:
+        """Both rows, and their statistics as the kernels of log-probs leave them: relative to the sampled token, where
+        it is not too far from the largest."""
+        rows, d = self._rows(), self.data
+        teacher = Rows(d["teacher"], d["ids"], d["live"], d["numbers"], self.case.cap > 0, d.get("temperature"))
+        stats = [self._sampled_stats("", self.truth), self._sampled_stats("teacher_", self._teacher_truth())]
+        return rows, stats[0], teacher, stats[1], list(KINDS).index(self.case.kind)
+
+    def _teacher_truth(self) -> Truth:
+        return Truth(self.data | {"logits": self.data["teacher"]})
+
+    def _sampled_stats(self, prefix: str, truth: Truth) -> RowStats:
+        near = truth.log_prob > -60
+        value = truth.y[np.arange(len(truth.ids)), truth.ids]
+        found = {name: getattr(truth, name) for name in STATS}
+        found["anchor"] = np.where(near, value / truth.factor, truth.anchor)
+        found["log_sum"] = np.where(near, truth.lse - value, truth.log_sum)
+        for name, values in found.items():
+            values = np.where(self.live, values, math.nan).reshape(self.case.rows)
+            self._output(prefix + name).copy_(torch.from_numpy(values))
+        return RowStats(*(self.outputs[prefix + name] for name in STATS))
+
+    def _diverged(self) -> tuple[Any, Any]:
+        teacher = self._teacher_truth()
+        return diverged(self.case.kind, self.truth.y, teacher.y, MIX)
+
     # Comparisons.
 
     def _compare(self, name: str, found: Any, wanted: Any, relative: float, absolute: float) -> None:
@@ -235,11 +315,14 @@ class Run:
             self._compare(name, found[name], np.where(self.live, getattr(self.truth, name), 0), *tolerance)
 
     def _check_gradient(self, out: Tensor, g: Any, h: Any) -> None:
-        dtype = self.case.dtype
         wanted = np.where(self.live[:, None], self.truth.gradient(g, h), 0)
         wanted[(g == 0) & (h == 0)] = 0
+        self._compare_gradient(out, wanted)
+
+    def _compare_gradient(self, out: Tensor, wanted: Any) -> None:
+        dtype = self.case.dtype
         real = 1e-11 if dtype == FP64 else 6e-5
-        size = 2.0**-14 if dtype == FP16 else float(np.abs(wanted).max())
+        size = 2.0**-14 if dtype == FP16 else float(np.nanmax(np.abs(wanted)))
         absolute = max(size * 2e-6, 2e-7) * real / 6e-5 + (2.0**-24 if dtype == FP16 else 0)
         found = out.double().numpy().reshape(len(self.live), -1)
         self._compare("gradient", found, wanted, 1.02 * ROUNDING[dtype] + real, absolute)
@@ -291,6 +374,30 @@ class Run:
         self._compare("kl", flat(self.outputs["kl"]), np.where(self.live, kl, 0), 1e-4, 2e-5)
         h = 0 * slope if weight is None else -GRAD_SCALE * flat(weight)
         self._check_gradient(out, GRAD_SCALE * slope, h)
+
+    def divergence(self) -> None:
+        pairs = self._pairs()
+        found = DivergenceStats(*[self._output(name) for name in DivergenceStats._fields])
+        with self._backend() as backend:
+            backend.divergence(*pairs, found)
+        wanted = np.where(self.live, self._diverged()[0], 0)
+        tolerance = (1e-11, 1e-13) if self.case.dtype == FP64 else (6e-6, 1e-8)
+        self._compare("divergence", flat(found.divergence), wanted, *tolerance)
+
+    def divergence_backward(self) -> None:
+        """Of what the forward kernel has found."""
+        pairs, out, d = self._pairs(), self._out(), self.data
+        found = DivergenceStats(*[self._output(name) for name in DivergenceStats._fields])
+        g, h = d["g"], d["h"] if self.case.entropy else None
+        with self._backend() as backend:
+            backend.divergence(*pairs, found)
+            backend.divergence_backward(*pairs, found, RowGradients(g, h), d["weight"], out)
+        weight = flat(d["weight"])[:, None]
+        of_divergence = np.where(weight == 0, 0, weight * self._diverged()[1] * self.truth.chain)
+        of_token = self.truth.gradient(flat(g), flat(g if h is None else h) * (h is not None))
+        idle = (flat(g) == 0) & (True if h is None else flat(h) == 0)
+        wanted = np.where(idle[:, None], 0, of_token) + of_divergence
+        self._compare_gradient(out, np.where(self.live[:, None], wanted, 0))
 
     def tokens(self) -> None:
         """token_terms, and token_sums from its records."""

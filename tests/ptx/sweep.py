@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from grpo_kernels.objectives.divergence import KINDS
+
 from .cases import BF16, FP16, FP32, FP64, STATS, Case, Run
 
 PASSES = ("log_probs", "backward", "fused")
+PAIRS = ("divergence", "divergence_backward")
 
 
 def _cuda_cases() -> list[Case]:
@@ -60,10 +63,30 @@ def _triton_cases() -> list[Case]:
         case = replace(base, what=what, dtype=(BF16, FP32)[seed % 2], entropy=True, cap=cap, seed=seed)
         found.append(replace(case, per_row=True))
     found.append(replace(base, vocab=70000, processors=132, per_row=True, seed=17))  # a program a span
+    found += _pairs(base)
     tokens = replace(base, what="tokens", vocab=300)
     found += [replace(tokens, rows=(2, n), dtype=dtype, seed=n) for n, dtype in ((3, FP32), (400, BF16))]
     rescale = replace(base, what="rescale", vocab=4101, skew=1, seed=4101)
     return [*found, rescale, replace(rescale, dtype=FP32, vocab=1000, skew=0, seed=1000)]
+
+
+def _pairs(base: Case) -> list[Case]:
+    """Every divergence, and its gradient; then the layouts of rows."""
+    found = []
+    for seed, (kind, what) in enumerate(itertools.product(KINDS, PAIRS), 1):
+        pick = random.Random(seed).choice
+        case = replace(base, what=what, kind=kind, seed=seed, teacher=pick((BF16, FP32)), rows=(1, 9))
+        found.append(replace(case, entropy=pick((True, False)), perturbed=pick((True, False))))
+    shapes = itertools.product((BF16, FP32), (97, 4101, 32000), PAIRS)
+    for seed, (dtype, vocab, what) in enumerate(shapes, 100):
+        pick = random.Random(seed).choice
+        case = replace(
+            base, what=what, dtype=dtype, vocab=vocab, seed=seed, kind=pick(("reverse_kl", "mixed_kl", "jsd"))
+        )
+        case = replace(case, teacher=pick((dtype, FP16)), skew=pick((0, 0, 1, 4)), out=pick(("in", "own", "odd")))
+        found.append(replace(case, cap=pick((0.0, 3.0)), per_row=pick((True, False)), entropy=pick((True, False))))
+    wide = replace(base, dtype=FP64, kind="mixed_kl", teacher=FP64, seed=120)
+    return [*found, *(replace(wide, what=what) for what in PAIRS)]
 
 
 def _with_equal_bits() -> list[list[Case]]:
