@@ -15,7 +15,7 @@ from .calls.arguments import check_logit_args, checked_scale, read_head
 from .calls.batch import LossArguments, read_batch
 from .calls.chunks import CHUNK_BYTES, LiveRows, chunk_rows
 from .calls.contents import check_ids, check_shift
-from .calls.divergence import refuse_shards, why_unfused
+from .calls.divergence import refuse_shards, refuse_support, why_unfused
 from .calls.head import HeadTensors, Wants, operand_dtype
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
@@ -33,6 +33,8 @@ from .calls.sharding import (
     read_shard,
     vocabulary_agreement,
 )
+from .calls.support import Support, check_support, said_of
+from .calls.support_sweep import how_swept, supported_sweep
 from .calls.sweep import LinearLogProbs, LinearLoss, Sweep
 from .calls.teacher import Teacher, first_columns
 from .calls.teacher_rows import SweptTeacher, read_teacher_states
@@ -80,6 +82,7 @@ def linear_grpo_loss(
     temperature: float | Tensor = 1.0,
     logit_scale: float | Tensor = 1.0,
     logit_softcap: float | Tensor | None = None,
+    support: Support | None = None,
     skip_zero_advantage: bool = False,
     token_losses: bool = False,
     sequence_group: Group | None = None,
@@ -193,39 +196,52 @@ def linear_grpo_loss(
             choice,
             require=require,
             wants_gradient=any(wants),
+            reading=None if support is None else how_swept(tokens, support),
             unknown=ON_DEMAND if token_losses else why_unfused(teacher) if shard is None else SHARDED,
         )
         if grad_scale is not None:
             checked_scale("linear_grpo_loss", grad_scale, check)
         check_ids(tokens, always=head.hidden.device.type == "cpu")
+        if support is not None:
+            check_support(tokens, support)
+            if teacher is not None:
+                refuse_support(tokens, support)
         beside = None
         if teacher is not None and config.divergence is not None:
             beside = read_teacher_states(tokens, teacher, config.divergence, logit_args, logits_dtype, check)
         rows = chunk_rows_of(tokens, head, chunk_bytes, beside)
         if facts is not None:
             named = {"config": config, "arguments": arguments.given, "gradients of states": wants.states}
-            how = {"rows of a chunk": rows, "hidden_grad": hidden_grad}
+            how = {"rows of a chunk": rows, "hidden_grad": hidden_grad, "support": said_of(tokens, support, logit_args)}
             facts |= facts_of(tokens, logit_args, arguments.tensors, **named, **how)
     if made is not None:
-        made.warn_of("linear_grpo_loss", Made.of(tokens, plan.route.backend, logit_args, None))
+        made.warn_of("linear_grpo_loss", Made.of(tokens, plan.route.backend, logit_args, support))
     _check_shift(tokens, head, logit_args)
-    wide = grad_scale is None and not token_losses and operand_dtype(hidden) == torch.float16
+    attached = token_losses or support is not None  # to log-probs with a gradient of their own
+    outside = None
+    wide = grad_scale is None and not attached and operand_dtype(hidden) == torch.float16
     scale = _fp16_scale(batch, config, logit_args) if wide else grad_scale
     scale = 1.0 if scale is None else scale
     numbers = numbers_vector(logit_args, scale, config, tokens.real, hidden.device, entropy_threshold)
-    together = plan.spec is None and pools(config, batch) and any(wants) and not token_losses
+    together = plan.spec is None and pools(config, batch) and any(wants) and not attached
     sequences = batch.sequences if together and not isinstance(batch.sequences, Joined) else None
     chunks = (live_tokens, rows, states_sum, sequences, wide)
     sweep = sweep_of(tokens, numbers, logit_args, plan.route, head, *chunks, teacher=beside)
-    if token_losses:
+    if support is not None:
+        sweep, outside = supported_sweep(sweep, tokens, support, head, logit_args, chunk_bytes, rows)
+    if attached:
         log_prob, entropy, *diverged = LinearLogProbs.apply(sweep, *head)
         with torch.no_grad():
             values = TokenValues(log_prob.detach(), entropy.detach(), batch.live)
             known = Diverged(*(value.detach() for value in diverged)) if diverged else None
-            metrics = settle(config, batch, values, numbers, sweep.backend, known).metrics
-        loss = losses_of_tokens(config, batch, log_prob, entropy)
-        if batch.divergence_weight is not None:
-            loss = loss + weighed(batch.divergence_weight, diverged[0])
+            settled = settle(config, batch, values, numbers, sweep.backend, known)
+        metrics = settled.metrics
+        if not token_losses:
+            loss = autograd.LossOfLogProbs.apply(log_prob, entropy, None, settled.loss, *settled.gradients, None)
+        else:
+            loss = losses_of_tokens(config, batch, log_prob, entropy)
+            if batch.divergence_weight is not None:
+                loss = loss + weighed(batch.divergence_weight, diverged[0])
     else:
         with torch.no_grad():
             loss, metrics, values, gradients = LinearLoss(config, batch, sweep, plan).compute(wants, head)
@@ -235,6 +251,8 @@ def linear_grpo_loss(
                 loss, announced, ids, sweep.backend, "linear_grpo_loss", *head, *gradients
             )
     loss, metrics = sweep.valid(loss), Metrics(sweep.valid(metrics.vector))
+    if outside is not None:
+        metrics = metrics.with_sum("outside_support", outside)
     log_prob, entropy = sweep.valid(values.log_prob), sweep.valid(values.entropy)
     if token_losses:
         return Outcome(loss, metrics, log_prob, entropy).of_tokens(tokens.shape, plan.route)
@@ -253,6 +271,7 @@ def linear_token_log_probs(
     temperature: float | Tensor = 1.0,
     logit_scale: float | Tensor = 1.0,
     logit_softcap: float | Tensor | None = None,
+    support: Support | None = None,
     live_tokens: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     logits_dtype: torch.dtype | None = None,
@@ -285,18 +304,23 @@ def linear_token_log_probs(
         head = local_head("linear_token_log_probs", head, own, shard, hidden_grad)
         token_ids, mask = local_tokens("linear_token_log_probs", token_ids, mask)
         tokens = read_linear_tokens("linear_token_log_probs", head, token_ids, mask, logits_dtype, {}, check, shard)
-        route = choose_log_probs(tokens, backend=backend, softcap=logit_softcap is not None, require=require)
+        softcap, reading = logit_softcap is not None, None if support is None else how_swept(tokens, support)
+        route = choose_log_probs(tokens, backend=backend, softcap=softcap, require=require, reading=reading)
         check_ids(tokens, always=head.hidden.device.type == "cpu")
+        if support is not None:
+            check_support(tokens, support)
         rows = chunk_rows_of(tokens, head, chunk_bytes)
         if facts is not None:
             how = {"rows of a chunk": rows, "hidden_grad": hidden_grad, "gradients of states": Wants.of(head).states}
-            facts |= facts_of(tokens, logit_args, {}, **how)
+            facts |= facts_of(tokens, logit_args, {}, **how, support=said_of(tokens, support, logit_args))
     _check_shift(tokens, head, logit_args)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, hidden.device)
     sweep = sweep_of(tokens, numbers, logit_args, route, head, live_tokens, rows, states_sum)
+    if support is not None:
+        sweep, _ = supported_sweep(sweep, tokens, support, head, logit_args, chunk_bytes, rows)
     log_prob, entropy = LinearLogProbs.apply(sweep, *head)
     log_prob, entropy = sweep.valid(log_prob), sweep.valid(entropy)
-    made = Made.of(tokens, route.backend, logit_args, None)
+    made = Made.of(tokens, route.backend, logit_args, support)
     return TokenLogProbs.by(log_prob.view(tokens.shape), entropy.view(tokens.shape), made)
 
 

@@ -13,7 +13,7 @@ from .calls.arguments import check_inplace, check_logit_args
 from .calls.contents import check_contents, check_ids
 from .calls.outputs import TokenLogProbs
 from .calls.provenance import Made
-from .calls.recorded import Recorded, recorded_log_probs
+from .calls.recorded import Recorded, read_sets, recorded_log_probs
 from .calls.routes import Require, choose_log_probs
 from .calls.sharding import (
     ONE_RANK,
@@ -111,7 +111,7 @@ def token_log_probs(
         return TokenLogProbs.by(log_prob.view(tokens.shape), entropy.view(tokens.shape), made)
     rows = tokens.rows(numbers_vector(logit_args, 1.0, None, tokens.real, logits.device), softcap)
     if isinstance(support, Recorded):
-        log_prob, entropy, _ = recorded_log_probs(tokens, support, rows, route.backend)
+        log_prob, entropy = recorded_log_probs(rows, read_sets(tokens, support), route.backend)
     elif wants_gradient:
         log_prob, entropy = autograd.LogProbs.apply(logits, rows, shard, route.backend, inplace)
     else:

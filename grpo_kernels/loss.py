@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .backends import ops
 from .backends.contract import Rows, TokenValues
+from .backends.sets import outside
 from .backends.spec import NUMBERS, LogitArgs, ObjectiveSpec, numbers_vector
 from .calls import autograd
 from .calls.arguments import check_inplace, check_logit_args, checked_scale
@@ -28,7 +29,7 @@ from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
 from .calls.over_ranks import Agreed, over_ranks
 from .calls.provenance import Made
-from .calls.recorded import Recorded, recorded_log_probs
+from .calls.recorded import Recorded, read_sets, recorded_log_probs
 from .calls.routes import Require, choose, choose_backend
 from .calls.sharding import (
     ONE_RANK,
@@ -251,9 +252,11 @@ def grpo_loss(
     call = _Call(config, rows, batch, backend, inplace, beside)
 
     if isinstance(support, Recorded):
-        log_prob, entropy, _ = recorded_log_probs(tokens, support, rows, backend)
-        outputs = log_prob, entropy
+        sets = read_sets(tokens, support)
+        outputs = recorded_log_probs(rows, sets, backend)
         outcome = call.tokens_of(*outputs) if token_losses else call.of_log_probs(*outputs)
+        missing = outside(tokens.token_ids, tokens.live, sets).sum()
+        outcome = outcome._replace(metrics=outcome.metrics.with_sum("outside_support", missing))
     elif support is not None:
         outputs = supported_log_probs(logits, tokens, support, logit_args, backend)
         outcome = call.tokens_of(*outputs) if token_losses else call.of_log_probs(*outputs)

@@ -49,6 +49,7 @@ def test_against_their_definitions(backend, scheme):
         "clip_dual": 0.0,
         "skipped_tokens": 0,
         "impossible_tokens": 0,
+        "outside_support": 0,
         **dict.fromkeys(("divergence_loss", "divergence", "infinite_divergences", "teacher_entropy"), 0),
     }
     known = live & ~rollout.isnan()

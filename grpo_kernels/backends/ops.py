@@ -276,20 +276,15 @@ def fused_divergence_(
     return made
 
 
-def _fake_set_log_probs(rows: Rows, sets: Sets, backend: str) -> tuple[RowStats, Tensor]:
-    return _new_stats(rows), rows.token_ids.new_empty(())
-
-
-@_operator(fake=_fake_set_log_probs)
-def set_log_probs(rows: Rows, sets: Sets, backend: str) -> tuple[RowStats, Tensor]:
-    """Return the statistics of every row over its set, over the whole vocabulary where that is empty; and how many
-    live rows' token is outside of theirs."""
+@_operator(fake=lambda rows, sets, backend: _new_stats(rows))
+def set_log_probs(rows: Rows, sets: Sets, backend: str) -> RowStats:
+    """Return the statistics of every row over its set, over the whole vocabulary where that is empty."""
     filled = sets.filled.view_as(rows.live)
     whole = rows._replace(live=rows.live & ~filled)
     stats = _new_stats(rows)
     backends.get(backend).log_probs(whole, stats)
-    of_sets, outside = set_stats(rows, sets, gather(rows, sets))
-    return RowStats(*(torch.where(filled, a, b) for a, b in zip(of_sets, stats, strict=True))), outside
+    of_sets = set_stats(rows, sets, gather(rows, sets))
+    return RowStats(*(torch.where(filled, a, b) for a, b in zip(of_sets, stats, strict=True)))
 
 
 @_operator(fake=lambda rows, sets, stats, gradients, backend: _fake_gradient(rows.logits))

@@ -102,8 +102,14 @@ def scatter_(out: Tensor, rows: Rows, at: Entries, values: Tensor) -> None:
     rows.row_view(out)[at.row // length, at.row % length, at.column] = values.to(out.dtype)
 
 
-def set_stats(rows: Rows, sets: Sets, at: Entries) -> tuple[RowStats, Tensor]:
-    """Return the statistics of every row over its set, (B, T), and how many live rows' token is outside of it, 0-d.
+def outside(token_ids: Tensor, live: Tensor, sets: Sets) -> Tensor:
+    """Return, bool (B·T,), which live rows' token is not in their set, where they have one."""
+    drawn = sets.ids == token_ids.view(-1)[sets.row]
+    return live.view(-1) & sets.filled & ~sets.any(drawn)
+
+
+def set_stats(rows: Rows, sets: Sets, at: Entries) -> RowStats:
+    """Return the statistics of every row over its set, (B, T).
 
     0 where a row is dead or its set is empty; NaN, all four, where the token or an id is outside (an id of the
     vocabulary, the token of its set), as where the kernels' rows have no possible column.
@@ -119,13 +125,12 @@ def set_stats(rows: Rows, sets: Sets, at: Entries) -> tuple[RowStats, Tensor]:
     log_sum = torch.where(own == 0, torch.log1p(others), torch.log(others + own.exp()))
     spread = sets.sum(torch.where(p == 0, 0.0, p * -power))
     entropy = log_sum + spread / (others + own.exp())
-    outside = live & ~sets.any(drawn)
-    wrong = outside | sets.any(~at.inside)
+    wrong = outside(rows.token_ids, rows.live, sets) | sets.any(~at.inside)
     stats = []
     for values in (own - log_sum, entropy, anchor, log_sum):
         values = torch.where(wrong, math.nan, values.to(rows.numbers.dtype))
         stats.append(torch.where(live, values, 0.0).view_as(rows.token_ids))
-    return RowStats(*stats), outside.sum()
+    return RowStats(*stats)
 
 
 def set_gradient(rows: Rows, sets: Sets, at: Entries, stats: RowStats, gradients: RowGradients) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -129,6 +129,12 @@ class DivergedLogProbs(torch.autograd.Function):
         return beside.gradient(rows, stats, slopes, d.contiguous(), ctx.backend, ctx.inplace), *nothing
 
 
+def refuse_support(tokens: RowTokens, support: object) -> NoReturn:
+    """Raise: there is no divergence of a part of the vocabulary."""
+    hint = "a divergence is of the whole vocabulary: leave support= to a call without teacher="
+    fail(tokens.function, "no support= with teacher=", type(support).__name__, tokens.tensors, hint)
+
+
 def read_teacher(
     tokens: RowTokens,
     teacher: Teacher,
@@ -145,8 +151,7 @@ def read_teacher(
     """
     function, logits = tokens.function, teacher.logits
     if support is not None:
-        hint = "a divergence is of the whole vocabulary: leave support= to a call without teacher="
-        fail(function, "no support= with teacher=", type(support).__name__, tokens.tensors, hint)
+        refuse_support(tokens, support)
     if teacher.token_ids is not None:
         return read_recorded(tokens, teacher, divergence, logit_args)
     if logits is None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..backends import ops
 from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.sets import Sets
+from ..backends.sets import outside as outside_set
 from ..objectives.checks import INTEGER_DTYPES, check_device, fail, may_look, read_mask
 from .arguments import ordinary
 from .autograd import once
@@ -214,7 +215,7 @@ def _check_sets(tokens: RowTokens, sets: Sets, named: Mapping[str, object]) -> N
         got = f"{int(sets.ids[at])} in the set of token {list(divmod(int(row[at]), length))}"
         hint = "padding (-1, or 0 beyond a set's size) is no id: Recorded.from_counts(ids[valid], valid.sum(-1))"
         fail(function, f"recorded ids in [0, {tokens.vocab})", got, named, hint, IndexError)
-    missing = live & sets.filled & ~sets.any(sets.ids == drawn[row])
+    missing = outside_set(tokens.token_ids, tokens.live, sets)
     if bool(missing.any()):
         at = int(missing.nonzero()[0])
         first, last = sets.offsets[at : at + 2].tolist()
@@ -234,20 +235,19 @@ def _check_sets(tokens: RowTokens, sets: Sets, named: Mapping[str, object]) -> N
 
 
 class RecordedLogProbs(torch.autograd.Function):
-    """Log-probs and entropies over recorded sets, differentiable in both, and how many tokens are outside of theirs."""
+    """Log-probs and entropies over recorded sets, differentiable in both."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: Rows, sets: Sets, backend: str) -> tuple[Tensor, Tensor, Tensor]:
-        stats, outside = ops.set_log_probs(rows._replace(logits=logits), sets, backend)
+    def forward(ctx: Any, logits: Tensor, rows: Rows, sets: Sets, backend: str) -> tuple[Tensor, Tensor]:
+        stats = ops.set_log_probs(rows._replace(logits=logits), sets, backend)
         ctx.save_for_backward(logits, *rows[1:4], rows.temperature, *sets, *stats)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(outside)
         ctx.softcap, ctx.backend = rows.softcap, backend
-        return stats.log_prob, stats.entropy, outside
+        return stats.log_prob, stats.entropy
 
     @staticmethod
     @once
-    def backward(ctx: Any, g: Tensor | None, h: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None and h is None:
             return None, None, None, None
         logits, token_ids, live, numbers, temperature, ids, offsets, *stats = ctx.saved_tensors
@@ -257,12 +257,11 @@ class RecordedLogProbs(torch.autograd.Function):
         return ops.set_log_probs_backward(rows, sets, known, gradients, ctx.backend), None, None, None
 
 
-def recorded_log_probs(tokens: RowTokens, support: Recorded, rows: Rows, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def recorded_log_probs(rows: Rows, sets: Sets, backend: str) -> tuple[Tensor, Tensor]:
     """Return log-probs and entropies over recorded sets, (B, T), differentiable in the rows' logits where gradients
-    are on; and how many live tokens are outside of theirs, 0-d, which are NaN."""
-    sets, logits = read_sets(tokens, support), rows.logits
-    if torch.is_grad_enabled() and logits.requires_grad:
-        outputs: tuple[Tensor, Tensor, Tensor] = RecordedLogProbs.apply(logits, rows, sets, backend)
+    are on; NaN where a token is outside of its set."""
+    if torch.is_grad_enabled() and rows.logits.requires_grad:
+        outputs: tuple[Tensor, Tensor] = RecordedLogProbs.apply(rows.logits, rows, sets, backend)
         return outputs
-    stats, outside = ops.set_log_probs(rows._replace(logits=logits.detach()), sets, backend)
-    return stats.log_prob, stats.entropy, outside
+    stats = ops.set_log_probs(rows._replace(logits=rows.logits.detach()), sets, backend)
+    return stats.log_prob, stats.entropy

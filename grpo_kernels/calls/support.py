@@ -154,7 +154,7 @@ def how_read(support: Support) -> str:
     return READ if isinstance(support, Recorded) else "support= works on copies of the rows"
 
 
-def check_support(tokens: RowTokens, support: Support, inplace: bool) -> None:
+def check_support(tokens: RowTokens, support: Support, inplace: bool = False) -> None:
     """Raise for what a support does not go with."""
     if isinstance(support, Recorded):
         check_recorded(tokens, inplace)

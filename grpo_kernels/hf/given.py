@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..calls.outputs import TokenLogProbs
+from ..calls.recorded import Recorded
 from ..linear import linear_grpo_loss
 from ..loss import grpo_loss
 from ..objectives.checks import check_name, check_scalar, fail, may_look
@@ -56,7 +57,7 @@ class Batch(Mapping[str, Any]):
         """Return the batch with its tensors on a device, in their dtypes."""
 
         def moved(value: Any) -> Any:
-            if isinstance(value, Tensor):
+            if isinstance(value, (Tensor, Recorded)):
                 return value.to(device, non_blocking=non_blocking)
             if isinstance(value, TokenLogProbs):
                 return TokenLogProbs.by(moved(value.log_probs), moved(value.entropy), value.made)

@@ -39,7 +39,7 @@ DIVERGENCE_SUMS = (
     "teacher_entropy_sum",
 )
 """Sums over tokens that have a divergence, 0 elsewhere."""
-FIELDS = OF_KERNELS + DIVERGENCE_SUMS
+FIELDS = (*OF_KERNELS, "outside_support", *DIVERGENCE_SUMS)
 """The fields of a ``Metrics``'s vector, in order."""
 
 REPORTED: Mapping[str, str] = {
@@ -51,6 +51,7 @@ REPORTED: Mapping[str, str] = {
     "sequences": "sequences, empty ones included; those of a sequence_group are counted on its first rank alone",
     "skipped_tokens": "live tokens left unread (skip_zero_advantage)",
     "impossible_tokens": "live tokens of probability 0",
+    "outside_support": "live tokens outside of their recorded set, whose log-prob is NaN",
     "kl": "mean of the KL estimator to the reference, unweighted and unclamped",
     "divergence": "mean divergence from the teacher, nats, unweighted, over tokens where it is finite",
     "infinite_divergences": "tokens whose divergence is infinite",
@@ -109,6 +110,11 @@ class Metrics:
         tensors = [torch.as_tensor(values[name]) for name in FIELDS]
         like = max(tensors, key=lambda tensor: (tensor.device.type != "cpu", tensor.dtype == torch.float64))
         return cls(torch.stack([tensor.to(like.device, like.dtype) for tensor in tensors]))
+
+    def with_sum(self, name: str, value: Tensor) -> Metrics:
+        """Return metrics with a number, 0-d, in the place of a sum that no kernel makes."""
+        at = FIELDS.index(name)
+        return Metrics(torch.cat([self.vector[:at], value.to(self.vector)[None], self.vector[at + 1 :]]))
 
     def __add__(self, other: object) -> Metrics:
         if not isinstance(other, Metrics):

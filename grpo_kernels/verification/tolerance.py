@@ -23,6 +23,7 @@ from ..calls.tokens import read_tokens
 from ..objectives.config import LossConfig
 from ..objectives.maths import log_ratio_of, times
 from ..objectives.rollout import rollout_log_ratios
+from .reference import allowed
 from .reference import grpo_loss as reference_loss
 
 C = 4.0
@@ -128,7 +129,12 @@ def _sizes(
     scale = _scale(z, log_prob, config, batch, o.get("logit_softcap") is not None)
     slope, term = _slope_and_term(config, batch, log_prob, entropy)
     h = _magnitude(batch.inputs.entropy_weight, batch)
-    element = _element(torch.log_softmax(z, -1), ids, slope, h, log_prob, entropy) * derivative.abs()
+    log_p = torch.log_softmax(z, -1)
+    if (support := o.get("support")) is not None:
+        live, rows = batch.live.flatten().nonzero().flatten(), z[batch.live]
+        left = allowed(rows, ids[batch.live].flatten(), live, support)
+        log_p[batch.live] = torch.log_softmax(rows.masked_fill(~left, -math.inf), -1)
+    element = _element(log_p, ids, slope, h, log_prob, entropy) * derivative.abs()
     term = ((term + h * (1 + entropy)) * scale)[batch.live].sum()
     metrics = {name: value.double() for name, value in out.metrics.as_dict().items()}
     edge = _edges(config, batch, log_prob, entropy, scale)

@@ -175,10 +175,18 @@ def _log_softmax(
     if logit_softcap is not None:
         z = logit_softcap * torch.tanh(z / logit_softcap)
     z = z / temperature
-    if support is not None:
-        allowed = support.reshape(-1, z.shape[-1])[live] != 0 if isinstance(support, Tensor) else _kept(z, support)
-        z = z.masked_fill(~allowed.scatter(-1, ids[:, None], True), -math.inf)
-    return torch.log_softmax(z, -1)
+    return torch.log_softmax(z if support is None else z.masked_fill(~allowed(z, ids, live, support), -math.inf), -1)
+
+
+def allowed(z: Tensor, ids: Tensor, live: Tensor, support: Any) -> Tensor:
+    """Which columns of the rows z (tokens, V) of live tokens a support leaves, the drawn one always."""
+    if isinstance(support, Tensor):
+        kept = support.reshape(-1, z.shape[-1])[live] != 0
+    elif hasattr(support, "offsets"):
+        kept = _recorded(support.ids, support.offsets, z.shape[-1])[live]
+    else:
+        kept = _kept(z, support)
+    return kept.scatter(-1, ids[:, None], True)
 
 
 def _entropy(log_p: Tensor) -> Tensor:
@@ -202,6 +210,14 @@ def _kept(z: Tensor, support: Any) -> Tensor:
             lowest = one.p * ordered[:, 0]
         kept = kept & (p >= lowest[:, None]) & (p > 0)
     return kept
+
+
+def _recorded(ids: Tensor, offsets: Tensor, columns: int) -> Tensor:
+    """Which columns the recorded set of each token has, (N, V): all where it is empty."""
+    allowed = torch.zeros(len(offsets) - 1, columns, dtype=torch.bool, device=ids.device)
+    for row, (first, last) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        allowed[row, ids[first:last].long() if last > first else slice(None)] = True
+    return allowed
 
 
 # Sequences and weights

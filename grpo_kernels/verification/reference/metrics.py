@@ -24,7 +24,7 @@ def metrics_of(
     sequence: Tensor,
     sequences: int,
 ) -> Metrics:
-    sums: dict[str, Tensor | float] = {**dict.fromkeys(DIVERGENCE_SUMS, 0.0), **terms}
+    sums: dict[str, Tensor | float] = {**dict.fromkeys((*DIVERGENCE_SUMS, "outside_support"), 0.0), **terms}
     sums["impossible_tokens"] = (log_prob == float("-inf")).sum().double()
     sums["entropy_sum"] = entropy.double().sum()
 
