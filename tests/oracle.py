@@ -48,19 +48,53 @@ class Problem:
     temperature: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float | None = None
+    teacher: list | None = None  # [B][T][V]
+    teacher_form: tuple = (1.0, 1.0, None)  # temperature, scale, softcap
+    divergence: tuple | None = None  # (kind, mix)
+    divergence_coef: float = 0.0
 
 
 def _row(problem: Problem, logits: list) -> tuple[list, object]:
     """Log-probs of a row, and its entropy."""
+    log_p = log_softmax(logits, problem.temperature, problem.logit_scale, problem.logit_softcap)
+    return log_p, -sum(mp.exp(x) * x for x in log_p if x > -mp.inf)
+
+
+def log_softmax(logits: list, temperature: float = 1.0, scale: float = 1.0, softcap: float | None = None) -> list:
     z = []
     for logit in logits:
-        x = mpf(logit) * mpf(problem.logit_scale)
-        if problem.logit_softcap is not None:
-            x = mpf(problem.logit_softcap) * mp.tanh(x / mpf(problem.logit_softcap))
-        z.append(x / mpf(problem.temperature))
-    total = sum(mp.exp(x) for x in z)
-    log_p = [x - mp.log(total) for x in z]
-    return log_p, -sum(mp.exp(x) * x for x in log_p)
+        x = mpf(logit) * mpf(scale)
+        if softcap is not None:
+            x = mpf(softcap) * mp.tanh(x / mpf(softcap))
+        z.append(x / mpf(temperature))
+    total = mp.log(sum(mp.exp(x) for x in z))
+    return [x - total for x in z]
+
+
+def divergence(kind: str, mix: float, log_p: list, log_q: list):
+    """D of a policy's row from a teacher's, nats; inf where it is."""
+    p, q, w = ([mp.exp(x) for x in log_p], [mp.exp(x) for x in log_q], mpf(mix))
+    if kind == "forward_kl":
+        return _kl(q, p)
+    if kind == "reverse_kl":
+        return _kl(p, q)
+    if kind == "mixed_kl":
+        return w * _kl(q, p) + (1 - w) * _kl(p, q)
+    if kind == "tvd":
+        return sum(abs(a - b) for a, b in zip(p, q, strict=True)) / 2
+    if kind == "skew_reverse_kl":
+        return _kl(p, [w * a + (1 - w) * b for a, b in zip(p, q, strict=True)])
+    m = [(1 - w) * a + w * b for a, b in zip(p, q, strict=True)]
+    if kind == "skew_forward_kl":
+        return _kl(q, m)
+    assert kind == "jsd"
+    return w * _kl(q, m) + (1 - w) * _kl(p, m)
+
+
+def _kl(p: list, q: list):
+    if any(a > 0 and b == 0 for a, b in zip(p, q, strict=True)):
+        return mp.inf
+    return sum((a * mp.log(a / b) for a, b in zip(p, q, strict=True) if a > 0), mpf(0))
 
 
 def _clamp(x, limit):
@@ -97,6 +131,8 @@ def _between(low, x, high):
 
 def _surrogate(problem: Problem, t: Token):
     name, *numbers = problem.surrogate
+    if name == "none":
+        return mpf(0)
     A, ratio, sg_ratio = t.advantage, mp.exp(t.log_ratio), mp.exp(t.sg_log_ratio)
     if name == "reinforce":
         return -A * t.log_prob
@@ -248,6 +284,10 @@ def loss(problem: Problem, frozen: dict | None = None, derivative: bool = False)
                 total += w * mpf(problem.kl_coef) * penalty * (mp.exp(kl_ratio) if problem.kl_ratio_weighted else 1)
             own_weight = 1 / mpf(max(tokens, 1)) if problem.entropy_token_mean else w
             total -= own_weight * mpf(problem.entropy_coef) * entropy
+            if problem.divergence is not None:
+                log_p = _row(problem, problem.logits[b][t])[0]
+                log_q = log_softmax(problem.teacher[b][t], *problem.teacher_form)
+                total += w * mpf(problem.divergence_coef) * divergence(*problem.divergence, log_p, log_q)
     return total
 
 

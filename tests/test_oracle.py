@@ -12,15 +12,30 @@ import pytest
 import torch
 from cases import ROLLOUTS, configs, exact_log_probs, label, make
 
-from grpo_kernels import KL, Cispo, Gmpo, LossConfig, MaskedIS, OffPolicyMask, TruncatedIS, Vespo
+from grpo_kernels import (
+    KL,
+    Cispo,
+    Divergence,
+    Gmpo,
+    LossConfig,
+    MaskedIS,
+    OffPolicyMask,
+    Teacher,
+    TruncatedIS,
+    Vespo,
+    token_divergence,
+)
+from grpo_kernels.objectives.divergence import KINDS
 from grpo_kernels.objectives.surrogates import BUILT_IN, Clip
 from grpo_kernels.verification import reference
+from grpo_kernels.verification.reference.divergences import divergence_of
 
 
 def problem_of(case, config: LossConfig, **changes) -> oracle.Problem:
     """A padded case in the oracle's words."""
     batch, length = case.token_ids.shape
-    surrogate = (config.surrogate.name, *(getattr(config.surrogate, f.name) for f in fields(config.surrogate)))
+    term = config.surrogate
+    surrogate = ("none",) if term is None else (term.name, *(getattr(term, f.name) for f in fields(term)))
     options = case.options
     rollout = options.get("rollout_log_probs")
     if rollout is not None:
@@ -54,6 +69,14 @@ def problem_of(case, config: LossConfig, **changes) -> oracle.Problem:
         logit_scale=options.get("logit_scale", 1.0),
         logit_softcap=options.get("logit_softcap"),
     )
+    if config.divergence is not None:
+        teacher, own = options["teacher"], config.divergence.teacher_temperature
+        given |= dict(
+            teacher=teacher.logits[:, :length].tolist(),
+            teacher_form=(own or options.get("temperature", 1.0), teacher.logit_scale, teacher.logit_softcap),
+            divergence=(config.divergence.kind, config.divergence.mix),
+            divergence_coef=config.divergence.coef,
+        )
     return oracle.Problem(**{**given, **changes})
 
 
@@ -181,3 +204,116 @@ def sampled(**options):
     rollout[b, t] = math.nan
     case.options["rollout_log_probs"] = rollout
     return case
+
+
+# Divergences
+
+
+def taught(seed: int = 0, form: dict | None = None, **options):
+    """A small case beside a teacher at half a nat from it."""
+    case = small(seed, **options)
+    noise = torch.randn(case.logits.shape, generator=torch.Generator().manual_seed(seed + 1), dtype=torch.float64)
+    case.options["teacher"] = Teacher(logits=case.logits + 0.5 * noise, **(form or {}))
+    return case
+
+
+@pytest.mark.parametrize("surrogate", [Clip(), None], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_divergences(kind, surrogate):
+    case = taught()
+    config = LossConfig(surrogate, divergence=Divergence(kind, 0.7, mix=0.3), entropy_coef=0.1)
+    assert_same(case, config, problem_of(case, config))
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize(
+    ("form", "options", "own"),
+    [
+        ({}, {"temperature": 0.6}, None),
+        ({}, {"temperature": 0.6}, 1.4),
+        ({"logit_scale": 0.7, "logit_softcap": 3.0}, {"logit_scale": 1.7, "logit_softcap": 2.5}, 1.2),
+    ],
+    ids=["one temperature", "two temperatures", "scales and softcaps"],
+)
+def test_divergences_of_both_models_forms(kind, form, options, own):
+    case = taught(form=form, **options)
+    config = LossConfig(Clip(), divergence=Divergence(kind, 0.7, teacher_temperature=own))
+    assert_same(case, config, problem_of(case, config))
+
+
+def drawn(size: int, spread: float, seed: int) -> torch.Tensor:
+    return spread * torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _pairs() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Rows of a policy and of a teacher, float64, where digits are lost or numbers overflow."""
+    row, other, spread = drawn(12, 3, 0), drawn(12, 3, 1), drawn(12, 1, 2)
+    confident = torch.tensor([20.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    large = drawn(12, 1, 3) * 10.0 ** torch.linspace(0, 4, 12, dtype=torch.float64)
+    impossible = row.clone()
+    impossible[::3] = -math.inf
+    return {
+        "apart": (row, other),
+        "near": (row, row + 1e-3 * spread),
+        "nearer": (row, row + 1e-6 * spread),
+        "nearest": (row, row.nextafter(torch.full_like(row, math.inf))),
+        "an offset": (row + 700, row + 1e-3 * spread - 900),
+        "confident": (confident, confident + torch.tensor([0.0, 1.0, 0.0, 0.0])),
+        "saturated": (10 * row, 10 * other),
+        "opposite": (torch.tensor([104.0, 0.0, -500.0]).double(), torch.tensor([0.0, 104.0, -300.0]).double()),
+        "large": (large, large + spread),
+        "large and apart": (large, large.flip(0)),
+        "both impossible": (impossible, torch.where(impossible.isinf(), impossible, other)),
+        "teacher impossible": (other, impossible),
+        "policy impossible": (impossible, other),
+    }
+
+
+PAIRS = _pairs()
+
+
+def exact_of(kind: str, mix: float, row: torch.Tensor, teacher: torch.Tensor) -> tuple[float, torch.Tensor | None]:
+    """D, and its gradient in the policy's logits by central differences where D is finite."""
+    log_q, z = oracle.log_softmax(teacher.tolist()), row.tolist()
+
+    def value(j: int, step):
+        moved = [oracle.mpf(x) + (step if i == j else 0) for i, x in enumerate(z)]
+        return oracle.divergence(kind, mix, oracle.log_softmax(moved), log_q)
+
+    known = value(0, 0)
+    if known == oracle.mp.inf:
+        return math.inf, None
+    slopes = [(value(j, oracle.STEP) - value(j, -oracle.STEP)) / (2 * oracle.STEP) for j in range(len(z))]
+    return float(known), torch.tensor([float(slope) for slope in slopes], dtype=torch.float64)
+
+
+LOST = {"an offset": 1e-12, "saturated": 1e-15}
+"""Digits of a slope that float64 cannot have: logits 1600 apart are subtracted; p/m of many columns is 1/(1 - w)."""
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_digits_of_divergences(kind, pair):
+    """The reference to the last digits of p·log p; the plain backend in float64 to those of D itself."""
+    row, teacher = PAIRS[pair]
+    value, gradient = exact_of(kind, 0.3, row, teacher)
+    config = Divergence(kind, mix=0.3)
+
+    leaf = row.clone().requires_grad_()
+    found = divergence_of(config, torch.log_softmax(leaf, -1)[None], torch.log_softmax(teacher, -1)[None])
+    size = max(float(z[z.isfinite()].abs().max()) for z in (row, teacher))
+    assert found.item() == pytest.approx(value, rel=1e-13, abs=1e-15 * size)
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    other = row.clone().view(1, 1, -1).requires_grad_()
+    out = token_divergence(other, Teacher(logits=teacher.view(1, 1, -1)), ids, divergence=config, backend="torch")
+    lost = LOST.get(pair, 0.0)
+    slack = 1e-16 if kind == "tvd" else 1e-30  # of one, the terms are p - q, of the others its squares
+    assert out.divergence.item() == pytest.approx(value, rel=1e-12 + 1e3 * lost, abs=slack)
+    unsure = kind == "tvd" and pair in ("nearest", "large")  # which of p and q is larger
+    if gradient is None or unsure:
+        return
+    found.sum().backward()
+    out.divergence.sum().backward()
+    torch.testing.assert_close(leaf.grad, gradient, rtol=1e-11, atol=1e-15 * size)
+    error = (other.grad[0, 0] - gradient).abs()
+    assert (error <= 1e-10 * gradient.abs() + lost * torch.softmax(row, -1) + 1e-21).all()

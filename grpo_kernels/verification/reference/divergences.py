@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,5 +40,5 @@ def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
 def mixture(w: float, log_a: Tensor, log_b: Tensor) -> Tensor:
     """log(w·a + (1 - w)·b), -inf where both are 0."""
     possible = (log_a > -torch.inf) | (log_b > -torch.inf)
-    a, b = (torch.where(possible, x, 0.0).exp() for x in (log_a, log_b))
-    return torch.where(possible, (w * a + (1 - w) * b).log(), -torch.inf)
+    a, b = (torch.where(possible, x, 0.0) for x in (log_a, log_b))
+    return torch.where(possible, torch.logaddexp(a + math.log(w), b + math.log1p(-w)), -torch.inf)
