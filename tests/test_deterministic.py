@@ -11,8 +11,9 @@ from cases import label, make
 from test_zero_weights import every_config, with_everything
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_kernels import TopK, TopP, linear_grpo_loss, token_log_probs
+from grpo_kernels import Recorded, TopK, TopP, linear_grpo_loss, token_log_probs
 from grpo_kernels.backends import eager as plain
+from grpo_kernels.calls import recorded_head
 from grpo_kernels.objectives import advantages
 from grpo_kernels.objectives.compiler import IMPLEMENTATIONS
 from grpo_kernels.verification import reference
@@ -83,6 +84,22 @@ def test_log_probs_over_a_support(support):
     case = make()
     with OnCuda():
         token_log_probs(case.logits, case.token_ids, case.mask, support=support, backend="torch")
+
+
+@pytest.mark.parametrize("share", [0, 1 << 40])
+def test_recorded_sets(share, monkeypatch):
+    """Of logits, and of hidden states by both ways; in segments, as where ``index_add_`` has no order."""
+    monkeypatch.setitem(recorded_head.SHARES, "cpu", share)
+    monkeypatch.setattr(recorded_head, "add_sorted_", recorded_head.add_segments_)
+    case = make()
+    counts = 2 * (torch.rand(case.token_ids.shape) < 0.7).long()
+    pairs = torch.stack([case.token_ids, (case.token_ids + 1) % 97], -1)
+    options = {"support": Recorded.from_counts(pairs[counts > 0].flatten(), counts), "backend": "torch"}
+    hidden = torch.randn(*case.logits.shape[:-1], 5, requires_grad=True)
+    weight = torch.randn(97, 5, requires_grad=True)
+    with OnCuda():
+        case.run(**options)
+        linear_grpo_loss(hidden, weight, *case.arguments, **options, **case.options).loss.backward()
 
 
 def test_advantages():

@@ -84,8 +84,8 @@ class Recorded:
         Args:
             sets: a list of ids for every token, or for every sequence a list of these; an empty one where a token was
                 not recorded.
-            mask: (B, T) or packed (N,), as the loss's: then there are sets for its live tokens alone, in their order
-                (with a list for every sequence of (B, T), of each row's). None: there is one for every token.
+            mask: (B, T) or packed (N,), non-zero at the tokens that there are sets for, in their order: those that an
+                engine drew, as the loss's mask where all of these count. None: there is one for every token.
         """
         first = next((one for one in sets if len(one) > 0), None)
         nested = first is not None and not isinstance(first[0], int) and hasattr(first[0], "__len__")
@@ -104,9 +104,9 @@ class Recorded:
 
         Args:
             ids: (n,) integers.
-            counts: integers, of the shape of the token tensors, 0 where a token was not recorded; with a ``mask`` (m,),
-                of its m live tokens in their order.
-            mask: (B, T) or packed (N,), as the loss's.
+            counts: integers, of the shape of the token tensors, 0 where a token was not recorded; with a ``mask``, of
+                its tokens alone, in their order.
+            mask: as of ``from_lists``.
         """
         named = {"ids": ids, "counts": counts, "mask": mask}
         if not isinstance(counts, Tensor) or counts.dtype not in INTEGER_DTYPES:
@@ -116,8 +116,8 @@ class Recorded:
         if mask is not None:
             live = read_mask("Recorded.from_counts", mask, named)
             if may_look(live) and int(live.sum()) != counts.numel():
-                expected = f"a count for each of the mask's {int(live.sum())} live tokens"
-                hint = "an engine returns sets of what it drew: mask prompts, and give what it did not draw 0"
+                expected = f"a count for each of the mask's {int(live.sum())} tokens"
+                hint = "the mask is of what the engine drew and returned sets for: no prompts, no padding"
                 fail("Recorded.from_counts", expected, str(counts.numel()), named, hint)
             counts = torch.zeros_like(live, dtype=torch.int64).masked_scatter(live, counts.reshape(-1))
         if may_look(counts) and bool((counts < 0).any()):
@@ -164,8 +164,8 @@ def _check_lengths(lengths: list[int], mask: Tensor | None) -> None:
     live = (mask != 0).sum(-1).tolist()
     for sequence, (wanted, length) in enumerate(zip(live, lengths, strict=True)):
         if wanted != length:
-            expected = f"{wanted} lists of ids in sequence {sequence}, one for each of the mask's live tokens"
-            hint = "an engine returns sets of what it drew: mask prompts, and give what it did not draw []"
+            expected = f"{wanted} lists of ids in sequence {sequence}, one for each of the mask's tokens"
+            hint = "the mask is of what the engine drew and returned sets for: no prompts, no padding"
             fail("Recorded.from_lists", expected, str(length), {"mask": mask}, hint)
 
 

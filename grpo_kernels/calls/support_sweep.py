@@ -17,7 +17,7 @@ from .chunks import LiveRows
 from .divergence import Stats
 from .head import HeadTensors
 from .recorded import Recorded, read_sets
-from .recorded_head import Gathered, GatheredSweep, gathers
+from .recorded_head import CPU_IDS, Gathered, GatheredSweep, gathers
 from .support import Support, Supported, how_read
 from .sweep import Chunk, Slopes, Sweep
 from .tokens import RowTokens
@@ -66,7 +66,9 @@ def supported_sweep(
         unrecorded = dataclasses.replace(sweep, live_rows=live_rows, token_ids=ids, wide=wide)
     # A row of the head and one of states, in their dtype, as fp32 (fp64) and their product.
     bytes_of_id = head.width * (2 * sweep.operands.itemsize + 3 * sweep.numbers.itemsize)
-    gathered = Gathered(rows, sets, max(1, chunk_bytes // bytes_of_id), unrecorded)
+    at_once = max(1, chunk_bytes // bytes_of_id)
+    at_once = min(at_once, CPU_IDS) if tokens.states.device.type == "cpu" else at_once
+    gathered = Gathered(rows, sets, at_once, unrecorded)
     return GatheredSweep(**given, gathered=gathered), missing
 
 
