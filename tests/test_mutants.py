@@ -76,6 +76,25 @@ MUTANTS = {
     "rollout: current policy": ("calls/terms.py", "if not scheme.of_policy)", ")"),
     "entropy threshold": ("calls/terms.py", "low = entropy < batch", "low = entropy > batch"),
     "support: drawn token": ("calls/support.py", "kept.gather(1, column) | held[:, None]", "kept.gather(1, column)"),
+    "recorded: one row later": ("backends/sets.py", "positions, right=True)", "positions, right=False)"),
+    "recorded: the drawn token": ("backends/sets.py", "torch.where(drawn, -torch.expm1(log_prob), -p)", "-p"),
+    "recorded: entropies": ("backends/sets.py", "-p * (log_p + entropy)", "-p * log_p"),
+    "recorded: whole rows": (
+        "backends/ops.py",
+        "rows._replace(live=rows.live & ~sets.filled.view_as(rows.live))",
+        "rows",
+    ),
+    "recorded: not counted": (
+        "loss.py",
+        'with_sum("outside_support", missing)',
+        'with_sum("outside_support", 0 * missing)',
+    ),
+    "recorded: states of another row": (
+        "calls/recorded_head.py",
+        "row // length * states.shape[-2] + row % length",
+        "row",
+    ),
+    "recorded: NaN times 0": ("calls/recorded_head.py", "products.masked_fill_((slopes == 0)[:, None], 0)", "products"),
     "vocabulary: states not summed": ("calls/sharding.py", 'shard.group is None or hidden_grad == "partial"', "True"),
     "vocabulary: token elsewhere": (
         "calls/vocabulary.py",
@@ -307,6 +326,7 @@ MUTANTS = {
 SAMPLED = {
     "vocabulary: token elsewhere": "vocabulary",
     "clip: slope kept": "surrogates",
+    "recorded: entropies": "recorded",
     "second backward": "autograd",
     "direct slope dropped": "surrogates",
 }
@@ -314,7 +334,7 @@ SAMPLED = {
 TESTS = (
     "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages "
     "test_numerics test_linear test_triton test_support test_zero_weights test_vocabulary test_sequence_group "
-    "test_prefix_ratios"
+    "test_prefix_ratios test_recorded"
 )
 
 

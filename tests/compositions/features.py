@@ -151,6 +151,7 @@ def features() -> tuple[Feature, ...]:
             _keyword("token_losses", True),
             _keyword("support", TopK(5)),
             _drawn("support", "`support=` a bool mask (B, T, V)", "allowed", name="support, a mask"),
+            _drawn("support", "`support=Recorded(...)`", "recorded", name="support, recorded"),
             _keyword("entropy_threshold", 1.2),
             _keyword("skip_zero_advantage", True),
             _drawn("token_weights", "`token_weights=` (B, T)"),
@@ -247,7 +248,8 @@ def _without_a_loss(what: str, got: str, *features: str) -> Refusal:
     return Refusal(f"grpo_loss: expected {what} with token_losses=True; got {got}.", "token_losses", features)
 
 
-_SUPPORTS = ("support", "support, a mask")
+_COPIED = ("support", "support, a mask")
+_SUPPORTS = (*_COPIED, "support, recorded")
 _NOT_FLAT = "a KL term or an entropy bonus, whose gradient is not 0 at A = 0"
 
 REFUSALS = (
@@ -257,19 +259,15 @@ REFUSALS = (
     _absent("policy_loss", "grad_scale", "grad_scale", "fp16, announced"),
     _absent("policy_loss", "support", *_SUPPORTS),
     *(
-        dataclasses.replace(_absent(function.partition(",")[0], keyword, *features), feature=function)
+        dataclasses.replace(_absent(function.partition(",")[0], "inplace", "inplace"), feature=function)
         for function in (
             *("linear_grpo_loss", "linear_grpo_loss, adapter", "linear_grpo_loss, vocab_group"),
             "linear_token_log_probs",
         )
-        for keyword, features in (("inplace", ("inplace",)), ("support", _SUPPORTS))
     ),
-    *(
-        Refusal(
-            f"attach: expected keywords of linear_grpo_loss; got {keyword}=, which grpo_loss alone has.",
-            *("hf.attach", features),
-        )
-        for keyword, features in (("inplace", ("inplace",)), ("support", _SUPPORTS))
+    Refusal(
+        "attach: expected keywords of linear_grpo_loss; got inplace=, which grpo_loss alone has.",
+        *("hf.attach", ("inplace",)),
     ),
     Refusal(
         "attach: expected the model's own scale and cap, which are traced; got logit_softcap=5.0.",
@@ -282,7 +280,20 @@ REFUSALS = (
     ),
     Refusal(
         "grpo_loss: expected inplace=False with support=, whose gradient is made of copies; got inplace=True.",
-        *("inplace", _SUPPORTS),
+        *("inplace", _COPIED),
+    ),
+    Refusal(
+        "grpo_loss: expected inplace=False with support=Recorded(...), whose gradient is zeros but at its ids; got "
+        "inplace=True.",
+        *("inplace", ("support, recorded",)),
+    ),
+    *(
+        Refusal(
+            f"rank 0 of 2: {function}: expected support=Recorded(...) with a whole vocabulary; got one over several "
+            "ranks, or cut at vocab_size=.",
+            *(f"{function}, vocab_group", ("support, recorded",)),
+        )
+        for function in ("grpo_loss", "linear_grpo_loss")
     ),
     Refusal(
         f"grpo_loss: expected skip_zero_advantage=True with a loss that ignores tokens of A = 0; got {_NOT_FLAT}.",
@@ -297,7 +308,11 @@ REFUSALS = (
     _without_a_loss("inplace=False", "inplace=True", "inplace"),
     _without_a_loss("no normalizer=", "one", "normalizer"),
     _without_a_loss("no grad_scale=", str(SCALE), "grad_scale", "fp16, announced"),
-    _two_passes("support= works on copies of the rows", *_SUPPORTS),
+    _two_passes("support= works on copies of the rows", *_COPIED),
+    _two_passes(
+        "support=Recorded(...) reads a row at its ids alone, in PyTorch; rows without a set take two passes",
+        "support, recorded",
+    ),
     *(_over_a_vocabulary(function) for function in ("grpo_loss", "linear_grpo_loss")),
     _two_passes("Vespo has no one-pass kernel", "Vespo"),
     _two_passes("Gmpo has no one-pass kernel", "Gmpo"),

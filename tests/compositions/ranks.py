@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels import LossOutput, grpo_loss, linear_grpo_loss
+from grpo_kernels import LossOutput, Recorded, grpo_loss, linear_grpo_loss
 from grpo_kernels.calls.outputs import TokenLosses
 
 RANKS = 2
@@ -65,14 +65,17 @@ def over_vocabulary(logits: Tensor, token_ids: Tensor, *, support: Any = None, *
 
 
 @torch.compiler.disable
-def linear_over_vocabulary(hidden: Tensor, weight: Tensor, token_ids: Tensor, **keywords: Any) -> LossOutput:
+def linear_over_vocabulary(
+    hidden: Tensor, weight: Tensor, token_ids: Tensor, *, support: Any = None, **keywords: Any
+) -> LossOutput:
     """linear_grpo_loss of two ranks; each makes its part of the gradient of the states, which autograd adds."""
     cut = 4
 
     def of_rank(rank: int) -> LossOutput:
-        rows = weight[:cut] if rank == 0 else weight[cut:]
+        columns = slice(0, cut) if rank == 0 else slice(cut, None)
+        own = support[..., columns] if isinstance(support, Tensor) else support
         over = {"vocab_group": torch.distributed.group.WORLD, "hidden_grad": "partial"}
-        return linear_grpo_loss(hidden, rows, token_ids, **over, **keywords)
+        return linear_grpo_loss(hidden, weight[columns], token_ids, support=own, **over, **keywords)
 
     return _joined(_on_ranks(of_rank), _parts_of_one)
 
@@ -87,7 +90,7 @@ def over_sequences(logits: Tensor, token_ids: Tensor, *, mask: Tensor, **keyword
         at = places[rank]
 
         def own(value: Any) -> Any:
-            is_of_tokens = isinstance(value, Tensor) and value.shape[:2] == token_ids.shape
+            is_of_tokens = isinstance(value, (Tensor, Recorded)) and value.shape[:2] == token_ids.shape
             return value[:, at] if is_of_tokens else value
 
         given = {name: own(value) for name, value in keywords.items()}

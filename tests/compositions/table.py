@@ -23,6 +23,7 @@ from grpo_kernels import (
     KL,
     LossConfig,
     LossOutput,
+    Recorded,
     Reinforce,
     TokenLogProbs,
     grpo_loss,
@@ -117,6 +118,14 @@ def draw() -> Batch:
     return Batch(hidden, weight, named)
 
 
+def _recorded(batch: Batch) -> Recorded:
+    """Sets of what is allowed and the drawn token; every third token has none."""
+    ids, allowed = batch.named["token_ids"], batch.named["allowed"]
+    kept = allowed.scatter(-1, ids[..., None], True)
+    kept &= (torch.arange(ids.numel()).view(ids.shape) % 3 != 2)[..., None]
+    return Recorded.from_counts(kept.nonzero()[:, -1], kept.sum(-1))
+
+
 # A call
 
 
@@ -158,7 +167,9 @@ class Call:
         values = {**loss, **self.arguments}
         return {name: self._tensor(batch, x.name) if isinstance(x, Drawn) else x for name, x in values.items()}
 
-    def _tensor(self, batch: Batch, name: str) -> Tensor:
+    def _tensor(self, batch: Batch, name: str) -> Tensor | Recorded:
+        if name == "recorded":
+            return _recorded(batch)
         values = batch.named[name]
         return values.to(self.real) if values.is_floating_point() else values
 

@@ -47,6 +47,7 @@ ROWS = (
     "test_bits",
     "test_autograd",
     "test_support",
+    "test_recorded",
     "test_ops",
     "test_registration",
 )
