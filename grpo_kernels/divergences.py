@@ -16,6 +16,7 @@ from .calls.routes import choose_backend, choose_log_probs
 from .calls.sweep import LinearLogProbs
 from .calls.teacher import Teacher, check_teacher, first_columns
 from .calls.teacher_rows import read_teacher_states
+from .calls.temperature import read_temperatures
 from .calls.tokens import read_linear_tokens, read_tokens
 from .linear import beside_teacher, chunk_rows_of, sweep_of
 from .objectives.checks import read_name
@@ -64,8 +65,8 @@ def token_divergence(
         token_ids: as for ``grpo_loss``; D does not depend on them.
         mask: rows that are masked are not read, the teacher's neither.
         divergence: a Divergence or the name of one.
-        temperature, logit_scale, logit_softcap: of the policy; the teacher's temperature is the same unless the
-            divergence has one, scale and softcap are the Teacher's own.
+        temperature, logit_scale, logit_softcap: of the policy, as for ``token_log_probs``; the teacher's temperature is
+            the same, row by row, unless the divergence has one; scale and softcap are the Teacher's own.
         vocab_size: how many columns count, where policy and teacher have more.
         inplace, check, backend: as for ``token_log_probs``.
 
@@ -83,9 +84,12 @@ def token_divergence(
     if vocab_size is not None:
         teacher, (logits,) = first_columns(name, vocab_size, teacher, -1, logits)  # type: ignore[assignment]
         inplace = refuse_columns_inplace(name, inplace)
-    logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+    temperatures = temperature if isinstance(temperature, Tensor) and temperature.dim() > 0 else None
+    logit_args = LogitArgs(temperature if temperatures is None else 1.0, logit_scale, logit_softcap)
     check_logit_args(name, logit_args, check)
-    tokens = read_tokens(name, logits, token_ids, mask, {}, check)
+    tokens = read_tokens(name, logits, token_ids, mask, {"temperature": temperatures}, check)
+    if temperatures is not None:
+        tokens = read_temperatures(tokens, temperatures, logit_args)
     if inplace and torch.is_grad_enabled() and logits.requires_grad:
         check_inplace(name, inplace, logits, tokens.tensors)
     choice = choose_backend(tokens, backend, logit_softcap is not None, fused=False, teacher=teacher.dtype)
@@ -136,10 +140,13 @@ def linear_token_divergence(
     check_teacher(name, teacher, kind)
     whole = (weight, bias, adapter)
     teacher, (weight, bias, adapter) = beside_teacher(name, teacher, whole, hidden, None, None, vocab_size)
-    logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+    temperatures = temperature if isinstance(temperature, Tensor) and temperature.dim() > 0 else None
+    logit_args = LogitArgs(temperature if temperatures is None else 1.0, logit_scale, logit_softcap)
     check_logit_args(name, logit_args, check)
     head = read_head(name, hidden, weight, bias, adapter)
-    tokens = read_linear_tokens(name, head, token_ids, mask, logits_dtype, {}, check)
+    tokens = read_linear_tokens(name, head, token_ids, mask, logits_dtype, {"temperature": temperatures}, check)
+    if temperatures is not None:
+        tokens = read_temperatures(tokens, temperatures, logit_args)
     route = choose_log_probs(tokens, backend=backend, softcap=logit_softcap is not None, require=None)
     check_ids(tokens, always=head.hidden.device.type == "cpu")
     beside = read_teacher_states(tokens, teacher, kind, logit_args, logits_dtype, check)

@@ -26,6 +26,7 @@ from .calls.sharding import (
     ONE_RANK,
     HiddenGrad,
     facts_of,
+    local,
     local_arguments,
     local_head,
     local_tokens,
@@ -38,6 +39,7 @@ from .calls.support_sweep import how_swept, supported_sweep
 from .calls.sweep import LinearLogProbs, LinearLoss, Sweep
 from .calls.teacher import Teacher, first_columns
 from .calls.teacher_rows import SweptTeacher, read_teacher_states
+from .calls.temperature import read_temperatures
 from .calls.terms import Diverged, TokenBatch, pools, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
 from .calls.token_losses import token_losses as losses_of_tokens
@@ -151,6 +153,7 @@ def linear_grpo_loss(
     made = None
     if isinstance(old_log_probs, TokenLogProbs):
         made, old_log_probs = old_log_probs.made, old_log_probs.log_probs
+    temperatures = temperature if isinstance(temperature, Tensor) and temperature.dim() > 0 else None
     arguments = LossArguments(
         advantages=advantages,
         old_log_probs=old_log_probs,
@@ -164,6 +167,7 @@ def linear_grpo_loss(
         entropy_threshold=entropy_threshold,
         divergence_coef=divergence_coef,
         teacher=teacher,
+        temperature=temperatures,
         skip_zero_advantage=skip_zero_advantage,
         token_losses=token_losses,
         sequence_group=sequence_group,
@@ -172,7 +176,7 @@ def linear_grpo_loss(
     own, shard = read_shard("linear_grpo_loss", weight, 0, *over, check, hidden)
     with ONE_RANK if shard is None else vocabulary_agreement("linear_grpo_loss", shard, check) as facts:
         config = resolve_config(config)
-        logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+        logit_args = LogitArgs(temperature if temperatures is None else 1.0, logit_scale, logit_softcap)
         check_logit_args("linear_grpo_loss", logit_args, check)
         head = read_head("linear_grpo_loss", hidden, weight, bias, adapter)
         states_sum = read_hidden_grad("linear_grpo_loss", shard, hidden_grad)
@@ -188,6 +192,8 @@ def linear_grpo_loss(
         of_teacher = None if teacher is None else teacher.dtype
         choice = choose_backend(tokens, backend, logit_softcap is not None, any(wants), of_teacher)
         tokens, batch = read_batch(tokens, config, arguments)
+        if arguments.temperature is not None:
+            tokens = read_temperatures(tokens, arguments.temperature, logit_args, batch.sequences)
         plan = choose(
             tokens,
             config,
@@ -220,7 +226,7 @@ def linear_grpo_loss(
     attached = token_losses or support is not None  # to log-probs with a gradient of their own
     outside = None
     wide = grad_scale is None and not attached and operand_dtype(hidden) == torch.float16
-    scale = _fp16_scale(batch, config, logit_args) if wide else grad_scale
+    scale = _fp16_scale(batch, config, logit_args, tokens.temperature) if wide else grad_scale
     scale = 1.0 if scale is None else scale
     numbers = numbers_vector(logit_args, scale, config, tokens.real, hidden.device, entropy_threshold)
     together = plan.spec is None and pools(config, batch) and any(wants) and not attached
@@ -294,16 +300,21 @@ def linear_token_log_probs(
     """
     if unknown:
         refuse_keywords(linear_token_log_probs, unknown)
+    temperatures = temperature if isinstance(temperature, Tensor) and temperature.dim() > 0 else None
     over = (vocab_group, vocab_start, vocab_size)
     own, shard = read_shard("linear_token_log_probs", weight, 0, *over, check, hidden)
     with ONE_RANK if shard is None else vocabulary_agreement("linear_token_log_probs", shard, check) as facts:
-        logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+        logit_args = LogitArgs(temperature if temperatures is None else 1.0, logit_scale, logit_softcap)
         check_logit_args("linear_token_log_probs", logit_args, check)
         head = read_head("linear_token_log_probs", hidden, weight, bias, adapter)
         states_sum = read_hidden_grad("linear_token_log_probs", shard, hidden_grad)
         head = local_head("linear_token_log_probs", head, own, shard, hidden_grad)
         token_ids, mask = local_tokens("linear_token_log_probs", token_ids, mask)
-        tokens = read_linear_tokens("linear_token_log_probs", head, token_ids, mask, logits_dtype, {}, check, shard)
+        temperatures = local("linear_token_log_probs", "temperature", temperatures)
+        named = {"temperature": temperatures}
+        tokens = read_linear_tokens("linear_token_log_probs", head, token_ids, mask, logits_dtype, named, check, shard)
+        if temperatures is not None:
+            tokens = read_temperatures(tokens, temperatures, logit_args)
         softcap, reading = logit_softcap is not None, None if support is None else how_swept(tokens, support)
         route = choose_log_probs(tokens, backend=backend, softcap=softcap, require=require, reading=reading)
         check_ids(tokens, always=head.hidden.device.type == "cpu")
@@ -330,6 +341,8 @@ def _check_shift(tokens: RowTokens, head: HeadTensors, logit_args: LogitArgs) ->
         return
     adapter = None if head.adapter_states is None else (head.adapter_states, head.adapter_weight)
     options = {"bias": head.bias, "adapter": adapter, **logit_args._asdict(), "check": False}
+    if tokens.temperature is not None:
+        options["temperature"] = tokens.temperature.view(tokens.shape)
     if (shard := tokens.shard) is not None:
         options |= {"vocab_group": shard.group, "vocab_start": shard.start, "vocab_size": shard.vocab}
 
@@ -341,7 +354,7 @@ def _check_shift(tokens: RowTokens, head: HeadTensors, logit_args: LogitArgs) ->
     check_shift(tokens, log_probs)
 
 
-def _fp16_scale(batch: TokenBatch, config: LossConfig, logit_args: LogitArgs) -> Tensor:
+def _fp16_scale(batch: TokenBatch, config: LossConfig, logit_args: LogitArgs, temperature: Tensor | None) -> Tensor:
     """Return a power of two that brings the largest slope of a logit near 2⁻⁶: 2²² below what fp16 overflows at, for
     ratios, and 2¹⁸ above its smallest number, for probabilities. Tokens that weigh nothing have no part in it."""
     inputs = batch.inputs
@@ -351,7 +364,10 @@ def _fp16_scale(batch: TokenBatch, config: LossConfig, logit_args: LogitArgs) ->
     if not config.policy_term.flat_at_zero_advantage:
         sizes = sizes.clamp(min=64)  # a slope of its own: DRO's spring at 20 nats
     factors = (weighed(inputs.policy_weight, sizes), inputs.kl_weight, inputs.entropy_weight, batch.divergence_weight)
-    largest = torch.stack([values.abs().amax() for values in factors if values is not None]).amax()
+    slopes = [values.abs() for values in factors if values is not None]
+    if temperature is not None:
+        slopes = [values / temperature for values in slopes]
+    largest = torch.stack([values.amax() for values in slopes]).amax()
     largest = largest * logit_args.logit_scale / logit_args.temperature
     return torch.exp2(-largest.clamp(min=2**-24, max=2.0**100).nan_to_num(nan=1.0).log2().floor() - 6)
 
@@ -402,6 +418,7 @@ def sweep_of(
     return Sweep(
         live_rows=live_rows,
         token_ids=live_rows.take(tokens.token_ids),
+        temperature=live_rows.take(tokens.temperature),
         numbers=numbers,
         softcap=logit_args.logit_softcap is not None,
         operands=operand_dtype(head.hidden),

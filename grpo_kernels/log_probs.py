@@ -20,6 +20,7 @@ from .calls.sharding import (
     PLAIN,
     WHOLE,
     facts_of,
+    local,
     local_tokens,
     outside_a_graph,
     read_shard,
@@ -27,6 +28,7 @@ from .calls.sharding import (
     vocabulary_agreement,
 )
 from .calls.support import Support, check_support, how_read, said_of, supported_log_probs
+from .calls.temperature import read_temperatures
 from .calls.tokens import read_tokens
 from .calls.vocabulary import row_stats
 from .objectives.names import NoKeyword, refuse_keywords
@@ -62,7 +64,8 @@ def token_log_probs(
         logits: (B, T, V), (B, T+1, V) with the last row unused, or packed (N, V) or (1, N, V), as for ``grpo_loss``.
         token_ids: integers (B, T), (N,) or (1, N): the token that row t predicts.
         mask: shape of token_ids, bool or numbers >= 0; masked rows are not read, their outputs and gradient are 0.
-        temperature, logit_scale, logit_softcap: numbers or 0-d tensors > 0.
+        temperature: a number or 0-d tensor > 0, or one for every sequence, (B,) or (B, 1), or token, as token_ids.
+        logit_scale, logit_softcap: numbers or 0-d tensors > 0.
         inplace: backward writes the gradient over the logits.
         support: the tokens that the sampler could draw: ``TopK(k)``, ``TopP(p)``, ``MinP(p)``, a tuple of them in the
             sampler's order, or a bool mask (*token_ids.shape, V). Log-probs and entropies are then those of the
@@ -83,15 +86,20 @@ def token_log_probs(
         refuse_keywords(token_log_probs, unknown)
     if vocab_group is not None and torch.compiler.is_compiling():
         return outside_a_graph(token_log_probs, locals())
+    temperatures = temperature if isinstance(temperature, Tensor) and temperature.dim() > 0 else None
     shard = None
     if type(logits) not in PLAIN or type(token_ids) not in PLAIN or (vocab_group, vocab_start, vocab_size) != WHOLE:
         refuse_inplace("token_log_probs", logits, inplace)
         logits, shard = read_shard("token_log_probs", logits, -1, vocab_group, vocab_start, vocab_size, check)
         token_ids, mask = local_tokens("token_log_probs", token_ids, mask)
+        temperatures = local("token_log_probs", "temperature", temperatures)
     with ONE_RANK if shard is None else vocabulary_agreement("token_log_probs", shard, check) as facts:
-        logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+        logit_args = LogitArgs(temperature if temperatures is None else 1.0, logit_scale, logit_softcap)
         check_logit_args("token_log_probs", logit_args, check)
-        tokens = read_tokens("token_log_probs", logits, token_ids, mask, {}, check, shard)
+        named = {"temperature": temperatures}
+        tokens = read_tokens("token_log_probs", logits, token_ids, mask, named, check, shard)
+        if temperatures is not None:
+            tokens = read_temperatures(tokens, temperatures, logit_args)
         wants_gradient = torch.is_grad_enabled() and logits.requires_grad
         if inplace and wants_gradient:
             check_inplace("token_log_probs", inplace, logits, tokens.tensors)

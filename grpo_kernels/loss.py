@@ -45,6 +45,7 @@ from .calls.sharding import (
 )
 from .calls.support import Support, check_support, how_read, said_of, supported_log_probs
 from .calls.teacher import Teacher, first_columns
+from .calls.temperature import read_temperatures
 from .calls.terms import Diverged, Settled, TokenBatch, reduce_records, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
 from .calls.token_losses import token_losses as losses_of_tokens
@@ -128,7 +129,9 @@ def grpo_loss(
         kl_coef, entropy_coef, divergence_coef: replace the config's, for annealing; numbers or 0-d device tensors.
         entropy_threshold: tokens whose entropy (nats) is lower have no policy term; they stay in the denominators. A
             quantile of ``token_log_probs(...).entropy`` keeps the rest (Wang et al. 2025, arXiv:2506.01939).
-        temperature, logit_scale, logit_softcap: how logits become log-probs, > 0; numbers or 0-d tensors.
+        temperature: of the softmax, > 0: a number or a 0-d tensor, or one for every sequence or token, in the shapes of
+            advantages; where the mask is 0 it may be anything.
+        logit_scale, logit_softcap: how logits become those of the softmax, > 0; numbers or 0-d tensors.
         inplace: the gradient overwrites the logits, which are unusable after the call.
         support: the tokens that the sampler could draw, as for ``token_log_probs``; give old and reference log-probs
             over their own. Two passes.
@@ -180,6 +183,7 @@ def grpo_loss(
     made = None
     if isinstance(old_log_probs, TokenLogProbs):
         made, old_log_probs = old_log_probs.made, old_log_probs.log_probs
+    temperatures = temperature if isinstance(temperature, Tensor) and temperature.dim() > 0 else None
     arguments = LossArguments(
         advantages=advantages,
         old_log_probs=old_log_probs,
@@ -193,6 +197,7 @@ def grpo_loss(
         entropy_threshold=entropy_threshold,
         divergence_coef=divergence_coef,
         teacher=teacher,
+        temperature=temperatures,
         skip_zero_advantage=skip_zero_advantage,
         token_losses=token_losses,
         sequence_group=sequence_group,
@@ -205,7 +210,7 @@ def grpo_loss(
         arguments = local_arguments("grpo_loss", arguments)
     with ONE_RANK if shard is None else vocabulary_agreement("grpo_loss", shard, check) as facts:
         config = resolve_config(config)
-        logit_args = LogitArgs(temperature, logit_scale, logit_softcap)
+        logit_args = LogitArgs(temperature if temperatures is None else 1.0, logit_scale, logit_softcap)
         check_logit_args("grpo_loss", logit_args, check)
         tokens = read_tokens("grpo_loss", logits, token_ids, mask, arguments.tensors, check, shard)
         wants_gradient = torch.is_grad_enabled() and logits.requires_grad
@@ -219,6 +224,8 @@ def grpo_loss(
         of_teacher = None if teacher is None else teacher.dtype
         choice = choose_backend(tokens, backend, logit_softcap is not None, wants_gradient, of_teacher)
         tokens, batch = read_batch(tokens, config, arguments)
+        if arguments.temperature is not None:
+            tokens = read_temperatures(tokens, arguments.temperature, logit_args, batch.sequences)
         plan = choose(
             tokens,
             config,
@@ -248,7 +255,7 @@ def grpo_loss(
     if tokens.checks:
         check_contents(tokens, backend, logit_args)
     numbers = numbers_vector(logit_args, scale, config, tokens.real, logits.device, entropy_threshold)
-    rows = Rows(logits, tokens.token_ids, tokens.live, numbers, logit_softcap is not None)
+    rows = Rows(logits, tokens.token_ids, tokens.live, numbers, logit_softcap is not None, tokens.temperature)
     call = _Call(config, rows, batch, backend, inplace, beside)
 
     if isinstance(support, Recorded):

@@ -183,16 +183,17 @@ def check_logit_args(function: str, args: LogitArgs, check: bool | None = None) 
     if plain and not torch.compiler.is_compiling():
         _check_logit_numbers(function, args)
     else:
-        _check_logit_args(function, args, check)
+        check_transform(function, args, check)
 
 
 @functools.lru_cache(maxsize=64)
 def _check_logit_numbers(function: str, args: LogitArgs) -> None:
     """Look at plain numbers once."""
-    _check_logit_args(function, args, None)
+    check_transform(function, args, None)
 
 
-def _check_logit_args(function: str, args: LogitArgs, check: bool | None) -> None:
+def check_transform(function: str, args: LogitArgs, check: bool | None) -> None:
+    """As ``check_logit_args``, of numbers that change from call to call."""
     temperature = check_positive(function, "temperature", args.temperature, check)
     scale = check_positive(function, "logit_scale", args.logit_scale, check)
     _check_quotient(function, "logit_scale / temperature", scale, temperature)

@@ -48,6 +48,8 @@ class LossArguments:
     entropy_threshold: float | Tensor | None = None
     divergence_coef: float | Tensor | None = None
     teacher: Teacher | None = None
+    temperature: Tensor | None = None
+    """Of every sequence or token; None: one number for all, which is no argument of tokens."""
     skip_zero_advantage: bool = False
     token_losses: bool = False
     sequence_group: Group | Agreed | None = None
@@ -63,6 +65,7 @@ class LossArguments:
             "rollout_log_probs": self.rollout_log_probs,
             "token_weights": self.token_weights,
             "cu_seqlens": self.cu_seqlens,
+            "temperature": self.temperature,
         }
 
     @property

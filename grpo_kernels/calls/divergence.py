@@ -18,6 +18,7 @@ from .autograd import backward_rows, once
 from .recorded_teacher import read_recorded
 from .sharding import is_dtensor
 from .teacher import Teacher, teacher_args
+from .temperature import check_quotients
 from .tokens import RowTokens
 
 if TYPE_CHECKING:
@@ -165,8 +166,18 @@ def read_teacher(
     args = teacher_args(teacher, divergence, logit_args.temperature)
     check_logit_args(function, args, check)
     numbers = numbers_vector(args, 1.0, None, tokens.real, logits.device)
-    rows = Rows(logits.detach(), tokens.token_ids, tokens.live, numbers, args.logit_softcap is not None)
+    own = teacher_temperatures(tokens, divergence, args)
+    rows = Rows(logits.detach(), tokens.token_ids, tokens.live, numbers, args.logit_softcap is not None, own)
     return Whole(rows, divergence.kernel_id)
+
+
+def teacher_temperatures(tokens: RowTokens, divergence: Divergence, args: LogitArgs) -> Tensor | None:
+    """Return those of the teacher's rows, (B, T): the policy's; None where the teacher has a number. Raise where they
+    do not go with its ``args``."""
+    if tokens.temperature is None or divergence.teacher_temperature is not None:
+        return None
+    check_quotients(tokens, tokens.temperature, args)
+    return tokens.temperature
 
 
 def check_rows(tokens: RowTokens, name: str, states: Tensor, named: dict[str, object]) -> None:

@@ -27,6 +27,9 @@ _TENSORS = ("old_log_probs", "ref_log_probs", "rollout_log_probs", "token_weight
 _OPTIONS = ("normalizer", "grad_scale", "entropy_threshold", "support", "skip_zero_advantage", "token_losses")
 _COEFFICIENTS = ("kl_coef", "entropy_coef")
 """Keywords of the losses that all ranks give, or none; of the last also the number."""
+_EITHER = ("advantages", "temperature")
+"""Those of which there may be one a sequence, the same on all ranks, or one a token."""
+_OF_SEQUENCES = "one a sequence"
 
 
 class Agreed(NamedTuple):
@@ -74,7 +77,8 @@ def _rehearse(
     alone = {**given, KEYWORD: None, "old_log_probs": getattr(old, "log_probs", old)}
     alone |= {"inplace": False} if "inplace" in given else {}
     try:
-        _check_advantages(function.__name__, given)
+        for name in _EITHER:
+            _check_per_token(function.__name__, given, name)
         with torch.no_grad():
             out = function(**alone)
         return _facts(given, out), None
@@ -82,23 +86,28 @@ def _rehearse(
         return {}, error
 
 
-def _check_advantages(function: str, given: Mapping[str, Any]) -> None:
-    """Raise for packed advantages (N,): on a rank with as many tokens as sequences they would be one a sequence."""
-    advantages, bounds = given["advantages"], given["cu_seqlens"]
-    if not (isinstance(advantages, Tensor) and isinstance(bounds, Tensor)) or advantages.dim() != 1:
+def _check_per_token(function: str, given: Mapping[str, Any], name: str) -> None:
+    """Raise for packed values (N,): on a rank with as many tokens as sequences they would be one a sequence."""
+    values, bounds = given.get(name), given["cu_seqlens"]
+    if not (isinstance(values, Tensor) and isinstance(bounds, Tensor)) or values.dim() != 1:
         return
-    if advantages.shape[0] != bounds.shape[0] - 1:
-        expected = f"advantages ({bounds.shape[0] - 1},), one a sequence, or (1, N) with {KEYWORD}="
-        fail(function, expected, str(tuple(advantages.shape)), hint="one for each token: advantages[None]")
+    if values.shape[0] != bounds.shape[0] - 1:
+        expected = f"{name} ({bounds.shape[0] - 1},), one a sequence, or (1, N) with {KEYWORD}="
+        fail(function, expected, str(tuple(values.shape)), hint=f"one for each token: {name}[None]")
+
+
+def _kind(value: object) -> str:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return "none" if value is None else "a number"
+    return _OF_SEQUENCES if value.dim() == 1 else "one a token"
 
 
 def _facts(given: Mapping[str, Any], out: LossOutput) -> dict[str, int | str]:
     values = {name: given.get(name) for name in (*_TENSORS, *_OPTIONS)}
     named = [name for name, value in values.items() if value is not None and value is not False]
-    bounds, advantages = given["cu_seqlens"], given["advantages"]
+    bounds = given["cu_seqlens"]
     floating = [value for value in given.values() if isinstance(value, Tensor) and value.is_floating_point()]
     wanted = torch.is_grad_enabled() and any(value.requires_grad for value in floating)
-    per_sequence = advantages.dim() == 1
     sequences = out.log_probs.shape[0] if bounds is None else bounds.shape[0] - 1
     coefficients = {name: in_words(given[name]) for name in _COEFFICIENTS}
     return {
@@ -106,8 +115,8 @@ def _facts(given: Mapping[str, Any], out: LossOutput) -> dict[str, int | str]:
         "config": repr(resolve_config(given["config"])),
         "keywords": ", ".join(named) or "none",
         **coefficients,
-        "kind of advantages": "one a sequence" if per_sequence else "one a token",
-        **({"advantages": checksum(advantages)} if per_sequence else {}),
+        **{f"kind of {name}": _kind(given.get(name)) for name in _EITHER},
+        **{name: checksum(given[name]) for name in _EITHER if _kind(given.get(name)) == _OF_SEQUENCES},
         "dtype": str(floating[0].dtype),
         "backend": "" if out.route is None else out.route.backend,
         "gradients": "wanted" if wanted else "not wanted",

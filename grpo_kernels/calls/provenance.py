@@ -20,7 +20,7 @@ from .tokens import RowTokens
 
 @dataclass(frozen=True)
 class Made:
-    """How log-probs were made. Numbers on a device are not looked at: they are ``UNKNOWN``."""
+    """How log-probs were made. Tensors, temperatures of tokens among them, are not looked at: they are ``UNKNOWN``."""
 
     backend: str
     dtype: str
@@ -36,6 +36,7 @@ class Made:
     @classmethod
     def of(cls, tokens: RowTokens, backend: str, logit_args: LogitArgs, support: object) -> Made:
         temperature, scale, softcap = (UNKNOWN if isinstance(value, Tensor) else value for value in logit_args)
+        temperature = temperature if tokens.temperature is None else UNKNOWN
         dtype = str(tokens.dtype).removeprefix("torch.")
         ranks = 1 if tokens.shard is None else tokens.shard.ranks
         kept = "a mask" if isinstance(support, Tensor) else "everything" if support is None else repr(support)

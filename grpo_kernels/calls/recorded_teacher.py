@@ -35,6 +35,8 @@ CHUNK_ELEMENTS = 1 << 22
 """Columns of rows that are copied at a time to sum their rest."""
 LEAST_REST = 2.0**-24
 """The mass below which fp32 log-probs say nothing of the rest: with a rounded sum's 0 a reverse KL is infinite."""
+_ALIKE = 1e-6
+"""How far apart, relatively, two temperatures are one."""
 _MORE_THAN_ALL = 1e-3
 """Of the mass of recorded log-probs above 1: rounding of theirs."""
 
@@ -335,9 +337,15 @@ def _retempered(
     assert teacher.temperature is not None
     own = divergence.teacher_temperature
     wanted = logit_args.temperature if own is None else own
+    of_rows = tokens.temperature if own is None else None
+    if of_rows is not None:
+        wanted = of_rows.reshape(-1, 1).to(accumulate_dtype(of_rows.device))
     if divergence.rest == "renormalize":
         return teacher.temperature / wanted
-    if not isinstance(wanted, Tensor) and not math.isclose(wanted, teacher.temperature, rel_tol=1e-6):
+    if of_rows is not None and tokens.looks:
+        others = tokens.live & ((of_rows / teacher.temperature - 1).abs() > _ALIKE)
+        wanted = float(of_rows[others][0]) if bool(others.any()) else teacher.temperature
+    if not isinstance(wanted, Tensor) and not math.isclose(wanted, teacher.temperature, rel_tol=_ALIKE):
         expected = f"log-probs recorded at the divergence's temperature, {wanted:g}"
         hint = (
             f"Divergence(teacher_temperature={teacher.temperature:g}) takes them as they are, "

@@ -290,6 +290,8 @@ def facts_of(
     }
     numbers = {name: in_words(value) for name, value in logit_args._asdict().items()}
     sums = {name: checksum(_live(value, tokens)) for name, value in tensors.items() if isinstance(value, Tensor)}
+    if tokens.temperature is not None:
+        sums["temperature"] = checksum(torch.where(tokens.live, tokens.temperature, 0))
     return facts | numbers | sums | {name.replace("_", " "): str(value) for name, value in others.items()}
 
 

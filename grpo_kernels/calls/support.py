@@ -245,11 +245,14 @@ class Supported:
             kept = self._kept(values, numbers, index, find) if self.mask is None else self._masked(index)
             self._keep_drawn(kept, ids)
             values = values.masked_fill_(~kept, float("-inf"))[None]
-            yield Rows(values, ids[None], live[None], numbers, softcap=False), index, slope
+            own = None if rows.temperature is None else rows.temperature.reshape(-1)[index][None]
+            yield Rows(values, ids[None], live[None], numbers, softcap=False, temperature=own), index, slope
 
     def _kept(self, values: Tensor, numbers: Tensor, index: Tensor, find: bool) -> Tensor:
         """Return (n, V) bool, of logits without a softcap."""
         temperature, scale, _ = numbers[:3].unbind()
+        if self.rows.temperature is not None:
+            temperature = self.rows.temperature.reshape(-1)[index, None]
         z = values.to(numbers.dtype) * scale / temperature
         if find:
             filtered = z

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import ops
-from ..backends.contract import RowGradients, Rows, RowStats
+from ..backends.contract import RowGradients, RowStats
 from ..backends.sets import Sets, gather, outside, scatter_, set_gradient
 from ..backends.spec import LogitArgs
 from .chunks import LiveRows
@@ -57,13 +57,13 @@ def supported_sweep(
     missing, filled = outside(tokens.token_ids, tokens.live, sets).sum(), sets.filled.view_as(tokens.live)
     if not gathers(tokens.states.device.type, len(sets.ids), filled.numel(), tokens.vocab):
         return SweepOfSets(**given, sets=_sets_of_chunks(sweep.live_rows, tokens, sets)), missing
-    rows = Rows(tokens.states, tokens.token_ids, tokens.live, sweep.numbers, sweep.softcap)
+    rows = tokens.rows(sweep.numbers, sweep.softcap)
     others = dataclasses.replace(tokens, live=tokens.live & ~filled)
     live_rows, unrecorded = LiveRows.of(others, rows_of_chunk, None), None
     if live_rows.count > 0:
-        ids = live_rows.take(tokens.token_ids)
+        ids, temperature = live_rows.take(tokens.token_ids), live_rows.take(tokens.temperature)
         wide = sweep.operands != torch.float64
-        unrecorded = dataclasses.replace(sweep, live_rows=live_rows, token_ids=ids, wide=wide)
+        unrecorded = dataclasses.replace(sweep, live_rows=live_rows, token_ids=ids, temperature=temperature, wide=wide)
     # A row of the head and one of states, in their dtype, as fp32 (fp64) and their product.
     bytes_of_id = head.width * (2 * sweep.operands.itemsize + 3 * sweep.numbers.itemsize)
     at_once = max(1, chunk_bytes // bytes_of_id)

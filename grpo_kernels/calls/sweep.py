@@ -58,6 +58,8 @@ class Sweep:
     live_rows: LiveRows
     token_ids: Tensor
     """(1, n)"""
+    temperature: Tensor | None
+    """Of each row, (1, n); None: the one among the numbers."""
     numbers: Tensor
     softcap: bool
     operands: torch.dtype
@@ -147,7 +149,8 @@ class Walk:
             self._head.logits(states, logits)
             ids, live = sweep.token_ids[:, first:last], live_rows.live[:, first:last]
             beside = None if self._teacher is None else self._teacher(first, last, ids, live)
-            yield Chunk(Rows(logits, ids, live, sweep.numbers, sweep.softcap), first, last, beside)
+            own = None if sweep.temperature is None else sweep.temperature[:, first:last]
+            yield Chunk(Rows(logits, ids, live, sweep.numbers, sweep.softcap, own), first, last, beside)
             if any(self._wants):
                 parts = self._head.backward(logits, states, sweep.states_sum)
                 for part, out, whole in zip(parts, self._gradients, self._states, strict=True):

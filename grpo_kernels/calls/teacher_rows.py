@@ -15,7 +15,7 @@ from ..objectives.checks import check_device
 from ..objectives.divergence import Divergence
 from .arguments import check_head, check_logit_args, check_logits
 from .chunks import LiveRows
-from .divergence import Beside, Stats, Whole, check_columns, check_rows
+from .divergence import Beside, Stats, Whole, check_columns, check_rows, teacher_temperatures
 from .head import HeadTensors, Wants, head_kind, operand_dtype
 from .recorded_teacher import read_recorded
 from .teacher import Teacher, teacher_args
@@ -72,6 +72,8 @@ class TeacherStates:
     numbers: Tensor
     softcap: bool
     kind: int
+    temperature: Tensor | None
+    """Of each token's row, (B, T); None: the one among the numbers."""
 
     fields: ClassVar[int] = Whole.fields
 
@@ -118,7 +120,8 @@ class TeacherStates:
         check_logit_args(function, args, check)
         numbers = numbers_vector(args, 1.0, None, tokens.real, states.device)
         softcap = args.logit_softcap is not None
-        return cls(states, head, operands, dtype, columns, numbers, softcap, divergence.kernel_id)
+        temperature = teacher_temperatures(tokens, divergence, args)
+        return cls(states, head, operands, dtype, columns, numbers, softcap, divergence.kernel_id, temperature)
 
     @property
     def row_bytes(self) -> int:
@@ -129,9 +132,11 @@ class TeacherStates:
     def walk(self, live_rows: LiveRows) -> RowsOf:
         """Return what gives the rows of chunk after chunk."""
         make = self._gathered(live_rows) if self.head is None else self._computed(self.head, live_rows)
+        temperature = live_rows.take(self.temperature)
 
         def rows_of(first: int, last: int, token_ids: Tensor, live: Tensor) -> Beside:
-            return Whole(Rows(make(first, last), token_ids, live, self.numbers, self.softcap), self.kind)
+            own = None if temperature is None else temperature[:, first:last]
+            return Whole(Rows(make(first, last), token_ids, live, self.numbers, self.softcap, own), self.kind)
 
         return rows_of
 

@@ -77,10 +77,12 @@ class RowTokens(Tokens):
     """int64 (B, T), contiguous."""
     shard: VocabShard | None = None
     """Which columns are here, where other ranks hold others or some do not count."""
+    temperature: Tensor | None = None
+    """Of each token's row, (B, T), real, > 0, 1 where it is not live; None: one number for all, beside the tokens."""
 
     def rows(self, numbers: Tensor, softcap: bool) -> Rows:
         """Return the rows, where the states are the logits."""
-        return Rows(self.states, self.token_ids, self.live, numbers, softcap)
+        return Rows(self.states, self.token_ids, self.live, numbers, softcap, self.temperature)
 
 
 def read_tokens(

@@ -118,8 +118,11 @@ def row_gradient_(rows: Rows, stats: RowStats, gradients: RowGradients, shard: V
 
 
 def factor_of(rows: Rows) -> Tensor:
-    """Return the factor, 0-d in double precision, that makes z of the anchors' unit."""
+    """Return the factor in double precision, 0-d, or (B, T) of rows with a temperature each, that makes z of the
+    anchors' unit."""
     temperature, scale, _ = rows.numbers[:3].to(accumulate_dtype(rows.numbers.device)).unbind()
+    if rows.temperature is not None:
+        temperature = rows.temperature.to(temperature.dtype)
     return (1.0 if rows.softcap else scale) / temperature
 
 

@@ -20,10 +20,10 @@ from ..calls.sharding import is_dtensor
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..objectives.checks import FLOAT_DTYPES, fail
+from ..objectives.checks import FLOAT_DTYPES, fail, fits
 from ..objectives.compiler import leaving_graphs, with_frames
 from ..objectives.config import LossConfig, resolve_config
-from ..objectives.sequences import read_live
+from ..objectives.sequences import Packed, read_live
 from .form import Autocast, Untraceable
 from .given import OF_A_CALL, OUTPUTS, check_given, check_keywords, keywords
 from .given import batch as batch
@@ -340,6 +340,8 @@ def _run(
     """Return what was asked for, of logits or of hidden states and head."""
     token_ids, mask, output = given.pop("token_ids"), given.pop("mask", None), given.pop("output", OUTPUTS[0])
     known = {name: given[name] for name in keywords(log_probs) if name in given}
+    if given.get("cu_seqlens") is not None and "temperature" in known:
+        known["temperature"] = _of_tokens(known["temperature"], token_ids, given["cu_seqlens"], given.get("check"))
     if output == "log_probs":
         inside = _inside(token_ids, mask, given.get("cu_seqlens"), given.get("check"))
         out: LossOutput | TokenLogProbs = log_probs(*rows, token_ids, inside, **head, **known)
@@ -351,6 +353,18 @@ def _run(
                 given["token_weights"] = given["token_weights"](log_probs(*rows, token_ids, inside, **head, **known))
         out = loss(*rows, token_ids, given.pop("advantages"), mask, **head, **given)
     return out
+
+
+def _of_tokens(temperature: Any, token_ids: Tensor, cu_seqlens: Tensor, check: bool | None) -> Any:
+    """Return a packed batch's temperatures of sequences as those of its tokens, which log-probs take; anything else as
+    it is."""
+    if not isinstance(temperature, Tensor) or temperature.dim() == 0:
+        return temperature
+    named = {"token_ids": token_ids, "cu_seqlens": cu_seqlens, "temperature": temperature}
+    packed = Packed.read("attach", cu_seqlens, token_ids.numel(), named, check)
+    if not fits(temperature, (packed.count,), (packed.count, 1)):
+        return temperature
+    return packed.expand(temperature.reshape(-1)).view(token_ids.shape)
 
 
 def _inside(token_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, check: bool | None) -> Tensor | None:

@@ -124,7 +124,8 @@ def _sizes(
     ids = _safe(token_ids.reshape(shape), batch.live)[..., None]
     whole = logits.reshape(shape[0], -1, logits.shape[-1])
     gradient_rows = gradient.reshape(whole.shape)[:, : shape[1]]
-    z, derivative = _logits_as_used(torch.where(batch.live[..., None], whole[:, : shape[1]], 0.0), o)
+    read = torch.where(batch.live[..., None], whole[:, : shape[1]], 0.0)
+    z, derivative = _logits_as_used(read, _temperature(batch, o.get("temperature", 1.0)), o)
     log_prob, entropy = out.log_probs.reshape(shape), out.entropy.reshape(shape)
     scale = _scale(z, log_prob, config, batch, o.get("logit_softcap") is not None)
     slope, term = _slope_and_term(config, batch, log_prob, entropy)
@@ -146,14 +147,24 @@ def _sizes(
     return Truth(out.loss.detach(), log_prob, entropy, gradient_rows, metrics, scale, element, coefficient, term, edge)
 
 
-def _logits_as_used(rows: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _temperature(batch: TokenBatch, given: float | Tensor) -> float | Tensor:
+    """Return the number, or (B, T, 1) of what was given of sequences or tokens, 1 where a token is not live."""
+    if not isinstance(given, Tensor) or given.dim() == 0:
+        return given
+    count, shape = batch.sequences.count, batch.live.shape
+    of_sequences = given.shape in ((count,), (count, 1))
+    values = batch.sequences.expand(given.reshape(-1)).expand(shape) if of_sequences else given.reshape(shape)
+    return torch.where(batch.live, values, 1.0)[..., None]
+
+
+def _logits_as_used(rows: Tensor, temperature: float | Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Return z, the logits after scale, softcap and temperature, and dz/dx."""
     scale, cap = o.get("logit_scale", 1.0), o.get("logit_softcap")
     z, derivative = rows * scale, torch.ones_like(rows) * scale
     if cap is not None:
         derivative = derivative * (1 - torch.tanh(z / cap) ** 2)
         z = cap * torch.tanh(z / cap)
-    return z / o.get("temperature", 1.0), derivative / o.get("temperature", 1.0)
+    return z / temperature, derivative / temperature
 
 
 def _magnitude(values: Tensor | None, batch: TokenBatch) -> Tensor:

@@ -58,6 +58,7 @@ CALLS = (
     "test_aggregation",
     "test_metrics",
     "test_policy",
+    "test_temperatures",
     "test_token_losses",
     "test_vocabulary",
 )

@@ -81,12 +81,16 @@ def grpo_loss(
     sequence, sequences, mask = _sequences(shape, mask, cu_seqlens)
     counted = mask.reshape(-1).nonzero().squeeze(-1)
     advantages = _per_token(advantages.detach().to(real), sequences, sequence, shape)
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        temperature = _per_token(temperature.detach().to(real), sequences, sequence, shape)
     weight = _weights(config.weighting.name, sequence[counted], sequences, config, normalizer, real)
     entropy_weight = weight
     if config.entropy_aggregation is not None:
         entropy_weight = _weights(config.entropy_aggregation, sequence[counted], sequences, config, None, real)
     read = (advantages[counted] != 0) if skip_zero_advantage else torch.ones_like(counted, dtype=torch.bool)
     live, weight, entropy_weight = counted[read], weight[read], entropy_weight[read]
+    if isinstance(temperature, Tensor) and temperature.dim() > 0:
+        temperature = temperature[live, None]
     sequence = sequence[live]
 
     def at_live(values: Tensor | None) -> Tensor | None:
@@ -135,7 +139,9 @@ def grpo_loss(
     if config.divergence is not None:
         assert teacher is not None, "a divergence needs a teacher"
         assert teacher.logits is not None, "the teacher's logits"
-        tau = config.divergence.teacher_temperature or temperature
+        tau = temperature
+        if config.divergence.teacher_temperature is not None:
+            tau = config.divergence.teacher_temperature
         forms = (tau, teacher.logit_scale, teacher.logit_softcap, None)
         log_q = _log_softmax(teacher.logits[..., :vocab_size], ids, live, shape, real, *forms)
         divergence = divergence_of(config.divergence, log_p, log_q)
@@ -163,7 +169,7 @@ def _log_softmax(
     live: Tensor,
     shape: torch.Size,
     real: torch.dtype,
-    temperature: float | Tensor,
+    temperature: float | Tensor,  # or (tokens, 1)
     logit_scale: float | Tensor,
     logit_softcap: float | Tensor | None,
     support: Any,
@@ -234,10 +240,10 @@ def _sequences(shape: torch.Size, mask: Tensor, cu_seqlens: Tensor | None) -> tu
     return sequence.clamp(0, count - 1), count, mask & inside.view(shape)
 
 
-def _per_token(advantages: Tensor, sequences: int, sequence: Tensor, shape: torch.Size) -> Tensor:
-    if advantages.shape in ((sequences,), (sequences, 1)):
-        return advantages.reshape(-1)[sequence]
-    return advantages.reshape(-1)
+def _per_token(values: Tensor, sequences: int, sequence: Tensor, shape: torch.Size) -> Tensor:
+    if values.shape in ((sequences,), (sequences, 1)):
+        return values.reshape(-1)[sequence]
+    return values.reshape(-1)
 
 
 def _weights(
