@@ -75,6 +75,42 @@ MUTANTS = {
     "rollout: unknown": ("objectives/rollout.py", "torch.where(rollout.isnan(), 1.0, factor)", "factor"),
     "rollout: current policy": ("calls/terms.py", "if not scheme.of_policy)", ")"),
     "entropy threshold": ("calls/terms.py", "low = entropy < batch", "low = entropy > batch"),
+    "temperature: where nothing is live": (
+        "calls/temperature.py",
+        "torch.where(tokens.live, _at_tokens(tokens, temperature, sequences), 1.0)",
+        "_at_tokens(tokens, temperature, sequences)",
+    ),
+    "temperature: of the filters": (
+        "calls/support.py",
+        "temperature = self.rows.temperature.reshape(-1)[index, None]",
+        "pass",
+    ),
+    "temperature: of the copies": (
+        "calls/support.py",
+        "own = None if rows.temperature is None else rows.temperature.reshape(-1)[index][None]",
+        "own = None",
+    ),
+    "temperature: of a chunk": (
+        "calls/sweep.py",
+        "sweep.temperature[:, first:last]",
+        "sweep.temperature[:, : last - first]",
+    ),
+    "temperature: of the ranks": (
+        "calls/vocabulary.py",
+        "temperature = rows.temperature.to(temperature.dtype)",
+        "pass",
+    ),
+    "temperature: of the teacher": (
+        "calls/divergence.py",
+        "tokens.temperature is None or divergence.teacher_temperature is not None",
+        "tokens.temperature is None",
+    ),
+    "temperature: of a recorded teacher": (
+        "calls/recorded_teacher.py",
+        "wanted = of_rows.reshape(-1, 1)",
+        "wanted = of_rows.reshape(-1, 1)[:1]",
+    ),
+    "temperature: fp16": ("linear.py", "slopes = [values / temperature for values in slopes]", "pass"),
     "support: drawn token": ("calls/support.py", "kept.gather(1, column) | held[:, None]", "kept.gather(1, column)"),
     "recorded: one row later": ("backends/sets.py", "positions, right=True)", "positions, right=False)"),
     "recorded: the drawn token": ("backends/sets.py", "torch.where(drawn, -torch.expm1(log_prob), -p)", "-p"),
@@ -355,6 +391,8 @@ def test_mutant_is_noticed(tmp_path, name):
     tests = [f"tests/test_{SAMPLED[name]}.py"] if name in SAMPLED else [f"tests/{test}.py" for test in TESTS.split()]
     if name.startswith("ranks"):
         tests = ["tests/test_groups.py", "tests/test_sequence_group.py"]
+    if name.startswith("temperature"):
+        tests = ["tests/test_temperatures.py"]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-m", "not nightly", *tests]
     command += ["-k", "triton" if name.startswith("triton") else "not triton"]  # interpreted kernels are slow
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
