@@ -64,6 +64,7 @@ class Feature:
 
 SCALE = 4.0
 """Announced by whatever announces a factor, so that such features go together."""
+_TEMPERATURES = ("temperatures of sequences", "temperatures of tokens")
 _ROLLOUT = {"rollout_log_probs": Drawn("rollout_log_probs")}
 _REFERENCE = {"ref_log_probs": Drawn("ref_log_probs")}
 
@@ -157,6 +158,8 @@ def features() -> tuple[Feature, ...]:
             _drawn("token_weights", "`token_weights=` (B, T)"),
             _drawn("advantages", "`advantages` (B, T)", "token_advantages", name="advantages by token"),
             _keyword("normalizer", 7.0),
+            _drawn("temperature", "`temperature=` (B,), packed (S,)", "temperatures", name=_TEMPERATURES[0]),
+            _drawn("temperature", "`temperature=` (B, T), packed (1, N)", "token_temperatures", name=_TEMPERATURES[1]),
             _keyword("logit_softcap", 5.0),
             Feature("on-policy", "no `old_log_probs`", arguments={"old_log_probs": None}),
         ),
@@ -258,6 +261,7 @@ REFUSALS = (
     *(_absent("policy_loss", keyword, keyword) for keyword in ("inplace", "require", "logit_softcap")),
     _absent("policy_loss", "grad_scale", "grad_scale", "fp16, announced"),
     _absent("policy_loss", "support", *_SUPPORTS),
+    _absent("policy_loss", "temperature", *_TEMPERATURES),
     *(
         dataclasses.replace(_absent(function.partition(",")[0], "inplace", "inplace"), feature=function)
         for function in (

@@ -114,6 +114,10 @@ def draw() -> Batch:
         "rollout_log_probs": rollout,
         "token_weights": 0.5 + torch.rand(ids.shape, generator=generator, device="cpu"),
         "allowed": log_p > -3.5,
+        "temperatures": torch.tensor([0.7, torch.nan, 1.3, 0.9, 1.6, 1.1]),
+        "token_temperatures": torch.where(
+            mask, 0.6 + torch.rand(ids.shape, generator=generator, device="cpu"), torch.nan
+        ),
     }
     return Batch(hidden, weight, named)
 
