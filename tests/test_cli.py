@@ -74,19 +74,19 @@ def test_info_says_why_not(capsys, monkeypatch):
 )
 def test_verify(capsys, some):
     """Interpreter and emulator are slow: they get one objective of one pass and one of two."""
-    sizes = ["--vocab", "501", "--tokens", "16"]
+    sizes, others = ["--vocab", "501", "--tokens", "16"], len(verify.DIVERGED) + 1 + len(verify.LINEAR)
     chosen = [part for name in some for part in ("--preset", name)]
     for backend in backends.names():
         if backend in ("triton", "cuda") and backend in usable_backends():
             assert main(["verify", *sizes, "--backend", backend, *chosen]) == 0
-            count = (len(some) + 2) * 4
+            count = (len(some) + others) * 4
             assert capsys.readouterr().out.splitlines()[-1] == f"{count} of {count} hold"
     assert main(["verify", *sizes, "--backend", "cpu", "--backend", "torch"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    count = 2 * (len(LossConfig.presets()) + 2) * 4
+    count = 2 * (len(LossConfig.presets()) + others) * 4
     assert lines[-1] == f"{count} of {count} hold"
     assert sum(line.startswith("fp16") for line in lines) == count // 4
-    assert sum("yes / yes" in line for line in lines) == 2 * (len(LossConfig.presets()) + 1) * 4
+    assert sum("yes / yes" in line for line in lines) == count - 2 * len(verify.LINEAR) * 4
     assert main(["info"]) == 0
     assert f"{count} of {count} checks hold" in capsys.readouterr().out
 
@@ -127,9 +127,9 @@ def test_verify_finds_a_broken_backend(capsys, monkeypatch, fault):
     text = capsys.readouterr().out
     assert status == 1
     broken = [line for line in text.splitlines() if re.match("fp32.* BROKEN$", line)]
-    assert all(re.match(r"fp32 +(grpo|long rows) +cpu ", line) for line in broken), text
+    assert all(re.match(r"fp32 +(grpo|forward_kl|long rows)\S* +cpu ", line) for line in broken), text
     assert any(re.match(r"fp32 +grpo +cpu ", line) for line in broken), text
-    total = 3 * 2
+    total = (2 + len(verify.DIVERGED) + len(verify.LINEAR)) * 2
     assert text.splitlines()[-1] == f"{total - len(broken)} of {total} hold; {len(broken)} BROKEN"
     assert main(["info"]) == 0
     assert f"{total - len(broken)} of {total} checks hold" in capsys.readouterr().out
@@ -304,7 +304,7 @@ def test_progress(capsys, monkeypatch, terminal):
     if not terminal:
         lines = text.splitlines()
         assert 5 <= len(lines) <= 10
-        assert lines[-1] == "verify: 16 of 16 checks"
+        assert lines[-1] == "verify: 28 of 28 checks"
 
 
 def test_lines_of_progress(capsys):

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from .outputs import LossOutput
 
 KEYWORD = "sequence_group"
-_TENSORS = ("old_log_probs", "ref_log_probs", "rollout_log_probs", "token_weights", "cu_seqlens", "entropy")
+_TENSORS = ("old_log_probs", "ref_log_probs", "rollout_log_probs", "token_weights", "cu_seqlens", "entropy", "teacher")
 _OPTIONS = ("normalizer", "grad_scale", "entropy_threshold", "support", "skip_zero_advantage", "token_losses")
-_COEFFICIENTS = ("kl_coef", "entropy_coef")
+_COEFFICIENTS = ("kl_coef", "entropy_coef", "divergence_coef")
 """Keywords of the losses that all ranks give, or none; of the last also the number."""
 _EITHER = ("advantages", "temperature")
 """Those of which there may be one a sequence, the same on all ranks, or one a token."""
@@ -109,7 +109,7 @@ def _facts(given: Mapping[str, Any], out: LossOutput) -> dict[str, int | str]:
     floating = [value for value in given.values() if isinstance(value, Tensor) and value.is_floating_point()]
     wanted = torch.is_grad_enabled() and any(value.requires_grad for value in floating)
     sequences = out.log_probs.shape[0] if bounds is None else bounds.shape[0] - 1
-    coefficients = {name: in_words(given[name]) for name in _COEFFICIENTS}
+    coefficients = {name: in_words(given.get(name)) for name in _COEFFICIENTS}
     return {
         "number of sequences": sequences,
         "config": repr(resolve_config(given["config"])),

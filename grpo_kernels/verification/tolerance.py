@@ -5,6 +5,11 @@ of 2^-24 for each quantity of size 1, |z - R|, |G|, |ℓ|, |old|, |ref| that it 
 largest z and G = lse - R: an offset that all logits share costs nothing, since it is subtracted first. A softcap rounds
 z itself, so |z| counts as well there. The rule allows ``C`` = 4 such units; honest kernels need up to 1.4, a gradient
 off by 1 % needs thousands. It is free of scale: small probabilities are checked as strictly as large ones.
+
+Of a divergence from a teacher it allows as many units for what log p_j - log q_j is made of, the difference of two
+logits, of two anchors and of two log-sums: a divergence of 1e-6 is judged by its own size, not by a probability's.
+Honest rows need 1.02 of the 4 (all kinds, logits 1e-3 to 3 nats apart, seven forms); the loss, whose terms err in all
+directions, 0.28 of its bound.
 """
 
 from __future__ import annotations
@@ -52,6 +57,10 @@ class Truth:
     """(B, T): 1 + |z - R| + |G| + |ℓ| + |old| + |ref|, what a row's errors grow with; see above."""
     element: Tensor
     """(B, T, V): size of the terms that are added up in each gradient element."""
+    apart: Tensor
+    """(B, T, V): what one unit in the differences of the policy's and a teacher's rows comes to in each element."""
+    own: Tensor
+    """(B, T, V): size of the probabilities that cancel in a divergence's elements; the float64 truth rounds them."""
     coefficient: Tensor
     """(B, T): what a row's probabilities are multiplied by; those below the smallest normal number may count as 0."""
     term: Tensor
@@ -64,7 +73,9 @@ class Truth:
         fp64 = dtype == torch.float64
         unit = 2.0**-53 * 64 if fp64 else UNIT
         floor = smallest(dtype) * (1 + self.coefficient[..., None])
-        return OUTPUT_UNIT[dtype] * self.gradient.abs() + C * unit * self.scale[..., None] * self.element + floor
+        size = self.scale[..., None] * self.element + self.apart
+        size = size + self.scale[..., None] * self.own / 64 if fp64 else size
+        return OUTPUT_UNIT[dtype] * self.gradient.abs() + C * unit * size + floor
 
     def log_prob_bound(self, real: torch.dtype) -> Tensor:
         """(B, T), for log-probs and entropy: rounding of the output, and of the logits' scaling."""
@@ -72,28 +83,40 @@ class Truth:
         return C * unit * self.scale
 
     def loss_bound(self, real: torch.dtype) -> Tensor:
-        return C * (2.0**-53 * 64 if real == torch.float64 else UNIT) * self.term + smallest(real)
+        fp64 = real == torch.float64
+        size = self.term + (self.scale[..., None] * self.own).sum() / 64 if fp64 else self.term
+        return C * (2.0**-53 * 64 if fp64 else UNIT) * size + smallest(real)
 
 
-def truth_of(logits: Tensor, token_ids: Tensor, advantages: Tensor, mask: Tensor | None, **options: Any) -> Truth:
+def truth_of(
+    logits: Tensor, token_ids: Tensor, advantages: Tensor | None, mask: Tensor | None, **options: Any
+) -> Truth:
     """The reference in float64 on the values of ``logits``, with the options of a ``grpo_loss`` call."""
     leaf = logits.detach().double().requires_grad_()
     doubled: dict[str, Any] = {
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()
     }
-    out = reference_loss(leaf, token_ids, advantages.double(), mask, **doubled)
+    if (teacher := doubled.get("teacher")) is not None:
+        doubled["teacher"] = dataclasses.replace(teacher, logits=teacher.logits.double())
+    advantages = None if advantages is None else advantages.double()
+    out = reference_loss(leaf, token_ids, advantages, mask, **doubled)
     if out.loss.requires_grad:
         out.loss.backward()
     gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
     config = doubled.get("config", "grpo")
     config = LossConfig.preset(config) if isinstance(config, str) else config
-    batch = _batch(leaf.detach(), token_ids, advantages.double(), mask, config, doubled)
+    batch = _batch(leaf.detach(), token_ids, advantages, mask, config, doubled)
     return _sizes(leaf.detach(), gradient, out, token_ids, config, batch, doubled)
 
 
 def _batch(
-    logits: Tensor, token_ids: Tensor, advantages: Tensor, mask: Tensor | None, config: LossConfig, o: dict[str, Any]
+    logits: Tensor,
+    token_ids: Tensor,
+    advantages: Tensor | None,
+    mask: Tensor | None,
+    config: LossConfig,
+    o: dict[str, Any],
 ) -> TokenBatch:
     tokens = read_tokens("truth_of", logits, token_ids, mask, {})
     names = {field.name for field in dataclasses.fields(LossArguments)}
@@ -112,13 +135,15 @@ def _sizes(
 ) -> Truth:
     """Return the truth with the sizes of the rule (ARCHITECTURE.md, section 5), which bounds every gradient element by
 
-        |error_j| <= u_out·|gradient_j| + C·u·scale·element_j,
-        scale     = 1 + |z - R| + |G| + |ℓ| + |old| + |ref|     (+ |z| under a softcap, + |rollout| with its schemes)
+        |error_j| <= u_out·|gradient_j| + C·u·(scale·element_j + apart_j),
+        scale     = 1 + |z - R| + |G| + |ℓ| + |old| + |ref|     (+ |z| under a softcap, + |rollout| with its schemes,
+                                                                 + |u - R'| + |G'| of a teacher's row)
         element_j = |dz_j/dx_j|·p_j·(slope + h·(|log p_j| + H + 1)),   j not the sampled token
         element_t = |dz_t/dx_t|·(slope + h·p_t·(1 + |ℓ| + H)),         t the sampled token
 
     and the loss by C·u·Σ (|policy term| + growth + KL term + h·(1 + H))·scale over live tokens. ``slope`` is the size
-    of the slope by ℓ, ``h`` of the entropy's weight, ``x`` the logit that is given, ``z`` as it is used.
+    of the slope by ℓ, ``h`` of the entropy's weight, ``x`` the logit that is given, ``z`` as it is used. What a
+    divergence adds to ``element``, to the loss and to ``apart`` is said at ``_Diverged``.
     """
     shape = batch.live.shape
     ids = _safe(token_ids.reshape(shape), batch.live)[..., None]
@@ -130,21 +155,24 @@ def _sizes(
     scale = _scale(z, log_prob, config, batch, o.get("logit_softcap") is not None)
     slope, term = _slope_and_term(config, batch, log_prob, entropy)
     h = _magnitude(batch.inputs.entropy_weight, batch)
+    diverged = _diverged(z, config, batch, o)
+    scale = scale + diverged.scale
     log_p = torch.log_softmax(z, -1)
     if (support := o.get("support")) is not None:
         live, rows = batch.live.flatten().nonzero().flatten(), z[batch.live]
         left = allowed(rows, ids[batch.live].flatten(), live, support)
         log_p[batch.live] = torch.log_softmax(rows.masked_fill(~left, -math.inf), -1)
-    element = _element(log_p, ids, slope, h, log_prob, entropy) * derivative.abs()
-    term = ((term + h * (1 + entropy)) * scale)[batch.live].sum()
+    element = _element(log_p, ids, slope, h, log_prob, entropy) + diverged.element
+    element, apart, own = (x * derivative.abs() for x in (element, diverged.apart, diverged.own))
+    term = ((term + h * (1 + entropy) + diverged.term) * scale + diverged.value_apart)[batch.live].sum()
     metrics = {name: value.double() for name, value in out.metrics.as_dict().items()}
-    edge = _edges(config, batch, log_prob, entropy, scale)
+    edge = _edges(config, batch, log_prob, entropy, scale) | diverged.edge
     underflow = -math.log(torch.finfo(torch.float32).tiny)
-    coefficient = (slope + h * (underflow + entropy)) * derivative.abs().amax(-1)
-    element, coefficient = (
-        torch.where(live, x, 0.0) for live, x in ((batch.live[..., None], element), (batch.live, coefficient))
-    )
-    return Truth(out.loss.detach(), log_prob, entropy, gradient_rows, metrics, scale, element, coefficient, term, edge)
+    coefficient = (slope + h * (underflow + entropy) + diverged.slope) * derivative.abs().amax(-1)
+    element, apart, own = (torch.where(batch.live[..., None], x, 0.0) for x in (element, apart, own))
+    coefficient = torch.where(batch.live, coefficient, 0.0)
+    sizes = (scale, element, apart, own, coefficient, term, edge)
+    return Truth(out.loss.detach(), log_prob, entropy, gradient_rows, metrics, *sizes)
 
 
 def _temperature(batch: TokenBatch, given: float | Tensor) -> float | Tensor:
@@ -227,6 +255,83 @@ def _element(log_p: Tensor, ids: Tensor, slope: Tensor, h: Tensor, log_prob: Ten
     return element.scatter(-1, ids, sampled[..., None])
 
 
+@dataclass(frozen=True)
+class _Diverged:
+    """What a divergence of weight w adds to the sizes of the rule; u are the teacher's logits as they are used,
+
+        E_j     = |z_j - u_j| + |R - R'| + |G - G'|     (+ |z_j| + |u_j| where they are scaled or capped unlike,
+                                                         + |G| + |G'| of TVD)
+        element = w·(|own_j| + p_j·(|a_j - a_c| + |m|)),
+        apart   = w·(max(p_j, q_j)·E_j of a KL from the teacher + p_j·(E_j + E_c + Σ_i p_i·(scale·|a_i - a_c| + E_i)))
+
+    with the slope a at every column (a is no steeper than 1 in log p - log q, but for a skewed KL of a small mix), c
+    the column of R and m = Σ_i p_i·(a_i - a_c); to the loss w·D·scale + w·Σ_j |p_j - q_j|·E_j: an offset that all d
+    share has no part in it, as Σ p = Σ q. TVD alone is of first order in d, and takes the log-sums as they are rounded.
+    """
+
+    scale: Tensor
+    element: Tensor
+    apart: Tensor
+    own: Tensor
+    """w·max(p_j, q_j)"""
+    term: Tensor
+    value_apart: Tensor
+    slope: Tensor
+    """What a probability is multiplied by."""
+    edge: Tensor
+    """TVD: which of p and q is larger is not told, where they differ by rounding alone."""
+
+
+def _diverged(z: Tensor, config: LossConfig, batch: TokenBatch, o: dict[str, Any]) -> _Diverged:
+    divergence, live = config.divergence, batch.live
+    if divergence is None:
+        nothing = torch.zeros_like(live, dtype=z.dtype)
+        return _Diverged(nothing, *[nothing[..., None]] * 3, *[nothing] * 3, torch.zeros_like(live))
+    teacher, tau = o["teacher"], o.get("temperature", 1.0)
+    own_tau = divergence.teacher_temperature or tau
+    form = {"logit_scale": teacher.logit_scale, "logit_softcap": teacher.logit_softcap, "temperature": own_tau}
+    rows = teacher.logits.reshape(live.shape[0], -1, teacher.logits.shape[-1])[:, : live.shape[1]]
+    u, _ = _logits_as_used(torch.where(live[..., None], rows, 0.0), form)
+    log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(u, -1)
+    p, q, d = log_p.exp(), log_q.exp(), log_ratio_of(log_p, log_q)
+    columns = divergence.columns(p, q, d)
+
+    largest, other = z.amax(-1, keepdim=True), u.amax(-1, keepdim=True)
+    log_sums = torch.logsumexp(z, -1, keepdim=True) - largest, torch.logsumexp(u, -1, keepdim=True) - other
+    apart = (z - u).abs() + (largest - other).abs() + (log_sums[0] - log_sums[1]).abs()
+    alike = teacher.logit_scale / own_tau == o.get("logit_scale", 1.0) / tau
+    if not alike or teacher.logit_softcap is not None or o.get("logit_softcap") is not None:
+        apart = apart + z.abs() + u.abs()
+    if divergence.kind == "tvd":
+        apart = apart + log_sums[0].abs() + log_sums[1].abs()
+    apart = torch.where(apart.isfinite(), apart, 0.0)
+
+    centre = z.argmax(-1, keepdim=True)
+    slope = columns.slope + torch.zeros_like(p)
+    from_centre = torch.where(p == 0, 0.0, slope - slope.gather(-1, centre))
+    mean = (p * from_centre).sum(-1, keepdim=True).abs()
+    below = torch.where(u.isinf(), 0.0, other - u).amax(-1).clamp(max=_UNDERFLOW)
+    scale = below + log_sums[1].squeeze(-1).abs()
+    both = 1 + scale + torch.where(z.isinf(), 0.0, largest - z).amax(-1).clamp(max=_UNDERFLOW)
+    off_mean = (p * (both[..., None] * from_centre.abs() + apart)).sum(-1, keepdim=True)
+    steepest = max(1.0, 1 / (4 * divergence.mix)) if divergence.kind == "skew_forward_kl" else 1.0
+    of_slope = steepest * p * (apart + apart.gather(-1, centre) + off_mean)
+    of_own = torch.maximum(p, q) * apart if isinstance(columns.own, Tensor) else 0.0
+    weight = torch.where(live, _magnitude(batch.divergence_weight, batch), 0.0)
+    rows_of = weight[..., None]
+    unsure = (d != 0) & (d.abs() < 16 * UNIT * apart) if divergence.kind == "tvd" else torch.zeros_like(d, dtype=bool)
+    return _Diverged(
+        scale=scale,
+        element=rows_of * (abs(columns.own) + p * (from_centre.abs() + mean)),
+        apart=rows_of * (of_own + of_slope),
+        own=rows_of * torch.maximum(p, q),
+        term=weight * columns.term.sum(-1),
+        value_apart=weight * ((p - q).abs() * apart).sum(-1),
+        slope=weight * (1 + mean.squeeze(-1) + torch.where(from_centre.isfinite(), from_centre, 0.0).abs().amax(-1)),
+        edge=unsure.any(-1) & live,
+    )
+
+
 def _safe(ids: Tensor, live: Tensor) -> Tensor:
     return torch.where(live, ids, 0).long()
 
@@ -291,10 +396,10 @@ def compare(
     error = (rows - truth.gradient).abs()
     bound = truth.gradient_bound(gradient.dtype, grad_scale)
     share = torch.where(keep[..., None], error / bound, 0.0)
-    size = torch.maximum(truth.gradient.abs(), truth.element)
+    size = torch.stack(torch.broadcast_tensors(truth.gradient.abs(), truth.element, truth.own)).amax(0)
     ulp = 2 * OUTPUT_UNIT[gradient.dtype] * size + smallest(gradient.dtype) / grad_scale
     per_row = truth.log_prob_bound(real)
-    loss_share = (loss.detach().double() - truth.loss).abs() / truth.loss_bound(real)
+    loss_share = _difference(loss.detach().double(), truth.loss) / truth.loss_bound(real)
     return Comparison(
         log_prob=_worst(_difference(log_probs.double().reshape(shape), truth.log_probs) / per_row),
         entropy=_worst((entropy.double().reshape(shape) - truth.entropy).abs() / per_row),

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..calls.teacher import Teacher
 from ..linear import linear_grpo_loss
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..objectives.checks import check_device_name, check_name, read_name
 from ..objectives.config import LossConfig
+from ..objectives.divergence import Divergence
 from ..objectives.kl import KL
 from ..objectives.surrogates import Clip
 from . import records, reference
@@ -64,6 +66,7 @@ class LinearResult:
     """From hidden states: relative L2 errors of the gradients, the larger of hidden states' and weight's."""
 
     backend: str
+    preset: str
     dtype: str
     error: float
     eager: float
@@ -88,6 +91,8 @@ class Case:
     def alone(self) -> Case:
         """Some of the sequences as a batch of their own."""
         known = {k: v[ALONE] if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        if "teacher" in known:
+            known["teacher"] = Teacher(logits=known["teacher"].logits[ALONE])
         return Case(self.logits[ALONE], self.token_ids[ALONE], self.advantages[ALONE], self.mask[ALONE], known)
 
 
@@ -123,6 +128,9 @@ def case_of(logits: Tensor, config: LossConfig, generator: torch.Generator, **sc
 
     options = {"old_log_probs": near(), "ref_log_probs": near(), "config": config, **scaling}
     advantages = torch.randn(SEQUENCES, generator=generator).to(device)
+    if config.divergence is not None:
+        apart = 0.3 * torch.randn(logits.shape, generator=generator)
+        options["teacher"] = Teacher(logits=(logits + apart.to(device)).to(logits.dtype))
     return Case(logits, ids, advantages, mask, options)
 
 
@@ -194,6 +202,13 @@ LONG_CONFIG = LossConfig(
 )
 
 
+DIVERGED = {
+    "grpo+reverse_kl": complete("grpo", divergence=Divergence("reverse_kl", 0.5)),
+    "forward_kl": LossConfig(None, divergence=Divergence("forward_kl")),
+}
+"""Lines with a divergence from a teacher: beside a policy term, and alone."""
+
+
 def clear_case(
     config: LossConfig, dtype: torch.dtype, vocab: int, tokens: int, seed: int, device: str, **options: Any
 ) -> tuple[Case, Truth]:
@@ -210,12 +225,13 @@ def verify(
     names: list[str], presets: list[str], dtypes: list[str], vocab: int, tokens: int, seed: int, device: str
 ) -> Iterator[Result]:
     for dtype in dtypes:
-        for preset in (*presets, LONG):
+        for preset in (*presets, *DIVERGED, LONG):
             if preset == LONG:
                 long = (LONG_CONFIG, DTYPES[dtype], LONG_VOCAB, LONG_TOKENS, seed, device)
                 case, exact = clear_case(*long, logit_softcap=30.0)
             else:
-                case, exact = clear_case(complete(preset), DTYPES[dtype], vocab, tokens, seed, device)
+                config = DIVERGED.get(preset) or complete(preset)
+                case, exact = clear_case(config, DTYPES[dtype], vocab, tokens, seed, device)
             before: list[Run] = []
             for backend in names:
                 first = run(case, backend)
@@ -233,29 +249,52 @@ class LinearCase:
     hidden: Tensor
     weight: Tensor
     rest: Case
-    """Its logits are not read."""
+    """Its logits are not read, nor its teacher's."""
+    teacher: tuple[Tensor, Tensor] | None
+    """Hidden states and weight of a teacher."""
 
     def gradients(self, dtype: torch.dtype, backend: str | None) -> tuple[Tensor, ...]:
         """Of hidden states and weight; without a backend eager PyTorch that upcasts its logits to fp32."""
         hidden, weight = (leaf.detach().to(dtype).requires_grad_() for leaf in (self.hidden, self.weight))
         arguments = (self.rest.token_ids, self.rest.advantages, self.rest.mask)
+        options, taught = dict(self.rest.options), None
+        if self.teacher is not None:
+            taught = tuple(tensor.to(dtype) for tensor in self.teacher)
         if backend is not None:
-            loss = linear_grpo_loss(hidden, weight, *arguments, backend=backend, **self.rest.options).loss
+            if taught is not None:
+                options["teacher"] = Teacher(hidden=taught[0], weight=taught[1])
+            loss = linear_grpo_loss(hidden, weight, *arguments, backend=backend, **options).loss
         else:
-            logits = torch.nn.functional.linear(hidden, weight)
-            logits = logits if dtype == torch.float64 else logits.float()
-            loss = reference.grpo_loss(logits, *arguments, **self.rest.options).loss
+            if taught is not None:
+                options["teacher"] = Teacher(logits=_upcast(*taught))
+            loss = reference.grpo_loss(_upcast(hidden, weight), *arguments, **options).loss
         return torch.autograd.grad(loss, (hidden, weight))
 
 
-def make_linear_case(dtype: torch.dtype, vocab: int, tokens: int, seed: int, device: str) -> LinearCase:
-    """GRPO with KL, hidden states of size HIDDEN, logits of the spread of make_case's."""
+def _upcast(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Return logits of half precision in fp32."""
+    logits = torch.nn.functional.linear(hidden, weight)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def make_linear_case(
+    config: LossConfig, dtype: torch.dtype, vocab: int, tokens: int, seed: int, device: str
+) -> LinearCase:
+    """Hidden states of size HIDDEN, logits of the spread of make_case's; a teacher's states are half as many again."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(SEQUENCES, tokens // SEQUENCES + 1, HIDDEN, generator=generator)
-    weight = 3 * HIDDEN**-0.5 * torch.randn(vocab, HIDDEN, generator=generator)
-    hidden, weight = (tensor.to(device=device, dtype=dtype) for tensor in (hidden, weight))
+
+    def drawn(width: int) -> tuple[Tensor, Tensor]:
+        hidden = torch.randn(SEQUENCES, tokens // SEQUENCES + 1, width, generator=generator)
+        weight = 3 * width**-0.5 * torch.randn(vocab, width, generator=generator)
+        return hidden.to(device=device, dtype=dtype), weight.to(device=device, dtype=dtype)
+
+    hidden, weight = drawn(HIDDEN)
     logits = torch.nn.functional.linear(hidden.double(), weight.double())
-    return LinearCase(hidden, weight, case_of(logits, complete("grpo"), generator))
+    rest = case_of(logits, config, generator)
+    return LinearCase(hidden, weight, rest, None if config.divergence is None else drawn(HIDDEN * 3 // 2))
+
+
+LINEAR = ("grpo", "grpo+reverse_kl")
 
 
 def verify_linear(
@@ -263,11 +302,13 @@ def verify_linear(
 ) -> Iterator[LinearResult]:
     for name in dtypes:
         dtype = DTYPES[name]
-        case = make_linear_case(dtype, vocab, tokens, seed, device)
-        exact = case.gradients(torch.float64, None)
-        eager = _error(case.gradients(dtype, None), exact)
-        for backend in names:
-            yield LinearResult(backend, name, _error(case.gradients(dtype, backend), exact), eager)
+        for preset in LINEAR:
+            config = DIVERGED.get(preset) or complete(preset)
+            case = make_linear_case(config, dtype, vocab, tokens, seed, device)
+            exact = case.gradients(torch.float64, None)
+            eager = _error(case.gradients(dtype, None), exact)
+            for backend in names:
+                yield LinearResult(backend, preset, name, _error(case.gradients(dtype, backend), exact), eager)
 
 
 def _error(found: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> float:
@@ -301,7 +342,7 @@ def main(arguments: argparse.Namespace) -> int:
     what = (dtypes, arguments.vocab, arguments.tokens, arguments.seed, arguments.device)
     results: list[Result] = []
     linear: list[LinearResult] = []
-    total = len(usable) * len(dtypes) * (len(presets) + 2)
+    total = len(usable) * len(dtypes) * (len(presets) + len(DIVERGED) + 1 + len(LINEAR))
     bar = progress_bar(total, "verify", "check")
     try:
         for result in verify(usable, presets, *what):
@@ -364,14 +405,14 @@ def table(results: list[Result]) -> str:
         "same bits: in a second run / alone, in the batch and in the old pass; apart: from other backends, of twice",
         "what the rule allows",
         "",
-        f"{'dtype':<5} {'preset':<11} {'backend':<8} {'log-prob':>8} {'entropy':>8} {'loss':>8} {'gradient':>8} "
+        f"{'dtype':<5} {'preset':<15} {'backend':<8} {'log-prob':>8} {'entropy':>8} {'loss':>8} {'gradient':>8} "
         f"{'ulps':>6}  {'same bits':<9} {'apart':>6}",
     ]
     for r in results:
         c = r.comparison
         bits = f"{'yes' if r.repeatable else 'NO'} / {'yes' if r.invariant else 'NO'}"
         lines.append(
-            f"{r.dtype:<5} {r.preset:<11} {r.backend:<8} {c.log_prob:8.3f} {c.entropy:8.3f} {c.loss:8.3f} "
+            f"{r.dtype:<5} {r.preset:<15} {r.backend:<8} {c.log_prob:8.3f} {c.entropy:8.3f} {c.loss:8.3f} "
             f"{c.gradient:8.3f} {c.gradient_ulps:6.2f}  {bits:<9} {r.apart:6.3f}" + ("" if r.passed else " BROKEN")
         )
     return "\n".join(lines)
@@ -382,7 +423,7 @@ def linear_table(results: list[LinearResult]) -> str:
     for r in results:
         share = f"{r.error / r.eager:.2f} x" if r.eager else ""
         lines.append(
-            f"{r.dtype:<5} {'grpo':<11} {r.backend:<8} {r.error:8.1e} {r.eager:8.1e} {share:>8}"
+            f"{r.dtype:<5} {r.preset:<15} {r.backend:<8} {r.error:8.1e} {r.eager:8.1e} {share:>8}"
             + ("" if r.passed else " BROKEN")
         )
     return "\n".join(lines)

@@ -104,11 +104,11 @@ def grpo_loss(
 
     given = at_live(token_weights)
     u = torch.ones_like(log_prob) if given is None else given
-    if config.surrogate is None:
-        u = torch.zeros_like(log_prob)
     if config.level == "token":  # a token that weighs nothing has no part, not even by 0 times NaN
         old = None if old is None else torch.where(u == 0, log_prob.detach(), old)
         A = torch.where(u == 0, 0.0, A)
+    if config.surrogate is None:
+        u = torch.zeros_like(log_prob)
     own = difference(log_prob, old)
     log_ratio = pool(config.level, own, sequence, sequences)
     sampled = (log_prob.detach(), old, rollout, A, sequence, sequences, config.log_ratio_limit)
