@@ -115,7 +115,8 @@ def prepared(batch: Batch, old: Tensor, ref: Tensor, out: Tensor) -> Fused:
     assert spec is not None
     flags = torch.full(one.shape, 255, dtype=torch.uint8, device=one.device)
     inputs = TokenInputs(one, weight, old, ref if kl else None, None, BETA * weight if kl else None, None)
-    stats, records = RowStats(*unwritten[:4]), TokenRecords(*unwritten[4:], flags, one.new_empty(0))
+    none = one.new_empty(0)
+    stats, records = RowStats(*unwritten[:4]), TokenRecords(*unwritten[4:], flags, none, none)
     return Fused(lambda: cuda.fused_loss(batch.rows, inputs, spec, stats, records, out), [*unwritten, flags])
 
 

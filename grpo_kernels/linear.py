@@ -78,6 +78,7 @@ def linear_grpo_loss(
     normalizer: float | Tensor | Normalizer | None = None,
     grad_scale: float | Tensor | None = None,
     kl_coef: float | Tensor | None = None,
+    rollout_kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
     divergence_coef: float | Tensor | None = None,
     entropy_threshold: float | Tensor | None = None,
@@ -163,6 +164,7 @@ def linear_grpo_loss(
         cu_seqlens=cu_seqlens,
         normalizer=normalizer,
         kl_coef=kl_coef,
+        rollout_kl_coef=rollout_kl_coef,
         entropy_coef=entropy_coef,
         entropy_threshold=entropy_threshold,
         divergence_coef=divergence_coef,
@@ -363,7 +365,8 @@ def _fp16_scale(batch: TokenBatch, config: LossConfig, logit_args: LogitArgs, te
     sizes = inputs.advantage.abs()
     if not config.policy_term.flat_at_zero_advantage:
         sizes = sizes.clamp(min=64)  # a slope of its own: DRO's spring at 20 nats
-    factors = (weighed(inputs.policy_weight, sizes), inputs.kl_weight, inputs.entropy_weight, batch.divergence_weight)
+    of_kl = inputs.kl_weight, inputs.rollout_kl_weight
+    factors = (weighed(inputs.policy_weight, sizes), *of_kl, inputs.entropy_weight, batch.divergence_weight)
     slopes = [values.abs() for values in factors if values is not None]
     if temperature is not None:
         slopes = [values / temperature for values in slopes]

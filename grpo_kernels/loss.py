@@ -76,6 +76,7 @@ def grpo_loss(
     normalizer: float | Tensor | Normalizer | None = None,
     grad_scale: float | Tensor | None = None,
     kl_coef: float | Tensor | None = None,
+    rollout_kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
     divergence_coef: float | Tensor | None = None,
     entropy_threshold: float | Tensor | None = None,
@@ -97,8 +98,8 @@ def grpo_loss(
 ) -> LossOutput:
     """The GRPO-family loss of ``config``, its gradient in the logits and its metrics.
 
-    loss = Σ_t w_t·( u_t·ρ_t·f(ℓ_t, r_t, A_t) + kl_coef·k(ℓ_t - ref_t) + divergence_coef·D_t )
-           - entropy_coef·Σ_t w'_t·H_t,
+    loss = Σ_t w_t·( u_t·ρ_t·f(ℓ_t, r_t, A_t) + kl_coef·k(ℓ_t - ref_t) + rollout_kl_coef·k(ℓ_t - rollout_t)
+                     + divergence_coef·D_t ) - entropy_coef·Σ_t w'_t·H_t,
     with ℓ_t the log-softmax of softcap(logits·logit_scale)/temperature at the token, r_t = exp(ℓ_t - old_t), f the
     surrogate, w the aggregation, u the ``token_weights``, ρ the rollout correction and D the divergence of the row from
     a teacher's (Shao et al. 2024, arXiv:2402.03300, and the presets' papers).
@@ -115,7 +116,8 @@ def grpo_loss(
             where ratios are pooled over sequences: bf16 would move all of them. A whole ``TokenLogProbs`` knows how it
             was made, and the loss warns where it is made otherwise.
         ref_log_probs: of the reference policy; needed by a KL term.
-        rollout_log_probs: of the sampler, NaN where unknown; for metrics and the config's rollout correction.
+        rollout_log_probs: of the sampler, NaN where unknown; for metrics, the config's rollout correction and the KL to
+            the sampler, which is taken to ``old_log_probs`` without them.
         token_weights: u, factors of the policy term (not of the KL).
         teacher: the distribution that the config's ``divergence`` is taken to: ``Teacher(logits=...)``, or top-k ids
             and log-probs of it.
@@ -126,7 +128,8 @@ def grpo_loss(
         grad_scale: the factor (> 0) that the caller will put on the loss before backward: 1/accumulation steps, a
             gradient scaler's scale. The gradient is written already multiplied by it; ``loss`` is not. Announced, it
             costs nothing; unannounced, a read and write of the gradient.
-        kl_coef, entropy_coef, divergence_coef: replace the config's, for annealing; numbers or 0-d device tensors.
+        kl_coef, rollout_kl_coef, entropy_coef, divergence_coef: replace the config's, for annealing; numbers or 0-d
+            device tensors.
         entropy_threshold: tokens whose entropy (nats) is lower have no policy term; they stay in the denominators. A
             quantile of ``token_log_probs(...).entropy`` keeps the rest (Wang et al. 2025, arXiv:2506.01939).
         temperature: of the softmax, > 0: a number or a 0-d tensor, or one for every sequence or token, in the shapes of
@@ -193,6 +196,7 @@ def grpo_loss(
         cu_seqlens=cu_seqlens,
         normalizer=normalizer,
         kl_coef=kl_coef,
+        rollout_kl_coef=rollout_kl_coef,
         entropy_coef=entropy_coef,
         entropy_threshold=entropy_threshold,
         divergence_coef=divergence_coef,

@@ -42,6 +42,7 @@ def policy_loss(
     config: LossConfig | str = "grpo",
     normalizer: float | Tensor | Normalizer | None = None,
     kl_coef: float | Tensor | None = None,
+    rollout_kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
     entropy_threshold: float | Tensor | None = None,
     skip_zero_advantage: bool = False,
@@ -65,8 +66,8 @@ def policy_loss(
         entropy: H of each row, nats, shape of log_probs: for the bonus, ``entropy_threshold`` and the metric, which is
             0 without it.
         old_log_probs, ref_log_probs, rollout_log_probs, token_weights, cu_seqlens, config, normalizer, kl_coef,
-            entropy_coef, entropy_threshold, skip_zero_advantage, token_losses, sequence_group, check: as for
-            ``grpo_loss``.
+            rollout_kl_coef, entropy_coef, entropy_threshold, skip_zero_advantage, token_losses, sequence_group, check:
+            as for ``grpo_loss``.
         backend: whose [tokens]-sized kernels; None: the fastest for the device.
 
     Returns:
@@ -95,6 +96,7 @@ def policy_loss(
         cu_seqlens=cu_seqlens,
         normalizer=normalizer,
         kl_coef=kl_coef,
+        rollout_kl_coef=rollout_kl_coef,
         entropy_coef=entropy_coef,
         entropy_threshold=entropy_threshold,
         skip_zero_advantage=skip_zero_advantage,

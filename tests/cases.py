@@ -187,6 +187,9 @@ def configs() -> list[LossConfig]:
     for level, other in (RUNNING, RUNNING[::-1], ("token", "prefix_product"), ("prefix_min", "token")):
         for kl in (KL(0.1, ratio_weighted=True, level=other), KL(0.1, "k1", "weighted_k2", level=other)):
             out.append(LossConfig(Clip(0.2, 0.28), level=level, kl=kl))
+    for i, kl in enumerate(KLS[1:]):
+        level = (*LEVELS, *RUNNING)[i % 6]
+        out.append(LossConfig(Clip(0.2, 0.28), level=level, kl=KLS[(i * 3) % len(KLS)], rollout_kl=kl))
     import dataclasses
 
     mixed = []
@@ -210,6 +213,7 @@ def one_of_each() -> list[LossConfig]:
     for level in RUNNING:
         out.append(LossConfig(Clip(0.2, 0.28), level=level, kl=KL(0.1, ratio_weighted=True), rollout=ROLLOUTS[-1]))
     out += [LossConfig(Clip(0.2, 0.28), rollout=scheme, kl=KL(0.05)) for scheme in ROLLOUTS[2::2]]
+    out += [LossConfig(kl=KL(0.05), rollout_kl=KL(0.2, "k2")), LossConfig(rollout_kl=KL(0.2, ratio_weighted=True))]
     return [*out, LossConfig(Vespo(), level="sequence_product", kl=KL(0.1, ratio_weighted=True, level="token"))]
 
 
@@ -231,6 +235,7 @@ def label(config: LossConfig) -> str:
     if kl.coef:
         parts.append(f"{kl.estimator}{'-r' * kl.ratio_weighted}{f'-{kl.gradient}' * (kl.gradient != 'pathwise')}")
         parts += ["limits"] if kl.limit != KL().limit else []
+    parts += [repr(config.rollout_kl)] if config.rollout_kl.coef else []
     parts += [repr(scheme) for scheme in config.schemes]
     parts += ["entropy" + (config.entropy_aggregation or "")] if config.entropy_coef else []
     return "-".join(parts).replace(" ", "")

@@ -40,6 +40,7 @@ class Problem:
     kl_ratio_cap: float = 10.0
     kl_level: str | None = None
     kl_limit: tuple = (None, None)
+    rollout_kl: dict | None = None  # the fields of a second KL by their names above, to rollout, or old where None
     schemes: tuple = ()  # (kind, numbers by name)
     entropy_threshold: float | None = None
     entropy_coef: float = 0.0
@@ -282,6 +283,14 @@ def loss(problem: Problem, frozen: dict | None = None, derivative: bool = False)
                 kl_ratio, sg_ratio = (pooled(each, sg_plain, (b, t), level) for each in (plain, sg_plain))
                 penalty = _penalty(problem, log_prob, frozen[b, t][0], mpf(problem.ref[b][t]), sg_ratio, derivative)
                 total += w * mpf(problem.kl_coef) * penalty * (mp.exp(kl_ratio) if problem.kl_ratio_weighted else 1)
+            if problem.rollout_kl is not None:
+                other = replace(problem, **problem.rollout_kl)
+                sampler = (problem.rollout or problem.old)[b][t]
+                level = other.kl_level or problem.level
+                kl_ratio, sg_ratio = (pooled(each, sg_plain, (b, t), level) for each in (plain, sg_plain))
+                if sampler is not None:
+                    penalty = _penalty(other, log_prob, frozen[b, t][0], mpf(sampler), sg_ratio, derivative)
+                    total += w * mpf(other.kl_coef) * penalty * (mp.exp(kl_ratio) if other.kl_ratio_weighted else 1)
             own_weight = 1 / mpf(max(tokens, 1)) if problem.entropy_token_mean else w
             total -= own_weight * mpf(problem.entropy_coef) * entropy
             if problem.divergence is not None:

@@ -355,7 +355,7 @@ def passes(logits, ids, live, numbers, softcap, temperature, slopes):
     stats, again, records = (
         RowStats(*zeros[:4]),
         RowStats(*zeros[4:8]),
-        TokenRecords(*zeros[8:10], zeros[10].byte(), zeros[10][:0]),
+        TokenRecords(*zeros[8:10], zeros[10].byte(), zeros[10][:0], zeros[10][:0]),
     )
     cuda.log_probs(rows, stats)
     gradient, fused = gradient_like(logits).fill_(7), gradient_like(logits).fill_(7)

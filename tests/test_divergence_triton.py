@@ -160,7 +160,9 @@ def test_a_rows_own_temperature(monkeypatch, dtype, vocab, cap):
             patch.setattr(launch, "programs_wanted", lambda device: 1000)
             triton.log_probs(rows, shared)
         triton.log_probs_backward(rows, stats, RowGradients(g, g), outs[0])
-        records = TokenRecords(*torch.zeros(2, 2, 3), torch.zeros(2, 3, dtype=torch.uint8), torch.empty(0))
+        records = TokenRecords(
+            *torch.zeros(2, 2, 3), torch.zeros(2, 3, dtype=torch.uint8), torch.empty(0), torch.empty(0)
+        )
         inputs = TokenInputs(g, one, None, None, None, None, one)
         triton.fused_loss(rows, inputs, spec, fused, records, outs[1])
         return [*stats, *shared, *fused, *outs]

@@ -19,7 +19,8 @@ def test_against_their_definitions(backend, scheme):
     rollout = old + 0.1 * torch.randn(old.shape)
     rollout[0, 1] = float("nan")
     rho = MaskedIS(0.9, 1.1) if scheme else ()
-    config = LossConfig(Clip(0.2, 0.28), aggregation="token_mean", kl=KL(0.1), entropy_coef=0.05, rollout=rho)
+    kls = {"kl": KL(0.1), "rollout_kl": KL(0.2, "k2")}
+    config = LossConfig(Clip(0.2, 0.28), aggregation="token_mean", entropy_coef=0.05, rollout=rho, **kls)
     out, _ = case.run(backend, config=config, rollout_log_probs=rollout)
     m, live = out.metrics, case.mask
     log_probs, entropy = out.log_probs.double(), out.entropy.double()
@@ -55,6 +56,7 @@ def test_against_their_definitions(backend, scheme):
     known = live & ~rollout.isnan()
     x = (log_probs - rollout)[known]
     weight = (old - rollout).double().exp()[known]
+    expected["rollout_kl_loss"], expected["rollout_unknown"] = 0.1 * (x * x).sum() / live.sum(), (live & ~known).sum()
     expected["k1_rollout"] = x.mean()
     expected["k3_rollout"] = ((-x).exp() + x - 1).mean()
     expected["rollout_ratio_mean"], expected["rollout_ratio_max"] = weight.mean(), weight.max()
@@ -69,7 +71,9 @@ def test_against_their_definitions(backend, scheme):
     assert got.keys() == REPORTED.keys() == expected.keys()
     for name, value in expected.items():
         assert got[name].item() == pytest.approx(float(value), rel=2e-6, abs=1e-6), name
-    torch.testing.assert_close(m.policy_loss + m.kl_loss + m.entropy_loss, out.loss.double(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        m.policy_loss + m.kl_loss + m.rollout_kl_loss + m.entropy_loss, out.loss.double(), rtol=1e-6, atol=1e-7
+    )
 
 
 def test_sequence_levels_count_sequences(backend):
@@ -183,7 +187,7 @@ def token_records(tokens: int, missing: str, dtype: torch.dtype) -> list:
     records = [log_prob, real().abs(), real(), real().abs(), flags]
     masked_in = torch.rand(1, tokens) < 0.8
     live = masked_in & (torch.rand(1, tokens) < 0.9)
-    weights = [real(), None if missing in ("ref", "all") else real(), None if missing == "all" else real()]
+    weights = [real(), *(None if missing in absent else real() for absent in (("ref", "all"), "all", "all"))]
     others = [log_prob + 0.3 * real() for _ in range(3)]
     for i, name in enumerate(("old", "ref", "rollout")):
         if missing in (name, "all"):
@@ -200,7 +204,8 @@ def token_records(tokens: int, missing: str, dtype: torch.dtype) -> list:
     values = TokenValues(records[0], records[1], live)
     inputs = TokenInputs(real(), weights[0], *others, *weights[1:])
     factors = torch.empty(0, dtype=dtype) if missing in ("old", "all") else factors
-    return [values, masked_in, inputs, TokenRecords(*records[2:], factors)]
+    of_sampler = torch.empty(0, dtype=dtype) if missing == "all" else torch.where(live, real(), 0.0)
+    return [values, masked_in, inputs, TokenRecords(*records[2:], factors, of_sampler)]
 
 
 def sums_of(backend, inputs: list, estimator: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -178,6 +178,21 @@ MUTANTS = {
         "pooled.column) if running else batch.at_tokens(slope, total)",
         "pooled.column) if running else slope",
     ),
+    "kl to the sampler: unknown": (
+        "calls/terms.py",
+        "known = ~sampler.isnan()",
+        "known = sampler.isnan() == sampler.isnan()",
+    ),
+    "kl to the sampler: the old policy's": (
+        "calls/terms.py",
+        "sampler = ratio.old if inputs.rollout is None else inputs.rollout",
+        "sampler = ratio.old",
+    ),
+    "kl to the sampler: coefficient": (
+        "calls/batch.py",
+        "else _scaled(weight, rollout_kl_coef)",
+        "else weight",
+    ),
     "prefix: over a bound": (
         "objectives/sequences.py",
         "return (self.sequence_of[1:] == self.sequence_of[:-1])",
@@ -370,7 +385,7 @@ SAMPLED = {
 TESTS = (
     "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages "
     "test_numerics test_linear test_triton test_support test_zero_weights test_vocabulary test_sequence_group "
-    "test_prefix_ratios test_recorded"
+    "test_prefix_ratios test_recorded test_rollout_kl"
 )
 
 

@@ -44,10 +44,10 @@ def op_calls(backend: str) -> dict:
     per_row = [torch.randn(3, 4) for _ in range(5)]
     stats = ops.log_probs(Rows(case.logits, *rows), backend)
     old, ref = case.options["old_log_probs"], case.options["ref_log_probs"]
-    inputs = TokenInputs(per_row[0], per_row[1].abs(), old, ref, old, per_row[2].abs(), None)
-    compared = TokenInputs(per_row[0], per_row[4], old, ref, None, None, None)
+    inputs = TokenInputs(per_row[0], per_row[1].abs(), old, ref, old, per_row[2].abs(), None, per_row[3].abs())
+    compared = TokenInputs(per_row[0], per_row[4], old, ref, None, None, None, None)
     flags = torch.zeros(3, 4, dtype=torch.uint8)
-    records = TokenRecords(per_row[2], per_row[3], flags, torch.empty(0))
+    records = TokenRecords(per_row[2], per_row[3], flags, torch.empty(0), torch.empty(0))
     calls = {
         "log_probs": (case.logits, *rows, backend),
         "log_probs_backward": (case.logits, *rows, *stats, per_row[3], None, backend),
@@ -55,7 +55,7 @@ def op_calls(backend: str) -> dict:
         "token_sums": (per_row[0], per_row[1], case.mask, case.mask, *compared, *records, 3, 3, backend),
     }
     if backend != "torch":
-        spec = objective_spec(config, True, config.schemes)
+        spec = objective_spec(config, True, config.schemes, True)
         calls["token_terms"] = (stats[0], stats[1], case.mask, rows[2], *inputs, *spec, backend)
         calls["fused_loss"] = (case.logits, *rows, *inputs, *spec, backend)
         calls["fused_loss_"] = (case.logits.clone(), *rows, *inputs, *spec, backend)

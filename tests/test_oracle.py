@@ -59,6 +59,9 @@ def problem_of(case, config: LossConfig, **changes) -> oracle.Problem:
         kl_ratio_cap=config.kl.ratio_cap,
         kl_level=config.kl.level,
         kl_limit=config.kl.limit,
+        rollout_kl={f"kl_{name}": value for name, value in vars(config.rollout_kl).items()}
+        if config.rollout_kl.coef
+        else None,
         schemes=tuple((type(scheme).__name__, vars(scheme)) for scheme in config.schemes),
         entropy_threshold=options.get("entropy_threshold"),
         rollout=rollout,

@@ -82,7 +82,7 @@ def test_slope_is_the_derivative(surrogate):
 def test_value_is_the_references(surrogate):
     log_prob, old, _, advantages = grid()
     expected, bounded = reference_value(surrogate, log_prob, old, advantages)
-    value, _, flags, _, _ = python_terms(LossConfig(surrogate), log_prob, old, None, advantages)
+    value, _, flags, *_ = python_terms(LossConfig(surrogate), log_prob, old, None, advantages)
     torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-300)
     if bounded is not None:
         assert torch.equal(sum(bounded[i].to(torch.uint8) << i for i in range(3)), flags)
@@ -161,29 +161,35 @@ def test_k3_is_accurate_for_small_differences(size):
 def kernel_terms(backend, config: LossConfig, log_prob, old, ref, advantages, rollout, entropy, threshold, weights):
     """csrc/common/surrogates.h, or Triton's twin, on the same numbers."""
     numbers = numbers_vector(LogitArgs(), 1.0, config, log_prob.dtype, log_prob.device, threshold)
-    policy, kl, slope = (torch.empty_like(log_prob) for _ in range(3))
+    policy, kl, slope, rollout_kl = (torch.empty_like(log_prob) for _ in range(4))
     flags = torch.empty_like(log_prob, dtype=torch.uint8)
     rollout_weight = torch.empty_like(log_prob) if config.schemes else log_prob.new_empty(0)
     live = torch.ones(log_prob.shape, dtype=torch.bool)
-    policy_weight, kl_weight = weights
-    values, spec = TokenValues(log_prob, entropy, live), objective_spec(config, True, config.schemes)
-    inputs = TokenInputs(advantages, policy_weight, old, ref, rollout, kl_weight, None)
-    records = TokenRecords(policy, kl, flags, rollout_weight)
+    policy_weight, kl_weight, *of_sampler = weights
+    spec = objective_spec(config, True, config.schemes, bool(of_sampler))
+    values = TokenValues(log_prob, entropy, live)
+    inputs = TokenInputs(advantages, policy_weight, old, ref, rollout, kl_weight, None, *(of_sampler or [None]))
+    rollout_kl = rollout_kl if of_sampler else log_prob.new_empty(0)
+    records = TokenRecords(policy, kl, flags, rollout_weight, rollout_kl)
     backends.get(backend).token_terms(values, numbers, inputs, spec, records, slope)
     return *records, slope
 
 
-def assert_twins_agree(twin, config, dtype, with_old, threshold=None):
+def assert_twins_agree(twin, config, dtype, with_old, threshold=None, with_rollout=True):
     """The languages on one grid: 4 ULP of the terms that are added; flags but for a bound's edge."""
     log_prob, old, ref, advantages = grid(dtype, 20000 if twin == "cpu" else 2048)  # the interpreter is slow
     log_prob[5], old[5], log_prob[6], ref[7] = -math.inf, -math.inf, -math.inf, -math.inf
     old = old if with_old else None
     rollout = (log_prob if old is None else old).roll(1).maximum(log_prob - 0.3)
     rollout[::40] = math.nan
+    rollout = rollout if with_rollout else None
     entropy = torch.linspace(0, 3, len(log_prob), dtype=dtype)
     weights = (torch.full_like(log_prob, 0.37), torch.full_like(log_prob, 0.11))
     options = {"policy_weight": weights[0], "kl_weight": weights[1], "rollout": rollout, "schemes": config.schemes}
     options["entropy_threshold"] = threshold
+    if config.rollout_kl.coef:
+        weights = (*weights, torch.full_like(log_prob, 0.23))
+        options["rollout_kl_weight"] = weights[2]
     expected = python_terms(config, log_prob, old, ref, advantages, entropy, **options)
     got = kernel_terms(twin, config, log_prob, old, ref, advantages, rollout, entropy, threshold, weights)
     eps = torch.finfo(dtype).eps
@@ -193,12 +199,14 @@ def assert_twins_agree(twin, config, dtype, with_old, threshold=None):
     assert (~same_side).sum() <= 2  # exp of the two languages may differ in the last place, on a bound
     ratio = 1.0 if old is None else (log_prob - old).clamp(-20, 20).exp().nan_to_num(nan=1.0)
     steep = steepness(config.surrogate, ratio)
-    for name, a, b in zip(("policy", "kl", "flags", "rollout_weight", "slope"), got, expected, strict=True):
+    names = ("policy", "kl", "flags", "rollout_weight", "rollout_kl", "slope")
+    for name, a, b in zip(names, got, expected, strict=True):
         if name == "flags" or not a.numel():
             continue
         size = b.abs() * (steep if name == "slope" else 1)
         if name == "slope":
             size = size + weights[1] * (expected[1].abs() + 1) + weights[0] * advantages.abs()
+            size = size + (weights[2] * (expected[4].abs() + 1) if config.rollout_kl.coef else 0)
         close = (a == b) | ((a - b).abs() <= 4 * eps * size) | (a.isnan() & b.isnan())
         assert close[same_side].all(), (name, a[~close][:3], b[~close][:3])
     return got
@@ -226,9 +234,21 @@ def test_twins_are_python(twin, surrogate, kl, dtype, with_old):
 @pytest.mark.parametrize("twin", TWINS)
 def test_twins_weigh_and_drop_tokens_alike(twin, surrogate, scheme, dtype, with_old):
     config = LossConfig(surrogate, kl=KL(0.1), rollout=scheme)
-    *_, weight, _ = assert_twins_agree(twin, config, dtype, with_old, threshold=1.0)
+    *_, weight, _, _ = assert_twins_agree(twin, config, dtype, with_old, threshold=1.0)
     assert ((weight != 1) & (weight != 0)).double().mean() > 0.02 or isinstance(scheme, Rejection)
     assert (weight[::40] == 1).all()
+
+
+@pytest.mark.parametrize("kl", KLS[1:], ids=str)
+@pytest.mark.parametrize("to", ["sampler", "old"])
+@pytest.mark.parametrize("twin", TWINS)
+def test_twins_have_a_kl_to_the_sampler(twin, kl, to):
+    """Beside one to the reference of another form; the sampler's log-probs are unknown at some tokens."""
+    beside = KLS[1 + (KLS.index(kl) + 4) % (len(KLS) - 1)]
+    config = LossConfig(CLIP, kl=beside, rollout_kl=kl)
+    for dtype in (torch.float32, torch.float64):
+        *_, of_sampler, _ = assert_twins_agree(twin, config, dtype, True, with_rollout=to == "sampler")
+        assert (of_sampler[::40] == 0).all() == (to == "sampler")
 
 
 @pytest.mark.parametrize("surrogate", ONE_PASS, ids=str)
@@ -237,7 +257,7 @@ def test_triton_is_python(surrogate):
     pytest.importorskip("triton")
     i = ONE_PASS.index(surrogate)
     kl, scheme = KLS[1 + i % (len(KLS) - 1)], (TruncatedIS(1.2, 0.9), MaskedIS(0.8, 1.2), Rejection(0.8, 1.2))[i % 3]
-    config = LossConfig(surrogate, kl=kl, rollout=scheme)
+    config = LossConfig(surrogate, kl=kl, rollout=scheme, rollout_kl=KLS[-i])
     assert_twins_agree("triton", config, torch.float64 if i % 4 == 0 else torch.float32, i % 5 != 0, threshold=1.0)
 
 

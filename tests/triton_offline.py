@@ -38,6 +38,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 TEMPERATURES = ("temperatures", "teacher_temperatures")
 """Left out of a launch where rows have no temperature of their own."""
 GRPO = {"SURROGATE": 2, "KL_ESTIMATOR": 3, "KL_GRADIENT": 0, "KL_RATIO_WEIGHTED": 0, "ROLLOUT_SCHEME": 0}
+GRPO |= {"ROLLOUT_KL_ESTIMATOR": 0, "ROLLOUT_KL_GRADIENT": 0, "ROLLOUT_KL_RATIO_WEIGHTED": 0}
 
 
 def target_of(name: str) -> GPUTarget:
@@ -141,7 +142,8 @@ def _kernels_of_rows(dtype: torch.dtype, vocab: int, target: str, shift: int = 0
     absent = () if per_row else TEMPERATURES
     report(forward.log_probs_kernel, dtype, vocab, target, absent, **row)
     held = row_constants(dtype, vocab, target, shift=shift, one_pass=True)
-    report(one_pass.one_pass_kernel, dtype, vocab, target, (*absent, "entropy_weight"), **held, **GRPO)
+    nothing = (*absent, "entropy_weight", "rollout_kl_weight")
+    report(one_pass.one_pass_kernel, dtype, vocab, target, nothing, **held, **GRPO)
     size = {name: value for name, value in row.items() if name not in ("SPAN", "SWEEP", "STAGES")}
     report(gradient.gradient_kernel, dtype, vocab, target, (*absent, "grad_entropy"), **size)
     if vocab > blocks.span:
@@ -159,14 +161,18 @@ def variants(target: str) -> None:
             chosen += [(surrogate, 0, 0, 0, 0), (surrogate, 3, 0, 1, 1)]
     for choices in chosen:
         surrogate, estimator, _, weighted, scheme = choices
-        spec = dict(zip(GRPO, choices, strict=True))
+        spec = GRPO | dict(zip(GRPO, choices, strict=False))
         absent = ("old",) if surrogate == 0 else ()
         absent += () if estimator else ("ref", "kl_weight")
         absent += () if scheme else ("rollout",)
+        if weighted:  # a KL to the sampler as well
+            spec |= {"ROLLOUT_KL_ESTIMATOR": 2, "ROLLOUT_KL_RATIO_WEIGHTED": 1}
+        else:
+            absent += ("rollout_kl_weight",)
         report(one_pass.token_terms_kernel, torch.float32, 32000, target, absent, **spec, BLOCK=256)
         _one_pass(target, 32000, absent + (() if weighted else ("entropy_weight",)), False, spec)
     for vocab in (32000, 151936):
-        _one_pass(target, vocab, (), True, GRPO)
+        _one_pass(target, vocab, ("rollout_kl_weight",), True, GRPO)
 
 
 def _one_pass(target: str, vocab: int, absent: tuple[str, ...], softcap: bool, spec: dict[str, int]) -> None:

@@ -32,15 +32,17 @@ struct GrpoTokenInputs {
   const void* rollout;
   const void* kl_weight;
   const void* entropy_weight;
+  const void* rollout_kl_weight;
 };
 
-// real[rows], but for the flags: outputs of fused_loss and token_terms, inputs of token_sums; the last is null without
-// a rollout scheme
+// real[rows], but for the flags: outputs of fused_loss and token_terms, inputs of token_sums; the last two are null
+// without a rollout scheme, and without a KL to the sampler
 struct GrpoTokenRecords {
   void* policy;
   void* kl;
   uint8_t* flags;
   void* rollout_weight;
+  void* rollout_kl;
 };
 
 // real[rows]: outputs of divergence and fused_divergence, inputs of divergence_backward (contract.py has the maths)
@@ -68,7 +70,8 @@ struct GrpoTeacher {
 // Row r is logits + (r / length) * batch_stride + (r % length) * row_stride, in elements; out likewise.
 struct GrpoCall : GrpoRowStats, GrpoRowGradients, GrpoTokenInputs, GrpoTokenRecords, GrpoDivergenceStats, GrpoTeacher {
   int32_t dtype;
-  int32_t surrogate, kl_estimator, kl_gradient, kl_ratio_weighted, rollout_scheme;  // fused_loss, token_terms
+  int32_t surrogate, kl_estimator, kl_gradient, kl_ratio_weighted, rollout_scheme;         // fused_loss, token_terms
+  int32_t rollout_kl_estimator, rollout_kl_gradient, rollout_kl_ratio_weighted, reserved;  // likewise
   int64_t rows, length, vocab;
   const void* logits;
   int64_t batch_stride, row_stride;

@@ -30,6 +30,9 @@ enum Number {
   kRolloutHigh,
   kEntropyThreshold,  // -inf: none
   kDivergenceMix,
+  kRolloutKLInputLimit,   // inf: none
+  kRolloutKLOutputLimit,  // inf: none
+  kRolloutKLRatioCap,
   kSurrogateFirst,  // up to eight parameters of the surrogate
   kNumbers = kSurrogateFirst + 8
 };
@@ -46,6 +49,9 @@ struct ObjectiveSpec {
   int kl_gradient;
   int kl_ratio_weighted;
   int rollout_scheme;
+  int rollout_kl_estimator;
+  int rollout_kl_gradient;
+  int rollout_kl_ratio_weighted;
 };
 
 GRPO_FN float exp_of(float x) { return expf(x); }
@@ -212,14 +218,15 @@ struct KL {
   real slope_with_ratio;  // of value * exp(log_prob - const), divided by that ratio
 };
 
-// One KL estimator of x = log_prob - ref, its input and its value clamped.
+// One KL estimator of x = log_prob - ref, its input and its value clamped: `limits` are those of input and output, and
+// the cap of the ratio.
 template <class real>
-GRPO_FN KL<real> kl_terms(const ObjectiveSpec& spec, const real* numbers, real difference, real ratio) {
-  const real input_limit = numbers[kKLInputLimit], output_limit = numbers[kKLOutputLimit];
+GRPO_FN KL<real> kl_terms(int estimator, int gradient, const real* limits, real difference, real ratio) {
+  const real input_limit = limits[0], output_limit = limits[1];
   const bool inside = within(difference, input_limit);
   const real x = clamp(difference, input_limit);
   KL<real> kl;
-  switch (spec.kl_estimator) {
+  switch (estimator) {
     case kK1: kl = {x, real(1), 1 + x}; break;
     case kK2: kl = {x * x / 2, x, x + x * x / 2}; break;
     case kAbs: {
@@ -234,16 +241,30 @@ GRPO_FN KL<real> kl_terms(const ObjectiveSpec& spec, const real* numbers, real d
     kl.slope = 0;
     kl.slope_with_ratio = kl.value;
   }
-  switch (spec.kl_gradient) {
+  switch (gradient) {
     case kStraightThroughK2: kl.slope = inside ? x : real(0); break;
     case kWeightedK2: {
-      const real cap = numbers[kKLRatioCap];
+      const real cap = limits[2];
       kl.slope = inside ? times(ratio > cap ? cap : ratio, x) : real(0);
       break;
     }
     case kScoreFunction: kl.slope = kl.slope_with_ratio; break;
     default: break;
   }
+  return kl;
+}
+
+// A KL term: the value with the ratio in it, and the slope with respect to the log-prob. `inside`: the ratio does not
+// saturate.
+template <class real>
+GRPO_FN KL<real> kl_part(int estimator, int gradient, bool ratio_weighted, const real* limits, real log_prob,
+                         real other, real ratio, bool inside) {
+  KL<real> kl = kl_terms(estimator, gradient, limits, log_ratio_of(log_prob, other), ratio);
+  if (ratio_weighted) {
+    kl.slope = times(ratio, inside ? kl.slope_with_ratio : kl.slope);
+    kl.value = times(ratio, kl.value);
+  }
+  if (log_prob == -real(INFINITY)) kl.slope = 0;
   return kl;
 }
 
@@ -266,10 +287,11 @@ struct Token {
   bool on_policy;  // ratio exactly 1, `old` unknown
   real old;
   real ref;      // with a KL estimator
-  real rollout;  // with a rollout scheme
+  real rollout;  // with a rollout scheme, or a KL to it; `old` where none is given
   real advantage;
   real policy_weight;
   real kl_weight;
+  real rollout_kl_weight;
 };
 
 template <class real>
@@ -279,6 +301,7 @@ struct TokenTerms {
   real slope;   // d loss / d log_prob, weighted
   int flags;
   real rollout_weight;
+  real rollout_kl;  // the value of the KL to the sampler, unweighted; 0 where that is unknown
 };
 
 template <class real>
@@ -292,7 +315,7 @@ GRPO_FN TokenTerms<real> token_terms(const ObjectiveSpec& spec, const real* numb
 
   const Point<real> point{log_prob, log_ratio, ratio, token.advantage, old};
   const Surrogate<real> policy = surrogate_terms(spec.surrogate, numbers + kSurrogateFirst, point);
-  TokenTerms<real> out{policy.value, 0, 0, policy.flags, 1};
+  TokenTerms<real> out{policy.value, 0, 0, policy.flags, 1, 0};
   real weight = token.policy_weight;
   if (spec.rollout_scheme != kNoRollout) {
     out.rollout_weight = rollout_weight(spec.rollout_scheme, numbers, old, token.rollout);
@@ -303,14 +326,17 @@ GRPO_FN TokenTerms<real> token_terms(const ObjectiveSpec& spec, const real* numb
   out.slope = weighed(weight, inside ? policy.slope : real(0)) + weighed(weight, policy.direct);
 
   if (spec.kl_estimator != kNoKL) {
-    KL<real> kl = kl_terms(spec, numbers, log_ratio_of(log_prob, token.ref), ratio);
-    if (spec.kl_ratio_weighted) {
-      kl.slope = times(ratio, inside ? kl.slope_with_ratio : kl.slope);
-      kl.value = times(ratio, kl.value);
-    }
-    if (log_prob == -real(INFINITY)) kl.slope = 0;
+    const KL<real> kl = kl_part(spec.kl_estimator, spec.kl_gradient, spec.kl_ratio_weighted != 0,
+                                numbers + kKLInputLimit, log_prob, token.ref, ratio, inside);
     out.kl = kl.value;
     out.slope += weighed(token.kl_weight, kl.slope);
+  }
+  if (spec.rollout_kl_estimator != kNoKL && token.rollout == token.rollout) {
+    const KL<real> kl =
+        kl_part(spec.rollout_kl_estimator, spec.rollout_kl_gradient, spec.rollout_kl_ratio_weighted != 0,
+                numbers + kRolloutKLInputLimit, log_prob, token.rollout, ratio, inside);
+    out.rollout_kl = kl.value;
+    out.slope += weighed(token.rollout_kl_weight, kl.slope);
   }
   return out;
 }

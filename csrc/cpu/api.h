@@ -6,7 +6,7 @@
 
 extern "C" {
 
-#define GRPO_CPU_ABI_VERSION 6
+#define GRPO_CPU_ABI_VERSION 7
 
 typedef enum { kGeneric, kAVX2, kAVX512, kInstructionSets } GrpoInstructionSet;
 typedef enum { kOk, kTokenIdOutOfRange, kUnsupportedInstructionSet, kUnknownDtype } GrpoStatus;

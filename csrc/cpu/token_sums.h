@@ -11,6 +11,7 @@ enum SumField {
   kPolicyLoss,
   kKLLoss,
   kEntropyLoss,
+  kRolloutKLLoss,
   kTokens,
   kSkippedTokens,
   kImpossibleTokens,
@@ -22,6 +23,7 @@ enum SumField {
   kK1RolloutSum,
   kK3RolloutSum,
   kRolloutCount,
+  kRolloutUnknown,
   kRolloutRatioSum,
   kRolloutRatioSquareSum,
   kRolloutWeightSum,
@@ -71,6 +73,7 @@ void add_token(const GrpoCpuTokenSums& p, int64_t r, double* s) {
   s[kPolicyLoss] += weighted<real>(p.policy_weight, p.policy, r);
   s[kKLLoss] += weighted<real>(p.kl_weight, p.kl, r);
   s[kEntropyLoss] -= weighted<real>(p.entropy_weight, p.entropy, r);
+  s[kRolloutKLLoss] += weighted<real>(p.rollout_kl_weight, p.rollout_kl, r);
   s[kImpossibleTokens] += log_prob == -real(INFINITY);
   s[kEntropySum] += at(p.entropy);
 
@@ -92,6 +95,7 @@ void add_token(const GrpoCpuTokenSums& p, int64_t r, double* s) {
     s[kK1OldSum] += to_old;
     s[kK3OldSum] += k3(to_old);
   }
+  if (p.rollout && at(p.rollout) != at(p.rollout)) s[kRolloutUnknown] += 1;
   if (p.rollout && at(p.rollout) == at(p.rollout)) {
     const real rollout = at(p.rollout);
     const double to_rollout = grpo::log_ratio_of(log_prob, rollout);
@@ -147,7 +151,8 @@ void token_sums(const GrpoCpuTokenSums& p) {
     for (int i = kRatioMax; i < kFields; ++i) add_largest(sums[i], p.sums + i);
   }
   p.sums[kSequences] = double(p.sequences);
-  *static_cast<real*>(p.loss) = real(p.sums[kPolicyLoss] + p.sums[kKLLoss] + p.sums[kEntropyLoss]);
+  *static_cast<real*>(p.loss) =
+      real(p.sums[kPolicyLoss] + p.sums[kKLLoss] + p.sums[kEntropyLoss] + p.sums[kRolloutKLLoss]);
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 
 extern "C" {
 
-#define GRPO_CUDA_ABI_VERSION 5
+#define GRPO_CUDA_ABI_VERSION 6
 
 struct GrpoCudaParams : GrpoCall {
   int32_t device;

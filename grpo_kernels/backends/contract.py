@@ -134,6 +134,9 @@ class TokenInputs(NamedTuple):
     """The weight in the loss of the KL, coefficient included; None: no KL term."""
     entropy_weight: Tensor | None
     """The weight in the loss of -H, coefficient included; None: no bonus."""
+    rollout_kl_weight: Tensor | None = None
+    """The weight in the loss of the KL to the sampler, or to ``old`` where no ``rollout`` is given, coefficient
+    included; None: no such term."""
 
 
 class TokenValues(NamedTuple):
@@ -156,6 +159,9 @@ class TokenRecords(NamedTuple):
     """uint8, CLIPPED_* of objectives/surrogates/base.py."""
     rollout_weight: Tensor
     """The rollout factor in ``policy``; empty, (0,), where no scheme was applied."""
+    rollout_kl: Tensor
+    """The value of the KL to the sampler, unweighted, ratio included, 0 where the sampler's log-prob is NaN; empty
+    without that term."""
 
 
 @dataclass(frozen=True)

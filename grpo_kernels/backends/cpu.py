@@ -20,7 +20,7 @@ from .eager_rows import token_id_message
 from .spec import ObjectiveSpec
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _OK, _TOKEN_ID_OUT_OF_RANGE = 0, 1
 
 LIBRARY = native.library_path("cpu")

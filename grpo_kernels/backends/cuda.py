@@ -33,7 +33,7 @@ from .eager import divergence as divergence
 from .eager import divergence_backward as divergence_backward
 from .spec import ObjectiveSpec
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _OLDEST_CAPABILITY = (9, 0)
 CLUSTERS = (1, 2, 4, 8, 16)
 

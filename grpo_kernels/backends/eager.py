@@ -104,6 +104,7 @@ def token_sums(
         weighted(inputs.policy_weight, records.policy),
         weighted(inputs.kl_weight, records.kl),
         -weighted(inputs.entropy_weight, entropy),
+        weighted(inputs.rollout_kl_weight, records.rollout_kl),
     )
     counts = (masked_in, masked_in & ~live, log_prob == -math.inf, entropy)
     others = torch.stack([log_prob if other is None else other for other in (ref, old, rollout)])
@@ -119,7 +120,8 @@ def token_sums(
     rho = torch.where(recorded, old_to_rollout.exp(), 0.0)
     applied = torch.where(recorded, weight.to(sums.dtype) if weight.numel() else 1.0, 0.0).to(sums.dtype)
     compared = torch.zeros_like(live) if ref is None else live
-    divergences = (plain, compared, to_old, k3[1], to_rollout, k3[2], recorded)
+    unrecorded = torch.zeros_like(live) if rollout is None else live & unknown
+    divergences = (plain, compared, to_old, k3[1], to_rollout, k3[2], recorded, unrecorded)
     factors = (rho, rho * rho, applied, applied * applied, recorded & (applied == 0))
     columns = torch.stack([column.flatten() for column in (*terms, *counts, *divergences, *factors)]).to(sums.dtype)
     token = columns.sum(-1)
@@ -130,7 +132,7 @@ def token_sums(
     largest = torch.where(recorded, torch.stack([rho, applied]), -math.inf).flatten(1)
     written = torch.cat([token, count, ratios, torch.cat([largest, lowest], 1).amax(1)])
     sums[: len(written)].copy_(written)
-    loss.copy_(token[:3].sum())
+    loss.copy_(token[: len(terms)].sum())
 
 
 def rescale(gradient: Tensor, upstream: Tensor, announced: Tensor) -> None:

@@ -45,7 +45,7 @@ class Call(ctypes.Structure):
     _fields_ = (
         *pointers(RowStats, RowGradients, TokenInputs, TokenRecords, DivergenceStats),
         *TEACHER,
-        *((name, c_int32) for name in ("dtype", *ObjectiveSpec._fields)),
+        *((name, c_int32) for name in ("dtype", *ObjectiveSpec._fields, "reserved")),
         *((name, c_int64) for name in ("rows", "length", "vocab")),
         ("logits", c_void_p),
         *((name, c_int64) for name in ("batch_stride", "row_stride")),

@@ -126,8 +126,11 @@ def _new_stats(rows: Rows) -> RowStats:
 def _new_records(like: Tensor, spec: ObjectiveSpec) -> TokenRecords:
     """Return records of the shape of ``like``, one of a token's real numbers."""
     flags = torch.empty(like.shape, dtype=torch.uint8, device=like.device)
-    weight = torch.empty_like(like) if spec.rollout_scheme else like.new_empty(0)
-    return TokenRecords(torch.empty_like(like), torch.empty_like(like), flags, weight)
+    weight, of_sampler = (
+        torch.empty_like(like) if used else like.new_empty(0)
+        for used in (spec.rollout_scheme, spec.rollout_kl_estimator)
+    )
+    return TokenRecords(torch.empty_like(like), torch.empty_like(like), flags, weight, of_sampler)
 
 
 def _fake_gradient(logits: Tensor) -> Tensor:

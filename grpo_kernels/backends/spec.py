@@ -33,6 +33,9 @@ NUMBERS = (
     "rollout_high",
     "entropy_threshold",  # -inf: none
     "divergence_mix",
+    "rollout_kl_input_limit",  # inf: none
+    "rollout_kl_output_limit",  # inf: none
+    "rollout_kl_ratio_cap",
 )
 """The order of the vector; up to eight parameters of the surrogate follow (csrc/common/surrogates.h)."""
 SURROGATE_PARAMETERS = 8
@@ -49,17 +52,28 @@ class ObjectiveSpec(NamedTuple):
     kl_ratio_weighted: int
     rollout_scheme: int
     """The scheme's ``kernel_id``; 0: no rollout correction in the kernel."""
+    rollout_kl_estimator: int = 0
+    """As those of the KL, of the KL to the sampler."""
+    rollout_kl_gradient: int = 0
+    rollout_kl_ratio_weighted: int = 0
 
 
-def objective_spec(config: LossConfig, with_kl: bool, schemes: tuple[Rollout, ...] = ()) -> ObjectiveSpec | None:
+def objective_spec(
+    config: LossConfig, with_kl: bool, schemes: tuple[Rollout, ...] = (), with_rollout_kl: bool = False
+) -> ObjectiveSpec | None:
     """Return the choices of an objective; None where the surrogate, or the rollout ``schemes`` that are still to be
     applied, have no one-pass arm."""
-    kl, surrogate = config.kl, config.policy_term.kernel_id
+    kl, of_rollout, surrogate = config.kl, config.rollout_kl, config.policy_term.kernel_id
     if surrogate is None or not (schemes == () or in_kernel(schemes)):
         return None
     estimator = 1 + ESTIMATORS.index(kl.estimator) if with_kl else 0
     rollout = schemes[0].kernel_id if schemes else 0
-    return ObjectiveSpec(surrogate, estimator, GRADIENTS.index(kl.gradient), int(kl.ratio_weighted), rollout)
+    forms = (estimator, GRADIENTS.index(kl.gradient), int(kl.ratio_weighted))
+    if not with_rollout_kl:
+        return ObjectiveSpec(surrogate, *forms, rollout)
+    estimator = 1 + ESTIMATORS.index(of_rollout.estimator)
+    of_sampler = (estimator, GRADIENTS.index(of_rollout.gradient), int(of_rollout.ratio_weighted))
+    return ObjectiveSpec(surrogate, *forms, rollout, *of_sampler)
 
 
 def in_kernel(schemes: tuple[Rollout, ...]) -> bool:
@@ -93,13 +107,17 @@ def numbers_vector(
     values: list[float | Tensor] = [logit_args.temperature, logit_args.logit_scale, softcap, grad_scale]
     if config is not None:
         divergence = config.divergence
-        limits = (config.log_ratio_limit, *config.kl.limit)
+        limits: tuple[float | None, ...] = (config.log_ratio_limit, *config.kl.limit)
         values += [math.inf if limit is None else float(limit) for limit in limits]
         values += [config.kl.ratio_cap, *(config.schemes[0].bounds() if in_kernel(config.schemes) else (0.0, math.inf))]
         values.append(-math.inf if entropy_threshold is None else entropy_threshold)
     else:
         values += [0.0] * (NUMBERS.index("divergence_mix") - len(values))
     values.append(0.0 if divergence is None else divergence.mix)
+    if config is not None:
+        limits = config.rollout_kl.limit
+        values += [math.inf if limit is None else float(limit) for limit in limits]
+        values.append(config.rollout_kl.ratio_cap)
     if config is not None and config.policy_term.kernel_id is not None:
         values += config.policy_term.parameters()
     values += [0.0] * (len(NUMBERS) + SURROGATE_PARAMETERS - len(values))

@@ -164,7 +164,8 @@ def check_pooled(
     if not any(value is not None and value.dtype in rounded for value in (old, rollout, log_probs)):
         return
     schemes = [scheme for scheme in config.schemes if scheme.pooled]
-    levels = [f'level="{level.name}"' for level in (config.pooling, config.kl_pooling) if level.pools]
+    all_levels = (config.pooling, config.kl_pooling, config.rollout_kl_pooling)
+    levels = [f'level="{level.name}"' for level in all_levels if level.pools]
     of_old = [repr(scheme) for scheme in schemes if not scheme.of_policy]
     of_policy = [repr(scheme) for scheme in schemes if scheme.of_policy]
     for name, value, reasons in (

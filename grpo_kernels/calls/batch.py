@@ -44,6 +44,7 @@ class LossArguments:
     cu_seqlens: Tensor | None = None
     normalizer: float | Tensor | Normalizer | None = None
     kl_coef: float | Tensor | None = None
+    rollout_kl_coef: float | Tensor | None = None
     entropy_coef: float | Tensor | None = None
     entropy_threshold: float | Tensor | None = None
     divergence_coef: float | Tensor | None = None
@@ -87,7 +88,10 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
     advantage = _read_advantages(tokens, config, sequences, arguments.advantages)
     kl_coef = _read_coefficient(tokens, "kl_coef", arguments.kl_coef, config.kl.coef)
     entropy_coef = _read_coefficient(tokens, "entropy_coef", arguments.entropy_coef, config.entropy_coef)
-    _check_needed(tokens, config, arguments, kl_coef is not None)
+    rollout_kl_coef: float | Tensor | None = config.rollout_kl.coef or None
+    if arguments.rollout_kl_coef is not None:
+        rollout_kl_coef = _read_coefficient(tokens, "rollout_kl_coef", arguments.rollout_kl_coef, 0.0)
+    _check_needed(tokens, config, arguments, kl_coef is not None, rollout_kl_coef is not None)
     divergence = config.divergence
     if divergence is not None or arguments.teacher is not None:
         check_teacher(tokens.function, arguments.teacher, divergence)
@@ -96,7 +100,7 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
     if arguments.skip_zero_advantage:
         check_flag(tokens.function, "skip_zero_advantage", arguments.skip_zero_advantage)
         per_sequence = advantages_per_sequence(sequences, arguments.advantages)
-        policy_only = kl_coef is None and entropy_coef is None and divergence is None
+        policy_only = kl_coef is None and rollout_kl_coef is None and entropy_coef is None and divergence is None
         _check_skip(tokens, config, policy_only, per_sequence)
         tokens = _replace_live(tokens, tokens.live & (advantage != 0))
 
@@ -124,6 +128,7 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
         rollout=rollout,
         kl_weight=None if kl_coef is None else _scaled(weight, kl_coef),
         entropy_weight=None if entropy_coef is None else _scaled(entropy_weight, entropy_coef),
+        rollout_kl_weight=None if rollout_kl_coef is None else _scaled(weight, rollout_kl_coef),
     )
     batch = TokenBatch(
         live=tokens.live,
@@ -244,15 +249,21 @@ def _scaled(weight: Tensor, coefficient: float | Tensor) -> Tensor:
     return weight * (coefficient.detach().to(weight) if isinstance(coefficient, Tensor) else coefficient)
 
 
-def _check_needed(tokens: Tokens, config: LossConfig, arguments: LossArguments, with_kl: bool) -> None:
+def _check_needed(
+    tokens: Tokens, config: LossConfig, arguments: LossArguments, with_kl: bool, with_rollout_kl: bool
+) -> None:
     """Raise where log-probs are missing that a term compares with, or have too few digits for it."""
     if with_kl and arguments.ref_log_probs is None:
         hint = "kl=KL(0.0) and no kl_coef= leaves it out"
         fail(tokens.function, "ref_log_probs for the KL term", "none", tokens.tensors, hint)
+    if with_rollout_kl and arguments.rollout_log_probs is None and arguments.old_log_probs is None:
+        expected = "rollout_log_probs (the sampler's), or else old_log_probs, for the KL term to the sampler"
+        hint = "rollout_kl=KL(0.0) and no rollout_kl_coef= leaves it out"
+        fail(tokens.function, expected, "none", tokens.tensors, hint)
     if config.schemes and arguments.rollout_log_probs is None:
         expected = f"rollout_log_probs (the sampler's) for {', '.join(map(repr, config.schemes))}"
         fail(tokens.function, expected, "none", tokens.tensors, "rollout=() leaves the correction out")
-    if config.pooling.pools or config.kl_pooling.pools or config.schemes:
+    if config.pooling.pools or config.kl_pooling.pools or config.rollout_kl_pooling.pools or config.schemes:
         check_pooled(tokens.function, config, arguments.old_log_probs, arguments.rollout_log_probs, tokens.tensors)
 
 
@@ -272,7 +283,9 @@ def _check_skip(tokens: Tokens, config: LossConfig, policy_only: bool, per_seque
 
 def _check_order(tokens: Tokens, config: LossConfig) -> None:
     """Raise where a ratio follows from the tokens before it: which of them other ranks hold, nobody says."""
-    for name, level in (("level", config.pooling), ("KL(level=...)", config.kl_pooling)):
+    of_kl = "KL(level=...)"
+    levels = (("level", config.pooling), (of_kl, config.kl_pooling), (of_kl, config.rollout_kl_pooling))
+    for name, level in levels:
         if level.running:
             expected = f"{name} of whole sequences with sequence_group=, whose ranks hold tokens in any order"
             fail(tokens.function, expected, repr(level.name), tokens.tensors, "whole sequences on each rank")

@@ -25,8 +25,9 @@ class LossOutput(NamedTuple):
     route: Route | None = None
     """Backend, passes and the reason for them; None of the reference."""
     token_losses: Tensor | None = None
-    """With ``token_losses=True``: u·ρ·f + kl_coef·k - entropy_coef·H of every token, without the aggregation's weight,
-    shape of token_ids, 0 at masked positions; differentiable under any reduction of the caller's."""
+    """With ``token_losses=True``: u·ρ·f + kl_coef·k + rollout_kl_coef·k - entropy_coef·H of every token, without the
+    aggregation's weight, shape of token_ids, 0 at masked positions; differentiable under any reduction of the
+    caller's."""
     aux_loss: Tensor | None = None
     """Of a call of an attached mixture of experts that asked for it: the model's own, unscaled, outside of ``loss``."""
     model_output: Any = None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KEYWORD = "sequence_group"
 _TENSORS = ("old_log_probs", "ref_log_probs", "rollout_log_probs", "token_weights", "cu_seqlens", "entropy", "teacher")
 _OPTIONS = ("normalizer", "grad_scale", "entropy_threshold", "support", "skip_zero_advantage", "token_losses")
-_COEFFICIENTS = ("kl_coef", "entropy_coef", "divergence_coef")
+_COEFFICIENTS = ("kl_coef", "rollout_kl_coef", "entropy_coef", "divergence_coef")
 """Keywords of the losses that all ranks give, or none; of the last also the number."""
 _EITHER = ("advantages", "temperature")
 """Those of which there may be one a sequence, the same on all ranks, or one a token."""

@@ -115,18 +115,21 @@ def _one_pass_spec(
     slopes over a sequence is each of them (one advantage, one weight), but not for the sum ("sequence_product").
     """
     pooling = config.pooling
-    if config.kl_pooling != pooling:
-        return None, f"the KL's ratio is pooled at level {config.kl.level!r}, the policy's at {config.level!r}"
+    if config.kl_pooling != pooling or config.rollout_kl_pooling != pooling:
+        level = (config.rollout_kl if config.kl_pooling == pooling else config.kl).level
+        return None, f"the KL's ratio is pooled at level {level!r}, the policy's at {config.level!r}"
     if pooling.pools and batch.inputs.old is not None:
         return None, f"level {config.level!r} pools the ratios of a sequence before any of its slopes is known"
     if pooling.spreads:
         uniform = pooling.spread == "mean" and arguments.token_weights is None
         uniform &= advantages_per_sequence(batch.sequences, arguments.advantages)
         uniform &= batch.inputs.kl_weight is None or not config.kl.ratio_weighted
+        uniform &= batch.inputs.rollout_kl_weight is None or not config.rollout_kl.ratio_weighted
         uniform &= len(config.schemes) == 0 and arguments.entropy_threshold is None
         if not uniform:
             return None, f"level {config.level!r} spreads the slopes of a sequence over its tokens, which differ here"
-    spec = objective_spec(config, batch.inputs.kl_weight is not None, batch.schemes)
+    with_rollout_kl = batch.inputs.rollout_kl_weight is not None
+    spec = objective_spec(config, batch.inputs.kl_weight is not None, batch.schemes, with_rollout_kl)
     if spec is not None:
         return spec, None
     if config.policy_term.kernel_id is None:

@@ -241,9 +241,12 @@ class LinearLoss:
         live_batch = sweep.live_rows.batch(self.batch)
         real = torch.zeros_like(sweep.token_ids, dtype=sweep.numbers.dtype)
         flags = torch.zeros_like(real, dtype=torch.uint8)
-        weight = torch.zeros_like(real) if self.batch.schemes else real.new_empty(0)
+        with_rollout_kl = self.batch.inputs.rollout_kl_weight is not None
+        weight, to_sampler = (
+            torch.zeros_like(real) if used else real.new_empty(0) for used in (self.batch.schemes, with_rollout_kl)
+        )
         known = [torch.zeros_like(real) for _ in range(2 if sweep.teacher is None else 4)]
-        records = TokenRecords(torch.zeros_like(real), torch.zeros_like(real), flags, weight)
+        records = TokenRecords(torch.zeros_like(real), torch.zeros_like(real), flags, weight, to_sampler)
         with torch.autocast(head.hidden.device.type, enabled=False):
             walk = Walk(sweep, wants, head)
             for chunk in walk.chunks():

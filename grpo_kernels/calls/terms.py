@@ -23,7 +23,7 @@ from ..backends import ops
 from ..backends.contract import RowGradients, TokenInputs, TokenRecords, TokenValues
 from ..backends.spec import in_kernel, objective_spec
 from ..objectives.config import LossConfig
-from ..objectives.kl import ESTIMATORS, kl_terms
+from ..objectives.kl import ESTIMATORS, KL, kl_terms
 from ..objectives.levels import Level, Share
 from ..objectives.maths import clamp, log_ratio_of, times, weighed, within
 from ..objectives.metrics import FIELDS, Metrics, reduce_ratios
@@ -147,7 +147,8 @@ class KnownSchemes(NamedTuple):
 
 def pools(config: LossConfig, batch: TokenBatch) -> bool:
     """Whether a token's slope needs the other tokens of its sequence."""
-    return config.pooling.pools or config.kl_pooling.pools or any(scheme.pooled for scheme in batch.schemes)
+    of_kls = config.kl_pooling.pools or config.rollout_kl_pooling.pools
+    return config.pooling.pools or of_kls or any(scheme.pooled for scheme in batch.schemes)
 
 
 class Settled(NamedTuple):
@@ -208,7 +209,9 @@ def fast_token_terms(
     """Return the terms, by the backend's kernel where it has one: on a GPU one launch in place of sixty. Metrics of
     sequences are made beside them if ``report``."""
     by_token = not pools(config, batch)
-    spec = objective_spec(config, batch.inputs.kl_weight is not None, batch.schemes) if by_token else None
+    inputs = batch.inputs
+    with_kls = inputs.kl_weight is not None, inputs.rollout_kl_weight is not None
+    spec = objective_spec(config, with_kls[0], batch.schemes, with_kls[1]) if by_token else None
     if spec is None or not backends.has_token_terms(backend):
         return _terms(config, batch, values.log_prob, values.entropy, report)
     return Terms(*ops.token_terms(values, numbers, batch.inputs, spec, backend), None)
@@ -228,25 +231,34 @@ def _terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Ten
     report &= config.pooling.pools and not config.pooling.running
     ratio = _ratio_of(config, batch, log_prob, report)
     policy = _policy_part(config, batch, log_prob, entropy, ratio)
-    kl = _kl_part(config, batch, log_prob, ratio)
+    kl, to_sampler = _kl_part(config, batch, log_prob, ratio), _rollout_kl_part(config, batch, log_prob, ratio)
     live, dead = batch.live, torch.zeros_like(log_prob)
     flags = torch.where(live, policy.flags, 0)
     clipped = _at_bounds(flags) if report else []
     spread: list[tuple[Tensor, Share]] = [(_live(policy.slope, config.pooling.spread, batch), config.pooling.spread)]
-    if kl.through_ratio is not None:
-        spread.append((_live(kl.through_ratio, config.kl_pooling.spread, batch), config.kl_pooling.spread))
+    pooled = [ratio.pooled]
+    for part, level, of_part in (
+        (kl, config.kl_pooling, ratio.of_kl),
+        (to_sampler, config.rollout_kl_pooling, ratio.of_rollout_kl),
+    ):
+        if part is not None and part.through_ratio is not None:
+            spread.append((_live(part.through_ratio, level.spread, batch), level.spread))
+            pooled.append(of_part)
     totals = batch.totals([*spread, *clipped])
-    each = zip(spread, totals, (ratio.pooled, ratio.of_kl), strict=False)
-    shared = [_shared(batch, *request, total, pooled) for request, total, pooled in each]
+    each = zip(spread, totals, pooled, strict=False)
+    shared = [_shared(batch, *request, total, of_part) for request, total, of_part in each]
 
     slope = torch.where(ratio.passes, shared[0], 0.0) + policy.direct
-    kl_slope = kl.slope if len(spread) == 1 else kl.slope + torch.where(ratio.possible, shared[1], 0.0)
-    applied = ratio.applied
+    kl_slope = kl.slope if to_sampler is None else kl.slope + to_sampler.slope
+    for of_ratio in shared[1:]:
+        kl_slope = kl_slope + torch.where(ratio.possible, of_ratio, 0.0)
+    applied, none = ratio.applied, log_prob.new_empty(0)
     records = TokenRecords(
         policy=torch.where(live, policy.value, dead),
         kl=torch.where(live, kl.value, dead),
         flags=flags,
-        rollout_weight=log_prob.new_empty(0) if applied is None else torch.where(live, applied, dead),
+        rollout_weight=none if applied is None else torch.where(live, applied, dead),
+        rollout_kl=none if to_sampler is None else torch.where(live, to_sampler.value, dead),
     )
     at_bounds = [total for total in totals[len(spread) :] if total is not None]
     ratios = SequenceRatios(ratio.of_sequences, at_bounds) if report else None
@@ -278,6 +290,8 @@ class _Ratio(NamedTuple):
     """The log-ratio with the surrogate's bounds and the rollout factors that are part of it, as the level pools it."""
     of_kl: _Pooled
     """The log-ratio as it is, as the KL's level pools it, where there is a KL."""
+    of_rollout_kl: _Pooled
+    """As that of the KL to the sampler does, where there is one."""
     of_sequences: Tensor | None
     """The log-ratio as it is, as the level pools it, (S,); None where no metric asks for it, and on-policy."""
     possible: Tensor
@@ -327,24 +341,32 @@ def _ratio_of(config: LossConfig, batch: TokenBatch, log_prob: Tensor, report: b
     if in_ratio is not None:
         bounded = bounded + torch.where(batch.live, in_ratio.log().clamp(*FOLDED), 0.0)
 
-    with_kl = inputs.kl_weight is not None
+    kls = (
+        (config.kl_pooling, inputs.kl_weight is not None),
+        (config.rollout_kl_pooling, inputs.rollout_kl_weight is not None),
+    )
     wanted: list[tuple[Tensor, Share]] = [
         (bounded, config.pooling.pooled),
-        (own, config.kl_pooling.pooled if with_kl else "own"),
+        *((own, level.pooled if wanted else "own") for level, wanted in kls),
         (own, config.pooling.pooled if report and inputs.old is not None else "own"),
         *((log_rho, scheme.share) for log_rho, scheme in zip(log_rhos, schemes, strict=True)),
     ]
     totals = batch.totals(wanted)
-    of_ratio, of_kl, of_sequences, *of_schemes = totals
+    of_ratio, of_kl, of_rollout_kl, of_sequences, *of_schemes = totals
     pooled = _Pooled.of(batch, bounded, config.pooling, of_ratio, limit)
-    same = not with_kl or (config.kl_pooling == config.pooling and bounded is own)
-    pooled_of_kl = pooled if same else _Pooled.of(batch, own, config.kl_pooling, of_kl, limit)
+    pooled_of_kl, pooled_of_rollout_kl = (
+        pooled
+        if not wanted or (level == config.pooling and bounded is own)
+        else _Pooled.of(batch, own, level, total, limit)
+        for (level, wanted), total in zip(kls, (of_kl, of_rollout_kl), strict=True)
+    )
     known = [batch.at_tokens(log_rho, total) for log_rho, total in zip(log_rhos, of_schemes, strict=True)]
     in_value = _factors(config, batch, known, folded=False)
     applied = in_value if in_ratio is None else in_ratio if in_value is None else times(in_ratio, in_value)
     possible = log_prob != float("-inf")
     passes = possible if free is None else possible & free
-    return _Ratio(old, pooled, pooled_of_kl, of_sequences, possible, passes, flags, in_value, applied)
+    kls_pooled = (pooled_of_kl, pooled_of_rollout_kl)
+    return _Ratio(old, pooled, *kls_pooled, of_sequences, possible, passes, flags, in_value, applied)
 
 
 def _factors(config: LossConfig, batch: TokenBatch, log_ratios: list[Tensor], folded: bool) -> Tensor | None:
@@ -397,18 +419,37 @@ class _KLPart(NamedTuple):
 
 
 def _kl_part(config: LossConfig, batch: TokenBatch, log_prob: Tensor, ratio: _Ratio) -> _KLPart:
-    """Return the KL's part. Its ratio is π/π_old as it is."""
+    """Return the part of the KL to the reference. Its ratio is π/π_old as it is."""
     ref, weight = batch.inputs.ref, batch.inputs.kl_weight
     if weight is None or ref is None:
         zero = torch.zeros_like(log_prob)
         return _KLPart(zero, zero, None)
-    pooled, possible = ratio.of_kl, ratio.possible
-    kl = kl_terms(config.kl, log_ratio_of(log_prob, ref), pooled.ratio)
+    return _divergence_part(config.kl, config.kl_pooling, weight, log_prob, ref, ratio.of_kl, ratio.possible)
+
+
+def _rollout_kl_part(config: LossConfig, batch: TokenBatch, log_prob: Tensor, ratio: _Ratio) -> _KLPart | None:
+    """Return the part of the KL to the sampler, 0 where its log-prob is NaN; None without that term."""
+    inputs, weight = batch.inputs, batch.inputs.rollout_kl_weight
+    if weight is None:
+        return None
+    sampler = ratio.old if inputs.rollout is None else inputs.rollout
+    form = config.rollout_kl, config.rollout_kl_pooling
+    part = _divergence_part(*form, weight, log_prob, sampler, ratio.of_rollout_kl, ratio.possible)
+    known = ~sampler.isnan()
+    value, slope = (torch.where(known, values, 0.0) for values in part[:2])
+    through_ratio = None if part.through_ratio is None else torch.where(known, part.through_ratio, 0.0)
+    return _KLPart(value, slope, through_ratio)
+
+
+def _divergence_part(
+    form: KL, level: Level, weight: Tensor, log_prob: Tensor, other: Tensor, pooled: _Pooled, possible: Tensor
+) -> _KLPart:
+    kl = kl_terms(form, log_ratio_of(log_prob, other), pooled.ratio)
     kl = kl._replace(slope=torch.where(possible, kl.slope, 0.0))
-    if not config.kl.ratio_weighted:
+    if not form.ratio_weighted:
         return _KLPart(kl.value, weighed(weight, kl.slope), None)
     value = times(pooled.ratio, kl.value)
-    if not config.kl_pooling.spreads:
+    if not level.spreads:
         slope = torch.where(pooled.inside & possible, kl.slope_with_ratio, kl.slope)
         return _KLPart(value, weighed(weight, times(pooled.ratio, slope)), None)
     through_ratio = torch.where(pooled.inside, weighed(weight, value), 0.0)

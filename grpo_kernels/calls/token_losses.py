@@ -32,14 +32,17 @@ def refuse_what_losses_of_tokens_lack(tokens: Tokens, grad_scale: float | Tensor
 
 
 def token_losses(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor) -> Tensor:
-    """Return u·ρ·f + kl_coef·k - entropy_coef·H of every token, (B, T), 0 where it is not live; differentiable in
-    log-probs and entropies. The weights of ``batch`` are those of one token: no aggregation is in them."""
+    """Return u·ρ·f + kl_coef·k + rollout_kl_coef·k - entropy_coef·H of every token, (B, T), 0 where it is not live;
+    differentiable in log-probs and entropies. The weights of ``batch`` are those of one token: no aggregation is in
+    them."""
     inputs = batch.inputs
     with torch.no_grad():
         records, _ = token_terms(config, batch, log_prob.detach(), entropy.detach())
         value = weighed(inputs.policy_weight, records.policy)
         if inputs.kl_weight is not None:
             value = value + weighed(inputs.kl_weight, records.kl)
+        if inputs.rollout_kl_weight is not None:
+            value = value + weighed(inputs.rollout_kl_weight, records.rollout_kl)
         if inputs.entropy_weight is not None:
             value = value - weighed(inputs.entropy_weight, entropy.detach())
         value = torch.where(batch.live, value, 0.0)
@@ -68,11 +71,13 @@ class _TokenLosses(torch.autograd.Function):
         log_prob, entropy, live, *known, threshold = ctx.saved_tensors
         inputs = TokenInputs(*known)
         policy = weighed(inputs.policy_weight, upstream)
-        kl, bonus = (
+        kl, to_sampler, bonus = (
             None if weight is None else weighed(weight, upstream)
-            for weight in (inputs.kl_weight, inputs.entropy_weight)
+            for weight in (inputs.kl_weight, inputs.rollout_kl_weight, inputs.entropy_weight)
         )
-        weighted = inputs._replace(policy_weight=policy, kl_weight=kl, entropy_weight=bonus)
+        weighted = inputs._replace(
+            policy_weight=policy, kl_weight=kl, rollout_kl_weight=to_sampler, entropy_weight=bonus
+        )
         batch = dataclasses.replace(ctx.batch, inputs=weighted, live=live)
         if threshold is not None:
             batch = dataclasses.replace(batch, entropy_threshold=threshold)

@@ -26,8 +26,8 @@ from .surrogates.registration import check_surrogate
 class LossConfig:
     """An objective of the GRPO family.
 
-    loss = Σ_t w_t·( u_t·ρ_t·f(ℓ_t, r_t, A_t) + kl.coef·k(ℓ_t - ref_t) + divergence.coef·D_t )
-           - entropy_coef·Σ_t w'_t·H_t
+    loss = Σ_t w_t·( u_t·ρ_t·f(ℓ_t, r_t, A_t) + kl.coef·k(ℓ_t - ref_t) + rollout_kl.coef·k(ℓ_t - rollout_t)
+                     + divergence.coef·D_t ) - entropy_coef·Σ_t w'_t·H_t
 
     Args:
         surrogate: f, a class of ``grpo_kernels.surrogates`` with its own parameters; None: no policy term, for
@@ -46,6 +46,8 @@ class LossConfig:
         constant_length: the length in the "constant" aggregation (Dr. GRPO: the longest completion).
         group_size: consecutive sequences that share a prompt, for "group_mean".
         divergence: D, a divergence over the whole vocabulary from the ``teacher=`` of a call; None: no such term.
+        rollout_kl: the penalty towards the sampler (``rollout_log_probs``; 0 where its log-prob is unknown), or towards
+            the old policy where no rollout log-probs are given. Weighed as ``kl``, beside which it may stand.
 
     Raises:
         ValueError: an unknown name (the nearest one is suggested) or a number out of its range.
@@ -62,6 +64,7 @@ class LossConfig:
     constant_length: int | None = None
     group_size: int | None = None
     divergence: Divergence | None = None
+    rollout_kl: KL = KL()
 
     def __post_init__(self) -> None:
         if not isinstance(self.policy_term, Surrogate):
@@ -69,8 +72,9 @@ class LossConfig:
             raise TypeError(f"LossConfig(surrogate=...) must be {expected}; got {self.surrogate!r}.")
         if self.surrogate is not None:
             check_surrogate(self.surrogate)
-        if not isinstance(self.kl, KL):
-            raise TypeError(f"LossConfig(kl=...) must be a KL such as KL(0.04); got {self.kl!r}.")
+        for name, kl in (("kl", self.kl), ("rollout_kl", self.rollout_kl)):
+            if not isinstance(kl, KL):
+                raise TypeError(f"LossConfig({name}=...) must be a KL such as KL(0.04); got {kl!r}.")
         if not (self.divergence is None or isinstance(self.divergence, Divergence)):
             expected = "a Divergence such as Divergence('reverse_kl'), or None"
             raise TypeError(f"LossConfig(divergence=...) must be {expected}; got {self.divergence!r}.")
@@ -146,6 +150,11 @@ class LossConfig:
         return LEVELS[self.kl.level_beside(self.level)]
 
     @computed_once
+    def rollout_kl_pooling(self) -> Level:
+        """Return the ``Level`` of the ratio that weighs the KL to the sampler."""
+        return LEVELS[self.rollout_kl.level_beside(self.level)]
+
+    @computed_once
     def weighting(self) -> Aggregation:
         """Return the ``Aggregation`` that ``aggregation`` names, with its numbers."""
         if isinstance(self.aggregation, Aggregation):
@@ -177,6 +186,8 @@ class LossConfig:
             terms = []
         if self.kl.coef:
             terms.append(f"{self.kl.coef:g}·{self.kl.written()}")
+        if self.rollout_kl.coef:
+            terms.append(f"{self.rollout_kl.coef:g}·{self.rollout_kl.written('rollout')}")
         if self.divergence is not None:
             terms.append(f"{self.divergence.coef:g}·{self.divergence.written()}")
         where = f", {self.pooling.equation}" if self.policy_term.uses_ratio else ""

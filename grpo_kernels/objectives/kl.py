@@ -1,4 +1,4 @@
-"""The penalty towards the reference policy: its options, value and slope.
+"""The penalties towards the reference policy and towards the sampler: their options, value and slope.
 
 The per-token maths is twinned in ``csrc/common/surrogates.h`` and ``backends/triton/surrogates.py``.
 """
@@ -22,7 +22,8 @@ GRADIENTS = ("pathwise", "straight_through_k2", "weighted_k2", "score_function")
 
 @dataclass(frozen=True)
 class KL:
-    """A penalty on the divergence from the reference policy, with x = log_prob - ref_log_prob.
+    """A penalty on the divergence from the reference policy, with x = log_prob - ref_log_prob; as ``rollout_kl=`` from
+    the sampler, with the rollout log-prob in its place, and ``rollout_kl_coef=`` of a call.
 
     Args:
         coef: its factor in the loss, a finite number; 0, the default, leaves the term out. Can be given per call
@@ -74,12 +75,12 @@ class KL:
                 'ratio, the gradient is "weighted_k2".'
             )
 
-    def written(self) -> str:
-        """Return the penalty of a token as maths."""
+    def written(self, other: str = "ref") -> str:
+        """Return the penalty of a token as maths; ``other`` is what the policy is compared with."""
         at = "" if self.level is None else f" at level {self.level}"
         ratio = f"r{at}·" if self.ratio_weighted else ""
         slope = "" if self.gradient == "pathwise" else f" [slope: {self.gradient}]"
-        return f"{ratio}{self.estimator}(ℓ - ref){slope}"
+        return f"{ratio}{self.estimator}(ℓ - {other}){slope}"
 
     def level_beside(self, policy: str) -> str:
         """Return the level of the KL's ratio beside a policy term of level ``policy``, which it is without one."""

@@ -18,9 +18,12 @@ from .groups import gather, read_group
 if TYPE_CHECKING:
     from .groups import Group
 
-_LOSSES = ("policy_loss", "kl_loss", "entropy_loss")
+_LOSSES = ("policy_loss", "kl_loss", "entropy_loss", "rollout_kl_loss")
 _TOKENS = ("tokens", "skipped_tokens", "impossible_tokens", "entropy_sum")
-_DIVERGENCES = ("kl_sum", "kl_count", "k1_old_sum", "k3_old_sum", "k1_rollout_sum", "k3_rollout_sum", "rollout_count")
+_DIVERGENCES = (
+    *("kl_sum", "kl_count", "k1_old_sum", "k3_old_sum", "k1_rollout_sum", "k3_rollout_sum", "rollout_count"),
+    "rollout_unknown",
+)
 _ROLLOUT_RATIOS = ("rollout_ratio_sum", "rollout_ratio_square_sum")
 _ROLLOUT_WEIGHTS = ("rollout_weight_sum", "rollout_weight_square_sum", "rollout_rejected_count")
 TOKEN_SUMS = (*_LOSSES, *_TOKENS, *_DIVERGENCES, *_ROLLOUT_RATIOS, *_ROLLOUT_WEIGHTS)
@@ -46,6 +49,7 @@ REPORTED: Mapping[str, str] = {
     "policy_loss": "the policy term of the loss",
     "kl_loss": "the KL term of the loss, coefficient included",
     "entropy_loss": "the entropy term of the loss, coefficient and sign included",
+    "rollout_kl_loss": "the term of the KL to the sampler (rollout_kl=), coefficient included",
     "divergence_loss": "the divergence term of the loss, coefficient included",
     "tokens": "live tokens",
     "sequences": "sequences, empty ones included; those of a sequence_group are counted on its first rank alone",
@@ -60,6 +64,7 @@ REPORTED: Mapping[str, str] = {
     "k3_old": "mean of exp(old - ℓ) - (old - ℓ) - 1",
     "k1_rollout": "mean of ℓ - rollout, over tokens whose rollout log-prob is known",
     "k3_rollout": "mean of exp(rollout - ℓ) - (rollout - ℓ) - 1, over the same",
+    "rollout_unknown": "live tokens whose rollout log-prob is unknown, where there are rollout log-probs",
     "rollout_ratio_mean": "mean of ρ = exp(old - rollout) as it is, over the same; 0 without rollout",
     "rollout_ratio_max": "largest such ρ",
     "rollout_effective_sample_size": "(Σρ)² / (n·Σρ²), over the same",

@@ -69,6 +69,7 @@ FIELDS = (
     "constant_length",
     "group_size",
     "divergence",
+    "rollout_kl",
 )
 """What a config holds, and a call takes inside of its config."""
 AGGREGATIONS = {

@@ -95,7 +95,7 @@ PRESETS |= {
     "prime": Preset(
         LossConfig(DppoTV(0.2, 0.2), aggregation="token_mean"),
         "prime-rl's default loss, 2026",
-        "compared with the sampler: old_log_probs=ref_log_probs=rollout_log_probs, kl=KL(2e-3, 'k2')",
+        "compared with the sampler: old_log_probs=rollout_log_probs, rollout_kl=KL(2e-3, 'k2')",
     ),
     "intellect2": Preset(
         LossConfig(Clip(0.2, 0.2, dual=4.0), aggregation="token_mean"),

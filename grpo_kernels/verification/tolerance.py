@@ -210,21 +210,29 @@ def _scale(z: Tensor, log_prob: Tensor, config: LossConfig, batch: TokenBatch, c
     if capped:
         scale = scale + torch.where(z.isinf(), 0.0, z).abs().amax(-1)
     scale = scale + torch.where(live, _magnitude(inputs.old, batch) + _magnitude(inputs.ref, batch), 0.0)
-    if config.schemes and inputs.rollout is not None:
+    if (config.schemes or inputs.rollout_kl_weight is not None) and inputs.rollout is not None:
         scale = scale + torch.where(live, inputs.rollout.nan_to_num(nan=0.0).abs(), 0.0)
     return scale
 
 
 def _kl_size(config: LossConfig, batch: TokenBatch, log_prob: Tensor) -> Tensor:
-    """Return w_kl·(e^u + |u| + 1), u = ref - ℓ (k2 adds u²/2), times the ratio where that weighs the term."""
+    """Return w_kl·(e^u + |u| + 1), u = ref - ℓ (k2 adds u²/2), times the ratio where that weighs the term; of both KL
+    terms together."""
     live, inputs = batch.live, batch.inputs
-    if inputs.kl_weight is None or inputs.ref is None:
-        return torch.zeros_like(log_prob)
-    u = torch.where(live, log_ratio_of(inputs.ref, log_prob), 0.0).clamp(max=50)
-    size = inputs.kl_weight.abs() * (u.exp() + u.abs() + (u * u / 2 if config.kl.estimator == "k2" else 0) + 1)
-    if (config.kl.ratio_weighted or config.kl.gradient == "weighted_k2") and inputs.old is not None:
-        size = size * torch.where(live, log_ratio_of(log_prob, inputs.old), 0.0).clamp(max=20).exp()
-    return size
+    sampler = inputs.old if inputs.rollout is None else inputs.rollout.nan_to_num(nan=0.0)
+    total = torch.zeros_like(log_prob)
+    for kl, weight, other in (
+        (config.kl, inputs.kl_weight, inputs.ref),
+        (config.rollout_kl, inputs.rollout_kl_weight, sampler),
+    ):
+        if weight is None or other is None:
+            continue
+        u = torch.where(live, log_ratio_of(other, log_prob), 0.0).clamp(max=50)
+        size = weight.abs() * (u.exp() + u.abs() + (u * u / 2 if kl.estimator == "k2" else 0) + 1)
+        if (kl.ratio_weighted or kl.gradient == "weighted_k2") and inputs.old is not None:
+            size = size * torch.where(live, log_ratio_of(log_prob, inputs.old), 0.0).clamp(max=20).exp()
+        total = total + size
+    return total
 
 
 def _slope_and_term(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,7 +241,7 @@ def _slope_and_term(config: LossConfig, batch: TokenBatch, log_prob: Tensor, ent
     What a surrogate makes of an error in its ratio may be larger than its slope: SAPO's gate, DRO's spring.
     """
     inputs, kl_size = batch.inputs, _kl_size(config, batch, log_prob)
-    plain = dataclasses.replace(batch, inputs=inputs._replace(kl_weight=None))
+    plain = dataclasses.replace(batch, inputs=inputs._replace(kl_weight=None, rollout_kl_weight=None))
     records, policy_slope = token_terms(config, plain, log_prob, entropy)
     ahead, behind = (token_terms(config, plain, log_prob + step, entropy) for step in (_STEP, -_STEP))
     growth = (ahead[1] - behind[1]).abs() / (2 * _STEP)
@@ -361,6 +369,9 @@ def _edges(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Ten
         edge |= (entropy - batch.entropy_threshold).abs() < width
     if inputs.ref is not None and config.kl.estimator == "abs":
         edge |= log_ratio_of(log_prob, inputs.ref).abs() < width
+    sampler = inputs.old if inputs.rollout is None else inputs.rollout
+    if sampler is not None and inputs.rollout_kl_weight is not None and config.rollout_kl.estimator == "abs":
+        edge |= log_ratio_of(log_prob, sampler).abs() < width
     return edge & batch.live
 
 

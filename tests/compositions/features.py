@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from grpo_kernels import (
+    KL,
     Gmpo,
     MaskedIS,
     OffPolicyMask,
@@ -65,6 +66,8 @@ class Feature:
 SCALE = 4.0
 """Announced by whatever announces a factor, so that such features go together."""
 _TEMPERATURES = ("temperatures of sequences", "temperatures of tokens")
+_LEVELS = ("sequence", "sequence_token", "sequence_product", "prefix_product", "prefix_min")
+"""Those that pool ratios."""
 _ROLLOUT = {"rollout_log_probs": Drawn("rollout_log_probs")}
 _REFERENCE = {"ref_log_probs": Drawn("ref_log_probs")}
 
@@ -163,13 +166,18 @@ def features() -> tuple[Feature, ...]:
             _keyword("logit_softcap", 5.0),
             Feature("on-policy", "no `old_log_probs`", arguments={"old_log_probs": None}),
         ),
-        *(_level(name) for name in ("sequence", "sequence_token", "sequence_product")),
+        *(_level(name) for name in _LEVELS),
         *(_surrogate(Reinforce()), _surrogate(Vespo()), _surrogate(Gmpo())),
         _surrogate(registered(), "registered surrogate"),
         *(
             _kl("KL"),
             _kl("KL, ratio_weighted", ratio_weighted=True),
             _kl("KL, weighted_k2", gradient="weighted_k2"),
+            Feature(
+                *("KL to the sampler", '`rollout_kl=KL(0.3, "k2")`'),
+                config={"rollout_kl": KL(0.3, "k2")},
+                arguments=_ROLLOUT,
+            ),
             Feature("entropy bonus", "`entropy_coef=0.05`", config={"entropy_coef": 0.05}),
         ),
         *(
@@ -226,9 +234,9 @@ def _of_the_loss(function: str) -> tuple[Refusal, ...]:
     """What log-probs alone have not."""
     alone = ("entropy_threshold", "skip_zero_advantage", "token_weights", "normalizer", "token_losses")
     in_config = (
-        *("level sequence", "level sequence_token", "level sequence_product"),
+        *(f"level {name}" for name in _LEVELS),
         *("Reinforce", "Vespo", "Gmpo", "registered surrogate"),
-        *("KL", "KL, ratio_weighted", "KL, weighted_k2", "entropy bonus"),
+        *("KL", "KL, ratio_weighted", "KL, weighted_k2", "KL to the sampler", "entropy bonus"),
         *("rollout, of tokens", "rollout, of sequences", "rollout, OffPolicyMask", "rollout, several"),
     )
     return (
@@ -253,7 +261,7 @@ def _without_a_loss(what: str, got: str, *features: str) -> Refusal:
 
 _COPIED = ("support", "support, a mask")
 _SUPPORTS = (*_COPIED, "support, recorded")
-_NOT_FLAT = "a KL term or an entropy bonus, whose gradient is not 0 at A = 0"
+_NOT_FLAT = "a KL term, an entropy bonus or a divergence, whose gradient is not 0 at A = 0"
 
 REFUSALS = (
     *_of_the_loss("token_log_probs"),
@@ -301,9 +309,17 @@ REFUSALS = (
     ),
     Refusal(
         f"grpo_loss: expected skip_zero_advantage=True with a loss that ignores tokens of A = 0; got {_NOT_FLAT}.",
-        *("skip_zero_advantage", ("KL", "KL, ratio_weighted", "KL, weighted_k2", "entropy bonus")),
+        *("skip_zero_advantage", ("KL", "KL, ratio_weighted", "KL, weighted_k2", "KL to the sampler", "entropy bonus")),
     ),
-    *(one for level in ("sequence", "sequence_token", "sequence_product") for one in _pools(level)),
+    *(one for level in _LEVELS for one in _pools(level)),
+    *(
+        Refusal(
+            "grpo_loss: expected level of whole sequences with sequence_group=, whose ranks hold tokens in any order; "
+            f"got '{name}'.",
+            *("grpo_loss, sequence_group", (f"level {name}",)),
+        )
+        for name in ("prefix_product", "prefix_min")
+    ),
     _two_passes("an fp16 gradient is written once its factor is known: announce it, grad_scale=", "fp16"),
     _two_passes(
         "token_losses=True: a row's slope follows from what the caller makes of its loss",

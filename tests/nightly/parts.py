@@ -61,6 +61,8 @@ CALLS = (
     "test_temperatures",
     "test_token_losses",
     "test_vocabulary",
+    "test_prefix_ratios",
+    "test_rollout_kl",
 )
 
 PARTS = {

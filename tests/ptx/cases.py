@@ -31,8 +31,8 @@ from . import arithmetic, launches
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32", FP64: "fp64"}
 ROUNDING = {BF16: 2.0**-8, FP16: 2.0**-11, FP32: 0.0, FP64: 0.0}
-SPEC = ObjectiveSpec(2, 3, 0, 0, 0)
-"""Clip, with k3."""
+SPEC = ObjectiveSpec(2, 3, 0, 0, 0, 2, 0, 0)
+"""A clip with k3 to the reference, and k2 to the sampler, for which old log-probs stand."""
 GRAD_SCALE = 0.5
 MIX = 0.375
 """Of divergences."""
@@ -114,7 +114,8 @@ def drawn(case: Case) -> dict[str, Tensor]:
     data |= {"numbers": torch.tensor(numbers + [0.0] * 5, dtype=real)}
     data |= {"g": slopes[0].view(shape).to(real), "h": slopes[1].view(shape).to(real)}
     data["advantage"] = torch.randn(shape, generator=g).to(real)
-    data |= {f"{name}_weight": torch.rand(shape, generator=g).to(real) for name in ("policy", "kl", "entropy")}
+    weights = ("policy", "kl", "entropy", "rollout_kl")
+    data |= {f"{name}_weight": torch.rand(shape, generator=g).to(real) for name in weights}
     if case.kind:
         data |= _teacher(case, values.view(*shape, vocab), data, g)
     if case.per_row:
@@ -332,19 +333,22 @@ class Run:
         if not (self.gaps[gaps] == 7).all():
             self.wrong.append("elements between rows were written")
 
-    def _terms(self) -> tuple[Any, Any, Any]:
-        """Policy term, KL term and slope of clip and k3, from the papers."""
-        d = {name: flat(self.data[name]) for name in ("advantage", "policy_weight", "old", "ref", "kl_weight")}
+    def _terms(self) -> tuple[Any, Any, Any, Any]:
+        """Policy term, both KL terms and slope of SPEC, from the papers."""
+        names = ("advantage", "policy_weight", "old", "ref", "kl_weight", "rollout_kl_weight")
+        d = {name: flat(self.data[name]) for name in names}
         log_prob, a = self.truth.log_prob, d["advantage"]
         ratio, away = np.exp(log_prob - d["old"]), d["ref"] - log_prob
         policy = -np.minimum(ratio * a, np.clip(ratio, 0.8, 1.2) * a)
         stopped = ((a > 0) & (ratio > 1.2)) | ((a < 0) & (ratio < 0.8))
         slope = d["policy_weight"] * np.where(stopped, 0, -ratio * a) + d["kl_weight"] * (1 - np.exp(away))
-        return policy, np.exp(away) - away - 1, slope
+        moved = log_prob - d["old"]
+        return policy, np.exp(away) - away - 1, moved**2 / 2, slope + d["rollout_kl_weight"] * moved
 
     def _records(self) -> TokenRecords:
         real = [self._output(name) for name in ("policy", "kl")]
-        return TokenRecords(*real, self._output("flags", torch.uint8), torch.empty(0))
+        flags, of_sampler = self._output("flags", torch.uint8), self._output("rollout_kl")
+        return TokenRecords(*real, flags, torch.empty(0), of_sampler)
 
     # What is run.
 
@@ -366,12 +370,14 @@ class Run:
         stats, records, out = RowStats(*[self._output(name) for name in STATS]), self._records(), self._out()
         weight = d["entropy_weight"] if self.case.entropy else None
         with self._backend() as backend:
-            inputs = TokenInputs(d["advantage"], d["policy_weight"], old, ref, None, d["kl_weight"], weight)
+            weights = (d["kl_weight"], weight, d["rollout_kl_weight"])
+            inputs = TokenInputs(d["advantage"], d["policy_weight"], old, ref, None, *weights)
             backend.fused_loss(rows, inputs, SPEC, stats, records, out)
         self._check_stats()
-        policy, kl, slope = self._terms()
+        policy, kl, rollout_kl, slope = self._terms()
         self._compare("policy", flat(self.outputs["policy"]), np.where(self.live, policy, 0), 2e-5, 1e-6)
         self._compare("kl", flat(self.outputs["kl"]), np.where(self.live, kl, 0), 1e-4, 2e-5)
+        self._compare("rollout_kl", flat(self.outputs["rollout_kl"]), np.where(self.live, rollout_kl, 0), 1e-4, 2e-5)
         h = 0 * slope if weight is None else -GRAD_SCALE * flat(weight)
         self._check_gradient(out, GRAD_SCALE * slope, h)
 
@@ -406,18 +412,19 @@ class Run:
         records, slope = self._records(), self._output("slope")
         loss = self._mapped("loss", torch.zeros(4, dtype=FP64))
         sums = self._mapped("sums", torch.zeros(len(FIELDS), dtype=FP64))
-        weights = [d[f"{name}_weight"] for name in ("policy", "kl", "entropy")]
+        weights = [d[f"{name}_weight"] for name in ("policy", "kl", "entropy", "rollout_kl")]
         with self._backend() as backend:
             values = TokenValues(log_prob, entropy, d["live"])
             inputs = TokenInputs(d["advantage"], weights[0], old, ref, None, *weights[1:])
             backend.token_terms(values, d["numbers"], inputs, SPEC, records, slope)
             backend.token_sums(values, d["live"], inputs, records, 3, 2, loss, sums)
         wanted = self._terms()
-        for name, value, size in zip(("policy", "kl", "slope"), wanted, (1e-6, 2e-5, 2e-5), strict=True):
+        names, sizes = ("policy", "kl", "rollout_kl", "slope"), (1e-6, 2e-5, 2e-5, 2e-5)
+        for name, value, size in zip(names, wanted, sizes, strict=True):
             self._compare(name, flat(self.outputs[name]), np.where(self.live, value, 0), 5e-5, size)
-        signed = zip(weights, (*wanted[:2], -self.truth.entropy), strict=True)
+        signed = zip(weights, (*wanted[:2], -self.truth.entropy, wanted[2]), strict=True)
         parts = [(flat(weight) * value)[self.live].sum() for weight, value in signed]
-        self._compare("sums", sums.numpy()[:3], parts, 1e-5, 1e-5)
+        self._compare("sums", sums.numpy()[:4], parts, 1e-5, 1e-5)
         self._compare("loss", loss.numpy()[0], sum(parts), 1e-5, 1e-5)
 
     def rescale(self) -> None:

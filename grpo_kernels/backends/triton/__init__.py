@@ -163,11 +163,11 @@ def token_sums(
     count, device = values.live.numel(), values.live.device
     chunks = -(-count // kernels.TOKENS_PER_CHUNK)
     partial = torch.empty(chunks, kernels.WIDTH.value, dtype=sums.dtype, device=device)
-    weights = (inputs.policy_weight, inputs.kl_weight, inputs.entropy_weight)
+    weights = (inputs.policy_weight, inputs.kl_weight, inputs.entropy_weight, inputs.rollout_kl_weight)
     compared = (inputs.old, inputs.ref, inputs.rollout)
-    *records_of_all, rollout_weight = records
-    factor = rollout_weight if rollout_weight.numel() else None
-    arguments = (*values, masked_in, *weights, *compared, *records_of_all, factor, partial, count)
+    *records_of_all, rollout_weight, rollout_kl = records
+    some = (record if record.numel() else None for record in (rollout_weight, rollout_kl))
+    arguments = (*values, masked_in, *weights, *compared, *records_of_all, *some, partial, count)
     constants = {"KL_ESTIMATOR": kl_estimator, "CHUNK": kernels.TOKENS_PER_CHUNK}
     launch.launch(kernels.chunk_sums_kernel, chunks, device, *arguments, **constants)
     at_once = kernels.CHUNKS_AT_ONCE

@@ -79,15 +79,20 @@ def row_terms(
     ref,
     rollout,
     kl_weight,
+    rollout_kl_weight,
     policy,
     kl,
     flags,
     rollout_weight,
+    rollout_kl,
     SURROGATE: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
     ROLLOUT_SCHEME: tl.constexpr,
+    ROLLOUT_KL_ESTIMATOR: tl.constexpr,
+    ROLLOUT_KL_GRADIENT: tl.constexpr,
+    ROLLOUT_KL_RATIO_WEIGHTED: tl.constexpr,
 ):
     """Write a row's terms (or those of several, ``inside`` a mask); return d loss / d log_prob."""
     row_old = row_log_prob
@@ -99,9 +104,14 @@ def row_terms(
     if KL_ESTIMATOR != NO_KL:
         row_ref = tl.load(ref + row_index, mask=inside)
         weight = tl.load(kl_weight + row_index, mask=inside)
-    if ROLLOUT_SCHEME != NO_ROLLOUT:
-        row_rollout = tl.load(rollout + row_index, mask=inside)
-    policy_value, kl_value, grad_log_prob, row_flags, row_weight = token_terms(
+    of_sampler = row_log_prob
+    if ROLLOUT_SCHEME != NO_ROLLOUT or ROLLOUT_KL_ESTIMATOR != NO_KL:
+        row_rollout = row_old
+        if rollout is not None:
+            row_rollout = tl.load(rollout + row_index, mask=inside)
+    if ROLLOUT_KL_ESTIMATOR != NO_KL:
+        of_sampler = tl.load(rollout_kl_weight + row_index, mask=inside)
+    policy_value, kl_value, grad_log_prob, row_flags, row_weight, rollout_kl_value = token_terms(
         numbers,
         row_log_prob,
         row_entropy,
@@ -111,17 +121,23 @@ def row_terms(
         tl.load(advantage + row_index, mask=inside),
         tl.load(policy_weight + row_index, mask=inside),
         weight,
+        of_sampler,
         SURROGATE,
         KL_ESTIMATOR,
         KL_GRADIENT,
         KL_RATIO_WEIGHTED,
         ROLLOUT_SCHEME,
+        ROLLOUT_KL_ESTIMATOR,
+        ROLLOUT_KL_GRADIENT,
+        ROLLOUT_KL_RATIO_WEIGHTED,
     )
     tl.store(policy + row_index, policy_value, mask=inside)
     tl.store(kl + row_index, kl_value, mask=inside)
     tl.store(flags + row_index, row_flags.to(tl.uint8), mask=inside)
     if ROLLOUT_SCHEME != NO_ROLLOUT:
         tl.store(rollout_weight + row_index, row_weight, mask=inside)
+    if ROLLOUT_KL_ESTIMATOR != NO_KL:
+        tl.store(rollout_kl + row_index, rollout_kl_value, mask=inside)
     return grad_log_prob
 
 
@@ -141,6 +157,7 @@ def one_pass_kernel(
     rollout,
     kl_weight,
     entropy_weight,
+    rollout_kl_weight,
     log_prob,
     entropy,
     anchor,
@@ -149,6 +166,7 @@ def one_pass_kernel(
     kl,
     flags,
     rollout_weight,
+    rollout_kl,
     out,
     out_batch_stride: tl.int64,
     out_row_stride,
@@ -167,6 +185,9 @@ def one_pass_kernel(
     KL_GRADIENT: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
     ROLLOUT_SCHEME: tl.constexpr,
+    ROLLOUT_KL_ESTIMATOR: tl.constexpr,
+    ROLLOUT_KL_GRADIENT: tl.constexpr,
+    ROLLOUT_KL_RATIO_WEIGHTED: tl.constexpr,
 ):
     """Write a row's log-prob, the terms of its loss and its gradient; one program a row. ``out`` may be the logits.
 
@@ -183,6 +204,8 @@ def one_pass_kernel(
         tl.store(flags + row_index, zero.to(tl.uint8))
         if ROLLOUT_SCHEME != NO_ROLLOUT:
             tl.store(rollout_weight + row_index, zero)
+        if ROLLOUT_KL_ESTIMATOR != NO_KL:
+            tl.store(rollout_kl + row_index, zero)
         fill(out, zero, 0, tl.cdiv(vocab, BLOCK), vocab, BLOCK)
         return
     mapping = logit_map(numbers, temperatures, row_index, SOFTCAP)
@@ -228,15 +251,20 @@ def one_pass_kernel(
         ref,
         rollout,
         kl_weight,
+        rollout_kl_weight,
         policy,
         kl,
         flags,
         rollout_weight,
+        rollout_kl,
         SURROGATE,
         KL_ESTIMATOR,
         KL_GRADIENT,
         KL_RATIO_WEIGHTED,
         ROLLOUT_SCHEME,
+        ROLLOUT_KL_ESTIMATOR,
+        ROLLOUT_KL_GRADIENT,
+        ROLLOUT_KL_RATIO_WEIGHTED,
     )
     h = zero
     HAS_H: tl.constexpr = entropy_weight is not None
@@ -274,10 +302,12 @@ def token_terms_kernel(
     rollout,
     kl_weight,
     entropy_weight,
+    rollout_kl_weight,
     policy,
     kl,
     flags,
     rollout_weight,
+    rollout_kl,
     grad_log_prob,
     count,
     SURROGATE: tl.constexpr,
@@ -285,6 +315,9 @@ def token_terms_kernel(
     KL_GRADIENT: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
     ROLLOUT_SCHEME: tl.constexpr,
+    ROLLOUT_KL_ESTIMATOR: tl.constexpr,
+    ROLLOUT_KL_GRADIENT: tl.constexpr,
+    ROLLOUT_KL_RATIO_WEIGHTED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write tokens' terms and d loss / d log_prob: the per-token maths alone, between the two passes."""
@@ -303,15 +336,20 @@ def token_terms_kernel(
         ref,
         rollout,
         kl_weight,
+        rollout_kl_weight,
         policy,
         kl,
         flags,
         rollout_weight,
+        rollout_kl,
         SURROGATE,
         KL_ESTIMATOR,
         KL_GRADIENT,
         KL_RATIO_WEIGHTED,
         ROLLOUT_SCHEME,
+        ROLLOUT_KL_ESTIMATOR,
+        ROLLOUT_KL_GRADIENT,
+        ROLLOUT_KL_RATIO_WEIGHTED,
     )
     dead = inside & (alive == 0)
     tl.store(policy + at, 0, mask=dead)
@@ -319,4 +357,6 @@ def token_terms_kernel(
     tl.store(flags + at, 0, mask=dead)
     if ROLLOUT_SCHEME != NO_ROLLOUT:
         tl.store(rollout_weight + at, 0, mask=dead)
+    if ROLLOUT_KL_ESTIMATOR != NO_KL:
+        tl.store(rollout_kl + at, 0, mask=dead)
     tl.store(grad_log_prob + at, tl.where(alive, gradient, 0), mask=inside)

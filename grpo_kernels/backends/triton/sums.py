@@ -19,7 +19,7 @@ CHUNKS_AT_ONCE = 16
 WIDTH = tl.constexpr(triton.next_power_of_2(len(FIELDS)))
 """The numbers of a chunk's record: FIELDS and padding to a power of two."""
 
-TERMS = tl.constexpr(3)  # policy, KL and entropy loss come first
+TERMS = tl.constexpr(4)  # those of the loss come first
 _SEQUENCES = tl.constexpr(FIELDS.index("sequences"))
 _ROLLOUT_SUM = tl.constexpr(FIELDS.index("rollout_ratio_sum"))  # its square, that of the factors, and its square
 _RATIO_SUM = tl.constexpr(FIELDS.index("ratio_sum"))
@@ -54,6 +54,7 @@ def chunk_sums_kernel(
     policy_weight,
     kl_weight,
     entropy_weight,
+    rollout_kl_weight,
     old,
     ref,
     rollout,
@@ -61,6 +62,7 @@ def chunk_sums_kernel(
     kl,
     flags,
     rollout_weight,
+    rollout_kl,
     chunk_records,
     count,
     KL_ESTIMATOR: tl.constexpr,
@@ -76,11 +78,13 @@ def chunk_sums_kernel(
     zero = tl.zeros([CHUNK], tl.float64)
     one = counted.to(tl.float64)
 
-    kl_loss, entropy_loss = zero, zero
+    kl_loss, entropy_loss, rollout_kl_loss = zero, zero, zero
     if kl_weight is not None:
         kl_loss = weighted(kl_weight, kl, at, counted)
     if entropy_weight is not None:
         entropy_loss = -weighted(entropy_weight, entropy, at, counted)
+    if rollout_kl_weight is not None:
+        rollout_kl_loss = weighted(rollout_kl_weight, rollout_kl, at, counted)
     to_ref, k3_ref, compared = zero, zero, zero
     if ref is not None:
         to_ref, k3_ref = divergence(p, ref, at, counted)
@@ -97,12 +101,13 @@ def chunk_sums_kernel(
     if old is not None:
         to_old, k3_old = divergence(p, old, at, counted)
         ratio = tl.where(counted, tl.exp(to_old), 0)
-    to_rollout, k3_rollout, rollout_count, rho, weight = zero, zero, zero, zero, zero
+    to_rollout, k3_rollout, rollout_count, unrecorded, rho, weight = zero, zero, zero, zero, zero, zero
     if rollout is not None:
         sampler = tl.load(rollout + at, mask=counted, other=float("nan"))
         recorded = sampler == sampler
         to_rollout, k3_rollout = divergence(p, rollout, at, recorded)
         rollout_count = recorded.to(tl.float64)
+        unrecorded = one - rollout_count
         from_rollout = to_rollout
         if old is not None:
             from_rollout = log_ratio_of(tl.load(old + at, mask=counted, other=0), sampler).to(tl.float64)
@@ -116,6 +121,7 @@ def chunk_sums_kernel(
         weighted(policy_weight, policy, at, counted),
         kl_loss,
         entropy_loss,
+        rollout_kl_loss,
         masked.to(tl.float64),
         (masked & (counted == 0)).to(tl.float64),
         (counted & (p == -float("inf"))).to(tl.float64),
@@ -127,6 +133,7 @@ def chunk_sums_kernel(
         to_rollout,
         k3_rollout,
         rollout_count,
+        unrecorded,
         rho,
         rho * rho,
         weight,

@@ -19,13 +19,12 @@ LOGIT_SOFTCAP = tl.constexpr(2)
 GRAD_SCALE = tl.constexpr(3)
 LOG_RATIO_LIMIT = tl.constexpr(4)
 KL_INPUT_LIMIT = tl.constexpr(5)
-KL_OUTPUT_LIMIT = tl.constexpr(6)
-KL_RATIO_CAP = tl.constexpr(7)
 ROLLOUT_LOW = tl.constexpr(8)
 ROLLOUT_HIGH = tl.constexpr(9)
 ENTROPY_THRESHOLD = tl.constexpr(10)
 DIVERGENCE_MIX = tl.constexpr(11)
-SURROGATE_FIRST = tl.constexpr(12)
+ROLLOUT_KL_INPUT_LIMIT = tl.constexpr(12)
+SURROGATE_FIRST = tl.constexpr(15)
 
 REINFORCE = tl.constexpr(0)
 UNCLIPPED = tl.constexpr(1)
@@ -223,10 +222,11 @@ def surrogate_terms(SURROGATE: tl.constexpr, numbers, log_prob, old_log_prob, lo
 
 
 @triton.jit
-def kl_terms(KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr, numbers, difference, ratio):
-    """Return value, slope, and slope of value * ratio divided by the ratio, of a KL estimator of log_prob - ref."""
-    input_limit = tl.load(numbers + KL_INPUT_LIMIT)
-    output_limit = tl.load(numbers + KL_OUTPUT_LIMIT)
+def kl_terms(KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr, limits, difference, ratio):
+    """Return value, slope, and slope of value * ratio divided by the ratio, of a KL estimator of log_prob - ref;
+    ``limits`` are those of input and output, and the cap of the ratio."""
+    input_limit = tl.load(limits)
+    output_limit = tl.load(limits + 1)
     inside = within(difference, input_limit)
     x = clamp(difference, input_limit)
     if KL_ESTIMATOR == K1:
@@ -245,11 +245,31 @@ def kl_terms(KL_ESTIMATOR: tl.constexpr, KL_GRADIENT: tl.constexpr, numbers, dif
     if KL_GRADIENT == STRAIGHT_THROUGH_K2:
         slope = tl.where(inside, x, 0)
     elif KL_GRADIENT == WEIGHTED_K2:
-        cap = tl.load(numbers + KL_RATIO_CAP)
+        cap = tl.load(limits + 2)
         slope = tl.where(inside, times(tl.where(ratio > cap, cap, ratio), x), 0)
     elif KL_GRADIENT == SCORE_FUNCTION:
         slope = slope_with_ratio
     return value, slope, slope_with_ratio
+
+
+@triton.jit
+def kl_part(
+    KL_ESTIMATOR: tl.constexpr,
+    KL_GRADIENT: tl.constexpr,
+    KL_RATIO_WEIGHTED: tl.constexpr,
+    limits,
+    log_prob,
+    other,
+    ratio,
+    inside,
+):
+    """Return the value of a KL term with the ratio in it, and its slope by the log-prob; ``inside``: the ratio does not
+    saturate."""
+    kl, slope, with_ratio = kl_terms(KL_ESTIMATOR, KL_GRADIENT, limits, log_ratio_of(log_prob, other), ratio)
+    if KL_RATIO_WEIGHTED:
+        slope = times(ratio, tl.where(inside, with_ratio, slope))
+        kl = times(ratio, kl)
+    return kl, tl.where(log_prob != -float("inf"), slope, 0)
 
 
 @triton.jit
@@ -279,16 +299,21 @@ def token_terms(
     advantage,
     policy_weight,
     kl_weight,
+    rollout_kl_weight,
     SURROGATE: tl.constexpr,
     KL_ESTIMATOR: tl.constexpr,
     KL_GRADIENT: tl.constexpr,
     KL_RATIO_WEIGHTED: tl.constexpr,
     ROLLOUT_SCHEME: tl.constexpr,
+    ROLLOUT_KL_ESTIMATOR: tl.constexpr,
+    ROLLOUT_KL_GRADIENT: tl.constexpr,
+    ROLLOUT_KL_RATIO_WEIGHTED: tl.constexpr,
 ):
     """Return policy value, KL value, both unweighted but for the rollout weight in the first, d loss / d log_prob with
-    the weights in it, flags, rollout weight.
+    the weights in it, flags, rollout weight, value of the KL to the sampler.
 
-    ``old`` is ``log_prob`` itself on-policy: then the ratio is 1, and NaN for a NaN.
+    ``old`` is ``log_prob`` itself on-policy: then the ratio is 1, and NaN for a NaN. ``rollout`` is ``old`` where no
+    sampler's log-probs are given.
     """
     limit = tl.load(numbers + LOG_RATIO_LIMIT)
     raw = log_ratio_of(log_prob, old)
@@ -309,10 +334,24 @@ def token_terms(
     policy_weight = tl.where(below, 0, policy_weight)
     grad_log_prob = weighed(policy_weight, tl.where(inside, slope, 0)) + weighed(policy_weight, direct)
     kl = possible.to(log_prob.dtype) * 0
+    rollout_kl = kl
     if KL_ESTIMATOR != NO_KL:
-        kl, kl_slope, with_ratio = kl_terms(KL_ESTIMATOR, KL_GRADIENT, numbers, log_ratio_of(log_prob, ref), ratio)
-        if KL_RATIO_WEIGHTED:
-            kl_slope = times(ratio, tl.where(inside, with_ratio, kl_slope))
-            kl = times(ratio, kl)
-        grad_log_prob += weighed(kl_weight, tl.where(possible, kl_slope, 0))
-    return policy, kl, grad_log_prob, flags, weight
+        limits = numbers + KL_INPUT_LIMIT
+        kl, kl_slope = kl_part(KL_ESTIMATOR, KL_GRADIENT, KL_RATIO_WEIGHTED, limits, log_prob, ref, ratio, inside)
+        grad_log_prob += weighed(kl_weight, kl_slope)
+    if ROLLOUT_KL_ESTIMATOR != NO_KL:
+        limits = numbers + ROLLOUT_KL_INPUT_LIMIT
+        rollout_kl, kl_slope = kl_part(
+            ROLLOUT_KL_ESTIMATOR,
+            ROLLOUT_KL_GRADIENT,
+            ROLLOUT_KL_RATIO_WEIGHTED,
+            limits,
+            log_prob,
+            rollout,
+            ratio,
+            inside,
+        )
+        known = rollout == rollout
+        rollout_kl = tl.where(known, rollout_kl, 0)
+        grad_log_prob += weighed(rollout_kl_weight, tl.where(known, kl_slope, 0))
+    return policy, kl, grad_log_prob, flags, weight, rollout_kl

@@ -23,7 +23,8 @@ from .divergences import divergence_of
 from .metrics import metrics_of
 from .terms import VALUES as VALUES
 from .terms import Inputs as Inputs
-from .terms import difference, kl_penalty, pool, registered, rollout_weights, sum_by
+from .terms import difference, penalty_of, pool, registered, rollout_weights, sum_by
+from .terms import kl_penalty as kl_penalty
 
 
 def grpo_loss(
@@ -41,6 +42,7 @@ def grpo_loss(
     config: LossConfig | str = "grpo",
     normalizer: float | Tensor | Normalizer | None = None,
     kl_coef: float | Tensor | None = None,
+    rollout_kl_coef: float | Tensor | None = None,
     entropy_coef: float | Tensor | None = None,
     divergence_coef: float | Tensor | None = None,
     entropy_threshold: float | Tensor | None = None,
@@ -63,6 +65,7 @@ def grpo_loss(
     """
     config = resolve_config(config)
     kl_coef = config.kl.coef if kl_coef is None else kl_coef
+    rollout_kl_coef = config.rollout_kl.coef if rollout_kl_coef is None else rollout_kl_coef
     entropy_coef = config.entropy_coef if entropy_coef is None else entropy_coef
     if isinstance(normalizer, Normalizer):
         normalizer = normalizer.of_loss("reference.grpo_loss", config)
@@ -97,6 +100,7 @@ def grpo_loss(
         return None if values is None else values.detach().reshape(-1)[live].to(real)
 
     old, ref, rollout = at_live(old_log_probs), at_live(ref_log_probs), at_live(rollout_log_probs)
+    sampler = old if rollout is None else rollout
     A = advantages[live]
     ids = token_ids.reshape(-1)[live].long()
     log_p = _log_softmax(logits, ids, live, shape, real, temperature, logit_scale, logit_softcap, support)
@@ -122,15 +126,18 @@ def grpo_loss(
         u = u * ~(entropy.detach() < entropy_threshold)
     policy_loss = torch.where(u == 0, 0.0, weight * u * torch.where(u == 0, 0.0, policy)).sum()
     loss = policy_loss
-    kl_loss = entropy_loss = torch.zeros_like(loss)
+    kl_loss = rollout_kl_loss = entropy_loss = torch.zeros_like(loss)
     if isinstance(kl_coef, Tensor) or kl_coef != 0:
         assert ref is not None, "a KL term needs ref_log_probs"
-        saturated = inputs.log_ratio(level=config.kl.level_beside(config.level))
-        penalty = kl_penalty(config.kl, difference(log_prob, ref), saturated.detach().exp())
-        if config.kl.ratio_weighted:
-            penalty = penalty * saturated.exp()
-        kl_loss = kl_coef * (weight * penalty).sum()
+        kl_loss = kl_coef * (weight * penalty_of(config.kl, difference(log_prob, ref), inputs)).sum()
         loss = loss + kl_loss
+    if isinstance(rollout_kl_coef, Tensor) or rollout_kl_coef != 0:
+        assert sampler is not None, "a KL term to the sampler needs rollout_log_probs or old_log_probs"
+        unknown = sampler.isnan()
+        x = difference(log_prob, torch.where(unknown, log_prob.detach(), sampler))
+        penalty = torch.where(unknown, 0.0, penalty_of(config.rollout_kl, x, inputs))
+        rollout_kl_loss = rollout_kl_coef * (weight * penalty).sum()
+        loss = loss + rollout_kl_loss
     if isinstance(entropy_coef, Tensor) or entropy_coef != 0:
         entropy_loss = -entropy_coef * (entropy_weight * entropy).sum()
         loss = loss + entropy_loss
@@ -155,7 +162,7 @@ def grpo_loss(
 
     with torch.no_grad():
         terms: dict[str, Tensor | float] = {"policy_loss": policy_loss, "kl_loss": kl_loss}
-        terms |= {"entropy_loss": entropy_loss, **of_teacher}
+        terms |= {"rollout_kl_loss": rollout_kl_loss, "entropy_loss": entropy_loss, **of_teacher}
         terms |= {"tokens": float(len(counted)), "sequences": float(sequences)}
         terms["skipped_tokens"] = float(len(counted) - len(live))
         others = (old, ref, rollout, torch.where(rho == 0, 0.0, rho * folded))

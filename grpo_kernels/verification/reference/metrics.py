@@ -45,6 +45,7 @@ def metrics_of(
         ratios = difference(log_prob if old is None else old, rollout)[known].double().exp()
         weights = rho[known].double()
     sums["rollout_count"] = float(len(ratios))
+    sums["rollout_unknown"] = 0.0 if known is None else (~known).sum().double()
     for name, values in (("rollout_ratio", ratios), ("rollout_weight", weights)):
         sums[f"{name}_sum"], sums[f"{name}_square_sum"] = values.sum(), (values * values).sum()
         sums[f"{name}_max"] = values.max() if len(values) else float("-inf")

@@ -237,6 +237,13 @@ def estimate(name: str, x: Tensor) -> Tensor:
     return {"k1": x, "k2": x * x / 2, "abs": x.abs()}[name]
 
 
+def penalty_of(kl: KL, x: Tensor, t: Inputs) -> Tensor:
+    """The penalty of each token from x = log_prob - ref, with the ratio in it where that weighs it."""
+    log_ratio = t.log_ratio(level=kl.level_beside(t.config.level))
+    penalty = kl_penalty(kl, x, log_ratio.detach().exp())
+    return penalty * log_ratio.exp() if kl.ratio_weighted else penalty
+
+
 def kl_penalty(kl: KL, x: Tensor, ratio: Tensor) -> Tensor:
     """The penalty of each token from x = log_prob - ref and the ratio to the old policy."""
     finite = torch.where(x.isinf(), 0.0, x)
