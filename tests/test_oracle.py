@@ -135,6 +135,16 @@ def test_normalizer_and_token_weights(aggregation):
     assert_same(case, config, problem_of(case, config, normalizer=2.5, token_weights=weights.tolist()))
 
 
+@pytest.mark.parametrize("field", ["kl", "rollout_kl"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_weight_of_zero_is_none_of_the_kls(field, level):
+    """A ratio weighs the KL, and what weighs the policy term is not on it."""
+    config = LossConfig(Clip(), level=level, **{field: KL(0.3, ratio_weighted=True)})
+    weights = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64).expand(4, 3)
+    case = small(token_weights=weights)
+    assert_same(case, config, problem_of(case, config, token_weights=weights.tolist()))
+
+
 def test_reference_shares_no_maths():
     """It may import its options, the containers of its inputs and results and the checks of what users pass; nothing
     else of the package."""

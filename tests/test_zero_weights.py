@@ -99,7 +99,8 @@ def weightless(config, dtype=torch.float32, **options):
 
 def of_tokens(config):
     """Whether a token's terms concern nobody else."""
-    return config.level == "token" and not config.kl.coef and not any(scheme.pooled for scheme in config.schemes)
+    alone = config.level == "token" and not any(scheme.pooled for scheme in config.schemes)
+    return alone and not config.kl.coef and not config.rollout_kl.coef
 
 
 @pytest.mark.parametrize("bad", POISON)
@@ -213,8 +214,9 @@ def test_a_finite_loss_has_finite_gradients(backend, surrogate, limit):
 def test_every_config_at_extreme_log_probs(backend, config, dtype):
     """Old, reference and sampler's log-probs of any size, in each dtype; fp16 with limits that it can hold."""
     if dtype == torch.float16:
-        kl = dataclasses.replace(config.kl, limit=(4.0, config.kl.limit[1]))
-        config = dataclasses.replace(config, log_ratio_limit=4.0, kl=kl)
+        kls = {name: getattr(config, name) for name in ("kl", "rollout_kl")}
+        kls = {name: dataclasses.replace(kl, limit=(4.0, kl.limit[1])) for name, kl in kls.items()}
+        config = dataclasses.replace(config, log_ratio_limit=4.0, **kls)
     lengths = {"group_size": 1} if config.aggregation == "group_mean" else {}
     config = dataclasses.replace(config, **lengths)
     logits = torch.tensor([[[0.0, -1.0, -100.0, 2.0]] * 3], dtype=dtype)

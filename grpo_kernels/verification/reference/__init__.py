@@ -8,6 +8,7 @@ Kernels, ``verify`` and the test suite are compared with this file in float64. I
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def grpo_loss(
         return None if values is None else values.detach().reshape(-1)[live].to(real)
 
     old, ref, rollout = at_live(old_log_probs), at_live(ref_log_probs), at_live(rollout_log_probs)
-    sampler = old if rollout is None else rollout
+    sampler, compared = old if rollout is None else rollout, old
     A = advantages[live]
     ids = token_ids.reshape(-1)[live].long()
     log_p = _log_softmax(logits, ids, live, shape, real, temperature, logit_scale, logit_softcap, support)
@@ -127,15 +128,16 @@ def grpo_loss(
     policy_loss = torch.where(u == 0, 0.0, weight * u * torch.where(u == 0, 0.0, policy)).sum()
     loss = policy_loss
     kl_loss = rollout_kl_loss = entropy_loss = torch.zeros_like(loss)
+    of_kl = replace(inputs, own=difference(log_prob, compared))  # no weight of a token is on it
     if isinstance(kl_coef, Tensor) or kl_coef != 0:
         assert ref is not None, "a KL term needs ref_log_probs"
-        kl_loss = kl_coef * (weight * penalty_of(config.kl, difference(log_prob, ref), inputs)).sum()
+        kl_loss = kl_coef * (weight * penalty_of(config.kl, difference(log_prob, ref), of_kl)).sum()
         loss = loss + kl_loss
     if isinstance(rollout_kl_coef, Tensor) or rollout_kl_coef != 0:
         assert sampler is not None, "a KL term to the sampler needs rollout_log_probs or old_log_probs"
         unknown = sampler.isnan()
         x = difference(log_prob, torch.where(unknown, log_prob.detach(), sampler))
-        penalty = torch.where(unknown, 0.0, penalty_of(config.rollout_kl, x, inputs))
+        penalty = torch.where(unknown, 0.0, penalty_of(config.rollout_kl, x, of_kl))
         rollout_kl_loss = rollout_kl_coef * (weight * penalty).sum()
         loss = loss + rollout_kl_loss
     if isinstance(entropy_coef, Tensor) or entropy_coef != 0:
