@@ -114,6 +114,10 @@ def linear_grpo_loss(
             columns, weight (V, r), each of any floating dtype: cast to hidden's (under autocast to its) for GEMMs.
         teacher: as for ``grpo_loss``, and ``Teacher(hidden=..., weight=...)``, whose logits exist a chunk at a time as
             well: 2·N·H'·V FLOPs more. The head may be the policy's own, as beside an adapter.
+        support: as for ``grpo_loss``. Filters, masks and large recorded sets are applied to a chunk's logits, which
+            backward computes a second time (8·N·H·V FLOPs). Where recorded sets have few ids, rows of the head are
+            gathered in their place (6·n·H for n ids, and 2·n·H again); the device is asked, once more and whatever
+            ``live_tokens`` says, how many tokens have no set and need whole rows.
         token_losses: as for ``grpo_loss``, from log-probs whose backward computes the logits a second time (8·N·H·V
             FLOPs in place of 6).
         live_tokens: how many tokens the mask leaves (with ``skip_zero_advantage``, of A != 0), or a bound of it: then

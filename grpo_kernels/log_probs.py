@@ -70,7 +70,9 @@ def token_log_probs(
         support: the tokens that the sampler could draw: ``TopK(k)``, ``TopP(p)``, ``MinP(p)``, a tuple of them in the
             sampler's order, or a bool mask (*token_ids.shape, V). Log-probs and entropies are then those of the
             distribution renormalised over it, the drawn token always included. Rows are copied some at a time, masked
-            ones too; not inside a compiled graph.
+            ones too; not inside a compiled graph. Or ``Recorded(ids, offsets)``, the sets that an engine returned: of
+            a row its ids alone are read; an empty set is the whole vocabulary, a token outside of its set an error
+            (on a device without checks NaN).
         vocab_group, vocab_start, vocab_size: as for ``grpo_loss``: logits are some of a vocabulary's columns.
         check, backend: as for ``grpo_loss``.
         require: "fused": raise where no compiled kernels would serve the call.

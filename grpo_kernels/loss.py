@@ -137,7 +137,7 @@ def grpo_loss(
         logit_scale, logit_softcap: how logits become those of the softmax, > 0; numbers or 0-d tensors.
         inplace: the gradient overwrites the logits, which are unusable after the call.
         support: the tokens that the sampler could draw, as for ``token_log_probs``; give old and reference log-probs
-            over their own. Two passes.
+            over their own, over recorded sets those over the same. Two passes.
         skip_zero_advantage: rows with A = 0 are not read; their outputs are 0.
         token_losses: return the loss of every token, unweighted by the aggregation, in ``out.token_losses`` (and no
             ``out.loss``): for a reduction of your own, which the gradient follows. The metrics' terms of the loss are
