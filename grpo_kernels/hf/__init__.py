@@ -7,7 +7,6 @@ and hooks of DDP, FSDP, ZeRO and gradient checkpointing fire as for any forward.
 from __future__ import annotations
 
 import functools
-import inspect
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,15 +23,18 @@ from ..objectives.checks import FLOAT_DTYPES, fail, fits
 from ..objectives.compiler import leaving_graphs, with_frames
 from ..objectives.config import LossConfig, resolve_config
 from ..objectives.sequences import Packed, read_live
-from .form import Autocast, Untraceable
+from .form import Autocast
+from .frozen import teacher as teacher
 from .given import OF_A_CALL, OUTPUTS, check_given, check_keywords, keywords
 from .given import batch as batch
-from .head import FROM_LOGITS, TracedHead, check_backward_hooks, head_of, in_fsdp_units, trace
+from .head import TracedHead, check_backward_hooks, head_of, in_fsdp_units
 from .head import named as named
+from .model import causal_model as causal_model
+from .model import check_dtypes, completed, signature_of
 from .outputs import ModelLogProbs as ModelLogProbs
 from .outputs import with_model_output
 from .parts import Parts
-from .proof import EVERY, Proof, row_logits, suspects
+from .proof import EVERY, Proof, row_logits
 
 
 def attach(
@@ -50,12 +52,13 @@ def attach(
         out = model(input_ids=ids, attention_mask=attention, grpo=dict(token_ids=token_ids, advantages=A, mask=mask))
         out.loss.backward()
 
-    ``grpo`` holds keywords of ``linear_grpo_loss``; with ``output="log_probs"`` the call returns
-    ``linear_token_log_probs`` (the old or reference pass), and keywords that only the loss has are left aside.
-    ``token_ids`` are (B, L-1) from ``align``, or (B, R) with ``logits_to_keep=R + 1``; of an encoder-decoder, of its
-    decoder's inputs. ``token_weights`` may be a function of the ``TokenLogProbs`` of the policy, which are computed
-    first then, without gradient; ``config`` replaces the one attached; ``receive`` is a function that is called with
-    the result before wrappers see it. Without ``grpo`` nothing changes.
+    ``grpo`` holds keywords of ``linear_grpo_loss``, ``teacher=hf.teacher(big_model)(...)`` among them; with
+    ``output="log_probs"`` the call returns ``linear_token_log_probs`` (the old or reference pass), and keywords that
+    only the loss has are left aside. ``token_ids`` are (B, L-1) from ``align``, or (B, R) with
+    ``logits_to_keep=R + 1``; of an encoder-decoder, of its decoder's inputs. ``advantages`` may be missing where the
+    config has no policy term. ``token_weights`` may be a function of the ``TokenLogProbs`` of the policy, which are
+    computed first then, without gradient; ``config`` replaces the one attached; ``receive`` is a function that is
+    called with the result before wrappers see it. Without ``grpo`` nothing changes.
 
     The model's own forward runs. Its head makes no logits; what the model, adapters and hooks do to them (LoRA and DoRA
     on the head, a bias, a scale, a cap, columns that are cut) is traced at every call and computed with them, and what
@@ -125,9 +128,7 @@ def bind(
         head_of(inner)
     before = inner.forward
     method = getattr(before, "__func__", None)
-    signature = inspect.signature(method or type(inner).forward)
-    if any(each.kind is inspect.Parameter.VAR_POSITIONAL for each in signature.parameters.values()):
-        signature = inspect.signature(type(inner).forward)  # of what somebody's patch passes its arguments on to
+    signature = signature_of(inner)
     positions = list(signature.parameters)[1:]
 
     def original(self: Any, *args: Any, **inputs: Any) -> Any:
@@ -143,10 +144,10 @@ def bind(
 
     @leaving_graphs
     def called(compiled: Any, self: Any, grpo: Mapping[str, Any], inputs: dict[str, Any]) -> Any:
-        check_given(grpo, options, from_logits, inputs, self)
+        check_given(grpo, config, options, from_logits, inputs, self)
         given = {"config": config, **options, **grpo}
         extras = {name: given.pop(name, None) for name in ("receive", "aux_loss_coef", "micro_batches")}
-        inputs = _completed(signature, inputs, extras["aux_loss_coef"])
+        inputs = completed(signature, inputs, extras["aux_loss_coef"])
         keep = None if "logits_to_keep" in signature.parameters else inputs.pop("logits_to_keep", None)
         kept = slice(-keep, None) if isinstance(keep, int) else keep  # as the models that know it have it
         if from_logits:
@@ -173,16 +174,6 @@ def bind(
     inner.forward = types.MethodType(forward, inner)
 
 
-def _completed(signature: inspect.Signature, inputs: dict[str, Any], aux_loss_coef: Any) -> dict[str, Any]:
-    """Return a call's inputs with what the loss needs of the model: named outputs, router logits; no cache unless it is
-    asked for."""
-    wanted: dict[str, Any] = {"return_dict": True, "use_cache": inputs.get("use_cache", False)}
-    if aux_loss_coef is not None:
-        wanted["output_router_logits"] = True
-    open_ended = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.parameters.values())
-    return inputs | {name: value for name, value in wanted.items() if open_ended or name in signature.parameters}
-
-
 def _from_hidden(
     model: Any,
     call: Callable[[], Any],
@@ -197,19 +188,9 @@ def _from_hidden(
     head = head_of(model)
     check_backward_hooks(head)
     parts = Parts(model, head)
-    try:
-        with parts.recorded(compiled):
-            traced = trace(model, head, call)
-        if kept is not None:
-            traced = traced._replace(form=traced.form.cut((slice(None), kept)))
+    with proof.refusing(parts):
+        traced = proof.traced(parts, call, compiled, kept)
         return traced.output, _with_head(model, traced, call, given, head_dtype, proof, parts)
-    except Untraceable as error:
-        fail(
-            "attach",
-            "logits that come of a linear head, scaled, capped or with a bias",
-            f"{type(model).__name__}, where {error}; found: {suspects(model, head, proof.before)}",
-            hint=FROM_LOGITS,
-        )
 
 
 def _with_head(
@@ -229,10 +210,13 @@ def _with_head(
 
     def run(states: Tensor) -> Any:
         operands, autocast = traced.operands(head_dtype), traced.form.autocast
+        if given.get("teacher") is not None and is_dtensor(operands.weight):
+            hint = "ref_log_probs= with KL(...) works there"
+            fail("attach", "a whole head beside teacher=", "one that tensor parallelism shards", hint=hint)
         if head_dtype is not None:
             states, autocast = states.to(head_dtype), Autocast(False, autocast.dtype)
         elif not autocast.enabled:
-            _check_dtypes(states, operands.weight)
+            check_dtypes("attach", states, operands.weight)
         head: dict[str, Any] = {"bias": operands.bias}
         if operands.adapter is not None:
             head["adapter"] = operands.adapter
@@ -298,14 +282,6 @@ def _check_columns(model: Any, logits: Tensor, given: Mapping[str, Any]) -> None
         fail("attach", f"logits of {weight.shape[0]} columns", f"{logits.shape[-1]}, those of this rank", hint=hint)
 
 
-def _check_dtypes(states: Tensor, weight: Tensor) -> None:
-    """Raise where the model's own head would: norms in fp32 in front of a head in bf16, as preparing for quantised
-    training leaves them."""
-    if states.dtype != weight.dtype:
-        hint = "torch.autocast around the call, as trainers have it; or attach(..., head_dtype=torch.float32)"
-        fail("attach", f"hidden states of the head's dtype, {weight.dtype}", f"{states.dtype}", hint=hint)
-
-
 def detach(model: nn.Module) -> nn.Module:
     """Undo ``attach``; returns ``model``."""
     inner = causal_model(model, "detach")
@@ -351,7 +327,7 @@ def _run(
             inside = _inside(token_ids, mask, given.get("cu_seqlens"), given.get("check"))
             with torch.no_grad():
                 given["token_weights"] = given["token_weights"](log_probs(*rows, token_ids, inside, **head, **known))
-        out = loss(*rows, token_ids, given.pop("advantages"), mask, **head, **given)
+        out = loss(*rows, token_ids, given.pop("advantages", None), mask, **head, **given)
     return out
 
 
@@ -373,16 +349,3 @@ def _inside(token_ids: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, c
         return mask
     mask = torch.ones_like(token_ids, dtype=torch.bool) if mask is None else mask
     return read_live("attach", mask, cu_seqlens, check)
-
-
-def causal_model(model: nn.Module, function: str) -> Any:
-    """Return the model inside the wrappers of DDP, FSDP and PEFT."""
-    inner: Any = model
-    if isinstance(model, nn.DataParallel):
-        fail(function, "a model for one device, or in DistributedDataParallel", "nn.DataParallel")
-    while not hasattr(inner, "get_output_embeddings") or hasattr(inner, "get_base_model"):
-        wrapped = inner.get_base_model() if hasattr(inner, "get_base_model") else getattr(inner, "module", None)
-        if wrapped is None:
-            fail(function, "a causal model of transformers", type(model).__name__)
-        inner = wrapped
-    return inner

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from ..calls.outputs import TokenLogProbs
 from ..calls.recorded import Recorded
+from ..calls.teacher import Teacher
 from ..linear import linear_grpo_loss
 from ..loss import grpo_loss
 from ..objectives.checks import check_name, check_scalar, fail, may_look
+from ..objectives.config import LossConfig, resolve_config
 from ..objectives.names import check_options, keywords_of
 from ..objectives.normalizer import Normalizer
 
@@ -21,7 +23,7 @@ OF_THE_MODEL = ("hidden", "weight", "bias", "adapter", "logits", "config")
 """Keywords of the losses that the model brings, or ``attach``."""
 OF_THE_HEAD = ("logit_scale", "logit_softcap")
 """Keywords that a call from hidden states has from the model's forward."""
-OF_A_CALL = ("token_ids", "advantages", "mask", "micro_batches")
+OF_A_CALL = ("token_ids", "advantages", "mask", "teacher", "micro_batches")
 """Never options of ``attach``."""
 OF_ATTACH = ("config", "output", "receive", "aux_loss_coef", "micro_batches")
 """Of a call, beside the loss's keywords."""
@@ -57,7 +59,7 @@ class Batch(Mapping[str, Any]):
         """Return the batch with its tensors on a device, in their dtypes."""
 
         def moved(value: Any) -> Any:
-            if isinstance(value, (Tensor, Recorded)):
+            if isinstance(value, (Tensor, Recorded, Teacher)):
                 return value.to(device, non_blocking=non_blocking)
             if isinstance(value, TokenLogProbs):
                 return TokenLogProbs.by(moved(value.log_probs), moved(value.entropy), value.made)
@@ -92,7 +94,12 @@ def batch(**grpo: Any) -> Batch:
 
 
 def check_given(
-    grpo: object, options: Mapping[str, Any], from_logits: bool, inputs: Mapping[str, Any], model: Any
+    grpo: object,
+    config: LossConfig,
+    options: Mapping[str, Any],
+    from_logits: bool,
+    inputs: Mapping[str, Any],
+    model: Any,
 ) -> None:
     """Raise for what no call can mean, or would mean something else in silence."""
     if not isinstance(grpo, Mapping):
@@ -105,7 +112,7 @@ def check_given(
     if grpo.get("token_ids") is None:
         fail("attach", "grpo=dict(token_ids=..., ...)", f"only {', '.join(grpo) or 'an empty dict'}")
     wants_loss = grpo.get("output", OUTPUTS[0]) == "loss"
-    if grpo.get("advantages") is None and wants_loss:
+    if wants_loss and grpo.get("advantages") is None and resolve_config(grpo.get("config", config)).surrogate:
         hint = 'grpo=dict(token_ids=..., output="log_probs") asks for the log-probs of the old or reference pass'
         fail("attach", "grpo=dict(token_ids=..., advantages=..., ...)", "no advantages", hint=hint)
     _check_auxiliary({**options, **grpo})

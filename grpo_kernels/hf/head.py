@@ -16,10 +16,19 @@ from ..objectives.compiler import outside_graphs
 from .form import IN_A_UNIT, Autocast, Form, Product, Untraceable
 from .traced import HeadTrace, TracedLogits
 
-FROM_LOGITS = "attach(..., from_logits=True) runs the model's own head"
+
+class Caller(NamedTuple):
+    """Who is served, in messages."""
+
+    function: str
+    around: str
+    """What takes the logits of the model's own head instead."""
 
 
-def head_of(model: Any) -> nn.Module:
+ATTACH = Caller("attach", "attach(..., from_logits=True) runs the model's own head")
+
+
+def head_of(model: Any, caller: Caller = ATTACH) -> nn.Module:
     """Return the module that makes a model's logits: its own word for it, a part's, or the one layer over its
     vocabulary. Raise a ValueError where there is none."""
     vocab = getattr(model.config.get_text_config(), "vocab_size", None)
@@ -31,7 +40,7 @@ def head_of(model: Any) -> nn.Module:
     if len(layers) != 1:
         found = f" but {len(layers)} layers like one" if layers else ""
         expected = "a model of transformers with a head over its vocabulary"
-        fail("attach", expected, f"{type(model).__name__}, which has no head{found}")
+        fail(caller.function, expected, f"{type(model).__name__}, which has no head{found}")
     return layers[0]
 
 
@@ -53,7 +62,7 @@ def check_backward_hooks(head: nn.Module) -> None:
     """Raise where there are any: they change gradients, and belong to logits that are not made."""
     for module in head.modules():
         for hook in (*module._backward_hooks.values(), *module._backward_pre_hooks.values()):
-            fail("attach", "a head without backward hooks", named(hook), hint=FROM_LOGITS)
+            fail("attach", "a head without backward hooks", named(hook), hint=ATTACH.around)
 
 
 def named(function: Any) -> str:
@@ -258,8 +267,7 @@ def _row(states: Any, row: tuple[Tensor, ...]) -> Any:
 @contextlib.contextmanager
 def head_forward(head: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Let calls of ``head`` from this thread run ``forward(plain, *args, **kwargs)``, inside the head's hooks."""
-    thread = threading.get_ident()
-    plain, before = head.forward, head.__dict__.get("forward")
+    thread, plain = threading.get_ident(), head.forward
 
     @outside_graphs
     def patched(*args: Any, **kwargs: Any) -> Any:
@@ -270,14 +278,22 @@ def head_forward(head: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
             return forward(lambda states, **rest: plain(**{name: states}, **rest), kwargs.pop(name), **kwargs)
         return forward(plain, *args, **kwargs)
 
-    head.forward = patched
+    with with_forward(head, patched):
+        yield
+
+
+@contextlib.contextmanager
+def with_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module's forward be another function."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
     try:
         yield
     finally:
         if before is None:
-            del head.forward
+            del module.forward
         else:
-            head.forward = before
+            module.forward = before
 
 
 def way_to(model: nn.Module, part: nn.Module) -> tuple[nn.Module, ...]:

@@ -7,9 +7,10 @@ waiting for the device, and every ``every`` calls, without.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from ..calls.sharding import is_dtensor
 from ..objectives.checks import fail, may_look
 from .form import Autocast, Untraceable
-from .head import FROM_LOGITS, TracedHead, columns_of, named, on_mesh, rows_of, trace, whole
+from .head import ATTACH, Caller, TracedHead, columns_of, named, on_mesh, rows_of, trace, whole
 from .parts import Parts
 
 _REMEMBERED = 64
@@ -32,7 +33,9 @@ _LATER = 8
 
 _GLOBAL_HOOKS = torch.nn.modules.module._global_forward_hooks
 _MAKING = threading.Lock()
-"""Held while a model's memory is made."""
+"""Held while a model's memory or lock is made."""
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+"""Of each model, held for a call: what is put into its places meanwhile is one thread's."""
 
 
 class Row(NamedTuple):
@@ -56,10 +59,11 @@ class _Memory:
 
     proven: dict[tuple[object, ...], None] = field(default_factory=dict)
     calls: int = 0
-    lock: threading.RLock = field(default_factory=threading.RLock)
-    """Held for a call: what is put into a model's places meanwhile is one thread's."""
     late: tuple[Tensor, torch.cuda.Event, int] | None = None
     """What a look that did not wait will have found, and the call that asks."""
+
+
+Memories = weakref.WeakKeyDictionary[nn.Module, _Memory]
 
 
 class Proof:
@@ -69,16 +73,39 @@ class Proof:
     weight is kept. Which calls measure follows from the state and from the count of calls alone, so that ranks agree.
     """
 
-    def __init__(self, before: Callable[..., Any], every: int) -> None:
-        self.before = before  # by its name
-        self._every = every
-        self._memories: weakref.WeakKeyDictionary[nn.Module, _Memory] = weakref.WeakKeyDictionary()
+    def __init__(
+        self, before: Callable[..., Any], every: int, caller: Caller = ATTACH, memories: Memories | None = None
+    ) -> None:
+        self._before = before  # by its name
+        self._every, self._caller = every, caller
+        self._memories: Memories = weakref.WeakKeyDictionary() if memories is None else memories
         """Of each model that has this forward: a copy is a model of its own."""
 
     def alone(self, model: nn.Module) -> threading.RLock:
         """Return the lock of a model: a second thread's call waits."""
         with _MAKING:
-            return self._memories.setdefault(model, _Memory()).lock
+            self._memories.setdefault(model, _Memory())
+            return _LOCKS.setdefault(model, threading.RLock())
+
+    def traced(self, parts: Parts, call: Callable[[], Any], compiled: Any, kept: Any) -> TracedHead:
+        """Return the head of the model's own forward, ``call()``, of the rows that are ``kept`` if given."""
+        with parts.recorded(compiled):
+            traced = trace(parts.model, parts.head, call)
+        return traced if kept is None else traced._replace(form=traced.form.cut((slice(None), kept)))
+
+    @contextlib.contextmanager
+    def refusing(self, parts: Parts) -> Iterator[None]:
+        """Raise a ValueError that says what may be the cause where a head cannot be traced."""
+        try:
+            yield
+        except Untraceable as error:
+            fail(
+                self._caller.function,
+                "logits that come of a linear head, scaled, capped or with a bias",
+                f"{type(parts.model).__name__}, where {error}; found: "
+                f"{suspects(parts.model, parts.head, self._before)}",
+                hint=self._caller.around,
+            )
 
     def row(
         self, traced: TracedHead, parts: Parts, call: Callable[[], Any], hidden: Tensor, mask: object
@@ -163,10 +190,10 @@ class Proof:
 
     def _fail(self, model: Any, traced: TracedHead, found: str) -> None:
         fail(
-            "attach",
+            self._caller.function,
             "a model whose log-probs are those of its traced head",
-            f"one where {found}; found: {suspects(model, traced.head, self.before)}",
-            hint=f"{FROM_LOGITS}, and whatever was put around it",
+            f"one where {found}; found: {suspects(model, traced.head, self._before)}",
+            hint=f"{self._caller.around}, and whatever was put around it",
         )
 
 

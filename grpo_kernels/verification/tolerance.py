@@ -294,12 +294,13 @@ def _diverged(z: Tensor, config: LossConfig, batch: TokenBatch, o: dict[str, Any
     divergence, live = config.divergence, batch.live
     if divergence is None:
         nothing = torch.zeros_like(live, dtype=z.dtype)
-        return _Diverged(nothing, *[nothing[..., None]] * 3, *[nothing] * 3, torch.zeros_like(live))
-    teacher, tau = o["teacher"], o.get("temperature", 1.0)
-    own_tau = divergence.teacher_temperature or tau
-    form = {"logit_scale": teacher.logit_scale, "logit_softcap": teacher.logit_softcap, "temperature": own_tau}
+        flat = nothing[..., None]
+        return _Diverged(nothing, flat, flat, flat, nothing, nothing, nothing, torch.zeros_like(live))
+    teacher, tau = o["teacher"], _temperature(batch, o.get("temperature", 1.0))
+    own_tau = tau if divergence.teacher_temperature is None else divergence.teacher_temperature
+    form = {"logit_scale": teacher.logit_scale, "logit_softcap": teacher.logit_softcap}
     rows = teacher.logits.reshape(live.shape[0], -1, teacher.logits.shape[-1])[:, : live.shape[1]]
-    u, _ = _logits_as_used(torch.where(live[..., None], rows, 0.0), form)
+    u, _ = _logits_as_used(torch.where(live[..., None], rows, 0.0), own_tau, form)
     log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(u, -1)
     p, q, d = log_p.exp(), log_q.exp(), log_ratio_of(log_p, log_q)
     columns = divergence.columns(p, q, d)
@@ -307,7 +308,7 @@ def _diverged(z: Tensor, config: LossConfig, batch: TokenBatch, o: dict[str, Any
     largest, other = z.amax(-1, keepdim=True), u.amax(-1, keepdim=True)
     log_sums = torch.logsumexp(z, -1, keepdim=True) - largest, torch.logsumexp(u, -1, keepdim=True) - other
     apart = (z - u).abs() + (largest - other).abs() + (log_sums[0] - log_sums[1]).abs()
-    alike = teacher.logit_scale / own_tau == o.get("logit_scale", 1.0) / tau
+    alike = divergence.teacher_temperature is None and teacher.logit_scale == o.get("logit_scale", 1.0)
     if not alike or teacher.logit_softcap is not None or o.get("logit_softcap") is not None:
         apart = apart + z.abs() + u.abs()
     if divergence.kind == "tvd":
@@ -327,10 +328,10 @@ def _diverged(z: Tensor, config: LossConfig, batch: TokenBatch, o: dict[str, Any
     of_own = torch.maximum(p, q) * apart if isinstance(columns.own, Tensor) else 0.0
     weight = torch.where(live, _magnitude(batch.divergence_weight, batch), 0.0)
     rows_of = weight[..., None]
-    unsure = (d != 0) & (d.abs() < 16 * UNIT * apart) if divergence.kind == "tvd" else torch.zeros_like(d, dtype=bool)
+    unsure = (d != 0) & (d.abs() < 16 * UNIT * apart) & (divergence.kind == "tvd")
     return _Diverged(
         scale=scale,
-        element=rows_of * (abs(columns.own) + p * (from_centre.abs() + mean)),
+        element=rows_of * ((columns.own + torch.zeros_like(p)).abs() + p * (from_centre.abs() + mean)),
         apart=rows_of * (of_own + of_slope),
         own=rows_of * torch.maximum(p, q),
         term=weight * columns.term.sum(-1),

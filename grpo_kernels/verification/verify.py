@@ -92,7 +92,7 @@ class Case:
         """Some of the sequences as a batch of their own."""
         known = {k: v[ALONE] if isinstance(v, Tensor) else v for k, v in self.options.items()}
         if "teacher" in known:
-            known["teacher"] = Teacher(logits=known["teacher"].logits[ALONE])
+            known["teacher"] = Teacher(logits=self.options["teacher"].logits[ALONE])
         return Case(self.logits[ALONE], self.token_ids[ALONE], self.advantages[ALONE], self.mask[ALONE], known)
 
 
