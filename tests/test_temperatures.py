@@ -74,7 +74,7 @@ def check_rows(case: Case, temperature: Tensor, run) -> None:
         seen += int(rows.sum())
         for tensor, wanted in zip(found, run(number), strict=True):
             assert torch.equal(tensor[rows], wanted[rows])
-    assert seen == int(case.mask.sum()) > 20
+    assert seen == int(case.mask.sum()) > 10
     for tensor in found:
         assert (tensor[~case.mask] == 0).all()
 
@@ -86,6 +86,7 @@ PASSES = {
 }
 
 
+@pytest.mark.sample(triton=3)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("passes", PASSES)
@@ -134,6 +135,7 @@ def support_of(case: Case, support):
     return kept if support == "mask" else Recorded.from_counts(kept.nonzero()[:, -1], kept.sum(-1))
 
 
+@pytest.mark.sample(triton=2, cuda=2)
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("support", SUPPORTS, ids=str)
 def test_truncated_supports(backend, support, cap, monkeypatch):
@@ -348,11 +350,12 @@ def test_fp16_gradients_are_scaled_by_the_coldest_row():
 # A teacher
 
 
+@pytest.mark.sample(triton=1, cuda=2)
 @pytest.mark.parametrize("own", [None, 1.3])
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_divergences(backend, kind, own):
     """The teacher's rows have the policy's temperatures, or the number that its divergence has."""
-    case = make(spread=1.0)
+    case = make(batch=4, length=6, spread=1.0)
     divergence = Divergence(kind, coef=0.5, teacher_temperature=own)
     teacher = Teacher(logits=torch.randn(case.logits.shape, generator=torch.Generator().manual_seed(5)))
     temperature, g = of_rows(case.mask), torch.randn(case.mask.shape)
@@ -460,7 +463,7 @@ def test_old_log_probs_of_the_same_temperatures(backend, nothing_said_yet):
     old = token_log_probs(case.logits, case.token_ids, case.mask, temperature=temperature, backend=backend)
     assert old.made.temperature == provenance.UNKNOWN
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)  # Triton's interpreter has others
         given = {**case.options, "old_log_probs": old}
         out = grpo_loss(case.logits, *case.arguments, **given, temperature=temperature, backend=backend)
     assert out.metrics.ratio_min == out.metrics.ratio_max == 1
