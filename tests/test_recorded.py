@@ -23,6 +23,7 @@ from grpo_kernels import (
     hf,
     linear_grpo_loss,
     linear_token_log_probs,
+    split_context,
     token_log_probs,
 )
 from grpo_kernels.backends import sets as rows_of_sets
@@ -371,6 +372,16 @@ def test_a_key_takes_what_it_takes_of_the_ids(key):
     assert part.ids.dtype == recorded.ids.dtype
 
 
+def test_parts_of_a_sequence():
+    """What ``split_context`` leaves on a rank, padding aside."""
+    ids = torch.randint(30, (2, 11))
+    recorded = draw(ids[:, 1:], 30)
+    for rank in (0, 1):
+        part = split_context(ids, torch.ones_like(ids), rank, 2)
+        found = mask_of(recorded[:, part.index.clamp(max=9)], 30)
+        assert torch.equal(found & part.mask[..., None], part.take(mask_of(recorded, 30)) & part.mask[..., None])
+
+
 def test_moves_with_a_batch():
     recorded = draw(torch.zeros(2, 3, dtype=torch.int64), 10)
     moved = hf.batch(token_ids=torch.zeros(2, 3, dtype=torch.int64), support=recorded).to("meta")["support"]
@@ -492,6 +503,37 @@ def test_only_what_is_wanted(form):
         found = linear_token_log_probs(*problem.leaves, problem.ids, problem.mask, support=options["support"])
     assert torch.equal(found.log_probs, out.log_probs)
     assert not found.log_probs.requires_grad
+
+
+def test_nothing_to_compute(form):
+    """No sequences, no tokens, and none that is live."""
+    problem = Problem()
+    support = draw(problem.ids, 97)
+    for key in (slice(0, 0), (slice(None), slice(0, 0))):
+        ids, sets = problem.ids[key], support[key]
+        leaf = torch.randn(*ids.shape, 97, requires_grad=True)
+        token_log_probs(leaf, ids, support=sets).log_probs.sum().backward()
+        assert leaf.grad.shape == leaf.shape
+        states = torch.randn(*ids.shape, 16, requires_grad=True)
+        linear_token_log_probs(states, problem.weight.detach(), ids, support=sets).log_probs.sum().backward()
+        assert states.grad.shape == states.shape
+    problem.mask[:] = False
+    out, gradients = problem.run(support=support)
+    assert out.loss == 0
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_autocast(form):
+    """Operands as a linear layer would have them, gradients in the leaves' dtypes."""
+    problem = Problem(rank=3)
+    support = draw(problem.ids, 97)
+    with torch.autocast("cpu", torch.bfloat16):
+        out, gradients = problem.run(support=support)
+        wanted, others = problem.run(support=mask_of(support, 97))
+    torch.testing.assert_close(out.loss, wanted.loss, rtol=5e-3, atol=0)
+    for mine, other in zip(gradients, others, strict=True):
+        assert mine.dtype == torch.float32
+        assert (mine - other).norm() < 0.01 * other.norm()
 
 
 def test_which_form_follows_from_shapes():
