@@ -26,12 +26,19 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter")
 
 
-def rows_of(logits: Tensor, live: Tensor, temperature: Tensor | float = 1.0, cap: float | None = None) -> Rows:
-    """Rows of (B, T or more, V) logits, with a temperature each where a tensor is given; scale 0.75, mix 0.3."""
+def rows_of(
+    logits: Tensor,
+    live: Tensor,
+    temperature: Tensor | float = 1.0,
+    cap: float | None = None,
+    scale: float = 0.75,
+    mix: float = 0.3,
+) -> Rows:
+    """Rows of (B, T or more, V) logits, with a temperature each where a tensor is given."""
     real = torch.float64 if logits.dtype == torch.float64 else torch.float32
     own = temperature if isinstance(temperature, Tensor) else None
-    args = LogitArgs(1.0 if own is not None else temperature, 0.75, cap)
-    numbers = numbers_vector(args, 1.0, LossConfig(divergence=Divergence(mix=0.3)), real, logits.device)
+    args = LogitArgs(1.0 if own is not None else temperature, scale, cap)
+    numbers = numbers_vector(args, 1.0, LossConfig(divergence=Divergence(mix=mix)), real, logits.device)
     ids = torch.randint(logits.shape[-1], live.shape, generator=torch.Generator().manual_seed(3))
     return Rows(logits, ids, live, numbers, cap is not None, None if own is None else own.to(real))
 
@@ -135,6 +142,151 @@ def test_values_and_gradients(kind, layout):
     unweighted = rows.row_view(backward(differed, weight))
     alone = truth(rows, teacher, kind, weight, 0 * g, 0 * h)[1]
     assert (unweighted - alone).abs().max() <= (1.01 * ROUNDING[dtype] + 2 * real) * alone.abs().max() + 2.0**-24
+
+
+def pair(z: list[float], u: list[float], token: int = 0) -> tuple[Rows, Rows]:
+    """One row and its teacher's, of scale 1 and mix ½."""
+    live = torch.ones(1, 1, dtype=torch.bool)
+    both = [rows_of(torch.tensor([[x]]), live, scale=1.0, mix=0.5) for x in (z, u)]
+    return tuple(rows._replace(token_ids=torch.full((1, 1), token)) for rows in both)
+
+
+INF = math.inf
+UNIFORM, HALVES = [0.0, 0.0, 0.0], [0.0, 0.0, -INF]
+NONE = [math.nan] * 3
+HAND = {
+    ("forward_kl", True): (0.405465, [-1 / 6, -1 / 6, 1 / 3]),
+    ("reverse_kl", True): (INF, NONE),
+    ("mixed_kl", True): (INF, NONE),
+    ("jsd", True): (0.132304, [-0.050905, -0.050905, 0.101810]),
+    ("tvd", True): (1 / 3, [-1 / 9, -1 / 9, 2 / 9]),
+    ("forward_kl", False): (INF, [1 / 6, 1 / 6, -1 / 3]),
+    ("reverse_kl", False): (0.405465, [0.0, 0.0, 0.0]),
+    ("mixed_kl", False): (INF, NONE),
+    ("jsd", False): (0.132304, [0.0, 0.0, 0.0]),
+    ("tvd", False): (1 / 3, [0.0, 0.0, 0.0]),
+}
+"""D and its gradient, of the uniform distribution on three columns from one that lacks the third; False: exchanged."""
+
+
+@pytest.mark.parametrize("token", [0, 2])
+@pytest.mark.parametrize("case", HAND, ids=str)
+def test_impossible_columns(case, token):
+    """By hand; the log-prob and the entropy have no part, and the token may be the impossible one."""
+    kind, of_teacher = case
+    rows, teacher = pair(*((UNIFORM, HALVES) if of_teacher else (HALVES, UNIFORM)), token)
+    differed = differ(rows, teacher, kind)
+    value, gradient = HAND[case]
+    torch.testing.assert_close(differed[-1].divergence[0, 0], torch.tensor(value), rtol=2e-6, atol=0)
+    found = backward(differed, torch.ones(1, 1))[0, 0]
+    torch.testing.assert_close(found, torch.tensor(gradient), rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_columns_that_both_lack(kind):
+    """Have no part: the rest is what it is without them, and their gradient is 0."""
+    live = torch.ones(1, 2, dtype=torch.bool)
+    z, u = 2 * torch.randn(2, 1, 2, 40)
+    z[..., 32:], u[..., 32:] = -INF, -INF
+    given = [rows_of(values, live)._replace(token_ids=torch.tensor([[3, 17]])) for values in (z, u)]
+    fewer = [rows._replace(logits=rows.logits[..., :32].contiguous()) for rows in given]
+    differed, wanted = differ(*given, kind), differ(*fewer, kind)
+    torch.testing.assert_close(differed[-1].divergence, wanted[-1].divergence, rtol=1e-6, atol=0)
+    gradient = backward(differed, torch.ones(1, 2))
+    torch.testing.assert_close(gradient[..., :32], backward(wanted, torch.ones(1, 2)), rtol=1e-5, atol=1e-8)
+    assert (gradient[..., 32:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_rows(kind):
+    """D is 0, and so is the gradient, to the bit: whatever the token, in another dtype too."""
+    live, logits = torch.ones(2, 3, dtype=torch.bool), (9 * torch.randn(2, 3, 3000)).bfloat16()
+    logits[0, 0, 100:200] = -INF
+    logits[0, 1, 5] += 40
+    temperature = 0.5 + torch.rand(2, 3)
+    differed = differ(*(rows_of(values, live, temperature) for values in (logits, logits.float())), kind)
+    assert all((number == 0).all() for number in differed[-1])
+    assert (backward(differed, torch.randn(2, 3)) == 0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_nothing_can_be_said_of(kind):
+    """A NaN, or no possible column, of either row spoils that row alone; not where the divergence has no weight."""
+    live, weight, g = torch.ones(1, 7, dtype=torch.bool), torch.ones(1, 7), torch.randn(1, 7)
+    z, u = torch.randn(2, 1, 7, 2100)
+    z[0, 0, 7], u[0, 1, 2099], z[0, 2], u[0, 3] = math.nan, math.nan, -INF, -INF
+    u[0, 4, 8], weight[0, 4], weight[0, 6] = math.nan, 0, 0
+    rows, teacher = rows_of(z, live), rows_of(u, live)
+    differed = differ(rows, teacher, kind)
+    spoiled = torch.tensor([True] * 5 + [False] * 2)
+    for number in (differed[-1].divergence, differed[-1].mean):
+        assert number[0].isnan().equal(spoiled)
+    gradient = backward(differed, weight, g)
+    assert gradient[0].isnan().any(-1).equal(spoiled & (weight[0] != 0))
+    assert gradient[0, :4].isnan().all()
+    alone = torch.empty_like(z)
+    backends.get("triton").log_probs_backward(*differed[:2], RowGradients(g, None), alone)
+    assert torch.equal(gradient[0, [4, 6]], alone[0, [4, 6]])
+
+
+CONFIDENT = {"forward_kl": 2.06115e-9, "reverse_kl": 1.48049e-9, "jsd": 4.25135e-10}
+
+
+@pytest.mark.parametrize("token", [0, 1])
+@pytest.mark.parametrize("kind", CONFIDENT)
+def test_confident_rows(kind, token):
+    """Logits (20, 0, 0, 0) from (20, 1, 0, 0), where differences of fp32 logarithms are 0. Relative to another token
+    than the confident one both log-sums have an error of 1e-6, 500 times D."""
+    differed = differ(*pair([20.0, 0, 0, 0], [20.0, 1, 0, 0], token), kind)
+    assert float(differed[-1].divergence) == pytest.approx(CONFIDENT[kind], rel=5e-6)
+    gradient = backward(differed, torch.ones(1, 1))
+    exact = truth(*differed[:1], differed[2], kind, *torch.tensor([1.0, 0, 0])[:, None, None])[1].float()
+    torch.testing.assert_close(gradient, exact, rtol=2e-5, atol=1e-13)
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("kind", ["reverse_kl", "mixed_kl", "jsd", "tvd"])
+def test_a_confident_column_among_many(kind, drawn):
+    """Its gradient is the small rest of large numbers, whether the centre comes first in its lane or last."""
+    z = torch.randn(2, 4200)
+    u = z + 0.5 * torch.randn(2, 4200)
+    for row, column in enumerate((3, 4190)):
+        z[row, column], u[row, column] = 28.0, 27.5
+    live = torch.ones(1, 2, dtype=torch.bool)
+    ids = torch.tensor([[3, 4190]]) if drawn else torch.tensor([[5, 7]])
+    both = [rows_of(values[None], live, scale=1.0)._replace(token_ids=ids) for values in (z, u)]
+    zero = torch.zeros(1, 2)
+    exact = truth(*both, kind, zero + 1, zero, zero)[1]
+    found = backward(differ(*both, kind), zero + 1).double()
+    for row, column in enumerate((3, 4190)):
+        assert float(found[0, row, column]) == pytest.approx(float(exact[0, row, column]), rel=1e-5)
+    assert found.sum(-1).abs().max() < 1e-5 * exact.abs().amax(-1).min()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_of_a_row(dtype):
+    """Are the same in any batch, on any address, and in place."""
+    live, ids = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[5, 70, 2100]])
+    z, u = (2 * torch.randn(2, 1, 3, 2101)).to(dtype)
+    g, weight = torch.randn(2, 1, 3)
+
+    def computed(logits: Tensor, teacher: Tensor, rows: slice = slice(None)) -> list[Tensor]:
+        given = [
+            rows_of(values[:, rows], live[:, rows])._replace(token_ids=ids[:, rows]) for values in (logits, teacher)
+        ]
+        differed = differ(*given, "mixed_kl")
+        out = given[0].logits
+        backends.get("triton").divergence_backward(*differed, RowGradients(g[:, rows], None), weight[:, rows], out)
+        return [*differed[-1], out.clone()]
+
+    def moved(values: Tensor, by: int) -> Tensor:
+        return torch.zeros(1, 4, 2200, dtype=dtype)[:, 1:, by : by + 2101].copy_(values)
+
+    whole = computed(z.clone(), u.clone())
+    for found in (computed(moved(z, 0), moved(u, 1)), computed(moved(z, 3), moved(u, 8))):
+        assert all(torch.equal(a, b) for a, b in zip(found, whole, strict=True))
+    alone = computed(z.clone(), u.clone(), slice(2, 3))
+    assert all(torch.equal(a, b[:, 2:]) for a, b in zip(alone, whole, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ class DivergenceStats(NamedTuple):
     over terms that are small where p and q are close has the digits that the two logarithms lost."""
     centre: Tensor
     """d at the column of the policy's largest value: slopes are relative to it, as p·(d - KL) of a confident column
-    would cancel. Bit for bit what the formula gives there."""
+    would cancel. Bit for bit what the backend's gradient has there, by the formula or with more digits."""
     mean: Tensor
     """Σ_j p_j·(slope_j - slope at centre); NaN where D is infinite and has no gradient."""
 

@@ -18,6 +18,7 @@ MIXED_KL = tl.constexpr(2)
 JSD = tl.constexpr(3)
 SKEW_FORWARD_KL = tl.constexpr(4)
 SKEW_REVERSE_KL = tl.constexpr(5)
+TVD = tl.constexpr(6)
 
 
 @triton.jit
@@ -74,7 +75,7 @@ def minus(p, q, d):
 @triton.jit
 def columns_of(KIND: tl.constexpr, p, q, d, mix):
     """Return term, own and slope of columns: p, q and d = log(p/q), which is 0 where both are 0."""
-    zero = d * 0
+    zero = p * 0  # d may be infinite
     rest = 1 - mix
     if KIND == FORWARD_KL:
         return kl_term(q, -d, p), minus(p, q, d), zero
@@ -95,3 +96,18 @@ def columns_of(KIND: tl.constexpr, p, q, d, mix):
     else:
         sign = tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, d))
         return tl.abs(minus(p, q, d)) * 0.5, zero, sign
+
+
+@triton.jit
+def of_error(KIND: tl.constexpr, excess, slopes, mix):
+    """Return what a small error in d of many columns makes of their terms, per unit: f''(1)·Σ(p - q), or where f has a
+    corner, Σ p·slope; ``excess`` is that of the mean between the erring columns and the right ones."""
+    rest = 1 - mix
+    if KIND == TVD:
+        return slopes
+    elif KIND == JSD:
+        return mix * rest * excess
+    elif KIND > JSD:
+        return rest * rest * excess
+    else:
+        return excess

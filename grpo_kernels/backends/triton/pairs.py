@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .divergences import FORWARD_KL, columns_of, minus
+from .divergences import FORWARD_KL, TVD, columns_of, minus, of_error
 from .gradient import fill, write_gradient
 from .maths import divide, log1p, tanh_derivative, to_power
 from .rows import (
@@ -25,7 +25,7 @@ from .rows import (
     value_of,
     values_of,
 )
-from .surrogates import DIVERGENCE_MIX
+from .surrogates import DIVERGENCE_MIX, nothing
 
 
 @triton.jit
@@ -60,21 +60,37 @@ def distance_of(x, y, distances, shift):
 
 
 @triton.jit
+def is_likely(p):
+    """Whether a column's d is the centre's: of one column at most, the largest."""
+    return p > 0.75
+
+
+@triton.jit
 def slope_at(KIND: tl.constexpr, d, mix):
     """Return the slope at d, which no probability has a part in."""
-    one = d * 0 + 1
+    one = nothing(d) + 1
     return columns_of(KIND, one, one, d, mix)[2]
 
 
 @triton.jit
-def add_pairs(
+def add_columns(total, excess, mass, slopes, x, y, policy, teacher, distances, shift, mix, KIND: tl.constexpr):
+    """Add columns, by the values of both rows, to the sums of terms, of p - q, of p and of p·slope."""
+    p, q = probability(x, policy), probability(y, teacher)
+    d = distance_of(x, y, distances, shift)[1]
+    term, _, slope = columns_of(KIND, p, q, d, mix)
+    if KIND != FORWARD_KL:
+        slopes += tl.where(p == 0, 0, p * slope)
+    return total + term, excess + minus(p, q, d), mass + p, slopes
+
+
+@triton.jit
+def add_block_of_pairs(
     total,
     excess,
-    largest,
-    at_largest,
-    centre,
     mass,
-    mean,
+    slopes,
+    largest,
+    beside,
     row,
     teacher_row,
     start,
@@ -91,28 +107,49 @@ def add_pairs(
     TEACHER_SOFTCAP: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    """Add a block of columns, lane by lane: terms, p - q, and p·(slope - slope at the centre).
-
-    A lane's centre is the column of its largest value so far. A new one moves the sum of slopes by the mass of the
-    columns before it, each of which is less likely: no likely column has a part in the sum, or it would cancel.
-    """
+    """``add_columns`` of a block, lane by lane, but for the column of a lane's largest value so far, whose values of
+    both rows are kept: a new one comes in its place, and it into the sums."""
     x = load_block(row, start, vocab, numbers, BLOCK, MASKED)
     x = values_of(x, start, vocab, policy[0], BLOCK, MASKED, SOFTCAP)
     y = load_block(teacher_row, start, vocab, numbers, BLOCK, MASKED)
     y = values_of(y, start, vocab, teacher[0], BLOCK, MASKED, TEACHER_SOFTCAP)
+    larger = x > largest
+    less_x = tl.where(larger, largest, x)
+    less_y = tl.where(larger, beside, y)
+    total, excess, mass, slopes = add_columns(
+        total, excess, mass, slopes, less_x, less_y, policy, teacher, distances, shift, mix, KIND
+    )
+    return total, excess, mass, slopes, tl.where(larger, x, largest), tl.where(larger, y, beside)
+
+
+@triton.jit
+def finish_divergence(total, excess, mass, slopes, x, y, policy, teacher, distances, shift, mix, KIND: tl.constexpr):
+    """Return the numbers of ``DivergenceStats`` from the sums over all columns but that of the policy's largest value,
+    which are x and y.
+
+    The log-sums, which are relative to the sampled token, have an error that d has in all columns; Σ p - q over all of
+    them is what it makes of 0, and so what it makes of their terms is known. A likely column's own d, of which little
+    may be left in fp32, follows from the others: p - q = -Σ_others p - q.
+    """
     p, q = probability(x, policy), probability(y, teacher)
     t, d = distance_of(x, y, distances, shift)
-    term, _, slope = columns_of(KIND, p, q, d, mix)
-    larger = x > largest
+    error = log1p(excess + minus(p, q, d))
+    corrected = shift - error
+    centre = tl.fma(t, distances[2], corrected)
+    by_others = log1p(divide(error * mass - excess, tl.where(q > 0, q, 1)))
+    centre = tl.where(is_likely(p) & (tl.abs(centre) < 1) & (q > 0), by_others, centre)
+
+    value = total - error * of_error(KIND, excess - error * mass * 0.5, slopes, mix)
+    value += columns_of(KIND, p, q, centre, mix)[0]
+    mean = slopes * 0
     if KIND != FORWARD_KL:
-        moved = tl.where(larger, slope, centre)
-        mean += tl.where(larger & (mass > 0), (centre - moved) * mass, 0)
-        mean += tl.where(p == 0, 0, p * (slope - moved))
-        mass += p
-        centre = moved
-    largest = tl.where(larger, x, largest)
-    at_largest = tl.where(larger, t, at_largest)
-    return total + term, excess + minus(p, q, d), largest, at_largest, centre, mass, mean
+        # With the error that the columns beside it have: only the difference counts. A step has none.
+        at_centre = slope_at(KIND, centre if KIND == TVD else d, mix)
+        mean = slopes - tl.where(mass > 0, at_centre * mass, 0)
+        mean = tl.where(value == float("inf"), float("nan"), mean)
+    known = shift == shift
+    nan = float("nan")
+    return tl.where(known, value, nan), corrected, centre, tl.where(known, mean, nan)
 
 
 @triton.jit
@@ -174,21 +211,19 @@ def divergence_kernel(
 
     total = tl.zeros([BLOCK], real)
     excess = total
-    largest = total - float("inf")
-    at_largest = total
-    at_centre = total
     mass = total
     slopes = total
+    largest = total - float("inf")
+    beside = largest
     whole = vocab // BLOCK * BLOCK
     for start in tl.range(0, whole, BLOCK, num_stages=STAGES):
-        total, excess, largest, at_largest, at_centre, mass, slopes = add_pairs(
+        total, excess, mass, slopes, largest, beside = add_block_of_pairs(
             total,
             excess,
-            largest,
-            at_largest,
-            at_centre,
             mass,
             slopes,
+            largest,
+            beside,
             row,
             teacher_row,
             start,
@@ -206,14 +241,13 @@ def divergence_kernel(
             KIND,
         )
     if whole < vocab:
-        total, excess, largest, at_largest, at_centre, mass, slopes = add_pairs(
+        total, excess, mass, slopes, largest, beside = add_block_of_pairs(
             total,
             excess,
-            largest,
-            at_largest,
-            at_centre,
             mass,
             slopes,
+            largest,
+            beside,
             row,
             teacher_row,
             whole,
@@ -231,19 +265,18 @@ def divergence_kernel(
             KIND,
         )
 
-    at_top = tl.max(tl.where(largest == tl.max(largest, 0), at_largest, -float("inf")), 0)
-    # Not by the corrected shift: the slope at the centre has to be that of the columns beside it.
-    at_top_slope = slope_at(KIND, tl.fma(at_top, distances[2], between), mix)
-    slopes += tl.where(mass > 0, (at_centre - at_top_slope) * mass, 0)
-    value, rest = lane_sums(total, excess, SWEEP, ALIGNMENT)
-    mean_slope, _ = lane_sums(slopes, slopes, SWEEP, ALIGNMENT)
-    corrected = between - log1p(rest)
-    if KIND != FORWARD_KL:
-        mean_slope = tl.where(value == float("inf"), float("nan"), mean_slope)
-    nan = float("nan")
-    value = tl.where(between == between, value, nan)
-    mean_slope = tl.where(between == between, mean_slope, nan)
-    values = (value, corrected, tl.fma(at_top, distances[2], corrected), mean_slope)
+    x = tl.max(largest, 0)
+    lane = tl.arange(0, BLOCK)
+    first = lane == tl.min(tl.where(largest == x, lane, BLOCK), 0)
+    y = tl.max(tl.where(first, beside, -float("inf")), 0)
+    largest = tl.where(first, -float("inf"), largest)
+    beside = tl.where(first, -float("inf"), beside)
+    total, excess, mass, slopes = add_columns(
+        total, excess, mass, slopes, largest, beside, policy, teacher, distances, between, mix, KIND
+    )
+    total, excess = lane_sums(total, excess, SWEEP, ALIGNMENT)
+    mass, slopes = lane_sums(mass, slopes, SWEEP, ALIGNMENT)
+    values = finish_divergence(total, excess, mass, slopes, x, y, policy, teacher, distances, between, mix, KIND)
     store_divergence(row_index, divergence, shift, centre, mean, values)
 
 
@@ -326,7 +359,8 @@ def divergence_gradient_kernel(
     mix = tl.load(numbers + DIVERGENCE_MIX)
     row_shift = tl.load(shift + row_index)
     row_mean = tl.load(mean + row_index)
-    at_centre = slope_at(KIND, tl.load(centre + row_index), mix)
+    row_centre = tl.load(centre + row_index)
+    at_centre = slope_at(KIND, row_centre, mix)
     void = (row_mean + row_shift) * 0  # NaN in the whole row, where the row has one
     weight = weight * mapping[2]
     for i in tl.range(0, last - first):
@@ -337,7 +371,7 @@ def divergence_gradient_kernel(
         value = value_of(x, mapping[0], mapping[1], SOFTCAP)
         teacher_value = value_of(y, teacher[0][0], teacher[0][1], TEACHER_SOFTCAP)
         p, q = probability(value, policy), probability(teacher_value, teacher)
-        d = distance_of(value, teacher_value, distances, row_shift)[1]
+        d = tl.where(is_likely(p), row_centre, distance_of(value, teacher_value, distances, row_shift)[1])
         own, slope = columns_of(KIND, p, q, d, mix)[1:3]
         gradient = (own + tl.where(p == 0, 0, p * ((slope - at_centre) - row_mean)) + void) * weight
         if SOFTCAP:
