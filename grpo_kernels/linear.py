@@ -37,7 +37,7 @@ from .calls.sharding import (
 from .calls.support import Support, check_support, said_of
 from .calls.support_sweep import how_swept, supported_sweep
 from .calls.sweep import LinearLogProbs, LinearLoss, Sweep
-from .calls.teacher import Teacher, first_columns
+from .calls.teacher import Teacher, check_is_teacher, first_columns
 from .calls.teacher_rows import SweptTeacher, read_teacher_states
 from .calls.temperature import read_temperatures
 from .calls.terms import Diverged, TokenBatch, pools, settle
@@ -399,8 +399,9 @@ def beside_teacher(
 ) -> tuple[Teacher, tuple[Tensor, Tensor | None, _Adapter]]:
     """Return teacher and head (weight, bias, adapter) over the columns that count."""
     weight, bias, adapter = head
+    check_is_teacher(function, teacher)
     refuse_shards(function, vocab_group, vocab_start, (weight, hidden))
-    if vocab_size is None or not isinstance(teacher, Teacher):
+    if vocab_size is None:
         return teacher, head
     of_adapter = adapter[1] if isinstance(adapter, tuple) and len(adapter) == 2 else None
     teacher, (own, own_bias, own_adapter) = first_columns(function, vocab_size, teacher, 0, weight, bias, of_adapter)

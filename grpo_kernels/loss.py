@@ -44,7 +44,7 @@ from .calls.sharding import (
     vocabulary_agreement,
 )
 from .calls.support import Support, check_support, how_read, said_of, supported_log_probs
-from .calls.teacher import Teacher, first_columns
+from .calls.teacher import Teacher, check_is_teacher, first_columns
 from .calls.temperature import read_temperatures
 from .calls.terms import Diverged, Settled, TokenBatch, reduce_records, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
@@ -178,6 +178,7 @@ def grpo_loss(
     if sequence_group is not None and not isinstance(sequence_group, Agreed):
         return over_ranks(grpo_loss, locals())
     if teacher is not None:
+        check_is_teacher("grpo_loss", teacher)
         refuse_shards("grpo_loss", vocab_group, vocab_start, (logits, token_ids))
         if vocab_size is not None:
             teacher, (logits,) = first_columns("grpo_loss", vocab_size, teacher, -1, logits)  # type: ignore[assignment]

@@ -114,11 +114,17 @@ class Teacher:
         return Teacher(**moved)
 
 
-def check_teacher(function: str, teacher: object, divergence: Divergence | None) -> None:
-    """Raise where one of the two is missing."""
-    if teacher is not None and not isinstance(teacher, Teacher):
+def check_is_teacher(function: str, teacher: object) -> None:
+    """Raise where a teacher is something else, its logits perhaps."""
+    if not isinstance(teacher, Teacher):
         hint = "Teacher(logits=...), Teacher(hidden=..., weight=...) or Teacher(token_ids=..., log_probs=...)"
         fail(function, "teacher= to be a Teacher", type(teacher).__name__, hint=hint, error=TypeError)
+
+
+def check_teacher(function: str, teacher: object, divergence: Divergence | None) -> None:
+    """Raise where one of the two is missing."""
+    if teacher is not None:
+        check_is_teacher(function, teacher)
     if divergence is not None and teacher is None:
         hint = "divergence=None leaves the term out"
         fail(function, f"teacher= for {divergence!r}", "none", hint=hint)
