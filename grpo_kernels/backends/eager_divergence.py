@@ -65,7 +65,7 @@ def divergence(
 def _diverge(pair: _Pair, kind: int, mix: Tensor) -> DivergenceStats:
     d = pair.log_odds(pair.shift)
     columns = _KINDS[kind].columns(pair.p, pair.q, d, mix)
-    value = _sum(columns.term)
+    value = _sum(columns.term) + pair.shift * 0  # NaN where either row has one
     shift = pair.shift - torch.log1p(_sum(minus(pair.p, pair.q, d)))
     largest = pair.policy.argmax(-1, keepdim=True)
     centre = pair.distance.gather(-1, largest) * pair.factor + shift
