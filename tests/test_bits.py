@@ -13,8 +13,9 @@ import pytest
 import torch
 from cases import INTERPRETED, make
 
-from grpo_kernels import Clip, LossConfig, grpo_loss, token_log_probs
+from grpo_kernels import Clip, Divergence, LossConfig, Teacher, grpo_loss, token_log_probs
 from grpo_kernels.backends import cpu
+from grpo_kernels.objectives.divergence import KINDS
 from grpo_kernels.verification.verify import complete
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -121,6 +122,11 @@ def outputs(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> list[torch
         ):
             out, gradient = case.run("cpu", **options)
             results += [out.loss, out.log_probs, out.entropy, gradient, out.metrics.vector]
+        for kind, level in itertools.product(KINDS, ("token", "sequence")):
+            config = LossConfig(Clip(), level=level, divergence=Divergence(kind, mix=0.3))
+            teacher = Teacher(logits=case.logits.roll(1, -1))
+            out, gradient = case.run("cpu", config=config, teacher=teacher, grad_scale=1.0)
+            results += [out.loss, gradient, out.metrics.vector]
     return results
 
 
@@ -181,7 +187,7 @@ def test_emulated_avx512_agrees_bitwise(monkeypatch, tmp_path):
         subprocess.run([compiler, *arguments], check=True, timeout=500)
     loaded = ctypes.CDLL(str(library))
     loaded.grpo_cpu_scratch.restype = ctypes.c_int64
-    loaded.grpo_cpu_scratch.argtypes = [ctypes.c_int64, ctypes.c_int32]
+    loaded.grpo_cpu_scratch.argtypes = [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
     calls = []
     original = loaded.grpo_cpu_fused_loss
 

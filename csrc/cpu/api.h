@@ -6,7 +6,7 @@
 
 extern "C" {
 
-#define GRPO_CPU_ABI_VERSION 7
+#define GRPO_CPU_ABI_VERSION 8
 
 typedef enum { kGeneric, kAVX2, kAVX512, kInstructionSets } GrpoInstructionSet;
 typedef enum { kOk, kTokenIdOutOfRange, kUnsupportedInstructionSet, kUnknownDtype } GrpoStatus;
@@ -36,9 +36,9 @@ struct GrpoCpuTokenSums : GrpoTokenInputs, GrpoTokenRecords {
 GRPO_EXPORT int64_t grpo_cpu_abi(void);
 // Bit i: instruction set i can run here.
 GRPO_EXPORT int32_t grpo_cpu_instruction_sets(void);
-// How many reals of scratch a thread needs, with and without room for a row's exponentials (the fused loss of half
-// precision logits keeps them there).
-GRPO_EXPORT int64_t grpo_cpu_scratch(int64_t vocab, int32_t exponentials);
+// How many reals of scratch a thread needs for one row or a pair of rows, with and without room for their exponentials
+// (the fused loss of half precision logits keeps them there, and fused_divergence those of a pair).
+GRPO_EXPORT int64_t grpo_cpu_scratch(int64_t vocab, int32_t rows, int32_t exponentials);
 
 // How many numbers of scratch token_sums needs.
 GRPO_EXPORT int64_t grpo_cpu_partial_sums(int64_t rows);
@@ -46,6 +46,10 @@ GRPO_EXPORT int64_t grpo_cpu_partial_sums(int64_t rows);
 GRPO_EXPORT int32_t grpo_cpu_log_probs(GrpoCpuParams*);
 GRPO_EXPORT int32_t grpo_cpu_log_probs_backward(GrpoCpuParams*);
 GRPO_EXPORT int32_t grpo_cpu_fused_loss(GrpoCpuParams*);
+// Of a row beside its teacher's: both are fp64, or neither.
+GRPO_EXPORT int32_t grpo_cpu_divergence(GrpoCpuParams*);
+GRPO_EXPORT int32_t grpo_cpu_divergence_backward(GrpoCpuParams*);
+GRPO_EXPORT int32_t grpo_cpu_fused_divergence(GrpoCpuParams*);
 // The per-token maths alone: log_prob and the inputs of fused_loss in; policy, kl, flags and grad_log_prob out.
 GRPO_EXPORT int32_t grpo_cpu_token_terms(GrpoCpuParams*);
 GRPO_EXPORT int32_t grpo_cpu_token_sums(const GrpoCpuTokenSums*);
@@ -56,4 +60,7 @@ struct GrpoCpuKernels {
   int32_t (*log_probs)(GrpoCpuParams*);
   int32_t (*log_probs_backward)(GrpoCpuParams*);
   int32_t (*fused_loss)(GrpoCpuParams*);
+  int32_t (*divergence)(GrpoCpuParams*);
+  int32_t (*divergence_backward)(GrpoCpuParams*);
+  int32_t (*fused_divergence)(GrpoCpuParams*);
 };

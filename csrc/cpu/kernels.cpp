@@ -1,9 +1,10 @@
-// The three vocabulary kernels over rows, compiled once for each instruction set (GRPO_ISA_NAME).
+// The vocabulary kernels over rows, compiled once for each instruction set (GRPO_ISA_NAME).
 // Everything but the table below has internal linkage: a function shared between the copies would run
 // with whichever instruction set the linker happened to keep.
 #include "../common/terms.h"
 #include "api.h"
 #include "row.h"
+#include "row_pair.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -16,13 +17,16 @@ template <class T, class V>
 struct Call {
   using scalar = typename V::scalar;
   GrpoCpuParams* p;
-  LogitMap<V> map;
+  LogitMap<V> shared;  // of the rows that have no temperature of their own
 
-  explicit Call(GrpoCpuParams* params) : p(params), map(grpo::logit_map(numbers())) {}
+  explicit Call(GrpoCpuParams* params) : p(params), shared(grpo::logit_map(numbers())) {}
 
   const scalar* numbers() const { return static_cast<const scalar*>(p->numbers); }
   static scalar at(const void* values, int64_t r) { return static_cast<const scalar*>(values)[r]; }
   static void put(void* values, int64_t r, double x) { static_cast<scalar*>(values)[r] = scalar(x); }
+  LogitMap<V> map_of(int64_t r) const {
+    return p->temperature ? grpo::logit_map(numbers(), at(p->temperature, r)) : shared;
+  }
   int64_t target(int64_t r) const { return p->token_ids[r]; }
   const T* row(int64_t r) const {
     return static_cast<const T*>(p->logits) + r / p->length * p->batch_stride + r % p->length * p->row_stride;
@@ -38,7 +42,7 @@ struct Call {
       for (int64_t j = 0; j < p->vocab; ++j) store_one<V>(out + j, scalar(x));
     }
   }
-  RowStats stats(int64_t r) const {
+  RowStats stats(int64_t r, const LogitMap<V>& map) const {
     if (map.softcap) return row_stats<V, true, false>(row(r), p->vocab, target(r), map, nullptr, nullptr);
     return row_stats<V, false, false>(row(r), p->vocab, target(r), map, nullptr, nullptr);
   }
@@ -48,8 +52,14 @@ struct Call {
     put(p->anchor, r, stats.anchor);
     put(p->log_sum, r, stats.log_sum);
   }
+  // Writes the token's terms; returns d loss / d log_prob.
+  scalar slope(int64_t r) const {
+    const grpo::TokenTerms<scalar> terms = grpo::terms_at<scalar>(*p, r);
+    grpo::put_terms<scalar>(*p, r, terms);
+    return terms.slope;
+  }
   // From the rounded outputs, so that one pass and two passes write the same bits where both come here.
-  void gradient(int64_t r, double g, double h) const {
+  void gradient(int64_t r, const LogitMap<V>& map, double g, double h) const {
     if (g == 0 && h == 0) return fill(r, 0);
     const RowStats stats{at(p->log_prob, r), at(p->entropy, r), at(p->anchor, r), at(p->log_sum, r), NAN};
     if (stats.log_sum != stats.log_sum || g != g || h != h) return fill(r, NAN);
@@ -72,7 +82,7 @@ inline float* exps_of(T*, float* scratch) {
 template <class T, class V>
 struct LogProbs : Call<T, V> {
   using Call<T, V>::Call;
-  void live(int64_t r, typename V::scalar*) const { this->put_stats(r, this->stats(r)); }
+  void live(int64_t r, typename V::scalar*) const { this->put_stats(r, this->stats(r, this->map_of(r))); }
   void dead(int64_t r) const { this->put_stats(r, {0, 0, 0, 0, 0}); }
 };
 
@@ -81,7 +91,7 @@ struct LogProbsBackward : Call<T, V> {
   using Call<T, V>::Call;
   void live(int64_t r, typename V::scalar*) const {
     const GrpoCpuParams& p = *this->p;
-    this->gradient(r, p.grad_log_prob ? this->at(p.grad_log_prob, r) : 0,
+    this->gradient(r, this->map_of(r), p.grad_log_prob ? this->at(p.grad_log_prob, r) : 0,
                    p.grad_entropy ? this->at(p.grad_entropy, r) : 0);
   }
   void dead(int64_t r) const { this->fill(r, 0); }
@@ -94,20 +104,20 @@ struct FusedLoss : Call<T, V> {
 
   void live(int64_t r, scalar* scratch) const {
     const GrpoCpuParams& p = *this->p;
-    const bool keep = p.out && !p.entropy_weight && !this->map.softcap;
+    const LogitMap<V> map = this->map_of(r);
+    const bool keep = p.out && !p.entropy_weight && !map.softcap;
     scalar* largest = scratch;
     scalar* exps = keep ? exps_of(this->out_row(r), scratch + room_for_largest(p.vocab)) : nullptr;
-    const RowStats stats =
-        keep ? row_stats<V, false, true>(this->row(r), p.vocab, this->target(r), this->map, exps, largest)
-             : this->stats(r);
+    const RowStats stats = keep ? row_stats<V, false, true>(this->row(r), p.vocab, this->target(r), map, exps, largest)
+                                : this->stats(r, map);
     this->put_stats(r, stats);
-    const double g = slope(r), h = p.entropy_weight ? -double(this->at(p.entropy_weight, r)) : 0;
+    const double g = this->slope(r), h = p.entropy_weight ? -double(this->at(p.entropy_weight, r)) : 0;
     if (!p.out) return;
     const double scale = this->numbers()[grpo::kGradScale];
     if (keep && g != 0 && g == g && stats.log_sum == stats.log_sum) {
-      gradient_from_exps<V>(exps, largest, stats, p.vocab, this->target(r), this->map, g * scale, this->out_row(r));
+      gradient_from_exps<V>(exps, largest, stats, p.vocab, this->target(r), map, g * scale, this->out_row(r));
     } else {
-      this->gradient(r, g * scale, h * scale);
+      this->gradient(r, map, g * scale, h * scale);
     }
   }
 
@@ -116,13 +126,126 @@ struct FusedLoss : Call<T, V> {
     grpo::put_terms<scalar>(*this->p, r, {});
     if (this->p->out) this->fill(r, 0);
   }
+};
 
-  // Writes the token's terms; returns d loss / d log_prob.
-  scalar slope(int64_t r) const {
+// A row beside its teacher's.
+template <class T, class V>
+struct Pair : Call<T, V> {
+  using scalar = typename V::scalar;
+  LogitMap<V> teacher_shared;
+
+  explicit Pair(GrpoCpuParams* params) : Call<T, V>(params), teacher_shared(grpo::logit_map(teacher_numbers())) {}
+
+  const scalar* teacher_numbers() const { return static_cast<const scalar*>(this->p->teacher_numbers); }
+  scalar mix() const { return this->numbers()[grpo::kDivergenceMix]; }
+  PairRow<V> policy_row(int64_t r) const { return {this->row(r), this->p->dtype, this->map_of(r)}; }
+  PairRow<V> teacher_row(int64_t r) const {
     const GrpoCpuParams& p = *this->p;
-    const grpo::TokenTerms<scalar> terms = grpo::terms_at<scalar>(p, r);
-    grpo::put_terms<scalar>(p, r, terms);
-    return terms.slope;
+    const int64_t offset = r / p.length * p.teacher_batch_stride + r % p.length * p.teacher_row_stride;
+    const int64_t size = p.teacher_dtype == kFloat64 ? 8 : p.teacher_dtype == kFloat32 ? 4 : 2;
+    const void* temperature = p.teacher_temperature;
+    return {static_cast<const char*>(p.teacher_logits) + offset * size, p.teacher_dtype,
+            temperature ? grpo::logit_map(teacher_numbers(), this->at(temperature, r)) : teacher_shared};
+  }
+  void read_stats(int64_t r, PairRow<V>& policy, PairRow<V>& teacher) const {
+    const GrpoCpuParams& p = *this->p;
+    policy.anchor = this->at(p.anchor, r);
+    policy.log_sum = this->at(p.log_sum, r);
+    teacher.anchor = this->at(p.teacher_anchor, r);
+    teacher.log_sum = this->at(p.teacher_log_sum, r);
+  }
+  void put_divergence(int64_t r, const DivergenceStats& stats) const {
+    this->put(this->p->divergence, r, stats.divergence);
+    this->put(this->p->shift, r, stats.shift);
+    this->put(this->p->centre, r, stats.centre);
+    this->put(this->p->mean, r, stats.mean);
+  }
+  // From the rounded outputs, as Call::gradient; `correction` and `parts` are divergence_of's.
+  void pair_gradient(int64_t r, const PairRow<V>& policy, const PairRow<V>& teacher, double g, double h, double w,
+                     double correction, const PairParts<V>& parts) const {
+    const GrpoCpuParams& p = *this->p;
+    if (w == 0) return this->gradient(r, policy.map, g, h);
+    const DivergenceStats stats{this->at(p.divergence, r), this->at(p.shift, r), this->at(p.centre, r),
+                                this->at(p.mean, r), correction};
+    const double sum = stats.shift + stats.mean + g + h + w;
+    if (sum != sum) return this->fill(r, NAN);
+    const auto terms = grpo::gradient_terms<scalar>(this->at(p.log_prob, r), this->at(p.entropy, r), policy.anchor,
+                                                    policy.log_sum, g, h, policy.map.derivative);
+    ::pair_gradient(policy, teacher, p.vocab, p.divergence_kind, mix(), stats, PairSlopes<V>{w, terms}, this->target(r),
+                    parts, this->out_row(r));
+  }
+};
+
+template <class T, class V>
+struct Divergence : Pair<T, V> {
+  using scalar = typename V::scalar;
+  using Pair<T, V>::Pair;
+
+  void live(int64_t r, scalar* scratch) const {
+    const int64_t vocab = this->p->vocab;
+    PairRow<V> policy = this->policy_row(r), teacher = this->teacher_row(r);
+    this->read_stats(r, policy, teacher);
+    scalar* teacher_largest = scratch + room_for_largest(vocab);
+    find_largest(policy, vocab, scratch);
+    find_largest(teacher, vocab, teacher_largest);
+    policy.largest = scratch;
+    teacher.largest = teacher_largest;
+    const PairParts<V> nobodys;
+    this->put_divergence(r, divergence_of(policy, teacher, vocab, this->p->divergence_kind, this->mix(), nobodys));
+  }
+  void dead(int64_t r) const { this->put_divergence(r, {0, 0, 0, 0, 0}); }
+};
+
+template <class T, class V>
+struct DivergenceBackward : Pair<T, V> {
+  using Pair<T, V>::Pair;
+
+  void live(int64_t r, typename V::scalar*) const {
+    const GrpoCpuParams& p = *this->p;
+    PairRow<V> policy = this->policy_row(r), teacher = this->teacher_row(r);
+    this->read_stats(r, policy, teacher);
+    this->pair_gradient(r, policy, teacher, p.grad_log_prob ? this->at(p.grad_log_prob, r) : 0,
+                        p.grad_entropy ? this->at(p.grad_entropy, r) : 0, this->at(p.grad_divergence, r), 0,
+                        PairParts<V>());
+  }
+  void dead(int64_t r) const { this->fill(r, 0); }
+};
+
+template <class T, class V>
+struct FusedDivergence : Pair<T, V> {
+  using scalar = typename V::scalar;
+  using Pair<T, V>::Pair;
+
+  void live(int64_t r, scalar* scratch) const {
+    const GrpoCpuParams& p = *this->p;
+    PairRow<V> policy = this->policy_row(r), teacher = this->teacher_row(r);
+    const int64_t target = this->target(r);
+    scalar *largest = scratch, *teacher_largest = scratch + room_for_largest(p.vocab);
+    const PairParts<V> parts{teacher_largest + room_for_largest(p.vocab),
+                             teacher_largest + room_for_largest(p.vocab) + room_for_exps(p.vocab)};
+    this->put_stats(r, kept_stats(policy, p.vocab, target, largest, parts.p));
+    put_teacher_stats(r, kept_stats(teacher, p.vocab, target, teacher_largest, parts.relative));
+    this->read_stats(r, policy, teacher);
+    const DivergenceStats stats = divergence_of(policy, teacher, p.vocab, p.divergence_kind, this->mix(), parts);
+    this->put_divergence(r, stats);
+    const double g = this->slope(r), h = p.entropy_weight ? -double(this->at(p.entropy_weight, r)) : 0;
+    if (!p.out) return;
+    const double scale = this->numbers()[grpo::kGradScale];
+    this->pair_gradient(r, policy, teacher, g * scale, h * scale, this->at(p.grad_divergence, r) * scale,
+                        stats.correction, parts);
+  }
+  void dead(int64_t r) const {
+    this->put_stats(r, {0, 0, 0, 0, 0});
+    put_teacher_stats(r, {0, 0, 0, 0, 0});
+    this->put_divergence(r, {0, 0, 0, 0, 0});
+    grpo::put_terms<scalar>(*this->p, r, {});
+    if (this->p->out) this->fill(r, 0);
+  }
+  void put_teacher_stats(int64_t r, const RowStats& stats) const {
+    this->put(this->p->teacher_log_prob, r, stats.log_prob);
+    this->put(this->p->teacher_entropy, r, stats.entropy);
+    this->put(this->p->teacher_anchor, r, stats.anchor);
+    this->put(this->p->teacher_log_sum, r, stats.log_sum);
   }
 };
 
@@ -176,11 +299,18 @@ int32_t dispatch(GrpoCpuParams* p) {
   }
 }
 
+template <template <class, class> class Kernel>
+int32_t dispatch_pair(GrpoCpuParams* p) {
+  if ((p->dtype == kFloat64) != (p->teacher_dtype == kFloat64)) return kUnknownDtype;
+  return dispatch<Kernel>(p);
+}
+
 }  // namespace
 
 #define GRPO_JOIN_(a, b) a##b
 #define GRPO_JOIN(a, b) GRPO_JOIN_(a, b)
 
 extern const GrpoCpuKernels GRPO_JOIN(grpo_cpu_kernels_, GRPO_ISA_NAME);
-const GrpoCpuKernels GRPO_JOIN(grpo_cpu_kernels_, GRPO_ISA_NAME) = {dispatch<LogProbs>, dispatch<LogProbsBackward>,
-                                                                    dispatch<FusedLoss>};
+const GrpoCpuKernels GRPO_JOIN(grpo_cpu_kernels_, GRPO_ISA_NAME) = {
+    dispatch<LogProbs>,        dispatch<LogProbsBackward>,        dispatch<FusedLoss>,
+    dispatch_pair<Divergence>, dispatch_pair<DivergenceBackward>, dispatch_pair<FusedDivergence>};

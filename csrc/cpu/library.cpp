@@ -63,8 +63,8 @@ int32_t grpo_cpu_instruction_sets(void) {
 }
 
 // The largest value of each segment, then the exponentials; threads stay a cache line apart.
-int64_t grpo_cpu_scratch(int64_t vocab, int32_t exponentials) {
-  return room_for_largest(vocab) + (exponentials ? (vocab + 31) / 16 * 16 : 16);
+int64_t grpo_cpu_scratch(int64_t vocab, int32_t rows, int32_t exponentials) {
+  return rows * (room_for_largest(vocab) + (exponentials ? room_for_exps(vocab) : 16));
 }
 
 int64_t grpo_cpu_partial_sums(int64_t rows) { return chunks_of(rows) * kFields; }
@@ -82,6 +82,21 @@ int32_t grpo_cpu_log_probs_backward(GrpoCpuParams* p) {
 int32_t grpo_cpu_fused_loss(GrpoCpuParams* p) {
   const GrpoCpuKernels* kernels = kernels_of(p);
   return kernels ? kernels->fused_loss(p) : kUnsupportedInstructionSet;
+}
+
+int32_t grpo_cpu_divergence(GrpoCpuParams* p) {
+  const GrpoCpuKernels* kernels = kernels_of(p);
+  return kernels ? kernels->divergence(p) : kUnsupportedInstructionSet;
+}
+
+int32_t grpo_cpu_divergence_backward(GrpoCpuParams* p) {
+  const GrpoCpuKernels* kernels = kernels_of(p);
+  return kernels ? kernels->divergence_backward(p) : kUnsupportedInstructionSet;
+}
+
+int32_t grpo_cpu_fused_divergence(GrpoCpuParams* p) {
+  const GrpoCpuKernels* kernels = kernels_of(p);
+  return kernels ? kernels->fused_divergence(p) : kUnsupportedInstructionSet;
 }
 
 int32_t grpo_cpu_token_terms(GrpoCpuParams* p) {

@@ -1,6 +1,7 @@
 // exp2, tanh and reductions over the vectors of simd/.
 #pragma once
 
+#include "../common/divergences.h"
 #include "../common/logit_map.h"
 #include "simd/double.h"
 #if defined(GRPO_ISA_AVX512)
@@ -69,6 +70,40 @@ inline void tanh_of(Double y, Double& tanh, Double& derivative) {
     const double c = ::cosh(y.v[i]);
     return 1 / (c * c);
   });
+}
+
+// What common/divergences.h asks of a vector beside its operators and select_less.
+inline void set_all(Float& x, float value) { x = Float::broadcast(value); }
+inline void set_all(Double& x, double value) { x = Double::broadcast(value); }
+inline Float mul_add(Float a, Float b, Float c) { return fma(a, b, c); }
+inline Double mul_add(Double a, Double b, Double c) { return fma(a, b, c); }
+inline Float magnitude(Float x) { return abs(x); }
+inline Double magnitude(Double x) { return abs(x); }
+inline Double expm1_of(Double x) {
+  return Double::each([&](int i) { return ::expm1(x.v[i]); });
+}
+inline Double log1p_of(Double x) {
+  return Double::each([&](int i) { return ::log1p(x.v[i]); });
+}
+// x <= 88.
+inline Float expm1_of(Float x) {
+  const Float one = Float::broadcast(1.0f), back = Float::broadcast(0.0f) - x;
+  const Float near = fma(x * x, grpo::phi_over_square(back, float()), x);
+  const Float far = exp2_of_clamped(clamp_power(x * Float::broadcast(float(kLog2e)))) - one;
+  return select_less(abs(x), one, near, far);
+}
+// -1 < x. ln(1 + x) = k ln(2) + 2 artanh(s), s = f / (2 + f), 1 + x = (1 + f) 2^k; f is x itself where k is 0.
+inline Float log1p_of(Float x) {
+  const Float one = Float::broadcast(1.0f), two = Float::broadcast(2.0f);
+  Float fraction, exponent;
+  split_power(one + x, fraction, exponent);
+  const Float f = select_less(abs(exponent), Float::broadcast(0.5f), x, fraction - one);
+  const Float s = f / (two + f), square = s * s;
+  Float series = fma(square, Float::broadcast(1.0f / 9), Float::broadcast(1.0f / 7));
+  series = fma(series, square, Float::broadcast(1.0f / 5));
+  series = fma(series, square, Float::broadcast(1.0f / 3));
+  const Float twice = s + s;
+  return fma(exponent, Float::broadcast(float(kLn2)), fma(twice * square, series, twice));
 }
 
 // Halves are folded onto each other: the same order on every instruction set.

@@ -18,6 +18,7 @@ constexpr int64_t kPrefetchBytes = 2048;  // how far past the next segment's sam
 
 inline int64_t segments_of(int64_t vocab) { return (vocab + kSegment - 1) / kSegment; }
 inline int64_t room_for_largest(int64_t vocab) { return (segments_of(vocab) + 15) / 16 * 16; }  // one a segment
+inline int64_t room_for_exps(int64_t vocab) { return (vocab + 31) / 16 * 16; }                  // whole blocks
 
 // The lanes of a pair of vectors one by one.
 template <class V>

@@ -6,21 +6,19 @@ import ctypes
 import functools
 import os
 from ctypes import c_int32, c_int64, c_void_p
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
-from .contract import Request, RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
-from .eager import divergence as divergence
-from .eager import divergence_backward as divergence_backward
+from .contract import DivergenceStats, Request, RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
 from .eager import rescale as rescale
 from .eager_rows import token_id_message
 from .spec import ObjectiveSpec
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
-_ABI_VERSION = 7
+_ABI_VERSION = 8
 _OK, _TOKEN_ID_OUT_OF_RANGE = 0, 1
 
 LIBRARY = native.library_path("cpu")
@@ -53,7 +51,7 @@ def library() -> ctypes.CDLL:
     expected = (_ABI_VERSION << 32) | (ctypes.sizeof(_Params) << 16) | ctypes.sizeof(_TokenSums)
     loaded = native.load(LIBRARY, "grpo_cpu_abi", expected)
     loaded.grpo_cpu_scratch.restype = c_int64
-    loaded.grpo_cpu_scratch.argtypes = [c_int64, c_int32]
+    loaded.grpo_cpu_scratch.argtypes = [c_int64, c_int32, c_int32]
     loaded.grpo_cpu_partial_sums.restype = c_int64
     loaded.grpo_cpu_partial_sums.argtypes = [c_int64]
     return loaded
@@ -82,6 +80,8 @@ def unsupported(request: Request) -> str | None:
         instruction_set()
     except native.Unavailable as error:
         return str(error)
+    if request.teacher is not None and (request.teacher == torch.float64) != (request.dtype == torch.float64):
+        return f"it takes no {request.teacher} teacher beside {request.dtype} logits"
     return None
 
 
@@ -140,15 +140,68 @@ def fused_loss(
     _call("grpo_cpu_fused_loss", rows, inputs, spec, stats, records, out=out)
 
 
-def _call(function: str, rows: Rows, *parts: tuple[Any, ...], out: Tensor | None = None) -> None:
+def divergence(
+    rows: Rows, stats: RowStats, teacher: Rows, teacher_stats: RowStats, kind: int, out: DivergenceStats
+) -> None:
+    _call("grpo_cpu_divergence", rows, stats, out, beside=_Beside(teacher, teacher_stats, kind))
+
+
+def divergence_backward(
+    rows: Rows,
+    stats: RowStats,
+    teacher: Rows,
+    teacher_stats: RowStats,
+    kind: int,
+    divergence: DivergenceStats,
+    gradients: RowGradients,
+    grad_divergence: Tensor,
+    out: Tensor,
+) -> None:
+    beside = _Beside(teacher, teacher_stats, kind, grad_divergence)
+    _call("grpo_cpu_divergence_backward", rows, stats, divergence, gradients, out=out, beside=beside)
+
+
+def fused_divergence(
+    rows: Rows,
+    teacher: Rows,
+    kind: int,
+    inputs: TokenInputs,
+    weight: Tensor,
+    spec: ObjectiveSpec,
+    stats: RowStats,
+    teacher_stats: RowStats,
+    divergence: DivergenceStats,
+    records: TokenRecords,
+    out: Tensor,
+) -> None:
+    beside = _Beside(teacher, teacher_stats, kind, weight)
+    _call("grpo_cpu_fused_divergence", rows, inputs, spec, stats, divergence, records, out=out, beside=beside)
+
+
+class _Beside(NamedTuple):
+    """What ``native.fill_teacher`` takes."""
+
+    teacher: Rows
+    stats: RowStats
+    kind: int
+    grad_divergence: Tensor | None = None
+
+
+def _call(
+    function: str, rows: Rows, *parts: tuple[Any, ...], out: Tensor | None = None, beside: _Beside | None = None
+) -> None:
     loaded = library()
     threads = torch.get_num_threads()
-    exponentials = function == "grpo_cpu_fused_loss" and rows.logits.dtype != rows.numbers.dtype
-    stride = loaded.grpo_cpu_scratch(rows.logits.shape[-1], exponentials)
+    exponentials = function == "grpo_cpu_fused_divergence" or (
+        function == "grpo_cpu_fused_loss" and rows.logits.dtype != rows.numbers.dtype
+    )
+    stride = loaded.grpo_cpu_scratch(rows.logits.shape[-1], 1 if beside is None else 2, exponentials)
     scratch = torch.empty(threads * stride, dtype=rows.numbers.dtype)
     extra = {"threads": threads, "scratch": scratch.data_ptr(), "scratch_stride": stride}
     extra["instruction_set"] = INSTRUCTION_SETS.index(instruction_set())
     params = native.call_of(_Params, rows, parts, out, **extra)
+    if beside is not None:
+        native.fill_teacher(params, *beside)
     status = getattr(loaded, function)(ctypes.byref(params))
     if status == _TOKEN_ID_OUT_OF_RANGE:
         raise IndexError(token_id_message(rows, params.bad_row))

@@ -102,6 +102,18 @@ inline Float power_of_eighths(Float t) {
   return {power(t.lo), power(t.hi)};
 }
 
+// x = fraction * 2^exponent, fraction in [sqrt(1/2), sqrt(2)); x > 0 and normal.
+inline void split_power(__m256 x, __m256& fraction, __m256& exponent) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i k = _mm256_srai_epi32(_mm256_sub_epi32(bits, _mm256_set1_epi32(0x3f3504f3)), 23);
+  fraction = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(k, 23)));
+  exponent = _mm256_cvtepi32_ps(k);
+}
+inline void split_power(Float x, Float& fraction, Float& exponent) {
+  split_power(x.lo, fraction.lo, exponent.lo);
+  split_power(x.hi, fraction.hi, exponent.hi);
+}
+
 // While one lives, denormal numbers count as zero: a peaked row would otherwise cost hundreds of cycles an element.
 class FlushDenormals {
  public:

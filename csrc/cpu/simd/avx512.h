@@ -82,6 +82,14 @@ inline Float power_of_eighths(Float t) {
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_permutexvar_epi32(m, table), _mm512_slli_epi32(m, 20)))};
 }
 
+// x = fraction * 2^exponent, fraction in [sqrt(1/2), sqrt(2)); x > 0 and normal.
+inline void split_power(Float x, Float& fraction, Float& exponent) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i k = _mm512_srai_epi32(_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f3504f3)), 23);
+  fraction = {_mm512_castsi512_ps(_mm512_sub_epi32(bits, _mm512_slli_epi32(k, 23)))};
+  exponent = {_mm512_cvtepi32_ps(k)};
+}
+
 // While one lives, denormal numbers count as zero: a peaked row would otherwise cost hundreds of cycles an element.
 class FlushDenormals {
  public:

@@ -58,4 +58,8 @@ inline Double select_less(Double a, Double b, Double x, Double y) {
   return Double::each([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
 }
 
+inline Double abs(Double a) {
+  return Double::each([&](int i) { return ::fabs(a.v[i]); });
+}
+
 }  // namespace

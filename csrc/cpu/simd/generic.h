@@ -151,6 +151,16 @@ inline Float power_of_eighths(Float t) {
   });
 }
 
+// x = fraction * 2^exponent, fraction in [sqrt(1/2), sqrt(2)); x > 0 and normal.
+inline void split_power(Float x, Float& fraction, Float& exponent) {
+  for (int i = 0; i < Float::lanes; ++i) {
+    const uint32_t bits = Float::to_bits(x.v[i]);
+    const int32_t k = int32_t(bits - 0x3f3504f3) >> 23;
+    fraction.v[i] = Float::from_bits(bits - (uint32_t(k) << 23));
+    exponent.v[i] = float(k);
+  }
+}
+
 class FlushDenormals {  // no portable switch
  public:
   FlushDenormals() {}

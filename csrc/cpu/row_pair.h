@@ -1,0 +1,521 @@
+// A policy's row beside its teacher's: their divergence, and the gradient in the policy's logits.
+//
+// A row is walked in tiles of kTile columns. A tile has the values and the powers of both rows in the lanes' order of
+// the policy's type, whatever the teacher's: the loops over columns are made once for each divergence, not for each
+// pair of types. A column's powers have the bits of the first sweep (row.h), which may have kept them.
+#pragma once
+
+#include "row.h"
+
+#define GRPO_NOINLINE __attribute__((noinline))
+
+namespace {
+
+constexpr int64_t kTile = 1024;
+static_assert(kSegment % kTile == 0, "a tile has one largest value");
+
+// One row of a pair, its statistics as log_probs writes them.
+template <class V>
+struct PairRow {
+  using scalar = typename V::scalar;
+  const void* logits;
+  int32_t dtype;
+  LogitMap<V> map;
+  scalar anchor, log_sum;
+  const scalar* largest;  // that the segments' powers are relative to; null: the anchor
+  const scalar* exps;     // that were kept, whole blocks; null: they are computed
+};
+
+// Calls body with the logits from a column on, as what they are.
+template <class Body>
+GRPO_INLINE void with_logits(const PairRow<Float>& row, int64_t column, Body&& body) {
+  switch (row.dtype) {
+    case kFloat32: return body(static_cast<const float*>(row.logits) + column);
+    case kBFloat16: return body(static_cast<const BFloat16*>(row.logits) + column);
+    default: return body(static_cast<const Float16*>(row.logits) + column);
+  }
+}
+template <class Body>
+GRPO_INLINE void with_logits(const PairRow<Double>& row, int64_t column, Body&& body) {
+  body(static_cast<const double*>(row.logits) + column);
+}
+
+// The columns of a tile, whole blocks: past the row's end values are -inf and powers 0.
+template <class V>
+struct Tile {
+  using scalar = typename V::scalar;
+  int64_t start, columns;
+  const scalar *policy, *teacher;                  // values,
+  const BFloat16 *policy_logits, *teacher_logits;  // or the logits that they are, where both rows are bfloat16
+  const scalar *policy_exps, *teacher_exps;        // powers of two,
+  scalar policy_factor, teacher_factor;            // and what makes them probabilities
+  scalar *p, *relative;                            // what the gradient is made of, which may lie over the powers
+
+  int64_t whole() const { return (columns + 2 * V::lanes - 1) / (2 * V::lanes) * (2 * V::lanes); }
+};
+
+// Where the parts of a tile are made that do not lie in memory as they are needed.
+template <class V>
+struct TileRoom {
+  alignas(64) typename V::scalar policy[kTile], teacher[kTile], policy_exps[kTile], teacher_exps[kTile];
+};
+
+// p_j and own_j + p_j * (slope_j - slope at centre) of a row's columns.
+template <class V>
+struct PairParts {
+  typename V::scalar *p = nullptr, *relative = nullptr;
+};
+
+template <class V, bool kSoftcap>
+GRPO_NOINLINE void tile_values(const PairRow<V>& row, int64_t start, int64_t columns, typename V::scalar* values) {
+  with_logits(row, start, [&](const auto* logits) GRPO_LAMBDA {
+    for_blocks<V>(logits, columns, [&](const auto* p, int64_t offset, int64_t count) GRPO_LAMBDA {
+      V first, second;
+      load_block<V, kSoftcap>(p, count, row.map, first, second);
+      first.store(values + offset);
+      second.store(values + offset + V::lanes);
+    });
+  });
+}
+
+// d value / d logit under a softcap.
+template <class V>
+GRPO_NOINLINE void tile_cap_slopes(const PairRow<V>& row, int64_t start, int64_t columns, typename V::scalar* slopes) {
+  const V inner = V::broadcast(row.map.inner), scale = V::broadcast(row.map.inner * row.map.cap);
+  with_logits(row, start, [&](const auto* logits) GRPO_LAMBDA {
+    for_blocks<V>(logits, columns, [&](const auto* p, int64_t offset, int64_t) GRPO_LAMBDA {
+      V value[2], tanh, derivative;
+      load_pair(p, value[0], value[1]);
+      for (int i = 0; i < 2; ++i) {
+        tanh_of(value[i] * inner, tanh, derivative);
+        (derivative * scale).store(slopes + offset + i * V::lanes);
+      }
+    });
+  });
+}
+
+// As the first sweep has them: relative to one of the row's values.
+template <class V>
+GRPO_NOINLINE void tile_exps(const typename V::scalar* values, int64_t whole, typename V::scalar largest,
+                             typename V::scalar slope, typename V::scalar* exps) {
+  const V shift = V::broadcast(largest > -INFINITY ? largest : 0), factor = V::broadcast(slope);
+  for (int64_t i = 0; i < whole; i += V::lanes)
+    exp2_of_clamped(clamp_power((V::load(values + i) - shift) * factor)).store(exps + i);
+}
+
+// Between the order of memory and bfloat16's lanes.
+template <class scalar>
+GRPO_NOINLINE void reorder(scalar* tile, int64_t whole, bool to_lanes) {
+  constexpr int64_t block = 32;
+  for (int64_t start = 0; start < whole; start += block) {
+    scalar copy[block];
+    memcpy(copy, tile + start, sizeof(copy));
+    for (int64_t i = 0; i < block; ++i) {
+      const int64_t lane = lane_in_pair(i, static_cast<const BFloat16*>(nullptr));
+      tile[start + (to_lanes ? lane : i)] = copy[to_lanes ? i : lane];
+    }
+  }
+}
+
+template <class V>
+inline typename V::scalar segment_factor(const PairRow<V>& row, int64_t start) {
+  const double whole = ::exp(-double(row.log_sum));
+  const double largest = row.largest ? row.largest[start / kSegment] : row.anchor;
+  if (largest == row.anchor) return typename V::scalar(whole);
+  return typename V::scalar(whole * ::exp2((largest - row.anchor) * row.map.slope));
+}
+
+// One row's part of a tile; `split`: it is wanted in bfloat16's order.
+template <class V>
+inline void load_row(const PairRow<V>& row, const Tile<V>& tile, bool split, typename V::scalar* value_room,
+                     typename V::scalar* exp_room, const typename V::scalar*& values, const typename V::scalar*& exps) {
+  using scalar = typename V::scalar;
+  const int64_t whole = tile.whole();
+  const bool plain = row.dtype == kFloat32 || row.dtype == kFloat64;
+  const bool other_order = split != (row.dtype == kBFloat16);
+  values = value_room;
+  if (row.map.softcap) {
+    tile_values<V, true>(row, tile.start, tile.columns, value_room);
+  } else if (plain && !other_order && whole == tile.columns) {
+    values = static_cast<const scalar*>(row.logits) + tile.start;
+  } else {
+    tile_values<V, false>(row, tile.start, tile.columns, value_room);
+  }
+  if (row.exps && !other_order) {
+    exps = row.exps + tile.start;
+  } else {
+    exps = exp_room;
+    const scalar largest = row.largest ? row.largest[tile.start / kSegment] : row.anchor;
+    tile_exps<V>(values, whole, largest, row.map.slope, exp_room);
+  }
+  if (other_order) {
+    reorder(value_room, whole, split);
+    reorder(exp_room, whole, split);
+  }
+}
+
+// Whether a row's logits are as good as values in a tile: they are one addition away.
+template <class V>
+inline bool halves(const PairRow<V>& row) {
+  return row.dtype == kBFloat16 && !row.map.softcap && row.exps;
+}
+
+// Calls body with the tiles of columns [from, to), the first one first. `parts`: where whole rows of p and `relative`
+// go; null: they are the body's until the next tile.
+template <class V, class Body>
+inline void for_tiles(const PairRow<V>& policy, const PairRow<V>& teacher, int64_t from, int64_t to,
+                      const PairParts<V>& parts, Body&& body) {
+  TileRoom<V> room;
+  const bool split = policy.dtype == kBFloat16, of_halves = halves(policy) && halves(teacher);
+  Tile<V> tile;
+  for (int64_t start = from; start < to; start += kTile) {
+    tile.start = start;
+    tile.columns = to - start < kTile ? to - start : kTile;
+    if (start == from || start % kSegment == 0) {
+      tile.policy_factor = segment_factor(policy, start);
+      tile.teacher_factor = segment_factor(teacher, start);
+    }
+    if (of_halves && tile.whole() == tile.columns) {
+      tile.policy_logits = static_cast<const BFloat16*>(policy.logits) + start;
+      tile.teacher_logits = static_cast<const BFloat16*>(teacher.logits) + start;
+      tile.policy_exps = policy.exps + start;
+      tile.teacher_exps = teacher.exps + start;
+    } else {
+      tile.policy_logits = tile.teacher_logits = nullptr;
+      load_row(policy, tile, split, room.policy, room.policy_exps, tile.policy, tile.policy_exps);
+      load_row(teacher, tile, split, room.teacher, room.teacher_exps, tile.teacher, tile.teacher_exps);
+    }
+    tile.p = parts.p ? parts.p + start : room.policy_exps;
+    tile.relative = parts.relative ? parts.relative + start : room.teacher_exps;
+    body(tile);
+  }
+}
+
+// The same with the parts of whole rows alone, the last tile first: it is still in the nearest cache.
+template <class V, class Body>
+inline void for_parts(const PairParts<V>& parts, int64_t vocab, Body&& body) {
+  Tile<V> tile;
+  for (int64_t start = (vocab - 1) / kTile * kTile; start >= 0; start -= kTile) {
+    tile.start = start;
+    tile.columns = vocab - start < kTile ? vocab - start : kTile;
+    tile.p = parts.p + start;
+    tile.relative = parts.relative + start;
+    body(tile);
+  }
+}
+
+// From values x, y of a column to d = log(p/q), as contract.py has it.
+template <class V>
+struct LogOdds {
+  using scalar = typename V::scalar;
+  scalar minus_ratio, offset, factor, shift;
+
+  LogOdds(const PairRow<V>& policy, const PairRow<V>& teacher, scalar shift) : offset(0), shift(shift) {
+    minus_ratio = scalar(-teacher.map.derivative / policy.map.derivative);
+    factor = scalar(policy.map.derivative);
+    offset = Lanes<V>(distance(V::broadcast(policy.anchor), V::broadcast(teacher.anchor)), V::broadcast(0)).at[0];
+  }
+  GRPO_INLINE V distance(V x, V y) const { return fma(V::broadcast(minus_ratio), y, x) - V::broadcast(offset); }
+  GRPO_INLINE V operator()(V x, V y) const { return fma(distance(x, y), V::broadcast(factor), V::broadcast(shift)); }
+  scalar at(scalar x, scalar y) const {
+    return Lanes<V>((*this)(V::broadcast(x), V::broadcast(y)), V::broadcast(0)).at[0];
+  }
+};
+
+// A divergence's mixture, and the slope that those of the columns are relative to.
+template <class V>
+struct Reference {
+  typename V::scalar mix, slope;
+};
+
+template <class V>
+struct PairSums {
+  V term = V::broadcast(0), excess = V::broadcast(0), slope = V::broadcast(0);
+
+  void add(const PairSums& other) {
+    term = term + other.term;
+    excess = excess + other.excess;
+    slope = slope + other.slope;
+  }
+};
+
+GRPO_INLINE void load_values(const Tile<Float>& tile, int64_t i, bool of_halves, Float x[2], Float y[2]) {
+  if (of_halves) {
+    load_pair(tile.policy_logits + i, x[0], x[1]);
+    load_pair(tile.teacher_logits + i, y[0], y[1]);
+  } else {
+    load_pair(tile.policy + i, x[0], x[1]);
+    load_pair(tile.teacher + i, y[0], y[1]);
+  }
+}
+GRPO_INLINE void load_values(const Tile<Double>& tile, int64_t i, bool, Double x[2], Double y[2]) {
+  load_pair(tile.policy + i, x[0], x[1]);
+  load_pair(tile.teacher + i, y[0], y[1]);
+}
+
+// Writes a tile's parts and adds its sums, if anybody wants them: of terms, of p - q where the gradient or the value
+// needs its digits, of p * (slope - slope at centre).
+template <class V, int kind, bool kSums, bool kHalves>
+GRPO_NOINLINE void tile_parts(Tile<V> tile, LogOdds<V> log_odds, Reference<V> to, PairSums<V>& totals) {
+  constexpr bool has_own = kind == grpo::kForwardKL || kind == grpo::kMixedKL;
+  const int64_t whole = tile.whole();
+  const V mix = V::broadcast(to.mix), reference = V::broadcast(to.slope);
+  const V policy_factor = V::broadcast(tile.policy_factor), teacher_factor = V::broadcast(tile.teacher_factor);
+  PairSums<V> sums;
+  for (int64_t i = 0; i < whole; i += 2 * V::lanes) {
+    V x[2], y[2];
+    load_values(tile, i, kHalves, x, y);
+#pragma GCC unroll 2
+    for (int k = 0; k < 2; ++k) {
+      const int64_t at = i + k * V::lanes;
+      const V p = V::load(tile.policy_exps + at) * policy_factor;
+      const V q = V::load(tile.teacher_exps + at) * teacher_factor;
+      const grpo::Columns<V> columns = grpo::columns_of<kind>(p, q, log_odds(x[k], y[k]), mix);
+      const V leaning = kind == grpo::kForwardKL ? V::broadcast(0) : p * (columns.slope - reference);
+      p.store(tile.p + at);
+      (kind == grpo::kForwardKL ? columns.own : has_own ? columns.own + leaning : leaning).store(tile.relative + at);
+      if (!kSums) continue;
+      sums.term = sums.term + columns.term;
+      if (has_own || kind == grpo::kTVD) sums.excess = sums.excess + columns.excess;
+      if (kind != grpo::kForwardKL) sums.slope = sums.slope + leaning;
+    }
+  }
+  if (kSums) totals.add(sums);
+}
+
+// What is made once for each kind of divergence.
+template <class V>
+struct Kind {
+  using scalar = typename V::scalar;
+  void (*parts_and_sums[2])(Tile<V>, LogOdds<V>, Reference<V>, PairSums<V>&);  // of values, of halves
+  void (*parts)(Tile<V>, LogOdds<V>, Reference<V>, PairSums<V>&);
+  scalar (*slope)(scalar d, scalar mix);  // at d, which no probability has a part in
+};
+
+template <class V, int kind>
+GRPO_NOINLINE typename V::scalar slope_at(typename V::scalar d, typename V::scalar mix) {
+  const V one = V::broadcast(1);
+  const V slope = grpo::columns_of<kind>(one, one, V::broadcast(d), V::broadcast(mix)).slope;
+  return Lanes<V>(slope, slope).at[0];
+}
+
+template <class V, int kind>
+constexpr Kind<V> make_kind() {
+  return {{tile_parts<V, kind, true, false>, tile_parts<V, kind, true, V::lanes == Float::lanes>},
+          tile_parts<V, kind, false, false>,
+          slope_at<V, kind>};
+}
+template <class V>
+inline Kind<V> kind_of(int32_t kind) {
+  switch (kind) {
+    case grpo::kForwardKL: return make_kind<V, grpo::kForwardKL>();
+    case grpo::kReverseKL: return make_kind<V, grpo::kReverseKL>();
+    case grpo::kMixedKL: return make_kind<V, grpo::kMixedKL>();
+    case grpo::kJSD: return make_kind<V, grpo::kJSD>();
+    case grpo::kSkewForwardKL: return make_kind<V, grpo::kSkewForwardKL>();
+    case grpo::kSkewReverseKL: return make_kind<V, grpo::kSkewReverseKL>();
+    default: return make_kind<V, grpo::kTVD>();
+  }
+}
+
+// d loss / d value_j = of_relative * relative_j + p_j * (constant + linear * power_j); the last is of the entropy, with
+// the power of grpo::GradientTerms.
+template <class V>
+struct PairGradient {
+  typename V::scalar of_relative, constant, linear, anchor, slope, shift;
+};
+
+// out may be the policy's logits.
+template <class V, class T>
+GRPO_NOINLINE void tile_gradient(Tile<V> tile, PairGradient<V> g, T* out) {
+  constexpr int64_t block = 2 * V::lanes;
+  const V of_relative = V::broadcast(g.of_relative), constant = V::broadcast(g.constant);
+  const V linear = V::broadcast(g.linear), anchor = V::broadcast(g.anchor);
+  const V slope = V::broadcast(g.slope), shift = V::broadcast(g.shift);
+  const auto column = [&](int64_t i, V of_p) GRPO_LAMBDA {
+    return fma(of_relative, V::load(tile.relative + i), V::load(tile.p + i) * of_p);
+  };
+  const auto of_p = [&](int64_t i) GRPO_LAMBDA {
+    return fma(clamp_probability_power(fma(V::load(tile.policy + i) - anchor, slope, shift)), linear, constant);
+  };
+  for (int64_t i = 0; i < tile.columns; i += block) {
+    const int64_t count = tile.columns - i < block ? tile.columns - i : block, second = i + V::lanes;
+    if (g.linear == 0) {
+      store_block(out, i, count, column(i, constant), column(second, constant));
+    } else {
+      store_block(out, i, count, column(i, of_p(i)), column(second, of_p(second)));
+    }
+  }
+}
+
+// What the powers of each segment are relative to in the first sweep.
+template <class V>
+GRPO_NOINLINE void find_largest(const PairRow<V>& row, int64_t vocab, typename V::scalar* largest) {
+  typename V::scalar row_max = -INFINITY;
+  for (int64_t start = 0; start < vocab; start += kSegment) {
+    const int64_t n = vocab - start < kSegment ? vocab - start : kSegment;
+    with_logits(row, start, [&](const auto* segment) GRPO_LAMBDA {
+      const auto max =
+          row.map.softcap ? segment_max<V, true>(segment, n, row.map) : segment_max<V, false>(segment, n, row.map);
+      if (max > row_max) row_max = max;
+    });
+    largest[start / kSegment] = row_max;
+  }
+}
+
+// The value of one column.
+template <class V>
+GRPO_NOINLINE typename V::scalar value_at(const PairRow<V>& row, int64_t column) {
+  typename V::scalar value[2 * V::lanes];
+  if (row.map.softcap) {
+    tile_values<V, true>(row, column, 1, value);
+  } else {
+    tile_values<V, false>(row, column, 1, value);
+  }
+  return value[0];
+}
+
+// The first column of the row's largest value.
+template <class V>
+GRPO_NOINLINE int64_t largest_column(const PairRow<V>& row, int64_t vocab) {
+  constexpr int64_t part = 256;
+  int64_t start = 0;
+  while (start + kSegment < vocab && row.largest[start / kSegment] != row.anchor) start += kSegment;
+  int64_t found = 0;
+  for (bool searching = true; searching && start < vocab; start += part) {
+    const int64_t n = vocab - start < part ? vocab - start : part;
+    with_logits(row, start, [&](const auto* p) GRPO_LAMBDA {
+      searching =
+          (row.map.softcap ? segment_max<V, true>(p, n, row.map) : segment_max<V, false>(p, n, row.map)) != row.anchor;
+    });
+    if (searching) continue;
+    found = start;
+    while (found < start + n - 1 && value_at(row, found) != row.anchor) ++found;
+  }
+  return found;
+}
+
+// The first sweep over one of the two rows; keeps what the others need.
+template <class V>
+GRPO_NOINLINE RowStats kept_stats(PairRow<V>& row, int64_t vocab, int64_t target, typename V::scalar* largest,
+                                  typename V::scalar* exps) {
+  using scalar = typename V::scalar;
+  RowStats stats;
+  row.largest = largest;
+  with_logits(row, 0, [&](const auto* logits) GRPO_LAMBDA {
+    if (row.map.softcap) {
+      stats = row_stats<V, true, false>(logits, vocab, target, row.map, nullptr, nullptr);
+      find_largest(row, vocab, largest);
+    } else {
+      stats = row_stats<V, false, true>(logits, vocab, target, row.map, exps, largest);
+      if (sizeof(*logits) == sizeof(scalar))
+        for (int64_t j = vocab; j % (2 * V::lanes) != 0; ++j) exps[j] = 0;
+      row.exps = exps;
+    }
+  });
+  return stats;
+}
+
+struct DivergenceStats {
+  double divergence, shift, centre, mean;
+  double correction;  // what of the shift is not in the parts
+};
+
+// From both rows, whose first sweeps are over. Leaves the parts of the gradient, but for the correction.
+template <class V>
+inline DivergenceStats divergence_of(const PairRow<V>& policy, const PairRow<V>& teacher, int64_t vocab, int32_t kind,
+                                     typename V::scalar mix, const PairParts<V>& parts) {
+  using scalar = typename V::scalar;
+  if (policy.log_sum != policy.log_sum || teacher.log_sum != teacher.log_sum) return {NAN, NAN, NAN, NAN, NAN};
+  const Kind<V> functions = kind_of<V>(kind);
+  LogOdds<V> log_odds(policy, teacher, scalar(double(teacher.log_sum) - double(policy.log_sum)));
+  const int64_t column = largest_column(policy, vocab);
+  const scalar x = value_at(policy, column), y = value_at(teacher, column);
+  const Reference<V> to{mix, functions.slope(log_odds.at(x, y), mix)};
+
+  PairSums<V> totals, segment;
+  for_tiles(policy, teacher, 0, vocab, parts, [&](const Tile<V>& tile) {
+    if (tile.start % kSegment == 0) {
+      totals.add(segment);
+      segment = PairSums<V>();
+    }
+    functions.parts_and_sums[tile.policy_logits != nullptr](tile, log_odds, to, segment);
+  });
+  totals.add(segment);
+
+  DivergenceStats out;
+  out.divergence = horizontal_sum(totals.term);
+  out.correction = -::log1p(horizontal_sum(totals.excess));
+  log_odds.shift = scalar(log_odds.shift + out.correction);
+  out.shift = log_odds.shift;
+  out.centre = log_odds.at(x, y);
+  const bool none = scalar(out.divergence) == INFINITY && kind != grpo::kForwardKL;
+  out.mean = none ? NAN : horizontal_sum(totals.slope);
+  return out;
+}
+
+// The slopes of the loss in a row's divergence, and what common/stats.h makes of those in its log-prob and entropy.
+template <class V>
+struct PairSlopes {
+  double w;
+  grpo::GradientTerms<typename V::scalar> terms;
+};
+
+// `parts`: as divergence_of left them; null: they are made again. out may be the policy's logits.
+template <class V, class T>
+inline void pair_gradient(const PairRow<V>& policy, const PairRow<V>& teacher, int64_t vocab, int32_t kind,
+                          typename V::scalar mix, const DivergenceStats& stats, const PairSlopes<V>& slopes,
+                          int64_t target, const PairParts<V>& parts, T* out) {
+  using scalar = typename V::scalar;
+  const Kind<V> functions = kind_of<V>(kind);
+  const LogOdds<V> log_odds(policy, teacher, scalar(stats.shift));
+  const Reference<V> to{mix, functions.slope(scalar(stats.centre), mix)};
+  const double own_share = kind == grpo::kForwardKL ? 1 : kind == grpo::kMixedKL ? mix : 0;
+  const double of_relative = slopes.w * policy.map.derivative;
+  // The signs of a total variation are of the corrected distances alone.
+  const bool kept = parts.p && slopes.terms.linear == 0 && kind != grpo::kTVD;
+  const double of_p = of_relative * ((kept ? stats.correction * own_share : 0) - stats.mean);
+  PairGradient<V> g{scalar(of_relative), scalar(slopes.terms.constant + of_p),
+                    slopes.terms.linear, slopes.terms.anchor,
+                    policy.map.slope,    slopes.terms.shift};
+
+  alignas(64) scalar gradient[kTile], cap[kTile];
+  PairSums<V> unused;
+  double at_target = slopes.terms.target;
+  // Its log-prob's part keeps its precision.
+  PairRow<V> plain = policy, plain_teacher = teacher;
+  plain.largest = plain.exps = plain_teacher.largest = plain_teacher.exps = nullptr;
+  for_tiles(plain, plain_teacher, target, target + 1, PairParts<V>(), [&](const Tile<V>& tile) {
+    functions.parts(tile, log_odds, to, unused);
+    at_target += of_relative * tile.relative[0] - of_relative * stats.mean * tile.p[0];
+  });
+  if (policy.map.softcap) {
+    tile_cap_slopes(policy, target, 1, cap);
+    at_target *= cap[0];
+  }
+
+  const auto put = [&](const Tile<V>& tile) {
+    T* place = out + tile.start;
+    if (!policy.map.softcap) return tile_gradient(tile, g, place);
+    Tile<V> lanes = tile;  // whole blocks, in the lanes' order
+    lanes.columns = tile.whole();
+    tile_gradient(lanes, g, gradient);
+    tile_cap_slopes(policy, tile.start, tile.columns, cap);
+    for (int64_t i = 0; i < tile.columns; i += 2 * V::lanes) {
+      const int64_t count = tile.columns - i < 2 * V::lanes ? tile.columns - i : 2 * V::lanes, second = i + V::lanes;
+      store_block(place, i, count, V::load(gradient + i) * V::load(cap + i),
+                  V::load(gradient + second) * V::load(cap + second));
+    }
+  };
+  if (kept) {
+    for_parts(parts, vocab, put);
+  } else {
+    for_tiles(plain, plain_teacher, 0, vocab, PairParts<V>(), [&](const Tile<V>& tile) {
+      functions.parts(tile, log_odds, to, unused);
+      put(tile);
+    });
+  }
+  store_one<V>(out + target, scalar(at_target));
+}
+
+}  // namespace
