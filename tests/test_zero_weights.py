@@ -12,7 +12,7 @@ import math
 
 import pytest
 import torch
-from cases import DTYPES, LEVELS, ROLLOUTS, SURROGATES, label, make, one_of_each, sampler
+from cases import DTYPES, LEVELS, ROLLOUTS, RUNNING, SURROGATES, label, make, one_of_each, sampler
 
 from grpo_kernels import KL, Clip, LossConfig, TopK, grpo_loss, linear_grpo_loss
 from grpo_kernels.objectives.presets import PRESETS
@@ -195,7 +195,7 @@ def test_a_finite_loss_has_finite_gradients(backend, surrogate, limit):
     combinations = list(itertools.product(EXTREMES, EXTREMES, (-2.0, 0.0, 1.5)))[::7]
     logits, ids = torch.tensor([[[0.0, -1.0, -100.0, 2.0]] * 2]), torch.tensor([[0, 2]])
     finite = 0
-    for level in LEVELS if surrogate.uses_ratio else ["token"]:
+    for level in (*LEVELS, *RUNNING) if surrogate.uses_ratio else ["token"]:
         for kl in (KL(), KL(0.1, limit=(limit, None)), KL(0.1, "k1", ratio_weighted=True, limit=(limit, None))):
             config = LossConfig(surrogate, level=level, kl=kl, log_ratio_limit=limit, aggregation="sequence_sum")
             for old, ref, advantage in combinations:  # a call each: an infinite loss hides no other
