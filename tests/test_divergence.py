@@ -13,6 +13,7 @@ import torch
 from cases import Case, make
 from threads import run_threads
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import grpo_kernels
 from grpo_kernels import (
@@ -667,6 +668,17 @@ def test_backward_twice():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="gradient has been handed over|second backward"):
         loss.backward()
+
+
+@pytest.mark.parametrize("preset", ["grpo", "gspo"])
+def test_checkpoint(preset):
+    case = taught()
+    config = complete(preset, divergence=Divergence("reverse_kl"))
+    _, gradient = case.run(config=config)
+    leaf = case.logits.clone().requires_grad_()
+    options = {**case.options, "config": config}
+    checkpoint(lambda x: grpo_loss(x, *case.arguments, **options).loss, leaf, use_reentrant=False).backward()
+    assert torch.equal(leaf.grad, gradient)
 
 
 def test_outputs_of_token_divergence():

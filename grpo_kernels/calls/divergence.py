@@ -121,9 +121,9 @@ class DivergedLogProbs(torch.autograd.Function):
         nothing = (None,) * 4
         if g is None and h is None and d is None:
             return None, *nothing
-        (logits, ids, live, numbers, temperature), others = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        logits, ids, live, numbers, temperature, *others = ctx.saved_tensors  # once: checkpointing packs anew
         rows = Rows(logits, ids, live, numbers, ctx.softcap, temperature)
-        beside, stats = ctx.beside.of(others[: ctx.count - 5]), others[ctx.count - 5 :]
+        beside, stats = ctx.beside.of(tuple(others[: ctx.count - 5])), tuple(others[ctx.count - 5 :])
         slopes = RowGradients(*(None if slope is None else slope.contiguous() for slope in (g, h)))
         if d is None:
             return backward_rows(rows, RowStats(*stats[:4]), slopes, ctx.backend, ctx.inplace), *nothing
