@@ -329,6 +329,66 @@ MUTANTS = {
         "batch.to(tl.int64) * batch_stride",
         "batch.to(tl.int64) * row_stride",
     ),
+    "divergence: direction": (
+        "objectives/divergence.py",
+        "return Columns(_kl_term(p, d, q), 0.0, d)",
+        "return Columns(_kl_term(q, -d, p), minus(p, q, d), 0.0)",
+    ),
+    "divergence: mixture": (
+        "objectives/divergence.py",
+        "_over_mixture(d, 1 - mix), _over_mixture(-d, mix)",
+        "_over_mixture(d, mix), _over_mixture(-d, 1 - mix)",
+    ),
+    "divergence: temperature": (
+        "backends/eager_divergence.py",
+        "gradient * pair.factor * weight",
+        "gradient * weight",
+    ),
+    "divergence: teacher's temperature": (
+        "calls/teacher.py",
+        "LogitArgs(temperature if own is None else own,",
+        "LogitArgs(temperature,",
+    ),
+    "divergence: centre": (
+        "backends/eager_divergence.py",
+        "relative = (columns.slope - _slope_at(kind, centre, mix)) - mean",
+        "relative = columns.slope - mean",
+    ),
+    "divergence: mean": (
+        "backends/eager_divergence.py",
+        "relative = (columns.slope - _slope_at(kind, centre, mix)) - mean",
+        "relative = columns.slope - _slope_at(kind, centre, mix) - 0 * mean",
+    ),
+    "divergence: one log-sum": (
+        "backends/eager_divergence.py",
+        "row.teacher_log_sum - row.log_sum)",
+        "0 * row.teacher_log_sum - row.log_sum)",
+    ),
+    "divergence: mask": (
+        "backends/eager_divergence.py",
+        "output.copy_(torch.where(live, value, 0.0))",
+        "output.copy_(value)",
+    ),
+    "divergence: coefficient": (
+        "calls/batch.py",
+        "if coef is None else _scaled(weight, coef)",
+        "if coef is None else weight",
+    ),
+    "divergence: teacher learns": (
+        "calls/teacher.py",
+        "if value is not None and value.requires_grad:",
+        "if False:",
+    ),
+    "divergence: padding counts": (
+        "loss.py",
+        'teacher, (logits,) = first_columns("grpo_loss", vocab_size, teacher, -1, logits)',
+        'teacher, _ = first_columns("grpo_loss", vocab_size, teacher, -1, logits)',
+    ),
+    "divergence: another vocabulary": (
+        "calls/divergence.py",
+        "if columns != tokens.columns:",
+        "if columns < tokens.columns:",
+    ),
     "gae: decay": ("objectives/advantages.py", "discount * lam)", "discount)"),
     "gae: over a bound": (
         "objectives/advantages.py",
@@ -375,6 +435,7 @@ MUTANTS = {
     "mask: read": ("objectives/checks.py", "return mask != 0", "return mask == 1"),
 }
 SAMPLED = {
+    "divergence: mean": "divergence",
     "vocabulary: token elsewhere": "vocabulary",
     "clip: slope kept": "surrogates",
     "recorded: entropies": "recorded",
@@ -385,7 +446,7 @@ SAMPLED = {
 TESTS = (
     "test_loss test_surrogates test_aggregation test_metrics test_layout test_autograd test_oracle test_advantages "
     "test_numerics test_linear test_triton test_support test_zero_weights test_vocabulary test_sequence_group "
-    "test_prefix_ratios test_recorded test_rollout_kl"
+    "test_prefix_ratios test_recorded test_rollout_kl test_divergence"
 )
 
 
