@@ -94,6 +94,32 @@ def test_dtensor_logits(shape, token_tensors):
     pool(4).run(dtensor_logits, shape, token_tensors)
 
 
+def dtensor_temperatures() -> None:
+    """One for each sequence, on every rank; from logits and from hidden states."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    case, over = batch(), mesh(4)
+    temperature = torch.tensor([0.5, 0.0, 1.0, 1.3, 0.9, 2.0])  # sequence 1 is empty
+    expected, gradient = case.run(temperature=temperature)
+    given = distribute_tensor(temperature, over, [Replicate()])
+    leaf = distributed(case.logits, over, Shard(-1))
+    out = grpo_loss(leaf, *case.arguments, **case.options, temperature=given)
+    out.loss.backward()
+    close(out.loss, expected.loss)
+    close(leaf.grad.full_tensor(), gradient)
+    log_probs = token_log_probs(leaf.detach(), case.token_ids, case.mask, temperature=given).log_probs
+    assert torch.equal(log_probs, out.log_probs)
+    parts = {name: distributed(part, over, Shard(0)) for name, part in head().items() if name != "hidden"}
+    tokens = (head()["hidden"], parts["weight"], case.token_ids, case.mask)
+    found = linear_token_log_probs(*tokens, bias=parts["bias"], temperature=given).log_probs
+    logits = torch.nn.functional.linear(*head().values())
+    close(found, token_log_probs(logits, case.token_ids, case.mask, temperature=temperature).log_probs)
+
+
+def test_dtensor_temperatures():
+    pool(4).run(dtensor_temperatures)
+
+
 def dtensor_sequences() -> None:
     """(Shard(0), Shard(-1)): this rank's sequences, and its columns of them; the loss is these sequences' own."""
     from torch.distributed.tensor import Shard
