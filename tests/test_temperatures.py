@@ -177,6 +177,8 @@ CALLS = {
     "skipped": {"skip_zero_advantage": True},
     "support": {"support": TopP(0.9), "config": LossConfig(entropy_coef=0.05)},
     "recorded": {"config": LossConfig(entropy_coef=0.05)},
+    "teacher": {"config": LossConfig(divergence=Divergence("forward_kl", coef=0.5))},
+    "teacher, own": {"config": LossConfig(divergence=Divergence("jsd", coef=0.5, teacher_temperature=1.3))},
 }
 
 
@@ -188,6 +190,9 @@ def test_the_reference(backend, call, dtype):
     if call == "recorded":
         options |= {"support": support_of(case, "recorded")}
         told = {"support": support_of(case, "mask")}
+    if call.startswith("teacher"):
+        g = torch.Generator().manual_seed(5)
+        options |= {"teacher": Teacher(logits=torch.randn(case.logits.shape, generator=g).to(dtype))}
     if call == "rollout":
         options |= {"rollout_log_probs": sampler(case)}
     judged(case, of_rows(case.mask, SHAPES[len(call) % 3]), backend, told, **options)
