@@ -133,7 +133,7 @@ def test_it_keeps_the_one_pass():
             assert case.run("cpu", config=config, require="fused", **options)[0].route.passes == 1
 
 
-@pytest.mark.parametrize("function", ["hidden", "log_probs", "attached"])
+@pytest.mark.parametrize("function", ["hidden", "log_probs"])
 def test_other_functions(function):
     case = with_sampler(vocab=19, dtype=torch.float64, extra_row=False)
     expected, wanted = case.reference(config=BOTH)
@@ -141,19 +141,21 @@ def test_other_functions(function):
     options = {**case.options, "config": BOTH}
     if function == "hidden":
         out = linear_grpo_loss(leaf, torch.eye(19, dtype=torch.float64), *case.arguments, chunk_bytes=4000, **options)
-    elif function == "log_probs":
+    else:
         log_p = leaf.log_softmax(-1)
         log_probs = log_p.gather(-1, case.token_ids[..., None]).squeeze(-1)
         out = policy_loss(log_probs, case.advantages, case.mask, **options)
-    else:
-        names = hf.batch(token_ids=case.token_ids, advantages=case.advantages, rollout_kl_coef=0.3)
-        assert names["rollout_kl_coef"] == 0.3
-        return
     out.loss.backward()
     torch.testing.assert_close(out.loss, expected.loss, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(leaf.grad, wanted, rtol=1e-9, atol=1e-13)
     for name in ("kl_loss", "rollout_kl_loss", "rollout_unknown", "k3_rollout"):
         torch.testing.assert_close(getattr(out.metrics, name), getattr(expected.metrics, name).double())
+
+
+def test_what_an_attached_model_is_given():
+    """Its numbers are those of docs/compositions.md."""
+    given = hf.batch(token_ids=torch.ones(1, 2), advantages=torch.ones(1), rollout_kl_coef=0.3)
+    assert given["rollout_kl_coef"] == 0.3
 
 
 # What an unknown token is, and what weighs nothing
