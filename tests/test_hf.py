@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from grpo_kernels import LossOutput, TokenLogProbs, TopK, align, grpo_loss, hf, token_log_probs
+from grpo_kernels import LossOutput, TokenLogProbs, align, grpo_loss, hf, token_log_probs
 
 transformers = pytest.importorskip("transformers")
 
@@ -262,7 +262,7 @@ def test_refused_by_name():
 
 @pytest.mark.parametrize(
     ("from_logits", "name", "value"),
-    [(False, "support", TopK(5)), (False, "inplace", True), (True, "chunk_bytes", 1 << 20), (True, "live_tokens", 3)],
+    [(False, "inplace", True), (True, "chunk_bytes", 1 << 20), (True, "live_tokens", 3)],
 )
 def test_a_keyword_of_the_other_loss(from_logits, name, value):
     """Not a misspelling of one that is known: which way of attaching takes it is said."""
