@@ -219,6 +219,8 @@ INSTRUCTIONS = {
     "setp.lt.s32 %p1, %r1, 40; selp.b32 %r6, 1, 2, %p1;": lambda i: 1 if i < 40 else 2,
     "setp.lt.u32 %p1, %r1, 40; vote.sync.ballot.b32 %r6, %p1, -1;": lambda i: -1 if i < 32 else 255,
     "mov.u32 %r6, 7; setp.ge.u32 %p1, %r1, 9; @%p1 bra DONE; ret; DONE:": lambda i: 7 if i >= 9 else None,
+    "sub.s32 %r5, 5, %r1; redux.sync.min.s32 %r6, %r5, -1;": lambda i: 5 - (i | 31),
+    "sub.s32 %r5, 5, %r1; redux.sync.max.u32 %r6, %r5, -1;": lambda i: -1 if i < 32 else 5 - 32,
     "shfl.sync.up.b32 %r6, %r1, 2, 0, -1;": lambda i: i - 2 if i % 32 > 1 else i,
     "shfl.sync.idx.b32 %r6, %r1, 3, 31, -1;": lambda i: i // 32 * 32 + 3,
 }

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-CONTROL = ("bra", "ret", "exit", "bar", "barrier", "shfl", "vote", "trap", "brkpt", "call")
+CONTROL = ("bra", "ret", "exit", "bar", "barrier", "shfl", "redux", "vote", "trap", "brkpt", "call")
 WAITS = ("wait_group", "wait_all", "try_wait", "test_wait")
 BITS = {"pred": 1, "b8": 8, "u8": 8, "s8": 8, "b16": 16, "u16": 16, "s16": 16, "f16": 16, "bf16": 16, "b32": 32}
 BITS |= {"u32": 32, "s32": 32, "f32": 32, "b64": 64, "u64": 64, "s64": 64, "f64": 64, "f16x2": 32, "bf16x2": 32}
@@ -19,7 +19,7 @@ CLASSES = {
     "mufu": ("ex2", "lg2", "rcp"),
     "mov": ("mov", "cvta", "ret", "createpolicy"),
     "branch": ("bra",),
-    "sync": ("mbarrier", "bar", "barrier", "fence", "vote", "mapa", "membar"),
+    "sync": ("mbarrier", "bar", "barrier", "fence", "vote", "redux", "mapa", "membar"),
     "select": ("setp", "selp"),
     **{name: (name,) for name in ("cvt", "cp", "shfl")},
 }

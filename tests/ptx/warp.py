@@ -274,6 +274,16 @@ class Warp(Accesses, Copies):
         group.pc += 1
         return True
 
+    def _redux(self, group: Group, one: Instruction) -> bool:
+        target, source, _ = one.operands
+        if not self._members(group, one):
+            return False
+        reduce, signed = {"min": np.min, "max": np.max}[one.parts[2]], {"s32": np.int32, "u32": np.uint32}[one.parts[3]]
+        value = reduce(self._value(source).astype(signed)[group.mask])
+        self._assign(group, target, np.full(32, value))
+        group.pc += 1
+        return True
+
     def _mbarrier(self, group: Group, one: Instruction) -> bool:
         """try_wait.parity: true, or suspended until it is, or after a while false."""
         target, address, parity = one.operands

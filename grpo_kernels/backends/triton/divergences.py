@@ -22,38 +22,42 @@ TVD = tl.constexpr(6)
 
 
 @triton.jit
+def negative(x):
+    """Return -x, such that the compiler knows it of -(-x) and |-x|; to it, -x is 0 - x."""
+    return x * -1.0
+
+
+@triton.jit
 def k3_near(u):
-    """Return exp(u) - u - 1 for |u| < 1 without cancellation: u^2/2 times a series, which in fp32 is the polynomial
-    through the Chebyshev nodes (relative error 5.5e-9)."""
+    """Return exp(u) - u - 1 for |u| < 1 without cancellation: u^2 times a series, which in fp32 is the polynomial
+    through the Chebyshev nodes (relative error 5.5e-9). Anything for other u."""
     if u.dtype == tl.float64:
         series = u * 0 + 1
         for k in tl.static_range(20, 2, -1):
             series = 1 + u * (1 / k) * series
+        series = series * 0.5
     else:
-        series = tl.fma(u, 5.6125604715e-06, 5.0717026170e-05)
-        series = tl.fma(series, u, 3.9676204324e-04)
-        series = tl.fma(series, u, 2.7770793531e-03)
-        series = tl.fma(series, u, 1.6666678712e-02)
-        series = tl.fma(series, u, 8.3333469927e-02)
-        series = tl.fma(series, u, 3.3333334327e-01)
-        series = tl.fma(series, u, 1.0)
-    return u * u * 0.5 * series
+        series = tl.fma(u, 2.8062802e-06, 2.5358513e-05)
+        series = tl.fma(series, u, 1.9838102e-04)
+        series = tl.fma(series, u, 1.3885397e-03)
+        series = tl.fma(series, u, 8.3333394e-03)
+        series = tl.fma(series, u, 4.1666735e-02)
+        series = tl.fma(series, u, 1.6666667e-01)
+        series = tl.fma(series, u, 0.5)
+    return u * u * series
 
 
 @triton.jit
 def expm1_of(x):
     """Return exp(x) - 1, in fewer steps than ``maths.expm1``."""
-    near = tl.abs(x) < 1
-    u = tl.where(near, x, 0)
-    return tl.where(near, u + k3_near(u), tl.exp(x) - 1)
+    return tl.where(tl.abs(x) < 1, x + k3_near(x), tl.exp(x) - 1)
 
 
 @triton.jit
 def kl_term(weight, log_odds, other):
     """Return w·x - w + m, x = log(w/m): a term >= 0 of KL(w‖m), by a series near x = 0; m where w is 0."""
-    near = tl.abs(log_odds) < 1
     product = tl.where(weight == 0, 0, weight * log_odds)
-    return tl.where(near, weight * k3_near(tl.where(near, -log_odds, 0)), product - weight + other)
+    return tl.where(tl.abs(log_odds) < 1, weight * k3_near(negative(log_odds)), product - weight + other)
 
 
 @triton.jit
@@ -67,9 +71,16 @@ def over_mixture(d, share, rest):
 @triton.jit
 def minus(p, q, d):
     """Return p - q, with all its digits where they are close."""
-    near = tl.abs(d) < 1
-    u = tl.where(near, d, 0)
-    return tl.where(near, q * (u + k3_near(u)), p - q)
+    return tl.where(tl.abs(d) < 1, q * (d + k3_near(d)), p - q)
+
+
+@triton.jit
+def difference(KIND: tl.constexpr, p, q, d):
+    """Return ``minus``, from the series that the terms are made of."""
+    if KIND == REVERSE_KL:
+        return negative(minus(q, p, negative(d)))
+    else:
+        return minus(p, q, d)
 
 
 @triton.jit
@@ -78,11 +89,11 @@ def columns_of(KIND: tl.constexpr, p, q, d, mix):
     zero = p * 0  # d may be infinite
     rest = 1 - mix
     if KIND == FORWARD_KL:
-        return kl_term(q, -d, p), minus(p, q, d), zero
+        return kl_term(q, negative(d), p), minus(p, q, d), zero
     elif KIND == REVERSE_KL:
         return kl_term(p, d, q), zero, d
     elif KIND == MIXED_KL:
-        return mix * kl_term(q, -d, p) + rest * kl_term(p, d, q), mix * minus(p, q, d), rest * d
+        return mix * kl_term(q, negative(d), p) + rest * kl_term(p, d, q), mix * minus(p, q, d), rest * d
     elif KIND == JSD:
         log_p, log_q = over_mixture(d, rest, mix)
         m = rest * p + mix * q

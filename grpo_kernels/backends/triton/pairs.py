@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .divergences import FORWARD_KL, TVD, columns_of, minus, of_error
+from .divergences import FORWARD_KL, TVD, columns_of, difference, of_error
 from .gradient import fill, write_gradient
 from .maths import divide, log1p, tanh_derivative, to_power
 from .rows import (
@@ -80,7 +80,7 @@ def add_columns(total, excess, mass, slopes, x, y, policy, teacher, distances, s
     term, _, slope = columns_of(KIND, p, q, d, mix)
     if KIND != FORWARD_KL:
         slopes += tl.where(p == 0, 0, p * slope)
-    return total + term, excess + minus(p, q, d), mass + p, slopes
+    return total + term, excess + difference(KIND, p, q, d), mass + p, slopes
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def finish_divergence(total, excess, mass, slopes, x, y, policy, teacher, distan
     """
     p, q = probability(x, policy), probability(y, teacher)
     t, d = distance_of(x, y, distances, shift)
-    error = log1p(excess + minus(p, q, d))
+    error = log1p(excess + difference(KIND, p, q, d))
     corrected = shift - error
     centre = tl.fma(t, distances[2], corrected)
     by_others = log1p(divide(error * mass - excess, tl.where(q > 0, q, 1)))
