@@ -179,10 +179,10 @@ def test_plans():
     """Clusters are no larger than two rows need, and say so where not even one fits."""
     device = cuda.Device(**H200, clusters=(ctypes.c_int32 * 5)(132, 66, 32, 16, 0))
 
-    def cluster_of(dtype, vocab):
+    def cluster_of(dtype, vocab, rows=1):
         plan = cuda.Plan()
         code = native.DTYPES[dtype]
-        cuda.library().grpo_cuda_plan(ctypes.byref(device), code, ctypes.c_int64(vocab), ctypes.byref(plan))
+        cuda.library().grpo_cuda_plan(ctypes.byref(device), code, ctypes.c_int64(vocab), rows, ctypes.byref(plan))
         return plan.cluster, plan.clusters, plan.tiles
 
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -191,6 +191,9 @@ def test_plans():
     assert [cluster_of(fp32, vocab)[0] for vocab in (32000, 128256, 151936, 262144)] == [2, 8, 8, 8]
     assert cluster_of(fp32, 425_984)[0] == 8
     assert cluster_of(fp32, 425_985)[0] == 0
+    assert cluster_of(bf16, 32000, 2) == (2, 66, 6)
+    assert [cluster_of(bf16, vocab, 2)[0] for vocab in (1, 128256, 151936, 262144)] == [1, 8, 8, 8]
+    assert [cluster_of(fp32, vocab, 2)[0] for vocab in (32000, 151936, 196_608, 196_609)] == [4, 8, 8, 0]
     device.clusters[4] = 7
     assert cluster_of(fp32, 262144) == (16, 7, 13)
     device.clusters[4] = 5  # 80 multiprocessors instead of 128: too many idle for two rows at a time
@@ -587,7 +590,7 @@ def test_compiled_kernels_do_not_spill():
     assert {target.split()[0] for target in targets} >= {f"sm_{name}" for name in record["architectures"].split()}
     kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout)
     rows = [kernel for kernel in kernels if "row_kernel" in kernel[0]]
-    assert len(rows) == 12 * len(record["architectures"].split())
+    assert len(rows) == 24 * len(record["architectures"].split())
     for name, registers, stack, shared, local in kernels:
         assert (stack, local) == ("0", "0"), name
         assert int(shared) <= 1024, name  # the rest is asked for at launch
@@ -597,13 +600,17 @@ def test_compiled_kernels_do_not_spill():
 ROWS, MOVES, SUMS = "row_kernel.h", "loading.h", "sums.h"
 MUTANTS = {
     "consumers: wait for a tile": (ROWS, "shared_.filled[summed_.place].wait(summed_.lap);\n      sweep", "sweep"),
-    "consumers: wait for slopes": (ROWS, "shared_.settled[turn].wait(index / kRowsAhead & 1);", ";"),
+    "consumers: wait for slopes": (
+        ROWS,
+        "shared_.settled[index % kRowsAhead].wait(turn_at<kMode>(index, kStages<kMode> - 1) & 1);",
+        ";",
+    ),
     "loader: wait for room": (MOVES, "shared.emptied[cursor.place].wait(cursor.lap ^ 1);", ""),
     "storer: wait for gradients": (MOVES, "shared.written[cursor", "if (tile == 0) shared.written[cursor"),
     "storer: wait for reading": (MOVES, "port::bulk_wait_read<kStoresInFlight>();", ""),
     "storer: all of a row given back": (MOVES, "(last ? 0 : kStoresInFlight)", "kStoresInFlight"),
-    "settler: wait for the cluster": (ROWS, "shared_.arrived[turn_].wait_for_cluster(phase);", ""),
-    "settler: slots overwritten unread": (ROWS, "shared_.drained[turn_].wait_for_cluster(", "(void)("),
+    "settler: wait for the cluster": (ROWS, "shared_.arrived[place_].wait_for_cluster(turn & 1);", ""),
+    "settler: slots overwritten unread": (ROWS, "shared_.drained[place_].wait_for_cluster(", "(void)("),
     "kernel: no meeting at the start": (ROWS, "port::sync_cluster();  // nobody", ";  // nobody"),
     "slices: too short": ("layout.h", "(vectors + cluster - 1) / cluster * width", "vectors / cluster * width"),
     "tail: not loaded": (MOVES, "(from + to.columns) + 15)", "(from + to.columns))"),
@@ -616,14 +623,14 @@ MUTANTS = {
     "sums: too large": (SUMS, "if (sum < kLargestSum<real>)", "if (sum == sum)"),
     "merge: references ignored": (SUMS, "if (other_reference > reference)", "if (false)"),
     "rows: one temperature for all": ("job.h", "return p.temperature ? logit_map", "return false ? logit_map"),
-    "order: records of dead rows": ("token_kernels.h", "      put_stats<real>(p, r, {0, 0, 0, 0, 0});\n", ""),
+    "order: records of dead rows": ("token_kernels.h", "        put_stats<real>(p, r, {0, 0, 0, 0});\n", ""),
 }
 """One-line faults of csrc/cuda, each of which the tests below must notice."""
 SAMPLED = ("consumers: wait for slopes",)
 
 
 UNDEFINED = {
-    "a message to itself": (ROWS, "if (job_.p.cluster > 1) send", "send", "a message in a cluster of one block"),
+    "a message to itself": (ROWS, "if (job_.p.cluster == 1) return;", "", "a message in a cluster of one block"),
     "a tile read too early": (
         ROWS,
         MUTANTS["consumers: wait for a tile"][1],
@@ -633,8 +640,8 @@ UNDEFINED = {
     "room given back unread": (MOVES, "port::bulk_wait_read<kStoresInFlight>();", "", "load: a copy on its way reads"),
     "a wait by a part of a warp": (
         ROWS,
-        "shared_.swept[turn_].wait(phase);",
-        "if (lane_ == 0) shared_.swept[turn_].wait(phase);",
+        "shared_.swept[place_].wait(turn & 1);\n    const double value",
+        "if (lane_ == 0) shared_.swept[place_].wait(turn & 1);\n    const double value",
         "deadlock: ",
     ),
     "a message off 16 bytes": (ROWS, "slot + 16 * i", "slot + 16 * i + 8", "a message: not aligned to 16 bytes"),
@@ -678,13 +685,17 @@ for seed, (cluster, vocab) in enumerate([(1, 300), (1, 20001), (2, 20001)] * 3):
     assert words in result.stderr
 
 
-@emulated
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SAMPLED else pytest.mark.nightly) for n in MUTANTS])
-def test_mutant_is_noticed(tmp_path, name):
-    library = mutated(tmp_path, *MUTANTS[name])
-    environment = {**os.environ, "GRPO_KERNELS_CUDA_LIBRARY": str(library)}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", __file__]
+def assert_noticed(folder: Path, change: tuple[str, str, str], tests: str) -> None:
+    """A test of that file fails over the changed sources, and nothing breaks on the way."""
+    environment = {**os.environ, "GRPO_KERNELS_CUDA_LIBRARY": str(mutated(folder, *change))}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", tests]
     command += ["-m", "not nightly", "-k", "not mutant and not compiled and not librar"]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert result.returncode != 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert "stopping after 1 failures" in result.stdout  # a test failed; nothing broke on the way
+    assert "stopping after 1 failures" in result.stdout
+
+
+@emulated
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in SAMPLED else pytest.mark.nightly) for n in MUTANTS])
+def test_mutant_is_noticed(tmp_path, name):
+    assert_noticed(tmp_path, MUTANTS[name], __file__)

@@ -12,10 +12,10 @@ struct GrpoCudaParams : GrpoCall {
   int32_t device;
   int32_t cluster;   // blocks that share a row
   int32_t clusters;  // that run at once
-  int32_t tiles;     // of a block's ring
+  int32_t tiles;     // places of a block's ring, each of a tile, or of two for a pair of rows
   void* stream;
   int32_t* order;  // [rows + 1] scratch: live rows from the front, dead ones from the back, how many are live
-  void* partials;  // log_probs: real[rows][cluster][4] scratch
+  void* partials;  // scratch: real[rows][cluster][4] of log_probs, [8] of divergence
 };
 
 // What a device offers, asked of the driver.
@@ -27,7 +27,7 @@ struct GrpoCudaDevice {
   int32_t clusters[5];      // of 1, 2, 4, 8 and 16 blocks that run at once; 0: the device takes no such cluster
 };
 
-// How a row of so many columns is laid out there; cluster is 0 if it does not fit.
+// How a row of so many columns, or a pair of them (rows = 2), is laid out there; cluster is 0 if it does not fit.
 struct GrpoCudaPlan {
   int32_t cluster, clusters, tiles;
 };
@@ -40,9 +40,12 @@ GRPO_EXPORT int64_t grpo_cuda_abi(void);
 GRPO_EXPORT int32_t grpo_cuda_emulated(void);
 GRPO_EXPORT const char* grpo_cuda_error(int32_t error);
 GRPO_EXPORT int32_t grpo_cuda_device(int32_t index, GrpoCudaDevice*);
-GRPO_EXPORT void grpo_cuda_plan(const GrpoCudaDevice*, int32_t dtype, int64_t vocab, GrpoCudaPlan*);
+GRPO_EXPORT void grpo_cuda_plan(const GrpoCudaDevice*, int32_t dtype, int64_t vocab, int32_t rows, GrpoCudaPlan*);
 
 GRPO_EXPORT int32_t grpo_cuda_log_probs(const GrpoCudaParams*);
 GRPO_EXPORT int32_t grpo_cuda_log_probs_backward(const GrpoCudaParams*);
 GRPO_EXPORT int32_t grpo_cuda_fused_loss(const GrpoCudaParams*);
+GRPO_EXPORT int32_t grpo_cuda_divergence(const GrpoCudaParams*);
+GRPO_EXPORT int32_t grpo_cuda_divergence_backward(const GrpoCudaParams*);
+GRPO_EXPORT int32_t grpo_cuda_fused_divergence(const GrpoCudaParams*);
 }

@@ -2,26 +2,31 @@
 #pragma once
 
 #include "../common/terms.h"
-#include "gradient.h"
+#include "divergence.h"
 
 namespace grpo {
 
-enum Mode { kLogProbs, kLogProbsBackward, kFusedLoss };
+enum Mode { kLogProbs, kLogProbsBackward, kFusedLoss, kDivergence, kDivergenceBackward, kFusedDivergence };
 
 template <class T, Mode kMode>
 struct Job {
   using real = real_of<T>;
-  static constexpr bool kSums = kMode != kLogProbsBackward, kGradient = kMode != kLogProbs;
+  static constexpr bool kFused = kMode == kFusedLoss || kMode == kFusedDivergence;  // blocks exchange what they find
+  static constexpr bool kBackward = kMode == kLogProbsBackward || kMode == kDivergenceBackward;
+  static constexpr bool kGradient = kFused || kBackward;
+  static constexpr bool kPair = kMode >= kDivergence;  // the teacher's row beside the policy's
+  static constexpr int kRows = kPair ? 2 : 1;
 
   const GrpoCudaParams& p;
-  LogitMap<real> map;              // of the call's temperature
-  int rank, first_row, live_rows;  // the block's slice; the place of its first row in the order of rows
+  LogitMap<real> map, teacher_map;  // of the call's temperatures
+  int rank, first_row, live_rows;   // the block's slice; the place of its first row in the order of rows
   int64_t first_column;
   int columns, tiles;  // of the slice, which has at least one tile
   bool ahead;          // two rows fit: one is summed before the gradient of the one before it
 
   GRPO_DEVICE explicit Job(const GrpoCudaParams& params)
       : p(params), map(logit_map(static_cast<const real*>(params.numbers))) {
+    if constexpr (kPair) teacher_map = logit_map(static_cast<const real*>(params.teacher_numbers));
     rank = port::block_index() % p.cluster;
     first_row = port::block_index() / p.cluster;
     live_rows = p.order[p.rows];
@@ -47,7 +52,13 @@ struct Job {
     const int length = int(p.length);
     return static_cast<T*>(p.out) + r / length * p.out_batch_stride + r % length * p.out_row_stride;
   }
+  GRPO_DEVICE const T* teacher_row(int r) const {
+    const int length = int(p.length);
+    const T* first = static_cast<const T*>(p.teacher_logits);
+    return first + r / length * p.teacher_batch_stride + r % length * p.teacher_row_stride;
+  }
   GRPO_DEVICE const T* slice(int r) const { return row(r) + first_column; }
+  GRPO_DEVICE const T* teacher_slice(int r) const { return teacher_row(r) + first_column; }
   GRPO_DEVICE T* out_slice(int r) const { return out_row(r) + first_column; }
 
   GRPO_DEVICE int tile_columns(int tile) const {
@@ -56,27 +67,54 @@ struct Job {
   }
   // A tile of a row's slice in its place of the ring: its first column is as far from 16 bytes as in global memory.
   GRPO_DEVICE Piece<T> piece(Shared& shared, int place, const T* slice, int tile, int target) const {
+    return piece_at(tile_at(shared, place * kRows), slice, tile, target);
+  }
+  GRPO_DEVICE Piece<T> teacher_piece(Shared& shared, int place, const T* slice, int tile, int target) const {
+    return piece_at(tile_at(shared, place * kRows + 1), slice, tile, target);
+  }
+  GRPO_DEVICE Piece<T> piece_at(unsigned char* place, const T* slice, int tile, int target) const {
     const int skew = int(reinterpret_cast<intptr_t>(slice) & 15);
-    T* start = reinterpret_cast<T*>(tile_at(shared, place) + skew);
+    T* start = reinterpret_cast<T*>(place + skew);
     return {start, tile_columns(tile), target - tile * kTileColumns<T>, skew};
   }
 
   // The sampled column's logit; NaN for an id outside the vocabulary.
-  GRPO_DEVICE double sampled_logit(int r) const {
+  GRPO_DEVICE double sampled_logit(int r) const { return sampled(r, row(r)); }
+  GRPO_DEVICE double sampled(int r, const T* logits) const {
     const int64_t id = p.token_ids[r];
-    return id >= 0 && id < p.vocab ? load_one(row(r) + id) : NAN;
+    return id >= 0 && id < p.vocab ? load_one(logits + id) : NAN;
   }
   // By the row's own temperature, if it has one.
   GRPO_DEVICE LogitMap<real> map_of(int r) const {
     return p.temperature ? logit_map(static_cast<const real*>(p.numbers), at(p.temperature, r)) : map;
   }
-  GRPO_DEVICE LogitMap<real> map_of(const RowInfo& info) const {
+  GRPO_DEVICE LogitMap<real> teacher_map_of(int r) const {
+    return p.teacher_temperature ? logit_map(static_cast<const real*>(p.teacher_numbers), at(p.teacher_temperature, r))
+                                 : teacher_map;
+  }
+  template <class Info>
+  GRPO_DEVICE static LogitMap<real> map_of(const LogitMap<real>& map, const Info& info) {
     LogitMap<real> own = map;
     own.slope = real(info.slope);
     own.derivative = info.derivative;
     return own;
   }
-  GRPO_DEVICE double value_of(double logit) const { return map.softcap ? softcapped(real(logit), map) : real(logit); }
+  GRPO_DEVICE LogitMap<real> map_of(const RowInfo& info) const { return map_of(map, info); }
+  GRPO_DEVICE PairMap<real> pair_map(const LogitMap<real>& policy, const LogitMap<real>& teacher) const {
+    return {policy, teacher, real(policy.derivative), at(p.numbers, kDivergenceMix), p.divergence_kind};
+  }
+  GRPO_DEVICE PairMap<real> map_of(const RowInfo& info, const PairInfo& pair) const {
+    return pair_map(map_of(info), map_of(teacher_map, pair));
+  }
+  // Of statistics that an earlier call wrote.
+  GRPO_DEVICE Odds<real> known_odds(int r, const PairMap<real>& maps) const {
+    return odds_of<real>(at(p.anchor, r), at(p.log_sum, r), at(p.teacher_anchor, r), at(p.teacher_log_sum, r),
+                         maps.policy.derivative, maps.teacher.derivative);
+  }
+  GRPO_DEVICE double value_of(double logit) const { return value_of(logit, map); }
+  GRPO_DEVICE static double value_of(double logit, const LogitMap<real>& map) {
+    return map.softcap ? softcapped(real(logit), map) : real(logit);
+  }
 
   GRPO_DEVICE RowInfo info_of(int r) const {
     RowInfo info;
@@ -85,18 +123,38 @@ struct Job {
     info.row = r;
     info.target = here ? int(id) : kElsewhere;
     // In a backward the blocks of a row do not wait for each other: another may have overwritten it, in place.
-    const bool needed = kMode != kLogProbsBackward || (here && map.softcap);
+    const bool needed = kMode != kDivergence && (!kBackward || (here && map.softcap));
     info.logit = needed ? sampled_logit(r) : 0;
     info.value = value_of(info.logit);
     const LogitMap<real> own = map_of(r);
     info.slope = own.slope;
     info.derivative = own.derivative;
-    if (kMode == kLogProbsBackward) {
+    if (kBackward) {
       const double g = p.grad_log_prob ? at(p.grad_log_prob, r) : 0, h = p.grad_entropy ? at(p.grad_entropy, r) : 0;
       const GradientTerms<real> terms = row_gradient<real>(at(p.log_prob, r), at(p.entropy, r), at(p.anchor, r),
                                                            at(p.log_sum, r), g, h, info.logit, own);
       keep_terms(info.terms, terms);
     }
+    return info;
+  }
+
+  GRPO_DEVICE PairInfo pair_info_of(int r) const {
+    PairInfo info{};
+    const LogitMap<real> teacher = teacher_map_of(r);
+    info.slope = teacher.slope;
+    info.derivative = teacher.derivative;
+    if (kFused) {
+      info.value = value_of(sampled(r, teacher_row(r)), teacher_map);
+      return info;
+    }
+    const PairMap<real> maps = pair_map(map_of(r), teacher);
+    Odds<real> odds = known_odds(r, maps);
+    if (kBackward) {
+      const Divergence<real> known{0, at(p.shift, r), at(p.centre, r), at(p.mean, r)};
+      odds.shift = known.shift;
+      keep_slopes(info.slopes, divergence_slopes(known, at(p.grad_divergence, r), maps));
+    }
+    keep_odds(info.odds, odds);
     return info;
   }
 };

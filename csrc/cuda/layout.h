@@ -31,7 +31,8 @@ struct alignas(16) Partial {
 
 constexpr int kElsewhere = -kTileBytes;
 
-constexpr int kTerms = 5;  // of GradientTerms
+// Numbers of GradientTerms, Odds and DivergenceSlopes (gradient.h, divergence.h).
+constexpr int kTerms = 5, kOdds = 7, kSlopes = 3;
 
 struct RowInfo {
   int row;
@@ -40,31 +41,48 @@ struct RowInfo {
   double value;  // the same, softcapped
   double slope;  // of the row's LogitMap, as its derivative
   double derivative;
-  double terms[kTerms];  // GradientTerms, where they are known before the row is read
+  double terms[kTerms];  // GradientTerms: known before the row is read, or a settler's
 };
+
+// Of a row's teacher, and of the pair.
+struct PairInfo {
+  double value;  // of the sampled column
+  double slope, derivative;
+  double odds[kOdds];
+  double slopes[kSlopes];
+};
+
+constexpr int kMessageBytes = 64;  // what a warp or a slice has to say of a row: Partial, PartialPair, DivergenceSums
 
 struct alignas(128) Shared {
   unsigned char zeros[kZeroBytes];
-  RowInfo info[kMaxTiles];                            // of the row whose first tile is in that place
-  Partial<double> warps[kRowsAhead][kConsumerWarps];  // room for either precision
-  Partial<double> slices[kRowsAhead][kMaxCluster];
-  double terms[kRowsAhead][kTerms];   // GradientTerms
+  RowInfo info[kMaxTiles];  // of the row whose first tile is in that place
+  PairInfo pairs[kMaxTiles];
+  alignas(16) unsigned char warps[kRowsAhead][kConsumerWarps * kMessageBytes];
+  alignas(16) unsigned char slices[kRowsAhead][kMaxCluster * kMessageBytes];
   double numbers[kNumbers];           // of the call; room for either precision
   port::Barrier filled[kMaxTiles];    // a tile has been loaded
   port::Barrier written[kMaxTiles];   // it holds gradients
   port::Barrier emptied[kMaxTiles];   // it may be loaded again
-  port::Barrier swept[kRowsAhead];    // the sums of this block's slice are there
-  port::Barrier arrived[kRowsAhead];  // those of all blocks are
+  port::Barrier swept[kRowsAhead];    // what this block's slice has to say is there
+  port::Barrier arrived[kRowsAhead];  // so it is of all blocks
   port::Barrier drained[kRowsAhead];  // all blocks have read this one's
-  port::Barrier settled[kRowsAhead];  // the terms of the gradient are
+  port::Barrier settled[kRowsAhead];  // what follows from it is in the row's info
   // Followed by the ring.
 };
 
+// A place of the ring holds a tile of the row, or of a pair of rows a tile of each.
 constexpr int kTilesOffset = int(sizeof(Shared));
-inline int shared_bytes(int tiles) { return kTilesOffset + tiles * kTilePitch; }
+inline int shared_bytes(int places, int rows) { return kTilesOffset + places * rows * kTilePitch; }
 
-GRPO_DEVICE unsigned char* tile_at(Shared& shared, int place) {
-  return reinterpret_cast<unsigned char*>(&shared) + kTilesOffset + place * kTilePitch;
+GRPO_DEVICE unsigned char* tile_at(Shared& shared, int tile) {
+  return reinterpret_cast<unsigned char*>(&shared) + kTilesOffset + tile * kTilePitch;
+}
+
+template <class Message>
+GRPO_DEVICE Message* messages(unsigned char* slots) {
+  static_assert(sizeof(Message) <= kMessageBytes, "a message has more bytes than its slot");
+  return reinterpret_cast<Message*>(slots);
 }
 
 // The ring, tile by tile: all roles walk it in the same order.
@@ -87,11 +105,11 @@ GRPO_FN int slice_tiles(int64_t vocab, int cluster, int element_bytes) {
   return int((bytes + kTileBytes - 1) / kTileBytes);
 }
 
-// The smallest cluster whose blocks hold two rows, so that one is summed while the other waits for its slopes; or the
-// largest that holds one. A larger one is not worth a quarter of the multiprocessors, which clusters of 16 may leave
-// idle.
-inline GrpoCudaPlan plan_of(const GrpoCudaDevice& device, int element_bytes, int64_t vocab) {
-  GrpoCudaPlan plan{0, 0, (device.shared_bytes - kTilesOffset) / kTilePitch};
+// The smallest cluster whose blocks hold two rows, or two pairs of rows, so that one is summed while the other waits
+// for its slopes; or the largest that holds one. A larger one is not worth a quarter of the multiprocessors, which
+// clusters of 16 may leave idle.
+inline GrpoCudaPlan plan_of(const GrpoCudaDevice& device, int element_bytes, int64_t vocab, int rows) {
+  GrpoCudaPlan plan{0, 0, (device.shared_bytes - kTilesOffset) / (rows * kTilePitch)};
   plan.tiles = plan.tiles < kMaxTiles ? plan.tiles : kMaxTiles;
   for (int i = 0; i < 5; ++i) {
     const int cluster = 1 << i, clusters = device.clusters[i];

@@ -18,28 +18,22 @@ int32_t clusters_of(const GrpoCudaParams& p) {
 
 template <class T, Mode kMode>
 int launch_rows(const GrpoCudaParams& p) {
+  using Rows = Job<T, kMode>;
   const int error = port::launch(order_kernel<real_of<T>, kMode>, 1, 1, kOrderThreads, kOrderWarps * int(sizeof(int)),
                                  stream_of(p), p);
   if (error) return error;
   GrpoCudaParams mine = p;
   mine.clusters = clusters_of(p);
-  return port::launch(row_kernel<T, kMode>, mine.clusters * p.cluster, kMode == kFusedLoss ? p.cluster : 1, kThreads,
-                      shared_bytes(p.tiles), stream_of(p), mine);
+  return port::launch(row_kernel<T, kMode>, mine.clusters * p.cluster, Rows::kFused ? p.cluster : 1, kThreads,
+                      shared_bytes(p.tiles, Rows::kRows), stream_of(p), mine);
 }
 
-template <class T>
-int log_probs(const GrpoCudaParams& p) {
-  if (const int error = launch_rows<T, kLogProbs>(p)) return error;
+// What slices have to say goes through scratch.
+template <class T, Mode kMode>
+int launch_sums(const GrpoCudaParams& p) {
+  if (const int error = launch_rows<T, kMode>(p)) return error;
   const int blocks = int((p.rows + kConsumers - 1) / kConsumers);
-  return port::launch(finish_kernel<T>, blocks, 1, kConsumers, 0, stream_of(p), p);
-}
-template <class T>
-int log_probs_backward(const GrpoCudaParams& p) {
-  return launch_rows<T, kLogProbsBackward>(p);
-}
-template <class T>
-int fused_loss(const GrpoCudaParams& p) {
-  return launch_rows<T, kFusedLoss>(p);
+  return port::launch(finish_kernel<T, kMode>, blocks, 1, kConsumers, 0, stream_of(p), p);
 }
 
 // Before the first launch, which may be inside a CUDA graph's capture: a kernel is not loaded there.
@@ -53,10 +47,17 @@ int load_kernels(int ring, GrpoCudaDevice& device) {
   } all[] = {{row_kernel<T, kLogProbs>, ring},
              {row_kernel<T, kLogProbsBackward>, ring},
              {row_kernel<T, kFusedLoss>, ring},
+             {row_kernel<T, kDivergence>, ring},
+             {row_kernel<T, kDivergenceBackward>, ring},
+             {row_kernel<T, kFusedDivergence>, ring},
              {order_kernel<real, kLogProbs>, 1024},
              {order_kernel<real, kLogProbsBackward>, 1024},
              {order_kernel<real, kFusedLoss>, 1024},
-             {finish_kernel<T>, 1024}};
+             {order_kernel<real, kDivergence>, 1024},
+             {order_kernel<real, kDivergenceBackward>, 1024},
+             {order_kernel<real, kFusedDivergence>, 1024},
+             {finish_kernel<T, kLogProbs>, 1024},
+             {finish_kernel<T, kDivergence>, 1024}};
   for (const auto& one : all) {
     int32_t local_bytes = 0;
     if (const int error = port::load(reinterpret_cast<const void*>(one.kernel), one.shared_bytes, local_bytes))
@@ -96,7 +97,7 @@ int32_t grpo_cuda_device(int32_t index, GrpoCudaDevice* device) {
   if (const int error = port::describe(index, *device)) return error;
   if (device->major < 9) return 0;  // it has no clusters, and the library no code for it
   if (const int error = port::use_device(index)) return error;
-  const int ring = shared_bytes(plan_of(*device, 2, 1).tiles);  // as large for every row
+  const int ring = shared_bytes(plan_of(*device, 2, 1, 1).tiles, 1);  // as large for every row, or larger
   if (const int error = load_kernels<float>(ring, *device)) return error;
   if (const int error = load_kernels<double>(ring, *device)) return error;
   if (const int error = load_kernels<grpo::BFloat16>(ring, *device)) return error;
@@ -110,17 +111,26 @@ int32_t grpo_cuda_device(int32_t index, GrpoCudaDevice* device) {
   return 0;
 }
 
-void grpo_cuda_plan(const GrpoCudaDevice* device, int32_t dtype, int64_t vocab, GrpoCudaPlan* plan) {
-  *plan = plan_of(*device, element_bytes(dtype), vocab);
+void grpo_cuda_plan(const GrpoCudaDevice* device, int32_t dtype, int64_t vocab, int32_t rows, GrpoCudaPlan* plan) {
+  *plan = plan_of(*device, element_bytes(dtype), vocab, rows);
 }
 
 int32_t grpo_cuda_log_probs(const GrpoCudaParams* p) {
-  return dispatch(p, [p](auto element) { return log_probs<decltype(element)>(*p); });
+  return dispatch(p, [p](auto element) { return launch_sums<decltype(element), kLogProbs>(*p); });
 }
 int32_t grpo_cuda_log_probs_backward(const GrpoCudaParams* p) {
-  return dispatch(p, [p](auto element) { return log_probs_backward<decltype(element)>(*p); });
+  return dispatch(p, [p](auto element) { return launch_rows<decltype(element), kLogProbsBackward>(*p); });
 }
 int32_t grpo_cuda_fused_loss(const GrpoCudaParams* p) {
-  return dispatch(p, [p](auto element) { return fused_loss<decltype(element)>(*p); });
+  return dispatch(p, [p](auto element) { return launch_rows<decltype(element), kFusedLoss>(*p); });
+}
+int32_t grpo_cuda_divergence(const GrpoCudaParams* p) {
+  return dispatch(p, [p](auto element) { return launch_sums<decltype(element), kDivergence>(*p); });
+}
+int32_t grpo_cuda_divergence_backward(const GrpoCudaParams* p) {
+  return dispatch(p, [p](auto element) { return launch_rows<decltype(element), kDivergenceBackward>(*p); });
+}
+int32_t grpo_cuda_fused_divergence(const GrpoCudaParams* p) {
+  return dispatch(p, [p](auto element) { return launch_rows<decltype(element), kFusedDivergence>(*p); });
 }
 }

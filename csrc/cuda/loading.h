@@ -17,17 +17,15 @@ GRPO_DEVICE T* advanced(T* p, int bytes) {
 }
 
 // A tile of a row into its place, by whole vectors of 16 bytes: up to 15 bytes at either end are somebody else's, and
-// nobody looks at them.
+// nobody looks at them. The caller has yet to arrive at `filled`.
 template <class T>
 GRPO_DEVICE void load_tile(const Piece<T>& to, const T* from, port::Barrier& filled) {
   const intptr_t first = reinterpret_cast<intptr_t>(from) & ~intptr_t(15);
   const intptr_t end = (reinterpret_cast<intptr_t>(from + to.columns) + 15) & ~intptr_t(15);
-  if (to.columns > 0) {
-    void* place = reinterpret_cast<void*>(reinterpret_cast<intptr_t>(to.start) & ~intptr_t(15));
-    filled.expect(int(end - first));
-    port::bulk_load(place, reinterpret_cast<const void*>(first), int(end - first), filled);
-  }
-  filled.arrive();
+  if (to.columns <= 0) return;
+  void* place = reinterpret_cast<void*>(reinterpret_cast<intptr_t>(to.start) & ~intptr_t(15));
+  filled.expect(int(end - first));
+  port::bulk_load(place, reinterpret_cast<const void*>(first), int(end - first), filled);
 }
 
 // The block's slice of its cluster's dead rows.
@@ -59,15 +57,27 @@ GRPO_DEVICE void load_rows(const Job<T, kMode>& job, Shared& shared) {
   for (int first = 0; first < count; first += 32) {
     // Which row, which id, which logit are three reads one after the other: for 32 rows at once, a lane each.
     RowInfo mine{};
-    if (first + lane < count) mine = job.info_of(job.row_of(first + lane));
+    PairInfo pair{};
+    if (first + lane < count) {
+      const int row = job.row_of(first + lane);
+      mine = job.info_of(row);
+      if constexpr (job.kPair) pair = job.pair_info_of(row);
+    }
     for (int k = 0; k < 32 && first + k < count; ++k) {
-      const T* slice = job.slice(port::shuffle(mine.row, k));
+      const int row = port::shuffle(mine.row, k);
+      const T *slice = job.slice(row), *teacher = job.kPair ? job.teacher_slice(row) : nullptr;
       for (int tile = 0; tile < job.tiles; ++tile) {
         shared.emptied[cursor.place].wait(cursor.lap ^ 1);
         if (lane == k) {
-          if (tile == 0) shared.info[cursor.place] = mine;
-          load_tile(job.piece(shared, cursor.place, slice, tile, kElsewhere), slice + tile * kTileColumns<T>,
-                    shared.filled[cursor.place]);
+          const int place = cursor.place, column = tile * kTileColumns<T>;
+          port::Barrier& filled = shared.filled[place];
+          if (tile == 0) shared.info[place] = mine;
+          load_tile(job.piece(shared, place, slice, tile, kElsewhere), slice + column, filled);
+          if constexpr (job.kPair) {
+            if (tile == 0) shared.pairs[place] = pair;
+            load_tile(job.teacher_piece(shared, place, teacher, tile, kElsewhere), teacher + column, filled);
+          }
+          filled.arrive();
         }
         cursor.next(job.p.tiles);
       }

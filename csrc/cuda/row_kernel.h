@@ -6,12 +6,44 @@
 //   settlers  sums -> all blocks of the cluster (arrived) -> loss and slope    settled
 //   storer    ring -> global memory                                            emptied
 //
-// Consumers sum one row before they write the gradient of the row before it: the exchange costs no time.
+// Consumers sum one row before they write the gradient of the row before it: the exchange costs no time. A row beside
+// its teacher's is swept once more between the two, by what has been settled of both: its divergence. So it is settled
+// twice, each time while the consumers are at another row.
 #pragma once
 
 #include "loading.h"
 
 namespace grpo {
+
+// A row has as many turns at the barriers of its place as it is settled times.
+template <Mode kMode>
+constexpr int kStages = kMode == kFusedDivergence ? 2 : 1;
+template <Mode kMode>
+GRPO_DEVICE int turn_at(int index, int stage) {
+  return kStages<kMode> * (index / kRowsAhead) + stage;
+}
+
+// What a fused pair's slice has to say first.
+template <class real>
+struct alignas(16) PartialPair {
+  Partial<real> policy, teacher;
+};
+
+template <class real>
+GRPO_DEVICE Partial<double> widened(const Partial<real>& partial) {
+  return {partial.reference, partial.sum, partial.weighted, 0};
+}
+template <class real>
+GRPO_DEVICE PartialPair<double> merged_pairs(const PartialPair<real>* slices, int count, real slope,
+                                             real teacher_slope) {
+  Sums<double> policy(widened(slices[0].policy)), teacher(widened(slices[0].teacher));
+  for (int i = 1; i < count; ++i) {
+    const Partial<real>&p = slices[i].policy, &q = slices[i].teacher;
+    policy.merge(p.reference, p.sum, p.weighted, slope);
+    teacher.merge(q.reference, q.sum, q.weighted, teacher_slope);
+  }
+  return {{policy.reference, policy.sum, policy.weighted, 0}, {teacher.reference, teacher.sum, teacher.weighted, 0}};
+}
 
 template <class T, Mode kMode>
 class Consumer {
@@ -22,53 +54,131 @@ class Consumer {
       : job_(job), shared_(shared), warp_(port::thread_index() / 32), first_lane_(port::thread_index() % 32 == 0) {}
 
   GRPO_DEVICE void run() {
-    const int count = job_.count(), lag = kMode == kFusedLoss && job_.ahead ? 1 : 0;
-    for (int i = 0; i < count + lag; ++i) {
-      if (job_.kSums && i < count) sum(i);
-      if (job_.kGradient && i >= lag) write(i - lag);
+    const int count = job_.count();
+    if constexpr (job_.kFused) {
+      const bool ahead = job_.ahead;
+      if (ahead && count > 0) sum(0);
+      for (int i = 0; i < count; ++i) {
+        if (!ahead) sum(i);
+        if constexpr (job_.kPair) diverge(i);
+        if (ahead && i + 1 < count) sum(i + 1);
+        write(i);
+      }
+    } else {
+      for (int i = 0; i < count; ++i) {
+        if constexpr (kMode == kLogProbs) sum(i);
+        if constexpr (kMode == kDivergence) diverge(i);
+        if constexpr (job_.kBackward) write(i);
+      }
     }
   }
 
  private:
-  // The sums of the index-th row's slice.
+  // The sums of the index-th row's slice, then of its teacher's.
   GRPO_DEVICE void sum(int index) {
     shared_.filled[summed_.place].wait(summed_.lap);
     const RowInfo& info = shared_.info[summed_.place];
     const int target = info.target;
-    const LogitMap<real> map = job_.map_of(info);
-    const Anchor<real> anchor(info.value, map.slope);
-    const T* slice = job_.slice(info.row);
+    if constexpr (job_.kPair) {
+      const PairInfo& pair = shared_.pairs[summed_.place];
+      Cursor again = summed_;
+      const T *slice = job_.slice(info.row), *teacher = job_.teacher_slice(info.row);
+      const Partial<real> policy = sums_of(again, job_.map_of(info), info.value, [&](int place, int tile) {
+        return job_.piece(shared_, place, slice, tile, target);
+      });
+      publish(PartialPair<real>{policy, sums_of(summed_, job_.map_of(job_.teacher_map, pair), pair.value,
+                                                [&](int place, int tile) {
+                                                  return job_.teacher_piece(shared_, place, teacher, tile, target);
+                                                })},
+              index, 0);
+    } else {
+      const T* slice = job_.slice(info.row);
+      publish(sums_of(summed_, job_.map_of(info), info.value,
+                      [&](int place, int tile) { return job_.piece(shared_, place, slice, tile, target); }),
+              index, 0);
+    }
+  }
+
+  // This warp's, of the pieces of a slice, relative to the sampled value.
+  template <class PieceAt>
+  GRPO_DEVICE Partial<real> sums_of(Cursor& at, const LogitMap<real>& map, double value, PieceAt piece) {
+    const Anchor<real> anchor(value, map.slope);
     Sums<real> sums(anchor);
-    for (int tile = 0; tile < job_.tiles; ++tile, summed_.next(job_.p.tiles)) {
-      shared_.filled[summed_.place].wait(summed_.lap);
-      sweep_sums(job_.piece(shared_, summed_.place, slice, tile, target), map, anchor, sums);
-      if (kMode == kLogProbs) signal(shared_.emptied[summed_.place]);
+    for (int tile = 0; tile < job_.tiles; ++tile, at.next(job_.p.tiles)) {
+      shared_.filled[at.place].wait(at.lap);
+      sweep_sums(piece(at.place, tile), map, anchor, sums);
+      if (kMode == kLogProbs) signal(shared_.emptied[at.place]);
     }
-    const Partial<real> partial = warp_sums(sums, anchor, map.slope);
-    const int turn = index % kRowsAhead;
-    if (index >= kRowsAhead) shared_.settled[turn].wait(index / kRowsAhead - 1 & 1);  // its place is free
-    port::sync_warp();  // what its lanes have read may be overwritten after this, by whoever has those columns then
-    if (first_lane_) {
-      shared_.warps[turn][warp_] = {partial.reference, partial.sum, partial.weighted, 0};
-      shared_.swept[turn].arrive();
+    return warp_sums(sums, anchor, map.slope);
+  }
+
+  // The divergence of the index-th row's slice.
+  GRPO_DEVICE void diverge(int index) {
+    shared_.filled[compared_.place].wait(compared_.lap);
+    if (job_.kFused) shared_.settled[index % kRowsAhead].wait(turn_at<kMode>(index, 0) & 1);
+    const RowInfo& info = shared_.info[compared_.place];
+    const PairInfo& pair = shared_.pairs[compared_.place];
+    const PairMap<real> map = job_.map_of(info, pair);
+    const Odds<real> odds = kept_odds<real>(pair.odds);
+    const T *slice = job_.slice(info.row), *teacher = job_.teacher_slice(info.row);
+    DivergenceSums<real> sums;
+    for (int tile = 0; tile < job_.tiles; ++tile, compared_.next(job_.p.tiles)) {
+      shared_.filled[compared_.place].wait(compared_.lap);
+      sweep_divergence(pieces(compared_.place, slice, teacher, tile, kElsewhere), map, odds, sums);
+      if (kMode == kDivergence) signal(shared_.emptied[compared_.place]);
     }
+    merge_lanes<32>(sums);
+    publish(sums, index, kStages<kMode> - 1);
   }
 
   // The gradient of the index-th row's slice.
   GRPO_DEVICE void write(int index) {
     shared_.filled[written_.place].wait(written_.lap);
+    if (job_.kFused) shared_.settled[index % kRowsAhead].wait(turn_at<kMode>(index, kStages<kMode> - 1) & 1);
     const RowInfo& info = shared_.info[written_.place];
     const int target = info.target;
     const LogitMap<real> map = job_.map_of(info);
+    const GradientTerms<real> terms = kept_terms<real>(info.terms);
     const T* slice = job_.slice(info.row);
-    const int turn = index % kRowsAhead;
-    if (kMode == kFusedLoss) shared_.settled[turn].wait(index / kRowsAhead & 1);
-    const GradientTerms<real> terms = kept_terms<real>(kMode == kFusedLoss ? shared_.terms[turn] : info.terms);
+    if constexpr (job_.kPair) {
+      const PairInfo& pair = shared_.pairs[written_.place];
+      const PairMap<real> maps = job_.map_of(info, pair);
+      const Odds<real> odds = kept_odds<real>(pair.odds);
+      const DivergenceSlopes<real> slopes = kept_slopes<real>(pair.slopes);
+      const T* teacher = job_.teacher_slice(info.row);
+      write_tiles([&](int place, int tile) {
+        sweep_pair_gradient(pieces(place, slice, teacher, tile, target), maps, odds, terms, slopes);
+      });
+    } else {
+      write_tiles(
+          [&](int place, int tile) { sweep_gradient(job_.piece(shared_, place, slice, tile, target), map, terms); });
+    }
+  }
+
+  template <class Sweep>
+  GRPO_DEVICE void write_tiles(Sweep sweep) {
     for (int tile = 0; tile < job_.tiles; ++tile, written_.next(job_.p.tiles)) {
-      if (kMode == kLogProbsBackward) shared_.filled[written_.place].wait(written_.lap);
-      sweep_gradient(job_.piece(shared_, written_.place, slice, tile, target), map, terms);
+      if (job_.kBackward) shared_.filled[written_.place].wait(written_.lap);
+      sweep(written_.place, tile);
       port::fence_for_bulk();
       signal(shared_.written[written_.place]);
+    }
+  }
+
+  GRPO_DEVICE PiecePair<T> pieces(int place, const T* slice, const T* teacher, int tile, int target) const {
+    return {job_.piece(shared_, place, slice, tile, target),
+            job_.teacher_piece(shared_, place, teacher, tile, kElsewhere)};
+  }
+
+  // What this warp has to say of its row, to the settler.
+  template <class Message>
+  GRPO_DEVICE void publish(const Message& message, int index, int stage) {
+    const int place = index % kRowsAhead, turn = turn_at<kMode>(index, stage);
+    if (turn > 0) shared_.settled[place].wait(turn - 1 & 1);  // what it said before has been read
+    port::sync_warp();  // what its lanes have read may be overwritten after this, by whoever has those columns then
+    if (first_lane_) {
+      messages<Message>(shared_.warps[place])[warp_] = message;
+      shared_.swept[place].arrive();
     }
   }
 
@@ -82,142 +192,258 @@ class Consumer {
   Shared& shared_;
   const int warp_;
   const bool first_lane_;
-  Cursor summed_, written_;
+  Cursor summed_, compared_, written_;
 };
 
-// The warps' sums of a row's slice, in every lane.
+// What the warps said of a row's slice, as one, in every lane.
 template <class real>
-GRPO_DEVICE Partial<real> slice_sums(const Shared& shared, int turn, real slope) {
-  const Partial<double>& mine = shared.warps[turn][port::thread_index() % kConsumerWarps];
-  Sums<real> sums(Partial<real>{real(mine.reference), real(mine.sum), real(mine.weighted), 0});
+GRPO_DEVICE Partial<real> of_warps(const Partial<real>* warps, real slope) {
+  Sums<real> sums(warps[port::thread_index() % kConsumerWarps]);
   merge_lanes<kConsumerWarps>(sums, slope);
   return {sums.reference, sums.sum, sums.weighted, 0};
 }
+template <class real>
+GRPO_DEVICE DivergenceSums<real> of_warps(const DivergenceSums<real>* warps) {
+  DivergenceSums<real> sums = warps[port::thread_index() % kConsumerWarps];
+  merge_lanes<kConsumerWarps>(sums);
+  return sums;
+}
+template <class real>
+GRPO_DEVICE PartialPair<real> of_warps(const PartialPair<real>* warps, real slope, real teacher_slope) {
+  const PartialPair<real>& mine = warps[port::thread_index() % kConsumerWarps];
+  Sums<real> sums(mine.policy), teacher(mine.teacher);
+  merge_lanes<kConsumerWarps>(sums, slope);
+  merge_lanes<kConsumerWarps>(teacher, teacher_slope);
+  return {{sums.reference, sums.sum, sums.weighted, 0}, {teacher.reference, teacher.sum, teacher.weighted, 0}};
+}
 
-// Sums of a block's slice -> scratch, from which finish_kernel takes them. A settler has every kSettlers-th row.
-template <class T>
-GRPO_DEVICE void keep_sums(const Job<T, kLogProbs>& job, Shared& shared, int turn) {
+// What a block's slice has to say of a row -> scratch, from which finish_kernel takes it.
+template <class Message, class T, Mode kMode, class Merge>
+GRPO_DEVICE void keep(const Job<T, kMode>& job, Shared& shared, int index, int64_t row, Merge merge) {
+  const int place = index % kRowsAhead;
+  shared.swept[place].wait(index / kRowsAhead & 1);
+  const Message mine = merge(messages<Message>(shared.warps[place]));
+  port::sync_warp();
+  if (port::thread_index() % 32 != 0) return;
+  static_cast<Message*>(job.p.partials)[row * job.p.cluster + job.rank] = mine;
+  shared.settled[place].arrive();
+}
+
+// A settler has every kSettlers-th row.
+template <class T, Mode kMode>
+GRPO_DEVICE void keep_sums(const Job<T, kMode>& job, Shared& shared, int turn) {
   using real = real_of<T>;
   const int count = job.count();
   for (int index = turn; index < count; index += kSettlers) {
     const int64_t row = job.row_of(index);
-    const real slope = job.map_of(int(row)).slope;  // not from the ring, whose place the loader may have taken again
-    shared.swept[turn].wait(index / kRowsAhead & 1);
-    const Partial<real> mine = slice_sums<real>(shared, turn, slope);
-    port::sync_warp();
-    if (port::thread_index() % 32 != 0) continue;
-    static_cast<Partial<real>*>(job.p.partials)[row * job.p.cluster + job.rank] = mine;
-    shared.settled[turn].arrive();
+    if constexpr (kMode == kLogProbs) {
+      const real slope = job.map_of(int(row)).slope;  // not from the ring, whose place the loader may have taken again
+      keep<Partial<real>>(job, shared, index, row, [slope](const auto* warps) { return of_warps(warps, slope); });
+    } else {
+      keep<DivergenceSums<real>>(job, shared, index, row, [](const auto* warps) { return of_warps(warps); });
+    }
   }
 }
 
+// RowStats as they are written down, and as everything after them takes them.
 template <class real>
-GRPO_DEVICE void put_stats(const GrpoCall& call, int64_t row, const RowStats& stats) {
-  static_cast<real*>(call.log_prob)[row] = real(stats.log_prob);
-  static_cast<real*>(call.entropy)[row] = real(stats.entropy);
-  static_cast<real*>(call.anchor)[row] = real(stats.anchor);
-  static_cast<real*>(call.log_sum)[row] = real(stats.log_sum);
+struct Rounded {
+  real log_prob, entropy, anchor, log_sum;
+};
+template <class real>
+GRPO_DEVICE Rounded<real> rounded(const RowStats& stats) {
+  return {real(stats.log_prob), real(stats.entropy), real(stats.anchor), real(stats.log_sum)};
+}
+
+template <class real>
+GRPO_DEVICE void put_stats(const GrpoCall& call, int64_t row, const Rounded<real>& stats) {
+  static_cast<real*>(call.log_prob)[row] = stats.log_prob;
+  static_cast<real*>(call.entropy)[row] = stats.entropy;
+  static_cast<real*>(call.anchor)[row] = stats.anchor;
+  static_cast<real*>(call.log_sum)[row] = stats.log_sum;
+}
+template <class real>
+GRPO_DEVICE void put_teacher_stats(const GrpoCall& call, int64_t row, const Rounded<real>& stats) {
+  static_cast<real*>(call.teacher_log_prob)[row] = stats.log_prob;
+  static_cast<real*>(call.teacher_entropy)[row] = stats.entropy;
+  static_cast<real*>(call.teacher_anchor)[row] = stats.anchor;
+  static_cast<real*>(call.teacher_log_sum)[row] = stats.log_sum;
+}
+template <class real>
+GRPO_DEVICE void put_divergence(const GrpoCall& call, int64_t row, const Divergence<real>& found) {
+  static_cast<real*>(call.divergence)[row] = found.value;
+  static_cast<real*>(call.shift)[row] = found.shift;
+  static_cast<real*>(call.centre)[row] = found.centre;
+  static_cast<real*>(call.mean)[row] = found.mean;
 }
 
 // Sums of all slices -> log-prob, terms of the loss and slopes, the same in each block; one writes them down. A settler
 // has every kSettlers-th row, so that one row's chain of dependent operations runs beside another's.
-template <class T>
+template <class T, Mode kMode>
 class Settler {
  public:
   using real = real_of<T>;
 
-  GRPO_DEVICE Settler(const Job<T, kFusedLoss>& job, Shared& shared, int turn)
+  GRPO_DEVICE Settler(const Job<T, kMode>& job, Shared& shared, int place)
       : job_(job),
         shared_(shared),
         numbers_(reinterpret_cast<const real*>(shared.numbers)),
-        turn_(turn),
+        place_(place),
         lane_(port::thread_index() % 32),
         count_(job.count()) {}
 
   GRPO_DEVICE void run() {
     // Which row, then what is known of its token: read one row and two rows before they are needed.
-    int row = row_of(turn_), next = row_of(turn_ + kSettlers);
-    Token<real> token = token_of<real>(job_.p, row);
-    real entropy_weight = entropy_weight_of(row);
+    int row = row_of(place_), next = row_of(place_ + kSettlers);
+    Known known = job_.kPair ? Known{} : known_of(row);
     Cursor first;
-    first.next(job_.p.tiles, turn_ * job_.tiles);
-    for (int index = turn_; index < count_; index += kSettlers) {
-      const unsigned phase = index / kRowsAhead & 1;
-      shared_.swept[turn_].wait(phase);
-      const RowInfo& info = shared_.info[first.place];
-      const double value = info.value, logit = info.logit;
-      const LogitMap<real> map = job_.map_of(info);
-      const Partial<real> mine = slice_sums<real>(shared_, turn_, map.slope);
-      if (job_.p.cluster > 1) send_to_all(mine, index);
-
+    first.next(job_.p.tiles, place_ * job_.tiles);
+    for (int index = place_; index < count_; index += kSettlers) {
+      RowInfo& info = shared_.info[first.place];
+      PairInfo& pair = shared_.pairs[first.place];
       const int settled_row = row;
-      Token<real> settled = token;
-      const double h = -numbers_[kGradScale] * double(entropy_weight);
-      row = next;
-      next = row_of(index + 2 * kSettlers);
-      token = token_of<real>(job_.p, row);
-      entropy_weight = entropy_weight_of(row);
-
-      const RowStats stats = row_stats(all_slices(mine, phase, map.slope), value, map.slope);
-      settled.log_prob = real(stats.log_prob);
-      settled.entropy = real(stats.entropy);
-      const TokenTerms<real> terms = terms_of(job_.p, numbers_, settled);
+      Known settled = known;
+      const auto read_ahead = [&] {
+        if (job_.kPair) settled = known_of(row);  // late: it would take registers while the rows are settled
+        row = next;
+        next = row_of(index + 2 * kSettlers);
+        if (!job_.kPair) known = known_of(row);
+      };
+      Rounded<real> stats;
+      Divergence<real> divergence;
+      if constexpr (job_.kPair) {
+        stats = settle_pair(index, info, pair, settled_row);
+        divergence = settle_divergence(index, info, pair, read_ahead);
+      } else {
+        stats = settle_row(index, info, read_ahead);
+      }
+      settled.token.log_prob = stats.log_prob;
+      settled.token.entropy = stats.entropy;
+      const TokenTerms<real> terms = terms_of(job_.p, numbers_, settled.token);
       // From the rounded outputs, so that one pass and two passes write the same bits.
+      const double scale = numbers_[kGradScale];
       const GradientTerms<real> gradient =
-          row_gradient<real>(settled.log_prob, settled.entropy, real(stats.anchor), real(stats.log_sum),
-                             numbers_[kGradScale] * double(terms.slope), h, logit, map);
+          row_gradient<real>(stats.log_prob, stats.entropy, stats.anchor, stats.log_sum, scale * double(terms.slope),
+                             -scale * double(settled.entropy_weight), info.logit, job_.map_of(info));
+      DivergenceSlopes<real> slopes;
+      if constexpr (job_.kPair)
+        slopes = divergence_slopes(divergence, scale * double(settled.divergence_weight), job_.map_of(info, pair));
       port::sync_warp();
       first.next(job_.p.tiles, kSettlers * job_.tiles);
       if (lane_ != 0) continue;
-      keep_terms(shared_.terms[turn_], gradient);
-      shared_.settled[turn_].arrive();
-      if (job_.rank == 0) {
-        put_stats<real>(job_.p, settled_row, stats);
-        put_terms(job_.p, settled_row, terms);
+      keep_terms(info.terms, gradient);
+      if constexpr (job_.kPair) {
+        keep_slopes(pair.slopes, slopes);
+        pair.odds[kOddsShift] = divergence.shift;
       }
+      shared_.settled[place_].arrive();
+      if (job_.rank != 0) continue;
+      put_stats(job_.p, settled_row, stats);
+      put_terms(job_.p, settled_row, terms);
+      if constexpr (job_.kPair) put_divergence(job_.p, settled_row, divergence);
     }
   }
 
  private:
+  // What a row's token comes with.
+  struct Known {
+    Token<real> token;
+    real entropy_weight, divergence_weight;
+  };
+
   // The last row again where there is none: nobody uses what is read of it.
   GRPO_DEVICE int row_of(int index) const { return job_.row_of(index < count_ ? index : count_ - 1); }
-  GRPO_DEVICE real entropy_weight_of(int row) const {
-    return job_.p.entropy_weight ? job_.at(job_.p.entropy_weight, row) : real(0);
+  GRPO_DEVICE Known known_of(int row) const {
+    const auto weight = [&](const void* weights) { return weights ? job_.at(weights, row) : real(0); };
+    return {token_of<real>(job_.p, row), weight(job_.p.entropy_weight),
+            job_.kPair ? weight(job_.p.grad_divergence) : 0};
+  }
+
+  template <class ReadAhead>
+  GRPO_DEVICE Rounded<real> settle_row(int index, const RowInfo& info, ReadAhead read_ahead) {
+    const int turn = turn_at<kMode>(index, 0);
+    shared_.swept[place_].wait(turn & 1);
+    const double value = info.value;
+    const real slope = job_.map_of(info).slope;
+    const auto mine = of_warps(messages<Partial<real>>(shared_.warps[place_]), slope);
+    send_to_all(mine, turn);
+    read_ahead();
+    const auto merge = [slope](const Partial<real>* slices, int count) { return merged<double>(slices, count, slope); };
+    return rounded<real>(row_stats(all_slices(mine, turn, merge), value, slope));
+  }
+
+  // Both rows' statistics, by which consumers compare them.
+  GRPO_DEVICE Rounded<real> settle_pair(int index, const RowInfo& info, PairInfo& pair, int row) {
+    const int turn = turn_at<kMode>(index, 0);
+    shared_.swept[place_].wait(turn & 1);
+    const PairMap<real> map = job_.map_of(info, pair);
+    const real slope = map.policy.slope, teacher_slope = map.teacher.slope;
+    const auto mine = of_warps(messages<PartialPair<real>>(shared_.warps[place_]), slope, teacher_slope);
+    send_to_all(mine, turn);
+    const auto merge = [&](const PartialPair<real>* slices, int count) {
+      return merged_pairs(slices, count, slope, teacher_slope);
+    };
+    const PartialPair<double> total = all_slices(mine, turn, merge);
+    const Rounded<real> stats = rounded<real>(row_stats(total.policy, info.value, slope));
+    const Rounded<real> teacher = rounded<real>(row_stats(total.teacher, pair.value, teacher_slope));
+    const Odds<real> odds = odds_of<real>(stats.anchor, stats.log_sum, teacher.anchor, teacher.log_sum,
+                                          map.policy.derivative, map.teacher.derivative);
+    port::sync_warp();
+    if (lane_ == 0) {
+      keep_odds(pair.odds, odds);
+      shared_.settled[place_].arrive();
+      if (job_.rank == 0) put_teacher_stats(job_.p, row, teacher);
+    }
+    port::sync_warp();
+    return stats;
+  }
+
+  template <class ReadAhead>
+  GRPO_DEVICE Divergence<real> settle_divergence(int index, const RowInfo& info, const PairInfo& pair,
+                                                 ReadAhead read_ahead) {
+    const int turn = turn_at<kMode>(index, 1);
+    shared_.swept[place_].wait(turn & 1);
+    const auto mine = of_warps(messages<DivergenceSums<real>>(shared_.warps[place_]));
+    send_to_all(mine, turn);
+    read_ahead();
+    const auto merge = [](const DivergenceSums<real>* slices, int count) { return merged(slices, count); };
+    return finish_divergence(all_slices(mine, turn, merge), kept_odds<real>(pair.odds), job_.map_of(info, pair));
   }
 
   // To the slot of this block in every block of the cluster, this one too.
-  GRPO_DEVICE void send_to_all(const Partial<real>& mine, int index) {
+  template <class Message>
+  GRPO_DEVICE void send_to_all(const Message& mine, int turn) {
+    if (job_.p.cluster == 1) return;  // a block alone may not send, not even to itself
     constexpr int pieces = int(sizeof(mine)) / 16;
     uint32_t words[pieces][4];
     memcpy(words, &mine, sizeof(mine));
     // The others have read what was sent to those slots before.
-    if (index >= kRowsAhead) shared_.drained[turn_].wait_for_cluster(index / kRowsAhead - 1 & 1);
+    if (turn > 0) shared_.drained[place_].wait_for_cluster(turn - 1 & 1);
     if (lane_ == 0) {
-      shared_.arrived[turn_].expect(job_.p.cluster * int(sizeof(mine)));
-      shared_.arrived[turn_].arrive();
+      shared_.arrived[place_].expect(job_.p.cluster * int(sizeof(mine)));
+      shared_.arrived[place_].arrive();
     }
     port::sync_warp();
     if (lane_ >= job_.p.cluster) return;
-    unsigned char* slot = reinterpret_cast<unsigned char*>(slices() + job_.rank);
-    for (int i = 0; i < pieces; ++i) port::send(lane_, slot + 16 * i, words[i], shared_.arrived[turn_]);
+    unsigned char* slot = reinterpret_cast<unsigned char*>(messages<Message>(shared_.slices[place_]) + job_.rank);
+    for (int i = 0; i < pieces; ++i) port::send(lane_, slot + 16 * i, words[i], shared_.arrived[place_]);
   }
 
-  // The row's sums. A block alone has them; it may not send, not even to itself.
-  GRPO_DEVICE Partial<double> all_slices(const Partial<real>& mine, unsigned phase, real slope) {
-    if (job_.p.cluster == 1) return {mine.reference, mine.sum, mine.weighted, 0};
-    shared_.arrived[turn_].wait_for_cluster(phase);
-    const Partial<double> total = merged<double>(slices(), job_.p.cluster, slope);
+  // merge(what every slice has to say, how many).
+  template <class Message, class Merge>
+  GRPO_DEVICE auto all_slices(const Message& mine, int turn, Merge merge) {
+    if (job_.p.cluster == 1) return merge(&mine, 1);
+    shared_.arrived[place_].wait_for_cluster(turn & 1);
+    const auto total = merge(messages<Message>(shared_.slices[place_]), job_.p.cluster);
     port::sync_warp();
-    if (lane_ < job_.p.cluster) shared_.drained[turn_].arrive_at(lane_);
+    if (lane_ < job_.p.cluster) shared_.drained[place_].arrive_at(lane_);
     return total;
   }
 
-  GRPO_DEVICE Partial<real>* slices() { return reinterpret_cast<Partial<real>*>(shared_.slices[turn_]); }
-
-  const Job<T, kFusedLoss>& job_;
+  const Job<T, kMode>& job_;
   Shared& shared_;
   const real* numbers_;
-  const int turn_, lane_, count_;
+  const int place_, lane_, count_;
 };
 
 template <class T, Mode kMode>
@@ -230,7 +456,7 @@ GRPO_DEVICE void prepare(const Job<T, kMode>& job, Shared& shared) {
     for (int i = 0; i < job.p.tiles; ++i) {
       shared.filled[i].init(1);
       shared.written[i].init(kConsumerWarps);
-      shared.emptied[i].init(kMode == kLogProbs ? kConsumerWarps : 1);
+      shared.emptied[i].init(job.kGradient ? 1 : kConsumerWarps);
     }
     for (int i = 0; i < kRowsAhead; ++i) {
       shared.swept[i].init(kConsumerWarps);
@@ -249,7 +475,7 @@ GRPO_KERNEL GRPO_BOUNDS(kThreads) row_kernel(GRPO_PARAMETERS GrpoCudaParams para
   Shared& shared = port::shared<Shared>();
   const Job<T, kMode> job(params);
   prepare(job, shared);
-  if (kMode == kFusedLoss) port::sync_cluster();  // nobody sends to barriers that are not there yet
+  if (job.kFused) port::sync_cluster();  // nobody sends to barriers that are not there yet
 
   const int warp = port::thread_index() / 32;
   if (warp < kConsumerWarps) {
@@ -257,13 +483,13 @@ GRPO_KERNEL GRPO_BOUNDS(kThreads) row_kernel(GRPO_PARAMETERS GrpoCudaParams para
   } else if (warp == kLoader) {
     load_rows(job, shared);
   } else if (warp == kStorer) {
-    if constexpr (kMode != kLogProbs) store_rows(job, shared);
+    if constexpr (job.kGradient) store_rows(job, shared);
   } else {
-    if constexpr (kMode == kLogProbs) keep_sums(job, shared, warp - kSettler);
-    if constexpr (kMode == kFusedLoss)
-      if (job.count() > 0) Settler<T>(job, shared, warp - kSettler).run();
+    if constexpr (!job.kGradient) keep_sums(job, shared, warp - kSettler);
+    if constexpr (job.kFused)
+      if (job.count() > 0) Settler<T, kMode>(job, shared, warp - kSettler).run();
   }
-  if (kMode == kFusedLoss) port::sync_cluster();  // nor to blocks that are gone
+  if (job.kFused) port::sync_cluster();  // nor to blocks that are gone
 }
 
 }  // namespace grpo

@@ -11,7 +11,8 @@ constexpr int kOrderThreads = 1024, kOrderWarps = kOrderThreads / 32, kRowsPerTh
 template <class real, Mode kMode>
 GRPO_DEVICE bool has_work(const GrpoCudaParams& p, int64_t r) {
   if (p.live && !p.live[r]) return false;
-  if (kMode != kLogProbsBackward) return true;
+  if (kMode != kLogProbsBackward && kMode != kDivergenceBackward) return true;
+  if (kMode == kDivergenceBackward && static_cast<const real*>(p.grad_divergence)[r] != 0) return true;
   const real g = p.grad_log_prob ? static_cast<const real*>(p.grad_log_prob)[r] : 0;
   const real h = p.grad_entropy ? static_cast<const real*>(p.grad_entropy)[r] : 0;
   return !(g == 0 && h == 0);
@@ -57,25 +58,41 @@ GRPO_KERNEL GRPO_BOUNDS(kOrderThreads) order_kernel(GRPO_PARAMETERS GrpoCudaPara
         continue;
       }
       p.order[rows - 1 - (r - place)] = r;
-      if (kMode == kFusedLoss) {
-        put_stats<real>(p, r, {0, 0, 0, 0, 0});
+      if (kMode == kFusedLoss || kMode == kFusedDivergence) {
+        put_stats<real>(p, r, {0, 0, 0, 0});
         put_terms<real>(p, r, {});
+      }
+      if (kMode == kFusedDivergence) {
+        put_teacher_stats<real>(p, r, {0, 0, 0, 0});
+        put_divergence<real>(p, r, {0, 0, 0, 0});
       }
     }
   }
   if (thread == 0) p.order[rows] = live_before;
 }
 
+// From what slices have to say.
 template <class T>
-GRPO_KERNEL GRPO_BOUNDS(kConsumers) finish_kernel(GRPO_PARAMETERS GrpoCudaParams p) {
+GRPO_DEVICE void finish_row(const GrpoCudaParams& p, int64_t r, const Job<T, kLogProbs>& job) {
   using real = real_of<T>;
-  const int64_t r = int64_t(port::block_index()) * kConsumers + port::thread_index();
-  if (r >= p.rows) return;
-  if (p.live && !p.live[r]) return put_stats<real>(p, r, {0, 0, 0, 0, 0});
-  const Job<T, kLogProbs> job(p);
+  if (p.live && !p.live[r]) return put_stats<real>(p, r, {0, 0, 0, 0});
   const Partial<real>* slices = static_cast<const Partial<real>*>(p.partials) + r * p.cluster;
   const double slope = job.map_of(int(r)).slope, value = job.value_of(job.sampled_logit(int(r)));
-  put_stats<real>(p, r, row_stats(merged<double>(slices, p.cluster, slope), value, slope));
+  put_stats(p, r, rounded<real>(row_stats(merged<double>(slices, p.cluster, slope), value, slope)));
+}
+template <class T>
+GRPO_DEVICE void finish_row(const GrpoCudaParams& p, int64_t r, const Job<T, kDivergence>& job) {
+  using real = real_of<T>;
+  if (p.live && !p.live[r]) return put_divergence<real>(p, r, {0, 0, 0, 0});
+  const DivergenceSums<real>* slices = static_cast<const DivergenceSums<real>*>(p.partials) + r * p.cluster;
+  const PairMap<real> map = job.pair_map(job.map_of(int(r)), job.teacher_map_of(int(r)));
+  put_divergence<real>(p, r, finish_divergence(merged(slices, p.cluster), job.known_odds(int(r), map), map));
+}
+
+template <class T, Mode kMode>
+GRPO_KERNEL GRPO_BOUNDS(kConsumers) finish_kernel(GRPO_PARAMETERS GrpoCudaParams p) {
+  const int64_t r = int64_t(port::block_index()) * kConsumers + port::thread_index();
+  if (r < p.rows) finish_row(p, r, Job<T, kMode>(p));
 }
 
 }  // namespace grpo

@@ -93,6 +93,30 @@ GRPO_DEVICE void with_loads(const Piece<T>& piece, Run run) {
   }
 }
 
+// A vector of columns from any one on: it may begin before the first and end after the last, where it holds anything.
+template <class T>
+GRPO_DEVICE Words load_from(const Piece<T>& piece, int column) {
+  const auto begin = reinterpret_cast<intptr_t>(piece.start), end = begin + piece.columns * int(sizeof(T));
+  const intptr_t first = begin + column * int(sizeof(T)), whole = first & ~intptr_t(15);
+  const auto loaded = [=](intptr_t at) {
+    return at < end && at + 16 > begin ? port::load_words(reinterpret_cast<const void*>(at)) : Words{};
+  };
+  const Words low = loaded(whole);
+  const int skew = int(first - whole);
+  if (skew == 0) return low;
+  const Words high = loaded(whole + 16);
+  uint32_t words[8] = {low.word[0],  low.word[1],  low.word[2],  low.word[3],
+                       high.word[0], high.word[1], high.word[2], high.word[3]};
+#pragma unroll
+  for (int i = 0; i < 6; ++i) words[i] = skew & 8 ? words[i + 2] : words[i];
+#pragma unroll
+  for (int i = 0; i < 5; ++i) words[i] = skew & 4 ? words[i + 1] : words[i];
+  Words found;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) found.word[i] = port::shifted(words[i], words[i + 1], skew % 4 * 8);
+  return found;
+}
+
 template <class T>
 GRPO_DEVICE double load_one(const T* p) {
   const T one = *p;

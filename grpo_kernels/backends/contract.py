@@ -277,7 +277,8 @@ class PairBackend(FusedBackend, Protocol):
     ) -> None:
         """``fused_loss`` with Σ weight·D in the loss, while a row and its teacher's are read once.
 
-        Its numbers have the bits of ``log_probs`` and ``divergence``. A backend without it takes two passes."""
+        Its numbers have the bits of ``log_probs`` and ``divergence``; ``cuda``'s, where a pair has the slices of a row
+        alone. A backend without it takes two passes."""
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

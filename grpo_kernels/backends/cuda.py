@@ -11,13 +11,14 @@ import functools
 import os
 from ctypes import c_char_p, c_int32, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import native
 from .contract import (
+    DivergenceStats,
     FusedBackend,
     Request,
     RowGradients,
@@ -29,8 +30,6 @@ from .contract import (
     batch_and_row_stride,
     on_device,
 )
-from .eager import divergence as divergence
-from .eager import divergence_backward as divergence_backward
 from .spec import ObjectiveSpec
 
 _ABI_VERSION = 6
@@ -116,12 +115,21 @@ def device(index: int) -> Device:
 
 
 @functools.cache
-def plan(index: int, dtype: torch.dtype, vocab: int) -> Plan:
-    """Return the layout of a row of ``vocab`` columns; its cluster is 0 if the row does not fit."""
+def plan(index: int, dtype: torch.dtype, vocab: int, rows: int = 1) -> Plan:
+    """Return the layout of ``rows`` of ``vocab`` columns, one or a pair; its cluster is 0 if they do not fit."""
     layout = Plan()
-    arguments = (ctypes.byref(device(index)), native.DTYPES[dtype], ctypes.c_int64(vocab), ctypes.byref(layout))
-    library().grpo_cuda_plan(*arguments)
+    code, columns = native.DTYPES[dtype], ctypes.c_int64(vocab)
+    library().grpo_cuda_plan(ctypes.byref(device(index)), code, columns, rows, ctypes.byref(layout))
     return layout
+
+
+def _streamed(index: int, dtype: torch.dtype, vocab: int) -> Plan:
+    """Return the layout of a pair that is not kept: as if it were, or else in the slices of a row alone."""
+    pair = plan(index, dtype, vocab, 2)
+    if pair.cluster:
+        return pair
+    alone = plan(index, dtype, vocab)
+    return Plan(alone.cluster, alone.clusters, pair.tiles)
 
 
 def _text(error: int) -> str:
@@ -156,6 +164,12 @@ def _lacking(request: Request, index: int, name: str) -> str | None:
         return f"its [tokens]-sized kernels are Triton's: {reason}"
     if plan(index, request.dtype, request.vocab).cluster == 0:
         return f"a row of {request.vocab} columns does not fit into the shared memory of a cluster"
+    if request.teacher is None:
+        return None
+    if request.teacher != request.dtype:
+        return f"a teacher's logits must be {request.dtype} as the policy's are, not {request.teacher}: cast them"
+    if request.fused and plan(index, request.dtype, request.vocab, 2).cluster == 0:
+        return f"two rows of {request.vocab} columns do not fit into the shared memory of a cluster"
     return None
 
 
@@ -225,21 +239,87 @@ def fused_loss(
     _call("grpo_cuda_fused_loss", rows, inputs, spec, stats, records, out=out)
 
 
-def _call(function: str, rows: Rows, *parts: tuple[Any, ...], out: Tensor | None = None) -> None:
+def divergence(
+    rows: Rows, stats: RowStats, teacher: Rows, teacher_stats: RowStats, kind: int, out: DivergenceStats
+) -> None:
+    pair = _Pair(teacher, teacher_stats, kind)
+    _call("grpo_cuda_divergence", rows, stats, out, pair=pair)
+
+
+def divergence_backward(
+    rows: Rows,
+    stats: RowStats,
+    teacher: Rows,
+    teacher_stats: RowStats,
+    kind: int,
+    divergence: DivergenceStats,
+    gradients: RowGradients,
+    grad_divergence: Tensor,
+    out: Tensor,
+) -> None:
+    pair = _Pair(teacher, teacher_stats, kind, grad_divergence)
+    _call("grpo_cuda_divergence_backward", rows, stats, divergence, gradients, pair=pair, out=out)
+
+
+def fused_divergence(
+    rows: Rows,
+    teacher: Rows,
+    kind: int,
+    inputs: TokenInputs,
+    weight: Tensor,
+    spec: ObjectiveSpec,
+    stats: RowStats,
+    teacher_stats: RowStats,
+    divergence: DivergenceStats,
+    records: TokenRecords,
+    out: Tensor,
+) -> None:
+    pair = _Pair(teacher, teacher_stats, kind, weight, kept=True)
+    _call("grpo_cuda_fused_divergence", rows, inputs, spec, stats, divergence, records, pair=pair, out=out)
+
+
+class _Pair(NamedTuple):
+    """The teacher's part of a call over pairs of rows."""
+
+    teacher: Rows
+    stats: RowStats
+    kind: int
+    grad_divergence: Tensor | None = None
+    kept: bool = False
+    """Whether both rows stay in the cluster between their one read and the one write."""
+
+
+def _pair_plan(rows: Rows, index: int, pair: _Pair) -> Plan:
+    dtype, vocab = rows.logits.dtype, rows.vocab
+    if pair.teacher.logits.dtype != dtype or pair.teacher.vocab != vocab:
+        other = pair.teacher
+        raise ValueError(
+            f"a teacher's logits must be as the policy's, {vocab} columns of {dtype}; got {other.vocab} columns of "
+            f"{other.logits.dtype}. Cast them, or use backend='torch'."
+        )
+    return plan(index, dtype, vocab, 2) if pair.kept else _streamed(index, dtype, vocab)
+
+
+def _call(
+    function: str, rows: Rows, *parts: tuple[Any, ...], pair: _Pair | None = None, out: Tensor | None = None
+) -> None:
     where, count = rows.logits.device, rows.token_ids.numel()
     index = where.index or 0
-    layout = plan(index, rows.logits.dtype, rows.vocab)
+    layout = plan(index, rows.logits.dtype, rows.vocab) if pair is None else _pair_plan(rows, index, pair)
     order = torch.empty(count + 1, dtype=torch.int32, device=where)
     extra = {"device": index, "order": order.data_ptr()}
     extra |= {"cluster": layout.cluster, "clusters": layout.clusters, "tiles": layout.tiles}
     if out is None:
-        partials = torch.empty(count, layout.cluster, 4, dtype=rows.numbers.dtype, device=where)
+        numbers = 4 if pair is None else 8
+        partials = torch.empty(count, layout.cluster, numbers, dtype=rows.numbers.dtype, device=where)
         extra["partials"] = partials.data_ptr()
     else:
         _check_alignment(rows.logits, out)
     if where.type == "cuda":
         extra["stream"] = torch.cuda.current_stream(where).cuda_stream
     params = native.call_of(_Params, rows, parts, out, **extra)
+    if pair is not None:
+        native.fill_teacher(params, pair.teacher, pair.stats, pair.kind, pair.grad_divergence)
     with on_device(where):
         error = getattr(library(), function)(ctypes.byref(params))
     if error:

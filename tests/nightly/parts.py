@@ -67,7 +67,9 @@ CALLS = (
 
 PARTS = {
     "cuda": Part(5, (*ROWS, *CALLS, "test_zero_weights"), CUDA, ON_CUDA),
-    "cuda-kernels": Part(8, ("test_cuda",), (*CUDA, "tests/test_loss.py", "tests/test_numerics.py")),
+    "cuda-kernels": Part(
+        10, ("test_cuda", "test_divergence_cuda"), (*CUDA, "tests/test_loss.py", "tests/test_numerics.py")
+    ),
     "triton-rows": Part(12, ROWS, KERNELS, ON_TRITON),
     "triton-calls": Part(12, CALLS, KERNELS, ON_TRITON),
     "triton-zero-weights": Part(12, ("test_zero_weights",), KERNELS, ON_TRITON),

@@ -32,10 +32,10 @@ FAULTS = {
         MOVES, "bulk_wait_read<kStoresInFlight>", "bulk_wait_read<kStoresInFlight + 1>", "backward"
     ),
     "sums are overwritten before they are read": Fault(
-        ROWS, "if (index >= kRowsAhead) shared_.settled", "if (false) shared_.settled", "log_probs"
+        ROWS, "if (turn > 0) shared_.settled", "if (false) shared_.settled", "log_probs"
     ),
     "slots are overwritten before they are read": Fault(
-        ROWS, "if (index >= kRowsAhead) shared_.drained", "if (false) shared_.drained", "fused"
+        ROWS, "if (turn > 0) shared_.drained", "if (false) shared_.drained", "fused"
     ),
     "a warp is not together when it has read": Fault(ROWS, "port::sync_warp();  // what its lanes", "//", "skew1"),
     "a message's words in another order": Fault(PORT, "{%1, %2, %3, %4}", "{%2, %1, %3, %4}", "fused"),
