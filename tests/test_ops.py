@@ -48,7 +48,11 @@ def op_calls(backend: str) -> dict:
     compared = TokenInputs(per_row[0], per_row[4], old, ref, None, None, None, None)
     flags = torch.zeros(3, 4, dtype=torch.uint8)
     records = TokenRecords(per_row[2], per_row[3], flags, torch.empty(0), torch.empty(0))
+    pairs = torch.stack([case.token_ids, (case.token_ids + 1) % 37], -1).flatten(0, 1)
+    recorded = pairs[[0, 3, 7]].flatten(), torch.tensor([0, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6, 6])
     calls = {
+        "set_log_probs": (case.logits, *rows, *recorded, backend),
+        "set_log_probs_backward": (case.logits, *rows, *recorded, *stats, per_row[3], per_row[4], backend),
         "log_probs": (case.logits, *rows, backend),
         "log_probs_backward": (case.logits, *rows, *stats, per_row[3], None, backend),
         "log_probs_backward_": (case.logits.clone(), *rows, *stats, per_row[3], per_row[4], backend),
@@ -66,6 +70,8 @@ NAMES = (
     "log_probs",
     "log_probs_backward",
     "log_probs_backward_",
+    "set_log_probs",
+    "set_log_probs_backward",
     "fused_loss",
     "fused_loss_",
     "token_terms",
