@@ -333,11 +333,11 @@ def test_log_probs_of_hidden_states_are_differentiable():
 
 
 def test_fp16_gradients_are_scaled_by_the_coldest_row():
-    """At 1e-3 a slope by a logit is a thousand times that by a log-prob, and would overflow; 0 where the mask is would
-    make the factor infinite."""
+    """At 1e-8 a slope by a logit is 10⁸ times that by a log-prob, more than fp16 has room for above the others; 0 where
+    the mask is would make the factor infinite."""
     problem = Problem(dtype=torch.float16)
-    problem.advantages *= 100
-    temperature = torch.where(problem.mask, torch.tensor([1e-3, 1.0, 1.0, 1.0])[:, None], 0.0)
+    problem.advantages = 1e-4 * torch.tensor([1.0, 1.0, -1.0, 1.0])
+    temperature = torch.where(problem.mask, torch.tensor([1e-8, 1.0, 1.0, 1.0])[:, None], 0.0)
     options = {"temperature": temperature, "backend": BACKEND, "config": LossConfig(aggregation="sequence_sum")}
     head = (problem.hidden, problem.weight, problem.ids, problem.advantages, problem.mask)
     found = torch.autograd.grad(linear_grpo_loss(*head, bias=problem.bias, **options).loss, problem.leaves)
