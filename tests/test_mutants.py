@@ -69,7 +69,11 @@ MUTANTS = {
         "    largest = largest * logit_args.logit_scale / logit_args.temperature\n",
         "",
     ),
-    "torch: weight of 0": ("backends/eager.py", "read = rows.live & ((g != 0) | (h != 0))", "read = rows.live"),
+    "torch: weight of 0": (
+        "backends/eager_gradient.py",
+        "read = rows.live & ((g != 0) | (h != 0))",
+        "read = rows.live",
+    ),
     "direct slope dropped": ("calls/terms.py", "+ policy.direct", ""),
     "rollout: level": ("objectives/rollout.py", '"geometric": "mean"', '"geometric": "sum"'),
     "rollout: unknown": ("objectives/rollout.py", "torch.where(rollout.isnan(), 1.0, factor)", "factor"),
@@ -261,16 +265,16 @@ MUTANTS = {
         "return input_ids[:, :-1], mask[:, 1:]",
     ),
     "torch: temperature": (
-        "backends/eager.py",
+        "backends/eager_rows.py",
         "(1.0 if rows.softcap else scale) / temperature",
         "(1.0 if rows.softcap else scale) + 0 * temperature",
     ),
     "torch: softcap slope": (
-        "backends/eager.py",
+        "backends/eager_gradient.py",
         ".div_(q.numbers.add_(1)).div_(q.numbers)",
         ".div_(q.numbers.add_(1))",
     ),
-    "torch: entropy slope": ("backends/eager.py", "log_p.add_(entropy).mul_(", "log_p.mul_("),
+    "torch: entropy slope": ("backends/eager_gradient.py", "log_p.add_(entropy).mul_(", "log_p.mul_("),
     "in place: unnoticed": (
         "backends/ops.py",
         "        torch.autograd.graph.increment_version(tensor)\n",
