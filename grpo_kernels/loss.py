@@ -225,7 +225,8 @@ def grpo_loss(
             check_inplace("grpo_loss", inplace, logits, tokens.tensors)
         unannounced = UNSCALED if grad_scale is None and logits.dtype == torch.float16 else None
         unannounced = ON_DEMAND if token_losses else unannounced if shard is None else SHARDED
-        unannounced = why_unfused(teacher) if unannounced is None else unannounced
+        if unannounced is None and teacher is not None:
+            unannounced = why_unfused(teacher)
         of_teacher = None if teacher is None else teacher.dtype
         choice = choose_backend(tokens, backend, logit_softcap is not None, wants_gradient, of_teacher)
         tokens, batch = read_batch(tokens, config, arguments)
