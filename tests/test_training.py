@@ -143,6 +143,74 @@ def test_learns(tmp_path, loss):
     assert sum(rewards[-20:]) / 20 > 0.8
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> str:
+    """The folder of a run of another width, and of weights that say something."""
+    folder = tmp_path_factory.mktemp("teacher") / "run"
+    options = Options(**{**SMALL, "hidden": 48, "layers": 2, "seed": 5})
+    trainer = Trainer(options)
+    with torch.no_grad():
+        trainer.model.lm_head.weight.mul_(2)
+    RunFolder(folder, options, False).save_checkpoint(trainer.state())
+    return str(folder)
+
+
+def test_distillation_is_learnt(tmp_path, teacher):
+    """Of the teacher alone: the divergence falls, and is logged and drawn; without a policy term as it is with one."""
+    taught = {"teacher": teacher, "divergence": "reverse_kl", "prompts": 8, "steps": 40, "lr": 5e-3, "minibatch": 16}
+    trainer, records = run(tmp_path / "run", loss="none", **taught)
+    divergences = [record["divergence"] for record in records]
+    assert trainer.teacher.config.hidden_size == 48 != trainer.model.config.hidden_size
+    assert not trainer.teacher.training
+    assert sum(divergences[-5:]) < 0.75 * sum(divergences[:5])
+    assert records[-1]["loss"] == pytest.approx(divergences[-1], rel=0.2)  # by sequence, and by token
+    _, beside = run(tmp_path / "beside", loss="dapo", divergence_coef=0.5, **{**taught, "steps": 1})
+    assert beside[0]["loss"] == pytest.approx(0.5 * beside[0]["divergence"], rel=0.2)
+    _, without = run(tmp_path / "without", steps=1, prompts=8)
+    assert (without[0]["reward"], without[0]["length"]) == (records[0]["reward"], records[0]["length"])
+    assert "divergence" not in without[0]
+
+
+@pytest.mark.parametrize("other", ["reference_loss", "linear_loss"])
+def test_a_teacher_on_other_routes(tmp_path, teacher, other):
+    taught = {"teacher": teacher, "divergence": "jsd", "loss": "dapo"}
+    fused, records = run(tmp_path / "fused", **taught)
+    plain, expected = run(tmp_path / "plain", **{other: True}, **taught)
+    for name in ("reward", "loss", "divergence", "grad_norm"):
+        got, wanted = ([r[name] for r in rs] for rs in (records, expected))
+        assert got == pytest.approx(wanted, rel=2e-3, abs=2e-5), name
+    for p, q in zip(fused.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-4)
+
+
+def test_a_teacher_is_there_again_when_a_run_is_resumed(tmp_path, teacher):
+    taught = {"teacher": teacher, "divergence": "forward_kl", "loss": "none", "steps": 4}
+    whole, records = run(tmp_path / "whole", **taught)
+    options = Options(**{**SMALL, **taught})
+    folder, trainer = RunFolder(tmp_path / "cut", options, False), Trainer(options)
+    for _ in range(2):
+        folder.log(trainer.train_step())
+    folder.save_checkpoint(trainer.state())
+    resumed, continued = run(tmp_path / "cut", resume=True, **taught)
+    assert untimed(continued) == untimed(records)
+    assert same_parameters(whole, resumed)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_a_teachers_reward_is_reached_in_fewer_steps(tmp_path):
+    """Of two digits between 0 and 3, on the student's own samples, from half of the width."""
+    sizes = {"prompts": 16, "group": 8, "minibatch": 64, "numbers": 2, "largest": 3, "layers": 2, "lr": 2e-3}
+    _, taught = run(tmp_path / "teacher", **{**sizes, "steps": 150, "hidden": 64, "warmup": 10})
+    student = {**sizes, "steps": 60, "hidden": 32, "warmup": 10, "seed": 1}
+    _, alone = run(tmp_path / "alone", **student)
+    teacher = {"teacher": str(tmp_path / "teacher"), "divergence": "reverse_kl"}
+    _, records = run(tmp_path / "student", **student, **teacher)
+    wanted, found, other = (sum(r["reward"] for r in rs[-20:]) / 20 for rs in (taught, records, alone))
+    assert wanted > 0.8
+    assert found > 0.95 * wanted > other
+
+
 def test_response_logits_do_not_depend_on_padding():
     """Left padding of a prompt changes nothing: positions count attended tokens."""
     trainer = Trainer(Options(**SMALL))
@@ -321,6 +389,48 @@ def test_bad_runs(tmp_path, monkeypatch, capsys):
     assert "is not a checkpoint of this loop" in fails("--resume", "run")
     checkpoint.unlink()
     assert "holds no checkpoint to resume from" in fails("--resume", "run")
+
+
+def test_bad_teachers(tmp_path, teacher, monkeypatch, capsys):
+    """Each said in words, and before there is a folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def fails(*arguments: str) -> str:
+        try:
+            main(["train", *arguments])
+        except SystemExit as error:
+            return str(error)
+        return capsys.readouterr().err
+
+    with_kl = ("--divergence", "reverse_kl")
+    assert "--teacher x needs --divergence, what is minimised: one of forward_kl, reverse_kl" in fails("--teacher", "x")
+    assert "--divergence reverse_kl needs --teacher" in fails(*with_kl)
+    assert "--loss none has no policy term: it needs --teacher" in fails("--loss", "none")
+    assert "--divergence must be one of forward_kl" in fails("--teacher", teacher, "--divergence", "reversed")
+    assert "--divergence-coef must be finite and >= 0" in fails("--divergence-coef", "-1")
+    assert "--tp must be 1 with --teacher" in fails("--teacher", teacher, *with_kl, "--tp", "2", "--linear-loss")
+    for name in ("empty", "early", "damaged", "other"):
+        (tmp_path / name).mkdir()
+    said = fails("--teacher", "empty", *with_kl)
+    assert said.startswith("--teacher empty: no causal language model could be loaded from this folder")
+    for name in ("early", "damaged"):
+        (tmp_path / name / "options.json").write_bytes((Path(teacher) / "options.json").read_bytes())
+    assert "--teacher early: the run holds no checkpoint" in fails("--teacher", "early", *with_kl)
+    (tmp_path / "damaged" / "checkpoint.safetensors").write_text("no tensors")
+    assert "--teacher damaged: checkpoint.safetensors is not" in fails("--teacher", "damaged", *with_kl)
+    said = fails("--teacher", teacher, *with_kl, "--largest", "12")
+    assert f"--teacher {teacher} has another vocabulary (13 columns) than the policy (14)" in said
+    saved_model(tmp_path / "other")
+    assert "has another vocabulary (13 columns) than the policy (13)" in fails("--teacher", "other", *with_kl)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_from_disk(tmp_path):
+    """Of transformers' own format, with its tokenizer."""
+    path = str(saved_model(tmp_path / "model"))
+    _, records = run(tmp_path / "run", model=path, teacher=path, divergence="reverse_kl", loss="none", steps=2)
+    assert 0 <= records[0]["divergence"] < 1e-3  # the policy's own weights, until it moves
+    assert records[1]["divergence"] < 1e-2
 
 
 def test_missing_packages(monkeypatch, tmp_path):

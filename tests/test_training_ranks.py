@@ -136,6 +136,21 @@ def test_two_micro_batches_on_each_rank():
                 assert (gradient - wanted[name]).abs().max() <= 5e-6 * wanted[name].abs().max(), name
 
 
+def test_a_teacher_on_every_rank(tmp_path):
+    """Whole on each, or cut over them as the policy is: the gradients of one process."""
+    options = Options(**{**SMALL, "hidden": 48, "seed": 5})
+    RunFolder(tmp_path / "teacher", options, resume=False).save_checkpoint(Trainer(options).state())
+    taught = {"teacher": str(tmp_path / "teacher"), "divergence": "forward_kl", "loss": "none"}
+    cases = [{**taught, "linear_loss": linear} for linear in (False, True)]
+    wanted = gradients_of([{**case, "micro_batch": 8} for case in cases], several=False)
+    cases.append({**cases[1], "fsdp": True})
+    for ranks in pool(2).run(gradients_of, cases):
+        for case, found, expected in zip(cases, ranks, [*wanted, wanted[1]], strict=True):
+            for name, gradient in found.items():
+                error = (gradient - expected[name]).abs().max() / expected[name].abs().max()
+                assert error <= 5e-6, (case, name, float(error))
+
+
 def folder_of(trainer: Trainer, path: Path) -> RunFolder:
     return RunFolder(path, trainer.options, resume=False) if trainer.ranks.writes else SilentFolder(path)
 

@@ -2,6 +2,7 @@
 
 python -m grpo_kernels train                       # sort 4 digits, a tiny model, about 3 minutes on two cores
 python -m grpo_kernels train --loss gspo --reference-loss --task reasoning_gym:basic_arithmetic
+python -m grpo_kernels train --teacher runs/sort-grpo-0 --divergence reverse_kl   # with a trained one as a teacher
 torchrun --nproc-per-node 2 -m grpo_kernels train  # the same run, shared by two processes or GPUs
 """
 
@@ -21,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import hf
 from ..calls.outputs import LossOutput
-from ..hf import attach
+from ..calls.teacher import Teacher
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..objectives import advantages as estimators
@@ -37,6 +39,7 @@ from .ranks import Ranks, Several, start_ranks, started_by_torchrun
 from .report import RunFolder, SilentFolder, read_saved_options
 from .rollout import Samples, roll_out
 from .tasks import make_task
+from .teacher import load_teacher
 
 
 class Trainer:
@@ -55,10 +58,13 @@ class Trainer:
         self.task = make_task(options.task, options.numbers, options.largest, options.reward)
         self.model, self.tokenizer = load_policy(options.model, self.task, options.hidden, options.layers, self.device)
         self.reference = copy.deepcopy(self.model).eval() if options.kl else None
+        self.teacher = None
+        if options.teacher is not None:
+            self.teacher = load_teacher(options.teacher, self.task, self.model, self.tokenizer, self.device)
         if options.linear_loss:
             for model in (self.model, self.reference):
                 if model is not None:
-                    attach(model, self.config, temperature=options.temperature, backend=options.backend)
+                    hf.attach(model, self.config, temperature=options.temperature, backend=options.backend)
         self.policy = self._spread()
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         parameters = [{"params": unit} for unit in sharding.by_mesh(self.names)]
@@ -70,7 +76,7 @@ class Trainer:
         """Spread the model over the ranks, and return what a training step calls in its place."""
         if not isinstance(self.ranks, Several) or not (self.options.fsdp or self.options.tp > 1):
             return sharding.replicate(self.model, self.ranks)
-        for model in (self.model, self.reference):
+        for model in (self.model, self.reference, self.teacher):
             if model is not None:
                 (sharding.shard if self.options.fsdp else sharding.cut_vocabulary)(model, self.ranks)
         return self.model
@@ -156,6 +162,8 @@ class Trainer:
         record = {"loss": loss.item(), "grad_norm": torch.stack(norms).mean().item()}
         if ref is not None:
             record["kl"] = total.kl.item()
+        if self.teacher is not None:
+            record["divergence"] = total.divergence.item()
         return record | {name: getattr(total, name).item() for name in names}
 
     def _shuffled(self, count: int) -> Tensor:
@@ -183,7 +191,7 @@ class Trainer:
                 "mask": part.mask & live,
             }
             tokens |= {"old_log_probs": old[index], "ref_log_probs": None if ref is None else ref[index]}
-            tokens["normalizer"] = denominator
+            tokens |= {"normalizer": denominator, "teacher": self._teacher_of(part)}
             with sharding.accumulation(self.policy, last=i == len(micro_batches)):
                 out = self._loss(part, tokens)
                 out.loss.backward()
@@ -192,6 +200,16 @@ class Trainer:
         if self.options.tp > 1:
             sharding.average_gradients(self.model.parameters(), ranks)
         return torch.stack(losses).sum(), sum(metrics[1:], start=metrics[0])
+
+    def _teacher_of(self, part: Samples) -> Teacher | None:
+        """Return the teacher of a micro-batch: its logits, or what they are made of."""
+        if self.teacher is None:
+            return None
+        sequences = (part.ids, part.attention_mask, part.prompt_length)
+        if self.options.linear_loss:
+            return hf.teacher(self.teacher)(**response_inputs(*sequences))
+        with torch.no_grad():
+            return Teacher(logits=response_logits(self.teacher, *sequences))
 
     def _loss(self, part: Samples, tokens: dict[str, Any]) -> LossOutput:
         """Return the loss of a micro-batch, of the policy's logits or inside its forward."""
@@ -358,7 +376,7 @@ def _run(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> int:
     config = options.loss_config()
     if ranks.writes:
         print(f"{config!r}\nrun folder: {folder.path}", flush=True)
-        if not config.policy_term.uses_ratio and options.epochs > 1:
+        if config.surrogate is not None and not config.policy_term.uses_ratio and options.epochs > 1:
             print(f"note: --loss {options.loss} has no ratio to correct for a moved policy; --epochs 1 learns better")
     train(trainer, folder, resume)
     if ranks.writes:

@@ -11,7 +11,11 @@ from typing import Any
 from .. import backends
 from ..objectives.checks import check_device_name, check_name, settle_name
 from ..objectives.config import LossConfig
+from ..objectives.divergence import ELSEWHERE, KINDS, Divergence
 from ..objectives.kl import KL
+
+NO_LOSS = "none"
+"""Of --loss: distillation alone."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,9 @@ class Options:
     kl: float = 0.0
     ref_every: int = 0
     entropy: float = 0.0
+    teacher: str | None = None
+    divergence: str | None = None
+    divergence_coef: float = 1.0
     dynamic_sampling: bool = False
     overlong_buffer: int = 0
     seed: int = 0
@@ -66,7 +73,7 @@ class Options:
             self._require(name, value is None or value >= 1, "at least 1")
         for name in ("temperature", "lr", "max_grad_norm"):
             self._require(name, 0 < getattr(self, name) < math.inf, "finite and > 0")
-        for name in ("ref_every", "warmup", "weight_decay", "overlong_buffer"):
+        for name in ("ref_every", "warmup", "weight_decay", "overlong_buffer", "divergence_coef"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "finite and >= 0")
         limit = self.response_limit()
         self._require("overlong_buffer", self.overlong_buffer <= limit, f"at most the {limit} tokens of a response")
@@ -75,12 +82,13 @@ class Options:
         self._require(
             "tp", self.tp == 1 or (self.linear_loss and not self.fsdp), "1 without --linear-loss or with --fsdp"
         )
-        settle_name(self, "loss", "--loss", LossConfig.presets())
+        settle_name(self, "loss", "--loss", (*LossConfig.presets(), NO_LOSS))
+        self._check_teacher()
         if self.backend is not None:
             check_name("--backend", self.backend, backends.names())
         if self.device is not None:
             check_device_name("--device", self.device)
-        if LossConfig.preset(self.loss).aggregation == "group_mean":
+        if self._objective().aggregation == "group_mean":
             for name in ("minibatch", "micro_batch"):
                 whole = (getattr(self, name) or self.group) % self.group == 0
                 self._require(
@@ -91,6 +99,21 @@ class Options:
         if not holds:
             raise ValueError(f"--{name.replace('_', '-')} must be {rule}; got {getattr(self, name)}.")
 
+    def _check_teacher(self) -> None:
+        """Raise where a teacher, what to minimise, or what else there is to learn from is missing."""
+        if self.divergence is not None:
+            settle_name(self, "divergence", "--divergence", KINDS, ELSEWHERE)
+        if self.teacher is not None and self.divergence is None:
+            kinds = ", ".join(KINDS)
+            raise ValueError(f"--teacher {self.teacher} needs --divergence, what is minimised: one of {kinds}.")
+        if self.teacher is None and self.divergence is not None:
+            raise ValueError(
+                f"--divergence {self.divergence} needs --teacher, the folder of a run or of a model, or a hub name."
+            )
+        if self.teacher is None and self.loss == NO_LOSS:
+            raise ValueError(f"--loss {NO_LOSS} has no policy term: it needs --teacher and --divergence to learn from.")
+        self._require("tp", self.tp == 1 or self.teacher is None, "1 with --teacher")
+
     def response_limit(self) -> int:
         """Return the length of the longest response in tokens: for sort, the answer and its end token."""
         if self.max_new_tokens is not None:
@@ -100,15 +123,21 @@ class Options:
         digits = len(str(self.largest))
         return self.numbers * digits + (self.numbers - 1) * (digits > 1) + 1
 
+    def _objective(self) -> LossConfig:
+        """Return the preset of ``--loss``; of "none" no policy term, for distillation alone."""
+        return LossConfig(surrogate=None) if self.loss == NO_LOSS else LossConfig.preset(self.loss)
+
     def loss_config(self) -> LossConfig:
-        """Return the preset of ``--loss`` with what it cannot know: lengths, groups, coefficients."""
+        """Return the objective of ``--loss`` with what it cannot know: lengths, groups, coefficients, a divergence."""
         changes: dict[str, Any] = {"kl": KL(self.kl), "entropy_coef": self.entropy}
-        aggregation = LossConfig.preset(self.loss).aggregation
-        if aggregation == "constant":
+        objective = self._objective()
+        if objective.aggregation == "constant":
             changes["constant_length"] = self.response_limit()
-        if aggregation == "group_mean":
+        if objective.aggregation == "group_mean":
             changes["group_size"] = self.group
-        return LossConfig.preset(self.loss, **changes)
+        if self.divergence is not None:
+            changes["divergence"] = Divergence(self.divergence, self.divergence_coef)  # type: ignore[arg-type]
+        return dataclasses.replace(objective, **changes)
 
 
 HELP = {
@@ -119,7 +148,7 @@ HELP = {
     "model": "path or hub name of a causal language model; default: a tiny random Qwen3",
     "hidden": "hidden size of the tiny model",
     "layers": "layers of the tiny model",
-    "loss": "preset: " + ", ".join(LossConfig.presets()),
+    "loss": f"preset: {', '.join(LossConfig.presets())}; {NO_LOSS}: no policy term, with --teacher",
     "reference_loss": "the plain PyTorch loss instead of the fused one",
     "linear_loss": "from hidden states: the logits never exist in full",
     "backend": "backend of the fused loss; default: the fastest that serves",
@@ -138,6 +167,9 @@ HELP = {
     "kl": "coefficient of the k3 KL to the reference policy",
     "ref_every": "refresh the reference every so many steps; 0: never",
     "entropy": "coefficient of the entropy bonus",
+    "teacher": "folder of a run or of a model, or a hub name: what the policy is distilled from, on its own samples",
+    "divergence": "from the teacher, over the whole vocabulary: " + ", ".join(KINDS),
+    "divergence_coef": "coefficient of the divergence",
     "dynamic_sampling": "drop groups whose rewards are all equal",
     "overlong_buffer": "tokens over which the soft over-long penalty grows; 0: none",
     "seed": "of everything",

@@ -19,6 +19,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int]) -> str: ...
 
+    def vocabulary(self) -> dict[Any, int]:
+        """Return the id of every token."""
+
 
 class ByteTokenizer:
     """One token for each byte of an alphabet, beside padding (0) and end (1); needs no download."""
@@ -38,6 +41,9 @@ class ByteTokenizer:
     def decode(self, ids: list[int]) -> str:
         return bytes(self.alphabet[i - 2] for i in ids if i >= 2).decode(errors="replace")
 
+    def vocabulary(self) -> dict[Any, int]:
+        return self._ids
+
 
 class _HubTokenizer:
     """A pretrained tokenizer behind the same four names."""
@@ -55,9 +61,15 @@ class _HubTokenizer:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
+    def vocabulary(self) -> dict[Any, int]:
+        ids: dict[Any, int] = self._tokenizer.get_vocab()
+        return ids
 
-def load_policy(model: str | None, task: Task, hidden: int, layers: int, device: torch.device) -> tuple[Any, Tokenizer]:
-    """Return the model (``--model`` path or hub name, or a tiny random Qwen3) in training mode, and its tokenizer."""
+
+def load_policy(
+    model: str | None, task: Task, hidden: int, layers: int, device: torch.device, option: str = "--model"
+) -> tuple[Any, Tokenizer]:
+    """Return the model (path or hub name of an ``option``, or a tiny random Qwen3), and its tokenizer."""
     try:
         import transformers
     except ImportError as error:
@@ -73,7 +85,7 @@ def load_policy(model: str | None, task: Task, hidden: int, layers: int, device:
     except (OSError, ValueError) as error:
         kind = "folder" if Path(model).exists() else "path or hub name"
         raise SystemExit(
-            f"--model {model}: no causal language model could be loaded from this {kind}: {error}"
+            f"{option} {model}: no causal language model could be loaded from this {kind}: {error}"
         ) from error
     return loaded.to(device), _HubTokenizer(pretrained)
 

@@ -10,6 +10,8 @@ from typing import Any
 from . import checkpoint
 from .options import Options
 
+OPTIONS, CHECKPOINT = "options.json", "checkpoint.safetensors"
+"""Files of a run's folder."""
 CURVES = {
     "reward": "reward (mean over responses)",
     "length": "response length (tokens)",
@@ -17,6 +19,7 @@ CURVES = {
     "loss": "loss",
     "k3_old": "k3 to the old policy (nats)",
     "kl": "KL to the reference (nats)",
+    "divergence": "divergence from the teacher (nats)",
     "clip_fraction": "clipped tokens (fraction)",
     "grad_norm": "gradient norm, before clipping",
 }
@@ -38,11 +41,11 @@ class RunFolder:
         if not resume and self.log_path.exists():
             raise SystemExit(f"{path} already holds a run. Continue it with --resume {path}, or choose another --out.")
         if not resume:
-            self._write(path / "options.json", json.dumps(dataclasses.asdict(options), indent=2) + "\n")
+            self._write(path / OPTIONS, json.dumps(dataclasses.asdict(options), indent=2) + "\n")
 
     def _place(self, path: Path) -> None:
         self.path = path
-        self.log_path, self.checkpoint_path = path / "log.jsonl", path / "checkpoint.safetensors"
+        self.log_path, self.checkpoint_path = path / "log.jsonl", path / CHECKPOINT
 
     @classmethod
     def fresh(cls, options: Options, parent: Path = Path("runs")) -> RunFolder:
@@ -149,7 +152,7 @@ def _smooth(values: list[float], window: int = 25) -> list[float]:
 def read_saved_options(path: Path) -> Options:
     """Return the options that a run was started with. Exit with a message where they cannot be read."""
     try:
-        saved = json.loads((path / "options.json").read_text())
+        saved = json.loads((path / OPTIONS).read_text())
         return Options(**saved)
     except (OSError, ValueError, TypeError) as error:
         raise SystemExit(f"{path} is not the folder of a run: its options.json cannot be read ({error}).") from error
