@@ -116,8 +116,14 @@ LAYOUTS = {
 ROUNDING = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+VALUES = [
+    pytest.param(kind, layout, marks=[] if i == 0 or kind == "mixed_kl" else pytest.mark.nightly)
+    for i, layout in enumerate(LAYOUTS)
+    for kind in KINDS
+]
+
+
+@pytest.mark.parametrize(("kind", "layout"), VALUES)
 def test_values_and_gradients(kind, layout):
     """Beside autograd, in strided rows that begin anywhere; the log-prob's and the entropy's slopes in one sweep."""
     dtype, other, vocab, cap, teacher_cap, own = LAYOUTS[layout]
@@ -298,10 +304,9 @@ def test_a_rows_own_temperature(monkeypatch, dtype, vocab, cap):
     from grpo_kernels.backends.triton import launch
 
     triton, spec = backends.get("triton"), objective_spec(LossConfig(), False)
-    logits, live = (3 * torch.randn(2, 3, vocab)).to(dtype), torch.ones(2, 3, dtype=torch.bool)
-    live[0, 1] = False
-    temperatures = torch.tensor([[0.5, math.nan, 1.5], [0.5, 1.0, 1.5]])
-    g, one = torch.randn(2, 3), torch.ones(2, 3)
+    logits, live = (3 * torch.randn(1, 3, vocab)).to(dtype), torch.tensor([[True, False, True]])
+    temperatures = torch.tensor([[0.5, math.nan, 1.5]])
+    g, one = torch.randn(1, 3), torch.ones(1, 3)
 
     def computed(temperature: Tensor | float) -> list[Tensor]:
         rows = rows_of(logits, live, temperature, cap)
@@ -313,14 +318,14 @@ def test_a_rows_own_temperature(monkeypatch, dtype, vocab, cap):
             triton.log_probs(rows, shared)
         triton.log_probs_backward(rows, stats, RowGradients(g, g), outs[0])
         records = TokenRecords(
-            *torch.zeros(2, 2, 3), torch.zeros(2, 3, dtype=torch.uint8), torch.empty(0), torch.empty(0)
+            *torch.zeros(2, 1, 3), torch.zeros(1, 3, dtype=torch.uint8), torch.empty(0), torch.empty(0)
         )
         inputs = TokenInputs(g, one, None, None, None, None, one)
         triton.fused_loss(rows, inputs, spec, fused, records, outs[1])
         return [*stats, *shared, *fused, *outs]
 
     found = computed(temperatures)
-    for temperature in (0.5, 1.0, 1.5):
+    for temperature in (0.5, 1.5):
         these = live & (temperatures == temperature)
         for tensor, wanted in zip(found, computed(temperature), strict=True):
             assert torch.equal(tensor[these], wanted[these])

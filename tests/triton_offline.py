@@ -217,7 +217,8 @@ def _gradient_of_pairs(target: str, kind: str, absent: tuple[str, ...], rows: Ro
 def keys(target: str) -> None:
     """What a launch's kernel is looked up by, for several lengths of (B, T+1, V) logits and several numbers."""
     backend = make_backend(target_of(target))
-    for kernel in (forward.log_probs_kernel, gradient.gradient_kernel, one_pass.one_pass_kernel):
+    of_rows = (forward.log_probs_kernel, gradient.gradient_kernel, one_pass.one_pass_kernel)
+    for kernel in (*of_rows, pairs.divergence_kernel, pairs.divergence_gradient_kernel):
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         for vocab in (151936, 151944, 50257):
             found = set()
@@ -235,11 +236,11 @@ def _example(name: str, length: int, vocab: int) -> Any:
     if name in sizes:
         return sizes[name]
     if name in STRIDES:
-        return strides[name.removeprefix("out_")]
+        return strides[name.removeprefix("out_").removeprefix("teacher_")]
     if name.isupper():
         return 1
     dtype = {"token_ids": torch.int64, "live": torch.bool, "flags": torch.uint8}.get(name, torch.float32)
-    return torch.empty(64, dtype=torch.bfloat16 if name in ("logits", "out") else dtype)
+    return torch.empty(64, dtype=torch.bfloat16 if name in OF_LOGITS else dtype)
 
 
 if __name__ == "__main__":

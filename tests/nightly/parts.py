@@ -74,7 +74,11 @@ PARTS = {
     "triton-calls": Part(12, CALLS, KERNELS, ON_TRITON),
     "triton-zero-weights": Part(12, ("test_zero_weights",), KERNELS, ON_TRITON),
     "cpu": Part(4, ("test_numerics", "test_ops", "test_zero_weights"), (*KERNELS, "csrc/**"), r"[\[-](cpu|torch)[\]-]"),
-    "compiled": Part(12, ("test_build", "test_triton", "test_gpu_parts", "test_surrogates"), (*KERNELS, "csrc/**")),
+    "compiled": Part(
+        12,
+        ("test_build", "test_triton", "test_divergence_triton", "test_gpu_parts", "test_surrogates"),
+        (*KERNELS, "csrc/**"),
+    ),
     "compositions": Part(2, ("test_compositions",), (*KERNELS, "csrc/**", "tests/compositions/**")),
     "architectures": Part(2, ("test_architectures",), (*KERNELS, "csrc/cpu/**", "tests/architectures/**")),
     "ptx": Part(20, ("test_ptx",), PTX, "test_all_cases"),
