@@ -266,7 +266,7 @@ def loss(problem: Problem, frozen: dict | None = None, derivative: bool = False)
                 "sequence_token": frozen_mean + each[bt] - frozen_each[bt],
                 "sequence_product": mean * len(sequence),
                 "prefix_product": sum(each[s] for s in before),
-                "prefix_min": each[min(before, key=frozen_each.get)],  # the first of equal ones
+                "prefix_min": each[min(reversed(before), key=frozen_each.get)],  # the last of equal ones
             }[level]
             return _clamp(log_ratio, problem.log_ratio_limit)
 

@@ -202,10 +202,10 @@ MUTANTS = {
         "return (self.sequence_of[1:] == self.sequence_of[:-1])",
         "return (self.sequence_of[1:] == self.sequence_of[1:])",
     ),
-    "prefix: the last of equal ones": (
+    "prefix: the first of equal ones": (
         "objectives/sequences.py",
-        "smaller = (before <= value",
         "smaller = (before < value",
+        "smaller = (before <= value",
     ),
     "prefix: slopes of those before": (
         "calls/terms.py",

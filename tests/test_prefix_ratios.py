@@ -58,11 +58,12 @@ def test_least_ratios_by_hand():
     assert (float(m.ratio_mean), float(m.ratio_min), float(m.ratio_max)) == pytest.approx((3.25 / 4, 0.25, 2.0))
 
 
-def test_of_equal_ones_the_first_has_the_slope():
+def test_of_equal_ones_the_last_has_the_slope():
+    """On the policy itself each token has its own."""
     _, slope = slopes([[0.0, -1.0, -1.0, 0.5]], "prefix_min")
-    assert slope.tolist()[0] == pytest.approx([-1, -3 * math.exp(-1), 0, 0])
+    assert slope.tolist()[0] == pytest.approx([-1, -math.exp(-1), -2 * math.exp(-1), 0])
     _, slope = slopes([[0.0, 0.0, 0.0]], "prefix_min", mask=torch.tensor([[0, 1, 1]]))
-    assert slope.tolist()[0] == [0, -2, 0]
+    assert slope.tolist()[0] == [0, -1, -1]
 
 
 def test_bounds_and_metrics_are_of_tokens():
@@ -82,7 +83,7 @@ def test_saturation_is_of_what_is_pooled(level):
     out, slope = slopes([[0.4, 0.4, 0.4]], level, config=config)
     r = math.exp(0.4)
     if level == "prefix_min":
-        assert slope.tolist()[0] == pytest.approx([-3 * r, 0, 0])
+        assert slope.tolist()[0] == pytest.approx([-r, -r, -r])
         return
     assert out.loss.item() == pytest.approx(-(r + 2 * math.exp(0.5)))
     assert slope.tolist()[0] == pytest.approx([-r, 0, 0])
@@ -94,7 +95,7 @@ def test_saturation_is_of_what_is_pooled(level):
 
 @levels
 def test_on_policy(level):
-    """Ratios are all 1: of prefix_min the first token of a sequence has every slope."""
+    """Ratios are all 1: of prefix_min each token has its own slope."""
     config, case = config_of(level, surrogate=Clip()), small(old_log_probs=None)
     assert_same(case, config, problem_of(case, config))
 
@@ -134,7 +135,7 @@ def by_loops(values, live, sequence, least: bool):
             continue
         known = [s for s in before if live[s]]
         bad = [s for s in known if math.isnan(values[s])]
-        place = bad[0] if bad else min(known, key=values.__getitem__, default=-1)
+        place = bad[0] if bad else min(reversed(known), key=values.__getitem__, default=-1)
         columns.append(place)
         out.append(values[place] if place >= 0 else math.inf)
     return out, columns

@@ -65,7 +65,7 @@ class Least(NamedTuple):
     value: Tensor
     """NaN from the first NaN on."""
     column: Tensor
-    """Where it is, of equal ones the first, int64; -1, and a value of +inf, before the first live token."""
+    """Where it is, of equal ones the last, int64; -1, and a value of +inf, before the first live token."""
 
 
 def running_least(values: Tensor, live: Tensor, links: Tensor) -> Least:
@@ -77,7 +77,7 @@ def running_least(values: Tensor, live: Tensor, links: Tensor) -> Least:
     reach = links != 0
     while step < length:
         before, there = value[:, :-step], column[:, :-step]
-        smaller = (before <= value[:, step:]) | before.isnan() | (column[:, step:] < 0)
+        smaller = (before < value[:, step:]) | before.isnan() | (column[:, step:] < 0)
         taken = reach & (there >= 0) & smaller
         value = torch.cat([value[:, :step], torch.where(taken, before, value[:, step:])], -1)
         column = torch.cat([column[:, :step], torch.where(taken, there, column[:, step:])], -1)

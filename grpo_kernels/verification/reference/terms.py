@@ -44,10 +44,13 @@ def pool(level: str, log_ratio: Tensor, sequence: Tensor, sequences: int) -> Ten
 
 
 def up_to(level: str, own: Tensor) -> Tensor:
-    """What stands for each token of one sequence: the sum up to it, or the least (of equal ones the first)."""
+    """What stands for each token of one sequence: the sum up to it, or the least (of equal ones the last)."""
     if level == "prefix_product":
         return own.cpu().cumsum(0).to(own.device)  # CUDA's is not deterministic
-    return own[[int(own.detach()[: t + 1].argmin()) for t in range(len(own))]]
+    frozen = own.detach().tolist()
+    unknown = next((t for t, value in enumerate(frozen) if math.isnan(value)), len(frozen))  # it is every later one's
+    least = [min(range(t, -1, -1), key=frozen.__getitem__) for t in range(unknown)]
+    return own[least + [unknown] * (len(frozen) - unknown)]
 
 
 def clamp(x: Tensor, limit: float | None) -> Tensor:
