@@ -253,8 +253,9 @@ GRPO_INLINE void load_values(const Tile<Double>& tile, int64_t i, bool, Double x
   load_pair(tile.teacher + i, y[0], y[1]);
 }
 
-// Writes a tile's parts and adds its sums, if anybody wants them: of terms, of p - q where the gradient or the value
-// needs its digits, of p * (slope - slope at centre).
+// Writes a tile's parts and adds its sums, if anybody wants them: of terms, of p - q where that is a part of the
+// gradient (elsewhere the shift cancels, or would turn the signs of columns that are equal), of p * (slope - slope at
+// centre).
 template <class V, int kind, bool kSums, bool kHalves>
 GRPO_NOINLINE void tile_parts(Tile<V> tile, LogOdds<V> log_odds, Reference<V> to, PairSums<V>& totals) {
   constexpr bool has_own = kind == grpo::kForwardKL || kind == grpo::kMixedKL;
@@ -276,7 +277,7 @@ GRPO_NOINLINE void tile_parts(Tile<V> tile, LogOdds<V> log_odds, Reference<V> to
       (kind == grpo::kForwardKL ? columns.own : has_own ? columns.own + leaning : leaning).store(tile.relative + at);
       if (!kSums) continue;
       sums.term = sums.term + columns.term;
-      if (has_own || kind == grpo::kTVD) sums.excess = sums.excess + columns.excess;
+      if (has_own) sums.excess = sums.excess + columns.excess;
       if (kind != grpo::kForwardKL) sums.slope = sums.slope + leaning;
     }
   }
@@ -472,8 +473,7 @@ inline void pair_gradient(const PairRow<V>& policy, const PairRow<V>& teacher, i
   const Reference<V> to{mix, functions.slope(scalar(stats.centre), mix)};
   const double own_share = kind == grpo::kForwardKL ? 1 : kind == grpo::kMixedKL ? mix : 0;
   const double of_relative = slopes.w * policy.map.derivative;
-  // The signs of a total variation are of the corrected distances alone.
-  const bool kept = parts.p && slopes.terms.linear == 0 && kind != grpo::kTVD;
+  const bool kept = parts.p && slopes.terms.linear == 0;
   const double of_p = of_relative * ((kept ? stats.correction * own_share : 0) - stats.mean);
   PairGradient<V> g{scalar(of_relative), scalar(slopes.terms.constant + of_p),
                     slopes.terms.linear, slopes.terms.anchor,
