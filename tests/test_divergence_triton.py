@@ -188,6 +188,16 @@ def test_impossible_columns(case, token):
     torch.testing.assert_close(found, torch.tensor(gradient), rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"])
+def test_a_largest_column_that_the_teacher_lacks(kind):
+    """d is infinite at the centre; D, its slope there and the gradient are not."""
+    differed = differ(*pair([2.0, 0.5, 0.0, 1.0], [-INF, 0.5, 1.0, 0.0], 1), kind)
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    value, gradient = truth(differed[0], differed[2], kind, one, zero, zero)
+    torch.testing.assert_close(differed[-1].divergence.double(), value, rtol=2e-6, atol=0)
+    torch.testing.assert_close(backward(differed, one).double(), gradient, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_columns_that_both_lack(kind):
     """Have no part: the rest is what it is without them, and their gradient is 0."""
@@ -267,6 +277,19 @@ def test_a_confident_column_among_many(kind, drawn):
     for row, column in enumerate((3, 4190)):
         assert float(found[0, row, column]) == pytest.approx(float(exact[0, row, column]), rel=1e-5)
     assert found.sum(-1).abs().max() < 1e-5 * exact.abs().amax(-1).min()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tvd"])
+def test_small_divergences(kind):
+    """Of 1e-9 and 1e-6 nats, relative to an unlikely token: log-sums of 30 have an error of 1e-6, beside d of 1e-4."""
+    z = 3 * torch.randn(1, 2, 1500)
+    u = z + torch.tensor([1e-4, 3e-3])[:, None] * torch.randn(1, 2, 1500)
+    z[..., 5], u[..., 5] = -25.0, -25.0
+    live, zero = torch.ones(1, 2, dtype=torch.bool), torch.zeros(1, 2)
+    both = [rows_of(x, live, scale=1.0)._replace(token_ids=torch.full((1, 2), 5)) for x in (z, u)]
+    exact = truth(*both, kind, zero, zero, zero)[0]
+    found = differ(*both, kind)[-1].divergence.double()
+    torch.testing.assert_close(found, exact, rtol=4e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
