@@ -151,6 +151,7 @@ FIGURES = {
     "loss_logits_summary",
     "loss_hidden_summary",
     "train_sort",
+    "distill_sort",
     "trl_step",
     "surrogates",
     "scaling",
