@@ -88,6 +88,7 @@ def words_of(feature: Feature) -> set[str]:
     words |= {"config", "KL", *feature.kl} if feature.kl else set()
     words |= {"config", *(type(scheme).__name__ for scheme in feature.rollout)} if feature.rollout else set()
     words |= {"entropy"} if "entropy_coef" in feature.config else set()
+    words |= {"divergence"} if "divergence" in feature.config else set()
     words |= {"fp16"} if feature.dtype == torch.float16 else set()
     words |= {"attach"} if feature.function == "hf.attach" else set()
     return {word for word in words if word}

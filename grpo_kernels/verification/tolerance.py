@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..calls.batch import LossArguments, read_batch
+from ..calls.teacher import Teacher
 from ..calls.terms import TokenBatch, token_terms
 from ..calls.tokens import read_tokens
 from ..objectives.config import LossConfig
@@ -97,7 +98,7 @@ def truth_of(
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()
     }
     if (teacher := doubled.get("teacher")) is not None:
-        doubled["teacher"] = dataclasses.replace(teacher, logits=teacher.logits.double())
+        doubled["teacher"] = _of_logits(teacher)
     advantages = None if advantages is None else advantages.double()
     out = reference_loss(leaf, token_ids, advantages, mask, **doubled)
     if out.loss.requires_grad:
@@ -108,6 +109,17 @@ def truth_of(
     config = LossConfig.preset(config) if isinstance(config, str) else config
     batch = _batch(leaf.detach(), token_ids, advantages, mask, config, doubled)
     return _sizes(leaf.detach(), gradient, out, token_ids, config, batch, doubled)
+
+
+def _of_logits(teacher: Teacher) -> Teacher:
+    """Return a teacher of logits or of hidden states as one of logits, float64."""
+    if teacher.logits is not None:
+        return dataclasses.replace(teacher, logits=teacher.logits.double())
+    assert teacher.hidden is not None
+    assert teacher.weight is not None
+    bias = None if teacher.bias is None else teacher.bias.double()
+    logits = torch.nn.functional.linear(teacher.hidden.double(), teacher.weight.double(), bias)
+    return dataclasses.replace(teacher, logits=logits, hidden=None, weight=None, bias=None)
 
 
 def _batch(

@@ -16,6 +16,7 @@ import torch
 
 from grpo_kernels import (
     KL,
+    Divergence,
     Gmpo,
     MaskedIS,
     OffPolicyMask,
@@ -35,6 +36,13 @@ class Drawn:
     """A tensor of the batch, by its name there."""
 
     name: str
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A teacher of the batch, by its form."""
+
+    form: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,6 +104,12 @@ def _keyword(keyword: str, value: Any) -> Feature:
 
 def _drawn(keyword: str, asked: str, tensor: str | None = None, name: str | None = None) -> Feature:
     return Feature(name or keyword, asked, arguments={keyword: Drawn(tensor or keyword)})
+
+
+def _teacher(name: str, form: str, teacher: Taught) -> Feature:
+    divergence = Divergence("reverse_kl", 0.5)
+    asked = f"`teacher={form}`, `divergence={divergence!r}`"
+    return Feature(name, asked, config={"divergence": divergence}, arguments={"teacher": teacher})
 
 
 def _function(name: str, asked: str) -> Feature:
@@ -186,6 +200,13 @@ def features() -> tuple[Feature, ...]:
             _rollout("rollout, OffPolicyMask", OffPolicyMask(0.02)),
             _rollout("rollout, several", TruncatedIS(1.2, 0.9), Rejection(0.5, 2.0, level="geometric")),
         ),
+        *(
+            _teacher("teacher", "Teacher(logits=)", Taught("logits")),
+            dataclasses.replace(
+                _teacher("teacher, hidden states", "Teacher(hidden=, weight=)", Taught("hidden")),
+                function="linear_grpo_loss",
+            ),
+        ),
     )
 
 
@@ -236,7 +257,7 @@ def _of_the_loss(function: str) -> tuple[Refusal, ...]:
     in_config = (
         *(f"level {name}" for name in _LEVELS),
         *("Reinforce", "Vespo", "Gmpo", "registered surrogate"),
-        *("KL", "KL, ratio_weighted", "KL, weighted_k2", "KL to the sampler", "entropy bonus"),
+        *("KL", "KL, ratio_weighted", "KL, weighted_k2", "KL to the sampler", "entropy bonus", "teacher"),
         *("rollout, of tokens", "rollout, of sequences", "rollout, OffPolicyMask", "rollout, several"),
     )
     return (
@@ -259,6 +280,22 @@ def _without_a_loss(what: str, got: str, *features: str) -> Refusal:
     return Refusal(f"grpo_loss: expected {what} with token_losses=True; got {got}.", "token_losses", features)
 
 
+def _beside_a_teacher(name: str, function: str) -> tuple[Refusal, ...]:
+    """What a divergence of whole rows does not go with."""
+    kinds = {"support": "TopK", "support, a mask": "Tensor", "support, recorded": "Recorded"}
+    return (
+        *(
+            Refusal(f"{function}: expected no support= with teacher=; got {kind}.", name, (support,))
+            for support, kind in kinds.items()
+        ),
+        Refusal(
+            f"{function}: expected skip_zero_advantage=True with a loss that ignores tokens of A = 0; got {_NOT_FLAT}.",
+            *("skip_zero_advantage", (name,)),
+        ),
+    )
+
+
+_TEACHERS = {"teacher": "grpo_loss", "teacher, hidden states": "linear_grpo_loss"}
 _COPIED = ("support", "support, a mask")
 _SUPPORTS = (*_COPIED, "support, recorded")
 _NOT_FLAT = "a KL term, an entropy bonus or a divergence, whose gradient is not 0 at A = 0"
@@ -270,6 +307,8 @@ REFUSALS = (
     _absent("policy_loss", "grad_scale", "grad_scale", "fp16, announced"),
     _absent("policy_loss", "support", *_SUPPORTS),
     _absent("policy_loss", "temperature", *_TEMPERATURES),
+    _absent("policy_loss", "teacher", "teacher"),
+    dataclasses.replace(_absent("linear_grpo_loss", "inplace", "inplace"), feature="teacher, hidden states"),
     *(
         dataclasses.replace(_absent(function.partition(",")[0], "inplace", "inplace"), feature=function)
         for function in (
@@ -311,6 +350,14 @@ REFUSALS = (
         f"grpo_loss: expected skip_zero_advantage=True with a loss that ignores tokens of A = 0; got {_NOT_FLAT}.",
         *("skip_zero_advantage", ("KL", "KL, ratio_weighted", "KL, weighted_k2", "KL to the sampler", "entropy bonus")),
     ),
+    *(
+        Refusal(
+            f"{function}: expected no vocabulary over ranks with teacher=; got vocab_group=, vocab_start= or DTensors.",
+            *(f"{function}, vocab_group", ("teacher",)),
+        )
+        for function in ("grpo_loss", "linear_grpo_loss")
+    ),
+    *(one for name, function in _TEACHERS.items() for one in _beside_a_teacher(name, function)),
     *(one for level in _LEVELS for one in _pools(level)),
     *(
         Refusal(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_kernels import LossOutput, Recorded, grpo_loss, linear_grpo_loss
+from grpo_kernels import LossOutput, Recorded, Teacher, grpo_loss, linear_grpo_loss
 from grpo_kernels.calls.outputs import TokenLosses
 
 RANKS = 2
@@ -90,6 +90,8 @@ def over_sequences(logits: Tensor, token_ids: Tensor, *, mask: Tensor, **keyword
         at = places[rank]
 
         def own(value: Any) -> Any:
+            if isinstance(value, Teacher):
+                return Teacher(logits=value.logits[:, at])
             is_of_tokens = isinstance(value, (Tensor, Recorded)) and value.shape[:2] == token_ids.shape
             return value[:, at] if is_of_tokens else value
 

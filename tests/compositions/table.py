@@ -25,6 +25,7 @@ from grpo_kernels import (
     LossOutput,
     Recorded,
     Reinforce,
+    Teacher,
     TokenLogProbs,
     grpo_loss,
     hf,
@@ -37,7 +38,7 @@ from grpo_kernels.objectives.rollout import Rollout
 from grpo_kernels.verification.progress import progress_bar
 from grpo_kernels.verification.tolerance import OUTPUT_UNIT, Truth, compare, smallest, truth_of
 
-from .features import Drawn, Feature, features
+from .features import Drawn, Feature, Taught, features
 from .ranks import linear_over_vocabulary, over_sequences, over_vocabulary
 
 VOCAB, WIDTH, LENGTH = 11, 4, 4
@@ -62,6 +63,9 @@ class Batch:
     weight: Tensor
     """(V, H), float64."""
     named: Mapping[str, Tensor]
+    teacher_hidden: Tensor
+    """Of a teacher, like ``hidden`` but for their width."""
+    teacher_weight: Tensor
 
     @property
     def logits(self) -> Tensor:
@@ -81,7 +85,8 @@ class Batch:
         inputs = self.named["input_ids"].flatten()[None]
         positions = torch.arange(self.hidden.shape[1]).repeat(self.hidden.shape[0])[None]
         named |= {"input_ids": inputs, "position_ids": positions, "cu_seqlens": bounds}
-        return Batch(self.hidden.flatten(0, 1)[None], self.weight, named)
+        hidden, taught = (states.flatten(0, 1)[None] for states in (self.hidden, self.teacher_hidden))
+        return Batch(hidden, self.weight, named, taught, self.teacher_weight)
 
 
 def draw() -> Batch:
@@ -91,9 +96,12 @@ def draw() -> Batch:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
+    def quarters(*shape: int) -> Tensor:
+        return torch.round(4 * normal(*shape)) / 4
+
     lengths = torch.tensor([LENGTH, 0, LENGTH - 1, LENGTH, 2, LENGTH])
     count = len(lengths)
-    hidden, weight = (torch.round(4 * normal(*shape)) / 4 for shape in ((count, LENGTH + 1, WIDTH), (VOCAB, WIDTH)))
+    hidden, weight = quarters(count, LENGTH + 1, WIDTH), quarters(VOCAB, WIDTH)
     inputs = torch.randint(VOCAB, (count, LENGTH + 1), generator=generator, device="cpu")
     ids = inputs[:, 1:]
     mask = torch.arange(LENGTH) < lengths[:, None]
@@ -119,7 +127,7 @@ def draw() -> Batch:
             mask, 0.6 + torch.rand(ids.shape, generator=generator, device="cpu"), torch.nan
         ),
     }
-    return Batch(hidden, weight, named)
+    return Batch(hidden, weight, named, quarters(count, LENGTH + 1, WIDTH - 1), quarters(VOCAB, WIDTH - 1))
 
 
 def _recorded(batch: Batch) -> Recorded:
@@ -169,7 +177,15 @@ class Call:
         if FUNCTIONS[self.function].is_loss or self.config or self.kl or self.rollout:
             loss["config"] = self.objective()
         values = {**loss, **self.arguments}
-        return {name: self._tensor(batch, x.name) if isinstance(x, Drawn) else x for name, x in values.items()}
+        return {name: self._made(batch, x) for name, x in values.items()}
+
+    def _made(self, batch: Batch, value: Any) -> Any:
+        """Return a keyword's value, drawn of the batch if it says so."""
+        if isinstance(value, Taught):
+            hidden, weight = batch.teacher_hidden.to(self.dtype), batch.teacher_weight.to(self.dtype)
+            made = Teacher(logits=hidden @ weight.T)
+            return Teacher(hidden=hidden, weight=weight) if value.form == "hidden" else made
+        return self._tensor(batch, value.name) if isinstance(value, Drawn) else value
 
     def _tensor(self, batch: Batch, name: str) -> Tensor | Recorded:
         if name == "recorded":
