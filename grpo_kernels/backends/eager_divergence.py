@@ -63,15 +63,12 @@ def divergence(
 
 
 def _diverge(pair: _Pair, kind: int, mix: Tensor) -> DivergenceStats:
-    d = pair.log_odds(pair.shift)
+    shift = pair.shift - torch.log1p(_sum(minus(pair.p, pair.q, pair.log_odds(pair.shift))))
+    d = pair.log_odds(shift)
     columns = _KINDS[kind].columns(pair.p, pair.q, d, mix)
-    value = _sum(columns.term) + pair.shift * 0  # NaN where either row has one
-    shift = pair.shift - torch.log1p(_sum(minus(pair.p, pair.q, d)))
-    largest = pair.policy.argmax(-1, keepdim=True)
-    centre = pair.distance.gather(-1, largest) * pair.factor + shift
-    # Not the corrected one: the slope at the centre has to be that of the columns beside it.
-    slope = _slope_at(kind, d.gather(-1, largest), mix)
-    mean = _sum(torch.where(pair.p == 0, 0.0, pair.p * (columns.slope - slope)))
+    value = _sum(columns.term) + shift * 0  # NaN where either row has one
+    centre = d.gather(-1, pair.policy.argmax(-1, keepdim=True))
+    mean = _sum(torch.where(pair.p == 0, 0.0, pair.p * (columns.slope - _slope_at(kind, centre, mix))))
     if not _KINDS[kind].gradient_at_infinity:
         mean = torch.where(value == math.inf, math.nan, mean)
     return DivergenceStats(value, shift, centre, mean)
