@@ -536,6 +536,9 @@ def test_masked_rows_are_not_read(backend, kind):
     assert torch.equal(out.loss, expected.loss)
     assert torch.equal(of_nan, gradient)
     assert (gradient[:, :-1][~case.mask] == 0).all()
+    taught_by = Teacher(logits=teacher)
+    rows = token_divergence(policy, taught_by, case.token_ids, case.mask, divergence=kind, backend=backend)
+    assert all((values[~case.mask] == 0).all() for values in rows)
 
 
 def test_an_empty_batch(backend):
