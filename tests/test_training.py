@@ -198,17 +198,22 @@ def test_a_teacher_is_there_again_when_a_run_is_resumed(tmp_path, teacher):
 
 @pytest.mark.slow
 @pytest.mark.nightly
-def test_a_teachers_reward_is_reached_in_fewer_steps(tmp_path):
-    """Of two digits between 0 and 3, on the student's own samples, from half of the width."""
+def test_most_of_a_teachers_reward_takes_fewer_steps(tmp_path):
+    """Most of it: of two digits between 0 and 3, on the student's own samples, from half of the width."""
     sizes = {"prompts": 16, "group": 8, "minibatch": 64, "numbers": 2, "largest": 3, "layers": 2, "lr": 2e-3}
     _, taught = run(tmp_path / "teacher", **{**sizes, "steps": 150, "hidden": 64, "warmup": 10})
     student = {**sizes, "steps": 60, "hidden": 32, "warmup": 10, "seed": 1}
     _, alone = run(tmp_path / "alone", **student)
     teacher = {"teacher": str(tmp_path / "teacher"), "divergence": "reverse_kl"}
     _, records = run(tmp_path / "student", **student, **teacher)
-    wanted, found, other = (sum(r["reward"] for r in rs[-20:]) / 20 for rs in (taught, records, alone))
+
+    def reached(records: list[dict], reward: float) -> int:
+        rewards = [record["reward"] for record in records]
+        return next(end for end in range(20, len(rewards) + 1) if sum(rewards[end - 20 : end]) >= 20 * reward)
+
+    wanted = 0.85 * sum(record["reward"] for record in taught[-20:]) / 20
     assert wanted > 0.8
-    assert found > 0.95 * wanted > other
+    assert reached(records, wanted) < 0.8 * reached(alone, wanted)
 
 
 def test_response_logits_do_not_depend_on_padding():
