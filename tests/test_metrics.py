@@ -6,7 +6,18 @@ import pytest
 import torch
 from cases import make
 
-from grpo_kernels import KL, Clip, LossConfig, MaskedIS, Metrics, backends
+from grpo_kernels import (
+    KL,
+    Clip,
+    Divergence,
+    LossConfig,
+    MaskedIS,
+    Metrics,
+    Teacher,
+    backends,
+    grpo_loss,
+    reference,
+)
 from grpo_kernels.backends.contract import TokenInputs, TokenRecords, TokenValues
 from grpo_kernels.objectives.metrics import FIELDS, REPORTED
 
@@ -213,3 +224,15 @@ def sums_of(backend, inputs: list, estimator: int, dtype: torch.dtype) -> tuple[
     sums = torch.zeros(len(FIELDS), dtype=torch.float64)
     backend.token_sums(*inputs, estimator, 7, loss, sums)
     return loss, sums
+
+
+def test_without_a_policy_term_ratios_are_still_those_there_are():
+    """Of distillation alone: the reference had k3_old = 0."""
+    torch.manual_seed(0)
+    logits, ids = torch.randn(2, 3, 11), torch.randint(11, (2, 3))
+    options = {"old_log_probs": -3 * torch.rand(2, 3), "teacher": Teacher(logits=torch.randn(2, 3, 11))}
+    config = LossConfig(surrogate=None, divergence=Divergence())
+    ours, wanted = (f(logits, ids, None, config=config, **options).metrics for f in (grpo_loss, reference.grpo_loss))
+    assert float(ours.k3_old) > 0.1
+    for name, value in wanted.as_dict().items():
+        torch.testing.assert_close(getattr(ours, name).double(), value.double(), rtol=1e-5, atol=1e-6, msg=name)

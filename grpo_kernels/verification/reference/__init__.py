@@ -112,7 +112,7 @@ def grpo_loss(
     if config.level == "token":  # a token that weighs nothing has no part, not even by 0 times NaN
         old = None if old is None else torch.where(u == 0, log_prob.detach(), old)
         A = torch.where(u == 0, 0.0, A)
-    if config.surrogate is None:
+    if config.surrogate is None:  # no policy term; metrics have the ratios that there are
         u = torch.zeros_like(log_prob)
     own = difference(log_prob, old)
     log_ratio = pool(config.level, own, sequence, sequences)
