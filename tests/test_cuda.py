@@ -34,7 +34,7 @@ from grpo_kernels.verification.verify import complete
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT = native.FOLDER / "libgrpo_cuda.so"
-RING_OFFSET = 8064
+RING_OFFSET = 11264
 """Bytes of shared memory before the ring, sizeof(Shared) of layout.h, over the emulator, whose barriers are larger."""
 H200 = {"major": 9, "minor": 0, "shared_bytes": 232448}
 
@@ -599,7 +599,7 @@ def test_compiled_kernels_do_not_spill():
 
 ROWS, MOVES, SUMS = "row_kernel.h", "loading.h", "sums.h"
 MUTANTS = {
-    "consumers: wait for a tile": (ROWS, "shared_.filled[summed_.place].wait(summed_.lap);\n      sweep", "sweep"),
+    "consumers: wait for a tile": (ROWS, "shared_.filled[at.place].wait(at.lap);\n      sweep_sums", "sweep_sums"),
     "consumers: wait for slopes": (
         ROWS,
         "shared_.settled[index % kRowsAhead].wait(turn_at<kMode>(index, kStages<kMode> - 1) & 1);",
@@ -634,7 +634,7 @@ UNDEFINED = {
     "a tile read too early": (
         ROWS,
         MUTANTS["consumers: wait for a tile"][1],
-        "sweep",
+        "sweep_sums",
         "16 bytes read: a copy on its way",
     ),
     "room given back unread": (MOVES, "port::bulk_wait_read<kStoresInFlight>();", "", "load: a copy on its way reads"),

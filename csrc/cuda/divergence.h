@@ -134,7 +134,7 @@ struct PiecePair {
 
 // Columns of a vector that are compared at once: with more of them, registers spill.
 template <class T>
-constexpr int kAtOnce = sizeof(T) == 8 ? 1 : 4;
+constexpr int kAtOnce = kWidth<T> < 4 ? kWidth<T> : 4;
 
 template <int n, class real>
 struct PairColumns {

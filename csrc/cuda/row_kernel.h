@@ -81,16 +81,16 @@ class Consumer {
     const int target = info.target;
     if constexpr (job_.kPair) {
       const PairInfo& pair = shared_.pairs[summed_.place];
+      const T* slice = job_.slice(info.row);
       Cursor again = summed_;
-      const T *slice = job_.slice(info.row), *teacher = job_.teacher_slice(info.row);
-      const Partial<real> policy = sums_of(again, job_.map_of(info), info.value, [&](int place, int tile) {
-        return job_.piece(shared_, place, slice, tile, target);
+      PartialPair<real> sums;
+      sums.policy = sums_of(again, job_.map_of(info), info.value,
+                            [&](int place, int tile) { return job_.piece(shared_, place, slice, tile, target); });
+      slice = job_.teacher_slice(info.row);
+      sums.teacher = sums_of(summed_, job_.map_of(job_.teacher_map, pair), pair.value, [&](int place, int tile) {
+        return job_.teacher_piece(shared_, place, slice, tile, target);
       });
-      publish(PartialPair<real>{policy, sums_of(summed_, job_.map_of(job_.teacher_map, pair), pair.value,
-                                                [&](int place, int tile) {
-                                                  return job_.teacher_piece(shared_, place, teacher, tile, target);
-                                                })},
-              index, 0);
+      publish(sums, index, 0);
     } else {
       const T* slice = job_.slice(info.row);
       publish(sums_of(summed_, job_.map_of(info), info.value,
@@ -106,27 +106,29 @@ class Consumer {
     Sums<real> sums(anchor);
     for (int tile = 0; tile < job_.tiles; ++tile, at.next(job_.p.tiles)) {
       shared_.filled[at.place].wait(at.lap);
-      sweep_sums(piece(at.place, tile), map, anchor, sums);
+      sweep_sums<Job<T, kMode>::kPair>(piece(at.place, tile), map, anchor, sums);
       if (kMode == kLogProbs) signal(shared_.emptied[at.place]);
     }
     return warp_sums(sums, anchor, map.slope);
   }
 
-  // The divergence of the index-th row's slice.
+  // The divergence of the index-th row's slice, whose gradient is next.
   GRPO_DEVICE void diverge(int index) {
-    shared_.filled[compared_.place].wait(compared_.lap);
+    Cursor at = written_;
+    shared_.filled[at.place].wait(at.lap);
     if (job_.kFused) shared_.settled[index % kRowsAhead].wait(turn_at<kMode>(index, 0) & 1);
-    const RowInfo& info = shared_.info[compared_.place];
-    const PairInfo& pair = shared_.pairs[compared_.place];
+    const RowInfo& info = shared_.info[at.place];
+    const PairInfo& pair = shared_.pairs[at.place];
     const PairMap<real> map = job_.map_of(info, pair);
     const Odds<real> odds = kept_odds<real>(pair.odds);
     const T *slice = job_.slice(info.row), *teacher = job_.teacher_slice(info.row);
     DivergenceSums<real> sums;
-    for (int tile = 0; tile < job_.tiles; ++tile, compared_.next(job_.p.tiles)) {
-      shared_.filled[compared_.place].wait(compared_.lap);
-      sweep_divergence(pieces(compared_.place, slice, teacher, tile, kElsewhere), map, odds, sums);
-      if (kMode == kDivergence) signal(shared_.emptied[compared_.place]);
+    for (int tile = 0; tile < job_.tiles; ++tile, at.next(job_.p.tiles)) {
+      shared_.filled[at.place].wait(at.lap);
+      sweep_divergence(pieces(at.place, slice, teacher, tile, kElsewhere), map, odds, sums);
+      if (kMode == kDivergence) signal(shared_.emptied[at.place]);
     }
+    if (kMode == kDivergence) written_ = at;
     merge_lanes<32>(sums);
     publish(sums, index, kStages<kMode> - 1);
   }
@@ -192,7 +194,7 @@ class Consumer {
   Shared& shared_;
   const int warp_;
   const bool first_lane_;
-  Cursor summed_, compared_, written_;
+  Cursor summed_, written_;
 };
 
 // What the warps said of a row's slice, as one, in every lane.
@@ -256,6 +258,15 @@ GRPO_DEVICE Rounded<real> rounded(const RowStats& stats) {
 }
 
 template <class real>
+GRPO_DEVICE void keep_stats(double* kept, const Rounded<real>& stats) {
+  kept[0] = stats.log_prob, kept[1] = stats.entropy, kept[2] = stats.anchor, kept[3] = stats.log_sum;
+}
+template <class real>
+GRPO_DEVICE Rounded<real> kept_stats(const double* kept) {
+  return {real(kept[0]), real(kept[1]), real(kept[2]), real(kept[3])};
+}
+
+template <class real>
 GRPO_DEVICE void put_stats(const GrpoCall& call, int64_t row, const Rounded<real>& stats) {
   static_cast<real*>(call.log_prob)[row] = stats.log_prob;
   static_cast<real*>(call.entropy)[row] = stats.entropy;
@@ -277,8 +288,8 @@ GRPO_DEVICE void put_divergence(const GrpoCall& call, int64_t row, const Diverge
   static_cast<real*>(call.mean)[row] = found.mean;
 }
 
-// Sums of all slices -> log-prob, terms of the loss and slopes, the same in each block; one writes them down. A settler
-// has every kSettlers-th row, so that one row's chain of dependent operations runs beside another's.
+// Sums of all slices -> log-prob, terms of the loss and slopes, the same in each block; one writes them down. Settlers
+// take rows in turn, so that one row's chain of dependent operations runs beside another's.
 template <class T, Mode kMode>
 class Settler {
  public:
@@ -304,16 +315,16 @@ class Settler {
       const int settled_row = row;
       Known settled = known;
       const auto read_ahead = [&] {
-        if (job_.kPair) settled = known_of(row);  // late: it would take registers while the rows are settled
         row = next;
         next = row_of(index + 2 * kSettlers);
         if (!job_.kPair) known = known_of(row);
       };
       Rounded<real> stats;
-      Divergence<real> divergence;
       if constexpr (job_.kPair) {
-        stats = settle_pair(index, info, pair, settled_row);
-        divergence = settle_divergence(index, info, pair, read_ahead);
+        settle_pair(index, info, pair, settled_row);
+        settle_divergence(index, info, pair, settled_row, read_ahead);
+        settled = known_of(settled_row);  // now: neither this nor the statistics take registers before
+        stats = kept_stats<real>(info.terms);
       } else {
         stats = settle_row(index, info, read_ahead);
       }
@@ -325,22 +336,14 @@ class Settler {
       const GradientTerms<real> gradient =
           row_gradient<real>(stats.log_prob, stats.entropy, stats.anchor, stats.log_sum, scale * double(terms.slope),
                              -scale * double(settled.entropy_weight), info.logit, job_.map_of(info));
-      DivergenceSlopes<real> slopes;
-      if constexpr (job_.kPair)
-        slopes = divergence_slopes(divergence, scale * double(settled.divergence_weight), job_.map_of(info, pair));
       port::sync_warp();
       first.next(job_.p.tiles, kSettlers * job_.tiles);
       if (lane_ != 0) continue;
       keep_terms(info.terms, gradient);
-      if constexpr (job_.kPair) {
-        keep_slopes(pair.slopes, slopes);
-        pair.odds[kOddsShift] = divergence.shift;
-      }
       shared_.settled[place_].arrive();
       if (job_.rank != 0) continue;
       put_stats(job_.p, settled_row, stats);
       put_terms(job_.p, settled_row, terms);
-      if constexpr (job_.kPair) put_divergence(job_.p, settled_row, divergence);
     }
   }
 
@@ -348,15 +351,13 @@ class Settler {
   // What a row's token comes with.
   struct Known {
     Token<real> token;
-    real entropy_weight, divergence_weight;
+    real entropy_weight;
   };
 
   // The last row again where there is none: nobody uses what is read of it.
   GRPO_DEVICE int row_of(int index) const { return job_.row_of(index < count_ ? index : count_ - 1); }
   GRPO_DEVICE Known known_of(int row) const {
-    const auto weight = [&](const void* weights) { return weights ? job_.at(weights, row) : real(0); };
-    return {token_of<real>(job_.p, row), weight(job_.p.entropy_weight),
-            job_.kPair ? weight(job_.p.grad_divergence) : 0};
+    return {token_of<real>(job_.p, row), job_.p.entropy_weight ? job_.at(job_.p.entropy_weight, row) : real(0)};
   }
 
   template <class ReadAhead>
@@ -372,8 +373,8 @@ class Settler {
     return rounded<real>(row_stats(all_slices(mine, turn, merge), value, slope));
   }
 
-  // Both rows' statistics, by which consumers compare them.
-  GRPO_DEVICE Rounded<real> settle_pair(int index, const RowInfo& info, PairInfo& pair, int row) {
+  // Both rows' statistics, by which consumers compare them. The policy's stay where its terms will be.
+  GRPO_DEVICE void settle_pair(int index, RowInfo& info, PairInfo& pair, int row) {
     const int turn = turn_at<kMode>(index, 0);
     shared_.swept[place_].wait(turn & 1);
     const PairMap<real> map = job_.map_of(info, pair);
@@ -391,23 +392,31 @@ class Settler {
     port::sync_warp();
     if (lane_ == 0) {
       keep_odds(pair.odds, odds);
+      keep_stats(info.terms, stats);
       shared_.settled[place_].arrive();
       if (job_.rank == 0) put_teacher_stats(job_.p, row, teacher);
     }
     port::sync_warp();
-    return stats;
   }
 
   template <class ReadAhead>
-  GRPO_DEVICE Divergence<real> settle_divergence(int index, const RowInfo& info, const PairInfo& pair,
-                                                 ReadAhead read_ahead) {
+  GRPO_DEVICE void settle_divergence(int index, const RowInfo& info, PairInfo& pair, int row, ReadAhead read_ahead) {
     const int turn = turn_at<kMode>(index, 1);
     shared_.swept[place_].wait(turn & 1);
     const auto mine = of_warps(messages<DivergenceSums<real>>(shared_.warps[place_]));
     send_to_all(mine, turn);
     read_ahead();
     const auto merge = [](const DivergenceSums<real>* slices, int count) { return merged(slices, count); };
-    return finish_divergence(all_slices(mine, turn, merge), kept_odds<real>(pair.odds), job_.map_of(info, pair));
+    const DivergenceSums<double> total = all_slices(mine, turn, merge);
+    const PairMap<real> map = job_.map_of(info, pair);
+    const Divergence<real> found = finish_divergence(total, kept_odds<real>(pair.odds), map);
+    const double weight = numbers_[kGradScale] * double(job_.at(job_.p.grad_divergence, row));
+    const DivergenceSlopes<real> slopes = divergence_slopes(found, weight, map);
+    port::sync_warp();
+    if (lane_ != 0) return;
+    keep_slopes(pair.slopes, slopes);
+    pair.odds[kOddsShift] = found.shift;
+    if (job_.rank == 0) put_divergence(job_.p, row, found);
   }
 
   // To the slot of this block in every block of the cluster, this one too.

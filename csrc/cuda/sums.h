@@ -189,19 +189,19 @@ GRPO_DEVICE void sweep_slowly(const Piece<T>& piece, const LogitMap<real_of<T>>&
 }
 
 // This thread's columns of a piece: every kConsumers-th vector. All relative to the anchor; if that does not hold, once
-// more, relative to the largest.
-template <class T>
+// more, relative to the largest. One vector after the other, if registers are needed elsewhere: the same sums.
+template <bool kOneByOne, class T>
 GRPO_DEVICE void sweep_sums(const Piece<T>& piece, const LogitMap<real_of<T>>& map, const Anchor<real_of<T>>& anchor,
                             Sums<real_of<T>>& sums) {
   using real = real_of<T>;
   if (sums.near) {
     real sum = sums.sum, weighted = sums.weighted;
-    if (is_plain(piece, map.softcap)) {
-      sweep_near<true>(piece, map, anchor, sum, weighted);
-    } else if (!map.softcap) {
-      sweep_near<false>(piece, map, anchor, sum, weighted);
-    } else {
+    if (kOneByOne || map.softcap) {
       sweep_slowly(piece, map, [&](auto& x) { Sums<real>::add_near(x, anchor, map.slope, sum, weighted); });
+    } else if (is_plain(piece, false)) {
+      sweep_near<true>(piece, map, anchor, sum, weighted);
+    } else {
+      sweep_near<false>(piece, map, anchor, sum, weighted);
     }
     if (sum < kLargestSum<real>) {
       sums.sum = sum;

@@ -47,7 +47,7 @@ FAULTS = {
     "no cluster barrier at the start": Fault(ROWS, "port::sync_cluster();  // nobody", ";  // nobody", "fused"),
     "nobody waits for the sums of other blocks": Fault(PORT, "{ wait_until<true>(parity); }", "{}", "fused"),
     "consumers do not wait for the loader": Fault(
-        ROWS, "shared_.filled[summed_.place].wait(summed_.lap);\n      sweep", "sweep", "log_probs"
+        ROWS, "shared_.filled[at.place].wait(at.lap);\n      sweep_sums", "sweep_sums", "log_probs"
     ),
     "a wrong parity": Fault(MOVES, "wait(cursor.lap ^ 1)", "wait(cursor.lap)", "log_probs"),
     "the tail of a tile is not copied": Fault(
