@@ -39,8 +39,7 @@ from grpo_kernels.verification.tolerance import compare, truth_of
 from grpo_kernels.verification.verify import complete
 
 INF = math.inf
-OF_ENDS = ("forward_kl", "reverse_kl", "tvd")
-"""Kinds without a mix."""
+pytestmark = pytest.mark.sample(triton=2, cuda=2)
 
 
 class Rows(NamedTuple):

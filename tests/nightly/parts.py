@@ -60,6 +60,7 @@ CALLS = (
     "test_policy",
     "test_temperatures",
     "test_token_losses",
+    "test_divergence",
     "test_vocabulary",
     "test_prefix_ratios",
     "test_rollout_kl",
