@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from grpo_kernels.objectives.divergence import Divergence
+from grpo_kernels.verification.reference.divergences import divergence_of
+
 ELEMENTS = 2**25
 """In float64 at once."""
 
@@ -41,6 +44,22 @@ def gradient_error(logits: Tensor, ids: Tensor, slope: Tensor, found: Tensor) ->
         size = exact.norm(dim=-1)
         worst = torch.maximum(worst, ((found[part].double() - exact).norm(dim=-1) / size).max())
     return float(worst)
+
+
+def divergence_errors(
+    divergence: Divergence, logits: Tensor, teacher: Tensor, found: Tensor, gradient: Tensor
+) -> tuple[float, float]:
+    """Return the largest error of a divergence, relative, and of a row of its gradient (relative, L2); NaN where one is
+    not finite or written. Logits, the teacher's and the gradient (N, V), divergences (N,)."""
+    worst = logits.new_zeros(2, dtype=torch.float64)
+    for part in _parts(logits):
+        leaf = logits[part].double().requires_grad_()
+        value = divergence_of(divergence, leaf.log_softmax(-1), teacher[part].double().log_softmax(-1))
+        (exact,) = torch.autograd.grad(value.sum(), leaf)
+        value, size = value.detach(), exact.norm(dim=-1)
+        errors = [(found[part].double() - value).abs() / value, (gradient[part].double() - exact).norm(dim=-1) / size]
+        worst = torch.maximum(worst, torch.stack([error.max() for error in errors]))
+    return float(worst[0]), float(worst[1])
 
 
 def _parts(logits: Tensor) -> Iterator[slice]:

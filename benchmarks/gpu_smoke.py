@@ -28,7 +28,8 @@ from gpu_steps import Setting, Shape
 
 Step = tuple[str, Callable[[Setting], bool]]
 LONG = 4
-"""Times as long as another step: races and times."""
+"""Times as long as another step:"""
+REPEATED = ("races", "times", "times of pairs")
 START = 8.0
 """Seconds in which a step's process finds the GPU and makes its logits, beside one launch that hangs."""
 MARGIN = 3.0
@@ -46,6 +47,9 @@ def steps(small: bool) -> list[Step]:
     unaligned = [Shape(rows(300, 3), 50257), Shape(37, 97), Shape(rows(37, 3), 9001, skew=3), Shape(37, 3)]
     unaligned += [Shape(rows(37, 2), 9001, single, 1), Shape(rows(37, 2), 9001, double, 1)]
     equal = [Shape(3000, 151936), Shape(3000, 128256), Shape(5000, 32000), Shape(2000, 50257)]
+    paired = [Shape(1, 512), Shape(rows(300, 2), rows(32000, 9001)), Shape(rows(37, 3), 97, skew=3)]
+    paired += [Shape(rows(37, 2), rows(9001, 1001), single, 1)]
+    paired += [] if small else [Shape(40, 151936), Shape(40, 151936, single), Shape(300, 50257)]
     timed = [Shape(8192, 151936), Shape(8192, 128256), Shape(16384, 32000), Shape(16384, 4096)]
     return [
         ("environment", gpu_steps.environment),
@@ -60,6 +64,9 @@ def steps(small: bool) -> list[Step]:
         ("dead rows", _step(gpu_steps.dead_rows, Shape(rows(301, 8), 32000), Shape(rows(301, 8), 50257))),
         ("races", _step(gpu_steps.races, *([Shape(6, 9008)] if small else equal))),
         ("times", _step(gpu_steps.times, *timed)),
+        ("pairs, two passes", _pairs(gpu_steps.Pair.two_passes, *paired)),
+        ("pairs, one pass", _pairs(gpu_steps.Pair.one_pass, *paired)),
+        ("times of pairs", _step(gpu_steps.times_of_pairs, Shape(8192, 151936), Shape(16384, 32000))),
     ]
 
 
@@ -67,17 +74,21 @@ def _step(function: Callable[..., bool], *shapes: Shape) -> Callable[[Setting], 
     return lambda setting: function(setting, *shapes)
 
 
+def _pairs(call: Callable[[gpu_steps.Pair, torch.Tensor], None], *shapes: Shape) -> Callable[[Setting], bool]:
+    return lambda setting: gpu_steps.pairs(setting, call, *shapes)
+
+
 def run(chosen: Sequence[Step], setting: Setting, seconds: float, forked: bool = True) -> list[str]:
-    """Every step that failed. The last two are left out after a failure: they time and repeat what does not hold."""
+    """Every step that failed. Races and times are left out after a failure: they time and repeat what does not hold."""
     start = time.monotonic()
     failed: list[str] = []
     for name, function in chosen:
-        if failed and name in ("races", "times"):
+        if failed and name in REPEATED:
             print(f"   {name}: left out after a failure", flush=True)
             continue
         print(f"{time.monotonic() - start:6.1f} s  {name}", flush=True)
         left = seconds - MARGIN - (time.monotonic() - start)
-        limit = START + setting.patience * (LONG if name in ("races", "times") else 1)
+        limit = START + setting.patience * (LONG if name in REPEATED else 1)
         ended = _alone(function, setting, min(limit, left)) if forked else _here(function, setting)
         gpu_rows.write(setting.rows, name, passed=not str(ended), seconds=ended.seconds, how=_how(ended))
         if str(ended):

@@ -20,13 +20,16 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.backends import Request, cuda, native
-from grpo_kernels.backends.contract import RowGradients, Rows, RowStats, TokenInputs, TokenRecords
+from grpo_kernels.backends.contract import DivergenceStats, RowGradients, Rows, RowStats, TokenInputs, TokenRecords
 from grpo_kernels.backends.memory import gradient_like
 from grpo_kernels.backends.spec import LogitArgs, numbers_vector, objective_spec
 from grpo_kernels.objectives.config import LossConfig
+from grpo_kernels.objectives.divergence import KINDS, Divergence
 from grpo_kernels.objectives.kl import KL
 
 BETA = 0.04
+PAIRS = tuple(Divergence(name) for name in ("forward_kl", "reverse_kl", "mixed_kl", "jsd"))
+"""The divergences whose kernels are run."""
 COPIED = 2**31
 """Bytes of the copy that times are held against: many times the second-level cache."""
 BUSY = 2_000_000
@@ -308,6 +311,96 @@ def races(setting: Setting, *shapes: Shape) -> bool:
         else:
             say(True, f"{shape}: {times} equal runs")
     return holds
+
+
+class Pair(NamedTuple):
+    """Rows beside their teacher's, and what is found of them."""
+
+    batch: Batch
+    rows: Rows
+    teacher: Rows
+    divergence: Divergence
+    stats: RowStats
+    teacher_stats: RowStats
+    found: DivergenceStats
+
+    @property
+    def kind(self) -> int:
+        return list(KINDS).index(self.divergence.kind)
+
+    def two_passes(self, out: Tensor) -> None:
+        """Find the gradient of the divergences' sum, times the weight of a token, in four launches."""
+        cuda.log_probs(self.rows, self.stats)
+        cuda.log_probs(self.teacher, self.teacher_stats)
+        known = self.rows, self.stats, self.teacher, self.teacher_stats, self.kind
+        cuda.divergence(*known, self.found)
+        weight = self.batch.per_row(self.batch.weight)
+        cuda.divergence_backward(*known, self.found, RowGradients(None, None), weight, out)
+
+    def one_pass(self, out: Tensor) -> None:
+        """Find the same in one launch: the policy's term weighs nothing."""
+        weight, nothing = self.batch.per_row(self.batch.weight), self.batch.per_row(0.0)
+        spec = objective_spec(self.batch.config, False)
+        assert spec is not None
+        records = TokenRecords(*self.batch.unwritten(2), nothing.to(torch.uint8), nothing.new_empty(0))
+        inputs = TokenInputs(nothing, nothing, None, None, None, None, None)
+        known = self.rows, self.teacher, self.kind, inputs, weight, spec
+        cuda.fused_divergence(*known, self.stats, self.teacher_stats, self.found, records, out)
+
+
+def pair_of(setting: Setting, shape: Shape, divergence: Divergence) -> Pair:
+    """Make a batch (``make``) and its teacher's rows, half a unit away."""
+    batch = make(setting, shape)
+    logits = batch.rows.logits
+    teacher = gradient_like(logits).copy_(logits)
+    for part in teacher[0].split(1024):
+        part += 0.5 * torch.randn_like(part)
+    config = LossConfig.preset("dapo", divergence=divergence)
+    numbers = numbers_vector(LogitArgs(), 1.0, config, batch.real, torch.device(setting.device))
+    rows = batch.rows._replace(numbers=numbers)
+    unwritten = batch.unwritten(12)
+    stats, found = (RowStats(*unwritten[:4]), RowStats(*unwritten[4:8])), DivergenceStats(*unwritten[8:])
+    return Pair(batch, rows, rows._replace(logits=teacher), divergence, *stats, found)
+
+
+def pairs(setting: Setting, call: Callable[[Pair, Tensor], None], *shapes: Shape) -> bool:
+    """Divergences from a teacher and their gradient, by ``call``: a row and its teacher's at once."""
+    holds = True
+    for shape in shapes:
+        for divergence in PAIRS:
+            pair = pair_of(setting, shape, divergence)
+            out, what = gradient_like(pair.rows.logits).fill_(float("nan")), f"{divergence.kind} {shape}"
+            call(pair, out)
+            wait(setting, what)
+            holds &= _check_pair(pair, out, what)
+    return holds
+
+
+def _check_pair(pair: Pair, out: Tensor, what: str) -> bool:
+    logits, teacher = pair.rows.logits[0], pair.teacher.logits[0]
+    gradient = out[0].double() / pair.batch.weight
+    value, slope = gpu_exact.divergence_errors(pair.divergence, logits, teacher, pair.found.divergence[0], gradient)
+    _, allowed = gpu_exact.allowed(logits.dtype)
+    text = f"{what}: errors {value:.1e} of D (relative), {slope:.1e} of the gradient (L2 of a row, relative)"
+    return say(value < 1e-4 and slope < 2 * allowed, f"{text}, allowed 1e-04 and {2 * allowed:.0e}")
+
+
+def times_of_pairs(setting: Setting, *shapes: Shape) -> bool:
+    """A divergence's gradient in one pass and in two."""
+    if setting.small:
+        return say(True, "no times: they are those of large shapes on a GPU")
+    for shape in shapes:
+        for divergence in PAIRS:
+            pair = pair_of(setting, shape, divergence)
+            out = torch.empty_like(pair.rows.logits)
+            ms = {
+                "one_pass_ms": 1e3 * _seconds(setting, lambda pair=pair, out=out: pair.one_pass(out)),
+                "two_passes_ms": 1e3 * _seconds(setting, lambda pair=pair, out=out: pair.two_passes(out)),
+            }
+            name = f"{divergence.kind} {shape}"
+            gpu_rows.write(setting.rows, name, logits_bytes=out.nbytes, **ms)
+            say(True, f"{name}: one pass {ms['one_pass_ms']:.3f} ms, two passes {ms['two_passes_ms']:.3f} ms")
+    return True
 
 
 def times(setting: Setting, *shapes: Shape) -> bool:

@@ -44,6 +44,14 @@ def onehot(rows, *_):
     return row
 
 
+def in_one_pass(setting, *shapes):
+    return gpu_steps.pairs(setting, gpu_steps.Pair.one_pass, *shapes)
+
+
+def in_two_passes(setting, *shapes):
+    return gpu_steps.pairs(setting, gpu_steps.Pair.two_passes, *shapes)
+
+
 FAULTS = {
     "log-probs": (gpu_steps.sums, "log_probs", lambda *given: given[1].log_prob.add_(1e-4)),
     "gradient": (gpu_steps.gradients, "log_probs_backward", lambda *given: given[-1].mul_(1.01)),
@@ -59,6 +67,8 @@ FAULTS = {
     "live row's slope": (gpu_steps.dead_rows, "fused_loss", lambda *given: given[-1][0, 3].mul_(2)),
     "dead row": (gpu_steps.dead_rows, "fused_loss", lambda *given: given[-1][0, 0, 5:6].fill_(1)),
     "live row": (gpu_steps.dead_rows, "fused_loss", lambda *given: given[-1][0, 3].zero_()),
+    "divergence": (in_one_pass, "fused_divergence", lambda *given: given[8].divergence[0, 1].mul_(1.001)),
+    "gradient of a pair": (in_two_passes, "divergence_backward", lambda *given: given[-1][0, 1].mul_(1.05)),
     "race": (gpu_steps.races, "fused_loss", lambda *given: given[-1][0, 2, 3].copy_(torch.rand(()))),
 }
 """A step, the function that goes wrong under it, and what it does to its arguments after it has run."""
