@@ -226,6 +226,15 @@ def test_equal_rows(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_differ_by_a_constant(kind):
+    """D is 0 but for rounding, and never below."""
+    live, logits = torch.ones(2, 3, dtype=torch.bool), (3 * torch.randn(2, 3, 3000)).round() / 4
+    divergence = differ(rows_of(logits, live), rows_of(logits + 8, live), kind)[-1].divergence
+    assert (divergence >= 0).all()
+    assert (divergence < 1e-12).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_that_nothing_can_be_said_of(kind):
     """A NaN, or no possible column, of either row spoils that row alone; not where the divergence has no weight."""
     live, weight, g = torch.ones(1, 7, dtype=torch.bool), torch.ones(1, 7), torch.randn(1, 7)

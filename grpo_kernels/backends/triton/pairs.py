@@ -141,6 +141,7 @@ def finish_divergence(total, excess, mass, slopes, x, y, policy, teacher, distan
 
     value = total - error * of_error(KIND, excess - error * mass * 0.5, slopes, mix)
     value += columns_of(KIND, p, q, centre, mix)[0]
+    value = tl.where(value < 0, value * 0, value)  # what was taken out rounds too
     mean = slopes * 0
     if KIND != FORWARD_KL:
         # With the error that the columns beside it have: only the difference counts. A step has none.
