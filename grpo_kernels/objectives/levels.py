@@ -12,7 +12,7 @@ from .compiler import computed_once
 LevelName = Literal["token", "sequence", "sequence_token", "sequence_product", "prefix_product", "prefix_min"]
 Share = Literal["own", "mean", "sum", "sum_before", "least_before", "sum_behind", "sum_of_least"]
 """Which of a sequence's values come to a token: its own; the mean or the sum of all; of running levels the sum, or the
-least (of equal ones the first), of those up to it, the sum of those from it on, the sum of those of the tokens whose
+least (of equal ones the last), of those up to it, the sum of those from it on, the sum of those of the tokens whose
 least is its own."""
 
 
