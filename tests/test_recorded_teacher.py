@@ -273,6 +273,11 @@ REFUSED = {
         ValueError, "finite where the teacher has nothing",
     ),
     "temperature": (lambda: teacher(TWO, HALVES), {"temperature": 0.5}, ValueError, "ones at 1(.|\n)*teacher_temp"),
+    "a tensor's temperature": (
+        lambda: teacher(TWO, HALVES), {"temperature": torch.tensor(0.5)}, ValueError, "temperature, 0.5; got ones at 1",
+    ),
+    "no temperature": (lambda: teacher(TWO, HALVES, temperature=0.0), {}, ValueError, r"temperature=...\) must .*> 0"),
+    "a temperature by name": (lambda: teacher(TWO, HALVES, temperature="1"), {}, ValueError, r"Teacher\(temperature="),
 }  # fmt: skip
 
 

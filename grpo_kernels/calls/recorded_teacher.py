@@ -345,6 +345,8 @@ def _retempered(
     if of_rows is not None and tokens.looks:
         others = tokens.live & ((of_rows / teacher.temperature - 1).abs() > _ALIKE)
         wanted = float(of_rows[others][0]) if bool(others.any()) else teacher.temperature
+    elif isinstance(wanted, Tensor) and tokens.looks:
+        wanted = float(wanted)
     if not isinstance(wanted, Tensor) and not math.isclose(wanted, teacher.temperature, rel_tol=_ALIKE):
         expected = f"log-probs recorded at the divergence's temperature, {wanted:g}"
         hint = (

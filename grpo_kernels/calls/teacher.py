@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import fail, plain
+from ..objectives.checks import fail, plain, settle_number
 from ..objectives.divergence import Divergence
 
 
@@ -72,6 +72,8 @@ class Teacher:
                 else "Divergence(teacher_temperature=...) is what its logits are divided by; None: the call's"
             )
             fail("Teacher", expected, repr(self.temperature), hint=hint)
+        if self.temperature is not None:
+            settle_number(self, "temperature", "Teacher(temperature=...)", above=0)
 
     @property
     def form(self) -> str:
