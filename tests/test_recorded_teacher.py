@@ -177,6 +177,19 @@ def test_rounded_log_probs_of_all_mass_leave_a_reverse_kl_finite():
     assert bool(out.divergence.isfinite().all())
 
 
+@pytest.mark.parametrize("shape", [(0, T), (B, 0)])
+def test_no_tokens(shape, backend):
+    z = torch.randn(*shape, V, requires_grad=True)
+    drawn, ends = torch.zeros(shape, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    config = LossConfig(surrogate=None, divergence=Divergence("reverse_kl"))
+    in_rows = teacher(drawn[..., None].expand(*shape, K), torch.zeros(*shape, K))
+    for given in (in_rows, teacher(drawn.view(-1), torch.zeros(0), offsets=ends)):
+        out = grpo_loss(z, drawn, None, teacher=given, config=config, backend=backend)
+        out.loss.backward()
+        assert out.loss == 0
+        assert z.grad.shape == z.shape
+
+
 def test_masked_rows_are_not_read():
     z, drawn, ids, log_q = recorded()
     mask = torch.ones(B, T, dtype=torch.bool)

@@ -103,7 +103,8 @@ class RecordedTeacher:
         columns, values = self._columns(rows, of_rows, outcomes, g, h, weight, rest)
         moved = (g - rest).view(shape).to(rows.numbers.dtype)
         out = backward_rows(rows, of_rows, slopes._replace(grad_log_prob=moved), backend, inplace)
-        rows.row_view(out).scatter_(-1, columns.view(*shape, -1), values.view(*shape, -1).to(out.dtype))
+        columns, values = (each.view(*shape, each.shape[-1]) for each in (columns, values))
+        rows.row_view(out).scatter_(-1, columns, values.to(out.dtype))
         return out
 
     @property
@@ -156,9 +157,9 @@ class RecordedTeacher:
 
     def _policy(self, rows: Rows, stats: RowStats) -> tuple[Tensor, Tensor]:
         """Return the policy's log-probs at recorded tokens, (N, k), -inf where absent, and dz/dlogit there."""
-        dtype, count = self.log_q.dtype, self.token_ids.shape[0]
-        ids = self.token_ids.view(*rows.token_ids.shape, -1)
-        value = rows.row_view(rows.logits).gather(-1, ids).view(count, -1).to(rows.numbers.dtype)
+        dtype = self.log_q.dtype
+        ids = self.token_ids.view(*rows.token_ids.shape, self.token_ids.shape[-1])
+        value = rows.row_view(rows.logits).gather(-1, ids).view(self.token_ids.shape).to(rows.numbers.dtype)
         slope = torch.ones_like(value)
         if rows.softcap:
             value, slope = capped(value, rows.numbers)
@@ -223,7 +224,7 @@ class RecordedTeacher:
         factor = factor_of(rows).view(-1, 1).to(dtype)
         if not rows.softcap:
             return factor
-        logits = rows.row_view(rows.logits).gather(-1, columns.view(*rows.token_ids.shape, -1))
+        logits = rows.row_view(rows.logits).gather(-1, columns.view(*rows.token_ids.shape, columns.shape[-1]))
         return factor * capped(logits.view(columns.shape).to(rows.numbers.dtype), rows.numbers)[1].to(dtype)
 
 
