@@ -972,6 +972,9 @@ BAD = {
     ),
     "in place beside padding": (bad(inplace=True, vocab_size=11), ValueError, "inplace=False with vocab_size="),
     "no advantages": (bad(advantages=None), TypeError, r"advantages to be a tensor; got None(.|\n)*surrogate=None"),
+    "a coefficient of nothing": (
+        bad(config="grpo", teacher=None, divergence_coef=0.5), ValueError, "config beside divergence_coef=; got",
+    ),
     "an infinite coefficient": (bad(divergence_coef=INF), ValueError, "divergence_coef to be a finite number"),
     "a mix of 0": (lambda: Divergence("jsd", mix=0.0), ValueError, r"mix=...\) must be .*> 0.*0.0"),
     "a mix of 1": (lambda: Divergence("jsd", mix=1), ValueError, r"inside \(0, 1\) \(mix=0 is forward_kl.*reverse_kl"),

@@ -95,6 +95,10 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
     divergence = config.divergence
     if divergence is not None or arguments.teacher is not None:
         check_teacher(tokens.function, arguments.teacher, divergence)
+    elif arguments.divergence_coef is not None:
+        hint = "LossConfig(divergence=Divergence('reverse_kl')) says of what it is the coefficient"
+        expected = "a divergence in the config beside divergence_coef="
+        fail(tokens.function, expected, "none", tokens.tensors, hint)
     if arguments.entropy_threshold is not None:
         check_scalar(tokens.function, "entropy_threshold", arguments.entropy_threshold, tokens.checks)
     if arguments.skip_zero_advantage:
