@@ -4,8 +4,10 @@ option of a call beside one. The digits of rows near each other are test_oracle'
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import math
+import weakref
 from typing import Any, NamedTuple
 
 import pytest
@@ -670,6 +672,31 @@ def test_backward_twice():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="gradient has been handed over|second backward"):
         loss.backward()
+
+
+def test_a_teacher_made_in_inference_mode(backend):
+    """It is copied where a backward needs it, and has the gradient of an ordinary one."""
+    case, kept = taught(), []
+    for of in (torch.inference_mode, torch.no_grad):
+        with of():
+            teacher = Teacher(logits=case.options["teacher"].logits * 1)
+        leaf = case.logits.clone().requires_grad_()
+        token_divergence(leaf, teacher, case.token_ids, case.mask, backend=backend).divergence.sum().backward()
+        kept.append(leaf.grad)
+    assert torch.equal(*kept)
+
+
+def test_a_loss_that_is_kept_keeps_no_teacher():
+    """What backward needed is given back after it."""
+    case = taught()
+    logits = case.options["teacher"].logits.clone()
+    there, leaf = weakref.ref(logits.untyped_storage()), case.logits.clone().requires_grad_()
+    loss = token_divergence(leaf, Teacher(logits=logits), case.token_ids, case.mask).divergence.sum()
+    del logits
+    loss.backward()
+    gc.collect()
+    assert there() is None
+    assert loss > 0
 
 
 @pytest.mark.parametrize("preset", ["grpo", "gspo"])

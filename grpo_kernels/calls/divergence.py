@@ -13,7 +13,7 @@ from ..backends.contract import DivergenceStats, RowGradients, Rows, RowStats
 from ..backends.spec import LogitArgs, numbers_vector
 from ..objectives.checks import check_device, fail, fits
 from ..objectives.divergence import Divergence
-from .arguments import check_logit_args, check_logits
+from .arguments import check_logit_args, check_logits, ordinary
 from .autograd import backward_rows, once
 from .recorded_teacher import read_recorded
 from .sharding import is_dtensor
@@ -51,7 +51,7 @@ class Beside(Protocol):
         """What backward saves, and ``of`` makes it of again."""
 
     def of(self, tensors: tuple[Tensor | None, ...]) -> Beside:
-        """Return the same of saved tensors."""
+        """Return the same of other tensors."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +88,8 @@ class Whole:
         return *self.teacher[:4], self.teacher.temperature
 
     def of(self, tensors: tuple[Tensor | None, ...]) -> Whole:
-        logits, ids, live, numbers, temperature = tensors
-        assert logits is not None and ids is not None and live is not None and numbers is not None  # noqa: PT018
-        return replace(self, teacher=Rows(logits, ids, live, numbers, self.teacher.softcap, temperature))
+        *rows, temperature = tensors
+        return replace(self, teacher=Rows(*rows, self.teacher.softcap, temperature))  # type: ignore[arg-type]
 
 
 def _parts(stats: Stats) -> tuple[RowStats, RowStats, DivergenceStats]:
@@ -107,9 +106,13 @@ class DivergedLogProbs(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         stats = beside.stats(rows._replace(logits=logits), backend)
         of_teacher = beside.tensors
+        if ctx.needs_input_grad[0]:
+            of_teacher = tuple(None if tensor is None else ordinary(tensor)[0] for tensor in of_teacher)
         ctx.save_for_backward(logits, *rows[1:4], rows.temperature, *of_teacher, *stats)
         ctx.set_materialize_grads(False)
-        ctx.softcap, ctx.beside, ctx.count = rows.softcap, beside, 5 + len(of_teacher)
+        # Without its tensors: what is saved is given back after backward, though somebody keeps the loss.
+        ctx.beside = beside.of((None,) * len(of_teacher))
+        ctx.softcap, ctx.count = rows.softcap, 5 + len(of_teacher)
         ctx.backend, ctx.inplace = backend, inplace
         known = beside.known(stats)
         ctx.mark_non_differentiable(known[3])
