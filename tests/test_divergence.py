@@ -846,6 +846,19 @@ def test_linear_token_divergence():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("form", ["logits", "states", "head"])
+def test_a_teacher_that_changes_before_backward(form):
+    """Its logits are made, or read, a second time there."""
+    case, hidden, weight = taught(), drawn(6, 10, 5, dtype=torch.float32), drawn(97, 5, dtype=torch.float32)
+    teacher = case.options["teacher"]
+    if form != "logits":
+        teacher = Teacher(hidden=drawn(6, 10, 3, dtype=torch.float32), weight=drawn(97, 3, dtype=torch.float32))
+    out = linear_token_divergence(hidden.requires_grad_(), weight, teacher, case.token_ids, case.mask)
+    {"logits": teacher.logits, "states": teacher.hidden, "head": teacher.weight}[form].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.divergence.sum().backward()
+
+
 def test_a_reference_that_shares_the_head():
     """LoRA: the teacher's head is the policy's own, which learns; the gradient is of the policy's use alone."""
     case = taught(dtype=torch.float64)

@@ -178,9 +178,12 @@ class LinearLogProbs(torch.autograd.Function):
     def forward(ctx: Any, sweep: Sweep, *head: Tensor | None) -> tuple[Tensor, ...]:
         stats = sweep.log_probs(HeadTensors(*head))  # type: ignore[arg-type]
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(*(None if tensor is None else ordinary(tensor)[0] for tensor in head), *stats)
+            given = () if sweep.teacher is None else sweep.teacher.tensors
+            watched = (tensor for tensor in given if tensor is not None and not tensor.is_inference())
+            own = (None if tensor is None else ordinary(tensor)[0] for tensor in head)
+            ctx.save_for_backward(*own, *stats, *watched)  # the last: so that a write to them in between is noticed
         ctx.set_materialize_grads(False)
-        ctx.sweep = sweep
+        ctx.sweep, ctx.known = sweep, len(HeadTensors._fields) + len(stats)
         outputs = tuple(map(sweep.live_rows.scatter, sweep.known(stats)))
         ctx.mark_non_differentiable(*outputs[3:])
         return outputs
@@ -193,7 +196,7 @@ class LinearLogProbs(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         saved, count = ctx.saved_tensors, len(HeadTensors._fields)
         wants, head = Wants(*ctx.needs_input_grad[1:]), HeadTensors(*saved[:count])
-        return None, *ctx.sweep.gradients(wants, head, saved[count:], Slopes(*slopes))
+        return None, *ctx.sweep.gradients(wants, head, saved[count : ctx.known], Slopes(*slopes))
 
 
 class Swept(NamedTuple):

@@ -39,6 +39,10 @@ class SweptTeacher(Protocol):
     def row_bytes(self) -> int:
         """Of a row of a chunk."""
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a walk reads."""
+
     def walk(self, live_rows: LiveRows) -> RowsOf:
         """Return what gives the rows of chunk after chunk."""
 
@@ -129,6 +133,10 @@ class TeacherStates:
         """Return those of a row of a chunk: its logits, and its states."""
         states = 0 if self.head is None else self.states.shape[-1] * self.operands.itemsize
         return self.columns * self.dtype.itemsize + states
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (self.states,) if self.head is None else self.head
 
     def walk(self, live_rows: LiveRows) -> RowsOf:
         """Return what gives the rows of chunk after chunk."""
