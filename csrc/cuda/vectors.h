@@ -96,15 +96,12 @@ GRPO_DEVICE void with_loads(const Piece<T>& piece, Run run) {
 // A vector of columns from any one on: it may begin before the first and end after the last, where it holds anything.
 template <class T>
 GRPO_DEVICE Words load_from(const Piece<T>& piece, int column) {
-  const auto begin = reinterpret_cast<intptr_t>(piece.start), end = begin + piece.columns * int(sizeof(T));
-  const intptr_t first = begin + column * int(sizeof(T)), whole = first & ~intptr_t(15);
-  const auto loaded = [=](intptr_t at) {
-    return at < end && at + 16 > begin ? port::load_words(reinterpret_cast<const void*>(at)) : Words{};
-  };
-  const Words low = loaded(whole);
-  const int skew = int(first - whole);
+  const auto* start = reinterpret_cast<const unsigned char*>(piece.start);  // kept a pointer into shared memory
+  const int first = column * int(sizeof(T)), bytes = piece.columns * int(sizeof(T)), skew = (first + piece.skew) & 15;
+  const auto loaded = [=](int at) { return at < bytes && at + 16 > 0 ? port::load_words(start + at) : Words{}; };
+  const Words low = loaded(first - skew);
   if (skew == 0) return low;
-  const Words high = loaded(whole + 16);
+  const Words high = loaded(first - skew + 16);
   uint32_t words[8] = {low.word[0],  low.word[1],  low.word[2],  low.word[3],
                        high.word[0], high.word[1], high.word[2], high.word[3]};
 #pragma unroll
