@@ -88,8 +88,9 @@ class Whole:
         return *self.teacher[:4], self.teacher.temperature
 
     def of(self, tensors: tuple[Tensor | None, ...]) -> Whole:
-        *rows, temperature = tensors
-        return replace(self, teacher=Rows(*rows, self.teacher.softcap, temperature))  # type: ignore[arg-type]
+        logits, ids, live, numbers, temperature = tensors
+        rows = Rows(logits, ids, live, numbers, self.teacher.softcap, temperature)  # type: ignore[arg-type]
+        return replace(self, teacher=rows)
 
 
 def _parts(stats: Stats) -> tuple[RowStats, RowStats, DivergenceStats]:
