@@ -342,7 +342,8 @@ class Pair(NamedTuple):
         weight, nothing = self.batch.per_row(self.batch.weight), self.batch.per_row(0.0)
         spec = objective_spec(self.batch.config, False)
         assert spec is not None
-        records = TokenRecords(*self.batch.unwritten(2), nothing.to(torch.uint8), nothing.new_empty(0))
+        none = nothing.new_empty(0)
+        records = TokenRecords(*self.batch.unwritten(2), nothing.to(torch.uint8), none, none)
         inputs = TokenInputs(nothing, nothing, None, None, None, None, None)
         known = self.rows, self.teacher, self.kind, inputs, weight, spec
         cuda.fused_divergence(*known, self.stats, self.teacher_stats, self.found, records, out)

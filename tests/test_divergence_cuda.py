@@ -121,7 +121,8 @@ class Pair:
         rows, teacher = self.rows()
         config = LossConfig(Reinforce(), divergence=Divergence(self.kind, mix=self.mix))
         kind, spec = KIND_NAMES.index(self.kind), objective_spec(config, False)
-        records = TokenRecords(self.empty(), self.empty(), self.empty().byte(), self.empty()[:0])
+        none = self.empty()[:0]
+        records = TokenRecords(self.empty(), self.empty(), self.empty().byte(), none, none)
         advantage, policy_weight = self.slopes[0], self.slopes[1].abs()
         inputs = TokenInputs(advantage, policy_weight, None, None, None, None, self.weight)
         out = gradient_like(self.logits).fill_(7) if out is None else out
