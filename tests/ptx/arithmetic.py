@@ -207,3 +207,8 @@ def div_int(a, b):
     quotient = a // safe
     quotient += ((a % safe != 0) & ((a < 0) != (safe < 0))).astype(a.dtype)
     return where(b == 0, a.dtype.type(-1), quotient)
+
+
+def rem_int(a, b):
+    """With the sign of ``a``; of 0 the ISA leaves it open."""
+    return a - div_int(a, b) * b

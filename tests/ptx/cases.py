@@ -405,6 +405,30 @@ class Run:
         wanted = np.where(idle[:, None], 0, of_token) + of_divergence
         self._compare_gradient(out, np.where(self.live[:, None], wanted, 0))
 
+    def fused_divergence(self) -> None:
+        """``fused`` with the divergence in the loss; statistics of both rows."""
+        rows, (old, ref), d = self._rows(), self._others(), self.data
+        teacher = Rows(d["teacher"], d["ids"], d["live"], d["numbers"], self.case.cap > 0, d.get("temperature"))
+        stats, theirs = (RowStats(*[self._output(whose + name) for name in STATS]) for whose in ("", "teacher_"))
+        found = DivergenceStats(*[self._output(name) for name in DivergenceStats._fields])
+        records, out = self._records(), self._out()
+        entropy_weight = d["entropy_weight"] if self.case.entropy else None
+        weights = (d["kl_weight"], entropy_weight, d["rollout_kl_weight"])
+        inputs = TokenInputs(d["advantage"], d["policy_weight"], old, ref, None, *weights)
+        known = rows, teacher, list(KINDS).index(self.case.kind), inputs, d["weight"], SPEC
+        with self._backend() as backend:
+            backend.fused_divergence(*known, stats, theirs, found, records, out)
+        self._check_stats()
+        entropy = np.where(self.live, self._teacher_truth().entropy, 0)
+        self._compare("teacher's entropy", flat(theirs.entropy), entropy, 1.5e-6, 8e-6)
+        value, in_z = self._diverged()
+        self._compare("divergence", flat(found.divergence), np.where(self.live, value, 0), 6e-6, 1e-8)
+        slope = GRAD_SCALE * self._terms()[-1]
+        h = 0 * slope if entropy_weight is None else -GRAD_SCALE * flat(entropy_weight)
+        weight = GRAD_SCALE * flat(d["weight"])[:, None]
+        of_divergence = np.where(weight == 0, 0, weight * in_z * self.truth.chain)
+        self._compare_gradient(out, np.where(self.live[:, None], self.truth.gradient(slope, h) + of_divergence, 0))
+
     def tokens(self) -> None:
         """token_terms, and token_sums from its records."""
         self._rows()

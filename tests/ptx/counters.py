@@ -157,6 +157,7 @@ def _cycles(stats: Stats, trace: list[tuple[int, int]]) -> float:
 
 _FUSED = Case("cuda", "fused", BF16, 151936, rows=(1, 4), out="in", seed=1)
 _ONE_BLOCK = replace(_FUSED, vocab=32000, plan=(1, 1, 13))
+_PAIR = replace(_ONE_BLOCK, what="fused_divergence", kind="reverse_kl", teacher=BF16, plan=(2, 1, 6))
 _TRITON = replace(_FUSED, backend="triton", out="own", processors=1)
 CASES = {
     "cuda fused bf16 151936": _FUSED,
@@ -165,6 +166,9 @@ CASES = {
     "cuda fused bf16 32000": _ONE_BLOCK,
     "cuda fused bf16 32001 skew1": replace(_ONE_BLOCK, vocab=32001, skew=1),
     "cuda fused fp32 32000": replace(_ONE_BLOCK, dtype=FP32),
+    "cuda fused_divergence bf16 32000 reverse_kl": _PAIR,
+    "cuda fused_divergence bf16 32000 jsd": replace(_PAIR, kind="jsd"),
+    "cuda divergence_backward bf16 32000": replace(_PAIR, what="divergence_backward"),
     "triton log_probs bf16 151936": replace(_TRITON, what="log_probs"),
     "triton backward bf16 151936": replace(_TRITON, what="backward"),
     "triton fused bf16 32000": replace(_TRITON, vocab=32000),

@@ -238,6 +238,9 @@ class _Segment:
         else:
             self.put(f"{a} / {b}" if "rn" in self.parts else f"approximate({a}.astype(f8) / {b}, {a})")
 
+    def emit_rem(self) -> None:
+        self.put(f"rem_int({self.get(1)}, {self.get(2)})")
+
     def emit_ex2(self) -> None:
         self._must("approx" in self.parts and (self.kind == "f32" or self.one.name == "rcp"))
         name, a = self.one.name, self.get(1)

@@ -17,6 +17,8 @@ from .cases import BF16, FP16, FP32, FP64, STATS, Case, Run
 
 PASSES = ("log_probs", "backward", "fused")
 PAIRS = ("divergence", "divergence_backward")
+FUSED_PAIRS = (*PAIRS, "fused_divergence")
+"""Of the backend whose one pass takes pairs of rows."""
 
 
 def _cuda_cases() -> list[Case]:
@@ -45,7 +47,31 @@ def _cuda_cases() -> list[Case]:
         found.append(replace(wide, what=what, seed=3 + i, skew=i % 2))
         found.append(replace(base, what=what, vocab=151936, seed=5, rows=(1, 2), out="in"))
         found.append(replace(base, what=what, vocab=32000, dtype=FP32, seed=5, rows=(1, 5)))
-    return [*found, replace(base, plan=(16, 1, 13), seed=9, rows=(1, 7))]
+    return [*found, *_cuda_pairs(base), replace(base, plan=(16, 1, 13), seed=9, rows=(1, 7))]
+
+
+def _cuda_pairs(base: Case) -> list[Case]:
+    """Every divergence; layouts of one pair and of two in the ring; races."""
+    found = []
+    for seed, (kind, what) in enumerate(itertools.product(KINDS, FUSED_PAIRS), 400):
+        pick = random.Random(seed).choice
+        case = replace(base, what=what, kind=kind, teacher=BF16, seed=seed, plan=(pick((1, 2)), 1, 2), rows=(1, 9))
+        found.append(replace(case, entropy=pick((True, False)), perturbed=pick((True, False))))
+    shapes = itertools.product((BF16, FP32, FP16), (97, 4101, 32000), (1, 2, 4), FUSED_PAIRS)
+    for seed, (dtype, vocab, cluster, what) in enumerate(shapes, 430):
+        pick = random.Random(seed).choice
+        need = -(-(-(-vocab * dtype.itemsize // 16) // cluster) * 16 // 16384)  # places that a slice takes
+        plan = (cluster, pick((1, 2)), max(need, pick((need, 2 * need, 6)), 3 if what == "divergence_backward" else 1))
+        case = replace(base, what=what, dtype=dtype, teacher=dtype, vocab=vocab, plan=plan, seed=seed)
+        case = replace(case, kind=pick(("forward_kl", "reverse_kl", "mixed_kl", "jsd")), skew=pick((0, 0, 1, 4)))
+        case = replace(case, cap=pick((0.0, 0.0, 3.0)), per_row=pick((True, False)), entropy=pick((True, False)))
+        found.append(replace(case, out=pick(("in", "own")), rows=pick(((2, 3), (1, 9)))))
+    for seed, what in enumerate(2 * FUSED_PAIRS, 520):
+        pick = random.Random(seed).choice
+        case = replace(base, what=what, kind="reverse_kl", teacher=BF16, vocab=10000, plan=(2, 1, pick((3, 4))))
+        found.append(replace(case, seed=seed, rows=(1, 8), skew=pick((0, 1)), races=True))
+    wide = replace(base, dtype=FP64, teacher=FP64, kind="mixed_kl", vocab=4101, plan=(2, 2, 6), seed=530)
+    return [*found, *(replace(wide, what=what) for what in FUSED_PAIRS)]
 
 
 def _triton_cases() -> list[Case]:
