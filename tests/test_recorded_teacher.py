@@ -310,6 +310,9 @@ def test_a_teacher_is_one_of_its_forms():
         ({"token_ids": TWO, "log_probs": HALVES}, "temperature= of recorded log-probs"),
         ({"logits": z, "temperature": 1.0}, "of recorded log-probs, and of them alone"),
         ({"logits": z.clone().requires_grad_()}, "without a gradient"),
+        ({"logits": z, "bias": z[0, 0]}, "bias= beside hidden= alone; got logits="),
+        ({"logits": z, "offsets": TWO}, "offsets= beside token_ids= alone; got logits="),
+        ({"token_ids": TWO, "log_probs": HALVES, "temperature": 1.0, "logit_softcap": 3.0}, "logits or hidden= alone"),
     ):
         with pytest.raises(ValueError, match=message):
             Teacher(**given)

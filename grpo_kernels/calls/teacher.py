@@ -56,6 +56,7 @@ class Teacher:
         if not form or any(named[name] is None for name in forms[form]):
             got = ", ".join(name for name, value in named.items() if value is not None) or "nothing"
             fail("Teacher", "logits=, or hidden= and weight=, or token_ids= and log_probs=", got)
+        self._check_options(form)
         for name in ("logits", "hidden", "log_probs"):
             value = named[name]
             if value is not None and value.requires_grad:
@@ -74,6 +75,17 @@ class Teacher:
             fail("Teacher", expected, repr(self.temperature), hint=hint)
         if self.temperature is not None:
             settle_number(self, "temperature", "Teacher(temperature=...)", above=0)
+
+    def _check_options(self, form: str) -> None:
+        """Raise for what has no part in a teacher of this form."""
+        mapped = isinstance(self.logit_scale, Tensor) or self.logit_scale != 1 or self.logit_softcap is not None
+        for name, given, forms in (
+            ("bias=", self.bias is not None, ("hidden",)),
+            ("offsets=", self.offsets is not None, ("token_ids",)),
+            ("logit_scale= and logit_softcap=", mapped, ("logits", "hidden")),
+        ):
+            if given and form not in forms:
+                fail("Teacher", f"{name} beside {' or '.join(forms)}= alone", f"{form}=")
 
     @property
     def form(self) -> str:
