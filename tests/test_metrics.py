@@ -163,6 +163,15 @@ def test_are_detached_and_on_the_device():
     assert "clip_fraction=" in repr(out.metrics)
 
 
+def test_of_another_version():
+    """A vector that a pickle kept from before there were as many numbers: they have other places."""
+    now = Metrics(torch.ones(len(FIELDS)))
+    before = Metrics(now.vector[:27])
+    for ask in (lambda: before.kl, lambda: before.as_dict(), lambda: now + before, lambda: sum([before, now])):
+        with pytest.raises(ValueError, match=r"a vector of \d+ numbers; got \(27,\)(.|\n)*another version"):
+            ask()
+
+
 def test_unknown_metric():
     out, _ = make().run()
     with pytest.raises(AttributeError, match="no metric 'clipfrac'; there are policy_loss"):

@@ -124,6 +124,8 @@ class Metrics:
     def __add__(self, other: object) -> Metrics:
         if not isinstance(other, Metrics):
             return NotImplemented
+        for metrics in (self, other):
+            metrics._check()
         return Metrics(_merge(torch.stack([self.vector, other.vector])))
 
     def __radd__(self, other: object) -> Metrics:
@@ -182,7 +184,14 @@ class Metrics:
         return {name: getattr(self, name) for name in REPORTED}
 
     def _field(self, name: str) -> Tensor:
+        self._check()
         return self.vector[FIELDS.index(name)]
+
+    def _check(self) -> None:
+        """Raise for the vector of another version, as a pickle may hold it: its numbers have other places."""
+        if self.vector.shape != (len(FIELDS),):
+            hint = "metrics were saved by another version of the package: save as_dict(), whose numbers have names"
+            fail("Metrics", f"a vector of {len(FIELDS)} numbers", str(tuple(self.vector.shape)), hint=hint)
 
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={float(value):.6g}" for name, value in self.as_dict().items())
