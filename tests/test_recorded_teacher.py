@@ -190,6 +190,18 @@ def test_no_tokens(shape, backend):
         assert z.grad.shape == z.shape
 
 
+@pytest.mark.parametrize(("kind", "rest"), FORMS)
+def test_a_row_of_which_nothing_was_recorded_is_0(kind, rest):
+    z, drawn, ids, log_q = recorded()
+    ids[0, 1] = -1
+    leaf = z.clone().requires_grad_()
+    out = token_divergence(leaf, teacher(ids, log_q), drawn, divergence=Divergence(kind, rest=rest))
+    out.divergence.sum().backward()
+    assert out.divergence[0, 1] == 0
+    assert bool((leaf.grad[0, 1] == 0).all())
+    assert bool((leaf.grad[0, 0] != 0).any())
+
+
 def test_masked_rows_are_not_read():
     z, drawn, ids, log_q = recorded()
     mask = torch.ones(B, T, dtype=torch.bool)
@@ -265,10 +277,11 @@ def test_renormalised_ones_change_their_temperature():
 ONE, TWO = torch.zeros(1, 1, 2, dtype=torch.int64), torch.tensor([[[0, 1]]])
 HALVES = torch.full((1, 1, 2), 0.5).log()
 REFUSED = {
-    "twice": (lambda: teacher(ONE, HALVES), {"check": True}, ValueError, "once each; got one twice"),
+    "twice": (lambda: teacher(ONE, HALVES), {}, ValueError, "once each; got one twice"),
+    "NaN": (lambda: teacher(TWO, math.nan * HALVES), {}, ValueError, "that are numbers; got NaN at a live token"),
     "outside": (lambda: teacher(TWO + V, HALVES), {}, IndexError, "recorded ids below 50; got 5"),
-    "probabilities": (lambda: teacher(TWO, -HALVES), {"check": True}, ValueError, "log-probs <= 0; got 0.69"),
-    "mass": (lambda: teacher(TWO, HALVES / 2), {"check": True}, ValueError, "one distribution; got a mass of 1.41"),
+    "probabilities": (lambda: teacher(TWO, -HALVES), {}, ValueError, "log-probs <= 0; got 0.69"),
+    "mass": (lambda: teacher(TWO, HALVES / 2), {}, ValueError, "one distribution; got a mass of 1.41"),
     "shape": (lambda: teacher(TWO[0], HALVES[0]), {}, ValueError, r"teacher.token_ids \(1, 1, 'k'\), or offsets="),
     "lengths": (lambda: teacher(TWO, HALVES[..., :1]), {}, ValueError, "teacher.log_probs of shape"),
     "dtypes": (lambda: teacher(HALVES, HALVES), {}, TypeError, "token_ids of integers"),

@@ -276,6 +276,8 @@ def _read_rest(ids: Tensor, log_q: Tensor, columns: int, divergence: Divergence)
     nothing = torch.full_like(total, -math.inf)
     if divergence.rest != "bucket":
         log_q = log_q - torch.where(total == -math.inf, 0.0, total)[:, None]
+        if divergence.rest == "teacher_renormalize":  # nothing was recorded of a row: all is rest, in both
+            nothing = torch.where(total == -math.inf, 0.0, nothing)
         return RecordedTeacher(ids, log_q, nothing, divergence)
     rest = (-torch.expm1(total)).clamp(min=LEAST_REST).log()
     rest = torch.where(total.isnan(), total, rest)
@@ -308,19 +310,22 @@ def _padded(
 
 
 def _check_contents(tokens: RowTokens, ids: Tensor, log_q: Tensor, named: Mapping[str, object]) -> None:
-    """Raise where a live token's record is none of this vocabulary; with checks on, where it is no distribution's."""
+    """Raise where a live token's record is none of this vocabulary, or no distribution's."""
     function, live = tokens.function, tokens.live.reshape(-1, 1)
     outside = live & (ids >= tokens.columns)
     if bool(outside.any()):
         hint = "an id < 0 says that there are fewer"
         fail(function, f"recorded ids below {tokens.columns}", str(int(ids[outside][0])), named, hint, IndexError)
-    if not tokens.checks:
-        return
+    if bool((live & log_q.isnan()).any()):
+        hint = "what was not recorded has an id < 0, and any log-prob"
+        fail(function, "recorded log-probs that are numbers", "NaN at a live token", named, hint)
     ordered = torch.where(live, ids, -1).sort(-1).values
     if bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
-        fail(function, "recorded ids of a token once each", "one twice: it would have its mass twice", named)
+        hint = "engines name the drawn token again beside the likeliest: keep one of the two, give the other an id < 0"
+        fail(function, "recorded ids of a token once each", "one twice: it would have its mass twice", named, hint)
     if bool((live & (log_q > _MORE_THAN_ALL)).any()):
-        fail(function, "recorded log-probs <= 0", f"{float(log_q[(live & (log_q > 0))].max()):.6g}", named)
+        hint = "log-softmax over the vocabulary, not logits or probabilities"
+        fail(function, "recorded log-probs <= 0", f"{float(log_q[(live & (log_q > 0))].max()):.6g}", named, hint)
     mass = torch.where(live[:, 0], torch.logsumexp(log_q, -1), 0.0).exp()
     if bool((mass > 1 + _MORE_THAN_ALL).any()):
         fail(function, "recorded log-probs of one distribution", f"a mass of {float(mass.max()):.6g}", named)
