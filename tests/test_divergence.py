@@ -524,6 +524,22 @@ def test_rows_of_the_teacher(extra_row):
         assert torch.equal(got[1], expected[1])
 
 
+@pytest.mark.parametrize("extra_row", [0, 1])
+def test_packed_rows_of_the_teacher(extra_row):
+    """(N, V) and (1, N, V) beside packed (N, V), as the tensors of tokens."""
+    case = taught(batch=1, length=9)
+    logits, kept = case.options["teacher"].logits[:, : 9 + extra_row], []
+    leaf = case.logits[0, :9].clone().requires_grad_()
+    config = LossConfig(surrogate=None, divergence=Divergence("reverse_kl"))
+    options, arguments = {"config": config, "cu_seqlens": torch.tensor([0, 4, 9])}, (case.token_ids[0], None)
+    for teacher in (Teacher(logits=logits[0]), Teacher(logits=logits)):
+        out = grpo_loss(leaf, *arguments, teacher=teacher, **options)
+        states = linear_grpo_loss(leaf, torch.eye(97), *arguments, teacher=teacher, **options)
+        torch.testing.assert_close(states.loss, out.loss)
+        kept.append((out.loss.detach(), *torch.autograd.grad(out.loss, leaf)))
+    assert all(map(torch.equal, *kept))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_masked_rows_are_not_read(backend, kind):
     case = taught()
