@@ -15,7 +15,7 @@ from .calls.divergence import DivergedLogProbs, read_teacher, refuse_columns_inp
 from .calls.routes import choose_backend, choose_log_probs
 from .calls.sweep import LinearLogProbs
 from .calls.teacher import Teacher, check_teacher, first_columns
-from .calls.teacher_rows import read_teacher_states
+from .calls.teacher_rows import dtype_beside, read_teacher_states
 from .calls.temperature import read_temperatures
 from .calls.tokens import read_linear_tokens, read_tokens
 from .linear import beside_teacher, chunk_rows_of, sweep_of
@@ -147,7 +147,10 @@ def linear_token_divergence(
     tokens = read_linear_tokens(name, head, token_ids, mask, logits_dtype, {"temperature": temperatures}, check)
     if temperatures is not None:
         tokens = read_temperatures(tokens, temperatures, logit_args)
-    route = choose_log_probs(tokens, backend=backend, softcap=logit_softcap is not None, require=None)
+    of_teacher = dtype_beside(teacher, logits_dtype)
+    route = choose_log_probs(
+        tokens, backend=backend, softcap=logit_softcap is not None, require=None, teacher=of_teacher
+    )
     check_ids(tokens, always=head.hidden.device.type == "cpu")
     beside = read_teacher_states(tokens, teacher, kind, logit_args, logits_dtype, check)
     rows = chunk_rows_of(tokens, head, chunk_bytes, beside)

@@ -38,7 +38,7 @@ from .calls.support import Support, check_support, said_of
 from .calls.support_sweep import how_swept, supported_sweep
 from .calls.sweep import LinearLogProbs, LinearLoss, Sweep
 from .calls.teacher import Teacher, check_is_teacher, first_columns
-from .calls.teacher_rows import SweptTeacher, read_teacher_states
+from .calls.teacher_rows import SweptTeacher, dtype_beside, read_teacher_states
 from .calls.temperature import read_temperatures
 from .calls.terms import Diverged, TokenBatch, pools, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
@@ -195,7 +195,7 @@ def linear_grpo_loss(
         wants = Wants.of(head)
         if token_losses:
             refuse_what_losses_of_tokens_lack(tokens, grad_scale)
-        of_teacher = None if teacher is None else teacher.dtype
+        of_teacher = None if teacher is None else dtype_beside(teacher, logits_dtype)
         choice = choose_backend(tokens, backend, logit_softcap is not None, any(wants), of_teacher)
         tokens, batch = read_batch(tokens, config, arguments)
         if arguments.temperature is not None:

@@ -862,6 +862,28 @@ def test_linear_token_divergence():
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
 
 
+def test_the_backend_is_asked_about_the_logits_that_a_teachers_states_make(monkeypatch):
+    """By autocast and ``logits_dtype``: a kernel may take some dtypes beside each other alone."""
+    case, asked, choose = taught(), [], grpo_kernels.backends.choose
+    monkeypatch.setattr(
+        grpo_kernels.backends,
+        "choose",
+        lambda *given: asked.append((given[1].dtype, given[1].teacher)) or choose(*given),
+    )
+    config = LossConfig(surrogate=None, divergence=Divergence("reverse_kl"))
+
+    def run(dtype: torch.dtype, **options: Any) -> None:
+        hidden, weight = drawn(6, 10, 5, dtype=dtype), drawn(97, 5, dtype=dtype)
+        teacher = Teacher(hidden=drawn(6, 10, 3, dtype=dtype), weight=drawn(97, 3, dtype=dtype))
+        linear_token_divergence(hidden, weight, teacher, case.token_ids, case.mask, **options)
+        linear_grpo_loss(hidden, weight, case.token_ids, None, case.mask, teacher=teacher, config=config, **options)
+
+    run(torch.bfloat16, logits_dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        run(torch.float32)
+    assert asked == [(torch.float32, torch.float32)] * 2 + [(torch.bfloat16, torch.bfloat16)] * 2
+
+
 @pytest.mark.parametrize("form", ["logits", "states", "head"])
 def test_a_teacher_that_changes_before_backward(form):
     """Its logits are made, or read, a second time there."""

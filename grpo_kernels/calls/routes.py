@@ -93,10 +93,16 @@ def choose(
 
 
 def choose_log_probs(
-    tokens: RowTokens, *, backend: str | None, softcap: bool, require: Require | None, reading: str | None = None
+    tokens: RowTokens,
+    *,
+    backend: str | None,
+    softcap: bool,
+    require: Require | None,
+    reading: str | None = None,
+    teacher: torch.dtype | None = None,
 ) -> Route:
-    """Choose the backend of log-probs alone."""
-    choice = choose_backend(tokens, backend, softcap, fused=False)
+    """Choose the backend of log-probs alone, beside a ``teacher``'s logits of that dtype."""
+    choice = choose_backend(tokens, backend, softcap, fused=False, teacher=teacher)
     reason = "no gradient is wanted" if reading is None else reading
     if choice.passed_over:
         reason = f"{reason}; {choice.passed_over}"

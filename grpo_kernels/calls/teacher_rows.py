@@ -47,6 +47,17 @@ class SweptTeacher(Protocol):
         """Return what gives the rows of chunk after chunk."""
 
 
+def dtype_beside(teacher: Teacher, logits_dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return that of a teacher's logits as a call makes them, by autocast and ``logits_dtype``; None where there are
+    none."""
+    return teacher.dtype if teacher.hidden is None else _dtype_of(operand_dtype(teacher.hidden), logits_dtype)
+
+
+def _dtype_of(operands: torch.dtype, logits_dtype: torch.dtype | None) -> torch.dtype:
+    """Return that of the logits of a GEMM of such operands."""
+    return logits_dtype if logits_dtype is not None and operands.itemsize == 2 else operands
+
+
 def read_teacher_states(
     tokens: RowTokens,
     teacher: Teacher,
@@ -116,7 +127,7 @@ class TeacherStates:
         else:
             check_head(f"{function}: teacher", head, named)
             operands = operand_dtype(head.hidden)
-            dtype = logits_dtype if logits_dtype is not None and operands.itemsize == 2 else operands
+            dtype = _dtype_of(operands, logits_dtype)
         check_device(function, named)
         check_rows(tokens, name, states, named)
         check_columns(tokens, columns, named)
