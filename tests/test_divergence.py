@@ -1023,6 +1023,14 @@ BAD = {
     "integer logits": (
         bad(teacher=Teacher(logits=torch.zeros(3, 5, 11, dtype=torch.int64))), TypeError, "float32, bfloat16, float16",
     ),
+    "strided logits": (
+        bad(teacher=Teacher(logits=torch.zeros(3, 11, 5).mT)), ValueError,
+        r"teacher.logits with last stride 1(.|\n)*teacher.logits.contiguous\(\)",
+    ),
+    "ratios of nothing": (
+        lambda: LossConfig.preset("gspo", surrogate=None, divergence=Divergence()), ValueError,
+        r"pools ratios, and surrogate=None has none. Use level=\"token\"",
+    ),
     "on another device": (
         bad(teacher=Teacher(logits=torch.zeros(3, 5, 11, device="meta"))), ValueError, "teacher.logits on the device",
     ),

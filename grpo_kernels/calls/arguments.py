@@ -17,22 +17,25 @@ if TYPE_CHECKING:
     from ..objectives.config import LossConfig
 
 
-def check_logits(function: str, logits: Tensor, tensors: Mapping[str, object], may_be_empty: bool = False) -> None:
+def check_logits(
+    function: str, logits: Tensor, tensors: Mapping[str, object], may_be_empty: bool = False, name: str = "logits"
+) -> None:
     """Raise unless logits are rows of the vocabulary; ``may_be_empty``: where other ranks hold its columns."""
     if not isinstance(logits, Tensor):
-        fail(function, "logits to be a tensor", type(logits).__name__, tensors, error=TypeError)
+        fail(function, f"{name} to be a tensor", type(logits).__name__, tensors, error=TypeError)
     if logits.dtype not in FLOAT_DTYPES:
-        fail(function, "logits in float32, bfloat16, float16 or float64", str(logits.dtype), tensors, error=TypeError)
+        expected = f"{name} in float32, bfloat16, float16 or float64"
+        fail(function, expected, str(logits.dtype), tensors, error=TypeError)
     if logits.dim() not in (2, 3):
         hint = (
-            "flatten leading dimensions: logits.flatten(0, -3), token_ids.flatten(0, -2)" if logits.dim() > 3 else None
+            f"flatten leading dimensions: {name}.flatten(0, -3), token_ids.flatten(0, -2)" if logits.dim() > 3 else None
         )
-        fail(function, "logits (B, T, V), (B, T+1, V) or packed (N, V)", f"{logits.dim()} dimensions", tensors, hint)
+        fail(function, f"{name} (B, T, V), (B, T+1, V) or packed (N, V)", f"{logits.dim()} dimensions", tensors, hint)
     if logits.shape[-1] == 0 and not may_be_empty:
         fail(function, "at least one vocabulary column", f"shape {tuple(logits.shape)}", tensors)
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        hint = "the vocabulary must be the contiguous dimension: logits.contiguous()"
-        fail(function, "logits with last stride 1", f"strides {logits.stride()}", tensors, hint)
+        hint = f"the vocabulary must be the contiguous dimension: {name}.contiguous()"
+        fail(function, f"{name} with last stride 1", f"strides {logits.stride()}", tensors, hint)
 
 
 def read_head(

@@ -163,7 +163,7 @@ def read_teacher(
         hint = "linear_grpo_loss takes them; here, teacher logits = hidden @ weight.T + bias"
         fail(function, "a teacher of logits beside logits", f"one of {teacher.form}", tokens.tensors, hint)
     named = {**tokens.tensors, "teacher.logits": logits}
-    check_logits(function, logits, named)
+    check_logits(function, logits, named, name="teacher.logits")
     check_device(function, named)
     check_rows(tokens, "teacher.logits", logits, named)
     check_columns(tokens, logits.shape[-1], named)

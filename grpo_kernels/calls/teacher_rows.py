@@ -122,7 +122,7 @@ class TeacherStates:
         own = {f"teacher.{name}": value for name, value in teacher.tensors.items() if value is not None}
         named = {**tokens.tensors, **own}
         if head is None:
-            check_logits(function, states, named)
+            check_logits(function, states, named, name=name)
             operands = dtype = states.dtype
         else:
             check_head(f"{function}: teacher", head, named)

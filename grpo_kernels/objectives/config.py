@@ -88,8 +88,9 @@ class LossConfig:
         for name in ("constant_length", "group_size"):
             settle_count(self, name, name)
         if self.pooling.pools and not self.policy_term.uses_ratio:
+            term = "surrogate=None" if self.surrogate is None else repr(self.surrogate)
             raise ValueError(
-                f'level="{self.level}" pools ratios, and {self.policy_term!r} has none. Use level="token", or '
+                f'level="{self.level}" pools ratios, and {term} has none. Use level="token", or '
                 "Unclipped() for a policy gradient with a ratio."
             )
         self._check_rollout()
