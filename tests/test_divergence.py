@@ -526,7 +526,7 @@ def test_rows_of_the_teacher(extra_row):
 
 @pytest.mark.parametrize("extra_row", [0, 1])
 def test_packed_rows_of_the_teacher(extra_row):
-    """(N, V) and (1, N, V) beside packed (N, V), as the tensors of tokens."""
+    """(N, V) and (1, N, V) beside packed (N, V) and (1, N, V), as the tensors of tokens."""
     case = taught(batch=1, length=9)
     logits, kept = case.options["teacher"].logits[:, : 9 + extra_row], []
     leaf = case.logits[0, :9].clone().requires_grad_()
@@ -537,6 +537,8 @@ def test_packed_rows_of_the_teacher(extra_row):
         states = linear_grpo_loss(leaf, torch.eye(97), *arguments, teacher=teacher, **options)
         torch.testing.assert_close(states.loss, out.loss)
         kept.append((out.loss.detach(), *torch.autograd.grad(out.loss, leaf)))
+        whole = grpo_loss(leaf[None], case.token_ids, None, teacher=teacher, **options)
+        assert torch.equal(whole.loss, out.loss)
     assert all(map(torch.equal, *kept))
 
 

@@ -187,7 +187,9 @@ def teacher_temperatures(tokens: RowTokens, divergence: Divergence, args: LogitA
 
 def check_rows(tokens: RowTokens, name: str, states: Tensor, named: dict[str, object]) -> None:
     """Raise unless a teacher has a row for every token, or one more a sequence."""
-    shapes = [(*leading, length + more) for *leading, length in (tokens.shape, tokens.live.shape) for more in (0, 1)]
+    batch, length = tokens.live.shape
+    packed = ((1,), ()) if batch == 1 else ((batch,),)  # (1, N, V) and (N, V) alike
+    shapes = [(*leading, length + more) for leading in packed for more in (0, 1)]
     if not fits(states[..., 0], *shapes):
         expected = f"{name} with rows {tuple(tokens.shape)}, those of the tokens, or one more a sequence"
         fail(tokens.function, expected, str(tuple(states.shape[:-1])), named)
