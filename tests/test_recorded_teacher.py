@@ -202,6 +202,32 @@ def test_a_row_of_which_nothing_was_recorded_is_0(kind, rest):
     assert bool((leaf.grad[0, 0] != 0).any())
 
 
+def test_a_named_token_may_be_impossible():
+    """For the teacher: a reverse KL is infinite, as of the whole distribution; for the policy too: no part."""
+    z = torch.randn(1, 1, V)
+    log_q = torch.log_softmax(torch.randn(1, 1, V).index_fill(-1, torch.tensor([3]), -math.inf), -1)
+    ids, drawn = torch.arange(V).view(1, 1, V), torch.tensor([[5]])
+    for kind, impossible in (("reverse_kl", True), ("forward_kl", False), ("jsd", False)):
+        found = token_divergence(z, teacher(ids, log_q), drawn, divergence=kind).divergence
+        whole = token_divergence(z, Teacher(logits=log_q), drawn, divergence=kind).divergence
+        assert found.isinf().item() is impossible
+        torch.testing.assert_close(found, whole, rtol=1e-5, atol=1e-6)
+    z[..., 3] = -math.inf
+    assert bool(token_divergence(z, teacher(ids, log_q), drawn).divergence.isfinite())
+
+
+def test_a_policy_without_the_recorded_tokens_is_nan_renormalised():
+    z, drawn, ids, log_q = recorded()
+    z[0, 1] = z[0, 1].index_fill(0, ids[0, 1], -math.inf)
+    leaf = z.clone().requires_grad_()
+    divergence = Divergence("reverse_kl", rest="renormalize")
+    out = token_divergence(leaf, teacher(ids, log_q), torch.where(drawn == -1, 0, drawn), divergence=divergence)
+    (out.divergence * torch.ones(B, T)).sum().backward()
+    assert out.divergence.isnan().nonzero().tolist() == [[0, 1]]
+    assert bool(leaf.grad[0, 1].isnan().all())
+    assert bool(leaf.grad[0, 0].isfinite().all())
+
+
 def test_masked_rows_are_not_read():
     z, drawn, ids, log_q = recorded()
     mask = torch.ones(B, T, dtype=torch.bool)

@@ -316,8 +316,9 @@ TINY = ["--prompts", "4", "--group", "4", "--minibatch", "8", "--hidden", "32", 
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_resume_continues(tmp_path):
-    """SIGINT in the middle: the step is finished, everything saved, and --resume ends where an unbroken run does."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_ctrl_c_saves_and_resume_continues(tmp_path, number):
+    """A signal in the middle: the step is finished, everything saved, and --resume ends where an unbroken run does."""
     arguments = [*TINY, "--steps", "40", "--out"]
     expected = command(*arguments, "whole", folder=tmp_path)
     assert expected.returncode == 0, expected.stderr[-1000:]
@@ -331,7 +332,7 @@ def test_ctrl_c_saves_and_resume_continues(tmp_path):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err[-1000:]
     assert "finishing this step, then saving" in err
@@ -425,6 +426,10 @@ def test_bad_teachers(tmp_path, teacher, monkeypatch, capsys):
     assert "--teacher damaged: checkpoint.safetensors is not" in fails("--teacher", "damaged", *with_kl)
     said = fails("--teacher", teacher, *with_kl, "--largest", "12")
     assert f"--teacher {teacher} has another vocabulary (13 columns) than the policy (14)" in said
+    assert fails("--teacher", f"{tmp_path}/nope", *with_kl).endswith(f"nope: there is no such folder in {tmp_path}")
+    assert fails("--teacher", "other/nope", *with_kl).endswith("other/nope: there is no such folder in other")
+    said = fails("--teacher", "damaged/checkpoint.safetensors", *with_kl)
+    assert said.endswith("is a file: give its folder, which says what it is of: damaged")
     saved_model(tmp_path / "other")
     assert "has another vocabulary (13 columns) than the policy (13)" in fails("--teacher", "other", *with_kl)
     assert not (tmp_path / "runs").exists()

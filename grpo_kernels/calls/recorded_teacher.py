@@ -59,9 +59,9 @@ class RecordedTeacher:
     """Recorded log-probs of N rows, as the divergence sees them."""
 
     token_ids: Tensor
-    """int64 (N, k), 0 where absent."""
+    """int64 (N, k), -1 where absent."""
     log_q: Tensor
-    """(N, k); -inf where absent."""
+    """(N, k); -inf where absent, and of a token that the teacher finds impossible."""
     log_rest: Tensor
     """(N,) of all other tokens together; -inf where there are none, or they have no part."""
     divergence: Divergence
@@ -143,9 +143,10 @@ class RecordedTeacher:
         for index in torch.arange(count, device=anchor.device).split(max(1, CHUNK_ELEMENTS // rows.vocab)):
             values = whole[index // length, index % length]
             values = capped(values.to(numbers.dtype), rows.numbers)[0] if rows.softcap else values
-            lost = torch.where(self.log_q[index] == -math.inf, math.inf, -math.inf).to(values.dtype)
+            ids = self.token_ids[index]
+            lost = torch.where(ids < 0, math.inf, -math.inf).to(values.dtype)
             # The least of all that is written there: an absent one's column may be a recorded one's.
-            values = values.scatter_reduce(1, self.token_ids[index], lost, "amin")
+            values = values.scatter_reduce(1, ids.clamp(min=0), lost, "amin")
             live = rows.live.reshape(-1)[index][None]
             temperature = None if rows.temperature is None else rows.temperature.reshape(-1)[index][None]
             part = Rows(values[None], torch.zeros_like(index)[None], live, numbers, False, temperature)
@@ -158,7 +159,7 @@ class RecordedTeacher:
     def _policy(self, rows: Rows, stats: RowStats) -> tuple[Tensor, Tensor]:
         """Return the policy's log-probs at recorded tokens, (N, k), -inf where absent, and dz/dlogit there."""
         dtype = self.log_q.dtype
-        ids = self.token_ids.view(*rows.token_ids.shape, self.token_ids.shape[-1])
+        ids = self.token_ids.clamp(min=0).view(*rows.token_ids.shape, self.token_ids.shape[-1])
         value = rows.row_view(rows.logits).gather(-1, ids).view(self.token_ids.shape).to(rows.numbers.dtype)
         slope = torch.ones_like(value)
         if rows.softcap:
@@ -167,14 +168,17 @@ class RecordedTeacher:
         factor = factor_of(rows).view(-1, 1).to(dtype)
         log_p = (value.to(dtype) - anchor) * factor - log_sum
         log_p = torch.where(self.token_ids == rows.token_ids.reshape(-1, 1), log_prob, log_p)
-        return torch.where(self.log_q == -math.inf, -math.inf, log_p), slope.to(dtype) * factor
+        return torch.where(self.token_ids < 0, -math.inf, log_p), slope.to(dtype) * factor
 
     def _outcomes(self, rows: Rows, stats: RowStats, log_rest: Tensor) -> _Outcomes:
         log_p, _ = self._policy(rows, stats)
         seen = torch.cat([log_p, log_rest.to(log_p.dtype)[:, None]], 1)
-        if self.divergence.rest == "renormalize":
-            seen = seen - torch.where(seen == -math.inf, 0.0, torch.logsumexp(seen, -1, keepdim=True))
         log_q = torch.cat([self.log_q, self.log_rest[:, None]], 1)
+        if self.divergence.rest == "renormalize":
+            total = torch.logsumexp(seen, -1, keepdim=True)
+            seen = seen - torch.where(seen == -math.inf, 0.0, total)
+            # The policy finds all that was recorded impossible: nothing is left to be renormalised.
+            seen = torch.where((total == -math.inf) & (log_q > -math.inf).any(-1, keepdim=True), math.nan, seen)
         p, q = seen.exp(), log_q.exp()
         d = torch.where(seen == log_q, 0.0, seen - log_q)
         columns = self.divergence.columns(p, q, d)
@@ -205,7 +209,7 @@ class RecordedTeacher:
             own = weighed(g, torch.where(is_drawn, -torch.expm1(log_p), -p))
             return own - weighed(h, torch.where(p == 0, 0.0, p * (log_p + entropy)))
 
-        present, is_drawn = self.log_q != -math.inf, self.token_ids == drawn
+        present, is_drawn = self.token_ids >= 0, self.token_ids == drawn
         log_p, slope = self._policy(rows, stats)
         at_recorded = of_rows(log_p, is_drawn) + weighed(weight, outcomes.gradient)
         at_drawn = of_rows(log_prob, torch.ones_like(drawn, dtype=torch.bool)) + weighed(rest, log_prob.exp())
@@ -266,7 +270,7 @@ def read_recorded(
     if tokens.looks:
         _check_contents(tokens, ids, log_q, named)
     log_q = torch.where(ids < tokens.columns, log_q, math.nan)
-    ids = torch.where((ids >= 0) & (ids < tokens.columns), ids.to(torch.int64), 0)
+    ids = torch.where(ids < tokens.columns, ids, 0).to(torch.int64).clamp(min=-1)
     factor = _retempered(tokens, teacher, divergence, logit_args, named)
     return _read_rest(ids, log_q * factor, tokens.columns, divergence)
 
@@ -281,7 +285,7 @@ def _read_rest(ids: Tensor, log_q: Tensor, columns: int, divergence: Divergence)
         return RecordedTeacher(ids, log_q, nothing, divergence)
     rest = (-torch.expm1(total)).clamp(min=LEAST_REST).log()
     rest = torch.where(total.isnan(), total, rest)
-    whole = (log_q != -math.inf).sum(-1) >= columns
+    whole = (ids >= 0).sum(-1) >= columns
     return RecordedTeacher(ids, log_q, torch.where(whole, nothing, rest), divergence)
 
 

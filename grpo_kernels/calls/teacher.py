@@ -27,8 +27,9 @@ class Teacher:
         logits: (B, T, V) or (B, T+1, V), packed (N, V) or (1, N, V).
         hidden: (B, T, H'), (B, T+1, H') or packed, of any width H', behind its final norm; with ``weight`` (V, H') and
             ``bias`` (V,), which may be those of the policy. The logits exist a chunk of rows at a time.
-        token_ids, log_probs: its likeliest tokens, (*token_ids.shape of the call, k), an id < 0 where there are fewer;
-            or with ``offsets`` (N+1,), (n,) of all tokens one after the other.
+        token_ids, log_probs: its likeliest tokens, (*token_ids.shape of the call, k), each once, an id < 0 where there
+            are fewer (a log-prob of -inf says that the teacher finds a token impossible); or with ``offsets`` (N+1,),
+            (n,) of all tokens one after the other.
         logit_scale, logit_softcap: of its logits, as for ``grpo_loss``.
         temperature: of recorded log-probs, which carry it: what the sampler's logits were divided by (that of prompt
             log-probs of vLLM and SGLang is 1, whatever the sampler's is). No default.

@@ -286,13 +286,13 @@ class Trainer:
 
 
 class _Interrupt:
-    """The first Ctrl-C asks the loop to stop after its step; the second stops at once. Of several ranks the first
-    signal to any stops all, and no other does: torchrun passes a terminal's Ctrl-C on, which comes twice then."""
+    """The first Ctrl-C or SIGTERM asks the loop to stop after its step; the second stops at once. Of several ranks the
+    first signal to any stops all, and no other does: torchrun passes a terminal's Ctrl-C on, which comes twice then."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.asked = False
         self._ranks = ranks
-        self._previous = {number: signal.signal(number, self._handle) for number in ranks.signals}
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked and not self._ranks.several:

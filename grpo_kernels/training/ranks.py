@@ -7,7 +7,6 @@ them. So what a step is made of does not depend on how many ranks share it, and 
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,8 +35,6 @@ class Ranks:
     """What continues a run of as many ranks."""
     writes = True
     """Whether this rank writes the log, the curves and the checkpoint, and prints."""
-    signals: tuple[signal.Signals, ...] = (signal.SIGINT,)
-    """What asks the run to stop after its step."""
 
     def __init__(self, device: str | None = None) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -97,7 +94,6 @@ class Several(Ranks):
 
     group: ProcessGroup
     several = True
-    signals = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, device: str | None, tp: int = 1) -> None:
         super().__init__(device)

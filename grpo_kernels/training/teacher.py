@@ -20,6 +20,15 @@ def load_teacher(path: str, task: Task, policy: Any, tokenizer: Tokenizer, devic
     Raises:
         SystemExit: a path that holds no model, a run without a checkpoint, another vocabulary than the policy's.
     """
+    folder = Path(path)
+    if folder.is_file():
+        raise SystemExit(f"--teacher {path} is a file: give its folder, which says what it is of: {folder.parent}")
+    if (
+        not folder.exists()
+        and (folder.is_absolute() or path.startswith(".") or folder.parent != Path())
+        and (folder.parent.is_dir())
+    ):  # else it may be a name of the hub
+        raise SystemExit(f"--teacher {path}: there is no such folder in {folder.parent}")
     with torch.random.fork_rng(devices=[]):
         if (Path(path) / OPTIONS).exists():
             model, own = _of_run(Path(path), device)
