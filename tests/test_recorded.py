@@ -328,6 +328,22 @@ def test_refused():
 # How sets are made and cut
 
 
+@pytest.mark.parametrize(
+    ("sets", "mask", "message"),
+    [
+        ([[3.7, 1.2]], None, "ids that are integers; got 3.7"),
+        ([[0.0]], None, "ids that are integers; got 0.0"),
+        ([[1], None], None, "a list of ids for every token.*; got None at 1"),
+        ([[[1], None]], None, "a list of ids for every token.*; got None at 1"),
+        (["12"], None, "a list of ids for every token.*; got '12' at 0"),
+        ([[1]], [[1]], "mask to be a tensor; got list"),
+    ],
+)
+def test_lists_that_are_none(sets, mask, message):
+    with pytest.raises(TypeError, match=message):
+        Recorded.from_lists(sets, mask)
+
+
 def test_from_lists():
     mask = torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0]])
     recorded = Recorded.from_lists([[5, 2], [7], [1, 2, 3]], mask)

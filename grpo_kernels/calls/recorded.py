@@ -87,15 +87,24 @@ class Recorded:
             mask: (B, T) or packed (N,), non-zero at the tokens that there are sets for, in their order: those that an
                 engine drew, as the loss's mask where all of these count. None: there is one for every token.
         """
+        if mask is not None and not isinstance(mask, Tensor):
+            hint = "torch.as_tensor(mask)"
+            fail("Recorded.from_lists", "mask to be a tensor", type(mask).__name__, hint=hint, error=TypeError)
+        _check_lists(sets)
         first = next((one for one in sets if len(one) > 0), None)
         nested = first is not None and not isinstance(first[0], int) and hasattr(first[0], "__len__")
         if nested:
             _check_lengths([len(of_sequence) for of_sequence in sets], mask)
         tokens = [one for of_sequence in sets for one in of_sequence] if nested else list(sets)
+        _check_lists(tokens)
         counts = torch.tensor([len(one) for one in tokens], dtype=torch.int64)
         if nested and mask is None and len({len(of_sequence) for of_sequence in sets}) == 1:
             counts = counts.view(len(sets), -1)
-        ids = torch.tensor([token for one in tokens for token in one], dtype=torch.int64)
+        flat = [token for one in tokens for token in one]
+        wrong = [token for token in flat if isinstance(token, (float, str, bool))]
+        if wrong:
+            fail("Recorded.from_lists", "ids that are integers", repr(wrong[0]), error=TypeError)
+        ids = torch.tensor(flat, dtype=torch.int64)
         return cls.from_counts(ids, counts, None if mask is None else mask.cpu())
 
     @classmethod
@@ -155,6 +164,15 @@ class Recorded:
             fail(function, expected, f"offsets[{at}:{at + 2}] = {offsets[at : at + 2].tolist()}", named)
         if int(offsets[0]) != 0 or int(offsets[-1]) != count:
             fail(function, expected, f"from {int(offsets[0])} to {int(offsets[-1])}", named)
+
+
+def _check_lists(sets: Sequence[Any]) -> None:
+    """Raise unless each is a list, of ids or of lists of them."""
+    for place, one in enumerate(sets):
+        if isinstance(one, str) or not hasattr(one, "__len__"):
+            expected = "a list of ids for every token, or of such lists for every sequence"
+            hint = "a token without a set has an empty list"
+            fail("Recorded.from_lists", expected, f"{one!r} at {place}", hint=hint, error=TypeError)
 
 
 def _check_lengths(lengths: list[int], mask: Tensor | None) -> None:
