@@ -1064,6 +1064,7 @@ BAD = {
         bad(config="grpo", teacher=None, divergence_coef=0.5), ValueError, "config beside divergence_coef=; got",
     ),
     "an infinite coefficient": (bad(divergence_coef=INF), ValueError, "divergence_coef to be a finite number"),
+    "TRL's beta": (lambda: Divergence("jsd", beta=0.5), TypeError, "'beta'. Did you mean mix=0.5"),
     "a mix of 0": (lambda: Divergence("jsd", mix=0.0), ValueError, r"mix=...\) must be .*> 0.*0.0"),
     "a mix of 1": (lambda: Divergence("jsd", mix=1), ValueError, r"inside \(0, 1\) \(mix=0 is forward_kl.*reverse_kl"),
     "TRL's name": (lambda: Divergence("generalized_jsd"), ValueError, "jsd"),

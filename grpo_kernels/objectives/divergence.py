@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .checks import plain, settle_name, settle_number
 from .maths import k3_of
+from .names import translates_fields
 
 KindName = Literal["forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 Rest = Literal["bucket", "renormalize", "teacher_renormalize"]
@@ -119,6 +120,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType({kind.name: kind for kind in _KINDS
 """Divergences by name; kernels know them by their place here."""
 
 
+@translates_fields
 @dataclass(frozen=True)
 class Divergence:
     """A divergence D of the policy p from a teacher q over the whole vocabulary, at every live token.
@@ -149,6 +151,9 @@ class Divergence:
     to: Literal["teacher", "ref"] = "teacher"
     teacher_temperature: float | None = None
     rest: Rest = "bucket"
+
+    options: ClassVar[Mapping[str, str]] = MappingProxyType({"mix": "beta", "teacher_temperature": "temperature"})
+    """Others' names of fields, TRL's and Liger's."""
 
     def __post_init__(self) -> None:
         settle_name(self, "kind", "Divergence(kind=...)", KINDS, ELSEWHERE)
