@@ -223,8 +223,7 @@ def read_sets(tokens: RowTokens, support: Recorded) -> Sets:
 
 
 def _check_sets(tokens: RowTokens, sets: Sets, named: Mapping[str, object]) -> None:
-    """Raise where a live token's set has an id outside of the vocabulary, lacks the token, or, with checks on, has one
-    twice."""
+    """Raise where a live token's set has an id outside of the vocabulary or twice, or lacks the token."""
     function, length, row = tokens.function, tokens.token_ids.shape[1], sets.row
     live, drawn = tokens.live.view(-1), tokens.token_ids.view(-1)
     outside = ((sets.ids < 0) | (sets.ids >= tokens.vocab)) & live[row]
@@ -243,13 +242,12 @@ def _check_sets(tokens: RowTokens, sets: Sets, named: Mapping[str, object]) -> N
         got = f"token_ids[{position}] = {int(drawn[at])} and the set {{{shown}{more}}}"
         hint = "is a set one token off? What no sampler drew (a tool's output, a forced token) has an empty set"
         fail(function, "every live token in its recorded set", got, named, hint)
-    if tokens.checks:
-        keys = (row * tokens.vocab + sets.ids)[live[row]].sort().values
-        twice = keys[1:] == keys[:-1]
-        if bool(twice.any()):
-            token, column = divmod(int(keys[1:][twice][0]), tokens.vocab)
-            got = f"{column} twice in the set of token {list(divmod(token, length))}"
-            fail(function, "recorded sets without an id twice", got, named)
+    keys = (row * tokens.vocab + sets.ids)[live[row]].sort().values
+    twice = keys[1:] == keys[:-1]
+    if bool(twice.any()):
+        token, column = divmod(int(keys[1:][twice][0]), tokens.vocab)
+        got = f"{column} twice in the set of token {list(divmod(token, length))}"
+        fail(function, "recorded sets without an id twice", got, named)
 
 
 class RecordedLogProbs(torch.autograd.Function):
