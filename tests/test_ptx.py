@@ -335,6 +335,19 @@ def test_multiply_add_rounds_once(low, high):
 
 
 @np.errstate(all="ignore")
+@pytest.mark.parametrize(("low", "high"), [(1, 250), (100, 150), (120, 130)])
+def test_sums_toward_zero(low, high):
+    random = np.random.default_rng(0)
+    for _ in range(150):
+        a, b = floats(random, low, high), floats(random, low, high)
+        for x, y, z in zip(a.tolist(), b.tolist(), arithmetic.add_f32_rz(a, b).tolist(), strict=True):
+            exact = Fraction(x) + Fraction(y) if np.isfinite(x) and np.isfinite(y) else None
+            if exact is not None and np.isfinite(z):
+                further = float(np.nextafter(np.float32(z), np.float32(np.copysign(np.inf, float(exact)))))
+                assert abs(Fraction(z)) <= abs(exact) < abs(Fraction(further)) or not np.isfinite(further)
+
+
+@np.errstate(all="ignore")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_conversions_round_to_nearest_even(dtype):
     convert = arithmetic.to_bf16 if dtype == torch.bfloat16 else arithmetic.to_f16

@@ -59,13 +59,13 @@ def one_kernel_at_a_time(monkeypatch):
 
 
 def on_bounds(case: cases.Case, bounds: tuple[int, ...]) -> cases.Case:
-    """The case with sampled tokens on both sides of every bound."""
+    """The case with sampled tokens on both sides of every bound, of ratios that are clearly apart."""
     near = sorted({min(max(bound + step, 0), bounds[-1] - 1) for bound in bounds for step in (-1, 0)})
     case.mask[0, : len(near)] = True
     case.token_ids[0, : len(near)] = torch.tensor(near)[: case.token_ids.shape[1]]
     log_probs = cases.exact_log_probs(case.logits[:1, : len(near)], case.token_ids[:1, : len(near)])
     for name in ("old_log_probs", "ref_log_probs"):
-        case.options[name][:1, : len(near)] = log_probs + 0.1
+        case.options[name][:1, : len(near)] = log_probs + 0.1 + 0.01 * torch.arange(len(near))
     return case
 
 

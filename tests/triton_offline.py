@@ -48,7 +48,7 @@ def target_of(name: str) -> GPUTarget:
 def source(kernel: Any, dtype: torch.dtype, absent: tuple[str, ...], constants: dict[str, Any]) -> ASTSource:
     """As a launch describes it; ``absent`` are tensors left out."""
     real = "fp64" if dtype == torch.float64 else "fp32"
-    signature, constexprs, attributes = {}, dict.fromkeys(absent) | constants, {}
+    signature, constexprs, attributes = {}, {name: None for name in absent if name in kernel.arg_names} | constants, {}
     for i, name in enumerate(kernel.arg_names):
         aligned = [["tt.divisibility", 16]]
         if name in constexprs:

@@ -21,9 +21,9 @@ struct PairRow {
   const void* logits;
   int32_t dtype;
   LogitMap<V> map;
-  scalar anchor, log_sum;
-  const scalar* largest;  // that the segments' powers are relative to; null: the anchor
-  const scalar* exps;     // that were kept, whole blocks; null: they are computed
+  scalar anchor = 0, log_sum = 0;
+  const scalar* largest = nullptr;  // that the segments' powers are relative to; null: the anchor
+  const scalar* exps = nullptr;     // that were kept, whole blocks; null: they are computed
 };
 
 // Calls body with the logits from a column on, as what they are.

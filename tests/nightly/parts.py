@@ -48,6 +48,7 @@ ROWS = (
     "test_autograd",
     "test_support",
     "test_recorded",
+    "test_recorded_teacher",
     "test_ops",
     "test_registration",
 )

@@ -80,6 +80,13 @@ def fma_f32_rm(a, b, c):
     return where(above & np.isfinite(total), np.nextafter(rounded, f4(-np.inf)), rounded)
 
 
+def add_f32_rz(a, b):
+    total, error = _sum_and_error(a, np.ones_like(a), b)
+    rounded = total.astype(f4)
+    beyond = (np.abs(rounded) > np.abs(total)) | ((rounded == total) & (error * total < 0))
+    return where(beyond & np.isfinite(total), np.nextafter(rounded, f4(0)), rounded)
+
+
 def fma_f64_rn(a, b, c):
     return _fma(a, b, c).astype(f8)
 

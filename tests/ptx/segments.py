@@ -225,6 +225,15 @@ class _Segment:
 
     emit_mad = emit_mul
 
+    def emit_add(self) -> None:
+        if "rz" in self.parts:
+            self._only("rz", "ftz")
+            self._must(self.kind == "f32")
+            self.put(f"add_f32_rz({self.get(1)}, {self.get(2)})")
+        else:
+            self._only("rn", "ftz")
+            self.put(SIMPLE["add"].format(self.get(1), self.get(2)))
+
     def emit_fma(self) -> None:
         rounding = next(part for part in self.parts if part in ROUNDINGS)
         self._must((rounding, self.kind) in (("rn", "f32"), ("rm", "f32"), ("rn", "f64")))

@@ -46,7 +46,7 @@ def pool(level: str, log_ratio: Tensor, sequence: Tensor, sequences: int) -> Ten
 def up_to(level: str, own: Tensor) -> Tensor:
     """What stands for each token of one sequence: the sum up to it, or the least (of equal ones the last)."""
     if level == "prefix_product":
-        return own.cpu().cumsum(0).to(own.device)  # CUDA's is not deterministic
+        return torch.stack([own[: t + 1].sum() for t in range(len(own))]) if len(own) else own
     frozen = own.detach().tolist()
     unknown = next((t for t, value in enumerate(frozen) if math.isnan(value)), len(frozen))  # it is every later one's
     least = [min(range(t, -1, -1), key=frozen.__getitem__) for t in range(unknown)]
