@@ -74,14 +74,17 @@ struct KLTerm {
   V size;      // |x|
 };
 template <class V>
+GRPO_FN V near_kl_term(V weighted, V x) {  // |x| < 1, weighted = w·x
+  return weighted * (x * phi_over_square(x, typename ScalarOf<V>::type()));
+}
+template <class V>
 GRPO_FN KLTerm<V> kl_term(V weight, V x, V other) {
   const V none = constant<V>(0), one = constant<V>(1);
   KLTerm<V> term;
   term.log_odds = select_less(none, weight, x, constant<V>(2));
   term.size = magnitude(term.log_odds);
-  const V shape = phi_over_square(term.log_odds, typename ScalarOf<V>::type());
-  const V near = (weight * term.log_odds) * (term.log_odds * shape);
-  term.value = select_less(term.size, one, near, mul_add(weight, term.log_odds, other - weight));
+  const V weighted = weight * term.log_odds, far = mul_add(weight, term.log_odds, other - weight);
+  term.value = select_less(term.size, one, near_kl_term(weighted, term.log_odds), far);
   return term;
 }
 

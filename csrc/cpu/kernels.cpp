@@ -3,8 +3,7 @@
 // with whichever instruction set the linker happened to keep.
 #include "../common/terms.h"
 #include "api.h"
-#include "row.h"
-#include "row_pair.h"
+#include "reverse_kl.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -169,10 +168,13 @@ struct Pair : Call<T, V> {
                                 this->at(p.mean, r), correction};
     const double sum = stats.shift + stats.mean + g + h + w;
     if (sum != sum) return this->fill(r, NAN);
-    const auto terms = grpo::gradient_terms<scalar>(this->at(p.log_prob, r), this->at(p.entropy, r), policy.anchor,
-                                                    policy.log_sum, g, h, policy.map.derivative);
-    ::pair_gradient(policy, teacher, p.vocab, p.divergence_kind, mix(), stats, PairSlopes<V>{w, terms}, this->target(r),
-                    parts, this->out_row(r));
+    ::pair_gradient(policy, teacher, p.vocab, p.divergence_kind, mix(), stats, pair_slopes(r, policy, g, h, w),
+                    this->target(r), parts, this->out_row(r));
+  }
+  PairSlopes<V> pair_slopes(int64_t r, const PairRow<V>& policy, double g, double h, double w) const {
+    const GrpoCpuParams& p = *this->p;
+    return {w, grpo::gradient_terms<scalar>(this->at(p.log_prob, r), this->at(p.entropy, r), policy.anchor,
+                                            policy.log_sum, g, h, policy.map.derivative)};
   }
 };
 
@@ -216,23 +218,72 @@ struct FusedDivergence : Pair<T, V> {
   using scalar = typename V::scalar;
   using Pair<T, V>::Pair;
 
+  // A thread's scratch: the largest values of both rows, one a segment, and what is kept of their columns.
+  struct Room {
+    scalar *largest, *teacher_largest, *first, *second;
+
+    Room(scalar* scratch, int64_t vocab)
+        : largest(scratch),
+          teacher_largest(largest + room_for_largest(vocab)),
+          first(teacher_largest + room_for_largest(vocab)),
+          second(first + room_for_exps(vocab)) {}
+  };
+  // The loss's slopes in a row's log-prob, entropy and divergence.
+  struct Slopes {
+    double g, h, w;
+  };
+
   void live(int64_t r, scalar* scratch) const {
+    const Room room(scratch, this->p->vocab);
+    if (this->p->divergence_kind != grpo::kReverseKL || !two_sweeps(r, room)) three_sweeps(r, room);
+  }
+  void three_sweeps(int64_t r, const Room& room) const {
     const GrpoCpuParams& p = *this->p;
     PairRow<V> policy = this->policy_row(r), teacher = this->teacher_row(r);
     const int64_t target = this->target(r);
-    scalar *largest = scratch, *teacher_largest = scratch + room_for_largest(p.vocab);
-    const PairParts<V> parts{teacher_largest + room_for_largest(p.vocab),
-                             teacher_largest + room_for_largest(p.vocab) + room_for_exps(p.vocab)};
-    this->put_stats(r, kept_stats(policy, p.vocab, target, largest, parts.p));
-    put_teacher_stats(r, kept_stats(teacher, p.vocab, target, teacher_largest, parts.relative));
+    const PairParts<V> parts{room.first, room.second};
+    this->put_stats(r, kept_stats(policy, p.vocab, target, room.largest, parts.p));
+    put_teacher_stats(r, kept_stats(teacher, p.vocab, target, room.teacher_largest, parts.relative));
     this->read_stats(r, policy, teacher);
     const DivergenceStats stats = divergence_of(policy, teacher, p.vocab, p.divergence_kind, this->mix(), parts);
     this->put_divergence(r, stats);
-    const double g = this->slope(r), h = p.entropy_weight ? -double(this->at(p.entropy_weight, r)) : 0;
-    if (!p.out) return;
-    const double scale = this->numbers()[grpo::kGradScale];
-    this->pair_gradient(r, policy, teacher, g * scale, h * scale, this->at(p.grad_divergence, r) * scale,
-                        stats.correction, parts);
+    const Slopes slopes = put_terms(r);
+    if (p.out) this->pair_gradient(r, policy, teacher, slopes.g, slopes.h, slopes.w, stats.correction, parts);
+  }
+  // A reverse KL of two rows of one type. False: it would not be exact so, and nothing was written.
+  bool two_sweeps(int64_t r, const Room& room) const {
+    const GrpoCpuParams& p = *this->p;
+    PairRow<V> policy = this->policy_row(r), teacher = this->teacher_row(r);
+    if (p.dtype != p.teacher_dtype || policy.map.softcap || teacher.map.softcap) return false;
+    const int64_t target = this->target(r);
+    ReverseSums<V, T> sums(policy, teacher, room.first);
+    const RowStats stats =
+        row_stats<V, false, true>(this->row(r), p.vocab, target, policy.map, room.first, room.largest, sums);
+    const DivergenceStats found = sums.divergence();
+    if (stats.log_sum != stats.log_sum || !sums.is_exact(found.divergence)) return false;
+    this->put_stats(r, stats);
+    put_teacher_stats(r, sums.teacher(stats, found.shift, target));
+    this->put_divergence(r, found);
+    const Slopes slopes = put_terms(r);
+    if (!p.out) return true;
+    this->read_stats(r, policy, teacher);
+    const double sum = slopes.g + slopes.h + slopes.w;
+    if (slopes.w == 0 || sum != sum) {
+      this->pair_gradient(r, policy, teacher, slopes.g, slopes.h, slopes.w, 0, PairParts<V>());
+      return true;
+    }
+    policy.largest = room.largest;
+    policy.exps = room.first;
+    const PairSlopes<V> pair = this->pair_slopes(r, policy, slopes.g, slopes.h, slopes.w);
+    const double of_relative = slopes.w * policy.map.derivative, p_target = ::exp(stats.log_prob);
+    const PairGradient<V> g = pair_gradient_of(policy, pair, -of_relative * sums.mean());
+    double at_target = pair.terms.target;
+    if (p_target > 0) at_target += of_relative * p_target * (sums.d_at(target) - sums.mean());
+    const auto gradient =
+        g.linear != 0 || sums.impossible() ? reverse_gradient<V, true, T> : reverse_gradient<V, false, T>;
+    gradient(policy, teacher, p.vocab, stats, sums.constant(), g, this->out_row(r));
+    store_one<V>(this->out_row(r) + target, scalar(at_target));
+    return true;
   }
   void dead(int64_t r) const {
     this->put_stats(r, {0, 0, 0, 0, 0});
@@ -240,6 +291,12 @@ struct FusedDivergence : Pair<T, V> {
     this->put_divergence(r, {0, 0, 0, 0, 0});
     grpo::put_terms<scalar>(*this->p, r, {});
     if (this->p->out) this->fill(r, 0);
+  }
+  Slopes put_terms(int64_t r) const {
+    const GrpoCpuParams& p = *this->p;
+    const double scale = this->numbers()[grpo::kGradScale], g = this->slope(r);
+    const double h = p.entropy_weight ? -double(this->at(p.entropy_weight, r)) : 0;
+    return {g * scale, h * scale, this->at(p.grad_divergence, r) * scale};
   }
   void put_teacher_stats(int64_t r, const RowStats& stats) const {
     this->put(this->p->teacher_log_prob, r, stats.log_prob);

@@ -128,6 +128,23 @@ inline typename V::scalar segment_max(const T* segment, int64_t n, const LogitMa
   return horizontal_max(max_or_second(max[0], max[1]));
 }
 
+// The first of some columns that has their largest value.
+template <class V, bool kSoftcap, class T>
+inline int64_t place_of(const T* logits, int64_t n, const LogitMap<V>& map, typename V::scalar largest) {
+  constexpr int64_t part = 256;
+  int64_t start = 0;
+  while (start + part < n && segment_max<V, kSoftcap>(logits + start, part, map) != largest) start += part;
+  int64_t found = -1;
+  for_blocks<V>(logits + start, n - start < part ? n - start : part, [&](const T* p, int64_t offset, int64_t count) {
+    V first, second;
+    load_block<V, kSoftcap>(p, count, map, first, second);
+    const Lanes<V> lanes(first, second);
+    for (int64_t i = 0; found < 0 && i < count; ++i)
+      if (lanes.at[lane_in_pair(i, p)] == largest) found = start + offset + i;
+  });
+  return found < 0 ? 0 : found;
+}
+
 // Exponentials wait for the second sweep in the lanes' order: in place of a gradient of their own type, where a
 // partial block must not spill over, or in scratch, which has room for it (T: the logits' type).
 template <class T, class V>
@@ -178,13 +195,22 @@ GRPO_INLINE void add_columns(const T* segment, int64_t from, int64_t to, const L
   });
 }
 
-// First sweep. With kKeep, exps[j] = 2^((value j - largest[its segment]) * slope) for the second.
+// What goes over some columns at a time while they are in the nearest cache: nothing.
+struct Alone {
+  static constexpr int64_t columns = kSegment;
+  template <class scalar>
+  void start(int64_t, int64_t, scalar) const {}
+  void add(int64_t, int64_t) const {}
+};
+
+// First sweep. With kKeep, exps[j] = 2^((value j - largest[its segment]) * slope) for the second. `beside` hears where
+// a segment starts, of how many columns, and the largest value so far; then of each part of it that is done.
 //
 // The largest value is that so far, so powers are never positive and only a new maximum rescales. The sampled column
 // is left out of the sums until the end, so that a confident token keeps its precision.
-template <class V, bool kSoftcap, bool kKeep, class T>
+template <class V, bool kSoftcap, bool kKeep, class T, class Beside = Alone>
 inline RowStats row_stats(const T* row, int64_t vocab, int64_t target, const LogitMap<V>& map, typename V::scalar* exps,
-                          typename V::scalar* largest) {
+                          typename V::scalar* largest, Beside&& beside = Alone()) {
   using scalar = typename V::scalar;
   constexpr int64_t block = 2 * V::lanes;
   Sums<V> totals;
@@ -202,15 +228,21 @@ inline RowStats row_stats(const T* row, int64_t vocab, int64_t target, const Log
     if (kKeep) largest[start / kSegment] = row_max;
     const scalar shift = row_max > -INFINITY ? row_max : 0;
 
+    beside.start(start, n, row_max);
     Sums<V> sums;
-    if (target < start || target >= start + n) {
-      add_columns<V, kSoftcap, kKeep>(segment, 0, n, map, shift, kept, sums);
-    } else {
-      const int64_t before = (target - start) / block * block, after = before + block < n ? before + block : n;
-      add_columns<V, kSoftcap, kKeep>(segment, 0, before, map, shift, kept, sums);
-      add_columns<V, kSoftcap, kKeep>(segment, before, after, map, shift, kept, sums, target - start - before,
-                                      &target_value);
-      add_columns<V, kSoftcap, kKeep>(segment, after, n, map, shift, kept, sums);
+    const int64_t left_out = target - start;
+    for (int64_t from = 0; from < n; from += beside.columns) {
+      const int64_t to = n - from < beside.columns ? n : from + beside.columns;
+      if (left_out < from || left_out >= to) {
+        add_columns<V, kSoftcap, kKeep>(segment, from, to, map, shift, kept, sums);
+      } else {
+        const int64_t before = left_out / block * block, after = before + block < to ? before + block : to;
+        add_columns<V, kSoftcap, kKeep>(segment, from, before, map, shift, kept, sums);
+        add_columns<V, kSoftcap, kKeep>(segment, before, after, map, shift, kept, sums, left_out - before,
+                                        &target_value);
+        add_columns<V, kSoftcap, kKeep>(segment, after, to, map, shift, kept, sums);
+      }
+      beside.add(start + from, to - from);
     }
     totals.add(sums);
   }

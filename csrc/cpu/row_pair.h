@@ -326,6 +326,24 @@ struct PairGradient {
   typename V::scalar of_relative, constant, linear, anchor, slope, shift;
 };
 
+// The slopes of the loss in a row's divergence, and what common/stats.h makes of those in its log-prob and entropy.
+template <class V>
+struct PairSlopes {
+  double w;
+  grpo::GradientTerms<typename V::scalar> terms;
+};
+
+template <class V>
+inline PairGradient<V> pair_gradient_of(const PairRow<V>& policy, const PairSlopes<V>& slopes, double of_p) {
+  using scalar = typename V::scalar;
+  return {scalar(slopes.w * policy.map.derivative),
+          scalar(slopes.terms.constant + of_p),
+          slopes.terms.linear,
+          slopes.terms.anchor,
+          policy.map.slope,
+          slopes.terms.shift};
+}
+
 // out may be the policy's logits.
 template <class V, class T>
 GRPO_NOINLINE void tile_gradient(Tile<V> tile, PairGradient<V> g, T* out) {
@@ -379,21 +397,14 @@ GRPO_NOINLINE typename V::scalar value_at(const PairRow<V>& row, int64_t column)
 // The first column of the row's largest value.
 template <class V>
 GRPO_NOINLINE int64_t largest_column(const PairRow<V>& row, int64_t vocab) {
-  constexpr int64_t part = 256;
   int64_t start = 0;
   while (start + kSegment < vocab && row.largest[start / kSegment] != row.anchor) start += kSegment;
-  int64_t found = 0;
-  for (bool searching = true; searching && start < vocab; start += part) {
-    const int64_t n = vocab - start < part ? vocab - start : part;
-    with_logits(row, start, [&](const auto* p) GRPO_LAMBDA {
-      searching =
-          (row.map.softcap ? segment_max<V, true>(p, n, row.map) : segment_max<V, false>(p, n, row.map)) != row.anchor;
-    });
-    if (searching) continue;
-    found = start;
-    while (found < start + n - 1 && value_at(row, found) != row.anchor) ++found;
-  }
-  return found;
+  const int64_t n = vocab - start < kSegment ? vocab - start : kSegment;
+  with_logits(row, start, [&](const auto* p) GRPO_LAMBDA {
+    start +=
+        row.map.softcap ? place_of<V, true>(p, n, row.map, row.anchor) : place_of<V, false>(p, n, row.map, row.anchor);
+  });
+  return start;
 }
 
 // The first sweep over one of the two rows; keeps what the others need.
@@ -455,13 +466,6 @@ inline DivergenceStats divergence_of(const PairRow<V>& policy, const PairRow<V>&
   return out;
 }
 
-// The slopes of the loss in a row's divergence, and what common/stats.h makes of those in its log-prob and entropy.
-template <class V>
-struct PairSlopes {
-  double w;
-  grpo::GradientTerms<typename V::scalar> terms;
-};
-
 // `parts`: as divergence_of left them; null: they are made again. out may be the policy's logits.
 template <class V, class T>
 inline void pair_gradient(const PairRow<V>& policy, const PairRow<V>& teacher, int64_t vocab, int32_t kind,
@@ -475,9 +479,7 @@ inline void pair_gradient(const PairRow<V>& policy, const PairRow<V>& teacher, i
   const double of_relative = slopes.w * policy.map.derivative;
   const bool kept = parts.p && slopes.terms.linear == 0;
   const double of_p = of_relative * ((kept ? stats.correction * own_share : 0) - stats.mean);
-  PairGradient<V> g{scalar(of_relative), scalar(slopes.terms.constant + of_p),
-                    slopes.terms.linear, slopes.terms.anchor,
-                    policy.map.slope,    slopes.terms.shift};
+  const PairGradient<V> g = pair_gradient_of(policy, slopes, of_p);
 
   alignas(64) scalar gradient[kTile], cap[kTile];
   PairSums<V> unused;

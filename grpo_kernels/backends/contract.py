@@ -278,7 +278,9 @@ class PairBackend(FusedBackend, Protocol):
         """``fused_loss`` with Σ weight·D in the loss, while a row and its teacher's are read once.
 
         Its numbers have the bits of ``log_probs`` and ``divergence``; ``cuda``'s, where a pair has the slices of a row
-        alone. A backend without it takes two passes."""
+        alone, ``cpu``'s reverse KL in the policy's statistics alone: the teacher's and the divergence's follow from
+        one exponential a column, the teacher's relative to its logit at the policy's largest. A backend without it
+        takes two passes."""
 
 
 def on_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -86,6 +86,11 @@ inline Float copy_sign(Float magnitude, Float a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_or_ps(magnitude.lo, _mm256_and_ps(sign, a.lo)), _mm256_or_ps(magnitude.hi, _mm256_and_ps(sign, a.hi))};
 }
+// Whether a < b in every lane.
+inline bool all_less(Float a, Float b) {
+  const __m256 both = _mm256_and_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ));
+  return _mm256_movemask_ps(both) == 0xff;
+}
 // a < b ? x : y
 inline Float select_less(Float a, Float b, Float x, Float y) {
   return {_mm256_blendv_ps(y.lo, x.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),

@@ -71,6 +71,8 @@ inline Float abs(Float a) { return {_mm512_andnot_ps(_mm512_set1_ps(-0.0f), a.v)
 inline Float copy_sign(Float magnitude, Float a) {
   return {_mm512_or_ps(magnitude.v, _mm512_and_ps(_mm512_set1_ps(-0.0f), a.v))};
 }
+// Whether a < b in every lane.
+inline bool all_less(Float a, Float b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) == 0xffff; }
 // a < b ? x : y
 inline Float select_less(Float a, Float b, Float x, Float y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};

@@ -53,6 +53,12 @@ inline Double fma(Double a, Double b, Double c) {
 inline Double max_or_second(Double a, Double b) {
   return Double::each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
+// Whether a < b in every lane.
+inline bool all_less(Double a, Double b) {
+  bool all = true;
+  for (int i = 0; i < Double::lanes; ++i) all = all && a.v[i] < b.v[i];
+  return all;
+}
 // a < b ? x : y
 inline Double select_less(Double a, Double b, Double x, Double y) {
   return Double::each([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });

@@ -138,6 +138,12 @@ inline Float abs(Float a) {
 inline Float copy_sign(Float magnitude, Float a) {
   return Float::each([&](int i) { return copysignf(magnitude.v[i], a.v[i]); });
 }
+// Whether a < b in every lane.
+inline bool all_less(Float a, Float b) {
+  bool all = true;
+  for (int i = 0; i < Float::lanes; ++i) all = all && a.v[i] < b.v[i];
+  return all;
+}
 // a < b ? x : y
 inline Float select_less(Float a, Float b, Float x, Float y) {
   return Float::each([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
