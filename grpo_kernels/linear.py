@@ -52,7 +52,7 @@ from .objectives.maths import weighed
 from .objectives.metrics import Metrics
 from .objectives.names import NoKeyword, refuse_keywords
 from .objectives.normalizer import Normalizer
-from .objectives.sequences import Joined, Sequences
+from .objectives.sequences import Joined, Layout, Sequences
 
 if TYPE_CHECKING:
     from .objectives.groups import Group
@@ -89,6 +89,7 @@ def linear_grpo_loss(
     skip_zero_advantage: bool = False,
     token_losses: bool = False,
     sequence_group: Group | None = None,
+    sequence_layout: Layout | None = None,
     live_tokens: int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
     logits_dtype: torch.dtype | None = None,
@@ -177,6 +178,7 @@ def linear_grpo_loss(
         skip_zero_advantage=skip_zero_advantage,
         token_losses=token_losses,
         sequence_group=sequence_group,
+        sequence_layout=sequence_layout,
     )
     over = (vocab_group, vocab_start, vocab_size)
     own, shard = read_shard("linear_grpo_loss", weight, 0, *over, check, hidden)

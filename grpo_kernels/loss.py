@@ -58,6 +58,7 @@ from .objectives.normalizer import Normalizer
 
 if TYPE_CHECKING:
     from .objectives.groups import Group
+    from .objectives.sequences import Layout
 
 
 def grpo_loss(
@@ -91,6 +92,7 @@ def grpo_loss(
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     sequence_group: Group | None = None,
+    sequence_layout: Layout | None = None,
     check: bool | None = None,
     backend: str | None = None,
     require: Require | None = None,
@@ -153,6 +155,8 @@ def grpo_loss(
         sequence_group: the ranks that hold the other tokens of these sequences, a process group or a mesh of one
             dimension: all have the same sequences in the same order, each any of their tokens (``split_context``), or
             none. ``loss`` is this rank's share; shares, and gradients of what all ranks hold, add up.
+        sequence_layout: which of their tokens these ranks hold, in the order of the group: "contiguous" or "zigzag", as
+            of ``split_context``, whose ``part.layout`` this is. Levels of prefixes need to be told; None: any.
         check: also check contents on a device, which waits for it, and more of them everywhere (ids in range and not
             shifted, masks without fractions, weights >= 0). None: the environment's GRPO_KERNELS_CHECK.
         backend: "cpu", "cuda", "triton", "torch"; None: the fastest that serves the call ("cuda" only where proven).
@@ -206,6 +210,7 @@ def grpo_loss(
         skip_zero_advantage=skip_zero_advantage,
         token_losses=token_losses,
         sequence_group=sequence_group,
+        sequence_layout=sequence_layout,
     )
     shard = None
     if type(logits) not in PLAIN or type(token_ids) not in PLAIN or (vocab_group, vocab_start, vocab_size) != WHOLE:

@@ -26,6 +26,7 @@ from .objectives.normalizer import Normalizer
 
 if TYPE_CHECKING:
     from .objectives.groups import Group
+    from .objectives.sequences import Layout
 
 
 def policy_loss(
@@ -48,6 +49,7 @@ def policy_loss(
     skip_zero_advantage: bool = False,
     token_losses: bool = False,
     sequence_group: Group | None = None,
+    sequence_layout: Layout | None = None,
     check: bool | None = None,
     backend: str | None = None,
     **unknown: NoKeyword,
@@ -66,8 +68,8 @@ def policy_loss(
         entropy: H of each row, nats, shape of log_probs: for the bonus, ``entropy_threshold`` and the metric, which is
             0 without it.
         old_log_probs, ref_log_probs, rollout_log_probs, token_weights, cu_seqlens, config, normalizer, kl_coef,
-            rollout_kl_coef, entropy_coef, entropy_threshold, skip_zero_advantage, token_losses, sequence_group, check:
-            as for ``grpo_loss``.
+            rollout_kl_coef, entropy_coef, entropy_threshold, skip_zero_advantage, token_losses, sequence_group,
+            sequence_layout, check: as for ``grpo_loss``.
         backend: whose [tokens]-sized kernels; None: the fastest for the device.
 
     Returns:
@@ -102,6 +104,7 @@ def policy_loss(
         skip_zero_advantage=skip_zero_advantage,
         token_losses=token_losses,
         sequence_group=sequence_group,
+        sequence_layout=sequence_layout,
     )
     tokens = read_log_prob_tokens("policy_loss", log_probs, entropy, mask, arguments.tensors, check)
     tokens, batch = read_batch(tokens, config, arguments)

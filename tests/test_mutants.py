@@ -179,8 +179,8 @@ MUTANTS = {
     ),
     "gspo: slope not shared": (
         "calls/terms.py",
-        "pooled.column) if running else batch.at_tokens(slope, total)",
-        "pooled.column) if running else slope",
+        "batch.at_tokens(slope, total) if running is None else running()",
+        "slope if running is None else running()",
     ),
     "kl to the sampler: unknown": (
         "calls/terms.py",
@@ -203,19 +203,19 @@ MUTANTS = {
         "return (self.sequence_of[1:] == self.sequence_of[1:])",
     ),
     "prefix: the first of equal ones": (
-        "objectives/sequences.py",
-        "smaller = (before < value",
-        "smaller = (before <= value",
+        "objectives/running.py",
+        "smaller = (before.value < self.value",
+        "smaller = (before.value <= self.value",
     ),
     "prefix: slopes of those before": (
-        "calls/terms.py",
-        "return backward_scan(real, self.sequences.links(real)).to",
-        "return forward_scan(real, self.sequences.links(real)).to",
+        "objectives/running.py",
+        "shared = backward_scan(real, sequences.links(real)) if",
+        "shared = forward_scan(real, sequences.links(real)) if",
     ),
     "prefix: metrics of the token": (
         "calls/terms.py",
-        "ratio = batch.up_to(own, config.pooling.pooled)[0].exp()",
-        "ratio = own.double().exp()",
+        "of_metrics = running().values",
+        "of_metrics = own.double()",
     ),
     "impossible tokens": (
         "calls/terms.py",
@@ -401,13 +401,13 @@ MUTANTS = {
     ),
     "ranks: own rank first": (
         "objectives/groups.py",
-        "total, *others = gather(values, group).unbind()",
-        "total, *others = gather(values, group).roll(-torch.distributed.get_rank(group), 0).unbind()",
+        "return add_in_order(gather(values, group))",
+        "return add_in_order(gather(values, group).roll(-torch.distributed.get_rank(group), 0))",
     ),
     "ranks: sums of a part": (
         "objectives/sequences.py",
-        "sums = ordered_sum(torch.stack(self.part.sums(self._asked, dtype)), self.group)",
-        "sums = torch.stack(self.part.sums(self._asked, dtype))",
+        "return add_in_order(self.everyones(values)[:, 0]).to(dtype)",
+        "return self.part.sum(values, dtype)",
     ),
     "ranks: tokens of a part": (
         "objectives/sequences.py",
@@ -418,6 +418,17 @@ MUTANTS = {
         "objectives/sequences.py",
         "        self.ask(*values)\n        return [",
         "        return [",
+    ),
+    "ranks: halves in rank order": ("objectives/running.py", "second.flip(0)", "second"),
+    "ranks: slopes of a part": (
+        "objectives/running.py",
+        "torch.where(takes, sums + pieces.expand(to_each), sums)",
+        "sums",
+    ),
+    "ranks: equal ones of an earlier rank": (
+        "objectives/running.py",
+        "taken = own.after(before)",
+        "taken = own.after(before) | (own.value == before.value)",
     ),
     "ranks: sequences counted on each": (
         "objectives/sequences.py",

@@ -10,7 +10,8 @@ from cases import RUNNING, SURROGATES, make, sampler
 from test_oracle import assert_same, problem_of, small
 
 from grpo_kernels import KL, Clip, LossConfig, MaskedIS, Unclipped, grpo_loss, linear_grpo_loss, match, policy_loss
-from grpo_kernels.objectives.sequences import Packed, backward_scan, forward_scan, running_least
+from grpo_kernels.objectives.running import backward_scan, forward_scan, running_least
+from grpo_kernels.objectives.sequences import Packed
 from grpo_kernels.verification import reference
 
 SUM = {"aggregation": "sequence_sum", "normalizer": 1.0, "log_ratio_limit": None}

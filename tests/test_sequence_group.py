@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import LEVELS, ROLLOUTS, configs, make
+from cases import KLS, LEVELS, ROLLOUTS, RUNNING, SURROGATES, configs, make
 from conftest import usable_backends
 from distributed import mesh, pool
 from threads import errors_of, run_threads
@@ -25,12 +25,15 @@ from torch import Tensor
 from grpo_kernels import (
     KL,
     Clip,
+    Gmpo,
     GroupMean,
     LossConfig,
+    MaskedIS,
     Metrics,
     OffPolicyMask,
     Rejection,
     TruncatedIS,
+    Unclipped,
     align,
     grpo_loss,
     hf,
@@ -84,6 +87,11 @@ def batch_of(seed: int, per_token: bool, on_policy: bool, dtype: torch.dtype = t
 
 def columns_of(split: str, seed: int, ranks: int = RANKS) -> list[Tensor]:
     """Of every rank, (S, T_rank): the column of each of its tokens, -1 for what is padded."""
+    if split == "contiguous":  # each sequence at other places, into parts that may be empty
+        ends = torch.randint(T + 1, (S, ranks - 1), generator=torch.Generator().manual_seed(seed)).sort(-1).values
+        ends = torch.cat([torch.zeros(S, 1, dtype=torch.int64), ends, torch.full((S, 1), T)], -1)
+        rows = [[torch.arange(*ends[s, r : r + 2]) for s in range(S)] for r in range(ranks)]
+        return [torch.nn.utils.rnn.pad_sequence(row, batch_first=True, padding_value=-1) for row in rows]
     if split == "on the last rank":
         return [torch.full((S, 0 if rank + 1 < ranks else T), -1) for rank in range(ranks - 1)] + [
             torch.arange(T).expand(S, T)
@@ -120,9 +128,9 @@ def part_of(batch: Batch, columns: Tensor) -> Batch:
     return Batch(states, batch.weight, ids, take(batch.advantages), mask, options)
 
 
-def packed(batch: Batch, columns: Tensor) -> Batch:
-    """The same part as (1, N) tokens with bounds, in a batch whose sequences may have none."""
-    here = columns >= 0
+def packed(batch: Batch, columns: Tensor, padded: bool) -> Batch:
+    """The same part as (1, N) tokens with bounds, in a batch whose sequences may have none; with what was padded?"""
+    here = (columns >= 0) | padded
 
     def pack(values: Any) -> Any:
         return values[here][None] if isinstance(values, Tensor) and values.shape[:2] == here.shape else values
@@ -172,6 +180,8 @@ class Case(NamedTuple):
     on_policy: bool = False
     dtype: torch.dtype = torch.float64
     more: Mapping[str, Any] = MappingProxyType({})
+    over: Mapping[str, Any] = MappingProxyType({})
+    """Options of the ranks alone."""
 
     def batch(self) -> Batch:
         return batch_of(sum(map(ord, self.name)) % 97, self.per_token, self.on_policy, self.dtype)
@@ -179,11 +189,11 @@ class Case(NamedTuple):
     def columns(self, ranks: int = RANKS) -> list[Tensor]:
         return columns_of(self.split, sum(map(ord, self.name)), ranks)
 
-    def of_rank(self, rank: int) -> Result:
-        columns = self.columns()[rank]
+    def of_rank(self, rank: int, ranks: int = RANKS) -> Result:
+        columns = self.columns(ranks)[rank]
         part = part_of(self.batch(), columns)
-        part = packed(part, columns) if self.pack else part
-        return run(self.function, part, self.config, torch.distributed.group.WORLD, **self.more)
+        part = packed(part, columns, self.split == "zigzag") if self.pack else part
+        return run(self.function, part, self.config, torch.distributed.group.WORLD, **self.over, **self.more)
 
     def joined(self, results: list[Result], ranks: int = RANKS) -> Result:
         """What the ranks' shares come to, in the places of the whole."""
@@ -191,7 +201,8 @@ class Case(NamedTuple):
         whole = torch.zeros(S, T, *width, dtype=results[0].states.dtype)
         for columns, result in zip(self.columns(ranks), results, strict=True):
             rows, places = (columns >= 0).nonzero(as_tuple=True)
-            gradient = result.states[0] if self.pack else result.states[rows, places]
+            gradient = result.states.view(*columns.shape, *width) if self.split == "zigzag" else result.states
+            gradient = gradient[rows, places] if gradient.shape[:2] == columns.shape else gradient[0]
             whole[rows, columns[rows, places]] += gradient
         loss, weight = (torch.stack([getattr(r, name) for r in results]).sum(0) for name in ("loss", "weight"))
         assert all(torch.equal(r.metrics, results[0].metrics) for r in results)
@@ -201,12 +212,12 @@ class Case(NamedTuple):
         return run(self.function, self.batch(), self.config, **self.more)
 
 
-def check(cases: list[Case], tolerance: float) -> None:
+def check(cases: list[Case], tolerance: float, ranks: int = RANKS) -> None:
     """All of them in one start of the ranks."""
-    shares = run_threads(RANKS, lambda rank: [case.of_rank(rank) for case in cases], deadline=120)
+    shares = run_threads(ranks, lambda rank: [case.of_rank(rank, ranks) for case in cases], deadline=120)
     wrong = []
     for case, results in zip(cases, zip(*shares, strict=True), strict=True):
-        got, expected = case.joined(list(results)), case.whole()
+        got, expected = case.joined(list(results), ranks), case.whole()
         for name, a, b in zip(Result._fields, got, expected, strict=True):
             size = b[b.isfinite()].abs().max().item() if b.numel() else 0.0
             try:
@@ -228,6 +239,35 @@ def test_every_objective_level_aggregation_and_kl():
     every = [varied(f"{i} {config!r}", config, i) for i, config in enumerate(joined)]
     assert len(every) > 100
     check(every, 1e-12)
+
+
+def running_cases(ranks: int) -> list[Case]:
+    """Levels of prefixes x surrogates x KLs x rollouts, each pair at least once: parts that follow one another, and
+    the chunks of a zigzag."""
+    surrogates = [surrogate for surrogate in SURROGATES if surrogate.uses_ratio]
+    cases = []
+    for i, (surrogate, level) in enumerate(itertools.product(surrogates, RUNNING)):
+        for j in range(ranks):
+            n = i + j * len(surrogates)
+            folds = surrogate.name == "vespo"
+            schemes = (TruncatedIS(1.1), (), MaskedIS(0.8, 1.2))[n % 3] if folds else (*ROLLOUTS, (), ())[n * 5 % 12]
+            kl, of_kl = KLS[n * 7 % len(KLS)], (None, *LEVELS, *RUNNING)[n % 7]
+            kl = kl if not kl.ratio_weighted else dataclasses.replace(kl, level=of_kl)
+            limits = {"log_ratio_limit": (20.0, 0.2)[n % 2], "entropy_coef": 0.1 * (n % 3 == 0)}
+            config = LossConfig(surrogate, level=level, kl=kl, rollout=schemes, rollout_kl=KLS[n * 4 % 9], **limits)
+            split = ("contiguous", "zigzag")[(n + j) % 2]
+            picks = {"pack": n % 4 < 2, "per_token": n % 3 == 1, "on_policy": n % 5 == 0}
+            over = {"sequence_layout": split}
+            cases.append(Case(f"{n} {config!r}", FUNCTIONS[n % 3], config, split, **picks, over=over))
+    for config in (config for config in configs() if config.pooling.running or config.kl_pooling.running):
+        cases.append(Case(f"{config!r}", "logits", config, "contiguous", over={"sequence_layout": "contiguous"}))
+    return cases
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_levels_of_prefixes(ranks):
+    """What ranks hold of a sequence before a token, and behind it."""
+    check(running_cases(ranks), 1e-12, ranks)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
@@ -282,6 +322,9 @@ COLLECTIVES = {
     "vespo": 3,
     "vespo, on-policy, off-policy mask": 3,
     "sequence_product, ratio-weighted KL of another level": 3,
+    "prefix_product": 3,
+    "prefix_product over a constant, on-policy": 2,
+    "prefix_min, ratio-weighted KL of another level, all schemes": 3,
 }
 
 
@@ -292,6 +335,12 @@ def configured(name: str) -> tuple[LossConfig, bool, dict[str, Any]]:
     if name.startswith("sequence_product"):
         kl = KL(0.1, ratio_weighted=True, level="sequence")
         return LossConfig(Clip(), level="sequence_product", kl=kl), False, more
+    if name.startswith("prefix"):
+        kl = KL(0.1 * ("KL" in name), ratio_weighted=True, level="prefix_product")
+        schemes = (rejection, TruncatedIS(1.1, level="geometric"), OffPolicyMask(0.1)) if "schemes" in name else ()
+        level = name.split(",")[0].split(" ")[0]
+        lengths = {"aggregation": "constant", "constant_length": 9} if "constant" in name else {}
+        return LossConfig(Gmpo(0.1, 0.1), level=level, kl=kl, rollout=schemes, **lengths), "on-policy" in name, more
     config = dataclasses.replace(LossConfig.presets()[name.split(",")[0].split(" ")[0]].config, constant_length=9)
     if "rejected" in name:
         config = dataclasses.replace(config, rollout=rejection)
@@ -325,16 +374,17 @@ def collectives(monkeypatch) -> Callable[[], int]:
 def test_collectives_of_a_call(collectives, name, function):
     """At most three, all in forward: a rank whose backward does not run keeps nobody waiting."""
     config, on_policy, more = configured(name)
-    case = Case(name, function, config, "random", on_policy=on_policy, more=more)
+    over = {"sequence_layout": "contiguous"} if name.startswith("prefix") else {}
+    case = Case(name, function, config, "contiguous" if over else "random", on_policy=on_policy, more=more)
 
     def of_rank(rank):
         group, part = torch.distributed.group.WORLD, part_of(case.batch(), case.columns()[rank])
         run(function, part, config, **more)  # no group
         assert collectives() == 0
-        run(function, part, config, group, **more)  # agrees first
+        run(function, part, config, group, **over, **more)  # agrees first
         states = part.states[function].clone().requires_grad_()
         before = collectives()
-        options = {**part.options, **more, "config": config, "sequence_group": group, "backend": BACKEND}
+        options = {**part.options, **more, **over, "config": config, "sequence_group": group, "backend": BACKEND}
         if function == "hidden":
             out = linear_grpo_loss(states, part.weight, part.token_ids, part.advantages, part.mask, **options)
         elif function == "logits":
@@ -503,10 +553,13 @@ def test_a_group_that_excludes_the_rank():
 
 
 def test_a_group_of_one_and_no_group_are_the_same_bits():
-    case = Case("alone", "logits", LossConfig.preset("gspo", surrogate=Clip(0.2, 0.28)), "random")
-    (got,) = run_threads(1, lambda rank: run("logits", case.batch(), case.config, torch.distributed.group.WORLD))
-    for a, b in zip(got, case.whole(), strict=True):
-        assert torch.equal(a, b)
+    for config in (LossConfig.preset("gspo", surrogate=Clip(0.2, 0.28)), LossConfig(level="prefix_min")):
+        case = Case("alone", "logits", config, "random")
+        (got,) = run_threads(
+            1, lambda rank, of=case: run("logits", of.batch(), of.config, torch.distributed.group.WORLD)
+        )
+        for a, b in zip(got, case.whole(), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_a_mesh_of_one_dimension_is_a_group():
@@ -591,23 +644,80 @@ def test_an_attached_model():
         torch.testing.assert_close(one + other, parameter.grad, rtol=1e-10, atol=1e-10)
 
 
-# The denominator of a step, and its metrics.
-
-
 @pytest.mark.parametrize("name", ["prefix_product", "prefix_min", "the KL's"])
-def test_levels_that_need_an_order_are_refused(name):
+def test_levels_that_need_an_order_ask_for_it(name):
     """What ranks hold has none."""
     kl = KL(0.1, ratio_weighted=True, level="prefix_min")
     config = LossConfig(kl=kl) if name == "the KL's" else LossConfig(level=name)
 
-    def of_rank(rank):
-        log_probs, values = -torch.rand(2, 3).requires_grad_(), -torch.rand(2, 3)
-        options = {"config": config, "old_log_probs": values, "ref_log_probs": values, "backend": BACKEND}
+    def of_rank(rank, length=3, **over):
+        log_probs, values = -torch.rand(2, length).requires_grad_(), -torch.rand(2, length)
+        options = {"config": config, "old_log_probs": values, "ref_log_probs": values, "backend": BACKEND, **over}
         policy_loss(log_probs, torch.ones(2), sequence_group=torch.distributed.group.WORLD, kl_coef=0.1, **options)
 
-    level = "prefix_min" if name == "the KL's" else name
+    level = "KL(level=...)='prefix_min'" if name == "the KL's" else f"level='{name}'"
     for error in errors_of(2, of_rank):
-        assert f"of whole sequences with sequence_group=, whose ranks hold tokens in any order; got '{level}'" in error
+        assert f"expected sequence_layout= beside sequence_group= and {level}, which asks for the order" in error
+        assert "part.layout" in error
+    for error in errors_of(2, lambda rank: of_rank(rank, 4, sequence_layout=("contiguous", "zigzag")[rank])):
+        assert "the same sequence_layout on every rank of sequence_group; got 'contiguous' on rank 0" in error
+    for error in errors_of(2, lambda rank: of_rank(rank, sequence_layout="ring")):
+        assert "policy_loss: sequence_layout must be one of zigzag, contiguous; got 'ring'" in error
+    for error in errors_of(2, lambda rank: of_rank(rank, sequence_layout="zigzag")):
+        assert "expected parts of an even length with sequence_layout='zigzag'; got [3]" in error
+    bounds = {"cu_seqlens": torch.tensor([0, 2, 3])}
+    packed = {**bounds, "old_log_probs": -torch.rand(1, 3), "ref_log_probs": -torch.rand(1, 3)}
+
+    def of_packed(rank):
+        options = {**packed, "config": config, "backend": BACKEND, "kl_coef": 0.1, "sequence_layout": "zigzag"}
+        group = torch.distributed.group.WORLD
+        policy_loss(-torch.rand(1, 3), torch.ones(2), sequence_group=group, **options)
+
+    for error in errors_of(2, of_packed):
+        assert "even length with sequence_layout='zigzag'; got [2, 1]" in error
+
+
+def test_losses_of_tokens_at_levels_of_prefixes():
+    """Refused as all whose backward would need the other ranks."""
+    config = LossConfig(level="prefix_product")
+    more = {"config": config, "token_losses": True, "sequence_layout": "contiguous"}
+    for error in errors_of(RANKS, lambda rank: loss_of(rank, **more)):
+        assert "no token_losses=True with sequence_group= where slopes are shared over a sequence" in error
+
+
+@pytest.mark.parametrize("level", RUNNING)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_infinities_and_equal_ratios_over_ranks(level, layout):
+    """Of equal ones the last has the slopes, on whichever rank; what is impossible or unknown stays behind itself."""
+    config = LossConfig(Unclipped(), level=level, aggregation="sequence_sum", log_ratio_limit=None)
+    log_ratio = torch.tensor(
+        [[0.0, -1, -1, 0.5, -1, 0.5, 0, 2], [0.0] * 8, [0.1, -torch.inf, 0.2, 0, 0, 0, 0, 0.0], [0.0, 1, 2, 3] * 2]
+    ).double()
+    log_ratio[3, 5] = torch.nan
+    mask = torch.ones(4, 8)
+    mask[0, 4] = mask[1, 3] = mask[1, 6] = 0
+
+    def slopes(rank=None):
+        part = None
+        if rank is not None:
+            part = split_context(torch.ones(4, 8, dtype=torch.int64), mask, rank, 2, layout=layout)
+        own = slice(None) if part is None else part.index
+        leaf = (log_ratio[:, own] - 3).requires_grad_()
+        over = {} if part is None else {"sequence_group": torch.distributed.group.WORLD, "sequence_layout": part.layout}
+        old = torch.full_like(leaf.detach(), -3.0)
+        policy_loss(leaf, torch.ones(4), mask[:, own], config=config, old_log_probs=old, **over).loss.backward()
+        return own, leaf.grad
+
+    _, expected = slopes()
+    got = torch.zeros_like(expected)
+    for own, part in run_threads(2, slopes):
+        got[:, own] = part
+    torch.testing.assert_close(got, expected, rtol=1e-14, atol=0, equal_nan=True)
+    assert expected[:3].isfinite().all()
+    assert expected[3].isnan().any()
+
+
+# The denominator of a step, and its metrics.
 
 
 @pytest.mark.parametrize(("config", "count"), [("token_mean", None), ("grpo", 4.0), (GroupMean(2), 2.0)])
@@ -687,6 +797,7 @@ def test_split_context(layout, pack, size):
         shifted, counts = torch.nn.functional.pad(shifted, (0, 1)), torch.nn.functional.pad(counts, (0, 1))
     seen = []
     for rank, part in enumerate(parts):
+        assert part.layout == layout
         assert part.input_ids.shape == part.token_ids.shape == part.mask.shape == part.position_ids.shape
         real = part.index < ids.shape[-1]
         if pack:

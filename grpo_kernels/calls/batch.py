@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ..backends.contract import TokenInputs
 from ..objectives.aggregation import AGGREGATIONS
-from ..objectives.checks import check_finite, check_flag, check_scalar, check_shape, fail, fits
+from ..objectives.checks import check_finite, check_flag, check_name, check_scalar, check_shape, fail, fits
 from ..objectives.config import LossConfig
 from ..objectives.divergence import Divergence
 from ..objectives.normalizer import Normalizer
-from ..objectives.sequences import Joined, Packed, Padded, Sequences, on_tokens
+from ..objectives.sequences import LAYOUTS, Joined, Layout, Packed, Padded, Sequences, on_tokens
 from ..objectives.surrogates import NoSurrogate
 from .arguments import check_pooled
 from .over_ranks import Agreed
@@ -55,6 +55,8 @@ class LossArguments:
     token_losses: bool = False
     sequence_group: Group | Agreed | None = None
     """The ranks that hold the other tokens of these sequences, once they have agreed."""
+    sequence_layout: Layout | None = None
+    """Which of them."""
 
     @property
     def tensors(self) -> dict[str, object]:
@@ -79,11 +81,14 @@ class LossArguments:
 def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) -> tuple[_Tokens, TokenBatch]:
     """Return the tokens, with skipped ones no longer live, and every tensor of tokens that the loss takes."""
     part, tokens = _read_sequences(tokens, arguments.cu_seqlens)
+    if arguments.sequence_layout is not None:
+        check_name(f"{tokens.function}: sequence_layout", arguments.sequence_layout, LAYOUTS)
     ranks = arguments.sequence_group
     sequences: Sequences = part
     if isinstance(ranks, Agreed):
-        _check_order(tokens, config)
-        sequences = Joined(part, ranks.group)
+        if arguments.sequence_layout is None:
+            _check_order(tokens, config)
+        sequences = Joined(part, ranks.group, arguments.sequence_layout)
     masked_in = tokens.live
     advantage = _read_advantages(tokens, config, sequences, arguments.advantages)
     kl_coef = _read_coefficient(tokens, "kl_coef", arguments.kl_coef, config.kl.coef)
@@ -286,13 +291,14 @@ def _check_skip(tokens: Tokens, config: LossConfig, policy_only: bool, per_seque
 
 
 def _check_order(tokens: Tokens, config: LossConfig) -> None:
-    """Raise where a ratio follows from the tokens before it: which of them other ranks hold, nobody says."""
+    """Raise where a ratio follows from the tokens before it, and nobody says which of them other ranks hold."""
     of_kl = "KL(level=...)"
     levels = (("level", config.pooling), (of_kl, config.kl_pooling), (of_kl, config.rollout_kl_pooling))
     for name, level in levels:
         if level.running:
-            expected = f"{name} of whole sequences with sequence_group=, whose ranks hold tokens in any order"
-            fail(tokens.function, expected, repr(level.name), tokens.tensors, "whole sequences on each rank")
+            expected = f"sequence_layout= beside sequence_group= and {name}={level.name!r}, which asks for the order"
+            hint = "that of split_context, part.layout; 'contiguous': rank i of the group holds the i-th part"
+            fail(tokens.function, expected, "none: tokens in any order", tokens.tensors, hint)
 
 
 def _check_losses_of_a_part(tokens: Tokens, config: LossConfig, batch: TokenBatch) -> None:

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..objectives.checks import check_name, fail
 from ..objectives.groups import read_group
+from ..objectives.sequences import LAYOUTS, Layout
 from .tokens import align
 
 if TYPE_CHECKING:
     from ..objectives.groups import Group
-
-Layout = Literal["zigzag", "contiguous"]
-LAYOUTS = ("zigzag", "contiguous")
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,8 @@ class ContextPart:
     index: Tensor
     """int64 (T,): the column of the whole tensors that each token of the part has; past their end where it is
     padding."""
+    layout: Layout
+    """How the sequences were cut, as ``sequence_layout=`` of the losses takes it."""
     _columns: int
     _packed: bool
 
@@ -99,7 +99,7 @@ def split_context(
     rank, size = _read_rank(rank, size, group)
     check_name("split_context: layout", layout, LAYOUTS)
     token_ids, mask = align(input_ids, loss_mask, cu_seqlens)
-    columns, device = input_ids.shape[-1], input_ids.device
+    columns, device, packed = input_ids.shape[-1], input_ids.device, cu_seqlens is not None
     if cu_seqlens is None:
         places = _places(torch.tensor([columns], device=device), rank, size, layout).place
         position_ids, bounds, index = places.expand(input_ids.shape[0], -1), None, places
@@ -109,7 +109,7 @@ def split_context(
         index = torch.where(places < starts.diff()[sequence], starts[sequence] + places, columns)
         bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(cu_seqlens.dtype)
         position_ids = places.view(*input_ids.shape[:-1], -1)
-    whole = ContextPart(input_ids, token_ids, mask, position_ids, bounds, index, columns, cu_seqlens is not None)
+    whole = ContextPart(input_ids, token_ids, mask, position_ids, bounds, index, layout, columns, packed)
     ids, targets, counts = (whole.take(values) for values in (input_ids, token_ids, mask))
     return dataclasses.replace(whole, input_ids=ids, token_ids=targets, mask=counts)
 

@@ -30,6 +30,7 @@ _COEFFICIENTS = ("kl_coef", "rollout_kl_coef", "entropy_coef", "divergence_coef"
 _EITHER = ("advantages", "temperature")
 """Those of which there may be one a sequence, the same on all ranks, or one a token."""
 _OF_SEQUENCES = "one a sequence"
+_LAYOUT = "sequence_layout"
 
 
 class Agreed(NamedTuple):
@@ -81,6 +82,7 @@ def _rehearse(
             _check_per_token(function.__name__, given, name)
         with torch.no_grad():
             out = function(**alone)
+        _check_halves(function.__name__, given)
         return _facts(given, out), None
     except Exception as error:  # of any kind: the others wait
         return {}, error
@@ -94,6 +96,18 @@ def _check_per_token(function: str, given: Mapping[str, Any], name: str) -> None
     if values.shape[0] != bounds.shape[0] - 1:
         expected = f"{name} ({bounds.shape[0] - 1},), one a sequence, or (1, N) with {KEYWORD}="
         fail(function, expected, str(tuple(values.shape)), hint=f"one for each token: {name}[None]")
+
+
+def _check_halves(function: str, given: Mapping[str, Any]) -> None:
+    """Raise for parts that cannot be of two chunks of equal length."""
+    if given[_LAYOUT] != "zigzag":
+        return
+    bounds = given["cu_seqlens"]
+    tokens = given["token_ids"] if "token_ids" in given else given["log_probs"]
+    lengths = bounds.diff() if isinstance(bounds, Tensor) else torch.tensor(tokens.shape[-1:])
+    if bool((lengths % 2 != 0).any()):
+        hint = "split_context pads behind the end to a multiple of 2·ranks"
+        fail(function, f"parts of an even length with {_LAYOUT}='zigzag'", str(lengths.tolist()), hint=hint)
 
 
 def _kind(value: object) -> str:
@@ -115,6 +129,7 @@ def _facts(given: Mapping[str, Any], out: LossOutput) -> dict[str, int | str]:
         "config": repr(resolve_config(given["config"])),
         "keywords": ", ".join(named) or "none",
         **coefficients,
+        _LAYOUT: repr(given[_LAYOUT]),
         **{f"kind of {name}": _kind(given.get(name)) for name in _EITHER},
         **{name: checksum(given[name]) for name in _EITHER if _kind(given.get(name)) == _OF_SEQUENCES},
         "dtype": str(floating[0].dtype),

@@ -11,7 +11,7 @@ each is one collective.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,14 +28,8 @@ from ..objectives.levels import Level, Share
 from ..objectives.maths import clamp, log_ratio_of, times, weighed, within
 from ..objectives.metrics import FIELDS, Metrics, reduce_ratios
 from ..objectives.rollout import FOLDED, Rollout, rollout_log_ratios, rollout_weights
-from ..objectives.sequences import (
-    Joined,
-    Sequences,
-    accumulate_dtype,
-    backward_scan,
-    forward_scan,
-    running_least,
-)
+from ..objectives.running import Origin, Running, begin_back_from, begin_up_to
+from ..objectives.sequences import Sequences, accumulate_dtype
 from ..objectives.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, Point
 
 
@@ -76,6 +70,15 @@ class TokenBatch:
             totals.append(total / lengths if total is not None and share == "mean" else total)
         return totals
 
+    def begin_up_to(self, requests: Sequence[tuple[Tensor, Share]]) -> list[Callable[[], Running] | None]:
+        """Begin what running levels make of values (B, T), 0 at dead rows; None for other shares. To be begun before
+        ``totals`` of the same, so that all travel together."""
+        begun: dict[tuple[int, Share], Callable[[], Running]] = {}
+        for values, share in requests:
+            if share in ("sum_before", "least_before") and (id(values), share) not in begun:
+                begun[id(values), share] = begin_up_to(values, self.live, self.sequences, share == "least_before")
+        return [begun.get((id(values), share)) for values, share in requests]
+
     def at_tokens(self, values: Tensor, total: Tensor | None) -> Tensor:
         """Return a total (S,) of ``values`` at every token, in their dtype; the values where it is None."""
         return values if total is None else self.sequences.expand(total.to(values.dtype)).expand_as(values)
@@ -84,25 +87,6 @@ class TokenBatch:
         """Return ``totals``, each at every token."""
         totals = self.totals(requests)
         return [self.at_tokens(values, total) for (values, _), total in zip(requests, totals, strict=True)]
-
-    def up_to(self, values: Tensor, share: Share) -> tuple[Tensor, Tensor | None]:
-        """Return what a running level makes of values (B, T), 0 at dead rows, in the accumulation dtype, and where it
-        takes one of them, the column of that one."""
-        assert not isinstance(self.sequences, Joined)  # read_batch refuses them
-        real = values.to(accumulate_dtype(values.device))
-        links = self.sequences.links(real)
-        return running_least(real, self.live, links) if share == "least_before" else (forward_scan(real, links), None)
-
-    def back_from(self, slopes: Tensor, column: Tensor | None) -> Tensor:
-        """Return what slopes (B, T) in the log-ratios of ``up_to``, 0 at dead rows, come to in each token's own: those
-        from it on; those of the tokens that took its ``column``, which follow one another, the first of them it."""
-        assert not isinstance(self.sequences, Joined)
-        real = slopes.to(accumulate_dtype(slopes.device))
-        if column is None:
-            return backward_scan(real, self.sequences.links(real)).to(slopes.dtype)
-        of_runs = backward_scan(real, (column[:, 1:] == column[:, :-1]).to(real.dtype))
-        taken = column == torch.arange(column.shape[-1], device=column.device)
-        return torch.where(taken, of_runs, 0.0).to(slopes.dtype)
 
     def factors(self, config: LossConfig, schemes: Sequence[Rollout], log_ratios: Sequence[Tensor]) -> Tensor:
         """Return the product of the factors of rollout schemes, from the log-ratio of each before it is pooled."""
@@ -184,13 +168,14 @@ def settle(
     return Settled(loss, metrics, gradients, batch.divergence_weight)
 
 
-class SequenceRatios(NamedTuple):
-    """What metrics of sequences are made of, (S,) in the accumulation dtype."""
+class PooledRatios(NamedTuple):
+    """What metrics are made of where a level pools, in the accumulation dtype: of sequences (S,), of tokens (B, T) at
+    running levels."""
 
     log_ratio: Tensor | None
-    """As the level pools it, unsaturated; None on-policy."""
+    """As the level pools it, unsaturated; None on-policy, of sequences."""
     clipped: list[Tensor]
-    """Tokens at the low, the high and the dual bound."""
+    """Of sequences the number of their tokens at the low, the high and the dual bound; whether a token is."""
 
 
 class Terms(NamedTuple):
@@ -199,7 +184,7 @@ class Terms(NamedTuple):
     records: TokenRecords
     slope: Tensor
     """∂loss/∂ℓ, weights included."""
-    ratios: SequenceRatios | None
+    ratios: PooledRatios | None
     """Where a level pools, and metrics are wanted."""
 
 
@@ -228,13 +213,14 @@ def token_terms(
 
 
 def _terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Tensor | None, report: bool) -> Terms:
-    report &= config.pooling.pools and not config.pooling.running
+    report &= config.pooling.pools
     ratio = _ratio_of(config, batch, log_prob, report)
     policy = _policy_part(config, batch, log_prob, entropy, ratio)
     kl, to_sampler = _kl_part(config, batch, log_prob, ratio), _rollout_kl_part(config, batch, log_prob, ratio)
     live, dead = batch.live, torch.zeros_like(log_prob)
     flags = torch.where(live, policy.flags, 0)
-    clipped = _at_bounds(flags) if report else []
+    at_bounds = _at_bounds(flags) if report else []
+    clipped = [] if config.pooling.running else at_bounds
     spread: list[tuple[Tensor, Share]] = [(_live(policy.slope, config.pooling.spread, batch), config.pooling.spread)]
     pooled = [ratio.pooled]
     for part, level, of_part in (
@@ -244,9 +230,10 @@ def _terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Ten
         if part is not None and part.through_ratio is not None:
             spread.append((_live(part.through_ratio, level.spread, batch), level.spread))
             pooled.append(of_part)
+    begun = [_begin_sharing(batch, *request, of_part) for request, of_part in zip(spread, pooled, strict=True)]
     totals = batch.totals([*spread, *clipped])
-    each = zip(spread, totals, pooled, strict=False)
-    shared = [_shared(batch, *request, total, of_part) for request, total, of_part in each]
+    each = zip(spread, totals, begun, strict=False)
+    shared = [batch.at_tokens(slope, total) if running is None else running() for (slope, _), total, running in each]
 
     slope = torch.where(ratio.passes, shared[0], 0.0) + policy.direct
     kl_slope = kl.slope if to_sampler is None else kl.slope + to_sampler.slope
@@ -260,15 +247,17 @@ def _terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Ten
         rollout_weight=none if applied is None else torch.where(live, applied, dead),
         rollout_kl=none if to_sampler is None else torch.where(live, to_sampler.value, dead),
     )
-    at_bounds = [total for total in totals[len(spread) :] if total is not None]
-    ratios = SequenceRatios(ratio.of_sequences, at_bounds) if report else None
+    counts = [total for total in totals[len(spread) :] if total is not None]
+    flagged = [flag for flag, _ in at_bounds] if config.pooling.running else counts
+    ratios = PooledRatios(ratio.of_metrics, flagged) if report else None
     return Terms(records, torch.where(live, slope + kl_slope, dead), ratios)
 
 
-def _shared(batch: TokenBatch, slope: Tensor, share: Share, total: Tensor | None, pooled: _Pooled) -> Tensor:
-    """Return what every token's own log-prob gets of the slopes in pooled log-ratios."""
+def _begin_sharing(batch: TokenBatch, slope: Tensor, share: Share, pooled: _Pooled) -> Callable[[], Tensor] | None:
+    """Begin what every token's own log-prob gets of the slopes in log-ratios that a running level has pooled; None for
+    other shares."""
     running = share in ("sum_behind", "sum_of_least")
-    return batch.back_from(slope, pooled.column) if running else batch.at_tokens(slope, total)
+    return begin_back_from(slope, batch.sequences, pooled.origin) if running else None
 
 
 def _live(slope: Tensor, share: Share, batch: TokenBatch) -> Tensor:
@@ -292,8 +281,8 @@ class _Ratio(NamedTuple):
     """The log-ratio as it is, as the KL's level pools it, where there is a KL."""
     of_rollout_kl: _Pooled
     """As that of the KL to the sampler does, where there is one."""
-    of_sequences: Tensor | None
-    """The log-ratio as it is, as the level pools it, (S,); None where no metric asks for it, and on-policy."""
+    of_metrics: Tensor | None
+    """As that of ``PooledRatios``; None where no metric asks for it."""
     possible: Tensor
     """bool: the token's probability is not 0. One of probability 0 has no direction to give: it saturates."""
     passes: Tensor
@@ -313,18 +302,26 @@ class _Pooled(NamedTuple):
     ratio: Tensor
     inside: Tensor
     """bool: where it does not saturate."""
-    column: Tensor | None
-    """Of the token whose own it is, where the level takes that of one."""
+    origin: Origin | None
+    """Whose own it is, where the level takes that of one token."""
 
     @classmethod
-    def of(cls, batch: TokenBatch, values: Tensor, level: Level, total: Tensor | None, limit: float | None) -> _Pooled:
-        """Pool every token's own; ``total`` is that of the sequences, where the level has one."""
-        raw, column = batch.at_tokens(values, total), None
-        if level.running:
-            raw, column = batch.up_to(values, level.pooled)
+    def of(
+        cls,
+        batch: TokenBatch,
+        values: Tensor,
+        total: Tensor | None,
+        running: Callable[[], Running] | None,
+        limit: float | None,
+    ) -> _Pooled:
+        """Pool every token's own; ``total`` is that of the sequences, where the level has one, or else ``running`` what
+        it makes of the tokens up to each."""
+        raw, origin = batch.at_tokens(values, total), None
+        if running is not None:
+            raw, origin = running()
             raw = raw.to(values.dtype)
         saturated = clamp(raw, limit)
-        return cls(saturated, saturated.exp(), within(raw, limit), column)
+        return cls(saturated, saturated.exp(), within(raw, limit), origin)
 
 
 def _ratio_of(config: LossConfig, batch: TokenBatch, log_prob: Tensor, report: bool) -> _Ratio:
@@ -348,25 +345,28 @@ def _ratio_of(config: LossConfig, batch: TokenBatch, log_prob: Tensor, report: b
     wanted: list[tuple[Tensor, Share]] = [
         (bounded, config.pooling.pooled),
         *((own, level.pooled if wanted else "own") for level, wanted in kls),
-        (own, config.pooling.pooled if report and inputs.old is not None else "own"),
+        (own, config.pooling.pooled if report and (inputs.old is not None or config.pooling.running) else "own"),
         *((log_rho, scheme.share) for log_rho, scheme in zip(log_rhos, schemes, strict=True)),
     ]
+    begun = batch.begin_up_to(wanted)
     totals = batch.totals(wanted)
-    of_ratio, of_kl, of_rollout_kl, of_sequences, *of_schemes = totals
-    pooled = _Pooled.of(batch, bounded, config.pooling, of_ratio, limit)
+    of_ratio, of_kl, of_rollout_kl, of_metrics, *of_schemes = totals
+    pooled = _Pooled.of(batch, bounded, of_ratio, begun[0], limit)
     pooled_of_kl, pooled_of_rollout_kl = (
         pooled
         if not wanted or (level == config.pooling and bounded is own)
-        else _Pooled.of(batch, own, level, total, limit)
-        for (level, wanted), total in zip(kls, (of_kl, of_rollout_kl), strict=True)
+        else _Pooled.of(batch, own, total, running, limit)
+        for (level, wanted), total, running in zip(kls, (of_kl, of_rollout_kl), begun[1:3], strict=True)
     )
+    if (running := begun[3]) is not None:
+        of_metrics = running().values
     known = [batch.at_tokens(log_rho, total) for log_rho, total in zip(log_rhos, of_schemes, strict=True)]
     in_value = _factors(config, batch, known, folded=False)
     applied = in_value if in_ratio is None else in_ratio if in_value is None else times(in_ratio, in_value)
     possible = log_prob != float("-inf")
     passes = possible if free is None else possible & free
     kls_pooled = (pooled_of_kl, pooled_of_rollout_kl)
-    return _Ratio(old, pooled, *kls_pooled, of_sequences, possible, passes, flags, in_value, applied)
+    return _Ratio(old, pooled, *kls_pooled, of_metrics, possible, passes, flags, in_value, applied)
 
 
 def _factors(config: LossConfig, batch: TokenBatch, log_ratios: list[Tensor], folded: bool) -> Tensor | None:
@@ -462,7 +462,7 @@ def reduce_records(
     values: TokenValues,
     records: TokenRecords,
     backend: str,
-    ratios: SequenceRatios | None = None,
+    ratios: PooledRatios | None = None,
     diverged: Diverged | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Return the loss (0-d, the records' dtype) and its metrics: the one place where records are summed. Metrics of
@@ -476,10 +476,8 @@ def reduce_records(
         sequences = 0
     loss, vector = ops.token_sums(values, batch.masked_in, batch.inputs, records, estimator, sequences, backend)
     if config.pooling.pools:
-        if config.pooling.running:
-            counted = _count_running(config, batch, values.log_prob, records)
-        else:
-            counted = _count_ratios(batch, ratios or _sequence_ratios(config, batch, values.log_prob, records))
+        ratios = ratios or _pooled_ratios(config, batch, values.log_prob, records)
+        counted = (_count_tokens if config.pooling.running else _count_sequences)(batch, ratios)
         first = FIELDS.index("ratio_sum")
         vector = torch.cat([vector[:first], counted, vector[first + len(counted) :]])
     if diverged is not None:
@@ -501,16 +499,19 @@ def _divergence_sums(batch: TokenBatch, diverged: Diverged) -> Tensor:
     return torch.stack([column.to(dtype).sum() for column in columns])
 
 
-def _sequence_ratios(config: LossConfig, batch: TokenBatch, log_prob: Tensor, records: TokenRecords) -> SequenceRatios:
-    old, share = batch.inputs.old, config.pooling.pooled
-    wanted = _at_bounds(records.flags)
-    if old is not None:
-        wanted.append((torch.where(batch.live, log_ratio_of(log_prob, old), 0.0), share))
+def _pooled_ratios(config: LossConfig, batch: TokenBatch, log_prob: Tensor, records: TokenRecords) -> PooledRatios:
+    old, level = batch.inputs.old, config.pooling
+    own = torch.where(batch.live, log_ratio_of(log_prob, log_prob if old is None else old), 0.0)
+    at_bounds = _at_bounds(records.flags)
+    (running,) = batch.begin_up_to([(own, level.pooled)])
+    if running is not None:
+        return PooledRatios(running().values, [flag for flag, _ in at_bounds])
+    wanted = [*at_bounds, *([] if old is None else [(own, level.pooled)])]
     low, high, dual, *log_ratio = (total for total in batch.totals(wanted) if total is not None)
-    return SequenceRatios(log_ratio[0] if log_ratio else None, [low, high, dual])
+    return PooledRatios(log_ratio[0] if log_ratio else None, [low, high, dual])
 
 
-def _count_ratios(batch: TokenBatch, ratios: SequenceRatios) -> Tensor:
+def _count_sequences(batch: TokenBatch, ratios: PooledRatios) -> Tensor:
     """Return metrics.RATIO_SUMS and extremes of the ratio over non-empty sequences. One counts as clipped where one of
     its tokens does."""
     lengths = batch.sequences.sum(batch.live, accumulate_dtype(batch.live.device))
@@ -521,10 +522,8 @@ def _count_ratios(batch: TokenBatch, ratios: SequenceRatios) -> Tensor:
     return reduce_ratios(log_ratio.exp(), counted, clipped)
 
 
-def _count_running(config: LossConfig, batch: TokenBatch, log_prob: Tensor, records: TokenRecords) -> Tensor:
-    """Return metrics.RATIO_SUMS and extremes of the ratio over tokens, as a running level has it."""
-    old = log_prob if batch.inputs.old is None else batch.inputs.old
-    own = torch.where(batch.live, log_ratio_of(log_prob, old), 0.0)
-    ratio = batch.up_to(own, config.pooling.pooled)[0].exp()
-    clipped = [((records.flags & bit) != 0).flatten() for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
-    return reduce_ratios(ratio.flatten(), batch.live.flatten(), clipped)
+def _count_tokens(batch: TokenBatch, ratios: PooledRatios) -> Tensor:
+    """Return metrics.RATIO_SUMS and extremes of the ratio over tokens."""
+    assert ratios.log_ratio is not None
+    clipped = [flag.flatten() for flag in ratios.clipped]
+    return reduce_ratios(ratios.log_ratio.exp().flatten(), batch.live.flatten(), clipped)

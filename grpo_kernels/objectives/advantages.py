@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .checks import check_scalar, check_shape, fail, read_mask
-from .sequences import Packed, Padded, Sequences, backward_scan
+from .running import backward_scan
+from .sequences import Packed, Padded, Sequences
 
 
 def raw(rewards: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class LossConfig:
         surrogate: f, a class of ``grpo_kernels.surrogates`` with its own parameters; None: no policy term, for
             distillation alone, which needs no advantages.
         level: how log-ratios are pooled into r: "token", "sequence", "sequence_token", "sequence_product",
-            "prefix_product", "prefix_min".
+            "prefix_product", "prefix_min" (of the tokens up to each; over ranks with ``sequence_layout=``).
         aggregation: the weights w: "token_mean", "sequence_mean", "sequence_sum", "constant", "group_mean"; or an
             instance such as ``Constant(1024)``, which is the name with its number in the field below.
         kl: the penalty k towards the reference policy.

@@ -76,7 +76,12 @@ def gather(values: Tensor, group: ProcessGroup) -> Tensor:
 
 def ordered_sum(values: Tensor, group: ProcessGroup) -> Tensor:
     """Return the sum over ranks, added in rank order: the same bits on every rank, whatever the network does."""
-    total, *others = gather(values, group).unbind()
+    return add_in_order(gather(values, group))
+
+
+def add_in_order(everyones: Tensor) -> Tensor:
+    """Return the sum over the first dimension, added in its order."""
+    total, *others = everyones.unbind()
     for other in others:
         total = total + other
     return total

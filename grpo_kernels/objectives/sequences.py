@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .checks import check_bounds, fail, read_mask
 from .compiler import define
-from .groups import ordered_sum
+from .groups import add_in_order, gather
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Layout = Literal["zigzag", "contiguous"]
+"""Which tokens of every sequence the ranks of a group hold, in which order: of 2·ranks chunks of equal length rank i
+those numbered i and 2·ranks-1-i, one behind the other; of one chunk a rank the i-th."""
+LAYOUTS = ("zigzag", "contiguous")
 
 
 def _sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -35,55 +40,6 @@ sequence_sum = define("sequence_sum(Tensor values, Tensor cu_seqlens) -> Tensor"
 def accumulate_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of sums over tokens: fp64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def backward_scan(values: Tensor, links: Tensor) -> Tensor:
-    """Return out_t = values_t + links_t * out_{t+1} over (B, T), of links (B, T-1), in log2(T) steps.
-
-    A link of 0 ends a sequence: whatever lies behind it has no part, NaN neither. Which sums are added to which follows
-    from the distances of tokens alone, so that a sequence has its bits wherever it lies, and on every run: a cumulative
-    sum of floats promises neither on CUDA.
-    """
-    length, step = values.shape[-1], 1
-    out, reach = values.clone(), links
-    while step < length:
-        # reach is the product of the links from t to t + step
-        out[:, :-step] += torch.where(reach == 0, 0.0, reach * out[:, step:])
-        reach = reach[:, :-step] * reach[:, step:]
-        step *= 2
-    return out
-
-
-def forward_scan(values: Tensor, links: Tensor) -> Tensor:
-    """Return out_t = values_t + links_{t-1} * out_{t-1}, as ``backward_scan`` the other way."""
-    return backward_scan(values.flip(-1), links.flip(-1)).flip(-1)
-
-
-class Least(NamedTuple):
-    """The least value of a sequence up to each token, (B, T)."""
-
-    value: Tensor
-    """NaN from the first NaN on."""
-    column: Tensor
-    """Where it is, of equal ones the last, int64; -1, and a value of +inf, before the first live token."""
-
-
-def running_least(values: Tensor, live: Tensor, links: Tensor) -> Least:
-    """Return the least of the ``live`` values (B, T) up to each token, of links (B, T-1) that say, by not 0, which
-    token belongs with the next; in log2(T) steps."""
-    length, step = values.shape[-1], 1
-    value = torch.where(live, values, torch.inf)
-    column = torch.where(live, torch.arange(length, device=values.device), -1)
-    reach = links != 0
-    while step < length:
-        before, there = value[:, :-step], column[:, :-step]
-        smaller = (before < value[:, step:]) | before.isnan() | (column[:, step:] < 0)
-        taken = reach & (there >= 0) & smaller
-        value = torch.cat([value[:, :step], torch.where(taken, before, value[:, step:])], -1)
-        column = torch.cat([column[:, :step], torch.where(taken, there, column[:, step:])], -1)
-        reach = reach[:, :-step] & reach[:, step:]
-        step *= 2
-    return Least(value, column)
 
 
 class Whole:
@@ -121,6 +77,10 @@ class Padded(Whole):
     def links(self, values: Tensor) -> Tensor:
         """Return, (B, T-1) like (B, T) ``values``, 1 where a token and the next are of one sequence, else 0."""
         return torch.ones_like(values[:, 1:])
+
+    def last(self, values: Tensor, empty: float) -> Tensor:
+        """Return (S,) the values of each sequence's last token, ``empty`` where it has none."""
+        return torch.nn.functional.pad(values, (1, 0), value=empty)[:, -1]
 
 
 @dataclass(frozen=True)
@@ -164,6 +124,11 @@ class Packed(Whole):
         """As that of ``Padded``."""
         return (self.sequence_of[1:] == self.sequence_of[:-1]).to(values.dtype).unsqueeze(0)
 
+    def last(self, values: Tensor, empty: float) -> Tensor:
+        """As that of ``Padded``."""
+        ends = torch.where(self.cu_seqlens.diff() > 0, self.cu_seqlens[1:] - 1, values.shape[1])
+        return torch.nn.functional.pad(values, (0, 1), value=empty)[0, ends]
+
     def inside(self) -> Tensor:
         """Return, bool (1, N), which tokens belong to a sequence, neither before the first bound nor past the last.
         Whoever asks which tokens of a packed batch count asks here."""
@@ -173,17 +138,20 @@ class Packed(Whole):
 
 @dataclass(frozen=True)
 class Joined:
-    """Sequences of which each rank of a group holds some tokens, in any order, this one those of ``part``.
+    """Sequences of which each rank of a group holds some tokens, this one those of ``part``.
 
     Sums are those of whole sequences: of every rank's own, added in rank order. What is asked for travels with the
-    next sum that is needed, so that all ranks, which ask and need the same, meet as seldom as can be.
+    next numbers that are needed, so that all ranks, which ask and need the same, meet as seldom as can be.
     """
 
     part: Padded | Packed
     group: ProcessGroup
-    _asked: list[Tensor] = field(default_factory=list)
+    layout: Layout | None = None
+    """None: the tokens lie in any order, which sums do not ask for."""
+    _asked: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """What will travel: by the tensor that they are asked for by, this rank's numbers, (n, S)."""
     _known: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    """(B, T) values beside their sums (S,)."""
+    """What has: those of all ranks, (ranks, n, S)."""
 
     @property
     def count(self) -> int:
@@ -194,19 +162,29 @@ class Joined:
         return torch.distributed.get_rank(self.group) == 0
 
     def ask(self, *values: Tensor) -> None:
-        """Let the sums of (B, T) values travel with the next one that is needed."""
+        """Let the sums of (B, T) values travel with the next numbers that are needed."""
         for one in values:
-            if not any(one is other for other in (*self._asked, *(known for known, _ in self._known))):
-                self._asked.append(one)
+            if not any(one is other for other, _ in (*self._asked, *self._known)):
+                self.tell(one, self.part.sum(one, accumulate_dtype(one.device)).unsqueeze(0))
+
+    def tell(self, name: Tensor, numbers: Tensor) -> None:
+        """Let numbers of this rank, (n, S) in the accumulation dtype, travel too; ``everyones`` gives them by the
+        tensor ``name``."""
+        self._asked.append((name, numbers))
+
+    def everyones(self, name: Tensor) -> Tensor:
+        """Return the numbers of every rank, (ranks, n, S)."""
+        if any(name is one for one, _ in self._asked):
+            names, numbers = zip(*self._asked, strict=True)
+            told = gather(torch.cat(numbers), self.group).split([len(own) for own in numbers], dim=1)
+            self._known.extend(zip(names, told, strict=True))
+            self._asked.clear()
+        return next(told for known, told in self._known if known is name)
 
     def sum(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return per-sequence sums (S,) over all ranks of (B, T) values, added in ``dtype``."""
+        """Return per-sequence sums (S,) over all ranks of (B, T) values, in ``dtype``."""
         self.ask(values)
-        if any(values is one for one in self._asked):
-            sums = ordered_sum(torch.stack(self.part.sums(self._asked, dtype)), self.group)
-            self._known.extend(zip(self._asked, sums.unbind(), strict=True))
-            self._asked.clear()
-        return next(total for known, total in self._known if known is values)
+        return add_in_order(self.everyones(values)[:, 0]).to(dtype)
 
     def sums(self, values: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Return ``sum`` of each, in one collective."""

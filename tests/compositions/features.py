@@ -359,14 +359,6 @@ REFUSALS = (
     ),
     *(one for name, function in _TEACHERS.items() for one in _beside_a_teacher(name, function)),
     *(one for level in _LEVELS for one in _pools(level)),
-    *(
-        Refusal(
-            "grpo_loss: expected level of whole sequences with sequence_group=, whose ranks hold tokens in any order; "
-            f"got '{name}'.",
-            *("grpo_loss, sequence_group", (f"level {name}",)),
-        )
-        for name in ("prefix_product", "prefix_min")
-    ),
     _two_passes("an fp16 gradient is written once its factor is known: announce it, grad_scale=", "fp16"),
     _two_passes(
         "token_losses=True: a row's slope follows from what the caller makes of its loss",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from grpo_kernels import LossOutput, Recorded, Teacher, grpo_loss, linear_grpo_loss
 from grpo_kernels.calls.outputs import TokenLosses
+from grpo_kernels.objectives.config import resolve_config
 
 RANKS = 2
 
@@ -82,8 +83,13 @@ def linear_over_vocabulary(
 
 @torch.compiler.disable
 def over_sequences(logits: Tensor, token_ids: Tensor, *, mask: Tensor, **keywords: Any) -> LossOutput:
-    """grpo_loss of two ranks, which have the even and the odd tokens of every sequence."""
+    """grpo_loss of two ranks, which have the even and the odd tokens of every sequence; where a level asks for their
+    order, the first and the last ones."""
+    config = resolve_config(keywords["config"])
     places = [torch.arange(rank, token_ids.shape[1], RANKS) for rank in range(RANKS)]
+    if config.pooling.running:
+        places = list(torch.arange(token_ids.shape[1]).tensor_split(RANKS))
+        keywords["sequence_layout"] = "contiguous"
     bounds = keywords.pop("cu_seqlens", None)
 
     def of_rank(rank: int) -> LossOutput:
