@@ -29,6 +29,7 @@ from trl_cases import (  # noqa: E402
     with_log_probs,
 )
 
+from grpo_kernels import Divergence  # noqa: E402
 from grpo_kernels.integrations.objectives import AGGREGATIONS, OVER_ITEMS  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch_trl, patched_trl, unpatch_trl  # noqa: E402
 
@@ -448,6 +449,91 @@ def test_metrics_do_not_see_masked_tokens(make, loss_type, level):
 def test_refused_by_name(folder, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         trainer(FusedGRPOTrainer, folder, tmp_path, options=options)
+
+
+# A teacher
+
+
+def teacher_of(**sizes):
+    torch.manual_seed(7)
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(pad_token_id=0, eos_token_id=1, **{**SIZES, **sizes}))
+
+
+def rows_of(model, inputs, temperature):
+    """The model's log-probs of the whole vocabulary at every token of the completions."""
+    ids, attention = (torch.cat([inputs[f"prompt_{n}"], inputs[f"completion_{n}"]], 1) for n in ("ids", "mask"))
+    length = inputs["completion_ids"].shape[1]
+    logits = model(input_ids=ids, attention_mask=attention).logits[:, -length - 1 : -1]
+    return (logits / temperature).log_softmax(-1)
+
+
+@pytest.mark.parametrize(("loss_type", "accumulation"), [("grpo", 1), ("dapo", 4), ("dr_grpo", 4), ("vespo", 1)])
+def test_a_teacher_beside_the_rewards(make, loss_type, accumulation):
+    """TRL's own loss and gradient, and a divergence of the whole rows of both models, weighed as its tokens are."""
+    options = {"loss_type": loss_type, "gradient_accumulation_steps": accumulation, "beta": 0.04, "temperature": 0.8}
+    teacher = teacher_of(hidden_size=48, num_hidden_layers=1)
+    ours, plain = make(options, teacher=teacher, divergence=Divergence("jsd", coef=0.3, mix=0.4))
+    inputs = with_log_probs(batch(tools=True), plain)
+    mask = inputs["completion_mask"] * inputs["tool_mask"]
+    wanted_loss, wanted, wanted_metrics = compute(plain, inputs)
+
+    policy, other = rows_of(plain.model, inputs, 0.8), rows_of(teacher.eval(), inputs, 0.8).detach()
+    mixture = (0.6 * policy.exp() + 0.4 * other.exp()).log()
+    of_other, of_policy = ((p.exp() * (p - mixture)).sum(-1) for p in (other, policy))
+    each = torch.where(mask != 0, 0.4 * of_other + 0.6 * of_policy, 0.0)
+    if loss_type == "grpo":
+        term = (each.sum(-1) / mask.sum(-1).clamp(min=1)).mean() / accumulation
+    elif loss_type == "dr_grpo":
+        term = each.sum() / each.shape[0] / plain.max_completion_length / accumulation
+    else:
+        term = each.sum() / inputs["num_items_in_batch"] * plain.args.steps_per_generation / accumulation
+    names, weights = zip(*plain.model.named_parameters(), strict=True)
+    of_term = dict(zip(names, torch.autograd.grad(0.3 * term, weights), strict=True))
+
+    loss, gradients, metrics = compute(ours, inputs)
+    torch.testing.assert_close(loss, wanted_loss + 0.3 * term.detach(), rtol=1e-5, atol=1e-6)
+    scale = max(float(gradient.abs().max()) for gradient in of_term.values())
+    assert scale > 1e-4
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name] + of_term[name], rtol=1e-4, atol=1e-4 * scale)
+    assert set(metrics) == {*wanted_metrics, "divergence", "teacher_entropy"}
+    assert metrics["divergence"] == pytest.approx(float(each.sum() / mask.sum()), rel=1e-4)
+    entropy = torch.where(mask != 0, -(other.exp() * other).sum(-1), 0.0).sum() / mask.sum()
+    assert metrics["teacher_entropy"] == pytest.approx(float(entropy), rel=1e-4)
+    assert all(weight.grad is None for weight in teacher.parameters())
+
+    ours.divergence = None  # as a callback may
+    loss, _, metrics = compute(ours, inputs)
+    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-6)
+    assert set(metrics) == set(wanted_metrics)
+
+
+def test_a_policy_nears_its_teacher(folder, tmp_path):
+    """In a run: the divergence is logged at every step, falls, and leaves the teacher as it is."""
+    teacher = teacher_of()
+    before = copy.deepcopy(teacher.state_dict())
+    given = {"teacher": teacher, "divergence": Divergence("forward_kl", coef=5.0)}
+    log, _ = run_of(trainer(FusedGRPOTrainer, folder, tmp_path, options={"learning_rate": 0.5}, **given))
+    fallen = [row["divergence"] for row in log]
+    assert len(fallen) == 10
+    assert sum(fallen[-3:]) < 0.9 * sum(fallen[:3]), fallen
+    assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"teacher": True}, r'expected divergence=Divergence\("reverse_kl", coef=0.05\) beside teacher=; got None'),
+        ({"divergence": Divergence()}, "expected teacher= a model of transformers beside divergence=; got None"),
+        ({"teacher": "big", "divergence": Divergence()}, r"got 'big'\.\s+hint: AutoModelForCausalLM.from_pretrained"),
+        ({"teacher": True, "divergence": "reverse_kl"}, "beside teacher=; got 'reverse_kl'"),
+        ({"teacher": True, "divergence": Divergence(), "from_logits": True}, "got from_logits=True"),
+    ],
+)
+def test_what_is_no_teacher_is_refused(folder, tmp_path, given, message):
+    given = {**given, **({"teacher": teacher_of()} if given.get("teacher") is True else {})}
+    with pytest.raises((TypeError, ValueError), match=message):
+        trainer(FusedGRPOTrainer, folder, tmp_path, **given)
 
 
 def test_patch(make):

@@ -8,6 +8,7 @@ and RLOO take log-probs and entropies from.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from .. import hf
 from ..calls.outputs import LossOutput, TokenLogProbs
+from ..objectives.divergence import Divergence
 from .objectives import OVER_ITEMS, UNBOUNDED, sampler_log_probs
-from .trl_options import check_arguments, check_trainer, objective_of
+from .trl_options import check_arguments, check_teacher, check_trainer, objective_of
 
 try:
     from trl import GRPOConfig, GRPOTrainer
@@ -43,19 +45,33 @@ class FusedGRPOTrainer(GRPOTrainer):
         *args, **kwargs: as for ``trl.GRPOTrainer``.
         from_logits: run the model's own head and ``grpo_loss`` on its logits: for a head that ``hf.attach`` cannot
             trace.
+        teacher: a model of transformers over the same vocabulary, of any width, whose distribution the policy learns
+            beside the rewards: it runs on every batch of the loss, in evaluation mode, and makes no logits. It is
+            moved to the trainer's device, and stays whole there.
+        divergence: what is minimised between the two, and its coefficient: ``Divergence("reverse_kl", coef=0.05)``. As
+            ``trainer.divergence`` it may be changed while training.
 
     Raises:
         ValueError: an option of ``GRPOConfig`` that the loss does not have, with the nearest one that it has; a model
             without a head; of a step: a head that ``hf.attach`` refuses.
         RuntimeError: another version of TRL.
-        TypeError: a class of the hierarchy that changes a method which this loss replaces, and would be passed over.
+        TypeError: a class of the hierarchy that changes a method which this loss replaces, and would be passed over;
+            one of ``teacher`` and ``divergence`` without the other.
     """
 
     entropy_coef: float
     _entropy_window_stats: Tensor | None
 
-    def __init__(self, *args: Any, from_logits: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        from_logits: bool = False,
+        teacher: torch.nn.Module | None = None,
+        divergence: Divergence | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_version("FusedGRPOTrainer")
+        check_teacher(teacher, divergence, from_logits)
         _check_overrides(type(self), type(self)._compute_loss is not FusedGRPOTrainer._compute_loss)
         given = kwargs.get("args") or next((value for value in args if isinstance(value, GRPOConfig)), None)
         if given is not None:
@@ -65,6 +81,8 @@ class FusedGRPOTrainer(GRPOTrainer):
         with contextlib.nullcontext() if own or cast else _adapted_head_allowed():
             super().__init__(*args, **kwargs)
         self._from_logits = from_logits
+        self.divergence = divergence
+        self._ask_teacher = None if teacher is None else hf.teacher(teacher.to(self.accelerator.device))
         for model in (self.model, self.ref_model):
             if model is not None:
                 self.attach_loss(model)
@@ -131,8 +149,13 @@ class FusedGRPOTrainer(GRPOTrainer):
         if self.aux_loss_enabled:
             grpo["aux_loss_coef"] = self.router_aux_loss_coef
             grpo["micro_batches"] = accumulated if normalizer is not None else None
-        returned, out = self._loss_of(model, inputs, {**grpo, "config": objective_of(self).config(folded)})
+        config = objective_of(self).config(folded)
+        if self._ask_teacher is not None and self.divergence is not None:
+            config = dataclasses.replace(config, divergence=self.divergence)
+        returned, out = self._loss_of(model, inputs, {**grpo, "config": config})
         self._log_step(mode, inputs, mask, out, grpo)
+        if config.divergence is not None:
+            self._log_divergence(self._metrics[mode], out)
         loss: Tensor = returned.loss * scale
         return loss
 
@@ -158,10 +181,14 @@ class FusedGRPOTrainer(GRPOTrainer):
         inside: list[Any] = []
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", "fused_lm_head")}
         inputs["logits_to_keep"] = grpo["token_ids"].shape[1] + 1
-        config = hf.causal_model(model, "FusedGRPOTrainer").config.get_text_config()
-        if getattr(config, "output_router_logits", False):  # which TRL asks for where its trainer has a coefficient
+        of_text = hf.causal_model(model, "FusedGRPOTrainer").config.get_text_config()
+        if getattr(of_text, "output_router_logits", False):  # which TRL asks for where its trainer has a coefficient
             inputs.setdefault("output_router_logits", False)
+        config = grpo.get("config")
         with self.accelerator.autocast():
+            if self._ask_teacher is not None and config is not None and config.divergence is not None:
+                own = {name: value for name, value in inputs.items() if name != "output_router_logits"}
+                grpo = {**grpo, "teacher": self._ask_teacher(**own)}
             returned = model(**inputs, grpo=hf.batch(**grpo, receive=inside.append))
         if not inside:
             raise RuntimeError(
@@ -234,6 +261,12 @@ class FusedGRPOTrainer(GRPOTrainer):
             self._control_entropy(mode, out.entropy, mask)
         if out.aux_loss is not None:
             metrics["aux_loss"].append(self.accelerator.gather_for_metrics(out.aux_loss).mean().item())
+
+    def _log_divergence(self, metrics: dict[str, list[float]], out: LossOutput) -> None:
+        """Log the mean divergence of the live tokens of every rank, and how unsure the teacher is."""
+        for name in ("divergence", "teacher_entropy"):
+            value = getattr(out.metrics, name).detach()
+            metrics[name].append(self.accelerator.gather(value).nanmean().item())
 
     def _log_bounds(
         self,

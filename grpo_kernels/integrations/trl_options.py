@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from ..objectives.checks import fail
+from ..objectives.divergence import Divergence
 from .objectives import AGGREGATIONS, LEVELS, UNBOUNDED, Objective
 
 
@@ -19,6 +23,28 @@ def check_arguments(args: Any, from_logits: bool) -> None:
     bonus = args.entropy_coef != 0 or args.use_adaptive_entropy
     if bonus and args.top_entropy_quantile < 1.0:
         _refuse("an entropy bonus with top_entropy_quantile < 1", "either of them")
+
+
+def check_teacher(teacher: Any, divergence: Any, from_logits: bool) -> None:
+    """Refuse, by name, what is no teacher with a divergence, and no loss that has one."""
+    if teacher is None and divergence is None:
+        return
+    function, learned = "FusedGRPOTrainer", 'Divergence("reverse_kl", coef=0.05)'
+    if not isinstance(teacher, nn.Module):
+        hint = "AutoModelForCausalLM.from_pretrained(...); divergence= is a distance from it"
+        fail(
+            function, "teacher= a model of transformers beside divergence=", _named(teacher), hint=hint, error=TypeError
+        )
+    if not isinstance(divergence, Divergence):
+        expected, hint = f"divergence={learned} beside teacher=", "what is minimised between the two"
+        fail(function, expected, _named(divergence), hint=hint, error=TypeError)
+    if from_logits:
+        hint = "without from_logits=True it is made from the hidden states of both"
+        fail(function, "teacher= beside hidden states", "from_logits=True", hint=hint)
+
+
+def _named(value: Any) -> str:
+    return repr(value) if value is None or isinstance(value, str) else type(value).__name__
 
 
 def check_trainer(trainer: Any) -> None:
