@@ -11,6 +11,7 @@ import random
 
 import pytest
 import torch
+from cases import RUNNING
 
 from grpo_kernels import (
     KL,
@@ -27,6 +28,7 @@ from grpo_kernels import (
     Unclipped,
     Vespo,
     match,
+    policy_loss,
     shadow,
 )
 from grpo_kernels.__main__ import main
@@ -287,6 +289,54 @@ def test_other_surrogates_are_read_back(surrogate, level):
 )  # fmt: skip
 def test_other_kl_gradients_are_read_back(kl):
     read_back(LossConfig(kl=kl, log_ratio_limit=None))
+
+
+def prefixes():
+    """Surrogates and levels of prefixes, in turn with aggregations, KLs, limits and entropy bonuses."""
+    surrogates = [*(one for one in SURROGATES if one.uses_ratio), Vespo(), Sapo(), Cispo(low=0.2, high=0.28)]
+    for n, (surrogate, level) in enumerate(itertools.product(surrogates, RUNNING)):
+        kl, aggregation = PENALTIES[n % len(PENALTIES)], AGGREGATIONS[n % len(AGGREGATIONS)]
+        limit = 20.0 if isinstance(surrogate, (Vespo, Sapo, Cispo)) else (20.0, None, 10.0)[n % 3]
+        more = {"log_ratio_limit": limit, "entropy_coef": 0.01 * (n % 2)}
+        config = LossConfig(surrogate, level, kl=kl, **more, **aggregation)
+        yield pytest.param(config, marks=[] if n % 4 < 1 else [pytest.mark.nightly], id=source_of(config))
+
+
+@pytest.mark.parametrize("config", prefixes())
+def test_levels_of_prefixes_are_read_back(config):
+    read_back(config)
+
+
+SAMPLERS = (
+    KL(0.1), KL(0.1, "k2", limit=FREE), KL(0.1, "k1", limit=FREE), KL(0.1, "abs", limit=FREE),
+    KL(0.5, limit=(20.0, 10.0)), KL(0.1, ratio_weighted=True, limit=FREE), KL(0.02, gradient="straight_through_k2"),
+    KL(0.1, "k2", "score_function", limit=FREE), KL(0.1, "k3", "weighted_k2", limit=FREE, ratio_cap=5.0),
+)  # fmt: skip
+
+
+def samplers():
+    for n, kl in enumerate(SAMPLERS):
+        yield pytest.param(kl, marks=[] if n in (0, 4) else [pytest.mark.nightly], id=str(kl))
+
+
+@pytest.mark.parametrize("to", ["rollout_log_probs", "old_log_probs"])
+@pytest.mark.parametrize("kl", samplers())
+def test_kls_to_the_sampler_are_read_back(kl, to):
+    """Beside one to the reference; to the old policy where the loss knows no other sampler."""
+    reference_kl = KL(0.02, "k2", limit=FREE)
+    config = LossConfig(Clip(0.2, 0.28), aggregation="token_mean", kl=reference_kl, rollout_kl=kl, log_ratio_limit=None)
+
+    def loss(log_probs, token_ids, advantages, mask, old_log_probs, ref_log_probs, rollout_log_probs=None):
+        given = {"old_log_probs": old_log_probs, "ref_log_probs": ref_log_probs, "config": config}
+        return policy_loss(log_probs, advantages, mask, rollout_log_probs=rollout_log_probs, **given).loss
+
+    def beside_a_sampler(log_probs, token_ids, advantages, mask, old_log_probs, ref_log_probs, rollout_log_probs):
+        return loss(log_probs, token_ids, advantages, mask, old_log_probs, ref_log_probs, rollout_log_probs)
+
+    report = match(loss if to == "old_log_probs" else beside_a_sampler)
+    assert report.matched, str(report)
+    assert source_of(report.config) == source_of(config), str(report)
+    assert ("rollout_log_probs=rollout_log_probs" in report.lines[-1]) == (to == "rollout_log_probs")
 
 
 def test_a_cap_below_one_is_told():

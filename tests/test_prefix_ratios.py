@@ -9,7 +9,18 @@ import torch
 from cases import RUNNING, SURROGATES, make, sampler
 from test_oracle import assert_same, problem_of, small
 
-from grpo_kernels import KL, Clip, LossConfig, MaskedIS, Unclipped, grpo_loss, linear_grpo_loss, match, policy_loss
+from grpo_kernels import (
+    KL,
+    Cispo,
+    Clip,
+    LossConfig,
+    MaskedIS,
+    Unclipped,
+    grpo_loss,
+    linear_grpo_loss,
+    match,
+    policy_loss,
+)
 from grpo_kernels.objectives.running import backward_scan, forward_scan, running_least
 from grpo_kernels.objectives.sequences import Packed
 from grpo_kernels.verification import reference
@@ -307,16 +318,97 @@ def test_in_a_compiled_graph():
     torch.testing.assert_close(leaf.grad, wanted, rtol=1e-8, atol=1e-13)
 
 
+def up_to(log_ratio, mask, level):
+    """Log-ratios of prefixes as they are written by hand; 0 where the mask is."""
+    if level == "prefix_product":
+        return (log_ratio * mask).cumsum(-1) * mask
+    return torch.where(mask > 0, torch.where(mask > 0, log_ratio, torch.inf).cummin(-1).values, 0.0)
+
+
+def clipped(log_ratio, advantages):
+    return -torch.minimum(log_ratio.exp() * advantages, log_ratio.exp().clamp(0.8, 1.3) * advantages)
+
+
 @levels
-def test_match_does_not_take_it_for_another(level):
-    """Its ratios follow from other tokens: nothing that match knows, which is said, and no config is given."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_match_finds_it(level, dtype):
+    def loss(log_probs, old_log_probs, ref_log_probs, advantages, mask):
+        tensors = (log_probs, old_log_probs, ref_log_probs, advantages[:, None], mask)
+        log_probs, old_log_probs, ref_log_probs, advantages, mask = (each.to(dtype) for each in tensors)
+        distance = ref_log_probs - log_probs
+        terms = clipped(up_to(log_probs - old_log_probs, mask, level), advantages)
+        terms = terms + 0.04 * (distance.exp() - distance - 1)
+        return (terms * mask).sum() / mask.sum()
+
+    report = match(loss)
+    kl = KL(0.04, limit=(None, None))
+    assert report.matched, report
+    assert report.config == LossConfig(Clip(0.2, 0.3), level, aggregation="token_mean", kl=kl, log_ratio_limit=None)
+
+
+@levels
+def test_match_finds_it_from_logits(level):
+    """Equal ratios are so but for rounding, which is not that of match."""
+
+    def loss(logits, token_ids, old_log_probs, advantages, mask):
+        scaled = logits[:, :-1] / 0.8
+        log_probs = scaled.gather(-1, token_ids[..., None]).squeeze(-1) - scaled.logsumexp(-1)
+        terms = clipped(up_to(log_probs - old_log_probs, mask, level), advantages[:, None])
+        return (terms * mask).sum(-1).mean() / 40
+
+    report = match(loss)
+    assert report.matched, report
+    assert (report.config.level, report.config.surrogate, report.temperature) == (level, Clip(0.2, 0.3), 0.8)
+    assert report.config.constant_length == 40
+
+
+@levels
+def test_match_finds_weights_of_prefixes(level):
+    """Detached: a token's slope is its own."""
 
     def loss(log_probs, old_log_probs, advantages, mask):
-        return policy_loss(
-            log_probs, advantages, mask, old_log_probs=old_log_probs, config=LossConfig(level=level)
-        ).loss
+        weight = up_to(log_probs - old_log_probs, mask, level).detach().exp().clamp(max=3.0)
+        return -(weight * advantages[:, None] * log_probs * mask).sum() / mask.sum()
 
-    assert not match(loss)
+    report = match(loss)
+    assert report.matched, report
+    assert (report.config.surrogate, report.config.level) == (Cispo(cap=3.0), level)
+
+
+def test_match_knows_which_of_equal_ratios_has_the_slope():
+    """On the policy itself the first token alone would learn."""
+
+    def loss(log_probs, old_log_probs, advantages, mask):
+        least, leasts = torch.full_like(log_probs[:, 0], 100.0), []
+        for live, log_ratio in zip(mask.T > 0, (log_probs - old_log_probs).T, strict=True):
+            least = torch.where(live & (log_ratio < least), log_ratio, least)
+            leasts.append(least)
+        terms = clipped(torch.where(mask > 0, torch.stack(leasts, -1), 0.0), advantages[:, None])
+        return (terms * mask).sum() / mask.sum()
+
+    report = match(loss)
+    assert not report
+    assert report.strange == (
+        "of equal ratios of a prefix another than the last has the slope: on the policy itself, where all are 1, "
+        "tokens have none (torch.cummin takes the last)",
+    )
+
+
+def test_match_takes_no_other_prefix_for_one_of_ours():
+    """The largest ratio of a prefix, and the mean, are no level."""
+
+    def largest(log_probs, old_log_probs, advantages, mask):
+        log_ratio = -up_to(old_log_probs - log_probs, mask, "prefix_min")
+        return (clipped(log_ratio, advantages[:, None]) * mask).sum() / mask.sum()
+
+    def mean(log_probs, old_log_probs, advantages, mask):
+        log_ratio = up_to(log_probs - old_log_probs, mask, "prefix_product") / mask.cumsum(-1).clamp(min=1)
+        return (clipped(log_ratio, advantages[:, None]) * mask).sum() / mask.sum()
+
+    for loss in (largest, mean):
+        report = match(loss)
+        assert not report
+        assert "nor the product or the least of those up to it" in report.strange[0]
 
 
 def test_reference_pools_as_it_says():

@@ -21,6 +21,7 @@ from grpo_kernels import (
     grpo_loss,
     hf,
     linear_grpo_loss,
+    match,
     policy_loss,
 )
 
@@ -266,3 +267,83 @@ def test_prime_rl_beside_a_reference():
     loss.backward()
     torch.testing.assert_close(out.loss, loss.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(gradient, leaf.grad, rtol=1e-8, atol=1e-12)
+
+
+# As match finds it
+
+
+def k3(log_probs, other):
+    return (other - log_probs).exp() - (other - log_probs) - 1
+
+
+def clipped(log_probs, old, advantages):
+    ratio, advantages = (log_probs - old).exp(), advantages[:, None]
+    return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+
+
+def mean(values, mask):
+    return (values * mask).sum() / mask.sum()
+
+
+def weighed(lp, old, rollout_logps, A, mask):
+    rho = (old - rollout_logps).exp().clamp(max=2.0)
+    return mean(rho * clipped(lp, old, A) + 0.05 * (lp - rollout_logps) ** 2, mask)
+
+
+def without_a_ratio(lp, old, A, mask):
+    return mean(0.1 * k3(lp, old) - lp * A[:, None], mask)
+
+
+def of_a_sampler_alone(lp, rollout_logps, A, mask):
+    return mean(clipped(lp, rollout_logps, A) + 0.1 * k3(lp, rollout_logps), mask)
+
+
+def of_prefixes(lp, old, A, mask):
+    products = ((lp - old) * mask).cumsum(-1)
+    return mean(clipped(products, torch.zeros_like(old), A) + 0.1 * k3(lp, old), mask)
+
+
+TOKENS = {"aggregation": "token_mean", "log_ratio_limit": None}
+FREE = {"limit": (None, None)}
+
+
+@pytest.mark.parametrize(
+    ("loss", "config", "given"),
+    [
+        (weighed, LossConfig(rollout=TruncatedIS(2.0), rollout_kl=KL(0.1, "k2", **FREE), **TOKENS), "old rollout"),
+        (
+            without_a_ratio,
+            LossConfig(Reinforce(), rollout_kl=KL(0.1, **FREE), aggregation="token_mean"),
+            "old",
+        ),
+        (of_a_sampler_alone, LossConfig(rollout_kl=KL(0.1, **FREE), **TOKENS), "old"),
+        (of_prefixes, LossConfig(level="prefix_product", rollout_kl=KL(0.1, **FREE), **TOKENS), "old"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_match_finds_it(loss, config, given):
+    report = match(loss)
+    assert report.matched, str(report)
+    assert report.config == config, str(report)
+    for name in ("old", "rollout"):
+        assert (f"{name}_log_probs=" in report.lines[-1].replace("=rollout_log_probs", "=")) == (name in given.split())
+
+
+def test_match_names_faults_of_it():
+    def wrong_sign(lp, old, rollout_logps, A, mask):
+        return mean(clipped(lp, old, A) - 0.1 * k3(lp, rollout_logps), mask)
+
+    def adaptive(lp, old, rollout_logps, A, mask):
+        kl = k3(lp, rollout_logps)
+        return mean(clipped(lp, old, A) + 0.1 * (1 + mean(kl, mask).detach()) * kl, mask)
+
+    def of_its_own(lp, old, rollout_logps, A, mask):
+        kl = (k3(lp, rollout_logps) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+        return mean(clipped(lp, old, A), mask) + 0.1 * kl.mean()
+
+    reports = [match(loss) for loss in (wrong_sign, adaptive, of_its_own)]
+    assert not any(reports)
+    assert reports[0].faults == ("the sign of the KL term is wrong: it rewards distance",)
+    assert reports[0].config.rollout_kl == KL(0.1, **FREE)
+    assert "give it as rollout_kl_coef=" in reports[1].strange[0]
+    assert "the KL term has an aggregation of its own" in reports[2].strange[0]

@@ -47,11 +47,15 @@ class Field:
         """``factor`` at a number, measured once."""
 
     def factor(self, x: Tensor | float) -> Tensor:
-        """Return (L, T) at pooled log-ratios, a number or (L, T); NaN where a token is not live."""
+        """Return (L, T) at pooled log-ratios, a number or (L, T); NaN where a token is not live, and where a KL to the
+        old policy or the sampler is so steep that subtraction leaves nothing of what a ratio could give."""
         per_lane = torch.as_tensor(x, dtype=torch.float64).expand(self.sign.shape)
-        parts = zip(per_lane.split(len(self.shares)), self.advantages, self.sizes, strict=True)
-        slopes = [self.probe.policy(self.known, lane / self.shares, A) / size for lane, A, size in parts]
-        return torch.where(self.live, torch.cat(slopes), torch.nan)
+        factors = []
+        for lane, A, size in zip(per_lane.split(len(self.shares)), self.advantages, self.sizes, strict=True):
+            slopes, beside = self.probe.policy_beside(self.known, lane / self.shares, A)
+            lost = 1e-15 * (beside / size).abs() > 1e-4 * torch.exp(lane.clamp(max=0))
+            factors.append(torch.where(lost, torch.nan, slopes / size))
+        return torch.where(self.live, torch.cat(factors), torch.nan)
 
     @functools.cached_property
     def grid(self) -> Tensor:
@@ -86,13 +90,19 @@ class Field:
         lanes = points[:, None, None] * (torch.ones_like(self.sign) if reach is None else reach)
         factors = [self.at(float(x)) for x in points] if reach is None else [self.factor(lane) for lane in lanes]
         beyond = torch.stack([self._is_zero(factor, lane) for factor, lane in zip(factors, lanes, strict=True)])
+        for k, factor in enumerate(factors[1:], 1):  # what cannot be told is as nearer by
+            beyond[k] = torch.where(self._of_first(factor.isnan()), beyond[k - 1], beyond[k])
         found = edges(lambda x: self._is_zero(self.factor(x), x), lanes, beyond)
         return torch.where(self.live, found, torch.inf)
 
     def _is_zero(self, factor: Tensor, x: Tensor) -> Tensor:
         """Whether factors at (L, T) are smaller than a ratio this side of the bounds can make them."""
         zero = factor.abs() <= 1e-3 * torch.exp(x.clamp(max=0))
-        return zero.gather(-1, self.first).expand_as(zero) if self.pooled else zero
+        return self._of_first(zero)
+
+    def _of_first(self, values: Tensor) -> Tensor:
+        """Return (L, T) values, where ratios are pooled those of the first live token for all of a lane."""
+        return values.gather(-1, self.first).expand_as(values) if self.pooled else values
 
     def misfit(self, surrogate: Surrogate, limit: float | None = None, scale: float = 1.0) -> float:
         """Return the largest relative distance of slopes from the surrogate's on the grid, away from its edges.

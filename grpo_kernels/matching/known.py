@@ -39,6 +39,8 @@ class Precision(NamedTuple):
     """Largest difference of a token's gradient in a loss that counts as reproduced."""
     step: float
     """The smallest log-ratio whose effect is told from rounding; 1e-4 is inside of every clip, GSPO's 3e-4 too."""
+    order: float
+    """The smallest difference of two log-ratios of which one is the lower to the loss as well."""
 
     @property
     def floor(self) -> float:
@@ -46,9 +48,13 @@ class Precision(NamedTuple):
         return min(0.1, 10 * self.matched) if self.name else 1e-6
 
 
-EXACT = Precision("", 1e-9, 1e-7, 1e-8, 1e-6, 1e-4)
-SINGLE = Precision("fp32", 5e-6, 2e-2, 2e-3, 1e-3, 1e-4)
-HALF = Precision("bf16 or fp16", 1e-2, 8e-2, 5e-2, 0.1, 5e-2)
+EXACT = Precision("", 1e-9, 1e-7, 1e-8, 1e-6, 1e-4, 1e-12)
+SINGLE = Precision("fp32", 5e-6, 2e-2, 2e-3, 1e-3, 1e-4, 2e-5)
+HALF = Precision("bf16 or fp16", 1e-2, 8e-2, 5e-2, 0.1, 5e-2, 0.2)
+
+
+RUNNING = ("prefix_product", "prefix_min")
+"""The levels of prefixes."""
 
 
 class Said(NamedTuple):
@@ -123,11 +129,15 @@ class Known:
     whitening: Whitening = Whitening()
     level: LevelName = "token"
     carries: bool = True
-    """A product of ratios carries gradient: it hands each token the weight of its whole sequence."""
+    """A product of ratios, or a ratio of a prefix, carries gradient: each token gets the weights of all whose ratio it
+    is in."""
     weights: Weights = Weights()
     surrogate: Surrogate = Unclipped()
     log_ratio_limit: float | None = None
     kl: KL = KL()
+    rollout_kl: KL = KL()
+    sampler: Literal["rollout", "old"] = "rollout"
+    """Whose log-probs the second KL is taken to."""
     entropy_coef: float = 0.0
     entropy_aggregation: Literal["token_mean"] | None = None
     rollout: tuple[Rollout, ...] = ()
@@ -159,6 +169,21 @@ class Known:
         """Return (B, 1), how many tokens of a sequence the loss counts, at least 1."""
         return self.counted(batch).sum(-1, keepdim=True).clamp(min=1).double()
 
+    def own(self, log_ratio: Tensor, batch: Batch) -> Tensor:
+        """Return (B, T) log-ratios of tokens whose pooled ones these are, where the level is one of prefixes; of leasts
+        those that do not rise, each a little lower than the one before, since of equal ones it is not told which."""
+        if self.level == "prefix_product":
+            return _less_the_former(log_ratio, self.counted(batch))
+        if self.level == "prefix_min":
+            return log_ratio.cummin(-1).values - self.precision.order * torch.arange(log_ratio.shape[-1])
+        return log_ratio
+
+    def of_pooled(self, slopes: Tensor, batch: Batch) -> Tensor:
+        """Return (B, T) slopes in pooled log-ratios from those of tokens, at log-ratios that are ``own``."""
+        if self.level == "prefix_product" and self.carries:
+            return _less_the_former(slopes.flip(-1), self.counted(batch).flip(-1)).flip(-1)
+        return slopes
+
     def effective(self, advantages: Tensor, batch: Batch) -> Tensor:
         """Return the advantages, (B,) or (B, T), after whatever the loss does to those of sequences."""
         return self.whitening.apply(advantages, self.counted(batch)) if advantages.dim() == 1 else advantages
@@ -166,6 +191,16 @@ class Known:
     def bounds(self) -> list[float]:
         """Return the log-ratios at which the surrogate's slopes may jump."""
         return [math.log(bound) for bound in self.surrogate.parameters() if 0 < bound < math.exp(5)]
+
+    @property
+    def takes_old(self) -> bool:
+        """Whether ours is given old log-probs."""
+        return self.uses_ratio or (self.rollout_kl.coef != 0 and self.sampler == "old")
+
+    @property
+    def takes_rollout(self) -> bool:
+        """Whether ours is given the sampler's."""
+        return bool(self.rollout) or (self.rollout_kl.coef != 0 and self.sampler == "rollout")
 
     @property
     def factor(self) -> float:
@@ -177,8 +212,9 @@ class Known:
         """The config, with a fault's parts as the loss has them."""
         level = self.level if self.surrogate.uses_ratio else "token"
         return LossConfig(
-            self.surrogate, level, kl=self.kl, entropy_coef=self.entropy_coef, rollout=self.rollout,
-            entropy_aggregation=self.entropy_aggregation, log_ratio_limit=self.log_ratio_limit, **self._aggregation(),
+            self.surrogate, level, kl=self.kl, rollout_kl=self.rollout_kl, entropy_coef=self.entropy_coef,
+            rollout=self.rollout, entropy_aggregation=self.entropy_aggregation, log_ratio_limit=self.log_ratio_limit,
+            **self._aggregation(),
         )  # fmt: skip
 
     def _aggregation(self) -> dict[str, Any]:
@@ -194,3 +230,11 @@ class Known:
         if w.denominator == "sequences" and length > 15.5 and abs(length - round(length)) < 1e-6 * length:
             return {"aggregation": "constant", "constant_length": round(length)}
         return {"aggregation": "sequence_sum"}
+
+
+def _less_the_former(values: Tensor, counted: Tensor) -> Tensor:
+    """Return (B, T) values less that of the counted token before, at counted tokens; others as they are."""
+    latest = torch.where(counted, torch.arange(values.shape[-1]), -1).cummax(-1).values
+    former = torch.nn.functional.pad(latest, (1, 0), value=-1)[:, :-1]
+    before = torch.where(former < 0, 0.0, values.gather(-1, former.clamp(min=0)))
+    return torch.where(counted, values - before, values)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..objectives.kl import KL, kl_terms
 from ..objectives.rollout import MaskedIS, Rejection, Rollout, TruncatedIS
-from ..objectives.surrogates import Point
-from .batch import Batch, taken
-from .known import Known, Said, Step, said
+from ..objectives.surrogates import Dro, Point
+from .batch import Batch, Inputs, taken
+from .known import DIFFERENCE, RUNNING, Known, Said, Step, said
 from .numbers import edges, plain, spread
-from .probe import Probe
+from .probe import Probe, Slopes
 from .weighing import measure
 from .weights import Measured, fit_weights, patterns
 
@@ -38,53 +38,114 @@ def _weights(probe: Probe, known: Known) -> Tensor:
 
 
 class _Penalty:
-    """Slopes of the loss in the distance from the reference, at advantages of 0."""
+    """Slopes of the loss in the distance from another policy, at advantages of 0.
 
-    def __init__(self, probe: Probe, known: Known) -> None:
-        self.probe, self.known = probe, known
+    Args:
+        other: whose log-probs are moved; with the old ones the ratio is.
+    """
+
+    def __init__(self, probe: Probe, known: Known, other: Literal["ref", "rollout", "old"] = "ref") -> None:
+        self.probe, self.known, self.other = probe, known, other
         self.counted = known.counted(probe.batch)
         self.weights = _weights(probe, known)
         self.live = self.counted & (self.weights != 0)
-        if known.level == "sequence_product" and bool((self.counted.sum(-1) == 1).any()):
+        self.none = max(1e-9, 0.1 * known.precision.same) * float(self.weights.abs().max())
+        """The size of slopes that are none."""
+        self.ratios = (1.0,) if other == "old" else (1.0, 1.5)
+        """At which curves tell the kinds apart."""
+        summed = known.level in ("sequence_product", *RUNNING)
+        if summed and bool((self.counted.sum(-1) == 1).any()):
             # A ratio that weighs the KL couples the other tokens.
             self.live = self.live & (self.counted.sum(-1, keepdim=True) == 1)
 
-    def slopes(self, x: Tensor | float, ratio: float = 1.0, batch: Batch | None = None) -> Tensor:
+    def at(self, x: Tensor | float, ratio: float = 1.0, batch: Batch | None = None) -> Slopes:
+        """Return the loss where tokens are at a distance from the other policy."""
+        probe, known, zero = self.probe, self.known, self.probe.zeros(batch)
+        if self.other == "old":
+            return probe.at(known.but(level="token", ratio=DIFFERENCE), x, zero, batch=batch)
+        inputs = probe.inputs(known, math.log(ratio), zero, x if self.other == "ref" else 0.0, batch)
+        if self.other == "rollout":
+            inputs = dataclasses.replace(inputs, rollout=known.log_probs(inputs.batch) - x)
+        return probe.slopes(known, inputs)
+
+    def slopes(self, x: Tensor | float, batch: Batch | None = None) -> Tensor:
         """Return (B, T)."""
-        zero = self.probe.zeros(batch)
-        return torch.nan_to_num(self.probe.at(self.known, math.log(ratio), zero, x, batch).slope)
+        return torch.nan_to_num(self.at(x, batch=batch).slope)
+
+    def is_there(self) -> bool:
+        """Whether the value follows the distance; towards the reference, or the slopes, which the old log-probs move
+        where its KL is weighed by the ratio."""
+        one, other = self.at(0.5), self.at(-1.0)
+        moved = abs(one.loss - other.loss)
+        if self.other == "ref":
+            moved = max(moved, float((one.slope.nan_to_num() - other.slope.nan_to_num()).abs().max()))
+        return moved >= self.none
+
+    def predicted(self, kl: KL, x: Tensor, ratio: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Return values and slopes of a penalty, (n,) each, at distances x and one ratio."""
+        r = x.exp() if self.other == "old" else torch.full_like(x, ratio)
+        t = kl_terms(kl, x, r)
+        return (t.value * r, t.slope_with_ratio * r) if kl.ratio_weighted else (t.value, t.slope)
 
     def curves(self, points: Tensor, ratio: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return values per weight, less the first, and slopes over weight, at points of any shape; a mean of tokens.
 
-        A spring of the surrogate's own is taken off the slopes.
+        What the surrogate's own spring and the KL to the sampler have of the slopes is taken off those in the distance
+        from the reference.
         """
-        zero, log_ratio = self.probe.zeros(), math.log(ratio)
-        at = [self.probe.at(self.known, log_ratio, zero, float(x)) for x in points.flatten()]
+        at = [self.at(float(x), ratio) for x in points.flatten()]
         values = torch.tensor([one.loss - at[0].loss for one in at], dtype=torch.float64)
         values = values / self.weights[self.counted].sum()
         slopes = torch.stack([(one.slope.nan_to_num() / self.weights)[self.live].mean() for one in at])
-        one, x = torch.ones(()).double(), torch.tensor(log_ratio, dtype=torch.float64)
+        if self.other == "ref":
+            slopes = slopes - self._beside(ratio)
+        return values.view(points.shape), slopes.view(points.shape)
+
+    def _beside(self, ratio: float) -> Tensor:
+        one, x = torch.ones(()).double(), torch.tensor(math.log(ratio), dtype=torch.float64)
         own = self.known.surrogate.terms(Point(-one, x, x.exp(), 0 * one, -one - x))
-        return values.view(points.shape), slopes.view(points.shape) - (own.slope + own.direct)
+        to_sampler = kl_terms(self.known.rollout_kl, x, x.exp())  # the sampler's log-probs are the old ones
+        weight = x.exp() if self.known.rollout_kl.ratio_weighted else one
+        slope = to_sampler.slope_with_ratio if self.known.rollout_kl.ratio_weighted else to_sampler.slope
+        return own.slope + own.direct + self.known.rollout_kl.coef * weight * slope
 
     def measure(self, batch: Batch) -> Measured:
         """Return its own weights, those of slopes at one distance."""
         counted = self.known.counted(batch)
-        return Measured(self.slopes(0.5, 1.0, batch), counted, counted, batch.mask)
+        return Measured(self.slopes(0.5, batch), counted, counted, batch.mask)
+
+
+def find_sampler_kl(probe: Probe, known: Known) -> Step:
+    """Find the penalty towards the sampler; or towards the old policy, which is to us that of no other sampler."""
+    others: dict[Literal["rollout", "old"], str] = {"rollout": "rollout_log_probs", "old": "old_log_probs"}
+    for other, role in others.items():
+        if not probe.caller.takes(role) or (other == "old" and isinstance(known.surrogate, Dro)):
+            continue
+        penalty = _Penalty(probe, known, other)
+        if penalty.is_there():
+            kl, says = _penalty_of(penalty)
+            return known.but(rollout_kl=kl, sampler=other), says
+    return known, []
 
 
 def find_kl(probe: Probe, known: Known) -> Step:
-    """Find the penalty's estimator, gradient, clamps and coefficient, and whether it is one of ours."""
+    """Find the penalty towards the reference."""
     if not probe.caller.takes("ref_log_probs"):
         return known, []
-    penalty, precise = _Penalty(probe, known), known.precision
-    near = penalty.slopes(0.5)
-    says = _coupled(probe, known, penalty, near)
-    none = max(1e-9, 0.1 * precise.same) * penalty.weights.abs().max()
-    if not bool((torch.stack([near, penalty.slopes(-1.0)]).abs() >= none).any()):
+    penalty = _Penalty(probe, known)
+    says = _elsewhere(probe, known, penalty)
+    if not penalty.is_there():
         return known, says
-    says += [said("kl_unmasked")] if bool(near[~penalty.counted].any()) else []
+    kl, found = _penalty_of(penalty, says)
+    return known.but(kl=kl), found
+
+
+def _penalty_of(penalty: _Penalty, elsewhere: list[Said] | None = None) -> tuple[KL, list[Said]]:
+    """Return the penalty's estimator, gradient, clamps and coefficient, and whether it is one of ours."""
+    probe, precise = penalty.probe, penalty.known.precision
+    near = penalty.slopes(0.5)
+    says = _coupled(penalty, near) or elsewhere or []
+    says = [*says, *([said("kl_unmasked")] if bool(near[~penalty.counted].any()) else [])]
     if spread((near / penalty.weights)[penalty.live]) > 10 * precise.close:
         own = fit_weights(list(taken(penalty.measure, probe.batches())), precise.same)
         if own.spread <= 10 * precise.close:
@@ -94,18 +155,33 @@ def find_kl(probe: Probe, known: Known) -> Step:
             says.append(said("kl_weights"))
     kl, found = _fit_kl(penalty)
     if any(one.key.startswith("kl_follows") for one in says):
-        return known.but(kl=dataclasses.replace(kl, limit=(None, None))), says
-    return known.but(kl=kl), [*says, *found, *([said("kl_sign")] if kl.coef < 0 else [])]
+        return dataclasses.replace(kl, limit=(None, None)), says
+    return kl, [*says, *found, *([said("kl_sign")] if kl.coef < 0 else [])]
 
 
-def _coupled(probe: Probe, known: Known, penalty: _Penalty, near: Tensor) -> list[Said]:
-    """Say it where a token's slope follows other sequences' distances, or the advantages."""
+def _coefficient(penalty: _Penalty) -> str:
+    return "kl_coef" if penalty.other == "ref" else "rollout_kl_coef"
+
+
+def _coupled(penalty: _Penalty, near: Tensor) -> list[Said]:
+    """Say it where a token's slope follows other sequences' distances."""
+    probe, known = penalty.probe, penalty.known
     close, size = max(1e-6, known.precision.close), penalty.weights.abs().max()
     still = torch.arange(probe.batch.shape[0]) % 2 == 0
     far, moved = (torch.where(still, *pair).double()[:, None] for pair in ((0.5, 3.0), (0.0, 1.0)))
-    for others in (penalty.slopes(far), torch.nan_to_num(probe.at(known, moved, probe.zeros(), 0.5).slope)):
+    everyones = [penalty.slopes(far)]
+    if penalty.other == "ref":
+        everyones.append(torch.nan_to_num(probe.at(known, moved, probe.zeros(), 0.5).slope))
+    for others in everyones:
         if bool(((others - near).abs() > close * near.abs() + 1e-9 * size)[still].any()):
-            return [said("kl_follows_batch")]
+            return [said("kl_follows_batch", coef=_coefficient(penalty))]
+    return []
+
+
+def _elsewhere(probe: Probe, known: Known, penalty: _Penalty) -> list[Said]:
+    """Say it where what a token's slope has of the reference follows the advantages."""
+    close, size = max(1e-6, known.precision.close), penalty.weights.abs().max()
+    near = penalty.slopes(0.5)
     for log_ratio, key in ((0.0, "kl_follows_advantages"), (0.4, "kl_elsewhere"), (-0.4, "kl_elsewhere")):
         (one, other), (without, other_without) = (
             [probe.at(known, log_ratio, A, x).slope for x in (0.5, -0.5)] for A in (3 * probe.signs(), probe.zeros())
@@ -117,25 +193,20 @@ def _coupled(probe: Probe, known: Known, penalty: _Penalty, near: Tensor) -> lis
     return []
 
 
-def _candidates() -> Iterator[KL]:
-    """Yield every kind of penalty with coefficient 1, likelier ones before others of the same slopes and values."""
+def _candidates(cap: float) -> Iterator[KL]:
+    """Yield every kind of penalty with coefficient 1, likelier ones before others of the same slopes and values; the
+    ratios of "weighted_k2" up to ``cap``."""
     free = (None, None)
     for estimator in ("k3", "k2", "k1", "abs"):
         yield KL(1.0, estimator, limit=free)
         yield KL(1.0, estimator, ratio_weighted=True, limit=free)
         for gradient in ("straight_through_k2", "weighted_k2", "score_function"):
-            yield KL(1.0, estimator, gradient, limit=free, ratio_cap=math.inf)
-
-
-def _predicted(kl: KL, x: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """Return values and slopes of a penalty, (n,) each, at distances x and one ratio."""
-    t = kl_terms(kl, x, torch.full_like(x, ratio))
-    return (t.value * ratio, t.slope_with_ratio * ratio) if kl.ratio_weighted else (t.value, t.slope)
+            yield KL(1.0, estimator, gradient, limit=free, ratio_cap=cap)
 
 
 def _fit_kl(penalty: _Penalty) -> tuple[KL, list[Said]]:
     """Return the kind whose slopes these are, on-policy and off; of several the one whose values they are as well."""
-    precise, ratios = penalty.known.precision, (1.0, 1.5)
+    precise, ratios = penalty.known.precision, penalty.ratios
     close = max(1e-6, precise.close)
     values, slopes = map(torch.cat, zip(*(penalty.curves(DISTANCES, ratio) for ratio in ratios), strict=True))
     if not bool(slopes.isfinite().all()):
@@ -143,24 +214,35 @@ def _fit_kl(penalty: _Penalty) -> tuple[KL, list[Said]]:
 
     def fit(kl: KL, sign: int = 1) -> tuple[float, float, float]:
         """Return how far slopes are from a kind's of ``sign`` times the distance, how far values, and the factor."""
-        kinds = [_predicted(kl, sign * DISTANCES, ratio) for ratio in ratios]
+        kinds = [penalty.predicted(kl, sign * DISTANCES, ratio) for ratio in ratios]
         value, slope = torch.cat([v - v[0] for v, _ in kinds]), sign * torch.cat([s for _, s in kinds])
         coef = float((slopes * slope).sum() / (slope * slope).sum())
         error = float((slopes - coef * slope).abs().max() / slopes.abs().max())
         return max(error, close), float((values - coef * value).abs().max()), coef
 
-    (error, _, coef), kl = min(((fit(kl), kl) for kl in _candidates()), key=lambda kind: kind[0][:2])
+    cap = _ratio_cap(penalty)
+    candidates = _candidates(cap if penalty.other == "old" else math.inf)
+    (error, _, coef), kl = min(((fit(kl), kl) for kl in candidates), key=lambda kind: kind[0][:2])
     exchanged, _, other = fit(KL(1.0), -1)
     if exchanged < error:
         return KL(plain(other, precise.digits)), [said("kl_reversed")]
-    cap = KL().ratio_cap
-    if kl.gradient == "weighted_k2":
-        x = torch.tensor(0.5, dtype=torch.float64)
-        cap = plain(float(penalty.curves(x, 1e3)[1] / penalty.curves(x)[1]), max(1e-6, precise.digits))
     limit = _kl_limit(penalty, coef, kl)
+    cap = cap if kl.gradient == "weighted_k2" else KL().ratio_cap
     kl = dataclasses.replace(kl, coef=plain(coef, precise.digits), limit=limit or (None, None), ratio_cap=cap)
     unknown = [said("unknown_kl", error=error)] if error > close else []
     return kl, unknown if limit is not None else [said("kl_limit")]
+
+
+def _ratio_cap(penalty: _Penalty) -> float:
+    """Return the largest weight of the distance, were the penalty "weighted_k2"; infinity where it cannot be one."""
+    near, far = torch.tensor([0.5, math.log(1e3)], dtype=torch.float64)
+    if penalty.other == "old":
+        weights = [float(penalty.curves(x)[1] / x) for x in (near, far)]
+        cap = weights[1] / weights[0] * math.exp(near) if weights[0] else 0.0
+    else:
+        weights = [float(penalty.curves(near, ratio)[1]) for ratio in (1.0, 1e3)]
+        cap = weights[1] / weights[0] if weights[0] else 0.0
+    return plain(cap, max(1e-6, penalty.known.precision.digits)) if 0 < cap < math.inf else math.inf
 
 
 def _kl_limit(penalty: _Penalty, coef: float, kl: KL) -> tuple[float | None, float | None] | None:
@@ -169,7 +251,7 @@ def _kl_limit(penalty: _Penalty, coef: float, kl: KL) -> tuple[float | None, flo
     exact = precise.same < 1e-6
 
     def left(x: Tensor) -> Tensor:
-        size = _predicted(kl, x, 1.0)[1]
+        size = penalty.predicted(kl, x)[1]
         return (penalty.curves(x)[1] / coef - size).abs() >= max(1e-3, precise.close) * size.abs().clamp(min=1e-12)
 
     # k3 grows as exp downwards, and hides what rounds.
@@ -229,13 +311,19 @@ def find_rollout(probe: Probe, known: Known) -> Step:
     if not probe.caller.takes("rollout_log_probs"):
         return known, says
     inputs = probe.inputs(known, 0.0, probe.signs())
-    rest = probe.slopes(known, inputs).slope
+
+    def policy(inputs: Inputs) -> Tensor:
+        """Return (B, T) slopes less those at advantages of 0, of the KL to the sampler."""
+        without = dataclasses.replace(inputs, advantages=torch.zeros_like(inputs.advantages))
+        return probe.slopes(known, inputs).slope - torch.nan_to_num(probe.slopes(known, without).slope)
+
+    rest = policy(inputs)
     live = known.live(probe.batch) & (rest != 0)
     near = 10 * known.precision.same
 
     def factor(log_rho: Tensor | float) -> Tensor:
         """Return (B, T): what slopes are times those at ρ = 1."""
-        return probe.slopes(known, dataclasses.replace(inputs, rollout=inputs.old - log_rho)).slope / rest
+        return policy(dataclasses.replace(inputs, rollout=inputs.old - log_rho)) / rest
 
     noise = torch.randn(live.shape, generator=torch.Generator().manual_seed(3)).double()
     if all(bool(((factor(s * noise) - 1).abs() <= near)[live].all()) for s in (0.3, 6.0)):

@@ -82,31 +82,51 @@ class Probe:
         """Return every token at these log-ratios and distances from the reference, with these advantages.
 
         Args:
-            log_ratio, x: (B, T), (B, 1) or a number.
+            log_ratio, x: (B, T), (B, 1) or a number; at levels of prefixes the log-ratios are the pooled ones.
             A: advantages, (B,) or (B, T).
         """
         batch = self.batch if batch is None else batch
         log_probs = known.log_probs(batch)
-        old = known.ratio.old(log_probs, torch.as_tensor(log_ratio, dtype=torch.float64).expand_as(log_probs))
+        pooled = torch.as_tensor(log_ratio, dtype=torch.float64).expand_as(log_probs)
+        old = known.ratio.old(log_probs, known.own(pooled, batch))
         return Inputs(batch, old, log_probs - x, A)
 
     def at(self, known: Known, log_ratio: Number, A: Tensor, x: Number = 0.0, batch: Batch | None = None) -> Slopes:
         return self.slopes(known, self.inputs(known, log_ratio, A, x, batch))
 
     def policy(self, known: Known, log_ratio: Number, A: Tensor | None = None, batch: Batch | None = None) -> Tensor:
-        """Return (B, T) ∂(policy term)/∂(log-ratio): the slope less that at advantages of 0, of KL and entropy.
+        """Return (B, T) ∂(policy term)/∂(log-ratio), of prefixes the pooled one: slopes less those at advantages of 0.
 
         ``A``: advantages, (B,) or (B, T); None: ±1.
         """
+        return self.policy_beside(known, log_ratio, A, batch)[0]
+
+    def policy_beside(
+        self, known: Known, log_ratio: Number, A: Tensor | None = None, batch: Batch | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return that, and the slopes that were subtracted."""
         batch = self.batch if batch is None else batch
         A = self.signs(batch) if A is None else A
         slope, without = (self.at(known, log_ratio, a, batch=batch).slope for a in (A, torch.zeros_like(A)))
-        return (slope - torch.nan_to_num(without)) / known.ratio.jacobian(known.log_probs(batch))
+        without = torch.nan_to_num(without)
+        own = (slope - without) / known.ratio.jacobian(known.log_probs(batch))
+        return known.of_pooled(own, batch), without
 
     def policy_value(self, known: Known, log_ratio: Number, A: Tensor) -> float:
         """Return the loss less that at advantages of 0."""
         with_them, without = (self.at(known, log_ratio, a).loss for a in (A, torch.zeros_like(A)))
         return with_them - without
+
+    def alike(self) -> tuple[Tensor, Tensor]:
+        """Return what the loss takes, log-probs or logits, so that all tokens have the same log-prob, and that, (B, T).
+
+        Whatever rounding does, it does to all of them.
+        """
+        if self.on_logits:
+            leaf = torch.zeros_like(self.batch.logits)
+            return leaf, torch.full(self.batch.shape, -math.log(leaf.shape[-1]), dtype=torch.float64)
+        leaf = torch.full(self.batch.shape, -1.3, dtype=torch.float64)
+        return leaf, leaf
 
     def signs(self, batch: Batch | None = None) -> Tensor:
         """Return (B,) advantages of both signs, + - - +: in each group of two, and of either in every second row."""

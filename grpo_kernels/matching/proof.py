@@ -169,7 +169,8 @@ def draws(probe: Probe, known: Known, batch: Batch, generator: torch.Generator) 
     def at(log_ratio: Tensor, A: Tensor, noise: Number = 0.3, x: Number = 1e-3, rollout: Number = 0.0) -> Inputs:
         old = known.ratio.old(log_probs, pooled(known, batch, log_ratio, noise))
         if known.ratio is DIFFERENCE:
-            old = old.clamp(max=-1e-6)  # a probability of at most 1
+            # A probability of at most 1; of confident tokens no two ratios alike, of which one is a prefix's least.
+            old = torch.minimum(old, -1e-6 * (1 + torch.arange(shape[1])))
         return Inputs(batch, old, log_probs - x, A, old + rollout)  # |x| has no slope at 0
 
     far = 1.0 if known.kl.limit[0] is None else min(1.0, known.kl.limit[0] / 2)
@@ -191,6 +192,8 @@ def draws(probe: Probe, known: Known, batch: Batch, generator: torch.Generator) 
         yield "advantages inside of a sequence", at(0.3 * normal(), normal())
     if known.kl.coef:
         yield "distances from the reference", at(1e-3 * normal(), A, 1e-3, 4 * normal())
+    if known.rollout_kl.coef and probe.caller.takes("rollout_log_probs"):
+        yield "the sampler's log-probs", at(1e-3 * normal(B, 1), A, 1e-3, rollout=4 * normal())
     A = normal(B) * (torch.arange(B) % 3 > 0)
     A[-1] = 1e-4
     yield "all of it", at(normal(), A, normal(), far * normal())
@@ -213,6 +216,14 @@ def pooled(known: Known, batch: Batch, log_ratio: Tensor, noise: Number) -> Tens
     log_ratio = log_ratio.expand(batch.shape)
     if known.level == "token":
         return log_ratio
+    if known.level == "prefix_min":
+        # Those of half of the sequences fall, so that each is a least. No two are equal but for rounding: what they are
+        # lowered by is no multiple of what a bound's two sides are apart.
+        falling = log_ratio.sort(-1, descending=True).values
+        log_ratio = torch.where(torch.arange(len(log_ratio))[:, None] % 2 == 0, falling, log_ratio)
+        return log_ratio - known.precision.order * math.pi * torch.arange(batch.shape[1])
+    if known.level == "prefix_product":
+        return known.own(log_ratio, batch)
     counted, lengths = known.counted(batch), known.lengths(batch)
     spread = noise * counted
     whole = log_ratio[:, :1] / (lengths if known.level == "sequence_product" else 1)
@@ -237,7 +248,8 @@ def predicted(known: Known, inputs: Inputs) -> tuple[float, Tensor]:
     if bool((jacobian == 1).all()):
         return loss, gradient
     # A ratio that is not a difference has another slope; the KL and entropy terms keep theirs.
-    bare = dataclasses.replace(known.config, kl=dataclasses.replace(known.kl, coef=0.0), entropy_coef=0.0)
+    none = {name: dataclasses.replace(getattr(known, name), coef=0.0) for name in ("kl", "rollout_kl")}
+    bare = dataclasses.replace(known.config, entropy_coef=0.0, **none)
     return loss, gradient + _ours(known, inputs, log_probs, bare)[1] * (jacobian[..., None] - 1)
 
 
@@ -250,9 +262,9 @@ def _ours(known: Known, inputs: Inputs, log_probs: Tensor, config: LossConfig) -
         known.ids(batch),
         known.effective(inputs.advantages, batch),
         counted,
-        old_log_probs=known.ratio.as_difference(log_probs, inputs.old) if known.uses_ratio else None,
+        old_log_probs=known.ratio.as_difference(log_probs, inputs.old) if known.takes_old else None,
         ref_log_probs=inputs.ref,
-        rollout_log_probs=inputs.sampled if known.rollout else None,
+        rollout_log_probs=inputs.sampled if known.takes_rollout else None,
         config=config,
         normalizer=denominator.of(counted, batch.mask) if denominator.normalizer else None,
         entropy_threshold=None if known.threshold is None else known.threshold.of(batch.entropy(), counted),

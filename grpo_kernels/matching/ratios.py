@@ -9,6 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..objectives.levels import LevelName
+from ..objectives.running import begin_back_from, begin_up_to
+from ..objectives.sequences import Padded
+from .batch import Inputs
 from .known import INVERTED, Known, Step, said
 from .numbers import apart
 from .probe import Probe
@@ -96,12 +100,16 @@ def _pooling(probe: Probe, known: Known, live: Tensor, half: Tensor, size: float
         near = max(known.precision.same, 1e-3 * size)
         return bool(apart(change(other) + 1, change(one) + 1, near)[several & where].any())
 
+    if bool((known.live(probe.batch) & (lengths > 1) & ~live).any()):  # where all ratios are equal, one may have all
+        found, says = _of_prefixes(probe, known, 2 * half, size)
+        if found is not known:
+            return found, says
     if not differ(half + coins, half + torch.where(still, coins, -coins), still):
         return known, []
     noise = torch.where(counted, coins, 0.0)
     noise = noise - noise.sum(-1, keepdim=True) / lengths
     if differ(half + noise, half - noise, several):
-        return known, [said("level_unknown")]
+        return _of_prefixes(probe, known, 2 * half, size)
     if not _is_product(change, several, lengths, half):
         return known.but(level="sequence"), []
     carries = bool(((change(half / lengths) / half - 1).abs() < max(0.05, size))[several].all())
@@ -122,3 +130,50 @@ def _is_product(change: Callable[[Tensor], Tensor], several: Tensor, lengths: Te
         return by_sum < by_mean
     expected = [float(torch.expm1((half * n).abs()).max()) for n in (torch.ones_like(lengths), lengths)]
     return abs(growth - expected[1]) < abs(growth - expected[0])
+
+
+def _of_prefixes(probe: Probe, known: Known, inside: Tensor, size: float) -> Step:
+    """Find a level of prefixes: the one of which slopes at log-ratios of any order are a first-order expansion."""
+    generator = torch.Generator().manual_seed(4)
+    share = torch.rand(probe.batch.shape, generator=generator, dtype=torch.float64) / known.lengths(probe.batch)
+    levels: tuple[LevelName, ...] = ("prefix_product", "prefix_min")
+    for step, level, carries in itertools.product({size, max(size, 1e-2)}, levels, (True, False)):
+        own = inside / size * step * share
+        if _expands(probe, known, known.but(level=level, carries=carries), own):
+            known = known.but(level=level, carries=carries)
+            tied = level == "prefix_min" and carries and not _last_of_equal(probe, known)
+            return known, [said("level_ties")] if tied else []
+    return known, [said("level_unknown")]
+
+
+def _expands(probe: Probe, known: Known, pooled: Known, own: Tensor) -> bool:
+    """Whether slopes at tokens' own log-ratios are those of a level: on-policy ones, times 1 + a factor of each sign
+    of the advantage times the pooled log-ratio."""
+    counted, sequences = known.counted(probe.batch), Padded(len(own))
+    ratios = begin_up_to(torch.where(counted, own, 0.0), counted, sequences, pooled.level == "prefix_min")()
+    rest = probe.policy(pooled, 0.0)
+    live = known.live(probe.batch) & rest.isfinite()
+    rest = torch.where(live, rest, 0.0)
+
+    def spread(slopes: Tensor) -> Tensor:
+        return begin_back_from(slopes, sequences, ratios.origin)() if pooled.carries else slopes
+
+    moved = probe.policy(known, own) - spread(rest)
+    first_order = spread(rest * torch.where(live, ratios.values, 0.0))
+    near = 0.05 if known.precision.name else 0.03
+    for sign in (own > 0, own < 0):
+        there = live & sign
+        y, x = moved[there], first_order[there]
+        if len(x) and not bool(((y - (x @ y) / (x @ x) * x).abs() <= near * y.abs().max()).all()):
+            return False
+    return True
+
+
+def _last_of_equal(probe: Probe, known: Known) -> bool:
+    """Whether of equal ratios the last has the slope, as on the policy itself, where each token then has its own."""
+    batch = probe.batch
+    leaf, level = probe.alike()
+    pair = [probe.run(known, Inputs(batch, level, level, a * probe.signs()), leaf).gradient for a in (1.0, 0.0)]
+    slopes = pair[0] - torch.nan_to_num(pair[1])
+    reached = slopes != 0 if slopes.dim() == 2 else (slopes != 0).any(-1)
+    return bool(reached[known.live(batch)].all())

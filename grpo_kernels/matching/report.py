@@ -57,7 +57,7 @@ FAULTS: dict[str, str] = {
     "kl_reversed": "the KL term has log-probs and reference exchanged: k3 is exp(ref - ℓ) - (ref - ℓ) - 1",
     "dropped": "the {columns} column of the batch is left out: log-probs that are aligned already lose a token",
     "old_ignored": "old_log_probs have no effect on the gradient: without a ratio to them nothing is ever clipped",
-    "kl_sign": "the sign of the KL term is wrong: it rewards distance from the reference",
+    "kl_sign": "the sign of the KL term is wrong: it rewards distance",
     "kl_unmasked": "the KL term is not masked: masked tokens get a gradient from it",
     "entropy_unmasked": "the entropy term is not masked: masked tokens get a gradient from it",
 }
@@ -72,10 +72,13 @@ STRANGE: dict[str, str] = {
     "of the sampler's ratio, rollout=Rejection(low, high)",
     "coupled_ratios": "a token's slope follows the ratios of other sequences (are ratios normalised over the batch, or "
     "counted in its denominator?): no config couples sequences",
-    "level_unknown": "a token's slope follows the ratios of its sequence, and neither their mean nor their sum decides",
+    "level_unknown": "a token's slope follows the ratios of its sequence, and neither their mean nor their sum "
+    "decides, nor the product or the least of those up to it",
+    "level_ties": "of equal ratios of a prefix another than the last has the slope: on the policy itself, where all "
+    "are 1, tokens have none (torch.cummin takes the last)",
     "kl_elsewhere": "the reference enters elsewhere than in a KL term (the advantages?)",
     "kl_follows_batch": "the KL coefficient follows the batch's own KL (an adaptive controller?): compute it outside "
-    "and give it as kl_coef=",
+    "and give it as {coef}=",
     "kl_follows_advantages": "the KL term follows the advantages: compute its coefficient outside and give it as "
     "kl_coef=",
     "kl_weights": "the KL term has weights of its own, which follow no known aggregation",
@@ -101,8 +104,7 @@ STRANGE: dict[str, str] = {
     "value": "the gradient is that of the config, the value is not, by more than a constant (by {share:.0e} of it)",
     "no_second_batch": "your loss takes no other batch, so nothing proves that it is more than like the nearest config",
     "unproven": "it parts from the nearest config where {apart} vary",
-    "old_term": "a term pulls to the old policy without advantages: as a KL to it, give "
-    "ref_log_probs=old_log_probs and kl=KL(coef)",
+    "old_term": "a term pulls to the old policy without advantages: a KL to it is rollout_kl=KL(coef)",
 }
 NOTES: dict[str, str] = {
     "whitening": "the loss changes the advantages first: {text}. Pass them so",
@@ -292,17 +294,19 @@ def _mended(known: Known, faults: list[Said]) -> Known:
         weights = dataclasses.replace(weights, denominator="tokens")
     if "sign" in keys:
         weights = dataclasses.replace(weights, factor=abs(weights.factor))
-    kl = dataclasses.replace(known.kl, coef=abs(known.kl.coef)) if "kl_sign" in keys else known.kl
+    if "kl_sign" in keys:
+        kls = {"kl": known.kl, "rollout_kl": known.rollout_kl}
+        known = known.but(**{name: dataclasses.replace(kl, coef=abs(kl.coef)) for name, kl in kls.items()})
     temperature = next((one.values["asked"] for one in faults if "asked" in one.values), known.temperature)
-    return known.but(weights=weights, kl=kl, temperature=temperature)
+    return known.but(weights=weights, temperature=temperature)
 
 
 def _lines(report: MatchReport, proof: Proof) -> tuple[str, ...]:
     """Return the Python that computes the loss with ours."""
     probe, known = proof.probe, proof.known
     caller = probe.caller
-    used = {"old_log_probs": known.uses_ratio and caller.takes("old_log_probs")}
-    used |= {"ref_log_probs": known.kl.coef != 0, "rollout_log_probs": bool(known.rollout)}
+    used = {"old_log_probs": known.takes_old and caller.takes("old_log_probs")}
+    used |= {"ref_log_probs": known.kl.coef != 0, "rollout_log_probs": known.takes_rollout}
     used |= {"cu_seqlens": "cu_seqlens" in caller.roles.values()}
     named = {"old_log_probs": "rollout_log_probs"} if caller.sampler_is_old else {}
     tensors = [f"{name}={named.get(name, name)}" for name, is_used in used.items() if is_used]

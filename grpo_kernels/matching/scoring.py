@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 
 import torch
@@ -61,10 +60,7 @@ def find_pairing(probe: Probe, known: Known) -> Step:
     if not probe.caller.takes("old_log_probs"):
         return known, []
     batch, step = probe.batch, known.precision.step
-    leaf = level = torch.full(batch.shape, -1.3, dtype=torch.float64)
-    if probe.on_logits:
-        leaf = torch.zeros_like(batch.logits)
-        level = torch.full(batch.shape, -math.log(leaf.shape[-1]), dtype=torch.float64)
+    leaf, level = probe.alike()
 
     def slopes(old: Tensor) -> Tensor:
         pair = [probe.run(known, Inputs(batch, old, level, a * probe.signs()), leaf).gradient for a in (1.0, 0.0)]
@@ -110,7 +106,8 @@ def find_tokens(probe: Probe, known: Known) -> Step:
 
 def _reached(probe: Probe, known: Known, batch: Batch) -> Tensor:
     """Return (B, T): the tokens that have a slope at one ratio or another, whatever clips them."""
-    slopes = torch.stack([probe.policy(known, x, batch=batch).abs() for x in (0.0, -1.0, 1.0)])
+    falling = -0.01 * torch.arange(batch.shape[1]).double().expand(batch.shape)  # each is the least so far
+    slopes = torch.stack([probe.policy(known, x, batch=batch).abs() for x in (0.0, -1.0, 1.0, falling, falling - 1)])
     return (slopes > 1e-9 * slopes[slopes.isfinite()].max()).any(0)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .known import Known, Said, Step
-from .penalties import find_entropy, find_kl, find_rollout
+from .penalties import find_entropy, find_kl, find_rollout, find_sampler_kl
 from .probe import Probe
 from .ratios import find_coupling, find_level, find_missing_exp
 from .scoring import find_pairing, find_scored_tokens, find_tokens
@@ -22,6 +22,7 @@ STEPS: tuple[Callable[[Probe, Known], Step], ...] = (
     find_level,
     find_weights,
     find_surrogate,
+    find_sampler_kl,
     find_kl,
     find_entropy,
     find_rollout,

@@ -14,7 +14,7 @@ from ..objectives import surrogates
 from ..objectives.config import LossConfig
 from ..objectives.surrogates import Clip, DppoTV, Surrogate, Unclipped
 from .field import Field
-from .known import Known, Said, Step, said
+from .known import RUNNING, Known, Said, Step, said
 from .numbers import apart, follows, plain, spread
 from .probe import Probe
 from .scoring import properties
@@ -43,7 +43,7 @@ class Shape(NamedTuple):
     """``fit`` compares tokens itself; a curve at one log-ratio for all of them does not show the shape."""
 
 
-POOLED = ("sequence", "sequence_token")
+POOLED = ("sequence", "sequence_token", *RUNNING)
 EVERY = ("token", *POOLED, "sequence_product")
 
 
@@ -299,7 +299,7 @@ def _without_ratio(probe: Probe, known: Known) -> Step:
     if spring is not None:
         return known.but(surrogate=spring, uses_ratio=True), []
     is_ratio = _value_is_a_ratio(probe, known)
-    named = takes_old and probe.caller.container is None
+    named = takes_old and probe.caller.container is None and not _pulls(probe, known)
     says = [said("old_ignored" if is_ratio else "old_unused")] if named else []
     return known.but(surrogate=Unclipped() if is_ratio else surrogates.Reinforce()), says
 
@@ -314,6 +314,12 @@ def _spring(probe: Probe, known: Known) -> Surrogate | None:
     return surrogates.Dro(_number(known, beta, 1)) if found else None
 
 
+def _pulls(probe: Probe, known: Known) -> bool:
+    """Whether slopes without an advantage follow the old policy, as those of a KL to it do."""
+    near, far = (probe.at(known, x, probe.zeros()).slope.nan_to_num() for x in (0.5, -1.0))
+    return bool(((far - near).abs() > 1e-6 * probe.policy(known, 0.0).nan_to_num().abs().max()).any())
+
+
 def _value_is_a_ratio(probe: Probe, known: Known) -> bool:
     """Whether the value is -A, as of -A·exp(ℓ - sg(ℓ)), or -A·ℓ, which has the same slope."""
     value = probe.policy_value(known, 0.0, probe.signs())
@@ -324,7 +330,7 @@ def _value_is_a_ratio(probe: Probe, known: Known) -> bool:
 
 
 SHAPES: tuple[Shape, ...] = (
-    Shape(("sequence_product",), _vespo),
+    Shape(("sequence_product", *RUNNING), _vespo),
     Shape(("token", *POOLED), _cispo),
     Shape(("token", *POOLED), _sapo),
     Shape(("sequence",), _gmpo, proven=True),
