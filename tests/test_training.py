@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,35 @@ def test_a_teacher_is_there_again_when_a_run_is_resumed(tmp_path, teacher):
     resumed, continued = run(tmp_path / "cut", resume=True, **taught)
     assert untimed(continued) == untimed(records)
     assert same_parameters(whole, resumed)
+
+
+def test_a_resumed_run_keeps_its_teacher(tmp_path, teacher, monkeypatch):
+    """From any folder, and by its weights: the folder may move, another teacher in its place is refused."""
+    shutil.copytree(teacher, tmp_path / "here" / "teacher")
+    monkeypatch.chdir(tmp_path / "here")
+    small = [f"--{name.replace('_', '-')}={value}" for name, value in {**SMALL, "steps": 1}.items()]
+    taught = ["--teacher", "teacher", "--divergence", "jsd", "--loss", "none", "--out", "run"]
+    assert main(["train", *small, *taught]) == 0
+    saved = json.loads((tmp_path / "here" / "run" / "options.json").read_text())
+    assert saved["teacher"] == str(tmp_path / "here" / "teacher")
+    (tmp_path / "here" / "run" / "options.json").write_text(json.dumps(saved | {"steps": 2}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for changed in (["--teacher", str(tmp_path)], ["--divergence", "tvd"], ["--divergence-coef", "2"]):
+        with pytest.raises(SystemExit, match="--resume continues a run as it was started"):
+            main(["train", "--resume", "../here/run", *changed])
+
+    file = tmp_path / "here" / "teacher" / "checkpoint.safetensors"
+    kept = file.read_bytes()
+    state = checkpoint_file.read(file)
+    state["model"]["lm_head.weight"][3, 5] += 1e-3
+    checkpoint_file.write(file, *checkpoint_file.flatten(state))
+    with pytest.raises(SystemExit, match=r"--teacher .* has other weights than at the steps before \(SHA-256"):
+        main(["train", "--resume", "../here/run"])
+    file.write_bytes(kept)
+    assert main(["train", "--resume", "../here/run"]) == 0
+    with RunFolder(tmp_path / "here" / "run", Options(), resume=True).log_path.open() as log:
+        assert len(log.readlines()) == 2
 
 
 @pytest.mark.slow
@@ -418,18 +448,18 @@ def test_bad_teachers(tmp_path, teacher, monkeypatch, capsys):
     for name in ("empty", "early", "damaged", "other"):
         (tmp_path / name).mkdir()
     said = fails("--teacher", "empty", *with_kl)
-    assert said.startswith("--teacher empty: no causal language model could be loaded from this folder")
+    assert said.startswith(f"--teacher {tmp_path}/empty: no causal language model could be loaded from this folder")
     for name in ("early", "damaged"):
         (tmp_path / name / "options.json").write_bytes((Path(teacher) / "options.json").read_bytes())
-    assert "--teacher early: the run holds no checkpoint" in fails("--teacher", "early", *with_kl)
+    assert f"--teacher {tmp_path}/early: the run holds no checkpoint" in fails("--teacher", "early", *with_kl)
     (tmp_path / "damaged" / "checkpoint.safetensors").write_text("no tensors")
-    assert "--teacher damaged: checkpoint.safetensors is not" in fails("--teacher", "damaged", *with_kl)
+    assert f"--teacher {tmp_path}/damaged: checkpoint.safetensors is not" in fails("--teacher", "damaged", *with_kl)
     said = fails("--teacher", teacher, *with_kl, "--largest", "12")
     assert f"--teacher {teacher} has another vocabulary (13 columns) than the policy (14)" in said
     assert fails("--teacher", f"{tmp_path}/nope", *with_kl).endswith(f"nope: there is no such folder in {tmp_path}")
     assert fails("--teacher", "other/nope", *with_kl).endswith("other/nope: there is no such folder in other")
     said = fails("--teacher", "damaged/checkpoint.safetensors", *with_kl)
-    assert said.endswith("is a file: give its folder, which says what it is of: damaged")
+    assert said.endswith(f"is a file: give its folder, which says what it is of: {tmp_path}/damaged")
     saved_model(tmp_path / "other")
     assert "has another vocabulary (13 columns) than the policy (13)" in fails("--teacher", "other", *with_kl)
     assert not (tmp_path / "runs").exists()

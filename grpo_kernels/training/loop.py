@@ -39,7 +39,7 @@ from .ranks import Ranks, Several, start_ranks, started_by_torchrun
 from .report import RunFolder, SilentFolder, read_saved_options
 from .rollout import Samples, roll_out
 from .tasks import make_task
-from .teacher import load_teacher
+from .teacher import load_teacher, weights_checksum
 
 
 class Trainer:
@@ -58,9 +58,10 @@ class Trainer:
         self.task = make_task(options.task, options.numbers, options.largest, options.reward)
         self.model, self.tokenizer = load_policy(options.model, self.task, options.hidden, options.layers, self.device)
         self.reference = copy.deepcopy(self.model).eval() if options.kl else None
-        self.teacher = None
+        self.teacher, self.teacher_checksum = None, None
         if options.teacher is not None:
             self.teacher = load_teacher(options.teacher, self.task, self.model, self.tokenizer, self.device)
+            self.teacher_checksum = weights_checksum(self.teacher)
         if options.linear_loss:
             for model in (self.model, self.reference):
                 if model is not None:
@@ -241,11 +242,22 @@ class Trainer:
             "optimizer": self._optimizer_state(),
             "schedule": self.schedule.last_epoch,
             "reference": None if self.reference is None else self.reference.state_dict(),
+            "teacher": self.teacher_checksum,
             "rng": rng,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a state that ``state`` has returned and a checkpoint kept."""
+        """Go on from a state that ``state`` has returned and a checkpoint kept.
+
+        Raises:
+            SystemExit: the teacher is another than that of the steps before.
+        """
+        if state["teacher"] != self.teacher_checksum:
+            raise SystemExit(
+                f"--teacher {self.options.teacher} has other weights than at the steps before (SHA-256 "
+                f"{str(self.teacher_checksum)[:12]}, it was {str(state['teacher'])[:12]}): the run would go on towards "
+                "another distribution. Put the first one there again, or start a run of its own with --out."
+            )
         self.step = state["step"]
         for name, model in (("model", self.model), ("reference", self.reference)):
             if model is not None:

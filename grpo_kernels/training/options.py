@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .. import backends
@@ -193,6 +194,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(arguments: argparse.Namespace, base: Options | None = None) -> Options:
-    """Return the options of the flags that were given, over ``base`` or the defaults."""
+    """Return the options of the flags that were given, over ``base`` or the defaults. A path is made absolute, so that
+    the run goes on with the same from any folder."""
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Options)}
+    for name in ("model", "teacher"):
+        if given[name] is not None and Path(given[name]).exists():  # else a name of the hub
+            given[name] = str(Path(given[name]).absolute())
     return dataclasses.replace(base or Options(), **{name: v for name, v in given.items() if v is not None})

@@ -80,7 +80,7 @@ class RunFolder:
             )
         try:
             state = checkpoint.read(self.checkpoint_path)
-            missing = {"step", "model", "optimizer", "schedule", "reference", "rng"} - state.keys()
+            missing = {"step", "model", "optimizer", "schedule", "reference", "teacher", "rng"} - state.keys()
         except Exception as error:  # reading fails in many ways on a damaged file
             raise SystemExit(
                 f"{self.checkpoint_path} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
