@@ -23,6 +23,7 @@ from grpo_kernels import (
     Divergence,
     GRPOLoss,
     LossConfig,
+    Recorded,
     Reinforce,
     Teacher,
     TokenDivergence,
@@ -30,6 +31,7 @@ from grpo_kernels import (
     grpo_loss,
     linear_grpo_loss,
     linear_token_divergence,
+    linear_token_log_probs,
     normalizer,
     policy_loss,
     token_divergence,
@@ -704,17 +706,60 @@ def test_a_teacher_made_in_inference_mode(backend):
     assert torch.equal(*kept)
 
 
-def test_a_loss_that_is_kept_keeps_no_teacher():
-    """What backward needed is given back after it."""
-    case = taught()
-    logits = case.options["teacher"].logits.clone()
-    there, leaf = weakref.ref(logits.untyped_storage()), case.logits.clone().requires_grad_()
-    loss = token_divergence(leaf, Teacher(logits=logits), case.token_ids, case.mask).divergence.sum()
-    del logits
-    loss.backward()
+V = 300  # so many that recorded sets gather rows of the head
+SIZES = {"logits": (2, 3, V), "hidden": (2, 3, 5), "weight": (V, 5), "teacher.logits": (2, 3, V),
+         "teacher.hidden": (2, 3, 4), "teacher.weight": (V, 4), "mask": (2, 3, V)}  # fmt: skip
+
+
+def kept_alive(call) -> list[str]:
+    """Return which tensors live on when a call's output, of which the backward has run, is kept. What learns is
+    computed: a leaf is the graph's."""
+    given = {name: drawn(*size, dtype=torch.float32) for name, size in SIZES.items()}
+    given |= {name: given[name].requires_grad_() * 1 for name in ("logits", "hidden", "weight")}
+    given["mask"] = given["mask"] > -INF
+    storages = {name: weakref.ref(tensor.untyped_storage()) for name, tensor in given.items()}
+    output = call(given, torch.zeros(2, 3, dtype=torch.int64))
+    del given
+    output.sum().backward()
     gc.collect()
-    assert there() is None
-    assert loss > 0
+    assert output.grad_fn is not None
+    return [name for name, storage in storages.items() if storage() is not None]
+
+
+_STATES = LossConfig(surrogate=None, divergence=Divergence("jsd"))
+KEEPERS = {
+    "logits": lambda of, ids: token_divergence(
+        of["logits"], Teacher(logits=of["teacher.logits"]), ids
+    ).divergence,
+    "states beside logits": lambda of, ids: linear_token_divergence(
+        of["hidden"], of["weight"], Teacher(logits=of["teacher.logits"]), ids
+    ).divergence,
+    "states beside states": lambda of, ids: linear_token_divergence(
+        of["hidden"], of["weight"], Teacher(hidden=of["teacher.hidden"], weight=of["teacher.weight"]), ids
+    ).divergence,
+    "states beside recorded": lambda of, ids: linear_token_divergence(
+        of["hidden"], of["weight"],
+        Teacher(token_ids=ids[..., None], log_probs=of["teacher.logits"][..., :1] - 9, temperature=1.0), ids,
+    ).divergence,
+    "losses of tokens": lambda of, ids: linear_grpo_loss(
+        of["hidden"], of["weight"], ids, None, config=_STATES, token_losses=True,
+        teacher=Teacher(hidden=of["teacher.hidden"], weight=of["teacher.weight"]),
+    ).token_losses,
+    "a filter": lambda of, ids: token_log_probs(of["logits"], ids, support=TopK(3)).log_probs,
+    "a mask": lambda of, ids: token_log_probs(of["logits"], ids, support=of["mask"]).log_probs,
+    "states, a mask": lambda of, ids: linear_token_log_probs(
+        of["hidden"], of["weight"], ids, support=of["mask"]
+    ).log_probs,
+    "states, recorded sets": lambda of, ids: linear_token_log_probs(
+        of["hidden"], of["weight"], ids, support=Recorded.from_counts(ids.view(-1), torch.ones_like(ids))
+    ).log_probs,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("call", KEEPERS.values(), ids=KEEPERS)
+def test_an_output_that_is_kept_keeps_nothing_large(call):
+    """What backward needed is given back after it."""
+    assert kept_alive(call) == []
 
 
 @pytest.mark.parametrize("preset", ["grpo", "gspo"])

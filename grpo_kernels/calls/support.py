@@ -9,6 +9,7 @@ applied to the copies first: it would turn the -inf into -cap, and bring every c
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from ..objectives.checks import check_device, check_shape, fail, plain, read_mas
 from ..objectives.compiler import outside_graphs
 from ..objectives.groups import gather, ordered_sum
 from ..objectives.maths import weighed
+from .arguments import ordinary
 from .autograd import once
 from .contents import check_ids
 from .recorded import READ, Recorded, check_recorded
@@ -199,6 +201,10 @@ class Supported:
             fail(tokens.function, expected, repr(support), tokens.tensors, error=TypeError)
         return cls(rows, tokens.shard, filters, None, lowest)
 
+    def with_tensors(self, logits: Tensor, mask: Tensor | None) -> Supported:
+        """Return the same of other logits and mask."""
+        return dataclasses.replace(self, rows=self.rows._replace(logits=logits), mask=mask)
+
     def log_probs(self, backend: str) -> RowStats:
         """Return the statistics (B, T) of the renormalised distribution, which temperature is part of."""
         stats = [torch.zeros_like(self.rows.token_ids, dtype=self.rows.numbers.dtype) for _ in range(4)]
@@ -282,9 +288,11 @@ class SupportedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, supported: Supported, backend: str) -> tuple[Tensor, Tensor]:
         stats = supported.log_probs(backend)
-        ctx.save_for_backward(logits, *stats)
+        mask = None if supported.mask is None else ordinary(supported.mask)[0]
+        ctx.save_for_backward(logits, mask, *stats)
         ctx.set_materialize_grads(False)
-        ctx.supported, ctx.backend = supported, backend
+        # Without logits and mask: what is saved is given back after backward, though somebody keeps the loss.
+        ctx.supported, ctx.backend = supported.with_tensors(logits.new_empty(0), None), backend
         return stats[0], stats[1]
 
     @staticmethod
@@ -292,8 +300,9 @@ class SupportedLogProbs(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None and h is None:
             return None, None, None
-        _, *stats = ctx.saved_tensors  # the logits: so that a write to them in between is noticed
-        return ctx.supported.gradient(ctx.backend, RowStats(*stats), RowGradients(g, h)), None, None
+        logits, mask, *stats = ctx.saved_tensors
+        supported = ctx.supported.with_tensors(logits, mask)
+        return supported.gradient(ctx.backend, RowStats(*stats), RowGradients(g, h)), None, None
 
 
 @outside_graphs

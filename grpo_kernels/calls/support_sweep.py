@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends import ops
-from ..backends.contract import RowGradients, RowStats
+from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.sets import Sets, gather, outside, scatter_, set_gradient
 from ..backends.spec import LogitArgs
 from .chunks import LiveRows
@@ -52,12 +52,13 @@ def supported_sweep(
     if not isinstance(support, Recorded):
         supported = Supported.of(tokens, support, logit_args)
         lowest = supported.lowest.new_full((sweep.live_rows.count, 1), float("-inf"))
-        return FilteredSweep(**given, supported=dataclasses.replace(supported, lowest=lowest)), None
+        supported = dataclasses.replace(supported, rows=_without_states(supported.rows), lowest=lowest)
+        return FilteredSweep(**given, supported=supported), None
     sets = read_sets(tokens, support)
     missing, filled = outside(tokens.token_ids, tokens.live, sets).sum(), sets.filled.view_as(tokens.live)
     if not gathers(tokens.states.device.type, len(sets.ids), filled.numel(), tokens.vocab):
         return SweepOfSets(**given, sets=_sets_of_chunks(sweep.live_rows, tokens, sets)), missing
-    rows = tokens.rows(sweep.numbers, sweep.softcap)
+    rows = _without_states(tokens.rows(sweep.numbers, sweep.softcap))
     others = dataclasses.replace(tokens, live=tokens.live & ~filled)
     live_rows, unrecorded = LiveRows.of(others, rows_of_chunk, None), None
     if live_rows.count > 0:
@@ -70,6 +71,11 @@ def supported_sweep(
     at_once = min(at_once, CPU_IDS) if tokens.states.device.type == "cpu" else at_once
     gathered = Gathered(rows, sets, at_once, unrecorded)
     return GatheredSweep(**given, gathered=gathered), missing
+
+
+def _without_states(rows: Rows) -> Rows:
+    """Return rows of no logits: those of a chunk are put in, and what lives as long as an output holds no states."""
+    return rows._replace(logits=rows.logits.new_empty(0))
 
 
 def _sets_of_chunks(live_rows: LiveRows, tokens: RowTokens, sets: Sets) -> dict[int, Sets]:
@@ -89,6 +95,15 @@ class FilteredSweep(Sweep):
 
     supported: Supported | None = None
     """Of the whole call; what the filters keep is of live rows."""
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        assert self.supported is not None
+        return (self.supported.mask,)
+
+    def of(self, tensors: tuple[Tensor | None, ...]) -> FilteredSweep:
+        assert self.supported is not None
+        return dataclasses.replace(self, supported=dataclasses.replace(self.supported, mask=tensors[0]))
 
     def stats(self, chunk: Chunk) -> Stats:
         return self._of(chunk).log_probs(self.backend)

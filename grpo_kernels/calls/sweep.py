@@ -81,6 +81,16 @@ class Sweep:
     def announced(self) -> Tensor:
         return self.numbers[NUMBERS.index("grad_scale")]
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What a walk reads of the size of a vocabulary or of states, beside the head: backward saves it, and ``of``
+        makes a sweep of it again."""
+        return () if self.teacher is None else self.teacher.tensors
+
+    def of(self, tensors: tuple[Tensor | None, ...]) -> Sweep:
+        """Return the same of other tensors."""
+        return self if self.teacher is None else dataclasses.replace(self, teacher=self.teacher.of(tensors))
+
     def valid(self, value: Tensor) -> Tensor:
         """Return NaN, and so its gradient, where rows were cut off; else the value."""
         too_many = self.live_rows.cut
@@ -177,13 +187,13 @@ class LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sweep: Sweep, *head: Tensor | None) -> tuple[Tensor, ...]:
         stats = sweep.log_probs(HeadTensors(*head))  # type: ignore[arg-type]
+        read = sweep.tensors
         if any(ctx.needs_input_grad):
-            given = () if sweep.teacher is None else sweep.teacher.tensors
-            watched = (tensor for tensor in given if tensor is not None and not tensor.is_inference())
-            own = (None if tensor is None else ordinary(tensor)[0] for tensor in head)
-            ctx.save_for_backward(*own, *stats, *watched)  # the last: so that a write to them in between is noticed
+            head_and_read = (None if tensor is None else ordinary(tensor)[0] for tensor in (*head, *read))
+            ctx.save_for_backward(*head_and_read, *stats)
         ctx.set_materialize_grads(False)
-        ctx.sweep, ctx.known = sweep, len(HeadTensors._fields) + len(stats)
+        # Without its tensors: what is saved is given back after backward, though somebody keeps an output.
+        ctx.sweep, ctx.read = sweep.of((None,) * len(read)), len(read)
         outputs = tuple(map(sweep.live_rows.scatter, sweep.known(stats)))
         ctx.mark_non_differentiable(*outputs[3:])
         return outputs
@@ -196,7 +206,8 @@ class LinearLogProbs(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         saved, count = ctx.saved_tensors, len(HeadTensors._fields)
         wants, head = Wants(*ctx.needs_input_grad[1:]), HeadTensors(*saved[:count])
-        return None, *ctx.sweep.gradients(wants, head, saved[count : ctx.known], Slopes(*slopes))
+        sweep, stats = ctx.sweep.of(saved[count : count + ctx.read]), saved[count + ctx.read :]
+        return None, *sweep.gradients(wants, head, stats, Slopes(*slopes))
 
 
 class Swept(NamedTuple):

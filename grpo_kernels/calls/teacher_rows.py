@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -41,7 +41,10 @@ class SweptTeacher(Protocol):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """What a walk reads."""
+        """What a walk reads, and ``of`` makes it of again."""
+
+    def of(self, tensors: tuple[Tensor | None, ...]) -> SweptTeacher:
+        """Return the same of other tensors."""
 
     def walk(self, live_rows: LiveRows) -> RowsOf:
         """Return what gives the rows of chunk after chunk."""
@@ -148,6 +151,10 @@ class TeacherStates:
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.states,) if self.head is None else self.head
+
+    def of(self, tensors: tuple[Tensor | None, ...]) -> TeacherStates:
+        head = None if self.head is None else HeadTensors(*tensors)  # type: ignore[arg-type]
+        return replace(self, states=tensors[0], head=head)  # type: ignore[arg-type]
 
     def walk(self, live_rows: LiveRows) -> RowsOf:
         """Return what gives the rows of chunk after chunk."""
