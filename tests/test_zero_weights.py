@@ -124,6 +124,19 @@ def test_the_reference_leaves_it_out_too(name, bad):
     assert (gradient[:, : case.token_ids.shape[1]][where] == 0).all()
 
 
+@pytest.mark.parametrize("config", [*one_of_each(), *(LossConfig(rollout=one) for one in ROLLOUTS)], ids=label)
+def test_metrics_count_tokens_of_weight_zero(config):
+    """Ratios, their bounds and the factors of a sequence are of all live tokens, whatever the policy term weighs."""
+    case = make(dtype=torch.float64, config=config, noise=0.4)
+    case.options["rollout_log_probs"] = sampler(case)
+    case.options["token_weights"] = (torch.arange(case.mask.numel()).view(case.mask.shape) % 3 != 0).double()
+    case.advantages = case.advantages[:, None] + 0.1 * torch.randn(case.mask.shape, dtype=torch.float64)
+    (out, gradient), (expected, exact) = case.run(None), case.reference()
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, exact, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(out.metrics.vector, expected.metrics.vector, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("level", [level for level in LEVELS if level != "token"])
 @pytest.mark.parametrize("rollout", [(), *ROLLOUTS], ids=str)
 def test_a_sequence_of_weight_zero(backend, level, rollout):

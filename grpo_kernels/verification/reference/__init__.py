@@ -101,7 +101,7 @@ def grpo_loss(
         return None if values is None else values.detach().reshape(-1)[live].to(real)
 
     old, ref, rollout = at_live(old_log_probs), at_live(ref_log_probs), at_live(rollout_log_probs)
-    sampler, compared = old if rollout is None else rollout, old
+    sampler = old if rollout is None else rollout
     A = advantages[live]
     ids = token_ids.reshape(-1)[live].long()
     log_p = _log_softmax(logits, ids, live, shape, real, temperature, logit_scale, logit_softcap, support)
@@ -109,9 +109,7 @@ def grpo_loss(
 
     given = at_live(token_weights)
     u = torch.ones_like(log_prob) if given is None else given
-    if config.level == "token":  # a token that weighs nothing has no part, not even by 0 times NaN
-        old = None if old is None else torch.where(u == 0, log_prob.detach(), old)
-        A = torch.where(u == 0, 0.0, A)
+    nothing = (u == 0) & (config.level == "token")
     if config.surrogate is None:  # no policy term; metrics have the ratios that there are
         u = torch.zeros_like(log_prob)
     own = difference(log_prob, old)
@@ -121,23 +119,28 @@ def grpo_loss(
     rho = rollout_weights([s for s in config.schemes if s not in in_ratio], *sampled)
     folded = rollout_weights(in_ratio, *sampled)
     inputs = Inputs(log_prob, old, A, own, sequence, sequences, config, folded)
-    policy, clipped = VALUES.get(config.policy_term.name, registered)(config.policy_term, inputs)
-    u = torch.where(rho == 0, 0.0, u * rho)
+    surrogate = VALUES.get(config.policy_term.name, registered)
+    clipped = surrogate(config.policy_term, inputs)[1]  # as the ratios that metrics report: of every token
+    # A token that weighs nothing has no part, not even by 0 times NaN.
+    on_policy = None if old is None else torch.where(nothing, log_prob.detach(), old)
+    weighing = replace(inputs, old=on_policy, own=difference(log_prob, on_policy))
+    weighing = replace(weighing, A=torch.where(nothing, 0.0, A), folded=torch.where(nothing, 1.0, folded))
+    policy = surrogate(config.policy_term, weighing)[0]
+    u = torch.where((u == 0) | (rho == 0), 0.0, u * rho)
     if entropy_threshold is not None:
         u = u * ~(entropy.detach() < entropy_threshold)
     policy_loss = torch.where(u == 0, 0.0, weight * u * torch.where(u == 0, 0.0, policy)).sum()
     loss = policy_loss
     kl_loss = rollout_kl_loss = entropy_loss = torch.zeros_like(loss)
-    of_kl = replace(inputs, own=difference(log_prob, compared))  # no weight of a token is on it
     if isinstance(kl_coef, Tensor) or kl_coef != 0:
         assert ref is not None, "a KL term needs ref_log_probs"
-        kl_loss = kl_coef * (weight * penalty_of(config.kl, difference(log_prob, ref), of_kl)).sum()
+        kl_loss = kl_coef * (weight * penalty_of(config.kl, difference(log_prob, ref), inputs)).sum()
         loss = loss + kl_loss
     if isinstance(rollout_kl_coef, Tensor) or rollout_kl_coef != 0:
         assert sampler is not None, "a KL term to the sampler needs rollout_log_probs or old_log_probs"
         unknown = sampler.isnan()
         x = difference(log_prob, torch.where(unknown, log_prob.detach(), sampler))
-        penalty = torch.where(unknown, 0.0, penalty_of(config.rollout_kl, x, of_kl))
+        penalty = torch.where(unknown, 0.0, penalty_of(config.rollout_kl, x, inputs))
         rollout_kl_loss = rollout_kl_coef * (weight * penalty).sum()
         loss = loss + rollout_kl_loss
     if isinstance(entropy_coef, Tensor) or entropy_coef != 0:
