@@ -118,6 +118,19 @@ def test_equation_names_every_part(level, aggregation):
     assert len(equations) == len(LEVELS) * len(AGGREGATIONS)
 
 
+def test_an_equation_says_what_every_ratio_in_it_is():
+    """Without a ratio of the policy term too."""
+    own, other = KL(0.1, ratio_weighted=True), KL(0.2, "k1", ratio_weighted=True, level="sequence")
+    token, sequence = ", r = exp(ℓ - old)", ", r at level sequence = exp(mean_t(ℓ - old))"
+    for surrogate in (None, Reinforce()):
+        assert LossConfig(surrogate, kl=own).equation().endswith(f"0.1·r·k3(ℓ - ref){token}")
+        assert LossConfig(surrogate, kl=other).equation().endswith(f"0.2·r at level sequence·k1(ℓ - ref){sequence}")
+        assert LossConfig(surrogate, kl=own, rollout_kl=other).equation().endswith(token + sequence)
+        assert "r =" not in LossConfig(surrogate, kl=KL(0.1)).equation()
+        assert "r =" not in LossConfig(surrogate, kl=KL(0.0, ratio_weighted=True)).equation()
+    assert LossConfig(kl=other).equation().endswith(token + sequence)
+
+
 def test_every_surrogate_has_a_case():
     assert {type(surrogate) for surrogate in SURROGATES} == set(BUILT_IN)
 

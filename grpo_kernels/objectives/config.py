@@ -191,10 +191,18 @@ class LossConfig:
             terms.append(f"{self.rollout_kl.coef:g}·{self.rollout_kl.written('rollout')}")
         if self.divergence is not None:
             terms.append(f"{self.divergence.coef:g}·{self.divergence.written()}")
-        where = f", {self.pooling.equation}" if self.policy_term.uses_ratio else ""
+        where = "".join(f", {equation}" for equation in self._ratios())
         where += "".join(f", r of ratios times {factor}" for factor in folded)
         entropy = f" - {self.entropy_coef:g}·entropy" if self.entropy_coef else ""
         return f"loss = {self.weighting.written()}{entropy}, f = {' + '.join(terms) or '0'}{where}"
+
+    def _ratios(self) -> list[str]:
+        """Return the equation of every ratio r that a term has."""
+        weighing = [kl for kl in (self.kl, self.rollout_kl) if kl.coef and kl.ratio_weighted]
+        of_policy = self.policy_term.uses_ratio or any(kl.level is None for kl in weighing)
+        others = dict.fromkeys(kl.level for kl in weighing if kl.level is not None)
+        named = [LEVELS[level].equation.replace("r =", f"r at level {level} =", 1) for level in others]
+        return [self.pooling.equation, *named] if of_policy else named
 
     def __repr__(self) -> str:
         default = LossConfig()
