@@ -794,13 +794,15 @@ def test_outputs_of_token_divergence():
     )
 
 
-def test_no_graph_break():
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_no_graph_break(dynamic):
+    """Where every size is a symbol too."""
     case = taught()
     config = complete("grpo", divergence=Divergence("reverse_kl"))
     teacher = case.options.pop("teacher").logits
     torch._dynamo.reset()
 
-    @torch.compile(backend="aot_eager", fullgraph=True)
+    @torch.compile(backend="aot_eager", fullgraph=True, dynamic=dynamic)
     def step(logits, teacher, coef):
         loss = grpo_loss(logits, *case.arguments, **case.options, config=config, teacher=Teacher(logits=teacher),
                          divergence_coef=coef).loss  # fmt: skip

@@ -288,6 +288,23 @@ def test_in_place_and_losses_of_tokens():
     torch.testing.assert_close(third.grad, leaf.grad)
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_graph(dynamic):
+    """The call's temperature is a symbol where sizes are."""
+    z, drawn, ids, log_q = recorded()
+    config = LossConfig(surrogate=None, divergence=Divergence("reverse_kl"))
+    torch._dynamo.reset()
+
+    def step(z: Tensor, ids: Tensor, log_q: Tensor) -> Tensor:
+        return grpo_loss(z, drawn, None, teacher=teacher(ids, log_q), config=config).loss
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    (own, *_), (other, *_) = leaves = [(z.clone().requires_grad_(), ids, log_q) for _ in range(2)]
+    for function, given in zip((step, compiled), leaves, strict=True):
+        function(*given).backward()
+    assert torch.equal(own.grad, other.grad)
+
+
 def test_renormalised_ones_change_their_temperature():
     z, drawn, ids, _ = recorded()
     u = torch.randn(B, T, V)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import operator
 import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -97,7 +98,8 @@ def choose(function: str, request: Request, name: str | None) -> Choice:
     if name is not None:
         check_name("backend", name, _MODULES)
     device = request.device
-    what = (request.dtype, request.vocab, request.fused, request.softcap, request.teacher)
+    vocab = operator.index(request.vocab)  # a graph's symbol becomes its number: a model has one vocabulary
+    what = (request.dtype, vocab, request.fused, request.softcap, request.teacher)
     chosen, fuses, unfused, reasons = _choose(device.type, device.index, *what, name)
     if chosen:
         return Choice(chosen, fuses, unfused, reasons)
