@@ -10,6 +10,7 @@ import math
 import weakref
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from cases import Case, make
@@ -601,6 +602,19 @@ def test_padded_vocabularies(backend, x):
     assert (apart.gradient[2:] == 0).all()
 
 
+@pytest.mark.parametrize("integer", [np.int64, np.uint16])
+@pytest.mark.parametrize("teacher", [True, False])
+def test_vocab_size_is_an_integer_of_any_type(integer, teacher):
+    """As arrays and configs hold it, with and without a teacher."""
+    config = LossConfig(divergence=Divergence("jsd") if teacher else None)
+    case = taught(batch=3, length=4, vocab=11)
+    case.token_ids.clamp_(max=8)
+    if not teacher:
+        del case.options["teacher"]
+    losses = [case.run(config=config, vocab_size=size)[0].loss for size in (9, integer(9))]
+    assert torch.equal(*losses)
+
+
 @pytest.mark.parametrize("x", PADDING)
 def test_padded_vocabularies_of_losses(x):
     case, dtype = taught(dtype=torch.float64), torch.float64
@@ -1056,6 +1070,7 @@ BAD = {
     "a wider teacher": (bad(teacher=teacher_of(3, 5, 13)), ValueError, "11 columns, or vocab_size=; got 13"),
     "a narrower teacher": (bad(teacher=teacher_of(3, 5, 9)), ValueError, r"11 columns(.|\n)*vocab_size=9"),
     "too many columns": (bad(teacher=teacher_of(3, 5, 9), **OTHER), ValueError, r"vocab_size, an int in \[1, 9\].*11"),
+    "columns that are a flag": (bad(vocab_size=True), ValueError, r"vocab_size, an int in \[1, 11\].*True"),
     "columns that are no number": (bad(vocab_size=9.0), ValueError, r"vocab_size, an int in \[1, 11\].*9.0"),
     "a wider head": (
         bad(linear_grpo_loss, teacher=states_of((3, 5, 2), (13, 2))), ValueError, "11 columns, or vocab_size=; got 13",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import check_name, describe, fail
+from ..objectives.checks import check_name, describe, fail, read_integer
 from ..objectives.compiler import outside_graphs
 from ..objectives.groups import agreement, begin_total, checksum, forget, gather, get_ranks, in_words, meets, read_group
 from .batch import LossArguments
@@ -68,7 +68,7 @@ def read_shard(
     with agreement(what, "vocab_group", members, check) as facts:
         if facts is not None:
             facts |= {"vocab_start (given or not)": str(start is not None), "vocab_size": str(size)}
-        _check_layout(function, start, size)
+        start, size = _read_layout(function, start, size)
         if not isinstance(tensor, Tensor) or tensor.dim() < 2:
             got = describe(tensor) if isinstance(tensor, Tensor) else type(tensor).__name__
             fail(function, "a tensor of columns (..., V) or of rows (V, H) of the vocabulary", got, error=TypeError)
@@ -79,16 +79,21 @@ def read_shard(
         raise
 
 
-def _check_layout(function: str, start: int | None, size: int | None) -> None:
+def _read_layout(function: str, start: int | None, size: int | None) -> tuple[int | None, int | None]:
+    """Return them as Python's own ints. Raise unless they are integers in range, or None."""
+    read = []
     for name, value, least in (("vocab_start", start, 0), ("vocab_size", size, 1)):
-        if value is not None and (type(value) is not int or value < least):
-            error = ValueError if type(value) is int else TypeError
+        number = None if value is None else read_integer(value)
+        if value is not None and (number is None or number < least):
+            error = TypeError if number is None else ValueError
             fail(function, f"{name} to be an int >= {least}", repr(value), error=error)
+        read.append(number)
+    return read[0], read[1]
 
 
 def _columns_that_count(function: str, width: int, start: int | None, size: int | None) -> VocabShard | None:
     """Return what counts of a vocabulary that one rank holds."""
-    _check_layout(function, start, size)
+    start, size = _read_layout(function, start, size)
     if start:
         hint = "vocab_group= says which ranks hold the other columns"
         fail(function, "vocab_start=0 where one rank holds the vocabulary", repr(start), hint=hint)
@@ -236,7 +241,7 @@ def _shard_of_dtensor(
             cut.append(place)
     if len(cut) > 1:
         fail(function, "a vocabulary cut by one dimension of the mesh", f"{tensor.placements} on {mesh}")
-    _check_layout(function, None, size)
+    size = _read_layout(function, None, size)[1]
     vocab = tensor.shape[dim] if size is None else size
     if vocab > tensor.shape[dim]:
         fail(function, f"vocab_size <= {tensor.shape[dim]}, the columns of the DTensor", repr(size))

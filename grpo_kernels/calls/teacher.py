@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import fail, plain, settle_number
+from ..objectives.checks import fail, plain, read_integer, settle_number
 from ..objectives.divergence import Divergence
 
 
@@ -105,14 +105,6 @@ class Teacher:
         states = self.hidden if self.logits is None else self.logits
         return None if states is None else states.dtype
 
-    def first_columns(self, count: int) -> Teacher:
-        """Return the teacher over the first columns of its vocabulary."""
-        narrowed = {
-            name: None if value is None else value.narrow(dim, 0, count)
-            for name, dim, value in (("logits", -1, self.logits), ("weight", 0, self.weight), ("bias", 0, self.bias))
-        }
-        return replace(self, **narrowed)  # type: ignore[arg-type]
-
     @property
     def columns(self) -> int | None:
         """Return how many columns its vocabulary has; None where it has recorded some."""
@@ -154,10 +146,19 @@ def first_columns(
     """Return a teacher and the policy's ``tensors`` without what their vocabularies have beyond ``vocab_size``."""
     columns = [tensor.shape[dim] for tensor in tensors if tensor is not None]
     most = min(columns if teacher.columns is None else [*columns, teacher.columns])
-    if type(vocab_size) is not int or not 0 < vocab_size <= most:
+    count = read_integer(vocab_size)
+    if count is None or not 0 < count <= most:
         fail(function, f"vocab_size, an int in [1, {most}], the columns of policy and teacher", repr(vocab_size))
-    narrowed = tuple(None if tensor is None else tensor.narrow(dim, 0, vocab_size) for tensor in tensors)
-    return teacher if teacher.columns is None else teacher.first_columns(vocab_size), narrowed
+
+    if teacher.columns is not None:
+        logits, weight, bias = teacher.logits, teacher.weight, teacher.bias
+        logits, weight, bias = _narrow(logits, -1, count), _narrow(weight, 0, count), _narrow(bias, 0, count)
+        teacher = replace(teacher, logits=logits, weight=weight, bias=bias)
+    return teacher, tuple(_narrow(tensor, dim, count) for tensor in tensors)
+
+
+def _narrow(tensor: Tensor | None, dim: int, count: int) -> Tensor | None:
+    return None if tensor is None else tensor.narrow(dim, 0, count)
 
 
 def teacher_args(teacher: Teacher, divergence: Divergence, temperature: float | Tensor) -> LogitArgs:

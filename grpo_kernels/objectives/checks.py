@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import os
 import sys
 import warnings
@@ -117,6 +118,13 @@ def settle_name(
 def plain(value: Any) -> Any:
     """Return the Python number, or bool, that a scalar of numpy's is; anything else as it is."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+
+
+def read_integer(value: object) -> int | None:
+    """Return the Python int that an integer of any type is; None for bools, tensors and what is none."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        return None
+    return operator.index(value)
 
 
 def check_limit(what: str, value: float | None) -> None:
