@@ -1063,7 +1063,16 @@ BAD = {
     ),
     "no form": (lambda: Teacher(), ValueError, "got nothing"),
     "states without a head": (lambda: Teacher(hidden=torch.zeros(2, 3)), ValueError, "hidden= and weight="),
-    "a list": (lambda: Teacher(logits=[0.0]), TypeError, "logits to be a tensor; got list"),
+    "a list": (lambda: Teacher(logits=[0.0]), TypeError, r"logits to be a tensor; got list(.|\n)*as_tensor\(logits\)"),
+    "an array": (lambda: Teacher(logits=np.zeros((2, 3))), TypeError, r"got ndarray(.|\n)*torch.as_tensor\(logits\)"),
+    "lists of ids": (
+        lambda: Teacher(token_ids=[[1], [2, 3]], log_probs=[[-1.0], [-1.0, -2.0]], temperature=1.0), TypeError,
+        r"token_ids to be a tensor; got list(.|\n)*torch.as_tensor\(token_ids\); rows .*offsets=",
+    ),
+    "a head's module": (
+        lambda: Teacher(hidden=torch.zeros(2, 3), weight=torch.nn.Linear(3, 4)), TypeError,
+        r"weight to be a tensor; got Linear(.|\n)*model.lm_head.weight",
+    ),
     "a temperature of logits": (
         lambda: teacher_of(1, 2, temperature=0.7), ValueError, r"recorded log-probs(.|\n)*teacher_temp",
     ),
@@ -1100,7 +1109,11 @@ BAD = {
     ),
     "a teacher of fp64": (
         bad(teacher=Teacher(logits=torch.zeros(3, 5, 11, dtype=torch.float64))), TypeError,
-        r"a teacher's logits of fp32, bf16 or fp16, as the policy's; got torch.float64(.|\n)*cast it",
+        r"a teacher's logits of fp32, bf16 or fp16, as the policy's; got torch.float64(.|\n)*to\(torch.float32\)",
+    ),
+    "a teacher of fp64, by name": (
+        bad(teacher=Teacher(logits=torch.zeros(3, 5, 11, dtype=torch.float64)), backend="cpu"), TypeError,
+        r"a teacher's logits of fp32, bf16 or fp16(.|\n)*cast the teacher",
     ),
     "states of fp64": (
         bad(linear_grpo_loss, teacher=Teacher(hidden=drawn(3, 5, 2), weight=drawn(11, 2))),
@@ -1132,6 +1145,7 @@ BAD = {
     "TRL's name": (lambda: Divergence("generalized_jsd"), ValueError, "jsd"),
     "DistiLLM's name": (lambda: Divergence("SRKL"), ValueError, "skew_reverse_kl"),
     "a short name": (lambda: Divergence("fkl"), ValueError, "forward_kl"),
+    "no name": (lambda: Divergence(None), ValueError, r"tvd; got None\.$"),
     "a mistyped name": (lambda: Divergence("revers_kl"), ValueError, "Did you mean 'reverse_kl'"),
     "a cold teacher": (lambda: Divergence(teacher_temperature=0), ValueError, "teacher_temperature.*> 0"),
     "a divergence by name": (
@@ -1154,6 +1168,24 @@ def test_bad_input(name):
     with pytest.raises(kind, match=message) as caught:
         call()
     assert "\n  hint" in str(caught.value) or len(str(caught.value)) < 700
+
+
+def test_a_teacher_in_one_line():
+    """Of tensors, what they are and not what they hold."""
+    texts = {
+        "Teacher(logits=float32 (2, 3, 4) on cpu)": teacher_of(2, 3, 4),
+        "Teacher(hidden=float32 (5, 2) on cpu, weight=float32 (4, 2) on cpu, logit_scale=2.0, logit_softcap=3.0)": (
+            states_of((5, 2), (4, 2), logit_scale=2.0, logit_softcap=3.0)
+        ),
+        "Teacher(token_ids=int64 (1, 1) on cpu, log_probs=float32 (1, 1) on cpu, temperature=0.5)": (
+            Teacher(token_ids=torch.zeros(1, 1).long(), log_probs=torch.zeros(1, 1), temperature=0.5)
+        ),
+        "Teacher(logits=float32 (1, 2) on cpu, logit_scale=float32 () on cpu)": (
+            teacher_of(1, 2, logit_scale=torch.tensor(2.0))
+        ),
+    }
+    for text, teacher in texts.items():
+        assert repr(teacher) == text
 
 
 def test_a_module_and_a_preset():

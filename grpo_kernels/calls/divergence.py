@@ -167,7 +167,6 @@ def read_teacher(
     check_device(function, named)
     check_rows(tokens, "teacher.logits", logits, named)
     check_columns(tokens, logits.shape[-1], named)
-    check_precision(tokens, logits.dtype, named)
     args = teacher_args(teacher, divergence, logit_args.temperature)
     check_logit_args(function, args, check)
     numbers = numbers_vector(args, 1.0, None, tokens.real, logits.device)
@@ -201,14 +200,6 @@ def check_columns(tokens: RowTokens, columns: int, named: dict[str, object]) -> 
         hint = f"vocab_size={min(columns, tokens.columns)}: both softmaxes run over the first columns, padding has none"
         expected = f"a teacher of the policy's {tokens.columns} columns, or vocab_size="
         fail(tokens.function, expected, f"{columns}", named, hint)
-
-
-def check_precision(tokens: RowTokens, dtype: torch.dtype, named: dict[str, object]) -> None:
-    """Raise where one of two rows is of fp64: what is known of both has one dtype."""
-    if (dtype == torch.float64) != (tokens.real == torch.float64):
-        policy = "fp64" if tokens.real == torch.float64 else "fp32, bf16 or fp16"
-        hint = "cast it: teacher.logits.to(logits.dtype), or its hidden states and weight"
-        fail(tokens.function, f"a teacher's logits of {policy}, as the policy's", str(dtype), named, hint, TypeError)
 
 
 def refuse_columns_inplace(function: str, inplace: bool) -> bool:

@@ -46,7 +46,12 @@ def choose_backend(
     tokens: RowTokens, backend: str | None, softcap: bool, fused: bool, teacher: torch.dtype | None = None
 ) -> Choice:
     """Choose the backend, and whether it serves the one-pass loss where that is wanted (``fused``); ``teacher``: the
-    dtype of the logits that are beside."""
+    dtype of the logits that are beside. Raise where fp64 is beside another dtype: no backend is to be blamed for it."""
+    if teacher is not None and (teacher == torch.float64) != (tokens.real == torch.float64):
+        policy = "fp64" if tokens.real == torch.float64 else "fp32, bf16 or fp16"
+        hint = f"cast the teacher's logits, or its hidden states and weight: .to({tokens.dtype})"
+        expected = f"a teacher's logits of {policy}, as the policy's"  # what is known of both has one dtype
+        fail(tokens.function, expected, str(teacher), tokens.tensors, hint, TypeError)
     request = backends.Request(tokens.states.device, tokens.dtype, max(tokens.columns, 1), fused, softcap, teacher)
     return backends.choose(tokens.function, request, backend)
 

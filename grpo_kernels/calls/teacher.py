@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import fail, plain, read_integer, settle_number
+from ..objectives.checks import describe, fail, plain, read_integer, settle_number
 from ..objectives.divergence import Divergence
 
 
@@ -51,7 +51,8 @@ class Teacher:
         named = self.tensors
         for name, value in named.items():
             if value is not None and not isinstance(value, Tensor):
-                fail("Teacher", f"{name} to be a tensor", type(value).__name__, error=TypeError)
+                hint = _hint_of(name, value)
+                fail("Teacher", f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
         given = [form for form, needs in forms.items() if any(named[name] is not None for name in needs)]
         form = given[0] if len(given) == 1 else ""
         if not form or any(named[name] is None for name in forms[form]):
@@ -88,6 +89,17 @@ class Teacher:
             if given and form not in forms:
                 fail("Teacher", f"{name} beside {' or '.join(forms)}= alone", f"{form}=")
 
+    def __repr__(self) -> str:
+        """Return what is given, of tensors their dtype, shape and device."""
+        shown = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                shown.append(f"{field.name}={describe(value)}")
+            elif value != field.default:
+                shown.append(f"{field.name}={value!r}")
+        return f"Teacher({', '.join(shown)})"
+
     @property
     def form(self) -> str:
         """Return "logits", "hidden" or "token_ids"."""
@@ -119,6 +131,14 @@ class Teacher:
             for name, value in values.items()
         }
         return Teacher(**moved)
+
+
+def _hint_of(name: str, value: object) -> str:
+    """Return what to do with something else in the place of a tensor."""
+    if isinstance(value, torch.nn.Module):
+        return "hf.teacher(model) runs a model; the weight of a head is model.lm_head.weight"
+    ragged = "; rows of their own lengths lie one after the other, with offsets="
+    return f"torch.as_tensor({name}){ragged if name in ('token_ids', 'log_probs') else ''}"
 
 
 def check_is_teacher(function: str, teacher: object) -> None:

@@ -15,7 +15,7 @@ from ..objectives.checks import check_device
 from ..objectives.divergence import Divergence
 from .arguments import check_head, check_logit_args, check_logits
 from .chunks import LiveRows
-from .divergence import Beside, Stats, Whole, check_columns, check_precision, check_rows, teacher_temperatures
+from .divergence import Beside, Stats, Whole, check_columns, check_rows, teacher_temperatures
 from .head import HeadTensors, Wants, head_kind, operand_dtype
 from .recorded_teacher import read_recorded
 from .teacher import Teacher, teacher_args
@@ -134,7 +134,6 @@ class TeacherStates:
         check_device(function, named)
         check_rows(tokens, name, states, named)
         check_columns(tokens, columns, named)
-        check_precision(tokens, dtype, named)
         args = teacher_args(teacher, divergence, logit_args.temperature)
         check_logit_args(function, args, check)
         numbers = numbers_vector(args, 1.0, None, tokens.real, states.device)

@@ -85,11 +85,14 @@ def may_look(tensor: Tensor, check: bool | None = None) -> bool:
 
 
 def check_name(kind: str, name: object, allowed: Iterable[str], meant: str | None = None) -> None:
-    """Raise a ValueError unless ``name`` is one of ``allowed``: with what was ``meant``, or the nearest valid name."""
+    """Raise a ValueError unless ``name`` is one of ``allowed``: with what was ``meant``, or the nearest valid name of
+    what is a name at all."""
     names = list(allowed)
     if name not in names:
-        meant = repr(nearest(name, names)) if meant is None else meant
-        raise ValueError(f"{kind} must be one of {', '.join(names)}; got {name!r}. Did you mean {meant}?")
+        if meant is None and isinstance(name, str):
+            meant = repr(nearest(name, names))
+        suggestion = "" if meant is None else f" Did you mean {meant}?"
+        raise ValueError(f"{kind} must be one of {', '.join(names)}; got {name!r}.{suggestion}")
 
 
 def nearest(name: object, names: Sequence[str]) -> str:
