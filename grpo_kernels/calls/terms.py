@@ -424,7 +424,7 @@ def _kl_part(config: LossConfig, batch: TokenBatch, log_prob: Tensor, ratio: _Ra
     if weight is None or ref is None:
         zero = torch.zeros_like(log_prob)
         return _KLPart(zero, zero, None)
-    return _divergence_part(config.kl, config.kl_pooling, weight, log_prob, ref, ratio.of_kl, ratio.possible)
+    return _sampled_kl_part(config.kl, config.kl_pooling, weight, log_prob, ref, ratio.of_kl, ratio.possible)
 
 
 def _rollout_kl_part(config: LossConfig, batch: TokenBatch, log_prob: Tensor, ratio: _Ratio) -> _KLPart | None:
@@ -434,14 +434,14 @@ def _rollout_kl_part(config: LossConfig, batch: TokenBatch, log_prob: Tensor, ra
         return None
     sampler = ratio.old if inputs.rollout is None else inputs.rollout
     form = config.rollout_kl, config.rollout_kl_pooling
-    part = _divergence_part(*form, weight, log_prob, sampler, ratio.of_rollout_kl, ratio.possible)
+    part = _sampled_kl_part(*form, weight, log_prob, sampler, ratio.of_rollout_kl, ratio.possible)
     known = ~sampler.isnan()
     value, slope = (torch.where(known, values, 0.0) for values in part[:2])
     through_ratio = None if part.through_ratio is None else torch.where(known, part.through_ratio, 0.0)
     return _KLPart(value, slope, through_ratio)
 
 
-def _divergence_part(
+def _sampled_kl_part(
     form: KL, level: Level, weight: Tensor, log_prob: Tensor, other: Tensor, pooled: _Pooled, possible: Tensor
 ) -> _KLPart:
     kl = kl_terms(form, log_ratio_of(log_prob, other), pooled.ratio)

@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 _LOSSES = ("policy_loss", "kl_loss", "entropy_loss", "rollout_kl_loss")
 _TOKENS = ("tokens", "skipped_tokens", "impossible_tokens", "entropy_sum")
-_DIVERGENCES = (
+_SAMPLED_KLS = (
     *("kl_sum", "kl_count", "k1_old_sum", "k3_old_sum", "k1_rollout_sum", "k3_rollout_sum", "rollout_count"),
     "rollout_unknown",
 )
 _ROLLOUT_RATIOS = ("rollout_ratio_sum", "rollout_ratio_square_sum")
 _ROLLOUT_WEIGHTS = ("rollout_weight_sum", "rollout_weight_square_sum", "rollout_rejected_count")
-TOKEN_SUMS = (*_LOSSES, *_TOKENS, *_DIVERGENCES, *_ROLLOUT_RATIOS, *_ROLLOUT_WEIGHTS)
+TOKEN_SUMS = (*_LOSSES, *_TOKENS, *_SAMPLED_KLS, *_ROLLOUT_RATIOS, *_ROLLOUT_WEIGHTS)
 """Sums over tokens."""
 RATIO_SUMS = ("ratio_sum", "ratio_count", "clipped_low", "clipped_high", "clipped_dual")
 """Sums over tokens, or over sequences at the sequence levels."""

@@ -28,18 +28,18 @@ def metrics_of(
     sums["impossible_tokens"] = (log_prob == float("-inf")).sum().double()
     sums["entropy_sum"] = entropy.double().sum()
 
-    def divergence(name: str, other: Tensor | None, estimators: tuple[str, ...], keep: Tensor | None = None) -> None:
+    def sampled_kl(name: str, other: Tensor | None, estimators: tuple[str, ...], keep: Tensor | None = None) -> None:
         x = None if other is None else difference(log_prob, other).double()
         x = x if x is None or keep is None else x[keep]
         for estimator in estimators:
             key = "kl_sum" if name == "ref" else f"{estimator}_{name}_sum"
             sums[key] = 0.0 if x is None else estimate(estimator, x).sum()
 
-    divergence("ref", ref, (config.kl.estimator,))
+    sampled_kl("ref", ref, (config.kl.estimator,))
     sums["kl_count"] = 0.0 if ref is None else float(len(log_prob))
-    divergence("old", old, ("k1", "k3"))
+    sampled_kl("old", old, ("k1", "k3"))
     known = None if rollout is None else ~rollout.isnan()
-    divergence("rollout", rollout, ("k1", "k3"), known)
+    sampled_kl("rollout", rollout, ("k1", "k3"), known)
     ratios = weights = log_prob.new_zeros(0).double()
     if known is not None:
         ratios = difference(log_prob if old is None else old, rollout)[known].double().exp()
