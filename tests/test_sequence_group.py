@@ -25,6 +25,7 @@ from torch import Tensor
 from grpo_kernels import (
     KL,
     Clip,
+    Divergence,
     Gmpo,
     GroupMean,
     LossConfig,
@@ -32,6 +33,7 @@ from grpo_kernels import (
     Metrics,
     OffPolicyMask,
     Rejection,
+    Teacher,
     TruncatedIS,
     Unclipped,
     align,
@@ -458,6 +460,40 @@ FAULTS = {
     "a name": (lambda rank: {"config": "gpso"}, "rank 1 of 3: preset must be one of"),
     "backend": (lambda rank: {"backend": "torch"}, "the same backend on every rank of sequence_group"),
 }
+
+
+TAUGHT = {
+    "another divergence": ({"config": LossConfig.preset("gspo", divergence=Divergence("tvd"))}, {}, "the same config"),
+    "a scaled teacher": ({}, {"logit_scale": 0.5}, "the same teacher on every rank of sequence_group; got logits of "),
+    "a capped teacher": ({}, {"logit_softcap": 30.0}, "logit_softcap=30.0, temperature=None on rank 1"),
+    "a recorded teacher": ({}, None, "got logits of torch.float64, 23 columns, logit_scale=1.0"),
+    "another temperature": ({"temperature": 0.5}, {}, "the same temperature on every rank of sequence_group; got 1.0"),
+    "another scale": ({"logit_scale": 0.5}, {}, "the same logit_scale on every rank"),
+    "fewer columns": ({"vocab_size": 20}, {}, "the same vocab_size on every rank of sequence_group; got None on"),
+}
+"""What rank 1 changes of the call, and of the teacher (None: recorded); the words."""
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_one_rank_has_another_teacher(name):
+    """Or other logits of the same one: its part of D would be of another distribution."""
+    changes, form, words = TAUGHT[name]
+    case = Case("errors", "logits", LossConfig.preset("gspo"), "random")
+    config = LossConfig.preset("gspo", divergence=Divergence("jsd"))
+
+    def call(rank):
+        part = part_of(case.batch(), case.columns()[rank])
+        logits = part.states["logits"]
+        own = Teacher(logits=logits, **(form or {} if rank == 1 else {}))
+        if form is None and rank == 1:
+            log_probs, ids = logits.log_softmax(-1).topk(3)
+            own = Teacher(token_ids=ids, log_probs=log_probs, temperature=1.0)
+        given = {"config": config, "teacher": own, "token_ids": part.token_ids.clamp(max=19)}
+        loss_of(rank, **{**given, **(changes if rank == 1 else {})})
+
+    (text,) = set(errors_of(RANKS, call, deadline=20))
+    assert text is not None
+    assert words in text
 
 
 @pytest.mark.parametrize("name", FAULTS)

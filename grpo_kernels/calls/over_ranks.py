@@ -26,7 +26,8 @@ KEYWORD = "sequence_group"
 _TENSORS = ("old_log_probs", "ref_log_probs", "rollout_log_probs", "token_weights", "cu_seqlens", "entropy", "teacher")
 _OPTIONS = ("normalizer", "grad_scale", "entropy_threshold", "support", "skip_zero_advantage", "token_losses")
 _COEFFICIENTS = ("kl_coef", "rollout_kl_coef", "entropy_coef", "divergence_coef")
-"""Keywords of the losses that all ranks give, or none; of the last also the number."""
+_OF_LOGITS = ("temperature", "logit_scale", "logit_softcap", "vocab_size")
+"""Keywords of the losses that all ranks give, or none; of the last two also the number."""
 _EITHER = ("advantages", "temperature")
 """Those of which there may be one a sequence, the same on all ranks, or one a token."""
 _OF_SEQUENCES = "one a sequence"
@@ -124,6 +125,7 @@ def _facts(given: Mapping[str, Any], out: LossOutput) -> dict[str, int | str]:
     wanted = torch.is_grad_enabled() and any(value.requires_grad for value in floating)
     sequences = out.log_probs.shape[0] if bounds is None else bounds.shape[0] - 1
     coefficients = {name: in_words(given.get(name)) for name in _COEFFICIENTS}
+    teacher = given.get("teacher")
     return {
         "number of sequences": sequences,
         "config": repr(resolve_config(given["config"])),
@@ -132,7 +134,9 @@ def _facts(given: Mapping[str, Any], out: LossOutput) -> dict[str, int | str]:
         _LAYOUT: repr(given[_LAYOUT]),
         **{f"kind of {name}": _kind(given.get(name)) for name in _EITHER},
         **{name: checksum(given[name]) for name in _EITHER if _kind(given.get(name)) == _OF_SEQUENCES},
+        **{name: in_words(given.get(name)) for name in _OF_LOGITS},
         "dtype": str(floating[0].dtype),
+        "teacher": "none" if teacher is None else teacher.in_words(),
         "backend": "" if out.route is None else out.route.backend,
         "gradients": "wanted" if wanted else "not wanted",
     }

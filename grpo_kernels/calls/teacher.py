@@ -11,6 +11,7 @@ from torch import Tensor
 from ..backends.spec import LogitArgs
 from ..objectives.checks import describe, fail, plain, read_integer, settle_number
 from ..objectives.divergence import Divergence
+from ..objectives.groups import in_words
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -99,6 +100,15 @@ class Teacher:
             elif value != field.default:
                 shown.append(f"{field.name}={value!r}")
         return f"Teacher({', '.join(shown)})"
+
+    def in_words(self) -> str:
+        """Return what all parts of one teacher have in common, wherever its tokens are: its form, dtypes and numbers,
+        none of which a device has to be asked for."""
+        floating = [(name, value) for name, value in self.tensors.items() if name in ("logits", "hidden", "log_probs")]
+        form = "".join(f"{name} of {value.dtype}" for name, value in floating if value is not None)
+        columns = "" if self.columns is None else f", {self.columns} columns"
+        options = ("logit_scale", "logit_softcap", "temperature")
+        return f"{form}{columns}" + "".join(f", {name}={in_words(getattr(self, name))}" for name in options)
 
     @property
     def form(self) -> str:
