@@ -9,16 +9,15 @@ from torch import Tensor
 
 from .backends.spec import LogitArgs, numbers_vector
 from .calls.arguments import check_inplace, check_logit_args, read_head
-from .calls.chunks import CHUNK_BYTES
+from .calls.chunks import CHUNK_BYTES, chunk_rows
 from .calls.contents import check_contents, check_ids
 from .calls.divergence import DivergedLogProbs, read_teacher, refuse_columns_inplace
 from .calls.routes import choose_backend, choose_log_probs
-from .calls.sweep import LinearLogProbs
+from .calls.sweep import LinearLogProbs, sweep_of
 from .calls.teacher import Teacher, check_teacher, first_columns
-from .calls.teacher_rows import dtype_beside, read_teacher_states
+from .calls.teacher_rows import beside_teacher, dtype_beside, read_teacher_states
 from .calls.temperature import read_temperatures
 from .calls.tokens import read_linear_tokens, read_tokens
-from .linear import beside_teacher, chunk_rows_of, sweep_of
 from .objectives.checks import read_name
 from .objectives.compiler import outside_graphs
 from .objectives.divergence import ELSEWHERE, KINDS, Divergence, KindName
@@ -153,7 +152,7 @@ def linear_token_divergence(
     )
     check_ids(tokens, always=head.hidden.device.type == "cpu")
     beside = read_teacher_states(tokens, teacher, kind, logit_args, logits_dtype, check)
-    rows = chunk_rows_of(tokens, head, chunk_bytes, beside)
+    rows = chunk_rows(tokens, head, chunk_bytes, beside.row_bytes)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, hidden.device, divergence=kind)
     sweep = sweep_of(tokens, numbers, logit_args, route, head, live_tokens, rows, None, teacher=beside)
     outputs = map(sweep.valid, LinearLogProbs.apply(sweep, *head))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,15 +12,15 @@ from .backends.spec import LogitArgs, numbers_vector
 from .calls import autograd
 from .calls.arguments import check_logit_args, checked_scale, read_head
 from .calls.batch import LossArguments, read_batch
-from .calls.chunks import CHUNK_BYTES, LiveRows, chunk_rows
+from .calls.chunks import CHUNK_BYTES, chunk_rows
 from .calls.contents import check_ids, check_shift
-from .calls.divergence import refuse_shards, refuse_support, why_unfused
+from .calls.divergence import refuse_support, why_unfused
 from .calls.head import HeadTensors, Wants, operand_dtype
 from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
 from .calls.over_ranks import Agreed, over_ranks
 from .calls.provenance import Made
-from .calls.routes import Require, Route, choose, choose_backend, choose_log_probs
+from .calls.routes import Require, choose, choose_backend, choose_log_probs
 from .calls.sharding import (
     ONE_RANK,
     HiddenGrad,
@@ -36,23 +35,22 @@ from .calls.sharding import (
 )
 from .calls.support import Support, check_support, said_of
 from .calls.support_sweep import how_swept, supported_sweep
-from .calls.sweep import LinearLogProbs, LinearLoss, Sweep
-from .calls.teacher import Teacher, check_is_teacher, first_columns
-from .calls.teacher_rows import SweptTeacher, dtype_beside, read_teacher_states
+from .calls.sweep import LinearLogProbs, LinearLoss, sweep_of
+from .calls.teacher import Teacher
+from .calls.teacher_rows import beside_teacher, dtype_beside, read_teacher_states
 from .calls.temperature import read_temperatures
 from .calls.terms import Diverged, TokenBatch, pools, settle
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
 from .calls.token_losses import token_losses as losses_of_tokens
 from .calls.tokens import RowTokens, read_linear_tokens
 from .calls.vocabulary import SHARDED
-from .objectives.checks import check_scalar
 from .objectives.compiler import outside_graphs
 from .objectives.config import LossConfig, resolve_config
 from .objectives.maths import weighed
 from .objectives.metrics import Metrics
 from .objectives.names import NoKeyword, refuse_keywords
 from .objectives.normalizer import Normalizer
-from .objectives.sequences import Joined, Layout, Sequences
+from .objectives.sequences import Joined, Layout
 
 if TYPE_CHECKING:
     from .objectives.groups import Group
@@ -223,7 +221,7 @@ def linear_grpo_loss(
         beside = None
         if teacher is not None and config.divergence is not None:
             beside = read_teacher_states(tokens, teacher, config.divergence, logit_args, logits_dtype, check)
-        rows = chunk_rows_of(tokens, head, chunk_bytes, beside)
+        rows = chunk_rows(tokens, head, chunk_bytes, 0 if beside is None else beside.row_bytes)
         if facts is not None:
             named = {"config": config, "arguments": arguments.given, "gradients of states": wants.states}
             how = {"rows of a chunk": rows, "hidden_grad": hidden_grad, "support": said_of(tokens, support, logit_args)}
@@ -328,7 +326,7 @@ def linear_token_log_probs(
         check_ids(tokens, always=head.hidden.device.type == "cpu")
         if support is not None:
             check_support(tokens, support)
-        rows = chunk_rows_of(tokens, head, chunk_bytes)
+        rows = chunk_rows(tokens, head, chunk_bytes)
         if facts is not None:
             how = {"rows of a chunk": rows, "hidden_grad": hidden_grad, "gradients of states": Wants.of(head).states}
             facts |= facts_of(tokens, logit_args, {}, **how, support=said_of(tokens, support, logit_args))
@@ -379,67 +377,6 @@ def _fp16_scale(batch: TokenBatch, config: LossConfig, logit_args: LogitArgs, te
     largest = torch.stack([values.amax() for values in slopes]).amax()
     largest = largest * logit_args.logit_scale / logit_args.temperature
     return torch.exp2(-largest.clamp(min=2**-24, max=2.0**100).nan_to_num(nan=1.0).log2().floor() - 6)
-
-
-def chunk_rows_of(tokens: RowTokens, head: HeadTensors, chunk_bytes: int, teacher: SweptTeacher | None = None) -> int:
-    check_scalar(tokens.function, "chunk_bytes", chunk_bytes)
-    beside = 0 if teacher is None else teacher.row_bytes
-    return chunk_rows(tokens, head.width, operand_dtype(head.hidden), int(chunk_bytes), beside)
-
-
-_Adapter = tuple[Tensor, Tensor] | None
-
-
-def beside_teacher(
-    function: str,
-    teacher: Teacher,
-    head: tuple[Tensor, Tensor | None, _Adapter],
-    hidden: Tensor,
-    vocab_group: Group | None,
-    vocab_start: int | None,
-    vocab_size: int | None,
-) -> tuple[Teacher, tuple[Tensor, Tensor | None, _Adapter]]:
-    """Return teacher and head (weight, bias, adapter) over the columns that count."""
-    weight, bias, adapter = head
-    check_is_teacher(function, teacher)
-    refuse_shards(function, vocab_group, vocab_start, (weight, hidden))
-    if vocab_size is None:
-        return teacher, head
-    of_adapter = adapter[1] if isinstance(adapter, tuple) and len(adapter) == 2 else None
-    teacher, (own, own_bias, own_adapter) = first_columns(function, vocab_size, teacher, 0, weight, bias, of_adapter)
-    assert own is not None
-    return teacher, (own, own_bias, adapter if own_adapter is None or adapter is None else (adapter[0], own_adapter))
-
-
-def sweep_of(
-    tokens: RowTokens,
-    numbers: Tensor,
-    logit_args: LogitArgs,
-    route: Route,
-    head: HeadTensors,
-    live_tokens: int | None,
-    rows: int,
-    sum_of_states: Callable[[Tensor], Callable[[], Tensor]] | None,
-    sequences: Sequences | None = None,
-    wide: bool = False,
-    teacher: SweptTeacher | None = None,
-) -> Sweep:
-    live_rows = LiveRows.of(tokens, rows, live_tokens, sequences)
-    return Sweep(
-        live_rows=live_rows,
-        token_ids=live_rows.take(tokens.token_ids),
-        temperature=live_rows.take(tokens.temperature),
-        numbers=numbers,
-        softcap=logit_args.logit_softcap is not None,
-        operands=operand_dtype(head.hidden),
-        dtype=tokens.dtype,
-        columns=tokens.columns,
-        shard=tokens.shard,
-        states_sum=sum_of_states,
-        backend=route.backend,
-        wide=wide,
-        teacher=teacher,
-    )
 
 
 class LinearGRPOLoss(LossModule):

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import TokenInputs
-from ..objectives.checks import fail, may_look
+from ..objectives.checks import check_scalar, fail, may_look
 from ..objectives.sequences import Packed, Padded, Sequences, accumulate_dtype
-from .head import head_kind
+from .head import HeadTensors, head_kind, operand_dtype
 from .terms import TokenBatch
 from .tokens import RowTokens
 
@@ -34,13 +34,15 @@ def cut(values: _Tuple, first: int, last: int) -> _Tuple:
     return values._make(parts)
 
 
-def chunk_rows(tokens: RowTokens, width: int, operands: torch.dtype, chunk_bytes: int, beside: int = 0) -> int:
-    """Return how many rows' logits, states of ``width`` columns in all and their gradients fit ``chunk_bytes``, and
-    ``beside`` bytes a row of a teacher's."""
+def chunk_rows(tokens: RowTokens, head: HeadTensors, chunk_bytes: int, beside: int = 0) -> int:
+    """Return how many rows' logits, states of the head's width and their gradients fit ``chunk_bytes``, and ``beside``
+    bytes a row of a teacher's."""
+    check_scalar(tokens.function, "chunk_bytes", chunk_bytes)
+    chunk_bytes, operands = int(chunk_bytes), operand_dtype(head.hidden)
     kind = head_kind(tokens.states.device.type, operands, tokens.dtype)
     # Not this rank's own columns: all ranks have to cut rows alike.
     columns = tokens.columns if tokens.shard is None else tokens.shard.even
-    fixed, per_row = kind.bytes(width, columns, operands, tokens.dtype)
+    fixed, per_row = kind.bytes(head.width, columns, operands, tokens.dtype)
     per_row += beside
     rows = (chunk_bytes - fixed) // per_row
     if rows < 1:

@@ -18,17 +18,19 @@ from torch import Tensor
 
 from ..backends import ops
 from ..backends.contract import RowGradients, Rows, RowStats, TokenRecords, TokenValues
-from ..backends.spec import NUMBERS
+from ..backends.spec import NUMBERS, LogitArgs
 from ..objectives.config import LossConfig
 from ..objectives.metrics import Metrics
+from ..objectives.sequences import Sequences
 from .arguments import ordinary
 from .autograd import once
 from .chunks import LiveRows, cut
 from .divergence import Beside, Stats, Whole
-from .head import HeadGradients, HeadTensors, Wants, head_kind
-from .routes import Plan
+from .head import HeadGradients, HeadTensors, Wants, head_kind, operand_dtype
+from .routes import Plan, Route
 from .teacher_rows import SweptTeacher
 from .terms import Diverged, Terms, TokenBatch, fast_token_terms, pools, reduce_records
+from .tokens import RowTokens
 from .vocabulary import VocabShard, row_gradient_, row_stats
 
 
@@ -178,6 +180,39 @@ class Walk:
         """Return zeros for the gradient of ``states``, and a spare row."""
         dtype = torch.float32 if self._sweep.wide else states.dtype
         return states.new_zeros(states.shape[:-1].numel() + 1, states.shape[-1], dtype=dtype)
+
+
+def sweep_of(
+    tokens: RowTokens,
+    numbers: Tensor,
+    logit_args: LogitArgs,
+    route: Route,
+    head: HeadTensors,
+    live_tokens: int | None,
+    rows: int,
+    sum_of_states: Callable[[Tensor], Callable[[], Tensor]] | None,
+    sequences: Sequences | None = None,
+    wide: bool = False,
+    teacher: SweptTeacher | None = None,
+) -> Sweep:
+    """Return the sweep of a call: ``live_tokens`` as a user says, chunks of ``rows``, of whole ``sequences`` where they
+    are given."""
+    live_rows = LiveRows.of(tokens, rows, live_tokens, sequences)
+    return Sweep(
+        live_rows=live_rows,
+        token_ids=live_rows.take(tokens.token_ids),
+        temperature=live_rows.take(tokens.temperature),
+        numbers=numbers,
+        softcap=logit_args.logit_softcap is not None,
+        operands=operand_dtype(head.hidden),
+        dtype=tokens.dtype,
+        columns=tokens.columns,
+        shard=tokens.shard,
+        states_sum=sum_of_states,
+        backend=route.backend,
+        wide=wide,
+        teacher=teacher,
+    )
 
 
 class LinearLogProbs(torch.autograd.Function):

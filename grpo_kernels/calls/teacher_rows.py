@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,11 +15,14 @@ from ..objectives.checks import check_device
 from ..objectives.divergence import Divergence
 from .arguments import check_head, check_logit_args, check_logits
 from .chunks import LiveRows
-from .divergence import Beside, Stats, Whole, check_columns, check_rows, teacher_temperatures
+from .divergence import Beside, Stats, Whole, check_columns, check_rows, refuse_shards, teacher_temperatures
 from .head import HeadTensors, Wants, head_kind, operand_dtype
 from .recorded_teacher import read_recorded
-from .teacher import Teacher, teacher_args
+from .teacher import Teacher, check_is_teacher, first_columns, teacher_args
 from .tokens import RowTokens
+
+if TYPE_CHECKING:
+    from ..objectives.groups import Group
 
 RowsOf = Callable[[int, int, Tensor, Tensor], Beside]
 """The teacher's rows of live rows [first, last), of their token ids and which of them are none; until the next call."""
@@ -48,6 +51,30 @@ class SweptTeacher(Protocol):
 
     def walk(self, live_rows: LiveRows) -> RowsOf:
         """Return what gives the rows of chunk after chunk."""
+
+
+_Adapter = tuple[Tensor, Tensor] | None
+
+
+def beside_teacher(
+    function: str,
+    teacher: Teacher,
+    head: tuple[Tensor, Tensor | None, _Adapter],
+    hidden: Tensor,
+    vocab_group: Group | None,
+    vocab_start: int | None,
+    vocab_size: int | None,
+) -> tuple[Teacher, tuple[Tensor, Tensor | None, _Adapter]]:
+    """Return teacher and head (weight, bias, adapter) over the columns that count."""
+    weight, bias, adapter = head
+    check_is_teacher(function, teacher)
+    refuse_shards(function, vocab_group, vocab_start, (weight, hidden))
+    if vocab_size is None:
+        return teacher, head
+    of_adapter = adapter[1] if isinstance(adapter, tuple) and len(adapter) == 2 else None
+    teacher, (own, own_bias, own_adapter) = first_columns(function, vocab_size, teacher, 0, weight, bias, of_adapter)
+    assert own is not None
+    return teacher, (own, own_bias, adapter if own_adapter is None or adapter is None else (adapter[0], own_adapter))
 
 
 def dtype_beside(teacher: Teacher, logits_dtype: torch.dtype | None) -> torch.dtype | None:
