@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from grpo_kernels import (
     MaskedIS,
     Metrics,
     OffPolicyMask,
+    Recorded,
     Rejection,
     Teacher,
     TruncatedIS,
@@ -854,6 +856,29 @@ def test_split_context(layout, pack, size):
             first, second = rank * chunk, (2 * size - 1 - rank) * chunk
             assert places.tolist() == [*range(first, first + chunk), *range(second, second + chunk)]
     assert sorted(seen) == list(range(total if pack else 11))
+
+
+@pytest.mark.parametrize("layout", ["zigzag", "contiguous"])
+@pytest.mark.parametrize("shape", [(3, 11), (3, 10), (20,), (1, 20)], ids=str)
+def test_recorded_sets_are_cut(layout, shape):
+    """As tensors of tokens are; padding has no set."""
+    packed, tokens = shape[0] != 3, math.prod(shape)
+    bounds = torch.tensor([0, 7, 7, 8, 20]) if packed else None
+    whole = torch.arange(20).view(shape) if packed else torch.arange(33).view(3, 11)
+    sets = [[10 * token + i for i in range(token % 4)] for token in range(tokens)]
+    recorded = Recorded.from_lists(sets)
+    recorded = Recorded(recorded.ids, recorded.offsets, shape)
+    padding = 0
+    for rank in range(3):
+        part = split_context(whole, torch.ones_like(whole), rank, 3, cu_seqlens=bounds, layout=layout)
+        cut, of_tokens = part.take(recorded), part.take(torch.arange(tokens).view(shape) + 1)
+        assert cut.shape == tuple(of_tokens.shape) == tuple(part.token_ids.shape)
+        wanted = [sets[number - 1] if number else [] for number in of_tokens.flatten().tolist()]
+        assert [cut.ids[a:b].tolist() for a, b in itertools.pairwise(cut.offsets.tolist())] == wanted
+        padding += int((of_tokens == 0).sum())
+    assert padding > 0
+    with pytest.raises(ValueError, match=r"ContextPart.take: expected values"):
+        part.take(recorded[..., :5])
 
 
 def test_what_is_cut():

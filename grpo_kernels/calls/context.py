@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..objectives.checks import check_name, fail
 from ..objectives.groups import read_group
 from ..objectives.sequences import LAYOUTS, Layout
+from .recorded import Recorded
 from .tokens import align
 
 if TYPE_CHECKING:
@@ -41,13 +43,25 @@ class ContextPart:
     _columns: int
     _packed: bool
 
-    def take(self, values: Tensor) -> Tensor:
-        """Return this part of a token-sized tensor, 0 where it was padded; differentiable.
+    @overload
+    def take(self, values: Tensor) -> Tensor: ...
+
+    @overload
+    def take(self, values: Recorded) -> Recorded: ...
+
+    def take(self, values: Tensor | Recorded) -> Tensor | Recorded:
+        """Return this part of a token-sized tensor, 0 where it was padded, differentiable; or of recorded sets, empty
+        where it was padded, which waits for a device.
 
         Args:
             values: of rows of the model or of what they predict, as ``align`` has it: (B, L, ...) or (B, L-1, ...);
                 packed (N, ...) or (1, N, ...).
         """
+        if isinstance(values, Recorded):
+            count, offsets = math.prod(values.shape), values.offsets
+            numbers = torch.arange(1, count + 1, device=offsets.device).view(values.shape)
+            # Number 0, of padding, is the last: a token without a set.
+            return Recorded(values.ids, torch.cat([offsets, offsets[-1:]]))[self.take(numbers) - 1]
         first = self._packed and not (values.dim() > 1 and values.shape[:2] == (1, self._columns))
         dim, rows = 0 if first else 1, self.mask.shape[0]
         columns = values.shape[dim] if values.dim() > dim else -1
