@@ -11,9 +11,9 @@ from .backends.spec import LogitArgs, numbers_vector
 from .calls.arguments import check_inplace, check_logit_args, read_head
 from .calls.chunks import CHUNK_BYTES, chunk_rows
 from .calls.contents import check_contents, check_ids
-from .calls.divergence import DivergedLogProbs, read_teacher, refuse_columns_inplace
+from .calls.divergence import DivergedLogProbs, check_teacher_rows, read_teacher, refuse_columns_inplace
 from .calls.routes import choose_backend, choose_log_probs
-from .calls.sweep import LinearLogProbs, sweep_of
+from .calls.sweep import LinearLogProbs, check_swept_teacher, sweep_of
 from .calls.teacher import Teacher, check_teacher, first_columns
 from .calls.teacher_rows import beside_teacher, dtype_beside, read_teacher_states
 from .calls.temperature import read_temperatures
@@ -94,6 +94,7 @@ def token_divergence(
     choice = choose_backend(tokens, backend, logit_softcap is not None, fused=False, teacher=teacher.dtype)
     beside = read_teacher(tokens, teacher, kind, logit_args, None, check)
     check_contents(tokens, choice.backend, logit_args)
+    check_teacher_rows(tokens, beside, choice.backend, logit_args)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, logits.device, divergence=kind)
     rows = tokens.rows(numbers, logit_softcap is not None)
     log_prob, entropy, value, teacher_entropy = DivergedLogProbs.apply(logits, rows, beside, choice.backend, inplace)
@@ -153,6 +154,7 @@ def linear_token_divergence(
     check_ids(tokens, always=head.hidden.device.type == "cpu")
     beside = read_teacher_states(tokens, teacher, kind, logit_args, logits_dtype, check)
     rows = chunk_rows(tokens, head, chunk_bytes, beside.row_bytes)
+    check_swept_teacher(tokens, head, logit_args, route, rows, beside)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, hidden.device, divergence=kind)
     sweep = sweep_of(tokens, numbers, logit_args, route, head, live_tokens, rows, None, teacher=beside)
     outputs = map(sweep.valid, LinearLogProbs.apply(sweep, *head))

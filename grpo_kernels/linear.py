@@ -35,7 +35,7 @@ from .calls.sharding import (
 )
 from .calls.support import Support, check_support, said_of
 from .calls.support_sweep import how_swept, supported_sweep
-from .calls.sweep import LinearLogProbs, LinearLoss, sweep_of
+from .calls.sweep import LinearLogProbs, LinearLoss, check_swept_teacher, sweep_of
 from .calls.teacher import Teacher
 from .calls.teacher_rows import beside_teacher, dtype_beside, read_teacher_states
 from .calls.temperature import read_temperatures
@@ -229,6 +229,8 @@ def linear_grpo_loss(
     if made is not None:
         made.warn_of("linear_grpo_loss", Made.of(tokens, plan.route.backend, logit_args, support))
     _check_shift(tokens, head, logit_args)
+    if beside is not None:
+        check_swept_teacher(tokens, head, logit_args, plan.route, rows, beside)
     attached = token_losses or support is not None  # to log-probs with a gradient of their own
     outside = None
     wide = grad_scale is None and not attached and operand_dtype(hidden) == torch.float16

@@ -20,6 +20,7 @@ from .calls.divergence import (
     Beside,
     DivergedLogProbs,
     Whole,
+    check_teacher_rows,
     read_teacher,
     refuse_columns_inplace,
     refuse_shards,
@@ -265,6 +266,8 @@ def grpo_loss(
         made.warn_of("grpo_loss", Made.of(tokens, backend, logit_args, support))
     if tokens.checks:
         check_contents(tokens, backend, logit_args)
+        if beside is not None:
+            check_teacher_rows(tokens, beside, backend, logit_args)
     numbers = numbers_vector(logit_args, scale, config, tokens.real, logits.device, entropy_threshold)
     rows = Rows(logits, tokens.token_ids, tokens.live, numbers, logit_softcap is not None, tokens.temperature)
     call = _Call(config, rows, batch, backend, inplace, beside)

@@ -1021,6 +1021,66 @@ def test_sequences_over_ranks(preset):
         torch.testing.assert_close(metrics, expected.metrics.vector, rtol=1e-10, atol=1e-12)
 
 
+# Rows of another token
+
+
+def one_late(rows: Tensor) -> Tensor:
+    """What a teacher is whose rows begin with one that belongs to no token."""
+    return torch.cat([rows[:, :1], rows[:, :-1]], 1)
+
+
+SHIFTED = ("logits", "logits of T rows", "packed", "states", "gathered logits", "recorded", "recorded beside states")
+
+
+@pytest.mark.parametrize("form", SHIFTED)
+def test_a_teacher_one_row_late_is_noticed(form):
+    """In every form and function, with checks on; neither the right one nor unrelated rows are."""
+    batch, length, vocab = 3, 12, 31
+    near = drawn(batch, length + 1, vocab, dtype=torch.float32)
+    policy, right = (near + drawn(*near.shape, spread=0.7, seed=seed, dtype=torch.float32) for seed in (1, 2))
+    ids, mask = torch.randint(vocab, (batch, length)), torch.ones(batch, length)
+    mask[0, 4], head = 0, torch.eye(vocab)
+    config = LossConfig(surrogate=None, divergence=Divergence("forward_kl"))
+    temperatures = torch.tensor([0.8, 1.0, 1.2])
+
+    def run(rows: Tensor, check: bool | None) -> None:
+        log_probs, top = rows[:, :length].log_softmax(-1).topk(5)
+        recorded = Teacher(token_ids=top, log_probs=log_probs, temperature=1.0)
+        common = {"config": config, "check": check}
+        if form == "logits":
+            grpo_loss(policy, ids, None, mask, teacher=Teacher(logits=rows), temperature=temperatures, **common)
+        elif form == "logits of T rows":
+            token_divergence(policy, Teacher(logits=rows[:, :length]), ids, mask, check=check)
+        elif form == "packed":
+            flat = [x[:, :length].reshape(-1, vocab) for x in (policy, rows)]
+            bounds = torch.arange(batch + 1) * length
+            options = {"teacher": Teacher(logits=flat[1]), "cu_seqlens": bounds, **common}
+            grpo_loss(flat[0], ids.view(-1), None, mask.view(-1), **options)
+        elif form == "states":
+            taught = Teacher(hidden=rows, weight=head)
+            linear_grpo_loss(policy, head, ids, None, mask, teacher=taught, temperature=temperatures, **common)
+        elif form == "gathered logits":
+            linear_token_divergence(policy, head, Teacher(logits=rows), ids, mask, chunk_bytes=2**14, check=check)
+        elif form == "recorded":
+            grpo_loss(policy, ids, None, mask, teacher=recorded, **common)
+        else:
+            adapter = (torch.zeros(batch, length + 1, 2), torch.zeros(vocab, 2))
+            linear_grpo_loss(policy, head, ids, None, mask, teacher=recorded, adapter=adapter, **common)
+
+    for rows in (right, drawn(*near.shape, seed=5, dtype=torch.float32), one_late(policy).roll(-2, 1)):
+        run(rows, True)
+    run(one_late(right), None)
+    with pytest.raises(ValueError, match=r"row t of the teacher .* nearer by 0.*one row later(.|\n)*prompt_logprobs"):
+        run(one_late(right), True)
+
+
+def test_a_few_rows_are_no_evidence_of_another_token():
+    near = drawn(1, 14, 31)
+    for length in (0, 1, 14):
+        rows, late = near[:, :length], one_late(near)[:, :length]
+        token_divergence(rows, Teacher(logits=late), torch.zeros(1, length).long(), check=True)
+
+
 # What is refused
 
 

@@ -70,3 +70,34 @@ def check_shift(tokens: RowTokens, log_probs: Callable[[Tensor, Tensor], Tensor]
             tokens.tensors,
             "align(input_ids, mask) shifts ids and mask (ids[:, 1:], not ids[:, :-1]); what the model returned stays",
         )
+
+
+_TEACHER_GAIN = 0.1
+"""Of total variation, which is at most 1."""
+
+
+def check_teacher_shift(tokens: RowTokens, live: Tensor, apart: Callable[[int], Tensor]) -> None:
+    """A teacher whose rows begin with that of the first token, which nothing predicts, has an accepted shape and
+    another token's distribution in every row: each is nearer to the policy's one row later.
+
+    Args:
+        live: bool (B, T - 1), where a token and the next one are.
+        apart: gives the total variation, of that shape, of the policy's rows from the teacher's from row 0 or 1 on: a
+            divergence without infinities, whatever is minimised.
+
+    A row of the teacher that is right is nearest on average, or none is. One row earlier is no evidence: what a
+    teacher expects there is the token that an untrained policy with tied embeddings has just read and predicts again.
+    """
+    gains = (apart(0) - apart(1))[live].double()
+    gains = gains[gains.isfinite()]
+    if gains.numel() < _SHIFT_TOKENS:
+        return
+    gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(gains.numel())
+    if gain > max(_TEACHER_GAIN, _SHIFT_ERRORS * error):
+        fail(
+            tokens.function,
+            "row t of the teacher to be of the token that row t of the policy predicts",
+            f"rows that are nearer by {gain:.2f} of total variation one row later, on average over {gains.numel()}",
+            tokens.tensors,
+            "the first token of a sequence has no row: prompt_logprobs[1:]; of a model's logits, those of the same ids",
+        )

@@ -15,6 +15,7 @@ from ..objectives.checks import check_device, fail, fits
 from ..objectives.divergence import Divergence
 from .arguments import check_logit_args, check_logits, ordinary
 from .autograd import backward_rows, once
+from .contents import check_teacher_shift
 from .recorded_teacher import read_recorded
 from .sharding import is_dtensor
 from .teacher import Teacher, teacher_args
@@ -52,6 +53,9 @@ class Beside(Protocol):
 
     def of(self, tensors: tuple[Tensor | None, ...]) -> Beside:
         """Return the same of other tensors."""
+
+    def from_row(self, first: int, tokens: RowTokens, divergence: Divergence) -> Beside:
+        """Return the rows from ``first`` on beside other tokens, as many, for another divergence."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,12 @@ class Whole:
         logits, ids, live, numbers, temperature = tensors
         rows = Rows(logits, ids, live, numbers, self.teacher.softcap, temperature)  # type: ignore[arg-type]
         return replace(self, teacher=rows)
+
+    def from_row(self, first: int, tokens: RowTokens, divergence: Divergence) -> Whole:
+        logits = self.teacher.logits[..., first : first + tokens.live.shape[1], :]
+        own = None if self.teacher.temperature is None else tokens.temperature
+        rows = Rows(logits, tokens.token_ids, tokens.live, self.teacher.numbers, self.teacher.softcap, own)
+        return Whole(rows, divergence.kernel_id)
 
 
 def _parts(stats: Stats) -> tuple[RowStats, RowStats, DivergenceStats]:
@@ -173,6 +183,26 @@ def read_teacher(
     own = teacher_temperatures(tokens, divergence, args)
     rows = Rows(logits.detach(), tokens.token_ids, tokens.live, numbers, args.logit_softcap is not None, own)
     return Whole(rows, divergence.kernel_id)
+
+
+TOTAL_VARIATION = Divergence("tvd")
+
+
+def check_teacher_rows(tokens: RowTokens, beside: Beside, backend: str, logit_args: LogitArgs) -> None:
+    """With checks on, raise where a teacher's rows look shifted. Waits for the device."""
+    if not (tokens.checks and tokens.looks) or tokens.live.shape[1] < 2:
+        return
+    part = tokens.before_the_last()
+    where = tokens.states.device
+    numbers = numbers_vector(logit_args, 1.0, None, tokens.real, where, divergence=TOTAL_VARIATION)
+    rows = part.rows(numbers, logit_args.logit_softcap is not None)
+    rows = rows._replace(logits=rows.logits.detach())
+
+    def apart(first: int) -> Tensor:
+        teacher = beside.from_row(first, part, TOTAL_VARIATION)
+        return teacher.known(teacher.stats(rows, backend))[2]
+
+    check_teacher_shift(tokens, part.live, apart)
 
 
 def teacher_temperatures(tokens: RowTokens, divergence: Divergence, args: LogitArgs) -> Tensor | None:

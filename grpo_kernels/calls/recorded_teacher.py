@@ -108,12 +108,17 @@ class RecordedTeacher:
         return out
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         return self.token_ids, self.log_q, self.log_rest
 
     def of(self, tensors: tuple[Tensor | None, ...]) -> RecordedTeacher:
         token_ids, log_q, log_rest = tensors
         return replace(self, token_ids=token_ids, log_q=log_q, log_rest=log_rest)  # type: ignore[arg-type]
+
+    def from_row(self, first: int, tokens: RowTokens, divergence: Divergence) -> RecordedTeacher:
+        batch, count = tokens.live.shape
+        own = tuple(values.unflatten(0, (batch, -1))[:, first : first + count].flatten(0, 1) for values in self.tensors)
+        return replace(self, divergence=replace(self.divergence, kind=divergence.kind)).of(own)
 
     def walk(self, live_rows: LiveRows) -> Callable[[int, int, Tensor, Tensor], RecordedTeacher]:
         """Return what gives this of live rows [first, last)."""

@@ -18,14 +18,15 @@ from torch import Tensor
 
 from ..backends import ops
 from ..backends.contract import RowGradients, Rows, RowStats, TokenRecords, TokenValues
-from ..backends.spec import NUMBERS, LogitArgs
+from ..backends.spec import NUMBERS, LogitArgs, numbers_vector
 from ..objectives.config import LossConfig
 from ..objectives.metrics import Metrics
 from ..objectives.sequences import Sequences
 from .arguments import ordinary
 from .autograd import once
 from .chunks import LiveRows, cut
-from .divergence import Beside, Stats, Whole
+from .contents import check_teacher_shift
+from .divergence import TOTAL_VARIATION, Beside, Stats, Whole
 from .head import HeadGradients, HeadTensors, Wants, head_kind, operand_dtype
 from .routes import Plan, Route
 from .teacher_rows import SweptTeacher
@@ -213,6 +214,29 @@ def sweep_of(
         wide=wide,
         teacher=teacher,
     )
+
+
+def check_swept_teacher(
+    tokens: RowTokens, head: HeadTensors, logit_args: LogitArgs, route: Route, rows: int, teacher: SweptTeacher
+) -> None:
+    """As ``check_teacher_rows``, of hidden states: their logits are computed twice more, and the teacher's."""
+    if not (tokens.checks and tokens.looks) or tokens.live.shape[1] < 2:
+        return
+    part = tokens.before_the_last()
+    states = {"hidden": part.states.detach()}
+    if head.adapter_states is not None:
+        states["adapter_states"] = head.adapter_states[..., : part.live.shape[1], :].detach()
+    own = HeadTensors(**{**head._asdict(), **states})
+    where = tokens.states.device
+    numbers = numbers_vector(logit_args, 1.0, None, tokens.real, where, divergence=TOTAL_VARIATION)
+
+    def apart(first: int) -> Tensor:
+        other = teacher.from_row(first, part, TOTAL_VARIATION)
+        sweep = sweep_of(part, numbers, logit_args, route, own, None, rows, None, teacher=other)
+        with torch.no_grad():
+            return sweep.live_rows.scatter(sweep.known(sweep.log_probs(own))[2])
+
+    check_teacher_shift(tokens, part.live, apart)
 
 
 class LinearLogProbs(torch.autograd.Function):

@@ -49,6 +49,9 @@ class SweptTeacher(Protocol):
     def of(self, tensors: tuple[Tensor | None, ...]) -> SweptTeacher:
         """Return the same of other tensors."""
 
+    def from_row(self, first: int, tokens: RowTokens, divergence: Divergence) -> SweptTeacher:
+        """As that of ``Beside``."""
+
     def walk(self, live_rows: LiveRows) -> RowsOf:
         """Return what gives the rows of chunk after chunk."""
 
@@ -181,6 +184,12 @@ class TeacherStates:
     def of(self, tensors: tuple[Tensor | None, ...]) -> TeacherStates:
         head = None if self.head is None else HeadTensors(*tensors)  # type: ignore[arg-type]
         return replace(self, states=tensors[0], head=head)  # type: ignore[arg-type]
+
+    def from_row(self, first: int, tokens: RowTokens, divergence: Divergence) -> TeacherStates:
+        states = self.states[..., first : first + tokens.live.shape[1], :]
+        head = None if self.head is None else self.head._replace(hidden=states)
+        own = None if self.temperature is None else tokens.temperature
+        return replace(self, states=states, head=head, kind=divergence.kernel_id, temperature=own)
 
     def walk(self, live_rows: LiveRows) -> RowsOf:
         """Return what gives the rows of chunk after chunk."""

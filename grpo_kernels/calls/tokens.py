@@ -5,6 +5,7 @@ Logits stay as they came: kernels take the whole tensor and its strides.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,6 +84,17 @@ class RowTokens(Tokens):
     def rows(self, numbers: Tensor, softcap: bool) -> Rows:
         """Return the rows, where the states are the logits."""
         return Rows(self.states, self.token_ids, self.live, numbers, softcap, self.temperature)
+
+    def before_the_last(self) -> RowTokens:
+        """Return all but the last of each sequence of T, live where the next one is as well."""
+        count = self.live.shape[1] - 1
+        return dataclasses.replace(
+            self,
+            states=self.states[..., :count, :],
+            token_ids=self.token_ids[:, :count].contiguous(),
+            live=(self.live[:, :-1] & self.live[:, 1:]).contiguous(),
+            temperature=None if self.temperature is None else self.temperature[:, :count].contiguous(),
+        )
 
 
 def read_tokens(
