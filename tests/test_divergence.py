@@ -39,6 +39,7 @@ from grpo_kernels import (
     token_log_probs,
 )
 from grpo_kernels.objectives.divergence import KINDS
+from grpo_kernels.objectives.metrics import DIVERGENCE_SUMS
 from grpo_kernels.verification import reference
 from grpo_kernels.verification.tolerance import compare, truth_of
 from grpo_kernels.verification.verify import complete
@@ -581,6 +582,26 @@ def test_nan_stays_in_its_row():
     assert gradient[0, 0].isnan().all()
     gradient[0, 0] = 0
     assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("where", ["policy", "teacher"])
+def test_nan_is_no_number_of_the_truth_either(where, kind):
+    """In value and metrics; and a row that no column of is possible."""
+    config = LossConfig(None, divergence=Divergence(kind))
+    for bad in (math.nan, -INF):
+        case = taught(dtype=torch.float64, batch=2, length=3, vocab=5)
+        rows = case.logits if where == "policy" else case.options["teacher"].logits
+        rows[0, 0] = bad
+        case.options |= {"old_log_probs": None, "ref_log_probs": None}
+        options = {**case.options, "config": config}
+        found = grpo_loss(case.logits, case.token_ids, None, case.mask, **options)
+        exact = reference.grpo_loss(case.logits, case.token_ids, None, case.mask, **options)
+        assert found.loss.isnan()
+        assert exact.loss.isnan()
+        for name in DIVERGENCE_SUMS:
+            values = (getattr(out.metrics, name) for out in (found, exact))
+            torch.testing.assert_close(*values, equal_nan=True, rtol=1e-9, atol=1e-9)
 
 
 PADDING = [0.0, 1e4, -INF, math.nan]

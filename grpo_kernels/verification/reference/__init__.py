@@ -161,7 +161,7 @@ def grpo_loss(
         divergence_loss = (weight * coef * divergence).sum()
         loss = loss + divergence_loss
         of_teacher = {"divergence_loss": divergence_loss, "teacher_entropy_sum": _entropy(log_q).double().sum()}
-        of_teacher["divergence_sum"] = divergence[divergence.isfinite()].double().sum()
+        of_teacher["divergence_sum"] = divergence[~divergence.isinf()].double().sum()
         of_teacher["infinite_divergences"] = divergence.isinf().double().sum()
         of_teacher["divergence_count"] = (~divergence.isinf()).double().sum()
 

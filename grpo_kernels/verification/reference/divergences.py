@@ -32,13 +32,13 @@ def divergence_of(divergence: Divergence, log_p: Tensor, log_q: Tensor) -> Tenso
 
 def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
     """Σ_j p_j·(log p_j - log q_j); a column with p_j = 0 has no part, and one with q_j = 0 < p_j makes it infinite."""
-    possible = p > 0
+    possible = p != 0  # NaN is not 0
     x = torch.where(possible, log_p, 0.0) - torch.where(possible, log_q, 0.0)
     return torch.where(possible, p * x, 0.0).sum(-1)
 
 
 def mixture(w: float, log_a: Tensor, log_b: Tensor) -> Tensor:
     """log(w·a + (1 - w)·b), -inf where both are 0."""
-    possible = (log_a > -torch.inf) | (log_b > -torch.inf)
+    possible = (log_a != -torch.inf) | (log_b != -torch.inf)
     a, b = (torch.where(possible, x, 0.0) for x in (log_a, log_b))
     return torch.where(possible, torch.logaddexp(a + math.log(w), b + math.log1p(-w)), -torch.inf)
