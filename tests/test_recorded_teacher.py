@@ -228,6 +228,22 @@ def test_a_policy_without_the_recorded_tokens_is_nan_renormalised():
     assert bool(leaf.grad[0, 0].isfinite().all())
 
 
+@pytest.mark.parametrize("rest", ["renormalize", "teacher_renormalize"])
+def test_impossible_tokens_alone_are_no_distribution(rest, monkeypatch):
+    """NaN where nobody may look, in that row alone; in one bucket with the rest they are one."""
+    z, drawn, ids, log_q = recorded()
+    log_q[0, 1] = -math.inf
+    assert token_divergence(z, teacher(ids, log_q), drawn, divergence="jsd").divergence.isfinite().all()
+    monkeypatch.setattr("grpo_kernels.calls.tokens.may_look", lambda *_: False)
+    kind = Divergence("forward_kl", rest=rest)
+    leaf = z.clone().requires_grad_()
+    found = token_divergence(leaf, teacher(ids, log_q), drawn, divergence=kind).divergence
+    found.sum().backward()
+    for values in (found, leaf.grad.sum(-1)):
+        assert values[0, 1].isnan()
+        assert values.isnan().sum() == 1
+
+
 def test_masked_rows_are_not_read():
     z, drawn, ids, log_q = recorded()
     mask = torch.ones(B, T, dtype=torch.bool)
@@ -340,6 +356,14 @@ REFUSED = {
         lambda: teacher(TWO, HALVES),
         {"divergence": Divergence("reverse_kl", rest="teacher_renormalize")},
         ValueError, "finite where the teacher has nothing",
+    ),
+    "no mass": (
+        lambda: teacher(TWO, HALVES - math.inf), {"divergence": Divergence("jsd", rest="renormalize")},
+        ValueError, r"tokens of some mass(.|\n)*ids < 0 alone",
+    ),
+    "no mass of the teacher's own": (
+        lambda: teacher(TWO, HALVES - math.inf), {"divergence": Divergence("tvd", rest="teacher_renormalize")},
+        ValueError, "tokens of some mass",
     ),
     "temperature": (lambda: teacher(TWO, HALVES), {"temperature": 0.5}, ValueError, "ones at 1(.|\n)*teacher_temp"),
     "a tensor's temperature": (

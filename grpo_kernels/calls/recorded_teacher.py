@@ -273,7 +273,7 @@ def read_recorded(
     absent = ids < 0
     log_q = torch.where(absent, -math.inf, log_q.to(dtype))
     if tokens.looks:
-        _check_contents(tokens, ids, log_q, named)
+        _check_contents(tokens, ids, log_q, divergence, named)
     log_q = torch.where(ids < tokens.columns, log_q, math.nan)
     ids = torch.where(ids < tokens.columns, ids, 0).to(torch.int64).clamp(min=-1)
     factor = _retempered(tokens, teacher, divergence, logit_args, named)
@@ -284,6 +284,8 @@ def _read_rest(ids: Tensor, log_q: Tensor, columns: int, divergence: Divergence)
     total = torch.logsumexp(log_q, -1)
     nothing = torch.full_like(total, -math.inf)
     if divergence.rest != "bucket":
+        # Only impossible tokens were recorded: nothing is left to be renormalised.
+        log_q = torch.where(_without_mass(ids, total)[:, None], math.nan, log_q)
         log_q = log_q - torch.where(total == -math.inf, 0.0, total)[:, None]
         if divergence.rest == "teacher_renormalize":  # nothing was recorded of a row: all is rest, in both
             nothing = torch.where(total == -math.inf, 0.0, nothing)
@@ -292,6 +294,11 @@ def _read_rest(ids: Tensor, log_q: Tensor, columns: int, divergence: Divergence)
     rest = torch.where(total.isnan(), total, rest)
     whole = (ids >= 0).sum(-1) >= columns
     return RecordedTeacher(ids, log_q, torch.where(whole, nothing, rest), divergence)
+
+
+def _without_mass(ids: Tensor, total: Tensor) -> Tensor:
+    """Return where tokens (N, k) were recorded, and all of them as impossible."""
+    return (total == -math.inf) & (ids >= 0).any(-1)
 
 
 def _padded(
@@ -318,7 +325,9 @@ def _padded(
     return torch.where(inside, ids[index], -1), torch.where(inside, log_probs[index], -math.inf)
 
 
-def _check_contents(tokens: RowTokens, ids: Tensor, log_q: Tensor, named: Mapping[str, object]) -> None:
+def _check_contents(
+    tokens: RowTokens, ids: Tensor, log_q: Tensor, divergence: Divergence, named: Mapping[str, object]
+) -> None:
     """Raise where a live token's record is none of this vocabulary, or no distribution's."""
     function, live = tokens.function, tokens.live.reshape(-1, 1)
     outside = live & (ids >= tokens.columns)
@@ -335,7 +344,12 @@ def _check_contents(tokens: RowTokens, ids: Tensor, log_q: Tensor, named: Mappin
     if bool((live & (log_q > _MORE_THAN_ALL)).any()):
         hint = "log-softmax over the vocabulary, not logits or probabilities"
         fail(function, "recorded log-probs <= 0", f"{float(log_q[(live & (log_q > 0))].max()):.6g}", named, hint)
-    mass = torch.where(live[:, 0], torch.logsumexp(log_q, -1), 0.0).exp()
+    total = torch.logsumexp(log_q, -1)
+    if divergence.rest != "bucket" and bool((live[:, 0] & _without_mass(ids, total)).any()):
+        hint = "a token of which nothing was recorded has ids < 0 alone"
+        expected = f'recorded tokens of some mass, to be renormalised with rest="{divergence.rest}"'
+        fail(function, expected, "-inf alone at a live token", named, hint)
+    mass = torch.where(live[:, 0], total, 0.0).exp()
     if bool((mass > 1 + _MORE_THAN_ALL).any()):
         fail(function, "recorded log-probs of one distribution", f"a mass of {float(mass.max()):.6g}", named)
 
