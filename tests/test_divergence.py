@@ -1157,6 +1157,15 @@ BAD = {
     "a temperature of logits": (
         lambda: teacher_of(1, 2, temperature=0.7), ValueError, r"recorded log-probs(.|\n)*teacher_temp",
     ),
+    "a scale of the teacher": (
+        bad(teacher=teacher_of(3, 5, 11, logit_scale=0.0)), ValueError,
+        r"grpo_loss: teacher: expected logit_scale to be a finite number > 0; got 0.0",
+    ),
+    "a cap of the teacher's states": (
+        bad(linear_grpo_loss, teacher=states_of((3, 5, 2), (11, 2), logit_softcap=INF)), ValueError,
+        "linear_grpo_loss: teacher: expected logit_softcap to be",
+    ),
+    "a teacher moved to a dtype": (lambda: teacher_of(1, 2).to(torch.bfloat16), TypeError, "device"),
     "a wider teacher": (bad(teacher=teacher_of(3, 5, 13)), ValueError, "11 columns, or vocab_size=; got 13"),
     "a narrower teacher": (bad(teacher=teacher_of(3, 5, 9)), ValueError, r"11 columns(.|\n)*vocab_size=9"),
     "too many columns": (bad(teacher=teacher_of(3, 5, 9), **OTHER), ValueError, r"vocab_size, an int in \[1, 9\].*11"),

@@ -178,7 +178,7 @@ def read_teacher(
     check_rows(tokens, "teacher.logits", logits, named)
     check_columns(tokens, logits.shape[-1], named)
     args = teacher_args(teacher, divergence, logit_args.temperature)
-    check_logit_args(function, args, check)
+    check_logit_args(f"{function}: teacher", args, check)
     numbers = numbers_vector(args, 1.0, None, tokens.real, logits.device)
     own = teacher_temperatures(tokens, divergence, args)
     rows = Rows(logits.detach(), tokens.token_ids, tokens.live, numbers, args.logit_softcap is not None, own)

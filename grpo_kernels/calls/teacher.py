@@ -137,7 +137,7 @@ class Teacher:
         """Return the teacher with its tensors on a device."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
+            name: value.to(device=device, non_blocking=non_blocking) if isinstance(value, Tensor) else value
             for name, value in values.items()
         }
         return Teacher(**moved)

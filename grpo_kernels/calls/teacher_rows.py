@@ -165,7 +165,7 @@ class TeacherStates:
         check_rows(tokens, name, states, named)
         check_columns(tokens, columns, named)
         args = teacher_args(teacher, divergence, logit_args.temperature)
-        check_logit_args(function, args, check)
+        check_logit_args(f"{function}: teacher", args, check)
         numbers = numbers_vector(args, 1.0, None, tokens.real, states.device)
         softcap = args.logit_softcap is not None
         temperature = teacher_temperatures(tokens, divergence, args)
