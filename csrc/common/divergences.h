@@ -161,4 +161,17 @@ GRPO_FN Columns<V> columns_of(V p, V q, V d, V mix) {
   return {of_p.value, none, slope, excess};
 }
 
+// What a small error in d of many columns makes of their terms, per unit: f''(1) * sum of p - q, or where f has a
+// corner, the sum of p * slope. `excess`: the mean of the erring columns' and the right ones'.
+GRPO_FN double of_error(int kind, double excess, double slopes, double mix) {
+  const double rest = 1 - mix;
+  switch (kind) {
+    case kTVD: return slopes;
+    case kJSD: return mix * rest * excess;
+    case kSkewForwardKL:
+    case kSkewReverseKL: return rest * rest * excess;
+    default: return excess;
+  }
+}
+
 }  // namespace grpo

@@ -6,7 +6,7 @@
 
 extern "C" {
 
-#define GRPO_CUDA_ABI_VERSION 6
+#define GRPO_CUDA_ABI_VERSION 7
 
 struct GrpoCudaParams : GrpoCall {
   int32_t device;
@@ -15,7 +15,7 @@ struct GrpoCudaParams : GrpoCall {
   int32_t tiles;     // places of a block's ring, each of a tile, or of two for a pair of rows
   void* stream;
   int32_t* order;  // [rows + 1] scratch: live rows from the front, dead ones from the back, how many are live
-  void* partials;  // scratch: real[rows][cluster][4] of log_probs, [8] of divergence
+  void* partials;  // scratch: real[rows][cluster][4] of log_probs, [12] of divergence
 };
 
 // What a device offers, asked of the driver.

@@ -39,19 +39,20 @@ GRPO_DEVICE Odds<real> kept_odds(const double* kept) {
           real(kept[4]), real(kept[5]), real(kept[kOddsShift])};
 }
 
-// The gradient of weight * D in a value: weight * (own + p * ((slope - centre) - mean)), centre the slope there.
+// The gradient of weight * D in a value: weight * (own + p * ((slope - centre) - mean)), centre the slope there; of a
+// likely column by d = likely.
 template <class real>
 struct DivergenceSlopes {
-  real weight, centre, mean;
+  real weight, centre, mean, likely;
 };
 
 template <class real>
 GRPO_DEVICE void keep_slopes(double* kept, const DivergenceSlopes<real>& slopes) {
-  kept[0] = slopes.weight, kept[1] = slopes.centre, kept[2] = slopes.mean;
+  kept[0] = slopes.weight, kept[1] = slopes.centre, kept[2] = slopes.mean, kept[3] = slopes.likely;
 }
 template <class real>
 GRPO_DEVICE DivergenceSlopes<real> kept_slopes(const double* kept) {
-  return {real(kept[0]), real(kept[1]), real(kept[2])};
+  return {real(kept[0]), real(kept[1]), real(kept[2]), real(kept[3])};
 }
 
 // A divergence, and both maps from a logit to a value.
@@ -93,37 +94,46 @@ GRPO_DEVICE real slope_at(int kind, real d, real mix) {
   return slope;
 }
 
-// Of some columns: the largest value with its distance and slope, the sums of terms and of p - q, and of p and of
-// p * (the slope relative to that one).
+// Whether a column's d is the centre's: of one column at most, the largest.
 template <class real>
-struct alignas(16) DivergenceSums {
-  real largest = -real(INFINITY), distance = 0, slope = 0;
-  real value = 0, excess = 0, mass = 0, mean = 0;
-  real unused = 0;
+GRPO_DEVICE bool is_likely(real p) {
+  return p > real(0.75);
+}
 
-  // The same in either order. Of equal values the one of the larger distance.
+// Over some columns, of their terms, of p - q, of p and of p * slope.
+template <class real>
+struct ColumnSums {
+  real term = 0, excess = 0, mass = 0, slopes = 0;
+
   template <class other_real>
-  GRPO_DEVICE void merge(const DivergenceSums<other_real>& sums) {
-    const bool larger = sums.largest > largest || (sums.largest == largest && sums.distance > distance);
-    const real from = larger ? sums.slope : slope;
-    real other_mean = sums.mean;
-    if (larger) {
-      move_to(from, slope, mass, mean);
-      largest = sums.largest;
-      distance = sums.distance;
-      slope = sums.slope;
-    } else {
-      move_to(from, sums.slope, sums.mass, other_mean);
-    }
-    value = value + sums.value;
+  GRPO_DEVICE void add(const ColumnSums<other_real>& sums) {
+    term = term + sums.term;
     excess = excess + sums.excess;
     mass = mass + sums.mass;
-    mean = mean + other_mean;
+    slopes = slopes + sums.slopes;
   }
+};
 
-  // Relative to another slope than before.
-  GRPO_DEVICE static void move_to(real slope, real before, real mass, real& mean) {
-    if (mass != 0 && slope != before) mean = port::fma_of(before - slope, mass, mean);
+// Of some columns: the policy's largest value, the teacher's beside it, and what that column would add to the sums of
+// the others. A likely column's d, of which little may be left in fp32, follows from the others.
+template <class real>
+struct alignas(16) DivergenceSums {
+  real largest = -real(INFINITY), beside = -real(INFINITY);
+  ColumnSums<real> left_out, others;
+  real unused[2] = {0, 0};
+
+  // The same in either order.
+  template <class other_real>
+  GRPO_DEVICE void merge(const DivergenceSums<other_real>& sums) {
+    others.add(sums.others);
+    if (sums.largest > largest || (sums.largest == largest && sums.beside > beside)) {
+      others.add(left_out);
+      largest = sums.largest;
+      beside = sums.beside;
+      left_out = {sums.left_out.term, sums.left_out.excess, sums.left_out.mass, sums.left_out.slopes};
+    } else {
+      others.add(sums.left_out);
+    }
   }
 };
 
@@ -146,6 +156,19 @@ struct PairColumns {
     for (int i = 0; i < n; ++i) {
       x[i] = policy[first + i];
       y[i] = teacher[first + i];
+    }
+  }
+
+  // The largest value so far stays out, and comes in where there is a larger one.
+  GRPO_DEVICE void leave_out(real& largest, real& beside) {
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+      const bool larger = x[i] > largest;
+      const real less = larger ? largest : x[i], less_beside = larger ? beside : y[i];
+      largest = larger ? x[i] : largest;
+      beside = larger ? y[i] : beside;
+      x[i] = less;
+      y[i] = less_beside;
     }
   }
 
@@ -175,27 +198,17 @@ GRPO_DEVICE void to_values(real (&logits)[n], const LogitMap<real>& map) {
 }
 
 template <int kind, int n, class real>
-GRPO_DEVICE void add_columns(const PairColumns<n, real>& at, real mix, DivergenceSums<real>& sums) {
-  Columns<real> columns[n];
-  real largest = sums.largest, distance = sums.distance, centre = sums.slope;
+GRPO_DEVICE void add_columns(const PairColumns<n, real>& at, real mix, ColumnSums<real>& sums) {
+  ColumnSums<real> mine;
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    columns[i] = columns_of<kind>(at.p[i], at.q[i], at.d[i], mix);
-    const bool larger = at.x[i] > largest;
-    largest = larger ? at.x[i] : largest;
-    distance = larger ? at.distance[i] : distance;
-    centre = larger ? columns[i].slope : centre;
+    const Columns<real> column = columns_of<kind>(at.p[i], at.q[i], at.d[i], mix);
+    mine.term = mine.term + column.term;
+    mine.excess = mine.excess + column.excess;
+    mine.mass = mine.mass + at.p[i];
+    if (kind != kForwardKL) mine.slopes = port::fma_of(at.p[i], column.slope, mine.slopes);
   }
-  DivergenceSums<real>::move_to(centre, sums.slope, sums.mass, sums.mean);
-  real value = 0, excess = 0, mass = 0, mean = sums.mean;
-#pragma unroll
-  for (int i = 0; i < n; ++i) {
-    value = value + columns[i].term;
-    excess = excess + columns[i].excess;
-    mass = mass + at.p[i];
-    mean = port::fma_of(at.p[i], columns[i].slope - centre, mean);
-  }
-  sums = {largest, distance, centre, sums.value + value, sums.excess + excess, sums.mass + mass, mean};
+  sums.add(mine);
 }
 
 // This thread's columns of a pair of pieces: every kConsumers-th vector, by the number of its column.
@@ -214,10 +227,20 @@ GRPO_DEVICE void sweep_divergence(const PiecePair<T>& pair, const PairMap<real_o
 #pragma unroll
     for (int i = 0; i < kWidth<T>; i += kAtOnce<T>) {
       PairColumns<kAtOnce<T>, real_of<T>> at(x, y, i);
+      at.leave_out(sums.largest, sums.beside);
       at.compare(map, odds);
-      with_kind(map.kind, [&](auto kind) { add_columns<decltype(kind)::value>(at, map.mix, sums); });
+      with_kind(map.kind, [&](auto kind) { add_columns<decltype(kind)::value>(at, map.mix, sums.others); });
     }
   }
+}
+
+// A column by its two values.
+template <class real>
+GRPO_DEVICE PairColumns<1, real> column_at(real x, real y, const PairMap<real>& map, const Odds<real>& odds) {
+  const real policy[1] = {x}, teacher[1] = {y};
+  PairColumns<1, real> at(policy, teacher, 0);
+  at.compare(map, odds);
+  return at;
 }
 
 // Of each kLanes neighbours in every one of them.
@@ -226,9 +249,24 @@ GRPO_DEVICE void merge_lanes(DivergenceSums<real>& sums) {
 #pragma unroll
   for (int mask = kLanes / 2; mask > 0; mask /= 2) {
     const auto from = [mask](real mine) { return port::shuffle_xor(mine, mask); };
-    sums.merge(DivergenceSums<real>{from(sums.largest), from(sums.distance), from(sums.slope), from(sums.value),
-                                    from(sums.excess), from(sums.mass), from(sums.mean)});
+    const auto from_all = [&](const ColumnSums<real>& mine) {
+      return ColumnSums<real>{from(mine.term), from(mine.excess), from(mine.mass), from(mine.slopes)};
+    };
+    DivergenceSums<real> other;
+    other.largest = from(sums.largest);
+    other.beside = from(sums.beside);
+    other.left_out = from_all(sums.left_out);
+    other.others = from_all(sums.others);
+    sums.merge(other);
   }
+}
+
+// The warp's sums, in every lane, of what its threads have added.
+template <class real>
+GRPO_DEVICE void warp_sums(DivergenceSums<real>& sums, const PairMap<real>& map, const Odds<real>& odds) {
+  const auto at = column_at(sums.largest, sums.beside, map, odds);
+  with_kind(map.kind, [&](auto kind) { add_columns<decltype(kind)::value>(at, map.mix, sums.left_out); });
+  merge_lanes<32>(sums);
 }
 
 // Slices' sums, left to right.
@@ -245,25 +283,42 @@ struct Divergence {
   real value, shift, centre, mean;
 };
 
-// From the sums of all columns.
+// From the sums of all columns. The log-sums have an error that d has in all columns; the sum of p - q over all of them
+// is what it makes of 0, and so what it makes of their terms is known.
 template <class real>
 GRPO_DEVICE Divergence<real> finish_divergence(const DivergenceSums<double>& sums, const Odds<real>& odds,
                                                const PairMap<real>& map) {
   const real none = odds.power + odds.teacher_power;  // NaN where one of the rows is spoilt
   if (none != none) return {real(NAN), real(NAN), real(NAN), real(NAN)};
+  const auto at = column_at(real(sums.largest), real(sums.beside), map, odds);
+  const real p = at.p[0], q = at.q[0];
+  ColumnSums<double> others = sums.others;
+  double excess = others.excess + sums.left_out.excess;
+  if (excess != excess) excess = others.excess = 0;  // D is infinite
+  const double error = log1p(excess);
   Divergence<real> found;
-  found.value = real(sums.value);
-  found.shift = real(odds.shift - log1p(sums.excess));
-  found.centre = port::fma_of(real(sums.distance), map.factor, found.shift);
-  found.mean = real(sums.value == INFINITY && !gradient_at_infinity(map.kind) ? NAN : sums.mean);
+  found.shift = real(odds.shift - error);
+  found.centre = port::fma_of(at.distance[0], map.factor, found.shift);
+  if (is_likely(p) && magnitude(found.centre) < 1 && q > 0)
+    found.centre = real(log1p((error * others.mass - others.excess) / q));
+
+  real term = 0;
+  with_kind(map.kind, [&](auto k) { term = columns_of<decltype(k)::value>(p, q, found.centre, map.mix).term; });
+  const double mean_excess = others.excess - error * others.mass / 2;
+  const double value = others.term - error * of_error(map.kind, mean_excess, others.slopes, double(map.mix)) + term;
+  found.value = real(value < 0 ? 0 : value);  // what was taken out rounds too
+  // With the error that the columns beside it have: only the difference counts. A step has none.
+  const double at_centre = slope_at(map.kind, map.kind == kTVD ? found.centre : at.d[0], map.mix);
+  found.mean = real(others.mass > 0 ? others.slopes - at_centre * others.mass : 0);
+  if (value == INFINITY && !gradient_at_infinity(map.kind)) found.mean = real(NAN);
   return found;
 }
 
 template <class real>
 GRPO_DEVICE DivergenceSlopes<real> divergence_slopes(const Divergence<real>& found, double weight,
                                                      const PairMap<real>& map) {
-  if (weight == 0) return {0, 0, 0};
-  return {real(weight * map.policy.derivative), slope_at(map.kind, found.centre, map.mix), found.mean};
+  if (weight == 0) return {0, 0, 0, 0};
+  return {real(weight * map.policy.derivative), slope_at(map.kind, found.centre, map.mix), found.mean, found.centre};
 }
 
 // Both gradients of some columns, in place of their logits; `target`: as vector_gradient has it.
@@ -273,7 +328,8 @@ GRPO_DEVICE void columns_gradient(const PairColumns<n, real>& at, real mix, cons
                                   real* logits) {
 #pragma unroll
   for (int i = 0; i < n; ++i) {
-    const Columns<real> column = columns_of<kind>(at.p[i], at.q[i], at.d[i], mix);
+    const real d = is_likely(at.p[i]) ? slopes.likely : at.d[i];
+    const Columns<real> column = columns_of<kind>(at.p[i], at.q[i], d, mix);
     const real relative = (column.slope - slopes.centre) - slopes.mean;
     const real part = slopes.weight * port::fma_of(at.p[i], relative, column.own);
     const real kept = at.power[i] > real(kLowestPower) ? at.power[i] : real(kLowestPower);

@@ -32,7 +32,7 @@ struct alignas(16) Partial {
 constexpr int kElsewhere = -kTileBytes;
 
 // Numbers of GradientTerms, Odds and DivergenceSlopes (gradient.h, divergence.h).
-constexpr int kTerms = 5, kOdds = 7, kSlopes = 3;
+constexpr int kTerms = 5, kOdds = 7, kSlopes = 4;
 
 struct RowInfo {
   int row;
@@ -52,7 +52,7 @@ struct PairInfo {
   double slopes[kSlopes];
 };
 
-constexpr int kMessageBytes = 64;  // what a warp or a slice has to say of a row: Partial, PartialPair, DivergenceSums
+constexpr int kMessageBytes = 96;  // what a warp or a slice has to say of a row: Partial, PartialPair, DivergenceSums
 
 struct alignas(128) Shared {
   unsigned char zeros[kZeroBytes];

@@ -129,7 +129,7 @@ class Consumer {
       if (kMode == kDivergence) signal(shared_.emptied[at.place]);
     }
     if (kMode == kDivergence) written_ = at;
-    merge_lanes<32>(sums);
+    warp_sums(sums, map, odds);
     publish(sums, index, kStages<kMode> - 1);
   }
 

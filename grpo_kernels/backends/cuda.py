@@ -32,7 +32,7 @@ from .contract import (
 )
 from .spec import ObjectiveSpec
 
-_ABI_VERSION = 6
+_ABI_VERSION = 7
 _OLDEST_CAPABILITY = (9, 0)
 CLUSTERS = (1, 2, 4, 8, 16)
 
@@ -310,7 +310,7 @@ def _call(
     extra = {"device": index, "order": order.data_ptr()}
     extra |= {"cluster": layout.cluster, "clusters": layout.clusters, "tiles": layout.tiles}
     if out is None:
-        numbers = 4 if pair is None else 8
+        numbers = 4 if pair is None else 12
         partials = torch.empty(count, layout.cluster, numbers, dtype=rows.numbers.dtype, device=where)
         extra["partials"] = partials.data_ptr()
     else:
