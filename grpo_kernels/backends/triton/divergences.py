@@ -75,17 +75,9 @@ def minus(p, q, d):
 
 
 @triton.jit
-def difference(KIND: tl.constexpr, p, q, d):
-    """Return ``minus``, from the series that the terms are made of."""
-    if KIND == REVERSE_KL:
-        return negative(minus(q, p, negative(d)))
-    else:
-        return minus(p, q, d)
-
-
-@triton.jit
 def columns_of(KIND: tl.constexpr, p, q, d, mix):
-    """Return term, own and slope of columns: p, q and d = log(p/q), which is 0 where both are 0."""
+    """Return term, own and slope of columns: p, q and d = log(p/q), which is anything where both are 0; so is the slope
+    where p is."""
     zero = p * 0  # d may be infinite
     rest = 1 - mix
     if KIND == FORWARD_KL:

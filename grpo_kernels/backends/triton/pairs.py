@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .divergences import FORWARD_KL, TVD, columns_of, difference, of_error
+from .divergences import FORWARD_KL, REVERSE_KL, TVD, columns_of, minus, of_error
 from .gradient import fill, write_gradient
 from .maths import divide, log1p, tanh_derivative, to_power
 from .rows import (
@@ -53,10 +53,10 @@ def distance_map(policy, teacher):
 
 @triton.jit
 def distance_of(x, y, distances, shift):
-    """Return t and d of columns by both rows' values; d is 0 where both are impossible."""
+    """Return t and d of columns by both rows' values; NaN where both are impossible."""
     ratio, offset, factor = distances
     t = tl.fma(-ratio, y, x) - offset
-    return t, tl.where(t == t, tl.fma(t, factor, shift), 0)
+    return t, tl.fma(t, factor, shift)
 
 
 @triton.jit
@@ -74,13 +74,25 @@ def slope_at(KIND: tl.constexpr, d, mix):
 
 @triton.jit
 def add_columns(total, excess, mass, slopes, x, y, policy, teacher, distances, shift, mix, KIND: tl.constexpr):
-    """Add columns, by the values of both rows, to the sums of terms, of p - q, of p and of p·slope."""
+    """Add columns, by the values of both rows, to the sums of terms, of p - q, of p and of p·slope. The second is 0 for
+    ``REVERSE_KL``: ``excess_of`` makes it of the others."""
     p, q = probability(x, policy), probability(y, teacher)
     d = distance_of(x, y, distances, shift)[1]
     term, _, slope = columns_of(KIND, p, q, d, mix)
     if KIND != FORWARD_KL:
         slopes += tl.where(p == 0, 0, p * slope)
-    return total + term, excess + difference(KIND, p, q, d), mass + p, slopes
+    if KIND != REVERSE_KL:
+        excess += minus(p, q, d)
+    return total + term, excess, mass + p, slopes
+
+
+@triton.jit
+def excess_of(KIND: tl.constexpr, total, excess, slopes):
+    """Return the sum of p - q; 0 where D is infinite."""
+    if KIND == REVERSE_KL:
+        return tl.where(total < float("inf"), slopes - total, 0)  # a term is p·d - (p - q)
+    else:
+        return excess
 
 
 @triton.jit
@@ -133,7 +145,7 @@ def finish_divergence(total, excess, mass, slopes, x, y, policy, teacher, distan
     """
     p, q = probability(x, policy), probability(y, teacher)
     t, d = distance_of(x, y, distances, shift)
-    error = log1p(excess + difference(KIND, p, q, d))
+    error = log1p(excess + minus(p, q, d))
     corrected = shift - error
     centre = tl.fma(t, distances[2], corrected)
     by_others = log1p(divide(error * mass - excess, tl.where(q > 0, q, 1)))
@@ -275,7 +287,7 @@ def divergence_kernel(
     total, excess, mass, slopes = add_columns(
         total, excess, mass, slopes, largest, beside, policy, teacher, distances, between, mix, KIND
     )
-    total, excess = lane_sums(total, excess, SWEEP, ALIGNMENT)
+    total, excess = lane_sums(total, excess_of(KIND, total, excess, slopes), SWEEP, ALIGNMENT)
     mass, slopes = lane_sums(mass, slopes, SWEEP, ALIGNMENT)
     values = finish_divergence(total, excess, mass, slopes, x, y, policy, teacher, distances, between, mix, KIND)
     store_divergence(row_index, divergence, shift, centre, mean, values)
