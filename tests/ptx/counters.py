@@ -48,9 +48,11 @@ class Counts:
 
 
 def counted(case: Case) -> tuple[Counts, Stats]:
-    """Of the case's kernel that executes most."""
+    """Of the case's kernel that executes most; for a divergence's backward, which runs after its forward, the last."""
     run = Run(case)
-    stats = max(run.machine.counts.values(), key=lambda one: sum(one.runs.values()))
+    launched = list(run.machine.counts.values())
+    is_last = case.what == "divergence_backward"
+    stats = launched[-1] if is_last else max(launched, key=lambda one: sum(one.runs.values()))
     elements, code = int(run.live.sum()) * case.vocab, stats.kernel.code
     instructions, classes = {}, {}
     for role, warps in roles_of(stats).items():
@@ -102,14 +104,16 @@ class Chain:
     percent: dict[str, float]  # by kind of GPU: (cycles + exchange) / settlers / the slice's cycles
 
 
-def chain(dtype: Any, vocab: int) -> Chain:
-    """Of a fused row in the backend's own layout, from the difference of 16 rows and 8."""
+def chain(dtype: Any, vocab: int, kind: str = "") -> Chain:
+    """Of a fused row in the backend's own layout, or of a pair of that divergence; from the difference of 16 rows and
+    8."""
     with Executor().cuda() as cuda:
-        own = cuda.plan(0, dtype, vocab)
-    found = []
+        own = cuda.plan(0, dtype, vocab, 2 if kind else 1)
+    found, what = [], "fused_divergence" if kind else "fused"
     columns = vocab if vocab < 2000 else vocab // 16  # the chain does not depend on it
     for rows in (8, 16):  # both with the same special rows
-        case = Case("cuda", "fused", dtype, columns, (own.cluster, 1, own.tiles), rows=(1, rows), seed=1)
+        case = Case("cuda", what, dtype, columns, (own.cluster, 1, own.tiles), rows=(1, rows), seed=1)
+        case = replace(case, kind=kind, teacher=dtype)
         run = Run(case, SETTLER)
         stats = next(stats for name, stats in run.machine.counts.items() if "row_kernel" in name)
         traces = stats.traces.values()
@@ -117,11 +121,13 @@ def chain(dtype: Any, vocab: int) -> Chain:
         found.append((int(run.live.sum()), instructions, sum(_cycles(stats, trace) for trace in traces)))
     live, instructions, cycles = (many - few for few, many in zip(*found, strict=True))
     instructions, cycles = instructions / live, cycles / live
-    exchange, settlers = EXCHANGE if own.cluster > 1 else 0, len(roles_of(stats)["settler"])
-    slice_bytes = 2 * vocab / own.cluster * dtype.itemsize
+    settled, moved_rows = (2, 3) if kind else (1, 2)
+    exchange, settlers = settled * EXCHANGE if own.cluster > 1 else 0, len(roles_of(stats)["settler"])
+    slice_bytes = moved_rows * vocab / own.cluster * dtype.itemsize
     moved = {gpu: slice_bytes * PROCESSORS * CLOCK / copy for gpu, copy in GPUS.items()}
     percent = {gpu: 100 * (cycles + exchange) / settlers / time for gpu, time in moved.items()}
-    return Chain(f"{NAMES[dtype]} {vocab} in {own.cluster}", settlers, instructions, cycles, exchange, percent)
+    what = " ".join(filter(None, (NAMES[dtype], str(vocab), kind, f"in {own.cluster}")))
+    return Chain(what, settlers, instructions, cycles, exchange, percent)
 
 
 def _registers(operand: Any) -> list[int]:
@@ -159,6 +165,7 @@ _FUSED = Case("cuda", "fused", BF16, 151936, rows=(1, 4), out="in", seed=1)
 _ONE_BLOCK = replace(_FUSED, vocab=32000, plan=(1, 1, 13))
 _PAIR = replace(_ONE_BLOCK, what="fused_divergence", kind="reverse_kl", teacher=BF16, plan=(2, 1, 6))
 _TRITON = replace(_FUSED, backend="triton", out="own", processors=1)
+_TRITON_PAIR = replace(_TRITON, what="divergence", kind="reverse_kl", teacher=BF16)
 CASES = {
     "cuda fused bf16 151936": _FUSED,
     "cuda backward bf16 151936": replace(_FUSED, what="backward"),
@@ -168,12 +175,21 @@ CASES = {
     "cuda fused fp32 32000": replace(_ONE_BLOCK, dtype=FP32),
     "cuda fused_divergence bf16 32000 reverse_kl": _PAIR,
     "cuda fused_divergence bf16 32000 jsd": replace(_PAIR, kind="jsd"),
-    "cuda divergence_backward bf16 32000": replace(_PAIR, what="divergence_backward"),
+    "cuda divergence bf16 32000 reverse_kl": replace(_PAIR, what="divergence"),
+    "cuda divergence_backward bf16 32000 reverse_kl": replace(_PAIR, what="divergence_backward"),
     "triton log_probs bf16 151936": replace(_TRITON, what="log_probs"),
     "triton backward bf16 151936": replace(_TRITON, what="backward"),
     "triton fused bf16 32000": replace(_TRITON, vocab=32000),
+    "triton divergence bf16 151936 forward_kl": replace(_TRITON_PAIR, kind="forward_kl"),
+    "triton divergence bf16 151936 reverse_kl": _TRITON_PAIR,
+    "triton divergence bf16 151936 jsd": replace(_TRITON_PAIR, kind="jsd"),
+    "triton divergence_backward bf16 151936 reverse_kl": replace(_TRITON_PAIR, what="divergence_backward"),
 }
-CHAINS = {f"settler {NAMES[d]} {v}": (d, v) for d, v in ((BF16, 151936), (BF16, 32000), (FP32, 32000), (BF16, 1000))}
+CHAINS: dict[str, tuple[Any, ...]] = {
+    f"settler {NAMES[dtype]} {vocab}": (dtype, vocab)
+    for dtype, vocab in ((BF16, 151936), (BF16, 32000), (FP32, 32000), (BF16, 1000))
+}
+CHAINS |= {f"settler pair {NAMES[BF16]} {vocab}": (BF16, vocab, "reverse_kl") for vocab in (151936, 32000)}
 
 
 def show(words: list[str], as_json: bool) -> None:
