@@ -6,16 +6,17 @@ Or in two commands, of which the second goes on where the first stopped. Where a
 $OUT, and empties it before each command, copy its check-1 into the tree between them (HASH: the commit, where there is
 no .git):
 
-    timeout 490 python3 -u benchmarks/gpu_check.py --out $OUT/check-1 --minutes 7.8 --commit HASH --only smoke,verify,suite,sanitizer,limits,large
+    timeout 490 python3 -u benchmarks/gpu_check.py --out $OUT/check-1 --minutes 7.8 --commit HASH --only smoke,verify,suite,sanitizer,limits,large,pairs
     timeout 310 python3 -u benchmarks/gpu_check.py --out $OUT/check-2 --minutes 4.8 --commit HASH --resume check-1
 
-Parts, in order: smoke (every kernel, from least to most risk); verify (presets against float64); suite
-(tests/test_cuda.py on the GPU); sanitizer (memcheck, racecheck, synccheck of compute-sanitizer, which COMPUTE_SANITIZER
-may name; racecheck is a gate from 2026.3 on); limits (bandwidths); large (vocabularies up to 262,144, more than 2^31
-elements); triton (its presets against float64); timing, from logits; traffic (bytes that kernels move, by ncu); linear,
-from hidden states. Where smoke fails, the CUDA kernels' other parts are left out. Each part is a process with a
-deadline: one that hangs or faults takes no other with it, and nothing that was started outlives the run. What is not
-expected to fit into --minutes is named before it begins, and runs if the others leave time.
+Parts, in order: smoke (every kernel, from least to most risk); verify (presets against float64); suite (the CUDA
+kernels' tests on the GPU); sanitizer (memcheck, racecheck, synccheck of compute-sanitizer, which COMPUTE_SANITIZER may
+name; racecheck is a gate from 2026.3 on); limits (bandwidths); large (vocabularies up to 262,144, more than 2^31
+elements); triton (its presets against float64); timing, from logits; pairs (divergences from a teacher against float64,
+and their times); traffic (bytes that kernels move, by ncu); linear, from hidden states. Where smoke fails, the CUDA
+kernels' other parts are left out. Each part is a process with a deadline: one that hangs or faults takes no other with
+it, and nothing that was started outlives the run. What is not expected to fit into --minutes is named before it begins,
+and runs if the others leave time.
 
 DIR gets gpu_check.json, written after every row, gpu_check.md, its table, and gpu_check.log. It holds one run: only
 --resume of the same folder adds to it, with the same card, commit and library.

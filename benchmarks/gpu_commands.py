@@ -98,12 +98,15 @@ def verify(*backends: str) -> Callable[[Setting], list[Command] | str]:
     return commands
 
 
+SUITE = ("tests/test_cuda.py", "tests/test_divergence_cuda.py")
+
+
 def suite(setting: Setting) -> list[Command]:
-    argv = [sys.executable, "-m", "pytest", "-rs", "-x", "tests/test_cuda.py", "-m", "gpu and not nightly"]
+    argv = [sys.executable, "-m", "pytest", "-rs", "-x", *SUITE, "-m", "gpu and not nightly"]
     argv += ["--timeout", "40", "--timeout-method", "thread"]
     argv += ["-k", "one_bad_column"] if setting.rehearsal else ["-n", "12"]
     environment = {"GRPO_KERNELS_TEST_DEVICE": setting.device}
-    return [Command("tests/test_cuda.py", argv, environment=environment, read=tests_run)]
+    return [Command(" ".join(SUITE), argv, environment=environment, read=tests_run)]
 
 
 def tests_run(text: str) -> dict[str, Any]:
@@ -234,12 +237,13 @@ def _tool(name: str, named: str = "") -> str | None:
 PARTS = {
     "smoke": Part("steps from least to most risk", 60, 200, smoke, cuda=True),
     "verify": Part("presets in bf16 and fp32 beside float64", 40, 80, verify("cuda"), cuda=True),
-    "suite": Part("tests/test_cuda.py on the GPU", 60, 100, suite, cuda=True),
+    "suite": Part("the CUDA kernels' tests on the GPU", 65, 100, suite, cuda=True),
     "sanitizer": Part("memcheck, racecheck, synccheck", 150, 220, sanitizer, cuda=True),
     "limits": Part("bandwidths", 15, 30, measured("limits", rehearsed=False)),
     "large": Part("vocabularies up to 262,144, more than 2^31 elements", 30, 60, measured("large")),
     "triton": Part("Triton's presets in bf16 and fp32 beside float64", 60, 120, verify("triton")),
     "timing": Part("from logits, beside PyTorch and peers", 90, 170, measured("timing")),
+    "pairs": Part("divergences beside float64, and their times", 30, 60, measured("pairs")),
     "traffic": Part("bytes that kernels move, by ncu", 40, 80, traffic),
     "linear": Part("from hidden states, beside PyTorch and peers", 60, 100, measured("linear")),
 }

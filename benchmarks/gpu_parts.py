@@ -4,6 +4,7 @@ them. Rows that are in the file already are not measured again."""
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import sys
 import time
@@ -19,9 +20,12 @@ import gpu_rows
 import gpu_timing
 import torch
 from gpu_rows import Rows
+from torch import Tensor
 
 import grpo_kernels
-from grpo_kernels import backends, grpo_loss, token_log_probs
+from grpo_kernels import Divergence, LossConfig, Teacher, backends, grpo_loss, token_divergence, token_log_probs
+from grpo_kernels.bench.measure import Clock
+from grpo_kernels.objectives.divergence import KINDS
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -73,6 +77,60 @@ def _large(device: str, backend: str, rows: int, vocab: int) -> dict[str, Any]:
     return {"error": error, "gradient_error": gradient, "passed": error < allowed and gradient < of_gradient}
 
 
+def pairs(device: str, names: Sequence[str]) -> Rows:
+    """Compare divergences from a teacher and their gradients, beside float64; then time them."""
+    tokens, vocab = (4, 9001) if device == "cpu" else (256, 151_936)
+    for kind, backend in itertools.product(KINDS, names):
+        yield f"{kind}, {backend}", partial(_pairs, device, backend, kind, tokens, vocab)
+    for (tokens, vocab), kind, backend in itertools.product(TIMED, ("reverse_kl", "jsd"), names):
+        if device == "cuda":
+            yield f"{kind} {tokens}x{vocab}, {backend}", partial(_time_of_pairs, backend, kind, tokens, vocab)
+
+
+TIMED = ((8192, 151_936), (16_384, 32_000))
+"""Shapes whose divergences are timed."""
+
+
+def _pairs(device: str, backend: str, kind: str, rows: int, vocab: int) -> dict[str, Any]:
+    """In every other row one column has all but 1e-7 of the policy, and another one was drawn."""
+    logits, teacher, ids = _beside_teacher(device, rows, vocab)
+    logits[0, ::2, 7], teacher[0, ::2, 7], ids[0, ::2] = 28.0, 27.5, 5
+    divergence, before = Divergence(kind), logits[0].clone()
+    found = token_divergence(logits, Teacher(logits=teacher), ids, divergence=divergence, backend=backend).divergence
+    _loss_beside(logits.requires_grad_(), teacher, ids, backend, divergence, float(rows)).backward()
+    error, gradient = gpu_exact.divergence_errors(divergence, before, teacher[0], found[0], logits.grad[0])
+    _, allowed = gpu_exact.allowed(logits.dtype)
+    return {"error": error, "gradient_error": gradient, "passed": error < 1e-4 and gradient < 2 * allowed}
+
+
+def _time_of_pairs(backend: str, kind: str, rows: int, vocab: int) -> dict[str, Any]:
+    """Loss and gradient of a divergence alone, the median of nine calls after two."""
+    logits, teacher, ids = _beside_teacher("cuda", rows, vocab)
+    given = logits.requires_grad_(), teacher, ids, backend, Divergence(kind)
+    for _ in range(2):
+        _loss_beside(*given)
+    clock = Clock("cuda")
+    for _ in range(9):
+        _loss_beside(*given)
+        clock.mark()
+    return {"ms": 1e3 * sorted(clock.seconds())[4], "logits_bytes": logits.nbytes}
+
+
+def _beside_teacher(device: str, rows: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Make logits, a teacher's half a unit away, and ids."""
+    logits = torch.randn(1, rows, vocab, dtype=torch.bfloat16, device=device)
+    return logits, logits + 0.5 * torch.randn_like(logits), torch.randint(vocab, (1, rows), device=device)
+
+
+def _loss_beside(
+    logits: Tensor, teacher: Tensor, ids: Tensor, backend: str, divergence: Divergence, scale: float = 1.0
+) -> Tensor:
+    """A divergence's mean over tokens times ``scale``, whose gradient is there already."""
+    config = LossConfig(surrogate=None, divergence=divergence)
+    given: dict[str, Any] = {"teacher": Teacher(logits=teacher), "config": config, "backend": backend}
+    return scale * grpo_loss(logits, ids, None, grad_scale=scale, **given).loss
+
+
 def limits(device: str, names: Sequence[str]) -> Rows:
     from gpu_limits import limits as of_this_gpu  # Triton, which may be missing
 
@@ -91,6 +149,7 @@ MEASURED: dict[str, Callable[[str, Sequence[str]], Rows]] = {
     "large": large,
     "limits": limits,
     "timing": timing,
+    "pairs": pairs,
     "linear": linear,
 }
 

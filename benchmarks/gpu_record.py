@@ -167,6 +167,7 @@ def markdown(results: Results) -> str:
     lines += _no_gates(results) + _bandwidths(results) + _kernels(results) + _traffic(results)
     for name in ("timing", "linear"):
         lines += _timing(results.get(name, {}))
+    lines += _pairs(results)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -256,6 +257,18 @@ def _timing(part: dict[str, Any]) -> list[str]:
             lines.append(f"| {' | '.join(cells)} |")
     missing = sorted({name for row in rows for name in row["missing"]})
     return [*lines, "", *([f"Not installed: {', '.join(missing)}.", ""] if missing else [])]
+
+
+def _pairs(results: Results) -> list[str]:
+    """Tabulate divergences: errors of those that were compared, times of the others."""
+    rows = [row for row in results.get("pairs", {}).get("rows", []) if "error" in row or "ms" in row]
+    if not rows:
+        return []
+    lines = _head(["divergence", "error of D", "gradient error", "loss and gradient ms"])
+    for row in rows:
+        cells = [_number(row.get(key), ".0e") for key in ("error", "gradient_error")]
+        lines.append(f"| {' | '.join([row['name'], *cells, _number(row.get('ms'))])} |")
+    return [*lines, ""]
 
 
 def _head(names: list[str]) -> list[str]:

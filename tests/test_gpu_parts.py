@@ -241,3 +241,24 @@ def test_large_sees_what_is_wrong(monkeypatch, wrong):
     assert gpu_parts._large("cpu", "cuda", 6, 40000)["passed"]
     monkeypatch.setattr(gpu_parts, "grpo_loss", spoiled)
     assert not gpu_parts._large("cpu", "cuda", 6, 40000)["passed"]
+
+
+OF_PAIRS = {
+    "divergence": lambda *given: given[-1].divergence[0, 1].mul_(1.001),
+    "fused_divergence": lambda *given: given[-1][0, 2, 7].mul_(1.05),
+}
+
+
+@pytest.mark.skipif(not cuda.emulated(), reason="it needs the emulator")
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_pairs_see_what_is_wrong(monkeypatch, name):
+    """In one row; of the gradient in its likely column alone."""
+    function = getattr(cuda, name)
+
+    def spoiled(*arguments):
+        function(*arguments)
+        OF_PAIRS[name](*arguments)
+
+    assert gpu_parts._pairs("cpu", "cuda", "reverse_kl", 4, 520)["passed"]
+    monkeypatch.setattr(cuda, name, spoiled)
+    assert not gpu_parts._pairs("cpu", "cuda", "reverse_kl", 4, 520)["passed"]
