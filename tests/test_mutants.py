@@ -333,6 +333,27 @@ MUTANTS = {
         "batch.to(tl.int64) * batch_stride",
         "batch.to(tl.int64) * row_stride",
     ),
+    "triton pairs: likely column": (
+        "backends/triton/pairs.py",
+        "d = tl.where(is_likely(p), row_centre, distance_of(value, teacher_value, distances, row_shift)[1])",
+        "d = distance_of(value, teacher_value, distances, row_shift)[1]",
+    ),
+    "triton pairs: centre": ("backends/triton/pairs.py", "(q > 0), by_others, centre)", "(q > 0), centre, centre)"),
+    "triton pairs: largest column lost": (
+        "backends/triton/pairs.py",
+        "less_x = tl.where(larger, largest, x)",
+        "less_x = x",
+    ),
+    "triton pairs: error of the log-sums": (
+        "backends/triton/pairs.py",
+        "value = total - error * of_error(",
+        "value = total - 0 * error * of_error(",
+    ),
+    "triton pairs: sum of p - q": (
+        "backends/triton/pairs.py",
+        'tl.where(total < float("inf"), slopes - total, 0)',
+        "slopes * 0",
+    ),
     "divergence: direction": (
         "objectives/divergence.py",
         "return Columns(_kl_term(p, d, q), 0.0, d)",
@@ -484,6 +505,8 @@ def test_mutant_is_noticed(tmp_path, name):
         tests = ["tests/test_groups.py", "tests/test_sequence_group.py"]
     if name.startswith("temperature"):
         tests = ["tests/test_temperatures.py"]
+    if name.startswith("triton pairs"):
+        tests = ["tests/test_divergence_triton.py"]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "--tb=no", "-m", "not nightly", *tests]
     command += ["-k", "triton" if name.startswith("triton") else "not triton"]  # interpreted kernels are slow
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
