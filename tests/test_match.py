@@ -17,6 +17,7 @@ from grpo_kernels import (
     KL,
     Cispo,
     Clip,
+    Divergence,
     DppoKL,
     DppoTV,
     Dro,
@@ -337,6 +338,93 @@ def test_kls_to_the_sampler_are_read_back(kl, to):
     assert report.matched, str(report)
     assert source_of(report.config) == source_of(config), str(report)
     assert ("rollout_log_probs=rollout_log_probs" in report.lines[-1]) == (to == "rollout_log_probs")
+
+
+def of_rows(p, q, kind, mix=None):
+    """Divergences (B, T) of log-probs of whole rows, as they are written by hand."""
+
+    def kl(one, other):
+        return (one.exp() * (one - other)).sum(-1)
+
+    if kind == "tvd":
+        return 0.5 * (p.exp() - q.exp()).abs().sum(-1)
+    if kind in ("reverse_kl", "forward_kl"):
+        return kl(p, q) if kind == "reverse_kl" else kl(q, p)
+    if kind == "mixed_kl":
+        return mix * kl(q, p) + (1 - mix) * kl(p, q)
+    if kind == "jsd":
+        middle = ((1 - mix) * p.exp() + mix * q.exp()).log()
+        return mix * kl(q, middle) + (1 - mix) * kl(p, middle)
+    one, other = (q, p) if kind == "skew_forward_kl" else (p, q)
+    return kl(one, (mix * one.exp() + (1 - mix) * other.exp()).log())
+
+
+def beside_a_teacher(divergence, coef=0.05):
+    """A loss with a policy term and ``coef`` times what ``divergence`` makes of rows of log-probs, at a temperature."""
+
+    def loss(logits, teacher_logits, input_ids, old_log_probs, advantages, mask):
+        policy, other = ((rows[:, :-1] / 0.8).log_softmax(-1) for rows in (logits, teacher_logits))
+        lp = policy.gather(-1, input_ids[..., None]).squeeze(-1)
+        terms = clipped(lp - old_log_probs, advantages[:, None], 0.2, 0.28) + coef * divergence(policy, other)
+        return rows(terms, mask)
+
+    return loss
+
+
+DIVERGENCES = (
+    *(Divergence(kind, 0.05) for kind in ("reverse_kl", "forward_kl", "tvd")),
+    *(Divergence(kind, 0.05, 0.3) for kind in ("mixed_kl", "jsd", "skew_forward_kl", "skew_reverse_kl")),
+)
+
+
+def divergences():
+    for n, divergence in enumerate(DIVERGENCES):
+        yield pytest.param(divergence, marks=[] if n % 4 == 0 else [pytest.mark.nightly], id=divergence.kind)
+
+
+@pytest.mark.parametrize("divergence", divergences())
+def test_divergences_from_a_teacher_are_read_back(divergence):
+    report = match(beside_a_teacher(lambda p, q: of_rows(p, q, divergence.kind, divergence.mix)))
+    assert report.matched, str(report)
+    assert report.config == LossConfig(
+        Clip(0.2, 0.28), aggregation="sequence_mean", log_ratio_limit=None, divergence=divergence
+    )
+    assert report.temperature == 0.8
+    assert "teacher=Teacher(logits=teacher_logits)" in report.lines[-1]
+    assert "Teacher" in report.lines[0]
+    assert eval(report.paste()) == report.config
+
+
+def test_rows_of_a_teacher_meet_rows_of_the_policy():
+    def loss(lp, old, A, mask, teacher_logits):
+        return mean(clipped(lp - old, A[:, None]), mask) + 0 * teacher_logits.sum()
+
+    with pytest.raises(ValueError, match="the loss takes teacher_logits beside log-probs: .* the policy's logits"):
+        match(loss)
+    report = match(lambda lp, old, A, mask, teacher_logits=None: mean(clipped(lp - old, A[:, None]), mask))
+    assert report.matched
+    assert "left at their defaults: teacher_logits" in report.notes
+
+
+def test_what_is_no_divergence_of_ours():
+    """The wrong sign is a fault; a sum over some columns, another temperature and a cross-entropy's value are told."""
+
+    def likeliest(p, q):
+        top, ids = q.topk(4, -1)
+        return (top.exp() * (top - p.gather(-1, ids))).sum(-1)
+
+    wrong = match(beside_a_teacher(lambda p, q: of_rows(p, q, "reverse_kl"), -0.05))
+    assert wrong.faults == ("the sign of the divergence is wrong: it rewards distance from the teacher",)
+    assert wrong.config.divergence == Divergence("reverse_kl", 0.05)
+    some = match(beside_a_teacher(likeliest))
+    assert not some
+    assert "the teacher's rows enter in no way that match knows" in some.strange[0]
+    entropy = match(beside_a_teacher(lambda p, q: -(q.exp() * p).sum(-1)))
+    assert not entropy
+    assert entropy.config.divergence == Divergence("forward_kl", 0.05)
+    assert "the gradient is that of the config, the value is not" in entropy.strange[0]
+    assert not match(beside_a_teacher(lambda p, q: of_rows(p, (q / 2).log_softmax(-1), "reverse_kl")))
+    assert match(beside_a_teacher(lambda p, q: 0.0 * q.sum(-1))).config.divergence is None
 
 
 def test_a_cap_below_one_is_told():
@@ -804,6 +892,8 @@ def test_bad_batches(batch, message):
         ("logits", "logits"), ("entropy", "entropy"), ("entropy_coef", None), ("clip_ratio", None), ("beta", None),
         ("loss_agg_mode", None), ("config", None), ("old_logits", None), ("generation_logprobs", "rollout_log_probs"),
         ("model_logprobs", "log_probs"), ("eps_clip", None), ("kl_weight", None), ("rollout_is_weights", None),
+        ("student_logits", "logits"), ("teacher_logits", "teacher_logits"), ("ref_logits", "teacher_logits"),
+        ("teacher_temperature", None), ("teacher_log_probs", None),
     ],
 )  # fmt: skip
 def test_names(name, role):

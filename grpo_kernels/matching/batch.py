@@ -36,6 +36,7 @@ class Inputs:
         old, ref: (B, T) log-probs.
         advantages: (B,) or (B, T).
         rollout: (B, T), the sampler's log-probs; None: the old ones.
+        teacher: (B, T+1, V), its logits; None: those of the policy itself.
     """
 
     batch: Batch
@@ -43,6 +44,7 @@ class Inputs:
     ref: Tensor
     advantages: Tensor
     rollout: Tensor | None = None
+    teacher: Tensor | None = None
 
     @property
     def sampled(self) -> Tensor:

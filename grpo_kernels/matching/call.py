@@ -23,7 +23,8 @@ ITEMS_FACTOR = 3.7
 
 LOG = "log(?!its)"
 ROLES = {
-    "logits": r"logits|(shift|policy|new|curr\w*)_?logits",
+    "logits": r"logits|(shift|policy|student|new|curr\w*)_?logits",
+    "teacher_logits": r"(\w*_)?(teacher|ref|reference|tgt|target)_?logits",
     "token_ids": r"(token|input|completion|selected_token|response|action|target|sampled|shift)_?ids|labels|targets?"
     r"|actions|tokens|ids|shift_labels",
     "mask": r"m|\w*mask|mask_\w+",
@@ -37,7 +38,7 @@ ROLES = {
     r"|normali[sz]er",
     "temperature": r"temperature|temp",
     "cu_seqlens": r"cu_?seq_?lens?\w*",
-    "log_probs": r"lp|(\w*_)?(log_?p(rob)?s?|per_token_logps)|new_?log\w*",
+    "log_probs": r"lp|(?!.*teacher)(\w*_)?(log_?p(rob)?s?|per_token_logps)|new_?log\w*",
 }
 """Whole parameter names, in the order in which they are tried."""
 NUMBERS = (
@@ -196,6 +197,8 @@ class Caller:
                 )
             if role is not None:
                 roles[name] = role
+        if "logits" not in roles.values():
+            roles = self._without_teacher(roles, parameters)
         self.sampler_is_old = "old_log_probs" not in roles.values() and "rollout_log_probs" in roles.values()
         if self.sampler_is_old:
             roles = {n: "old_log_probs" if r == "rollout_log_probs" else r for n, r in roles.items()}
@@ -205,6 +208,17 @@ class Caller:
                 f"Say which it is: {self.words.meaning.format(name='NAME', role='log_probs')}."
             )
         return roles
+
+    def _without_teacher(self, roles: dict[str, str], parameters: Mapping[str, inspect.Parameter]) -> dict[str, str]:
+        """Return the roles of a loss of log-probs: its teacher's logits stay at their default."""
+        for name in [name for name, role in roles.items() if role == "teacher_logits"]:
+            if parameters[name].default is inspect.Parameter.empty:
+                raise Unusable(
+                    f"the loss takes {name} beside log-probs: a teacher's rows meet whole rows of the policy, so "
+                    "let it take the policy's logits, and make the log-probs of them."
+                )
+            self.left_out.append(name)
+        return {name: role for name, role in roles.items() if role != "teacher_logits"}
 
     def _role(self, parameter: inspect.Parameter, arguments: dict[str, str], names: str) -> str | None:
         """Return what a parameter is given; None where it stays at its default."""
@@ -288,6 +302,10 @@ class Caller:
             "old_log_probs": inputs.old.clone(), "ref_log_probs": inputs.ref.clone(),
             "rollout_log_probs": inputs.sampled.clone(),
         }  # fmt: skip
+        if form.source == "logits":
+            # Beside itself a policy has no divergence, whichever it is, and no gradient of one.
+            teacher = leaf.detach() if inputs.teacher is None else inputs.teacher
+            handed["teacher_logits"] = teacher[:, : handed["logits"].shape[1]].clone()
         if form.layout == "flat":
             # Packed sequences are those of the mask, one after the other; without their bounds every position is kept.
             kept = batch.mask if "cu_seqlens" in self.roles.values() else torch.ones_like(batch.mask)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..objectives.config import LossConfig
+from ..objectives.divergence import Divergence
 from ..objectives.kl import KL
 from ..objectives.levels import LevelName
 from ..objectives.rollout import Rollout
@@ -138,6 +139,7 @@ class Known:
     rollout_kl: KL = KL()
     sampler: Literal["rollout", "old"] = "rollout"
     """Whose log-probs the second KL is taken to."""
+    divergence: Divergence | None = None
     entropy_coef: float = 0.0
     entropy_aggregation: Literal["token_mean"] | None = None
     rollout: tuple[Rollout, ...] = ()
@@ -214,7 +216,7 @@ class Known:
         return LossConfig(
             self.surrogate, level, kl=self.kl, rollout_kl=self.rollout_kl, entropy_coef=self.entropy_coef,
             rollout=self.rollout, entropy_aggregation=self.entropy_aggregation, log_ratio_limit=self.log_ratio_limit,
-            **self._aggregation(),
+            divergence=self.divergence, **self._aggregation(),
         )  # fmt: skip
 
     def _aggregation(self) -> dict[str, Any]:

@@ -17,21 +17,11 @@ from .batch import Batch, Inputs, taken
 from .known import DIFFERENCE, RUNNING, Known, Said, Step, said
 from .numbers import edges, plain, spread
 from .probe import Probe, Slopes
-from .weighing import measure
-from .weights import Measured, fit_weights, patterns
+from .weighing import weights_of_tokens
+from .weights import Measured, fit_weights
 
 DISTANCES = torch.tensor([-2.0, -1.0, -0.5, -0.1, 0.1, 0.4, 1.0, 1.7], dtype=torch.float64)
 FAR = torch.cat([torch.logspace(-2, 0, 11), torch.linspace(1.25, 8, 28), torch.tensor([11.0, 15, 19, 22])]).double()
-
-
-def _weights(probe: Probe, known: Known) -> Tensor:
-    """Return the (B, T) weights of tokens that count, with or without a policy term."""
-    m = measure(probe, known, probe.batch)
-    w = known.weights
-    if w.spread > known.precision.close:
-        return m.weights
-    pattern = patterns(m.counted, m.counted)[w.pattern, w.group_size]
-    return pattern * w.factor / w.divisor.of(m.counted, m.mask)
 
 
 # The KL penalty
@@ -47,7 +37,7 @@ class _Penalty:
     def __init__(self, probe: Probe, known: Known, other: Literal["ref", "rollout", "old"] = "ref") -> None:
         self.probe, self.known, self.other = probe, known, other
         self.counted = known.counted(probe.batch)
-        self.weights = _weights(probe, known)
+        self.weights = weights_of_tokens(probe, known)
         self.live = self.counted & (self.weights != 0)
         self.none = max(1e-9, 0.1 * known.precision.same) * float(self.weights.abs().max())
         """The size of slopes that are none."""
@@ -287,7 +277,7 @@ def find_entropy(probe: Probe, known: Known) -> Step:
     """Find the bonus, from what is left of the gradient at advantages of 0."""
     precise = known.precision
     slopes = torch.nan_to_num(probe.at(known, 0.0, probe.zeros()).entropy)
-    weights, counted = _weights(probe, known), known.counted(probe.batch)
+    weights, counted = weights_of_tokens(probe, known), known.counted(probe.batch)
     live = counted & (weights != 0)
     if not bool((slopes.abs() >= max(1e-9, precise.same) * 10 * weights.abs().max()).any()):
         return known, []

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..calls.teacher import Teacher
 from ..loss import grpo_loss
 from ..objectives.config import LossConfig
 from .batch import Batch, Inputs, taken
@@ -194,6 +195,10 @@ def draws(probe: Probe, known: Known, batch: Batch, generator: torch.Generator) 
         yield "distances from the reference", at(1e-3 * normal(), A, 1e-3, 4 * normal())
     if known.rollout_kl.coef and probe.caller.takes("rollout_log_probs"):
         yield "the sampler's log-probs", at(1e-3 * normal(B, 1), A, 1e-3, rollout=4 * normal())
+    if probe.caller.takes("teacher_logits") and probe.on_logits:
+        for size in (0.3, 3.0):
+            teacher = batch.logits + size * normal(*batch.logits.shape)
+            yield "the teacher's rows", dataclasses.replace(at(0.3 * normal(), A, normal()), teacher=teacher)
     A = normal(B) * (torch.arange(B) % 3 > 0)
     A[-1] = 1e-4
     yield "all of it", at(normal(), A, normal(), far * normal())
@@ -249,7 +254,7 @@ def predicted(known: Known, inputs: Inputs) -> tuple[float, Tensor]:
         return loss, gradient
     # A ratio that is not a difference has another slope; the KL and entropy terms keep theirs.
     none = {name: dataclasses.replace(getattr(known, name), coef=0.0) for name in ("kl", "rollout_kl")}
-    bare = dataclasses.replace(known.config, entropy_coef=0.0, **none)
+    bare = dataclasses.replace(known.config, entropy_coef=0.0, divergence=None, **none)
     return loss, gradient + _ours(known, inputs, log_probs, bare)[1] * (jacobian[..., None] - 1)
 
 
@@ -269,10 +274,16 @@ def _ours(known: Known, inputs: Inputs, log_probs: Tensor, config: LossConfig) -
         normalizer=denominator.of(counted, batch.mask) if denominator.normalizer else None,
         entropy_threshold=None if known.threshold is None else known.threshold.of(batch.entropy(), counted),
         temperature=known.temperature,
+        teacher=None if config.divergence is None else _teacher(inputs),
     )
     out.loss.backward()
     assert leaf.grad is not None
     return known.factor * float(out.loss.detach()), known.factor * leaf.grad
+
+
+def _teacher(inputs: Inputs) -> Teacher:
+    rows = inputs.batch.logits if inputs.teacher is None else inputs.teacher
+    return Teacher(logits=rows[:, : inputs.batch.shape[1]].contiguous())
 
 
 def differences(known: Known, ours: Tensor, theirs: Tensor) -> Tensor:

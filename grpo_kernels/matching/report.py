@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..objectives.config import LossConfig
+from ..objectives.kl import KL
 from ..objectives.rollout import Rollout
 from ..objectives.surrogates import Surrogate
 from .field import Field
@@ -57,6 +58,7 @@ FAULTS: dict[str, str] = {
     "kl_reversed": "the KL term has log-probs and reference exchanged: k3 is exp(ref - ℓ) - (ref - ℓ) - 1",
     "dropped": "the {columns} column of the batch is left out: log-probs that are aligned already lose a token",
     "old_ignored": "old_log_probs have no effect on the gradient: without a ratio to them nothing is ever clipped",
+    "divergence_sign": "the sign of the divergence is wrong: it rewards distance from the teacher",
     "kl_sign": "the sign of the KL term is wrong: it rewards distance",
     "kl_unmasked": "the KL term is not masked: masked tokens get a gradient from it",
     "entropy_unmasked": "the entropy term is not masked: masked tokens get a gradient from it",
@@ -93,6 +95,8 @@ STRANGE: dict[str, str] = {
     "no_pattern": "the tokens' weights follow no known aggregation (off by {spread:.1%}){by}: give them as "
     "token_weights=",
     "unknown_surrogate": "the policy term is none of the surrogates of grpo_kernels (off by {error:.1%})",
+    "unknown_divergence": "the teacher's rows enter in no way that match knows (off by {error:.1%}): in none of our "
+    "divergences of the whole vocabulary, or with other weights than the policy term's, or another temperature",
     "unknown_kl": "the KL term is none of k1, k2, k3, |x| (off by {error:.1%})",
     "kl_aggregation": "the KL term has an aggregation of its own ({name}); ours has that of the policy term",
     "kl_limit": "the KL term is clamped on one side, or where no limit of ours is",
@@ -297,6 +301,8 @@ def _mended(known: Known, faults: list[Said]) -> Known:
     if "kl_sign" in keys:
         kls = {"kl": known.kl, "rollout_kl": known.rollout_kl}
         known = known.but(**{name: dataclasses.replace(kl, coef=abs(kl.coef)) for name, kl in kls.items()})
+    if "divergence_sign" in keys and known.divergence is not None:
+        known = known.but(divergence=dataclasses.replace(known.divergence, coef=abs(known.divergence.coef)))
     temperature = next((one.values["asked"] for one in faults if "asked" in one.values), known.temperature)
     return known.but(weights=weights, temperature=temperature)
 
@@ -310,10 +316,12 @@ def _lines(report: MatchReport, proof: Proof) -> tuple[str, ...]:
     used |= {"cu_seqlens": "cu_seqlens" in caller.roles.values()}
     named = {"old_log_probs": "rollout_log_probs"} if caller.sampler_is_old else {}
     tensors = [f"{name}={named.get(name, name)}" for name, is_used in used.items() if is_used]
+    tensors += ["teacher=Teacher(logits=teacher_logits)"] if known.divergence is not None else []
     arguments = ["logits", "token_ids", "advantages", "mask", *tensors, report.call()]
     factor = "" if report.factor == 1 else f" * {_written(report.factor)}"
     factor += f" + {proof.constant!r}" if proof.constant else ""
-    names = sorted(set(re.findall(r"\b([A-Z]\w*)\(", report.paste())), key=lambda name: (not name.isupper(), name))
+    classes = set(re.findall(r"\b([A-Z]\w*)\(", " ".join((report.paste(), *tensors))))
+    names = sorted(classes, key=lambda name: (not name.isupper(), name))
     names += ["grpo_loss"]
     names += ["token_log_probs"] if report.threshold is not None and "(" in report.threshold else []
     before = known.whitening.lines(probe.form.advantages)
@@ -372,7 +380,8 @@ def source_of(value: Any) -> str:
             all_shown = False
             continue
         named = source_of(mine).replace("'", '"')
-        by_place = f.name in ("surrogate", "coef") or (all_shown and f.name not in ("dual", "level"))
+        first = f.name in ("surrogate", "kind") or (f.name == "coef" and isinstance(value, KL))
+        by_place = first or (all_shown and f.name not in ("dual", "level"))
         arguments.append(named if by_place else f"{f.name}={named}")
     return f"{type(value).__name__}({', '.join(arguments)})"
 
@@ -381,4 +390,4 @@ def _always_shown(value: Any, name: str, number: Any) -> bool:
     """Whether a field is shown although it is the default's."""
     if isinstance(value, Rollout):
         return name in ("low", "high") and number != 0
-    return name in ("surrogate", "aggregation") or (isinstance(value, Surrogate) and number is not None)
+    return name in ("surrogate", "aggregation", "kind") or (isinstance(value, Surrogate) and number is not None)

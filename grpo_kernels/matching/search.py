@@ -10,6 +10,7 @@ from .probe import Probe
 from .ratios import find_coupling, find_level, find_missing_exp
 from .scoring import find_pairing, find_scored_tokens, find_tokens
 from .shapes import find_surrogate
+from .teacher import find_divergence
 from .weighing import find_weights, find_whitening
 
 STEPS: tuple[Callable[[Probe, Known], Step], ...] = (
@@ -24,6 +25,7 @@ STEPS: tuple[Callable[[Probe, Known], Step], ...] = (
     find_surrogate,
     find_sampler_kl,
     find_kl,
+    find_divergence,
     find_entropy,
     find_rollout,
 )

@@ -13,7 +13,7 @@ from .known import INVERTED, QUOTIENT, Known, Said, Step, said
 from .numbers import follows, spread
 from .probe import Probe
 from .scoring import properties
-from .weights import Measured, fit_weights, off_plain
+from .weights import Measured, fit_weights, off_plain, patterns
 from .whitening import Whitening, whitenings
 
 
@@ -55,6 +55,16 @@ def measure(probe: Probe, known: Known, batch: Batch, advantages: Tensor | None 
     if known.level == "sequence_product" and known.carries:
         weights = weights / known.lengths(batch)
     return Measured(weights, live, known.counted(batch), batch.mask)
+
+
+def weights_of_tokens(probe: Probe, known: Known) -> Tensor:
+    """Return the (B, T) weights of tokens that count, with or without a policy term."""
+    m = measure(probe, known, probe.batch)
+    w = known.weights
+    if w.spread > known.precision.close:
+        return m.weights
+    pattern = patterns(m.counted, m.counted)[w.pattern, w.group_size]
+    return pattern * w.factor / w.divisor.of(m.counted, m.mask)
 
 
 def find_weights(probe: Probe, known: Known) -> Step:
