@@ -423,6 +423,8 @@ def test_what_is_no_divergence_of_ours():
     assert not entropy
     assert entropy.config.divergence == Divergence("forward_kl", 0.05)
     assert "the gradient is that of the config, the value is not" in entropy.strange[0]
+    cut = match(beside_a_teacher(lambda p, q: of_rows(p, q.masked_fill(q < p.detach() - 1, -torch.inf), "reverse_kl")))
+    assert "the teacher's rows enter in no way that match knows (off by inf%)" in cut.strange[0]
     assert not match(beside_a_teacher(lambda p, q: of_rows(p, (q / 2).log_softmax(-1), "reverse_kl")))
     assert match(beside_a_teacher(lambda p, q: 0.0 * q.sum(-1))).config.divergence is None
 

@@ -24,7 +24,7 @@ DISTANCES = torch.tensor([-2.0, -1.0, -0.5, -0.1, 0.1, 0.4, 1.0, 1.7], dtype=tor
 FAR = torch.cat([torch.logspace(-2, 0, 11), torch.linspace(1.25, 8, 28), torch.tensor([11.0, 15, 19, 22])]).double()
 
 
-# The KL penalty
+# The KL penalties
 
 
 class _Penalty:

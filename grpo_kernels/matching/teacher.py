@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import torch
@@ -32,6 +33,9 @@ def find_divergence(probe: Probe, known: Known) -> Step:
     if not bool((rows.abs() >= max(1e-9, known.precision.same) * weights.abs().max()).any()):
         return known, []
 
+    if not bool(rows.isfinite().all()):
+        return known, [said("unknown_divergence", error=math.inf)]
+
     def rows_of(kind: KindName, mix: float = 0.5) -> Tensor:
         """Return (B, T, V), the gradient of a divergence with the coefficient 1 in the logits."""
         leaf = probe.batch.logits[:, : probe.batch.shape[1]].clone().requires_grad_()
@@ -56,7 +60,7 @@ def _fit(rows: Tensor, rows_of: Callable[..., Tensor], known: Known) -> tuple[Di
     of_kinds = {kind: _multiples(rows, rows_of(kind)) for kind in kinds}
     found = [(Divergence(kind, coef), error) for kind, ((coef,), error) in of_kinds.items()]
     (forward, reverse), error = _multiples(rows, rows_of("forward_kl"), rows_of("reverse_kl"))
-    if min(forward / reverse, reverse / forward) > digits:
+    if forward * reverse > 0 and min(forward / reverse, reverse / forward) > digits:
         coef = forward + reverse
         found.append((Divergence("mixed_kl", coef, plain(forward / coef, digits)), error))
     for kind in MIXTURES:
