@@ -11,7 +11,13 @@ from .backends.spec import LogitArgs, numbers_vector
 from .calls.arguments import check_inplace, check_logit_args, read_head
 from .calls.chunks import CHUNK_BYTES, chunk_rows
 from .calls.contents import check_contents, check_ids
-from .calls.divergence import DivergedLogProbs, check_teacher_rows, read_teacher, refuse_columns_inplace
+from .calls.divergence import (
+    DivergedLogProbs,
+    check_teacher_rows,
+    read_teacher,
+    refuse_columns_inplace,
+    refuse_shared_memory,
+)
 from .calls.routes import choose_backend, choose_log_probs
 from .calls.sweep import LinearLogProbs, check_swept_teacher, sweep_of
 from .calls.teacher import Teacher, check_teacher, first_columns
@@ -89,10 +95,13 @@ def token_divergence(
     tokens = read_tokens(name, logits, token_ids, mask, {"temperature": temperatures}, check)
     if temperatures is not None:
         tokens = read_temperatures(tokens, temperatures, logit_args)
-    if inplace and torch.is_grad_enabled() and logits.requires_grad:
+    overwrites = inplace and torch.is_grad_enabled() and logits.requires_grad
+    if overwrites:
         check_inplace(name, inplace, logits, tokens.tensors)
     choice = choose_backend(tokens, backend, logit_softcap is not None, fused=False, teacher=teacher.dtype)
     beside = read_teacher(tokens, teacher, kind, logit_args, None, check)
+    if overwrites:
+        refuse_shared_memory(tokens, teacher)
     check_contents(tokens, choice.backend, logit_args)
     check_teacher_rows(tokens, beside, choice.backend, logit_args)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, logits.device, divergence=kind)

@@ -24,6 +24,7 @@ from .calls.divergence import (
     read_teacher,
     refuse_columns_inplace,
     refuse_shards,
+    refuse_shared_memory,
     why_unfused,
 )
 from .calls.modules import LossModule
@@ -252,6 +253,8 @@ def grpo_loss(
         beside = None
         if teacher is not None and config.divergence is not None:
             beside = read_teacher(tokens, teacher, config.divergence, logit_args, support, check)
+            if inplace and wants_gradient:
+                refuse_shared_memory(tokens, teacher)
         scale = 1.0 if grad_scale is None else checked_scale("grpo_loss", grad_scale, check)
         if support is not None:
             check_support(tokens, support, inplace)

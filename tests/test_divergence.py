@@ -709,6 +709,34 @@ def test_inplace_is_out_of_place(backend, preset):
     assert torch.equal(leaf.grad, other.grad)
 
 
+@pytest.mark.parametrize("function", [grpo_loss, token_divergence])
+def test_inplace_beside_a_teacher_in_the_same_memory(function):
+    """Refused where the two overlap, whose later rows would read a gradient; both models in one batch do not."""
+    config, ids = LossConfig(None, divergence=Divergence("jsd")), torch.zeros(2, 5, dtype=torch.int64)
+
+    def run(policy: Tensor, teacher: Tensor, inplace: bool) -> Tensor:
+        if function is token_divergence:
+            return token_divergence(policy, Teacher(logits=teacher), ids, inplace=inplace).divergence.sum()
+        return grpo_loss(policy, ids, None, teacher=Teacher(logits=teacher), config=config, inplace=inplace).loss
+
+    leaf = drawn(4, 6, 7, dtype=torch.float32).requires_grad_()
+    both = leaf * 1.0
+    for policy, teacher in ((both[:2, 1:], both[:2, :5]), (both[:2], both[:2]), (both[:2], both[1:3])):
+        with pytest.raises(ValueError, match=r"in memory of their own with inplace=True(.|\n)*clone\(\)"):
+            run(policy, teacher.detach(), True)
+        run(policy, teacher.detach(), False)
+        with torch.no_grad():
+            run(policy, teacher.detach(), True)
+    gradients = []
+    for inplace in (False, True):
+        both = leaf * 1.0
+        run(both[:2], both[2:].detach(), inplace).backward()
+        gradients.append(leaf.grad)
+        leaf.grad = None
+    assert torch.equal(*gradients)
+    assert (gradients[0][2:] == 0).all()
+
+
 def test_backward_twice():
     """Of two passes it repeats; of one, and of hidden states, it is refused as it is without a teacher."""
     case = taught()

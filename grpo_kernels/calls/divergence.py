@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from ..backends import ops
 from ..backends.contract import DivergenceStats, RowGradients, Rows, RowStats
@@ -237,6 +238,28 @@ def refuse_columns_inplace(function: str, inplace: bool) -> bool:
     if inplace:
         fail(function, "inplace=False with vocab_size= beside a teacher", "inplace=True")
     return False
+
+
+def refuse_shared_memory(tokens: RowTokens, teacher: Teacher) -> None:
+    """Raise where the policy's gradient would be written over a teacher's logits, which rows that follow are to read.
+    Logits of both models that lie one behind the other, as of one batch, share nothing."""
+    other = teacher.logits
+    if other is None or other.is_meta or isinstance(other, FakeTensor) or torch.compiler.is_compiling():
+        return
+    (first, last), (start, end) = _extent(tokens.states), _extent(other)
+    if first < end and start < last:
+        hint = "inplace=False, or Teacher(logits=teacher_logits.clone())"
+        expected = "a teacher's logits in memory of their own with inplace=True"
+        got = "some in that of the policy's, which its gradient overwrites"
+        fail(tokens.function, expected, got, {**tokens.tensors, "teacher.logits": other}, hint)
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Return the addresses of a tensor's first byte and of that behind its last."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def refuse_shards(
