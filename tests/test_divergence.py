@@ -1276,6 +1276,11 @@ BAD = {
     "rows without a teacher": (
         lambda: token_divergence(torch.zeros(1, 2, 3), None, torch.zeros(1, 2).long()), ValueError, "token_divergence",
     ),
+    "the reference without a teacher": (bad(reference.grpo_loss, teacher=None), ValueError, "reference.grpo_loss: exp"),
+    "the reference beside states": (
+        bad(reference.grpo_loss, teacher=states_of((3, 5, 2), (11, 2))), ValueError,
+        r"reference.grpo_loss: expected a teacher of logits; got Teacher\(hidden=(.|\n)*hidden @ weight.T",
+    ),
     "a keyword of others": (bad(teacher_logits=torch.zeros(3, 5, 11)), TypeError, "teacher"),
 }  # fmt: skip
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...calls.arguments import check_pooled
 from ...calls.outputs import LossOutput
-from ...calls.teacher import Teacher
-from ...objectives.checks import read_mask
+from ...calls.teacher import Teacher, check_teacher
+from ...objectives.checks import fail, read_mask
 from ...objectives.config import LossConfig, resolve_config
 from ...objectives.normalizer import Normalizer
 from .divergences import divergence_of
@@ -149,8 +149,10 @@ def grpo_loss(
 
     of_teacher: dict[str, Tensor | float] = {}
     if config.divergence is not None:
-        assert teacher is not None, "a divergence needs a teacher"
-        assert teacher.logits is not None, "the teacher's logits"
+        check_teacher("reference.grpo_loss", teacher, config.divergence)
+        if teacher is None or teacher.logits is None:
+            hint = "of hidden states, Teacher(logits=hidden @ weight.T + bias); of recorded log-probs it has no truth"
+            fail("reference.grpo_loss", "a teacher of logits", repr(teacher), hint=hint)
         tau = temperature
         if config.divergence.teacher_temperature is not None:
             tau = config.divergence.teacher_temperature
