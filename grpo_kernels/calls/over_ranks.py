@@ -136,7 +136,7 @@ def _facts(given: Mapping[str, Any], out: LossOutput) -> dict[str, int | str]:
         **{name: checksum(given[name]) for name in _EITHER if _kind(given.get(name)) == _OF_SEQUENCES},
         **{name: in_words(given.get(name)) for name in _OF_LOGITS},
         "dtype": str(floating[0].dtype),
-        "teacher": "none" if teacher is None else teacher.in_words(),
+        "teacher": "none" if teacher is None else teacher.facts(),
         "backend": "" if out.route is None else out.route.backend,
         "gradients": "wanted" if wanted else "not wanted",
     }

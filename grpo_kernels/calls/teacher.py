@@ -101,8 +101,8 @@ class Teacher:
                 shown.append(f"{field.name}={value!r}")
         return f"Teacher({', '.join(shown)})"
 
-    def in_words(self) -> str:
-        """Return what all parts of one teacher have in common, wherever its tokens are: its form, dtypes and numbers,
+    def facts(self) -> str:
+        """Return in words what all parts of one teacher have in common, wherever its tokens are: form, dtype, numbers,
         none of which a device has to be asked for."""
         floating = [(name, value) for name, value in self.tensors.items() if name in ("logits", "hidden", "log_probs")]
         form = "".join(f"{name} of {value.dtype}" for name, value in floating if value is not None)
