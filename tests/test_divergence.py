@@ -1159,6 +1159,10 @@ BAD = {
     "no teacher": (bad(teacher=None), ValueError, r"teacher= for Divergence\(.*got none(.|\n)*divergence=None"),
     "no divergence": (bad(config="grpo"), ValueError, "a divergence in the config beside teacher=; got none"),
     "logits for a teacher": (bad(teacher=torch.zeros(3, 5, 11)), TypeError, r"a Teacher; got Tensor"),
+    "a model for a teacher": (
+        bad(teacher=torch.nn.Linear(2, 3)), TypeError, r"a Teacher; got Linear(.|\n)*hf.teacher\(model\)\(\*\*inputs\)",
+    ),
+    "a model that was not run": (bad(teacher=lambda: None), TypeError, r"got function(.|\n)*hf.teacher\(model\)"),
     "a teacher that learns": (
         lambda: Teacher(logits=torch.zeros(2, 3, requires_grad=True)), ValueError, "only the policy learns",
     ),

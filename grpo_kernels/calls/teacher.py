@@ -155,6 +155,8 @@ def check_is_teacher(function: str, teacher: object) -> None:
     """Raise where a teacher is something else, its logits perhaps."""
     if not isinstance(teacher, Teacher):
         hint = "Teacher(logits=...), Teacher(hidden=..., weight=...) or Teacher(token_ids=..., log_probs=...)"
+        if callable(teacher):
+            hint = "a model is run as one before: teacher=hf.teacher(model)(**inputs), or Teacher(logits=...)"
         fail(function, "teacher= to be a Teacher", type(teacher).__name__, hint=hint, error=TypeError)
 
 
