@@ -23,6 +23,7 @@ from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.eager_rows import capped, factor_of
 from ..backends.spec import LogitArgs, without_softcap
 from ..objectives.checks import INTEGER_DTYPES, check_device, check_shape, fail
+from ..objectives.compiler import outside_graphs
 from ..objectives.divergence import KINDS, Divergence
 from ..objectives.maths import weighed
 from ..objectives.sequences import accumulate_dtype
@@ -301,6 +302,7 @@ def _without_mass(ids: Tensor, total: Tensor) -> Tensor:
     return (total == -math.inf) & (ids >= 0).any(-1)
 
 
+@outside_graphs
 def _padded(
     function: str, ids: Tensor, log_probs: Tensor, offsets: Tensor, count: int, named: Mapping[str, object]
 ) -> tuple[Tensor, Tensor]:
