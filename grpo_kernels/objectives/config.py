@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from . import names
+from . import names, stored
 from .aggregation import AGGREGATIONS, Aggregation, AggregationName, numbers_elsewhere, refuse_class
 from .checks import check_limit, plain, read_name, settle_count, settle_name, settle_number
 from .compiler import computed_once
@@ -167,10 +167,37 @@ class LossConfig:
     def preset(cls, name: str, **changes: Any) -> LossConfig:
         """Return a published objective by name, with ``changes`` to its fields: ``preset("grpo", kl=KL(0.04))``."""
         name = read_name("preset", name, PRESETS)
-        preset = PRESETS[name].config
-        fields = [field.name for field in dataclasses.fields(cls)]
-        check_options(f"preset({name!r}, ...): the field", changes, fields, preset.policy_term)
-        return dataclasses.replace(preset, **changes)
+        return PRESETS[name].config._changed(f"preset({name!r}, ...)", changes)
+
+    def replace(self, **changes: Any) -> LossConfig:
+        """Return this objective with ``changes`` to its fields, as ``dataclasses.replace`` does, with hints for names
+        that other packages have."""
+        return self._changed("LossConfig.replace(...)", changes)
+
+    def _changed(self, what: str, changes: Mapping[str, Any]) -> LossConfig:
+        fields = [field.name for field in dataclasses.fields(self)]
+        check_options(f"{what}: the field", changes, fields, self.policy_term)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every field and the format's number, ``schema``, as plain dicts, lists, strings, numbers and None, for
+        YAML, JSON or Hydra; an infinity is ".inf". ``from_dict`` makes the same config of it.
+
+        Raises:
+            TypeError: an aggregation or a rollout scheme of a class of your own, which no name finds.
+        """
+        return stored.to_dict(self)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> LossConfig:
+        """Return the config of ``to_dict``. Registered surrogates are found by name; nothing is imported. A mapping
+        without ``schema``, as people write them, may leave fields out, which are then today's defaults.
+
+        Raises:
+            TypeError: no mapping where one belongs.
+            ValueError: another schema, a name that is not known, a field that is missing from a stored config.
+        """
+        return stored.from_dict(cls, fields)
 
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:
