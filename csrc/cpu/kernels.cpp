@@ -153,6 +153,10 @@ struct Pair : Call<T, V> {
     teacher.anchor = this->at(p.teacher_anchor, r);
     teacher.log_sum = this->at(p.teacher_log_sum, r);
   }
+  bool takes_two_sweeps(const PairRow<V>& policy, const PairRow<V>& teacher) const {
+    const bool plain = policy.dtype == teacher.dtype && !policy.map.softcap && !teacher.map.softcap;
+    return plain && this->p->divergence_kind == grpo::kReverseKL;
+  }
   void put_divergence(int64_t r, const DivergenceStats& stats) const {
     this->put(this->p->divergence, r, stats.divergence);
     this->put(this->p->shift, r, stats.shift);
@@ -178,22 +182,41 @@ struct Pair : Call<T, V> {
   }
 };
 
+// A thread's scratch: the largest values of both rows, one a segment, and what is kept of their columns.
+template <class scalar>
+struct Room {
+  scalar *largest, *teacher_largest, *first, *second;
+
+  Room(scalar* scratch, int64_t vocab)
+      : largest(scratch),
+        teacher_largest(largest + room_for_largest(vocab)),
+        first(teacher_largest + room_for_largest(vocab)),
+        second(first + room_for_exps(vocab)) {}
+};
+
 template <class T, class V>
 struct Divergence : Pair<T, V> {
   using scalar = typename V::scalar;
   using Pair<T, V>::Pair;
 
   void live(int64_t r, scalar* scratch) const {
-    const int64_t vocab = this->p->vocab;
+    const GrpoCpuParams& p = *this->p;
+    const Room<scalar> room(scratch, p.vocab);
     PairRow<V> policy = this->policy_row(r), teacher = this->teacher_row(r);
     this->read_stats(r, policy, teacher);
-    scalar* teacher_largest = scratch + room_for_largest(vocab);
-    find_largest(policy, vocab, scratch);
-    find_largest(teacher, vocab, teacher_largest);
-    policy.largest = scratch;
-    teacher.largest = teacher_largest;
+    if (this->takes_two_sweeps(policy, teacher) && policy.log_sum == policy.log_sum) {
+      // As one pass: the first of its sweeps.
+      ReverseSums<V, T> sums(policy, teacher, room.first);
+      row_stats<V, false, true>(this->row(r), p.vocab, -1, policy.map, room.first, room.largest, sums);
+      const DivergenceStats found = sums.divergence(policy.anchor, teacher.anchor);
+      if (sums.is_exact(found.divergence)) return this->put_divergence(r, found);
+    }
+    find_largest(policy, p.vocab, room.largest);
+    find_largest(teacher, p.vocab, room.teacher_largest);
+    policy.largest = room.largest;
+    teacher.largest = room.teacher_largest;
     const PairParts<V> nobodys;
-    this->put_divergence(r, divergence_of(policy, teacher, vocab, this->p->divergence_kind, this->mix(), nobodys));
+    this->put_divergence(r, divergence_of(policy, teacher, p.vocab, p.divergence_kind, this->mix(), nobodys));
   }
   void dead(int64_t r) const { this->put_divergence(r, {0, 0, 0, 0, 0}); }
 };
@@ -218,26 +241,16 @@ struct FusedDivergence : Pair<T, V> {
   using scalar = typename V::scalar;
   using Pair<T, V>::Pair;
 
-  // A thread's scratch: the largest values of both rows, one a segment, and what is kept of their columns.
-  struct Room {
-    scalar *largest, *teacher_largest, *first, *second;
-
-    Room(scalar* scratch, int64_t vocab)
-        : largest(scratch),
-          teacher_largest(largest + room_for_largest(vocab)),
-          first(teacher_largest + room_for_largest(vocab)),
-          second(first + room_for_exps(vocab)) {}
-  };
   // The loss's slopes in a row's log-prob, entropy and divergence.
   struct Slopes {
     double g, h, w;
   };
 
   void live(int64_t r, scalar* scratch) const {
-    const Room room(scratch, this->p->vocab);
-    if (this->p->divergence_kind != grpo::kReverseKL || !two_sweeps(r, room)) three_sweeps(r, room);
+    const Room<scalar> room(scratch, this->p->vocab);
+    if (!two_sweeps(r, room)) three_sweeps(r, room);
   }
-  void three_sweeps(int64_t r, const Room& room) const {
+  void three_sweeps(int64_t r, const Room<scalar>& room) const {
     const GrpoCpuParams& p = *this->p;
     PairRow<V> policy = this->policy_row(r), teacher = this->teacher_row(r);
     const int64_t target = this->target(r);
@@ -250,16 +263,16 @@ struct FusedDivergence : Pair<T, V> {
     const Slopes slopes = put_terms(r);
     if (p.out) this->pair_gradient(r, policy, teacher, slopes.g, slopes.h, slopes.w, stats.correction, parts);
   }
-  // A reverse KL of two rows of one type. False: it would not be exact so, and nothing was written.
-  bool two_sweeps(int64_t r, const Room& room) const {
+  // False: nothing was written, it would not be exact.
+  bool two_sweeps(int64_t r, const Room<scalar>& room) const {
     const GrpoCpuParams& p = *this->p;
     PairRow<V> policy = this->policy_row(r), teacher = this->teacher_row(r);
-    if (p.dtype != p.teacher_dtype || policy.map.softcap || teacher.map.softcap) return false;
+    if (!this->takes_two_sweeps(policy, teacher)) return false;
     const int64_t target = this->target(r);
     ReverseSums<V, T> sums(policy, teacher, room.first);
     const RowStats stats =
         row_stats<V, false, true>(this->row(r), p.vocab, target, policy.map, room.first, room.largest, sums);
-    const DivergenceStats found = sums.divergence();
+    const DivergenceStats found = sums.divergence(stats.anchor, sums.anchor());
     if (stats.log_sum != stats.log_sum || !sums.is_exact(found.divergence)) return false;
     this->put_stats(r, stats);
     put_teacher_stats(r, sums.teacher(stats, found.shift, target));

@@ -70,7 +70,7 @@ class ReverseSums {
       const int64_t column = start + place_of<V, false>(x_ + start, n, policy_, largest);
       move_by(0, largest);
       beside_ = value_of(y_, column);
-      distance_ = distance_of(column);
+      distance_ = distance_of(largest, beside_);
     }
     if (largest == -INFINITY) value_ = INFINITY;  // nothing that the others could be relative to
     // The mean, but a confident column's own d, whose digits are its gradient's.
@@ -116,12 +116,13 @@ class ReverseSums {
     sums_[1] = sums[1];
   }
 
-  // Of the whole row, as the contract has it: relative to the policy's largest column.
-  DivergenceStats divergence() {
+  // Of the whole row, as the contract has it: the shift beside two anchors, the rest beside the policy's largest
+  // column.
+  DivergenceStats divergence(scalar anchor, scalar teacher_anchor) {
     take_sums();
-    const double mean = weighted_ / weight_, value = value_ / weight_, u = value - mean, shift = ::log1p(u);
-    const double at_largest = this->at_largest();
-    return {u < 1 ? value - (u - shift) : mean + shift, shift + at_largest, shift + at_largest, mean - at_largest, 0};
+    const double mean = this->mean(), value = value_ / weight_, u = value - mean, shift = ::log1p(u);
+    const double between = d_of(distance_of(anchor, teacher_anchor)), largest = at_largest();
+    return {u < 1 ? value - (u - shift) : mean + shift, shift + between, shift + largest, mean - largest, 0};
   }
   // Whether that is exact: the roundings of F and m make eight of its own at most.
   bool is_exact(double divergence) const {
@@ -139,8 +140,9 @@ class ReverseSums {
   }
   // The mean of d, and d itself, but for the same constant.
   double mean() const { return weighted_ / weight_; }
-  double d_at(int64_t column) const { return d_of(distance_of(column)); }
+  double d_at(int64_t column) const { return d_of(distance_of(value_of(x_, column), value_of(y_, column))); }
   scalar constant() const { return constant_; }
+  scalar anchor() const { return beside_; }  // the teacher's, beside the policy's largest
   bool impossible() const { return impossible_; }
 
  private:
@@ -171,9 +173,8 @@ class ReverseSums {
     load_pair(block, first, second);
     return Lanes<V>(first, second).at[0];
   }
-  scalar distance_of(int64_t column) const {
-    const V x = V::broadcast(value_of(x_, column)), y = V::broadcast(value_of(y_, column));
-    const V found = fma(V::broadcast(ratio_), y, x);
+  scalar distance_of(scalar x, scalar y) const {
+    const V found = fma(V::broadcast(ratio_), V::broadcast(y), V::broadcast(x));
     return Lanes<V>(found, found).at[0];
   }
   double d_of(scalar distance) const { return double(distance) * scalar(policy_.derivative) + constant_; }

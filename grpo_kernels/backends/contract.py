@@ -278,8 +278,8 @@ class PairBackend(FusedBackend, Protocol):
         """``fused_loss`` with Σ weight·D in the loss, while a row and its teacher's are read once.
 
         Its numbers have the bits of ``log_probs`` and ``divergence``; ``cuda``'s, where a pair has the slices of a row
-        alone, ``cpu``'s reverse KL in the policy's statistics alone: the teacher's and the divergence's follow from
-        one exponential a column, the teacher's relative to its logit at the policy's largest. A backend without it
+        alone. ``cpu``'s reverse KL makes the teacher's statistics of the policy's exponentials: not its bits, and its
+        anchor is its logit at the policy's largest, with a shift to match. A backend without this function
         takes two passes."""
 
 

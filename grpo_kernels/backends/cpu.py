@@ -192,7 +192,7 @@ def _call(
 ) -> None:
     loaded = library()
     threads = torch.get_num_threads()
-    exponentials = function == "grpo_cpu_fused_divergence" or (
+    exponentials = function in ("grpo_cpu_fused_divergence", "grpo_cpu_divergence") or (
         function == "grpo_cpu_fused_loss" and rows.logits.dtype != rows.numbers.dtype
     )
     stride = loaded.grpo_cpu_scratch(rows.logits.shape[-1], 1 if beside is None else 2, exponentials)
