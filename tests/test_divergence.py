@@ -1079,7 +1079,7 @@ def test_sequences_over_ranks(preset):
 
 
 def one_late(rows: Tensor) -> Tensor:
-    """What a teacher is whose rows begin with one that belongs to no token."""
+    """What a teacher is whose rows begin one too early, with one that belongs to no token."""
     return torch.cat([rows[:, :1], rows[:, :-1]], 1)
 
 
@@ -1087,7 +1087,7 @@ SHIFTED = ("logits", "logits of T rows", "packed", "states", "gathered logits", 
 
 
 @pytest.mark.parametrize("form", SHIFTED)
-def test_a_teacher_one_row_late_is_noticed(form):
+def test_a_teacher_one_row_off_is_noticed(form):
     """In every form and function, with checks on; neither the right one nor unrelated rows are."""
     batch, length, vocab = 3, 12, 31
     near = drawn(batch, length + 1, vocab, dtype=torch.float32)
@@ -1121,16 +1121,26 @@ def test_a_teacher_one_row_late_is_noticed(form):
             adapter = (torch.zeros(batch, length + 1, 2), torch.zeros(vocab, 2))
             linear_grpo_loss(policy, head, ids, None, mask, teacher=recorded, adapter=adapter, **common)
 
-    for rows in (right, drawn(*near.shape, seed=5, dtype=torch.float32), one_late(policy).roll(-2, 1)):
+    for rows in (right, drawn(*near.shape, seed=5, dtype=torch.float32), policy):
         run(rows, True)
-    run(one_late(right), None)
-    with pytest.raises(ValueError, match=r"row t of the teacher .* nearer by 0.*one row later(.|\n)*prompt_logprobs"):
-        run(one_late(right), True)
+    for rows, words in ((one_late(right), r"later(.|\n)*prompt_logprobs"), (right.roll(-1, 1), r"earlier(.|\n)*:-1")):
+        run(rows, None)
+        with pytest.raises(ValueError, match=rf"row t of the teacher .* nearer by 0.*one row {words}"):
+            run(rows, True)
+
+
+def test_a_policy_that_repeats_what_it_has_read_is_no_evidence():
+    """As one with tied embeddings does, untrained: a teacher that knows the text is nearest one row earlier."""
+    ids = (torch.arange(60) % 31)[None]
+    policy, teacher = (9.0 * torch.nn.functional.one_hot(x % 31, 31).float() for x in (ids - 1, ids))
+    token_divergence(policy, Teacher(logits=teacher), ids, check=True)
+    with pytest.raises(ValueError, match="one row earlier"):
+        token_divergence(policy, Teacher(logits=teacher), ids - 1 + 31 * (ids == 0), check=True)
 
 
 def test_a_few_rows_are_no_evidence_of_another_token():
-    near = drawn(1, 14, 31)
-    for length in (0, 1, 14):
+    near = drawn(1, 17, 31)
+    for length in (0, 1, 2, 3, 17):
         rows, late = near[:, :length], one_late(near)[:, :length]
         token_divergence(rows, Teacher(logits=late), torch.zeros(1, length).long(), check=True)
 

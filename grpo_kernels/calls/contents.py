@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -74,30 +75,46 @@ def check_shift(tokens: RowTokens, log_probs: Callable[[Tensor, Tensor], Tensor]
 
 _TEACHER_GAIN = 0.1
 """Of total variation, which is at most 1."""
+_SHIFTS = (
+    (0, "earlier", "the rows that predict the first tokens come first: teacher_logits[:, :-1], not [:, 1:]"),
+    (2, "later", "the first token of a sequence has no row: prompt_logprobs[1:]; of a model, logits of the same ids"),
+)
 
 
-def check_teacher_shift(tokens: RowTokens, live: Tensor, apart: Callable[[int], Tensor]) -> None:
-    """A teacher whose rows begin with that of the first token, which nothing predicts, has an accepted shape and
-    another token's distribution in every row: each is nearer to the policy's one row later.
+def check_teacher_shift(tokens: RowTokens, inner: RowTokens, beside: Callable[[int, Tensor], TeacherRows]) -> None:
+    """A teacher whose rows begin one too early or too late has an accepted shape and another token's distribution in
+    every row: each is nearer to the policy's one row away.
+
+    Their distance is the total variation, which has no infinities, whatever is minimised. Rows of two models of one
+    kind are nearest at the same token, and unrelated ones nowhere. An untrained policy with tied embeddings predicts
+    what it has just read, as a teacher does one row earlier: rows that find it likelier than the token have no part.
 
     Args:
-        live: bool (B, T - 1), where a token and the next one are.
-        apart: gives the total variation, of that shape, of the policy's rows from the teacher's from row 0 or 1 on: a
-            divergence without infinities, whatever is minimised.
-
-    A row of the teacher that is right is nearest on average, or none is. One row earlier is no evidence: what a
-    teacher expects there is the token that an untrained policy with tied embeddings has just read and predicts again.
+        inner: the tokens between others (``RowTokens.inner``).
+        beside: gives these rows beside the teacher's from row 0, 1 (their own) or 2 on, and log-probs of ids there.
     """
-    gains = (apart(0) - apart(1))[live].double()
-    gains = gains[gains.isfinite()]
-    if gains.numel() < _SHIFT_TOKENS:
-        return
-    gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(gains.numel())
-    if gain > max(_TEACHER_GAIN, _SHIFT_ERRORS * error):
-        fail(
-            tokens.function,
-            "row t of the teacher to be of the token that row t of the policy predicts",
-            f"rows that are nearer by {gain:.2f} of total variation one row later, on average over {gains.numel()}",
-            tokens.tensors,
-            "the first token of a sequence has no row: prompt_logprobs[1:]; of a model's logits, those of the same ids",
-        )
+    own, previous = beside(1, inner.token_ids), tokens.token_ids[:, :-2].contiguous()
+    apart = {0: beside(0, previous), 2: beside(2, inner.token_ids)}
+    counts = inner.live & ~(apart[0].log_prob > own.log_prob)
+    for first, place, hint in _SHIFTS:
+        gains = (own.total_variation - apart[first].total_variation)[counts].double()
+        gains = gains[gains.isfinite()]
+        if gains.numel() < _SHIFT_TOKENS:
+            continue
+        gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(gains.numel())
+        if gain > max(_TEACHER_GAIN, _SHIFT_ERRORS * error):
+            fail(
+                tokens.function,
+                "row t of the teacher to be of the token that row t of the policy predicts",
+                f"rows nearer by {gain:.2f} of total variation one row {place}, on average over {gains.numel()}",
+                tokens.tensors,
+                hint,
+            )
+
+
+class TeacherRows(NamedTuple):
+    """What is known of rows beside a teacher's, (B, T - 2) each."""
+
+    total_variation: Tensor
+    log_prob: Tensor
+    """Of the policy."""

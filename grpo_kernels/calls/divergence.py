@@ -16,7 +16,7 @@ from ..objectives.checks import check_device, fail, fits
 from ..objectives.divergence import Divergence
 from .arguments import check_logit_args, check_logits, ordinary
 from .autograd import backward_rows, once
-from .contents import check_teacher_shift
+from .contents import TeacherRows, check_teacher_shift
 from .recorded_teacher import read_recorded
 from .sharding import is_dtensor
 from .teacher import Teacher, teacher_args
@@ -191,19 +191,19 @@ TOTAL_VARIATION = Divergence("tvd")
 
 def check_teacher_rows(tokens: RowTokens, beside: Beside, backend: str, logit_args: LogitArgs) -> None:
     """With checks on, raise where a teacher's rows look shifted. Waits for the device."""
-    if not (tokens.checks and tokens.looks) or tokens.live.shape[1] < 2:
+    if not (tokens.checks and tokens.looks) or tokens.live.shape[1] < 3:
         return
-    part = tokens.before_the_last()
-    where = tokens.states.device
+    inner, where = tokens.inner(), tokens.states.device
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, where, divergence=TOTAL_VARIATION)
-    rows = part.rows(numbers, logit_args.logit_softcap is not None)
-    rows = rows._replace(logits=rows.logits.detach())
 
-    def apart(first: int) -> Tensor:
+    def rows_beside(first: int, ids: Tensor) -> TeacherRows:
+        part = replace(inner, token_ids=ids)
+        rows = part.rows(numbers, logit_args.logit_softcap is not None)
         teacher = beside.from_row(first, part, TOTAL_VARIATION)
-        return teacher.known(teacher.stats(rows, backend))[2]
+        log_prob, _, apart, _ = teacher.known(teacher.stats(rows._replace(logits=rows.logits.detach()), backend))
+        return TeacherRows(apart, log_prob)
 
-    check_teacher_shift(tokens, part.live, apart)
+    check_teacher_shift(tokens, inner, rows_beside)
 
 
 def teacher_temperatures(tokens: RowTokens, divergence: Divergence, args: LogitArgs) -> Tensor | None:

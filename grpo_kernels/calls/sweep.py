@@ -25,7 +25,7 @@ from ..objectives.sequences import Sequences
 from .arguments import ordinary
 from .autograd import once
 from .chunks import LiveRows, cut
-from .contents import check_teacher_shift
+from .contents import TeacherRows, check_teacher_shift
 from .divergence import TOTAL_VARIATION, Beside, Stats, Whole
 from .head import HeadGradients, HeadTensors, Wants, head_kind, operand_dtype
 from .routes import Plan, Route
@@ -219,24 +219,24 @@ def sweep_of(
 def check_swept_teacher(
     tokens: RowTokens, head: HeadTensors, logit_args: LogitArgs, route: Route, rows: int, teacher: SweptTeacher
 ) -> None:
-    """As ``check_teacher_rows``, of hidden states: their logits are computed twice more, and the teacher's."""
-    if not (tokens.checks and tokens.looks) or tokens.live.shape[1] < 2:
+    """As ``check_teacher_rows``, of hidden states: both models' logits are computed three times more."""
+    if not (tokens.checks and tokens.looks) or tokens.live.shape[1] < 3:
         return
-    part = tokens.before_the_last()
-    states = {"hidden": part.states.detach()}
-    if head.adapter_states is not None:
-        states["adapter_states"] = head.adapter_states[..., : part.live.shape[1], :].detach()
-    own = HeadTensors(**{**head._asdict(), **states})
-    where = tokens.states.device
+    inner, where = tokens.inner(), tokens.states.device
+    adapter = head.adapter_states
+    adapter = None if adapter is None else adapter[..., 1 : 1 + inner.live.shape[1], :]
+    own = head._replace(hidden=inner.states, adapter_states=adapter)
     numbers = numbers_vector(logit_args, 1.0, None, tokens.real, where, divergence=TOTAL_VARIATION)
 
-    def apart(first: int) -> Tensor:
+    def rows_beside(first: int, ids: Tensor) -> TeacherRows:
+        part = dataclasses.replace(inner, token_ids=ids)
         other = teacher.from_row(first, part, TOTAL_VARIATION)
         sweep = sweep_of(part, numbers, logit_args, route, own, None, rows, None, teacher=other)
         with torch.no_grad():
-            return sweep.live_rows.scatter(sweep.known(sweep.log_probs(own))[2])
+            log_prob, _, apart, _ = (sweep.live_rows.scatter(values) for values in sweep.known(sweep.log_probs(own)))
+        return TeacherRows(apart, log_prob)
 
-    check_teacher_shift(tokens, part.live, apart)
+    check_teacher_shift(tokens, inner, rows_beside)
 
 
 class LinearLogProbs(torch.autograd.Function):

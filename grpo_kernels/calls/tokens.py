@@ -85,15 +85,15 @@ class RowTokens(Tokens):
         """Return the rows, where the states are the logits."""
         return Rows(self.states, self.token_ids, self.live, numbers, softcap, self.temperature)
 
-    def before_the_last(self) -> RowTokens:
-        """Return all but the last of each sequence of T, live where the next one is as well."""
-        count = self.live.shape[1] - 1
+    def inner(self) -> RowTokens:
+        """Return all but the first and the last of each sequence of T >= 2, live where both neighbours are as well."""
+        count, live = self.live.shape[1] - 2, self.live
         return dataclasses.replace(
             self,
-            states=self.states[..., :count, :],
-            token_ids=self.token_ids[:, :count].contiguous(),
-            live=(self.live[:, :-1] & self.live[:, 1:]).contiguous(),
-            temperature=None if self.temperature is None else self.temperature[:, :count].contiguous(),
+            states=self.states[..., 1 : 1 + count, :],
+            token_ids=self.token_ids[:, 1:-1].contiguous(),
+            live=(live[:, :-2] & live[:, 1:-1] & live[:, 2:]).contiguous(),
+            temperature=None if self.temperature is None else self.temperature[:, 1:-1].contiguous(),
         )
 
 
