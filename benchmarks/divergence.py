@@ -219,6 +219,14 @@ def providers(spec: Spec) -> list[Provider]:
     return from_logits(spec) if spec.hidden is None else from_hidden(spec)
 
 
+def without_errors(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without the engine's errors: they are beside GRPO alone, another loss than these."""
+    for numbers in row["providers"].values():
+        for error in ("loss_error", "gradient_error"):
+            numbers.pop(error, None)
+    return row
+
+
 def table(found: dict[str, Any]) -> str:
     """Return two tables, from logits and from hidden states: milliseconds, and multiples of the first line's."""
     environment = found["environment"]
@@ -274,7 +282,7 @@ def main() -> int:
     hidden = [Spec(512, 32_000, dtype, 1024, device=arguments.device) for dtype in ("fp32", "bf16")]
     found: dict[str, Any] = {"environment": report.environment(arguments.device), "peers": peers()}
     for name, specs in (("logits", logits), ("hidden", hidden)):
-        found[name] = list(run(specs, providers, arguments.rounds, progress=print))
+        found[name] = [without_errors(row) for row in run(specs, providers, arguments.rounds, progress=print)]
     print(table(found))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
