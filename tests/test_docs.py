@@ -152,6 +152,7 @@ FIGURES = {
     "loss_hidden_summary",
     "train_sort",
     "distill_sort",
+    "divergence",
     "trl_step",
     "surrogates",
     "scaling",
