@@ -459,6 +459,19 @@ def test_columns_that_neither_has_change_nothing(kernels, kind):
 
 @of_kinds
 @on_backends
+def test_columns_masked_in_front(kernels, kind):
+    """A whole segment of 4096 columns or two, before the first that either has: nothing to be relative to."""
+    z, u = drawn(2, 900, torch.float32)
+    for masked in (4096, 8192):
+        z_masked, u_masked = (torch.cat([torch.full((2, masked), -INF), x], 1) for x in (z, u))
+        for run in passes(kernels):
+            found, alone = (run(kernels, rows_of(a), rows_of(b), kind) for a, b in ((z_masked, u_masked), (z, u)))
+            torch.testing.assert_close(found.value, alone.value, rtol=2e-6, atol=1e-7)
+            torch.testing.assert_close(found.gradient[..., masked:], alone.gradient, rtol=1e-4, atol=1e-7)
+
+
+@of_kinds
+@on_backends
 def test_a_nan_stays_in_its_row(kernels, kind):
     """A NaN in either row, and a row without a possible column; where the divergence weighs nothing, no gradient."""
     z, u = drawn(4, 5000, torch.float32)

@@ -37,7 +37,7 @@ GRPO_EXPORT int64_t grpo_cpu_abi(void);
 // Bit i: instruction set i can run here.
 GRPO_EXPORT int32_t grpo_cpu_instruction_sets(void);
 // How many reals of scratch a thread needs for one row or a pair of rows, with and without room for their exponentials
-// (the fused loss of half precision logits keeps them there, and fused_divergence those of a pair).
+// (the fused loss of half precision logits keeps them there, and fused_divergence and divergence those of a pair).
 GRPO_EXPORT int64_t grpo_cpu_scratch(int64_t vocab, int32_t rows, int32_t exponentials);
 
 // How many numbers of scratch token_sums needs.

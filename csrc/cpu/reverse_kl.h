@@ -8,8 +8,8 @@
 //   u = F - m,   log(p_j/q_j) = d_j + log(1 + u),   KL = m + log(1 + u) = F - (u - log(1 + u)).
 //
 // F is a sum of terms that are not negative, and u the square of what is left of the constant where all is small: no
-// digit of F is lost while the constant is the mean so far. Where it is none, and where a column is impossible for one
-// of the two, a row takes three sweeps (row_pair.h).
+// digit of F is lost while the constant is the mean so far. Where it is none, and where a column is impossible for the
+// teacher alone, a row takes three sweeps (row_pair.h).
 #pragma once
 
 #include "row_pair.h"
@@ -72,7 +72,7 @@ class ReverseSums {
       beside_ = value_of(y_, column);
       distance_ = distance_of(largest, beside_);
     }
-    if (largest == -INFINITY) value_ = INFINITY;  // nothing that the others could be relative to
+    if (largest == -INFINITY) value_ = NAN;  // nothing that the others could be relative to
     // The mean, but a confident column's own d, whose digits are its gradient's.
     const scalar constant =
         weight_ > 4 ? scalar(constant_ - mean()) : scalar(-double(distance_) * scalar(policy_.derivative));
