@@ -472,6 +472,20 @@ def test_columns_masked_in_front(kernels, kind):
 
 @of_kinds
 @on_backends
+def test_a_late_column_far_above_the_others(kernels, kind):
+    """1000 nats above a first segment, whose columns have half of the teacher's mass."""
+    z, u = torch.zeros(1, 8192), torch.zeros(1, 8192)
+    z[0, 5000] = 1000.0
+    truth = truth_of(z, u, kind)
+    for run in passes(kernels):
+        found = run(kernels, rows_of(z), rows_of(u), kind)
+        torch.testing.assert_close(found.value[0].double(), truth.value, rtol=1e-5, atol=0)
+        if kind not in ("skew_forward_kl", "jsd"):
+            torch.testing.assert_close(found.gradient[0].double(), truth.gradient, rtol=1e-5, atol=1e-9)
+
+
+@of_kinds
+@on_backends
 def test_a_nan_stays_in_its_row(kernels, kind):
     """A NaN in either row, and a row without a possible column; where the divergence weighs nothing, no gradient."""
     z, u = drawn(4, 5000, torch.float32)

@@ -183,6 +183,7 @@ class ReverseSums {
   void move_by(double rise, scalar largest) {
     if (weight_ > 0) {
       const double fall = (double(largest) - largest_) * policy_.slope, scale = ::exp2(-fall);
+      if (!(fall < 1000)) value_ = NAN;  // nothing would be left of what the teacher has there
       const double teacher_fall = fall + rise * kLog2e, q = weight_ - weighted_ + value_, less = ::expm1(-rise);
       power_ = (power_ - teacher_fall * q) * ::exp2(-teacher_fall);
       rounded_ = (rounded_ * (1 + less) + ::fabs(less * weighted_)) * scale;
