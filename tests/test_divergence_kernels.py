@@ -484,6 +484,28 @@ def test_a_late_column_far_above_the_others(kernels, kind):
             torch.testing.assert_close(found.gradient[0].double(), truth.gradient, rtol=1e-5, atol=1e-9)
 
 
+@on_backends
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_columns_that_the_policy_alone_has_not(kernels, dtype):
+    """Of a probability of 0 there, however large the weight: a mask by the smallest number has a d of 3e38; nor by a
+    token 120 nats below, where the teacher has no mass."""
+    z, u = drawn(1, 64, torch.float32)
+    z[0, 9] = 20.0
+    z, u = z.to(dtype), u.to(dtype)
+    for low, other in ((torch.finfo(dtype).min, 0.0), (-100.0, -INF)):
+        z[0, 5], u[0, 5] = low, other
+        kept = [j for j in range(64) if j != 5]
+        for run in passes(kernels):
+            found = run(kernels, rows_of(z, torch.tensor([5])), rows_of(u), "reverse_kl", 1e3)
+            alone = z[:, kept].double().log_softmax(-1), u.double().log_softmax(-1)[:, kept]
+            value = (alone[0].exp() * (alone[0] - alone[1])).sum(-1)
+            expected = 1e3 * alone[0].exp() * (alone[0] - alone[1] - value)
+            torch.testing.assert_close(found.value[0].double(), value, rtol=1e-5, atol=0)
+            assert found.gradient[0, 0, 5] == 0
+            gradient = found.gradient[0, :, kept].double()
+            torch.testing.assert_close(gradient, expected, rtol=4 * OUTPUT_UNIT[dtype] + 1e-5, atol=1e-7)
+
+
 @of_kinds
 @on_backends
 def test_a_nan_stays_in_its_row(kernels, kind):

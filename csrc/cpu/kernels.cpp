@@ -288,10 +288,10 @@ struct FusedDivergence : Pair<T, V> {
     policy.largest = room.largest;
     policy.exps = room.first;
     const PairSlopes<V> pair = this->pair_slopes(r, policy, slopes.g, slopes.h, slopes.w);
-    const double of_relative = slopes.w * policy.map.derivative, p_target = ::exp(stats.log_prob);
+    const double of_relative = slopes.w * policy.map.derivative, d_target = sums.d_at(target);
     const PairGradient<V> g = pair_gradient_of(policy, pair, -of_relative * sums.mean());
     double at_target = pair.terms.target;
-    if (p_target > 0) at_target += of_relative * p_target * (sums.d_at(target) - sums.mean());
+    if (::fabs(d_target) < INFINITY) at_target += of_relative * ::exp(stats.log_prob) * (d_target - sums.mean());
     const auto gradient =
         g.linear != 0 || sums.impossible() ? reverse_gradient<V, true, T> : reverse_gradient<V, false, T>;
     gradient(policy, teacher, p.vocab, stats, sums.constant(), g, this->out_row(r));

@@ -27,6 +27,9 @@ GRPO_INLINE void load_padded(const T* p, int64_t count, V& first, V& second) {
   load_pair(whole, first, second);
 }
 
+// A larger |d| is infinite once it is multiplied by a slope of 2^64: probabilities of 0 would make it NaN.
+constexpr float kLargestD = 0x1p64f;
+
 // Of a column: e d, e phi(d), e exp(-d), and the power of two that the last is.
 template <class V>
 struct ReverseTerms {
@@ -38,11 +41,11 @@ GRPO_INLINE ReverseTerms<V> near_terms(V exp, V d, V teacher_power) {
   const V weighted = exp * d, value = grpo::near_kl_term(weighted, d);
   return {weighted, value, (exp - weighted) + value, teacher_power};
 }
-// Where some |d| >= 1 or a column is impossible, which is said.
+// Where some |d| >= 1 or a column is impossible, or as good as, which is said.
 template <class V>
 GRPO_INLINE ReverseTerms<V> far_terms(V exp, V d, V teacher_power, bool* impossible) {
   const V power = clamp_power(teacher_power), largest = V::broadcast(100), infinity = V::broadcast(INFINITY);
-  if (!all_less(abs(d), infinity)) *impossible = true;
+  if (!all_less(abs(d), V::broadcast(kLargestD))) *impossible = true;
   const V q = select_less(largest, power, infinity, exp2_of_clamped(power));
   const grpo::KLTerm<V> term = grpo::kl_term(exp, d, q);
   return {exp * term.log_odds, term.value, q, power};
