@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/installed
 endif
 
-.PHONY: train test test-ranks test-peers nightly lint bench clean
+.PHONY: train test test-ranks test-peers nightly lint docs bench clean
 
 train: $(READY)
 	$(RUN) -m grpo_kernels train $(ARGS)
@@ -48,6 +48,12 @@ lint: $(VENV)/lint
 	$(VENV)/bin/mypy
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
+# The site, in build/site: every document that README.md leads to, with the reference, searched and checked for dead links.
+docs: $(VENV)/docs
+	$(VENV)/bin/python docs/site/stage.py build/docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet -f build/docs/mkdocs.yml
+	@echo "build/site/index.html; with search: $(VENV)/bin/python -m http.server --directory build/site"
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -62,6 +68,10 @@ $(VENV)/peers: $(VENV)/installed
 
 $(VENV)/lint: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lint]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 # Without setuptools there is no library; plain PyTorch serves, and `info` says so.
