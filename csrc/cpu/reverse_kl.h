@@ -65,7 +65,7 @@ class ReverseSums {
         exps_(exps),
         policy_(policy.map),
         teacher_(teacher.map),
-        ratio_(scalar(-teacher.map.derivative / policy.map.derivative)) {}
+        ratio_(minus_ratio(policy, teacher)) {}
 
   void start(int64_t start, int64_t n, scalar largest) {
     take_sums();
@@ -127,10 +127,11 @@ class ReverseSums {
     const double between = d_of(distance_of(anchor, teacher_anchor)), largest = at_largest();
     return {u < 1 ? value - (u - shift) : mean + shift, shift + between, shift + largest, mean - largest, 0};
   }
-  // Whether that is exact: the roundings of F and m make eight of its own at most.
+  // Whether that is exact: the roundings of F and m make four of its own at most. This and what follows: once it is
+  // known.
   bool is_exact(double divergence) const {
     const double mean = this->mean(), u = value_ / weight_ - mean;
-    return rounded_ / weight_ + ::fabs(mean * u) <= 8 * (1 + u) * divergence && ::fabs(power_) < INFINITY;
+    return rounded_ / weight_ + ::fabs(mean * u) <= 4 * (1 + u) * divergence && ::fabs(power_) < INFINITY;
   }
   RowStats teacher(const RowStats& policy, double shift, int64_t target) const {
     RowStats out;
@@ -217,7 +218,7 @@ GRPO_NOINLINE void reverse_gradient(const PairRow<V>& policy, const PairRow<V>& 
                                     const RowStats& stats, typename V::scalar constant, const PairGradient<V>& g,
                                     T* out) {
   using scalar = typename V::scalar;
-  const V ratio = V::broadcast(scalar(-teacher.map.derivative / policy.map.derivative));
+  const V ratio = V::broadcast(minus_ratio(policy, teacher));
   const V factor = V::broadcast(scalar(policy.map.derivative)), shift_of_d = V::broadcast(constant);
   const V none = V::broadcast(0);
   const V anchor = V::broadcast(g.anchor), slope = V::broadcast(g.slope), shift = V::broadcast(g.shift);

@@ -204,18 +204,24 @@ inline void for_parts(const PairParts<V>& parts, int64_t vocab, Body&& body) {
   }
 }
 
+// What a teacher's value is multiplied by, so that it falls on the policy's.
+template <class V>
+inline typename V::scalar minus_ratio(const PairRow<V>& policy, const PairRow<V>& teacher) {
+  return typename V::scalar(-teacher.map.derivative / policy.map.derivative);
+}
+
 // From values x, y of a column to d = log(p/q), as contract.py has it.
 template <class V>
 struct LogOdds {
   using scalar = typename V::scalar;
-  scalar minus_ratio, offset, factor, shift;
+  scalar ratio, offset, factor, shift;
 
   LogOdds(const PairRow<V>& policy, const PairRow<V>& teacher, scalar shift) : offset(0), shift(shift) {
-    minus_ratio = scalar(-teacher.map.derivative / policy.map.derivative);
+    ratio = minus_ratio(policy, teacher);
     factor = scalar(policy.map.derivative);
     offset = Lanes<V>(distance(V::broadcast(policy.anchor), V::broadcast(teacher.anchor)), V::broadcast(0)).at[0];
   }
-  GRPO_INLINE V distance(V x, V y) const { return fma(V::broadcast(minus_ratio), y, x) - V::broadcast(offset); }
+  GRPO_INLINE V distance(V x, V y) const { return fma(V::broadcast(ratio), y, x) - V::broadcast(offset); }
   GRPO_INLINE V operator()(V x, V y) const { return fma(distance(x, y), V::broadcast(factor), V::broadcast(shift)); }
   scalar at(scalar x, scalar y) const {
     return Lanes<V>((*this)(V::broadcast(x), V::broadcast(y)), V::broadcast(0)).at[0];
