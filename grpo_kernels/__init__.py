@@ -12,6 +12,7 @@ from . import advantages, hf
 from . import surrogates as surrogates
 from .calls.context import ContextPart, split_context
 from .calls.outputs import LossOutput, TokenLogProbs
+from .calls.packing import collate, pack, unpack
 from .calls.recorded import Recorded
 from .calls.routes import Route
 from .calls.support import MinP, TopK, TopP
@@ -80,6 +81,7 @@ __all__ = [
     "Vespo",
     "advantages",
     "align",
+    "collate",
     "grpo_loss",
     "hf",
     "linear_grpo_loss",
@@ -87,6 +89,7 @@ __all__ = [
     "linear_token_log_probs",
     "match",
     "normalizer",
+    "pack",
     "policy_loss",
     "reference",
     "register_surrogate",
@@ -94,6 +97,7 @@ __all__ = [
     "split_context",
     "token_divergence",
     "token_log_probs",
+    "unpack",
     "value_loss",
 ]
 
