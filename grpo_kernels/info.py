@@ -14,6 +14,7 @@ from . import __version__, backends
 from .backends import cpu, cuda, native
 from .calls.head import cpu_bf16_instructions
 from .objectives.config import LossConfig
+from .objectives.metrics import REPORTED
 from .objectives.surrogates import BUILT_IN
 from .verification import records
 
@@ -124,6 +125,12 @@ def surrogates_table() -> str:
     return "\n".join(lines)
 
 
+def metrics_table() -> str:
+    """Return every metric that a loss reports, a row of a Markdown table each."""
+    rows = [f"| `{name}` | {meaning} |" for name, meaning in REPORTED.items()]
+    return "\n".join(["| metric | meaning |", "| --- | --- |", *rows])
+
+
 def verified(found: list[dict[str, Any]]) -> list[str]:
     """Return a line for each remembered run of verify, and one for a GPU that has none."""
     lines = []
@@ -143,6 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable")
     parser.add_argument("--presets", action="store_true", help="the table of presets, as Markdown")
     parser.add_argument("--surrogates", action="store_true", help="the table of surrogates, as Markdown")
+    parser.add_argument("--metrics", action="store_true", help="the table of metrics, as Markdown")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -151,6 +159,9 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.surrogates:
         print(surrogates_table())
+        return 0
+    if arguments.metrics:
+        print(metrics_table())
         return 0
     report = collect()
     if arguments.json:

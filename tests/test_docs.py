@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import tomllib
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -138,6 +139,80 @@ def test_presets_table():
 
 def test_surrogates_table():
     assert section(ROOT / "docs" / "objectives.md", "surrogates") == info.surrogates_table()
+
+
+def test_metrics_table():
+    assert section(ROOT / "docs" / "calls.md", "metrics") == info.metrics_table()
+
+
+LOGGERS = {"Weights & Biases": "wandb", "MLflow": "mlflow", "TensorBoard": "tensorboard"}
+
+
+def logger_lines() -> dict[str, str]:
+    """The one-liners of docs/calls.md, by package."""
+    rows = (row for row in rows_of((ROOT / "docs" / "calls.md").read_text()) if row[0] in LOGGERS)
+    return {LOGGERS[name]: line.strip("`") for name, line in rows}
+
+
+def logged_metrics() -> grpo_kernels.Metrics:
+    logits, ids = torch.randn(2, 3, 11), torch.randint(11, (2, 3))
+    return grpo_kernels.grpo_loss(logits, ids, torch.ones(2), old_log_probs=torch.full((2, 3), -2.4)).metrics
+
+
+@pytest.mark.parametrize("package", LOGGERS.values())
+def test_lines_for_loggers(package):
+    """Their calls, as the packages have them, get every metric as a float."""
+    seen = {}
+
+    def log(data, step=None):
+        seen.update(data | {"step": step})
+
+    def log_metrics(metrics, step=None):
+        log(metrics, step)
+
+    def add_scalar(tag, scalar_value, global_step=None):
+        log({tag: scalar_value}, global_step)
+
+    calls = {"log": log, "log_metrics": log_metrics, "add_scalar": add_scalar}
+    stand_in = types.SimpleNamespace(**calls)
+    metrics = logged_metrics()
+    exec(logger_lines()[package], {"metrics": metrics, "step": 7, "writer": stand_in, package: stand_in})
+    assert seen.pop("step") == 7
+    assert seen == {f"train/{name}": value.item() for name, value in metrics.as_dict().items()}
+    assert all(type(value) is float for value in seen.values())
+
+
+@pytest.mark.parametrize("package", LOGGERS.values())
+def test_lines_for_loggers_beside_the_packages(package, tmp_path, monkeypatch):
+    """What the packages keep, where they are installed."""
+    pytest.importorskip(package)
+    metrics = logged_metrics()
+    given = {"metrics": metrics, "step": 7}
+    if package == "wandb":
+        import wandb
+
+        with wandb.init(mode="offline", dir=tmp_path) as run:
+            exec(logger_lines()[package], given | {"wandb": wandb})
+            wandb.log({}, step=8)  # which ends step 7
+            kept = {name: run.summary[name] for name in metrics.floats("train/")}
+    elif package == "mlflow":
+        import mlflow
+
+        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # what its part without a database keeps runs in
+        mlflow.set_tracking_uri((tmp_path / "runs").as_uri())
+        with mlflow.start_run() as run:
+            exec(logger_lines()[package], given | {"mlflow": mlflow})
+        kept = mlflow.get_run(run.info.run_id).data.metrics
+    else:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+        from torch.utils.tensorboard import SummaryWriter
+
+        with SummaryWriter(tmp_path) as writer:
+            exec(logger_lines()[package], given | {"writer": writer})
+        events = EventAccumulator(str(tmp_path)).Reload()
+        kept = {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
+    for name, value in metrics.floats("train/").items():
+        assert kept[name] == pytest.approx(value, rel=1e-6), name
 
 
 def test_levels_and_aggregations_have_their_rows():

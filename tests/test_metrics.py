@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import rlcompleter
+
 import pytest
 import torch
 from cases import make
+from torch.utils._pytree import tree_map_only
 
 from grpo_kernels import (
     KL,
@@ -170,6 +173,73 @@ def test_of_another_version():
     for ask in (lambda: before.kl, lambda: before.as_dict(), lambda: now + before, lambda: sum([before, now])):
         with pytest.raises(ValueError, match=r"a vector of \d+ numbers; got \(27,\)(.|\n)*another version"):
             ask()
+
+
+class ElsewhereTensor(torch.Tensor):
+    """A tensor of a device that this machine lacks (called meta): it counts what is copied to the host."""
+
+    copies = 0
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device="meta")
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        kwargs = {name: "cpu" if name == "device" else value for name, value in (kwargs or {}).items()}
+        out = function(*tree_map_only(cls, lambda tensor: tensor.held, args), **kwargs)
+        if function in (torch.ops.aten._to_copy.default, torch.ops.aten._local_scalar_dense.default):
+            cls.copies += 1
+            return out
+        return tree_map_only(torch.Tensor, cls, out)
+
+
+def test_floats_are_one_copy_from_the_device(monkeypatch):
+    """Whatever they are formed of; asked for one by one each would be a copy."""
+    case = make(rollout_log_probs=torch.full((6, 9), -2.1))
+    out, _ = case.run(config=LossConfig(Clip(), kl=KL(0.1)))
+    elsewhere = Metrics(ElsewhereTensor(out.metrics.vector))
+    monkeypatch.setattr(ElsewhereTensor, "copies", 0)
+    found = elsewhere.floats()
+    assert ElsewhereTensor.copies == 1
+    assert found == {name: float(value) for name, value in out.metrics.as_dict().items()}
+    assert {type(value) for value in found.values()} == {float}
+    assert float(elsewhere.tokens) + float(elsewhere.kl_loss) == found["tokens"] + found["kl_loss"]
+    assert ElsewhereTensor.copies == 3
+
+
+def test_floats_of_a_logger():
+    out, _ = make().run()
+    assert list(out.metrics.floats("train/")) == [f"train/{name}" for name in REPORTED]
+    assert out.metrics.floats(prefix="a.")["a.kl"] == out.metrics.kl.item()
+
+
+TYPED = """
+from grpo_kernels import Metrics
+def kl(metrics: Metrics) -> int:
+    metrics.clipfrac
+    metrics.kl = metrics.entropy
+    return metrics.kl
+"""
+
+
+def test_names_are_known_before_they_are_asked_for(tmp_path):
+    """To editors, which look at the class, and to type checkers, which know that each is a tensor."""
+    metrics = make().run()[0].metrics
+    assert set(REPORTED) <= set(dir(metrics))
+    assert rlcompleter.Completer({"m": metrics}).complete("m.clip_fr", 0) == "m.clip_fraction"
+    assert Metrics.kl.__doc__ == REPORTED["kl"]
+    with pytest.raises(AttributeError):
+        metrics.kl = metrics.entropy
+    api = pytest.importorskip("mypy.api")
+    (tmp_path / "names.py").write_text(TYPED)
+    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*]\nfollow_imports = skip\n")  # it takes 20 seconds
+    report, _, _ = api.run([str(tmp_path / "names.py"), "--config-file", str(tmp_path / "mypy.ini")])
+    assert '"Metrics" has no attribute "clipfrac"' in report
+    assert report.count("error") == 3, report
 
 
 def test_unknown_metric():

@@ -6,8 +6,8 @@ device until a value is printed. Nothing counted gives 0, never NaN.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
@@ -45,66 +45,128 @@ DIVERGENCE_SUMS = (
 FIELDS = (*OF_KERNELS, "outside_support", *DIVERGENCE_SUMS)
 """The fields of a ``Metrics``'s vector, in order."""
 
-REPORTED: Mapping[str, str] = {
-    "policy_loss": "the policy term of the loss",
-    "kl_loss": "the KL term of the loss, coefficient included",
-    "entropy_loss": "the entropy term of the loss, coefficient and sign included",
-    "rollout_kl_loss": "the term of the KL to the sampler (rollout_kl=), coefficient included",
-    "divergence_loss": "the divergence term of the loss, coefficient included",
-    "tokens": "live tokens",
-    "sequences": "sequences, empty ones included; those of a sequence_group are counted on its first rank alone",
-    "skipped_tokens": "live tokens left unread (skip_zero_advantage)",
-    "impossible_tokens": "live tokens of probability 0",
-    "outside_support": "live tokens outside of their recorded set, whose log-prob is NaN",
-    "kl": "mean of the KL estimator to the reference, unweighted and unclamped",
-    "divergence": "mean divergence from the teacher, nats, unweighted, over tokens where it is finite",
-    "infinite_divergences": "tokens whose divergence is infinite",
-    "teacher_entropy": "mean entropy of the teacher, nats; 0 without one",
-    "k1_old": "mean of ℓ - old",
-    "k3_old": "mean of exp(old - ℓ) - (old - ℓ) - 1",
-    "k1_rollout": "mean of ℓ - rollout, over tokens whose rollout log-prob is known",
-    "k3_rollout": "mean of exp(rollout - ℓ) - (rollout - ℓ) - 1, over the same",
-    "rollout_unknown": "live tokens whose rollout log-prob is unknown, where there are rollout log-probs",
-    "rollout_ratio_mean": "mean of ρ = exp(old - rollout) as it is, over the same; 0 without rollout",
-    "rollout_ratio_max": "largest such ρ",
-    "rollout_effective_sample_size": "(Σρ)² / (n·Σρ²), over the same",
-    "rollout_weight_mean": "mean of the factor that the config's rollout correction makes of it (1 without one)",
-    "rollout_weight_max": "largest such factor",
-    "rollout_weight_effective_sample_size": "(Σw)² / (n·Σw²) of these factors",
-    "rollout_rejected": "fraction of factors that are 0",
-    "entropy": "mean entropy, nats",
-    "ratio_mean": "mean ratio to the old policy, over tokens (sequences where level= pools whole ones), unsaturated",
-    "ratio_min": "smallest such ratio",
-    "ratio_max": "largest such ratio",
-    "clip_low": "fraction bounded from below: clipped at 1 - low (or the surrogate's own lower bound)",
-    "clip_high": "fraction bounded from above: clipped at 1 + high, capped",
-    "clip_dual": "fraction bounded at dual (DPPO: at its cap)",
-    "clip_fraction": "low + high + dual: fraction at a bound (a sequence may count twice)",
-}
-"""The entries of ``as_dict``, and their meaning."""
 
-_RATIOS = {
-    "kl": ("kl_sum", "kl_count"),
-    "divergence": ("divergence_sum", "divergence_count"),
-    "k1_rollout": ("k1_rollout_sum", "rollout_count"),
-    "k3_rollout": ("k3_rollout_sum", "rollout_count"),
-    "rollout_ratio_mean": ("rollout_ratio_sum", "rollout_count"),
-    "rollout_weight_mean": ("rollout_weight_sum", "rollout_count"),
-    "rollout_rejected": ("rollout_rejected_count", "rollout_count"),
-    "ratio_mean": ("ratio_sum", "ratio_count"),
-    "clip_low": ("clipped_low", "ratio_count"),
-    "clip_high": ("clipped_high", "ratio_count"),
-    "clip_dual": ("clipped_dual", "ratio_count"),
-}
+class Metric:
+    """A reported metric: its meaning, and what it is of a vector's sums; by default the field of its name."""
+
+    def __init__(self, meaning: str, of: Callable[[Metrics], Tensor] | None = None) -> None:
+        self.__doc__ = self.meaning = meaning
+        self._of = of
+
+    def __set_name__(self, owner: type[Metrics], name: str) -> None:
+        self._name = name
+
+    @overload
+    def __get__(self, metrics: None, owner: type[Metrics]) -> Metric: ...
+    @overload
+    def __get__(self, metrics: Metrics, owner: type[Metrics]) -> Tensor: ...
+    def __get__(self, metrics: Metrics | None, owner: type[Metrics]) -> Metric | Tensor:
+        if metrics is None:
+            return self
+        return metrics._field(self._name) if self._of is None else self._of(metrics)
+
+
+def _mean(total: str, *counts: str) -> Callable[[Metrics], Tensor]:
+    """Return the quotient of a sum and of counts, added up."""
+
+    def quotient(metrics: Metrics) -> Tensor:
+        count = metrics._field(counts[0])
+        for name in counts[1:]:
+            count = count + metrics._field(name)
+        return _ratio(metrics._field(total), count)
+
+    return quotient
+
+
+def _mean_of_tokens(total: str) -> Callable[[Metrics], Tensor]:
+    """Return the mean over the live tokens that were read."""
+    return lambda metrics: _ratio(metrics._field(total), metrics._field("tokens") - metrics._field("skipped_tokens"))
+
+
+def _extreme(name: str, count: str) -> Callable[[Metrics], Tensor]:
+    """Return an extreme, 0 where nothing was counted."""
+    return lambda metrics: torch.where(metrics._field(count) > 0, metrics._field(name), 0.0)
+
+
+def _effective_sample_size(name: str) -> Callable[[Metrics], Tensor]:
+    """Return (Σw)² / (n·Σw²), of sums of w and w²."""
+
+    def size(metrics: Metrics) -> Tensor:
+        squares = metrics._field("rollout_count") * metrics._field(f"{name}_square_sum")
+        return _ratio(metrics._field(f"{name}_sum") ** 2, squares)
+
+    return size
 
 
 class Metrics:
     """Named access to one vector of ``FIELDS``; every value is a 0-d tensor on the device.
 
-    ``a + b`` merges micro-batches, ``all_reduce(group)`` ranks, ``as_dict()`` gives floats-to-be.
+    ``a + b`` merges micro-batches, ``all_reduce(group)`` ranks, ``floats()`` is what a logger takes.
     """
 
     __slots__ = ("vector",)
+
+    policy_loss = Metric("the policy term of the loss")
+    kl_loss = Metric("the KL term of the loss, coefficient included")
+    entropy_loss = Metric("the entropy term of the loss, coefficient and sign included")
+    rollout_kl_loss = Metric("the term of the KL to the sampler (rollout_kl=), coefficient included")
+    divergence_loss = Metric("the divergence term of the loss, coefficient included")
+    tokens = Metric("live tokens")
+    sequences = Metric("sequences, empty ones included; those of a sequence_group are counted on its first rank alone")
+    skipped_tokens = Metric("live tokens left unread (skip_zero_advantage)")
+    impossible_tokens = Metric("live tokens of probability 0")
+    outside_support = Metric("live tokens outside of their recorded set, whose log-prob is NaN")
+    kl = Metric("mean of the KL estimator to the reference, unweighted and unclamped", _mean("kl_sum", "kl_count"))
+    divergence = Metric(
+        "mean divergence from the teacher, nats, unweighted, over tokens where it is finite",
+        _mean("divergence_sum", "divergence_count"),
+    )
+    infinite_divergences = Metric("tokens whose divergence is infinite")
+    teacher_entropy = Metric(
+        "mean entropy of the teacher, nats; 0 without one",
+        _mean("teacher_entropy_sum", "divergence_count", "infinite_divergences"),
+    )
+    k1_old = Metric("mean of ℓ - old", _mean_of_tokens("k1_old_sum"))
+    k3_old = Metric("mean of exp(old - ℓ) - (old - ℓ) - 1", _mean_of_tokens("k3_old_sum"))
+    k1_rollout = Metric(
+        "mean of ℓ - rollout, over tokens whose rollout log-prob is known", _mean("k1_rollout_sum", "rollout_count")
+    )
+    k3_rollout = Metric(
+        "mean of exp(rollout - ℓ) - (rollout - ℓ) - 1, over the same", _mean("k3_rollout_sum", "rollout_count")
+    )
+    rollout_unknown = Metric("live tokens whose rollout log-prob is unknown, where there are rollout log-probs")
+    rollout_ratio_mean = Metric(
+        "mean of ρ = exp(old - rollout) as it is, over the same; 0 without rollout",
+        _mean("rollout_ratio_sum", "rollout_count"),
+    )
+    rollout_ratio_max = Metric("largest such ρ", _extreme("rollout_ratio_max", "rollout_count"))
+    rollout_effective_sample_size = Metric("(Σρ)² / (n·Σρ²), over the same", _effective_sample_size("rollout_ratio"))
+    rollout_weight_mean = Metric(
+        "mean of the factor that the config's rollout correction makes of it (1 without one)",
+        _mean("rollout_weight_sum", "rollout_count"),
+    )
+    rollout_weight_max = Metric("largest such factor", _extreme("rollout_weight_max", "rollout_count"))
+    rollout_weight_effective_sample_size = Metric(
+        "(Σw)² / (n·Σw²) of these factors", _effective_sample_size("rollout_weight")
+    )
+    rollout_rejected = Metric("fraction of factors that are 0", _mean("rollout_rejected_count", "rollout_count"))
+    entropy = Metric("mean entropy, nats", _mean_of_tokens("entropy_sum"))
+    ratio_mean = Metric(
+        "mean ratio to the old policy, over tokens (sequences where level= pools whole ones), unsaturated",
+        _mean("ratio_sum", "ratio_count"),
+    )
+    ratio_min = Metric("smallest such ratio", _extreme("ratio_min", "ratio_count"))
+    ratio_max = Metric("largest such ratio", _extreme("ratio_max", "ratio_count"))
+    clip_low = Metric(
+        "fraction bounded from below: clipped at 1 - low (or the surrogate's own lower bound)",
+        _mean("clipped_low", "ratio_count"),
+    )
+    clip_high = Metric("fraction bounded from above: clipped at 1 + high, capped", _mean("clipped_high", "ratio_count"))
+    clip_dual = Metric("fraction bounded at dual (DPPO: at its cap)", _mean("clipped_dual", "ratio_count"))
+    clip_fraction = Metric(
+        "low + high + dual: fraction at a bound (a sequence may count twice)",
+        lambda metrics: metrics.clip_low + metrics.clip_high + metrics.clip_dual,
+    )
 
     def __init__(self, vector: Tensor) -> None:
         self.vector = vector
@@ -147,41 +209,25 @@ class Metrics:
         ranks = read_group("Metrics.all_reduce", "group", group)
         return self if ranks is None else Metrics(_merge(gather(self.vector, ranks)))
 
-    def __getattr__(self, name: str) -> Tensor:
-        if name in EXTREMES:
-            count = "rollout_count" if name.startswith("rollout") else "ratio_count"
-            return torch.where(self._field(count) > 0, self._field(name), 0.0)
-        if name in _RATIOS:
-            total, count = _RATIOS[name]
-            return _ratio(self._field(total), self._field(count))
-        if name == "teacher_entropy":
-            counted = self._field("divergence_count") + self._field("infinite_divergences")
-            return _ratio(self._field("teacher_entropy_sum"), counted)
-        if name in ("entropy", "k1_old", "k3_old"):
-            return _ratio(self._field(f"{name}_sum"), self._field("tokens") - self._field("skipped_tokens"))
-        if name in FIELDS:
-            return self._field(name)
-        raise AttributeError(f"no metric {name!r}; there are {', '.join(REPORTED)}")
+    if not TYPE_CHECKING:  # a name that is no metric is an error to type checkers as well
 
-    @property
-    def clip_fraction(self) -> Tensor:
-        return self.clip_low + self.clip_high + self.clip_dual
-
-    @property
-    def rollout_effective_sample_size(self) -> Tensor:
-        return self._effective_sample_size("rollout_ratio")
-
-    @property
-    def rollout_weight_effective_sample_size(self) -> Tensor:
-        return self._effective_sample_size("rollout_weight")
-
-    def _effective_sample_size(self, name: str) -> Tensor:
-        squares = self._field("rollout_count") * self._field(f"{name}_square_sum")
-        return _ratio(self._field(f"{name}_sum") ** 2, squares)
+        def __getattr__(self, name: str) -> Tensor:
+            if name in FIELDS:
+                return self._field(name)
+            raise AttributeError(f"no metric {name!r}; there are {', '.join(REPORTED)}")
 
     def as_dict(self) -> dict[str, Tensor]:
         """Return every reported metric by name, as 0-d tensors."""
         return {name: getattr(self, name) for name in REPORTED}
+
+    def floats(self, prefix: str = "") -> dict[str, float]:
+        """Return every reported metric as Python's float, for a logger: one copy from the device, which waits for it.
+
+        Args:
+            prefix: what every name begins with: ``floats("train/")["train/kl"]``.
+        """
+        here = Metrics(self.vector.cpu())
+        return {prefix + name: float(value) for name, value in here.as_dict().items()}
 
     def _field(self, name: str) -> Tensor:
         self._check()
@@ -194,8 +240,14 @@ class Metrics:
             fail("Metrics", f"a vector of {len(FIELDS)} numbers", str(tuple(self.vector.shape)), hint=hint)
 
     def __repr__(self) -> str:
-        values = ", ".join(f"{name}={float(value):.6g}" for name, value in self.as_dict().items())
+        values = ", ".join(f"{name}={value:.6g}" for name, value in self.floats().items())
         return f"Metrics({values})"
+
+
+REPORTED: Mapping[str, str] = {
+    name: metric.meaning for name, metric in vars(Metrics).items() if isinstance(metric, Metric)
+}
+"""The entries of ``as_dict`` and ``floats``, and their meaning."""
 
 
 def _ratio(total: Tensor, count: Tensor) -> Tensor:
