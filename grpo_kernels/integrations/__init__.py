@@ -1,1 +1,1 @@
-"""Drop-ins for other packages: ``trl`` (FusedGRPOTrainer, patch_trl) and ``liger`` (its signatures)."""
+"""Drop-ins for other packages: ``trl`` (FusedGRPOTrainer, patch_trl), ``liger`` (its signatures), ``verl``."""

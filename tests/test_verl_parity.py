@@ -1,0 +1,340 @@
+"""verl 0.9.1 patched beside itself: its losses, metrics, operators and fused head. Needs verl (`make test-verl`)."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
+
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.utils import torch_functional as verl_F
+from verl.utils.experimental.torch_functional import FusedLinearForPPO
+from verl.workers.config import ActorConfig, PolicyLossConfig
+
+from grpo_kernels.integrations.verl import loss_config, patch_verl
+from grpo_kernels.integrations.verl_losses import LOSSES, MODES
+
+pytestmark = pytest.mark.peers
+B, T = 6, 11
+OPTIONS = {
+    "vanilla": dict(clip_ratio_low=0.2, clip_ratio_high=0.28),
+    "dppo_tv": dict(clip_ratio_low=0.02, clip_ratio_high=0.03),
+    "dppo_kl": dict(clip_ratio_low=0.02, clip_ratio_high=0.03, clip_ratio_c=1.3),
+    "gspo": dict(clip_ratio_low=0.1, clip_ratio_high=0.15),
+    "sapo": dict(tau_pos=0.8, tau_neg=1.3),
+    "gpg": {},
+    "geo_mean": dict(clip_ratio_low=0.3, clip_ratio_high=0.4),
+    "dro": dict(dro_beta=0.3),
+    "cispo": dict(clip_ratio_low=0.1, clip_ratio_high=0.2),
+}
+WHOLE = {"dp_size": 4, "batch_num_tokens": 77, "global_batch_size": 13, "loss_scale_factor": 32}
+INFOS = ({}, WHOLE, {**WHOLE, "dp_size": 1, "loss_scale_factor": None})
+
+
+def actor(mode: str, info: dict | None = None, **options) -> ActorConfig:
+    options = {**OPTIONS[mode], **options}
+    loss = PolicyLossConfig(loss_mode=mode, dro_beta=options.pop("dro_beta", None))
+    fixed = dict(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, global_batch_info=dict(info or {}))
+    return ActorConfig(policy_loss=loss, **fixed, **options)
+
+
+def batch(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Log-probs, old ones, advantages, mask and weights of (B, T) tokens, fp64."""
+    draw = torch.Generator("cpu").manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
+    lengths = torch.tensor([11, 5, 7, 1, 3, 9])
+    mask = torch.arange(T) < lengths[:, None]
+    log_prob = -0.01 - 6 * torch.rand(B, T, generator=draw, dtype=torch.float64)
+    old, advantages = log_prob + 0.4 * randn(B, T), randn(B, 1).expand(B, T).clone()
+    if kind == "holes":
+        mask &= torch.rand(B, T, generator=draw) < 0.6
+    if kind == "empty sequences":
+        mask[1:3] = False
+    if kind == "nothing":
+        mask[:] = False
+    if kind == "on-policy":
+        old = log_prob.clone()
+    if kind == "zero advantages":
+        advantages[::2] = 0
+    if kind == "per-token advantages":
+        advantages = randn(B, T)
+    if kind == "far":
+        old = log_prob + 12 * randn(B, T)
+    if kind == "far sequences":
+        old = log_prob - torch.tensor([15.0, -15.0, 12.0, 30.0, 0.1, 8.0], dtype=torch.float64)[:, None]
+        advantages = advantages.abs() * torch.tensor([-1.0, 1, -1, 1, -1, -1], dtype=torch.float64)[:, None]
+    weights = 2 * torch.rand(B, T, generator=draw, dtype=torch.float64)
+    weights[0, 0] = 0
+    return dict(log_prob=log_prob, old=old, advantages=advantages, mask=mask, weights=weights)
+
+
+KINDS = ("ragged", "holes", "empty sequences", "on-policy", "zero advantages", "per-token advantages", "far")
+KINDS = (*KINDS, "far sequences", "nothing")
+
+
+def evaluated(mode, known, agg_mode, config, weighted, dtype):
+    """Return loss, gradient and metrics of what is registered under ``mode`` now."""
+    given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in known.items()}
+    log_prob = given["log_prob"].requires_grad_()
+    loss, metrics = get_policy_loss_fn(mode)(
+        old_log_prob=given["old"],
+        log_prob=log_prob,
+        advantages=given["advantages"],
+        response_mask=given["mask"],
+        loss_agg_mode=agg_mode,
+        config=config,
+        rollout_is_weights=given["weights"] if weighted else None,
+    )
+    return loss.detach(), torch.autograd.grad(loss, log_prob)[0], metrics
+
+
+def close(mine, theirs):
+    """Within 1e-5 of the largest number."""
+    theirs = torch.as_tensor(theirs, dtype=torch.float64)
+    mine = torch.as_tensor(mine, dtype=torch.float64)
+    scale = max(float(theirs.abs().max()), 1e-3)
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * scale)
+
+
+def compare(mode, known, agg_mode, info, weighted):
+    """Ours in fp32 beside verl's own in fp64."""
+    config = actor(mode, info)
+    theirs = evaluated(mode, known, agg_mode, config, weighted, torch.float64)
+    with patch_verl(operators=False):
+        mine = evaluated(mode, known, agg_mode, config, weighted, torch.float32)
+    close(mine[0], theirs[0])
+    close(mine[1], theirs[1])
+    assert list(mine[2]) == list(theirs[2]) or set(mine[2]) == set(theirs[2])
+    for name, value in theirs[2].items():
+        assert mine[2][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
+
+
+def divides_by_nothing(mode, agg_mode, info) -> bool:
+    """Whether verl's loss of a batch without a token is 0/0: a listed fault, ours is 0."""
+    unit = "batch_num_tokens" if agg_mode == "token-mean" and mode != "sapo" else "global_batch_size"
+    return info.get(unit) is None and mode != "geo_mean" and (agg_mode != "token-sum" or mode == "sapo")
+
+
+@pytest.mark.parametrize("mode", OPTIONS)
+@pytest.mark.parametrize("kind", ["ragged", "far"])
+def test_losses(mode, kind):
+    for agg_mode, weighted in (("token-mean", False), ("seq-mean-token-sum-norm", True)):
+        compare(mode, batch(kind), agg_mode, WHOLE, weighted)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", OPTIONS)
+def test_losses_everywhere(mode, kind):
+    """Every loss in every mode of aggregation, of the global batch and of its own, weighed and not."""
+    if mode == "geo_mean" and kind == "per-token advantages":
+        pytest.skip("refused by name")
+    for seed in range(3):
+        known = batch(kind, seed)
+        for agg_mode in MODES:
+            for info in INFOS:
+                for weighted in (False, True):
+                    if kind == "nothing" and divides_by_nothing(mode, agg_mode, info):
+                        continue
+                    compare(mode, known, agg_mode, info, weighted)
+
+
+def test_every_mode_is_compared():
+    assert set(OPTIONS) == set(LOSSES)
+
+
+@pytest.mark.parametrize("mode", OPTIONS)
+def test_a_batch_without_a_token(mode):
+    """verl's 0/0 is NaN where it counts the tokens itself; ours is 0."""
+    known, config = batch("nothing"), actor(mode)
+    if divides_by_nothing(mode, "token-mean", {}):
+        assert math.isnan(evaluated(mode, known, "token-mean", config, False, torch.float64)[0])
+    with patch_verl(operators=False):
+        loss, gradient, _ = evaluated(mode, known, "token-mean", config, False, torch.float32)
+    assert loss == 0
+    assert not gradient.any()
+
+
+@pytest.mark.parametrize("mode", OPTIONS)
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_what_is_masked_is_not_read(mode, garbage):
+    """verl multiplies by the mask in the modes of sequences, where NaN stays (a listed fault)."""
+    known = batch("holes")
+    clean = {name: torch.where(known["mask"], value, 0) for name, value in known.items()}
+    dirty = {name: torch.where(known["mask"], value, garbage) for name, value in clean.items() if name != "mask"}
+    with patch_verl(operators=False):
+        for agg_mode in MODES:
+            loss, gradient, metrics = evaluated(mode, clean, agg_mode, actor(mode), True, torch.float32)
+            again = evaluated(mode, {**dirty, "mask": known["mask"]}, agg_mode, actor(mode), True, torch.float32)
+            assert (loss, metrics) == (again[0], again[2])
+            assert torch.equal(gradient, again[1])
+
+
+def rows(kind: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels, whose first column is impossible where ``kind`` says so."""
+    draw = torch.Generator("cpu").manual_seed(1)
+    shape = {"packed": (17, 90), "padded": (3, 6, 90), "one row": (1, 90), "masked columns": (17, 90)}[kind]
+    logits = 3 * torch.randn(shape, generator=draw)
+    labels = torch.randint(1, 90, shape[:-1], generator=draw)
+    if kind == "masked columns":
+        logits[:, ::3] = -math.inf
+        labels = labels // 3 * 3 + 1
+    return logits.to(dtype), labels
+
+
+def gradient_of(function, logits):
+    leaf = logits.clone().requires_grad_()
+    values = function(leaf * 1.0)
+    weights = torch.linspace(-1, 2, values.numel()).view(values.shape)
+    return values.detach(), torch.autograd.grad((values * weights.to(values.dtype)).sum(), leaf)[0]
+
+
+@pytest.mark.parametrize("kind", ["packed", "padded", "one row", "masked columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_operators_of_logits(kind, dtype):
+    """Beside verl's own in fp64, on the same logits."""
+    logits, labels = rows(kind, dtype)
+    exact = logits.double()
+    theirs = gradient_of(lambda x: verl_F.logprobs_from_logits(x, labels), exact)
+    their_entropy = gradient_of(verl_F.entropy_from_logits, exact)
+    tolerance = dict(rtol=2**-8, atol=1e-5) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
+    with patch_verl(losses=False):
+        for inplace in (False, True):
+            mine = gradient_of(lambda x, inplace=inplace: verl_F.logprobs_from_logits(x, labels, inplace), logits)
+            for found, wanted in zip(mine, theirs, strict=True):
+                torch.testing.assert_close(found.double(), wanted, **tolerance)
+        functions = [verl_F.entropy_from_logits]
+        if logits.dim() == 2:
+            functions.append(lambda x: verl_F.entropy_from_logits_with_chunking(x, chunk_size=4))
+        for function in functions:
+            values, gradient = gradient_of(function, logits)
+            assert values.isfinite().all()
+            assert gradient.isfinite().all()
+            if kind == "masked columns":  # verl's is 0 · -inf there, NaN: a listed fault
+                assert their_entropy[0].isnan().all()
+                possible = exact[:, exact[0].isfinite()]
+                wanted, of_possible = gradient_of(verl_entropy, possible)
+                torch.testing.assert_close(values.double(), wanted, **tolerance)
+                torch.testing.assert_close(gradient[:, exact[0].isfinite()].double(), of_possible, **tolerance)
+                continue
+            torch.testing.assert_close(values.double(), their_entropy[0], **tolerance)
+            torch.testing.assert_close(gradient.double(), their_entropy[1], **tolerance)
+
+
+verl_entropy = verl_F.entropy_from_logits
+"""verl's own, whatever is patched."""
+
+
+@pytest.mark.nightly
+def test_entropy_is_compiled_as_verl_compiles_it():
+    """Its engine compiles the function that it finds, with dynamic shapes."""
+    with patch_verl(losses=False):
+        compiled = torch.compile(verl_F.entropy_from_logits, dynamic=True)
+        for count in (5, 17, 30):
+            logits = 3 * torch.randn(count, 90, generator=torch.Generator("cpu").manual_seed(count))
+            for found, wanted in zip(gradient_of(compiled, logits), gradient_of(verl_entropy, logits), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def head(dtype=torch.float32, batched=True):
+    draw = torch.Generator("cpu").manual_seed(2)
+    hidden, weight = torch.randn(2, 19, 32, generator=draw), torch.randn(90, 32, generator=draw) / 4
+    labels = torch.randint(90, (2, 19), generator=draw)
+    if not batched:
+        hidden, labels = hidden.view(-1, 32), labels.view(-1)
+    return hidden.to(dtype), weight.to(dtype), labels
+
+
+def of_head(hidden, weight, labels, temperature, wants_entropy=True):
+    hidden, weight = (x.clone().requires_grad_() for x in (hidden, weight))
+    log_probs, entropy = FusedLinearForPPO(chunk_size=8).forward(hidden, weight, labels, temperature)
+    weights = torch.linspace(-1, 2, labels.numel()).view(labels.shape)
+    loss = (log_probs * weights).sum() + (0.3 * (entropy * weights).sum() if wants_entropy else 0)
+    return log_probs.detach(), entropy.detach(), *torch.autograd.grad(loss, (hidden, weight))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("wants_entropy", [True, False])
+def test_fused_head(batched, temperature, wants_entropy):
+    given = head(batched=batched)
+    theirs = of_head(*given, temperature, wants_entropy)
+    with patch_verl(losses=False):
+        mine = of_head(*given, temperature, wants_entropy)
+    for found, wanted in zip(mine, theirs, strict=True):
+        assert found.shape == wanted.shape
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
+
+
+def test_fused_head_in_half_precision():
+    """No further from the exact numbers than verl's."""
+    given = head(torch.bfloat16)
+    exact = of_head(given[0].float(), given[1].float(), given[2], 1.0)
+    theirs = of_head(*given, 1.0)
+    with patch_verl(losses=False):
+        mine = of_head(*given, 1.0)
+    for found, other, wanted in zip(mine, theirs, exact, strict=True):
+        error, their_error = ((x.float() - wanted).abs().max() for x in (found, other))
+        assert error <= 1.2 * their_error + 1e-5
+
+
+def model():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    more = dict(num_key_value_heads=2, vocab_size=120, max_position_embeddings=64, attn_implementation="sdpa")
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **more))
+
+
+def test_use_fused_kernels():
+    """verl's own forward of a model with ``use_fused_kernels``, patched and not, to every parameter's gradient."""
+    from verl.models.transformers.dense_common import forward_with_torch_backend
+
+    policy, draw = model(), torch.Generator("cpu").manual_seed(3)
+    ids = torch.randint(120, (1, 24), generator=draw)
+    positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
+
+    def gradients():
+        policy.zero_grad()
+        out = forward_with_torch_backend(
+            policy, input_ids=ids, position_ids=positions, temperature=0.8, return_dict=True, use_cache=False
+        )
+        (out.log_probs.sum() + 0.2 * out.entropy.sum()).backward()
+        return [out.log_probs.detach(), out.entropy.detach(), *(p.grad.clone() for p in policy.parameters())]
+
+    theirs = gradients()
+    with patch_verl(losses=False):
+        mine = gradients()
+    for found, wanted in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_config_of_the_actor():
+    """verl's options with its KL and entropy bonus as one config."""
+    options = dict(use_kl_loss=True, kl_loss_type="k3+", kl_loss_coef=0.2, entropy_coeff=0.01)
+    config = loss_config(actor("vanilla", **options))
+    assert config.kl.gradient == "straight_through_k2"
+    assert (config.kl.coef, config.entropy_coef) == (0.2, 0.01)
+
+
+IMPORTED = """
+import verl
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.workers.engine.fsdp import transformer_impl
+print(get_policy_loss_fn("gspo").__name__, transformer_impl.logprobs_from_logits.__module__)
+"""
+
+
+@pytest.mark.nightly
+def test_verl_imports_the_plugin():
+    environment = {**os.environ, "VERL_USE_EXTERNAL_MODULES": "grpo_kernels.integrations.verl_plugin"}
+    found = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", IMPORTED], capture_output=True, env=environment, check=True, text=True
+    )
+    assert found.stdout.splitlines()[-1] == "grpo_kernels_gspo grpo_kernels.integrations.verl_operators"
