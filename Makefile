@@ -35,7 +35,8 @@ test-peers: $(VENV)/peers
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "peers and not nightly" $(ARGS)
 
 # Every stale part; make nightly PART=list shows them, PART="NAME NAME" runs these.
-nightly: $(VENV)/peers
+nightly: export PYTHONPATH := $(CURDIR)/$(VENV)/verl
+nightly: $(VENV)/peers $(VENV)/verl
 	$(VENV)/bin/python -m tests.nightly $(PART)
 
 # Beside TRL, Liger and PyTorch's own; make bench ARGS="--out DIR" writes tables and plots.
@@ -64,6 +65,12 @@ $(VENV)/installed: pyproject.toml constraints.txt $(SOURCES) | $(VENV)/bin/pytho
 
 $(VENV)/peers: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[peers]"
+	touch $@
+
+# Without its dependencies, which are another PyTorch and another transformers, in a folder that nightly alone sees.
+$(VENV)/verl: tests/nightly/verl.txt | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<
+	rm -rf $@/tests $@/scripts
 	touch $@
 
 $(VENV)/lint: $(VENV)/installed

@@ -1,4 +1,4 @@
-"""verl's registered policy losses and ours. verl (it needs ray) is no dependency of the tests: install it first."""
+"""verl's registered policy losses and ours. make nightly PART=verl installs verl for them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from grpo_kernels import (  # fmt: skip
     grpo_loss,
 )
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.nightly]
 B, T, V = 5, 9, 60
 MODES = {
     "token-mean": {"aggregation": "token_mean"},

@@ -1,4 +1,5 @@
-"""verl 0.9.1 patched beside itself: its losses, metrics, operators and fused head. Needs verl (`make test-verl`)."""
+"""verl 0.9.1 patched beside itself: its losses, metrics, operators and fused head. make nightly PART=verl
+installs verl for it."""
 
 from __future__ import annotations
 
@@ -12,15 +13,19 @@ import torch
 
 pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
 
+from tensordict import TensorDict
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.utils import tensordict_utils as tu
 from verl.utils import torch_functional as verl_F
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.config import ActorConfig, PolicyLossConfig
+from verl.workers.utils.losses import ppo_loss
 
+from grpo_kernels import policy_loss
 from grpo_kernels.integrations.verl import loss_config, patch_verl
 from grpo_kernels.integrations.verl_losses import LOSSES, MODES
 
-pytestmark = pytest.mark.peers
+pytestmark = [pytest.mark.peers, pytest.mark.nightly]
 B, T = 6, 11
 OPTIONS = {
     "vanilla": dict(clip_ratio_low=0.2, clip_ratio_high=0.28),
@@ -94,12 +99,9 @@ def evaluated(mode, known, agg_mode, config, weighted, dtype):
     return loss.detach(), torch.autograd.grad(loss, log_prob)[0], metrics
 
 
-def close(mine, theirs):
-    """Within 1e-5 of the largest number."""
-    theirs = torch.as_tensor(theirs, dtype=torch.float64)
-    mine = torch.as_tensor(mine, dtype=torch.float64)
-    scale = max(float(theirs.abs().max()), 1e-3)
-    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5 * scale)
+def close(mine, theirs, scale):
+    """Within 1e-5 of a size."""
+    torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=1e-5 * max(float(scale), 1e-3))
 
 
 def compare(mode, known, agg_mode, info, weighted):
@@ -108,9 +110,9 @@ def compare(mode, known, agg_mode, info, weighted):
     theirs = evaluated(mode, known, agg_mode, config, weighted, torch.float64)
     with patch_verl(operators=False):
         mine = evaluated(mode, known, agg_mode, config, weighted, torch.float32)
-    close(mine[0], theirs[0])
-    close(mine[1], theirs[1])
-    assert list(mine[2]) == list(theirs[2]) or set(mine[2]) == set(theirs[2])
+    close(mine[0], theirs[0], max(theirs[0].abs(), theirs[1].abs().sum()))  # terms cancel
+    close(mine[1], theirs[1], theirs[1].abs().max())
+    assert set(mine[2]) == set(theirs[2])
     for name, value in theirs[2].items():
         assert mine[2][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
 
@@ -121,17 +123,9 @@ def divides_by_nothing(mode, agg_mode, info) -> bool:
     return info.get(unit) is None and mode != "geo_mean" and (agg_mode != "token-sum" or mode == "sapo")
 
 
-@pytest.mark.parametrize("mode", OPTIONS)
-@pytest.mark.parametrize("kind", ["ragged", "far"])
-def test_losses(mode, kind):
-    for agg_mode, weighted in (("token-mean", False), ("seq-mean-token-sum-norm", True)):
-        compare(mode, batch(kind), agg_mode, WHOLE, weighted)
-
-
-@pytest.mark.nightly
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", OPTIONS)
-def test_losses_everywhere(mode, kind):
+def test_losses(mode, kind):
     """Every loss in every mode of aggregation, of the global batch and of its own, weighed and not."""
     if mode == "geo_mean" and kind == "per-token advantages":
         pytest.skip("refused by name")
@@ -231,7 +225,6 @@ verl_entropy = verl_F.entropy_from_logits
 """verl's own, whatever is patched."""
 
 
-@pytest.mark.nightly
 def test_entropy_is_compiled_as_verl_compiles_it():
     """Its engine compiles the function that it finds, with dynamic shapes."""
     with patch_verl(losses=False):
@@ -273,15 +266,15 @@ def test_fused_head(batched, temperature, wants_entropy):
 
 
 def test_fused_head_in_half_precision():
-    """No further from the exact numbers than verl's."""
+    """No further from the exact numbers than verl's, in the mean of squares: a largest error is one rounding."""
     given = head(torch.bfloat16)
     exact = of_head(given[0].float(), given[1].float(), given[2], 1.0)
     theirs = of_head(*given, 1.0)
     with patch_verl(losses=False):
         mine = of_head(*given, 1.0)
     for found, other, wanted in zip(mine, theirs, exact, strict=True):
-        error, their_error = ((x.float() - wanted).abs().max() for x in (found, other))
-        assert error <= 1.2 * their_error + 1e-5
+        error, their_error = ((x.float() - wanted).square().mean().sqrt() for x in (found, other))
+        assert error <= 1.2 * their_error
 
 
 def model():
@@ -315,12 +308,113 @@ def test_use_fused_kernels():
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_config_of_the_actor():
-    """verl's options with its KL and entropy bonus as one config."""
-    options = dict(use_kl_loss=True, kl_loss_type="k3+", kl_loss_coef=0.2, entropy_coeff=0.01)
-    config = loss_config(actor("vanilla", **options))
-    assert config.kl.gradient == "straight_through_k2"
-    assert (config.kl.coef, config.entropy_coef) == (0.2, 0.01)
+PROMPTS, RESPONSES = (3, 2, 4), (5, 1, 7)
+LENGTHS = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+
+
+def nested(values: torch.Tensor, lengths) -> torch.Tensor:
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+    return torch.nested.nested_tensor_from_jagged(values, bounds, min_seqlen=min(lengths), max_seqlen=max(lengths))
+
+
+def micro_batch(ids: torch.Tensor, old: torch.Tensor, ref: torch.Tensor, info: dict) -> TensorDict:
+    """A batch as verl's engine hands it to its loss; ``old`` and ``ref`` are of response tokens, end to end."""
+    draw, ids = torch.Generator("cpu").manual_seed(4), ids.split(LENGTHS)
+    prompts = torch.cat([row[:length] for row, length in zip(ids, PROMPTS, strict=True)])
+    responses = torch.cat([row[length:] for row, length in zip(ids, PROMPTS, strict=True)])
+    advantages = torch.randn(3, generator=draw).repeat_interleave(torch.tensor(RESPONSES))
+    mask = torch.rand(sum(RESPONSES), generator=draw) < 0.8
+    of_responses = {"old_log_probs": old, "ref_log_prob": ref, "advantages": advantages, "response_mask": mask}
+    tensors = {name: nested(value, RESPONSES) for name, value in {**of_responses, "responses": responses}.items()}
+    data = TensorDict({**tensors, "prompts": nested(prompts, PROMPTS)}, batch_size=[3])
+    whole = dict(dp_size=1, batch_num_tokens=None, global_batch_size=None)
+    tu.assign_non_tensor(data, **{**whole, **{key: info[key] for key in whole if key in info}})
+    return data
+
+
+def of_responses(values: torch.Tensor) -> torch.Tensor:
+    """The packed values that predict response tokens, end to end."""
+    parts = zip(values.split(LENGTHS), PROMPTS, strict=True)
+    return torch.cat([part[prompt - 1 : -1] for part, prompt in parts])
+
+
+@pytest.mark.parametrize("kind", ["low_var_kl", "k3+", "kl", "abs", "mse"])
+@pytest.mark.parametrize("mode", ["vanilla", "gspo", "cispo"])
+@pytest.mark.parametrize("info", [{}, WHOLE], ids=["own", "global"])
+def test_ppo_loss(mode, kind, info):
+    """verl's whole loss, KL and entropy bonus behind the policy term: patched, not, and of ``loss_config`` alone."""
+    draw = torch.Generator("cpu").manual_seed(5)
+    packed = -6 * torch.rand(sum(LENGTHS), generator=draw)
+    old, ref = (of_responses(packed) + 0.3 * torch.randn(sum(RESPONSES), generator=draw) for _ in range(2))
+    data = micro_batch(torch.randint(120, (sum(LENGTHS),), generator=draw), old, ref, info)
+    options = actor(mode, use_kl_loss=True, kl_loss_type=kind, kl_loss_coef=0.2, entropy_coeff=0.05)
+
+    def found():
+        log_probs, entropy = packed.clone().requires_grad_(), (packed.abs() / 3).requires_grad_()
+        output = {"log_probs": nested(log_probs, LENGTHS), "entropy": nested(entropy, LENGTHS)}
+        loss, metrics = ppo_loss(options, output, data)
+        values = {name: getattr(metric, "values", metric) for name, metric in metrics.items()}
+        return loss.detach(), torch.autograd.grad(loss, (log_probs, entropy)), values
+
+    theirs = found()
+    with patch_verl(operators=False):
+        mine = found()
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-5, atol=1e-6)
+    for own, wanted in zip(mine[1], theirs[1], strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-5, atol=1e-7)
+    assert set(mine[2]) == set(theirs[2])
+    for name, value in theirs[2].items():
+        assert mine[2][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    if info:
+        return
+    padded = data.select("old_log_probs", "ref_log_prob", "advantages", "response_mask").to_padded_tensor()
+    rows = [nested(of_responses(values), RESPONSES).to_padded_tensor(0.0) for values in (packed, packed.abs() / 3)]
+    out = policy_loss(
+        rows[0],
+        padded["advantages"],
+        padded["response_mask"],
+        entropy=rows[1],
+        old_log_probs=padded["old_log_probs"],
+        ref_log_probs=padded["ref_log_prob"],
+        config=loss_config(options),
+    )
+    torch.testing.assert_close(out.loss, theirs[0], rtol=1e-5, atol=1e-6)
+
+
+def test_ten_steps():
+    """A model trained by verl's fused forward and loss, patched and not: the same weights."""
+    from verl.models.transformers.dense_common import forward_with_torch_backend
+
+    ids = torch.randint(120, (1, sum(LENGTHS)), generator=torch.Generator("cpu").manual_seed(6))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+    options = actor("vanilla", use_kl_loss=True, kl_loss_coef=0.1, entropy_coeff=0.01)
+
+    def trained():
+        policy = model()
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+        losses = []
+        for _ in range(10):
+            out = forward_with_torch_backend(
+                policy, input_ids=ids, position_ids=positions, return_dict=True, use_cache=False
+            )
+            output = {"log_probs": nested(out.log_probs[0], LENGTHS), "entropy": nested(out.entropy[0], LENGTHS)}
+            if not losses:
+                old = of_responses(out.log_probs[0].detach())
+                data = micro_batch(ids[0], old, old - 0.1, {})
+            loss, _ = ppo_loss(options, output, data)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        return torch.tensor(losses), [parameter.detach().clone() for parameter in policy.parameters()]
+
+    theirs = trained()
+    with patch_verl():
+        mine = trained()
+    assert theirs[0][-1] < theirs[0][0] - 0.05
+    torch.testing.assert_close(mine[0], theirs[0], rtol=1e-4, atol=1e-5)
+    for own, wanted in zip(mine[1], theirs[1], strict=True):
+        torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-5)
 
 
 IMPORTED = """
@@ -331,7 +425,6 @@ print(get_policy_loss_fn("gspo").__name__, transformer_impl.logprobs_from_logits
 """
 
 
-@pytest.mark.nightly
 def test_verl_imports_the_plugin():
     environment = {**os.environ, "VERL_USE_EXTERNAL_MODULES": "grpo_kernels.integrations.verl_plugin"}
     found = subprocess.run(

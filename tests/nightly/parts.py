@@ -92,5 +92,10 @@ PARTS = {
         6, ("test_training", "test_training_ranks", "test_memory", "test_cli"), ("grpo_kernels/**", "csrc/**")
     ),
     "trl": Part(5, ("test_trl", "test_trl_models"), ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**")),
+    "verl": Part(
+        2,
+        ("test_verl", "test_verl_parity"),
+        ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**", "tests/nightly/verl.txt"),
+    ),
     "gpu-check": Part(20, ("test_gpu_rehearsal",), (*CUDA, "benchmarks/gpu_*.py", "tests/test_gpu_check.py")),
 }
