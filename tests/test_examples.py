@@ -1,0 +1,118 @@
+"""Every example runs on a tiny model, without a network, and does what it says."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "examples"
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "common")
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it():
+    """generate() has no deterministic cumsum; on a CPU its results are deterministic all the same."""
+    torch.use_deterministic_algorithms(False)
+
+
+def run(name: str, *options: str) -> Any:
+    return importlib.import_module(name).main([*options, "--device", "cpu"])
+
+
+def assert_rises(curve: list[float], by: float) -> None:
+    """From its first steps to its last."""
+    assert sum(curve[-3:]) / 3 >= sum(curve[:3]) / 3 + by, curve
+
+
+def test_plain_loop():
+    assert_rises(run("plain_loop", "--steps", "20"), by=0.3)
+
+
+def test_packed_sequences():
+    found = run("packed_sequences", "--steps", "15")
+    for step in found:
+        assert step["loss"] == pytest.approx(step["padded loss"], rel=1e-3, abs=1e-7)
+        assert abs(step["loss"]) > 1e-5
+        assert step["rows"] < step["padded rows"]
+    assert found[-1]["reward"] > found[0]["reward"] + 0.2
+
+
+def test_own_objective():
+    from grpo_kernels import LossConfig, grpo_loss
+
+    assert_rises(run("own_objective", "--steps", "20"), by=0.3)
+    soft = importlib.import_module("own_objective").SoftClip(0.4)
+    logits = torch.randn(2, 3, 11, dtype=torch.float64, requires_grad=True)
+    ids, A, old = torch.randint(11, (2, 3)), torch.tensor([[1.0], [-2.0]], dtype=torch.float64), -2.5
+    ratio = (logits.log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1) - old).exp()
+    wanted = -(A * (1 + 0.4 * torch.tanh((ratio - 1) / 0.4))).mean()
+    (gradient,) = torch.autograd.grad(wanted, logits)
+    config = LossConfig(soft, aggregation="token_mean")
+    out = grpo_loss(logits, ids, A, old_log_probs=torch.full((2, 3), old).double(), config=config)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss, wanted, rtol=1e-10, atol=0)
+    torch.testing.assert_close(logits.grad, gradient, rtol=1e-9, atol=1e-12)
+
+
+def test_distillation():
+    curve = run("distillation", "--steps", "25")
+    assert curve[-1] < 0.6 * curve[0]
+
+
+@pytest.mark.peers
+def test_lora():
+    pytest.importorskip("peft")
+    assert_rises(run("lora", "--steps", "15"), by=0.3)
+
+
+@pytest.mark.peers
+def test_trl_trainer():
+    for package in ("trl", "reasoning_gym"):
+        pytest.importorskip(package)
+    assert_rises(run("trl_trainer", "--steps", "10"), by=0.05)
+
+
+@pytest.mark.ranks
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
+def test_fsdp2():
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command = [*start, str(FOLDER / "fsdp2.py"), "--steps=10", "--device=cpu"]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(command, env=variables, text=True, capture_output=True, timeout=120)
+    assert found.returncode == 0, found.stderr
+    rewards = [float(reward) for reward in re.findall(r"reward (\S+),", found.stdout)]
+    assert len(rewards) == 2  # of the first rank alone
+    assert rewards[-1] > rewards[0] + 0.1
+
+
+def test_every_example_is_short_and_says_how_it_runs():
+    """What it shows in its first line, and the commands for a tiny and a real model."""
+    assert len(EXAMPLES) == 7
+    for path in EXAMPLES:
+        source = path.read_text()
+        documented = ast.get_docstring(ast.parse(source))
+        assert documented is not None
+        assert documented.splitlines()[0].endswith("."), path.name
+        assert len(re.findall(rf"(?:python|torchrun .*) examples/{path.name}", documented)) >= 2, path.name
+        assert "--model " in documented, path.name
+        assert len(source.splitlines()) <= 90, path.name
+
+
+def test_every_example_is_in_the_table_and_tested():
+    page = (ROOT / "docs" / "examples.md").read_text()
+    tests = Path(__file__).read_text()
+    for path in EXAMPLES:
+        assert f"(../examples/{path.name})" in page, path.name
+        assert f"def test_{path.stem}()" in tests, path.name
