@@ -40,6 +40,18 @@ def test_plain_loop():
     assert_rises(run("plain_loop", "--steps", "20"), by=0.3)
 
 
+def test_a_pretrained_model(tmp_path):
+    """From a folder, with its own tokenizer, whose padding is its end token."""
+    common = importlib.import_module("common")
+    common.tiny_model().save_pretrained(tmp_path)
+    tokenizer = common.tiny_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.eos_token = "<eos>"
+    tokenizer.save_pretrained(tmp_path)
+    assert len(run("plain_loop", "--model", str(tmp_path), "--steps", "1")) == 1
+    assert common.load(str(tmp_path), "cpu")[1].pad_token == "<eos>"
+
+
 def test_packed_sequences():
     found = run("packed_sequences", "--steps", "15")
     for step in found:
@@ -90,7 +102,7 @@ def test_fsdp2():
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command = [*start, str(FOLDER / "fsdp2.py"), "--steps=10", "--device=cpu"]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    found = subprocess.run(command, env=variables, text=True, capture_output=True, timeout=120)
+    found = subprocess.run(command, env=variables, text=True, capture_output=True, timeout=300)
     assert found.returncode == 0, found.stderr
     rewards = [float(reward) for reward in re.findall(r"reward (\S+),", found.stdout)]
     assert len(rewards) == 2  # of the first rank alone
