@@ -3,10 +3,12 @@ installs verl for it."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from verl.workers.utils.losses import ppo_loss
 
 from grpo_kernels import policy_loss
 from grpo_kernels.integrations.verl import loss_config, patch_verl
-from grpo_kernels.integrations.verl_losses import LOSSES, MODES
+from grpo_kernels.integrations.verl_losses import LOSSES, MISSING, MODES
 
 pytestmark = [pytest.mark.peers, pytest.mark.nightly]
 B, T = 6, 11
@@ -141,6 +143,15 @@ def test_losses(mode, kind):
 
 def test_every_mode_is_compared():
     assert set(OPTIONS) == set(LOSSES)
+
+
+@pytest.mark.parametrize("mode", [*LOSSES, *MISSING])
+def test_signatures(mode):
+    """Names, order and defaults are verl's."""
+    theirs = inspect.signature(get_policy_loss_fn(mode)).parameters.values()
+    with patch_verl(operators=False):
+        mine = inspect.signature(get_policy_loss_fn(mode)).parameters.values()
+    assert [(p.name, p.default, p.kind) for p in mine] == [(p.name, p.default, p.kind) for p in theirs]
 
 
 @pytest.mark.parametrize("mode", OPTIONS)
@@ -345,7 +356,8 @@ def test_ppo_loss(mode, kind, info):
     """verl's whole loss, KL and entropy bonus behind the policy term: patched, not, and of ``loss_config`` alone."""
     draw = torch.Generator("cpu").manual_seed(5)
     packed = -6 * torch.rand(sum(LENGTHS), generator=draw)
-    old, ref = (of_responses(packed) + 0.3 * torch.randn(sum(RESPONSES), generator=draw) for _ in range(2))
+    old = of_responses(packed) + 0.3 * torch.randn(sum(RESPONSES), generator=draw)
+    ref = of_responses(packed) + 4 * torch.randn(sum(RESPONSES), generator=draw)
     data = micro_batch(torch.randint(120, (sum(LENGTHS),), generator=draw), old, ref, info)
     options = actor(mode, use_kl_loss=True, kl_loss_type=kind, kl_loss_coef=0.2, entropy_coeff=0.05)
 
@@ -379,6 +391,40 @@ def test_ppo_loss(mode, kind, info):
         config=loss_config(options),
     )
     torch.testing.assert_close(out.loss, theirs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wants_entropy", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_outputs_of_the_fsdp_engine(wants_entropy, temperature):
+    """The step of verl's FSDP engine that makes log-probs and entropies of a model's logits, without an engine."""
+    from verl.workers.engine.fsdp import transformer_impl
+
+    draw, count = torch.Generator("cpu").manual_seed(7), sum(LENGTHS)
+    logits, labels = 2 * torch.randn(1, count, 90, generator=draw), torch.randint(90, (count,), generator=draw)
+    options = SimpleNamespace(entropy_checkpointing=False, entropy_from_logits_with_chunking=False)
+    batch = TensorDict({"input_ids": nested(labels, LENGTHS)}, batch_size=[3])
+    tu.assign_non_tensor(batch, calculate_entropy=wants_entropy)
+    given = {"input_ids_rmpad_rolled": labels, "temperature_rmpad": torch.full((count,), temperature), "pad_size": 0}
+
+    def found():
+        leaf = logits.clone().requires_grad_()
+        engine = SimpleNamespace(engine_config=options, compute_entropy_from_logits=verl_F.entropy_from_logits)
+        engine._gather_and_unpad_packed = lambda values, pad_size: values
+        output = SimpleNamespace(logits=leaf * 1.0)
+        arguments = {**given, "temperature_is_one": temperature == 1.0}
+        outputs = transformer_impl.FSDPEngineWithLMHead.prepare_model_outputs(engine, output, arguments, batch, None)
+        values = {name: nested_values.values() for name, nested_values in outputs.items()}
+        loss = sum((part * torch.linspace(-1, 2, count)).sum() for part in values.values())
+        return values, torch.autograd.grad(loss, leaf)[0]
+
+    theirs = found()
+    with patch_verl():
+        assert transformer_impl.logprobs_from_logits.__module__ == "grpo_kernels.integrations.verl_operators"
+        mine = found()
+    assert set(mine[0]) == set(theirs[0]) == ({"log_probs", "entropy"} if wants_entropy else {"log_probs"})
+    for name, wanted in theirs[0].items():
+        torch.testing.assert_close(mine[0][name], wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine[1], theirs[1], rtol=1e-5, atol=1e-6)
 
 
 def test_ten_steps():
