@@ -80,7 +80,7 @@ def test_own_objective():
 
 def test_distillation():
     curve = run("distillation", "--steps", "25")
-    assert curve[-1] < 0.6 * curve[0]
+    assert sum(curve[-3:]) / 3 < 0.6 * curve[0], curve
 
 
 @pytest.mark.peers
