@@ -35,9 +35,8 @@ test-peers: $(VENV)/peers
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "peers and not nightly" $(ARGS)
 
 # Every stale part; make nightly PART=list shows them, PART="NAME NAME" runs these.
-nightly: export PYTHONPATH := $(CURDIR)/$(VENV)/verl
 nightly: $(VENV)/peers $(VENV)/verl
-	$(VENV)/bin/python -m tests.nightly $(PART)
+	PYTHONPATH=$(CURDIR)/$(VENV)/verl $(VENV)/bin/python -m tests.nightly $(PART)
 
 # Beside TRL, Liger and PyTorch's own; make bench ARGS="--out DIR" writes tables and plots.
 bench: $(VENV)/peers
