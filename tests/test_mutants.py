@@ -246,7 +246,7 @@ MUTANTS = {
         'FIELDS.index("ratio_max") : last].amax(0)',
         'FIELDS.index("ratio_max") : last].amin(0)',
     ),
-    "metrics: count": ("objectives/metrics.py", '"kl": ("kl_sum", "kl_count")', '"kl": ("kl_sum", "ratio_count")'),
+    "metrics: count": ("objectives/metrics.py", '_mean("kl_sum", "kl_count")', '_mean("kl_sum", "ratio_count")'),
     "unused row": (
         "backends/memory.py",
         "if length is not None and length < logits.shape[-2]:",
