@@ -1411,3 +1411,76 @@ def test_a_batch_knows_its_names():
     with pytest.raises(ValueError, match="Did you mean 'advantages'"):
         hf.batch(token_ids=torch.zeros(1, 2, dtype=torch.long), advantage=torch.ones(1))
     assert dict(hf.batch(output="log_probs", inplace=True, chunk_bytes=3, receive=print, aux_loss_coef=0.1))
+
+
+def lines_of(caplog) -> list[tuple[str, str]]:
+    """Level and text of what shadow= has said, and forget it."""
+    said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    caplog.clear()
+    return said
+
+
+def trained(model, **grpo):
+    """Loss and gradients of one call."""
+    model.zero_grad()
+    given = inputs()
+    token_ids, mask = align(given["input_ids"], given["attention_mask"])
+    known = {"token_ids": token_ids, "mask": mask, "advantages": torch.tensor([1.0, -1.0, 0.5])}
+    out = model(**given, grpo=known | {"old_log_probs": torch.full(token_ids.shape, -4.6)} | grpo)
+    loss = out.token_losses.sum() if grpo.get("token_losses") else out.loss
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2", "phi"])  # plain, capped, with a bias
+def test_shadow_changes_nothing_and_says_what_it_saw(caplog, kind, from_logits):
+    """Every second loss, the first among them; what trains has its bits."""
+    caplog.set_level("INFO", "grpo_kernels.shadow")
+    wanted = trained(hf.attach(tiny(kind), "gspo", from_logits=from_logits))
+    model = hf.attach(tiny(kind), "gspo", from_logits=from_logits, shadow=2)
+    with torch.no_grad():
+        given = inputs()
+        model(**given, grpo=dict(token_ids=align(given["input_ids"], given["attention_mask"])[0], output="log_probs"))
+    found = [trained(model) for _ in range(3)]
+    for loss, gradients in found:
+        assert torch.equal(loss, wanted[0])
+        assert all(map(torch.equal, gradients, wanted[1]))
+    said = lines_of(caplog)
+    assert [level for level, _ in said] == ["INFO", "INFO"], said
+    assert said[0][1].startswith(f"shadow, call 0: loss {float(wanted[0]):.6g}"[:25])
+    assert said[1][1].startswith("shadow, call 2: ")
+    assert "(plain PyTorch)" in said[0][1]
+
+
+@pytest.mark.parametrize("wrong", ["hidden", "weight"])
+def test_shadow_warns_of_a_difference(caplog, monkeypatch, wrong):
+    """Of either gradient by itself."""
+    model = hf.attach(tiny(), shadow=1)
+    honest = hf.linear_grpo_loss
+
+    def dishonest(hidden, weight, *arguments, **options):
+        given = {"hidden": hidden, "weight": weight}
+        value = given[wrong]
+        given[wrong] = value.detach() + 1.1 * (value - value.detach())  # the value, and another gradient
+        return honest(given["hidden"], given["weight"], *arguments, **options)
+
+    monkeypatch.setattr(hf, "linear_grpo_loss", dishonest)
+    trained(model)
+    ((level, text),) = lines_of(caplog)
+    assert level == "WARNING"
+    assert "more than rounding" in text
+
+
+def test_shadow_never_stops_training(caplog):
+    """What it cannot compare it says."""
+    model = hf.attach(tiny(), shadow=1)
+    trained(model, token_losses=True)
+    trained(model, token_weights=lambda policy: (policy.entropy > 2).float())
+    (level, text), *rest = lines_of(caplog)
+    assert level == "WARNING"
+    assert "not compared: ValueError: shadow: expected options of reference.grpo_loss; got token_losses=" in text
+    assert rest == []
+    for shadow in (-1, True, 2.0):
+        with pytest.raises(ValueError, match="attach: expected shadow to be an int >= 0"):
+            hf.attach(tiny(), shadow=shadow)

@@ -1039,6 +1039,30 @@ def test_shadow_sees_a_difference():
     assert watched.history[0].gradient_difference > 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wrong", ["nothing", "a slope", "a NaN"])
+def test_shadow_warns_above_rounding(caplog, dtype, wrong):
+    """At WARNING a loss that is another, by the tenth of a slope or a NaN; at INFO one that rounds in its own dtype."""
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(4, 8, 500)).to(dtype)
+    ids, A, old = torch.randint(500, (4, 8)), torch.randn(4), torch.full((4, 8), -9.0)
+
+    def loss(logits, token_ids, old_log_probs, advantages, mask):
+        z = logits if dtype == torch.float64 else logits.float()
+        lp = torch.log_softmax(z, -1).gather(-1, token_ids[..., None]).squeeze(-1)
+        factor = {"nothing": 1.0, "a slope": 1.1, "a NaN": float("nan")}[wrong]
+        return factor * rows(clipped(lp - old_log_probs, advantages[:, None]), mask)
+
+    watched = shadow(loss, "grpo")
+    with caplog.at_level(logging.INFO, logger="grpo_kernels.shadow"):
+        watched(logits.requires_grad_(), ids, A, torch.ones(4, 8), old_log_probs=old)
+    (record,), (sighting,) = caplog.records, watched.history
+    assert record.levelno == (logging.INFO if wrong == "nothing" else logging.WARNING), record.message
+    assert ("more than rounding" in record.message) == sighting.differs == (wrong != "nothing")
+    if wrong == "nothing":
+        assert sighting.gradient_difference < sighting.rounding / 3
+
+
 def test_shadow_on_logits_in_place():
     """The watched call must not see logits that ours has overwritten."""
     logits, ids, advantages, mask, known = training_batch()

@@ -35,6 +35,9 @@ from .outputs import ModelLogProbs as ModelLogProbs
 from .outputs import with_model_output
 from .parts import Parts
 from .proof import EVERY, Proof, row_logits
+from .watched import Watch as Watch
+from .watched import check_every as check_every
+from .watched import plain_log_probs as plain_log_probs
 
 
 def attach(
@@ -44,6 +47,7 @@ def attach(
     from_logits: bool = False,
     head_dtype: torch.dtype | None = None,
     proof_every: int = EVERY,
+    shadow: int = 0,
     **options: Any,
 ) -> nn.Module:
     """Let ``model(..., grpo=dict(...))`` return the loss of ``linear_grpo_loss`` instead of logits.
@@ -87,6 +91,11 @@ def attach(
         head_dtype: of the head's GEMMs and logits, outside of autocast; torch.float32 is a head in full precision
             behind a backbone in bf16. A weight of another dtype is cast at every call.
         proof_every: calls between two looks at one row; 0 looks at the first call in each state alone.
+        shadow: losses with a gradient between two comparisons, the first among them; 0 is none. Then the loss of the
+            whole logits in plain PyTorch, ``reference.grpo_loss``, and its gradients with respect to hidden states and
+            head stand beside the fused ones: a line of the logger ``grpo_kernels.shadow``, at WARNING where they differ
+            by more than rounding. Such a call holds several tensors of the logits' size; what it cannot compare (ranks
+            that share a vocabulary or a sequence, losses of tokens) is logged, and training goes on.
         **options: keywords of ``linear_grpo_loss`` (of ``grpo_loss``) to fix (temperature, chunk_bytes, inplace, ...),
             and ``aux_loss_coef``.
 
@@ -104,6 +113,7 @@ def attach(
     _check_unprepared(inner, "attach")
     if type(proof_every) is not int or proof_every < 0:
         fail("attach", "proof_every to be an int >= 0", repr(proof_every))
+    watch = Watch(check_every("attach", shadow))
     if head_dtype is not None and head_dtype not in FLOAT_DTYPES:
         error = ValueError if isinstance(head_dtype, torch.dtype) else TypeError
         fail("attach", "head_dtype to be a torch.dtype of floats, like torch.float32", repr(head_dtype), error=error)
@@ -111,7 +121,7 @@ def attach(
         fail("attach", "head_dtype= without from_logits=True", "both", hint="the model's own head has a dtype")
     names = [name for name in keywords(grpo_loss if from_logits else linear_grpo_loss) if name not in OF_A_CALL]
     check_keywords("attach: the option", options, [*names, "aux_loss_coef"])
-    bind(inner, resolved, from_logits, options, head_dtype, proof_every)
+    bind(inner, resolved, from_logits, options, head_dtype, proof_every, watch)
     return model
 
 
@@ -122,6 +132,7 @@ def bind(
     options: Mapping[str, Any],
     head_dtype: torch.dtype | None = None,
     proof_every: int = EVERY,
+    watch: Watch | None = None,
 ) -> None:
     """Do what ``attach`` does, without its checks, over whatever ``inner.forward`` is."""
     if not from_logits:
@@ -135,6 +146,7 @@ def bind(
         return before(*args, **inputs) if method is None else method(self, *args, **inputs)
 
     proof = Proof(method or before, proof_every)
+    watch = watch or Watch(0)
 
     @functools.wraps(method or type(inner).forward)
     def forward(self: Any, *args: Any, grpo: Mapping[str, Any] | None = None, **inputs: Any) -> Any:
@@ -158,11 +170,13 @@ def bind(
             given = _with_vocabulary(self, given)
             if hasattr(logits.grad_fn, "_saved_result"):  # autograd needs them once more
                 given.pop("inplace", None)
-            out = _run(grpo_loss, token_log_probs, (logits,), given)
+            fused = functools.partial(_run, grpo_loss, token_log_probs)
+            watch.look(fused, lambda rows: rows, (logits,), {**given, "inplace": False}, {})
+            out = fused((logits,), given)
         else:
             call = functools.partial(original, self, **inputs)
             with proof.alone(self):
-                output, out = _from_hidden(self, call, compiled, kept, given, head_dtype, proof)
+                output, out = _from_hidden(self, call, compiled, kept, given, head_dtype, proof, watch)
         result = with_model_output(out, output, self, inputs, extras["aux_loss_coef"], extras["micro_batches"] or 1)
         if extras["receive"] is not None:
             extras["receive"](result)
@@ -182,6 +196,7 @@ def _from_hidden(
     given: dict[str, Any],
     head_dtype: torch.dtype | None,
     proof: Proof,
+    watch: Watch,
 ) -> tuple[Any, Any]:
     """Run the model's own forward with a head that makes no logits, and the loss from the head's states where its
     weight is whole."""
@@ -190,7 +205,7 @@ def _from_hidden(
     parts = Parts(model, head)
     with proof.refusing(parts):
         traced = proof.traced(parts, call, compiled, kept)
-        return traced.output, _with_head(model, traced, call, given, head_dtype, proof, parts)
+        return traced.output, _with_head(model, traced, call, given, head_dtype, proof, parts, watch)
 
 
 def _with_head(
@@ -201,6 +216,7 @@ def _with_head(
     head_dtype: torch.dtype | None,
     proof: Proof,
     parts: Parts,
+    watch: Watch,
 ) -> Any:
     hidden = traced.main.states
     _check_rows(hidden, given["token_ids"])
@@ -220,14 +236,11 @@ def _with_head(
         head: dict[str, Any] = {"bias": operands.bias}
         if operands.adapter is not None:
             head["adapter"] = operands.adapter
+        fused = functools.partial(_run, linear_grpo_loss, linear_token_log_probs)
+        rows, of_head = (states, operands.weight), given | operands.transform
         with autocast.around(device):
-            out = _run(
-                linear_grpo_loss,
-                linear_token_log_probs,
-                (states, operands.weight),
-                given | operands.transform,
-                **head,
-            )
+            watch.look(fused, operands.logits, rows, of_head, head)
+            out = fused(rows, of_head, **head)
         if row is not None:
             logits.append(row_logits(row))
         return out

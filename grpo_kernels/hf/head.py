@@ -83,6 +83,11 @@ class Operands(NamedTuple):
     transform: dict[str, Any]
     """logit_scale, logit_softcap, logits_dtype"""
 
+    def logits(self, states: Tensor, weight: Tensor) -> Tensor:
+        """Return the head's products (..., V) of states and of a weight in its weight's place, untransformed."""
+        total: Tensor = nn.functional.linear(states, weight, self.bias)
+        return total if self.adapter is None else total + nn.functional.linear(*self.adapter).to(total.dtype)
+
 
 class TracedHead(NamedTuple):
     """What a model's own forward made of a head's states."""

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..calls.outputs import LossOutput
+from ..calls.sighting import LOG, Sighting, seen
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..objectives.config import LossConfig
 from .call import Caller
-
-LOG = logging.getLogger("grpo_kernels.shadow")
-
-
-class Sighting(NamedTuple):
-    """One comparison."""
-
-    call: int
-    yours: float
-    ours: float
-    """Times ``factor``."""
-    gradient_difference: float
-    """Relative L2 distance of the gradients with respect to the logits."""
-
-    def __str__(self) -> str:
-        return (
-            f"shadow, call {self.call}: loss {self.yours:.8g} (yours) {self.ours:.8g} (ours), "
-            f"gradient difference {self.gradient_difference:.1e}"
-        )
 
 
 def shadow(
@@ -48,33 +29,34 @@ def shadow(
 
     Call what it returns as you would call ``grpo_loss``; what trains is ours. On a watched call your function gets
     copies of the same tensors in their own precision (the log-probs by ``token_log_probs``), so the difference is what
-    your training would see: 1e-6 in fp32, 1e-2 in bf16 are rounding. Such a call holds several more tensors of the
-    logits' size. An error in your function is logged and training goes on.
+    your training would see. A difference of the gradients above what rounding makes in the dtype of the logits (1e-4 in
+    fp32, 3e-2 in half precision) is logged at WARNING, which Python shows without any setting, others at INFO. Such a
+    call holds several more tensors of the logits' size. An error in your function is logged and training goes on.
 
     Args:
         loss_fn: as for ``match``; it gets the tensors as they are handed to this call, in their shapes.
         config: of ours; ``match(loss_fn).config``.
         factor: your loss is this times ours; ``match(loss_fn).factor``.
         every: calls between two comparisons; the first call is compared.
-        log: gets a line of text; default: the logger ``grpo_kernels.shadow`` at level INFO.
+        log: gets each line of text as well; lines go to the logger ``grpo_kernels.shadow`` in any case.
         arguments: as for ``match``.
 
     Returns:
-        A callable; its ``history`` is a list of ``Sighting(call, yours, ours, gradient_difference)``.
+        A callable; its ``history`` is a list of ``Sighting(call, yours, ours, gradient_difference, rounding)``.
 
     Raises:
         ValueError: ``every`` below 1, or parameters of the loss that are not understood.
     """
     if every < 1:
         raise ValueError(f"shadow(every=...) must be at least 1; got {every!r}.")
-    return Shadow(Caller(loss_fn, arguments), config, factor, every, LOG.info if log is None else log)
+    return Shadow(Caller(loss_fn, arguments), config, factor, every, log)
 
 
 class Shadow:
     """What ``shadow`` returns."""
 
     def __init__(
-        self, caller: Caller, config: LossConfig | str, factor: float, every: int, log: Callable[[str], Any]
+        self, caller: Caller, config: LossConfig | str, factor: float, every: int, log: Callable[[str], Any] | None
     ) -> None:
         self.caller = caller
         self.config, self.factor, self.every = config, factor, every
@@ -88,7 +70,9 @@ class Shadow:
         if self.calls % self.every == 0 and torch.is_grad_enabled():
             try:
                 self.history.append(self._compare(logits, token_ids, advantages, mask, **options))
-                self.log(str(self.history[-1]))
+                LOG.log(self.history[-1].level, "%s", self.history[-1])
+                if self.log is not None:
+                    self.log(str(self.history[-1]))
             except Exception as error:  # watching must not stop training
                 LOG.warning("shadow, call %d: your loss raised %s: %s", self.calls, type(error).__name__, error)
         self.calls += 1
@@ -100,9 +84,8 @@ class Shadow:
         out = grpo_loss(leaf, ids, A, mask, config=self.config, **plain)
         ours = torch.autograd.grad(out.loss, leaf)[0].float() * self.factor
         yours = self._yours(leaf, ids, A, mask, **options)
-        theirs = torch.autograd.grad(yours, leaf)[0].float()
-        distance = float((theirs - ours).norm() / torch.maximum(theirs.norm(), ours.norm()).clamp(min=1e-38))
-        return Sighting(self.calls, float(yours.detach()), self.factor * float(out.loss.detach()), distance)
+        theirs = torch.autograd.grad(yours, leaf)[0]
+        return seen(self.calls, (yours, [theirs]), (self.factor * out.loss, [ours]), logits.dtype)
 
     def _yours(self, leaf: Tensor, ids: Tensor, A: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
