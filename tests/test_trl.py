@@ -110,6 +110,33 @@ def test_rollout_weights(make, loss_type, level, per_token):
     assert_same(subject, plain, inputs)
 
 
+@pytest.mark.parametrize("from_logits", [False, True])
+@pytest.mark.parametrize("name", ["wide", "high entropy", "off-policy mask", "adaptive entropy", "cispo", "vespo"])
+def test_shadow(make, caplog, name, from_logits):
+    """Beside TRL's own loss, which leaves no trace: loss, gradients and metrics are those of a trainer without it."""
+    options = OPTIONS[name] | {"beta": 0.04, "gradient_accumulation_steps": 4}
+    subject, plain = make(options, from_logits=from_logits, shadow=1)
+    for one in (subject, plain):
+        one._last_world_entropy = 1.0
+    with caplog.at_level("INFO", "grpo_kernels.shadow"):
+        assert_same(subject, plain, batch())
+    said = [(record.levelname, record.getMessage()) for record in caplog.records if record.name.endswith("shadow")]
+    assert [level for level, _ in said] == ["INFO"], said
+    assert "(TRL)" in said[0][1]
+    assert subject.entropy_coef == pytest.approx(plain.entropy_coef)
+    assert "_get_per_token_logps_and_entropies" not in vars(subject)
+
+
+def test_shadow_warns_where_an_option_is_misread(make, caplog, monkeypatch):
+    """The kernels' loss is as it should be, and another than TRL's."""
+    subject, _ = make({"epsilon": 0.1}, shadow=1)
+    monkeypatch.setattr(subject._watch, "loss", lambda *given: 1.01 * subject._loss_of_trl(*given))
+    compute(subject, with_log_probs(batch(), subject))
+    assert [record.levelname for record in caplog.records if "more than rounding" in record.message] == ["WARNING"]
+    with pytest.raises(ValueError, match="expected shadow= or teacher="):
+        make(shadow=1, teacher=subject.model, divergence=Divergence())
+
+
 TRAINED = [
     *itertools.product(AGGREGATIONS, LEVELS, (0.0, 0.04), (1, 4)),
 ]

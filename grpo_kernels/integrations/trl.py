@@ -7,10 +7,11 @@ and RLOO take log-probs and entropies from.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,6 +51,10 @@ class FusedGRPOTrainer(GRPOTrainer):
             moved to the trainer's device, and stays whole there.
         divergence: what is minimised between the two, and its coefficient: ``Divergence("reverse_kl", coef=0.05)``. As
             ``trainer.divergence`` it may be changed while training.
+        shadow: micro-batches between two comparisons with TRL's own loss, the first among them; 0 is none. The logger
+            ``grpo_kernels.shadow`` gets a line of both losses and the difference of their gradients with respect to
+            hidden states and head, at WARNING where that is more than rounding. TRL's loss is given log-probs of the
+            whole logits, which exist for as long as that takes; what trains and what is logged is ours.
 
     Raises:
         ValueError: an option of ``GRPOConfig`` that the loss does not have, with the nearest one that it has; a model
@@ -68,10 +73,14 @@ class FusedGRPOTrainer(GRPOTrainer):
         from_logits: bool = False,
         teacher: torch.nn.Module | None = None,
         divergence: Divergence | None = None,
+        shadow: int = 0,
         **kwargs: Any,
     ) -> None:
         check_version("FusedGRPOTrainer")
         check_teacher(teacher, divergence, from_logits)
+        self._watch = hf.Watch(hf.check_every("FusedGRPOTrainer", shadow), self._loss_of_trl, "TRL")
+        if shadow and teacher is not None:
+            raise ValueError("FusedGRPOTrainer: expected shadow= or teacher=; got both: TRL's GRPO has no teacher.")
         _check_overrides(type(self), type(self)._compute_loss is not FusedGRPOTrainer._compute_loss)
         given = kwargs.get("args") or next((value for value in args if isinstance(value, GRPOConfig)), None)
         if given is not None:
@@ -92,7 +101,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         options = {"temperature": self.temperature, **({"inplace": True} if self._from_logits else {})}
         head_dtype = torch.float32 if self.args.cast_lm_head_to_fp32 else None
         inner = hf.causal_model(model, "FusedGRPOTrainer")
-        hf.bind(inner, objective_of(self).config(), self._from_logits, options, head_dtype)
+        hf.bind(inner, objective_of(self).config(), self._from_logits, options, head_dtype, watch=self._watch)
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -152,12 +161,31 @@ class FusedGRPOTrainer(GRPOTrainer):
         config = objective_of(self).config(folded)
         if self._ask_teacher is not None and self.divergence is not None:
             config = dataclasses.replace(config, divergence=self.divergence)
+        self._watched = (model, inputs, scale)
         returned, out = self._loss_of(model, inputs, {**grpo, "config": config})
         self._log_step(mode, inputs, mask, out, grpo)
         if config.divergence is not None:
             self._log_divergence(self._metrics[mode], out)
         loss: Tensor = returned.loss * scale
         return loss
+
+    def _loss_of_trl(self, logits: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """Return TRL's own loss of plain log-probs and entropies, over the scale that ours is multiplied with.
+
+        The trainer keeps its metrics, and its controller of the entropy.
+        """
+        model, inputs, scale = self._watched
+        own = self.__dict__
+        kept = {name: own[name] for name in _OF_A_LOSS if name in own}
+        scored = (*hf.plain_log_probs(logits, given), torch.zeros((), device=logits.device))
+        own["_metrics"] = {mode: collections.defaultdict(list) for mode in ("train", "eval")}
+        self._get_per_token_logps_and_entropies = lambda *args, **kwargs: scored  # type: ignore[method-assign]
+        try:
+            loss: Tensor = super()._compute_loss(model, inputs)
+        finally:
+            del self._get_per_token_logps_and_entropies
+            own.update(kept)
+        return loss / scale
 
     def _loss_of(self, model: Any, inputs: dict[str, Any], grpo: dict[str, Any]) -> tuple[Any, Any]:
         """Return what ``_call`` does of a batch's inputs, which TRL's own method makes, images included."""
@@ -327,6 +355,8 @@ class FusedGRPOTrainer(GRPOTrainer):
             self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
 
 
+_OF_A_LOSS = ("_metrics", "_entropy_window_stats", "_last_world_entropy", "entropy_coef")
+"""What TRL's loss changes of its trainer."""
 _OF_IMAGES = tuple(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)[8:]
 """What a batch may hold for a model that sees, pixel_values first."""
 
