@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -74,13 +75,47 @@ def test_the_oldest_python_is_one_version_everywhere():
         assert re.findall(r"[Pp]ython3? >= ([\d.]+)", (ROOT / name).read_text()) == [oldest], name
 
 
-def isolated_tree(folder: Path) -> Path:
-    """What git tracks, copied: no library, no build folder."""
+def test_the_pythons_of_the_metadata_are_those_that_were_run():
+    """A classifier for each minor version of docs/versions.md, and for no other."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    told = set(re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"])))
+    (row,) = re.findall(r"^\| Python \|(.*)$", (ROOT / "docs" / "versions.md").read_text(), re.M)
+    assert told == set(re.findall(r"3\.\d+", row))
+    assert project["requires-python"].removeprefix(">=") == min(told, key=lambda version: int(version[2:]))
+    assert len(project["keywords"]) >= 5
+
+
+def tracked_files() -> list[str]:
+    """What git tracks and is here."""
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
     if files.returncode:
         pytest.skip("not a git checkout")
-    for name in filter(None, files.stdout.split("\0")):
-        if (ROOT / name).exists() and not name.startswith("tests/"):
+    return [name for name in filter(None, files.stdout.split("\0")) if (ROOT / name).exists()]
+
+
+def test_the_source_distribution_is_the_tree(tmp_path):
+    """Every tracked file but git's own, tests and what the documents link to among them; and no library."""
+    pytest.importorskip("setuptools")
+    for name in tracked_files():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, tmp_path / name)
+    (tmp_path / "grpo_kernels" / "native").mkdir()
+    (tmp_path / "grpo_kernels" / "native" / "libgrpo_cpu.so").write_text("built here")
+    code = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    with tarfile.open(next((tmp_path / "dist").glob("*.tar.gz"))) as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+        metadata = archive.extractfile(next(name for name in archive.getnames() if name.endswith("PKG-INFO"))).read()
+    assert {*tracked_files()} - {".gitignore"} <= held
+    assert not [name for name in held if name.startswith("grpo_kernels/native") or "__pycache__" in name]
+    assert b"License-File: NOTICE" in metadata
+
+
+def isolated_tree(folder: Path) -> Path:
+    """What git tracks, without tests, copied: no library, no build folder."""
+    for name in tracked_files():
+        if not name.startswith("tests/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
     return folder
