@@ -58,19 +58,25 @@ def check_shift(tokens: RowTokens, log_probs: Callable[[Tensor, Tensor], Tensor]
     live[:, :1] = False
     here = log_probs(ids, live).view_as(ids)
     earlier = log_probs(ids.roll(-1, 1), live.roll(-1, 1)).view_as(ids).roll(1, 1)
-    gains = (earlier - here)[live].double()
-    gains = gains[gains.isfinite()]
-    if gains.numel() < _SHIFT_TOKENS:
-        return
-    gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(gains.numel())
-    if gain > max(_SHIFT_NATS, _SHIFT_ERRORS * error):
+    found = _clear_gain((earlier - here)[live], _SHIFT_NATS)
+    if found is not None:
+        gain, count = found
         fail(
             tokens.function,
             f"token_ids[:, t] to be the token that row t of the {next(iter(tokens.tensors))} predicts",
-            f"tokens that are {gain:.2f} nats likelier one row earlier, on average over {gains.numel()}",
+            f"tokens that are {gain:.2f} nats likelier one row earlier, on average over {count}",
             tokens.tensors,
             "align(input_ids, mask) shifts ids and mask (ids[:, 1:], not ids[:, :-1]); what the model returned stays",
         )
+
+
+def _clear_gain(gains: Tensor, least: float) -> tuple[float, int] | None:
+    """Return the mean of the finite gains (n,) and their number, if it is above ``least`` and what chance explains."""
+    gains = gains[gains.isfinite()].double()
+    if gains.numel() < _SHIFT_TOKENS:
+        return None
+    gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(gains.numel())
+    return (gain, gains.numel()) if gain > max(least, _SHIFT_ERRORS * error) else None
 
 
 _TEACHER_GAIN = 0.1
@@ -97,16 +103,13 @@ def check_teacher_shift(tokens: RowTokens, inner: RowTokens, beside: Callable[[i
     apart = {0: beside(0, previous), 2: beside(2, inner.token_ids)}
     counts = inner.live & ~(apart[0].log_prob > own.log_prob)
     for first, place, hint in _SHIFTS:
-        gains = (own.total_variation - apart[first].total_variation)[counts].double()
-        gains = gains[gains.isfinite()]
-        if gains.numel() < _SHIFT_TOKENS:
-            continue
-        gain, error = float(gains.mean()), float(gains.std()) / math.sqrt(gains.numel())
-        if gain > max(_TEACHER_GAIN, _SHIFT_ERRORS * error):
+        found = _clear_gain((own.total_variation - apart[first].total_variation)[counts], _TEACHER_GAIN)
+        if found is not None:
+            gain, count = found
             fail(
                 tokens.function,
                 "row t of the teacher to be of the token that row t of the policy predicts",
-                f"rows nearer by {gain:.2f} of total variation one row {place}, on average over {gains.numel()}",
+                f"rows nearer by {gain:.2f} of total variation one row {place}, on average over {count}",
                 tokens.tensors,
                 hint,
             )
