@@ -113,9 +113,7 @@ def _clipped(options: Any, step: _Step) -> Bounded:
 
 
 def _clipped_sequences(options: Any, step: _Step) -> Bounded:
-    lengths = step.live.sum(-1, keepdim=True).clamp(min=1)
-    pooled = (step.log_ratio.sum(-1, keepdim=True) / lengths).expand_as(step.log_ratio)
-    low, high = step.outside(pooled, *_band(options))
+    low, high = step.outside(_means(step.log_ratio, step.live), *_band(options))
     return low | high, torch.zeros_like(step.live)
 
 
@@ -229,9 +227,9 @@ def policy_loss_of(mode: str) -> PolicyLoss:
             fail(f'verl: loss_mode="{mode}"', "config=, the actor's options", "None", error=TypeError)
         live = response_mask != 0
         info = dict(getattr(config, "global_batch_info", None) or {})
-        agg_mode = LOSSES[mode].agg_mode or loss_agg_mode if mode in LOSSES else loss_agg_mode
         length = info.get("loss_scale_factor") or response_mask.shape[-1]
-        objective = _policy_config(mode, config, agg_mode, length)
+        objective = _policy_config(mode, config, loss_agg_mode, length)  # which refuses a mode that there is none for
+        agg_mode = LOSSES[mode].agg_mode or loss_agg_mode
         weights = rollout_is_weights
         if mode == "geo_mean":  # whose mean is over the rows of this call, whatever the batch is
             info, live_rows = {}, None
@@ -270,8 +268,12 @@ def _normalizer(agg_mode: str, info: Mapping[str, Any], live_rows: Tensor | None
 
 def _geometric_means(weights: Tensor, live: Tensor) -> Tensor:
     """Return each sequence's geometric mean of its tokens' weights, on every token: (B, T)."""
-    logs = torch.where(live, (weights + 1e-10).log(), 0.0)
-    return (logs.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)).exp().expand_as(weights)
+    return _means(torch.where(live, (weights + 1e-10).log(), 0.0), live).exp()
+
+
+def _means(values: Tensor, live: Tensor) -> Tensor:
+    """Return each sequence's mean of values (B, T), 0 where a token is not live, on every token."""
+    return (values.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)).expand_as(values)
 
 
 @torch.no_grad()
