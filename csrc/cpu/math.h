@@ -21,7 +21,7 @@ using grpo::kLog2e;
 inline constexpr float lowest_power(Float*) { return -127.0f; }
 inline constexpr double lowest_power(Double*) { return -1022.0; }
 
-// 2^x for lowest <= x <= 1, exactly 0 at the lowest. A NaN in x gives garbage here: callers carry x along.
+// 2^x for lowest <= x <= 100, exactly 0 at the lowest. A NaN in x gives garbage here: callers carry x along.
 // x = k/8 + r: 2^(k/8) from a table of eight, 2^r - 1 = r q(r) from a minimax polynomial, |r| <= 1/16. Largest relative
 // error 1.9 * 2^-24, rms 0.6 * 2^-24; six multiplications where a polynomial alone takes eight (of degree 6, for 1.3).
 inline __attribute__((always_inline)) Float exp2_of_clamped(Float x) {

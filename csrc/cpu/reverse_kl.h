@@ -22,8 +22,7 @@ GRPO_INLINE void load_padded(const T* p, int64_t count, V& first, V& second) {
   constexpr int64_t block = 2 * V::lanes;
   if (count == block) return load_pair(p, first, second);
   T whole[block];
-  for (T& element : whole) element = minus_infinity(p);
-  memcpy(whole, p, count * sizeof(T));
+  pad_block(p, count, whole);
   load_pair(whole, first, second);
 }
 

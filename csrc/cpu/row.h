@@ -57,7 +57,13 @@ GRPO_INLINE void load_block(const T* p, int64_t count, const LogitMap<V>& map, V
   }
 }
 
-// Calls body(block, offset, count) on blocks of 2 vectors; the last, partial one is a copy padded with -inf.
+// The last, partial block of a row, padded with -inf.
+template <int64_t block, class T>
+inline void pad_block(const T* p, int64_t count, T (&whole)[block]) {
+  for (int64_t i = 0; i < block; ++i) whole[i] = i < count ? p[i] : minus_infinity(p);
+}
+
+// Calls body(block, offset, count) on blocks of 2 vectors; the last, partial one is a padded copy.
 template <class V, class T, class Body>
 GRPO_INLINE void for_blocks(const T* row, int64_t n, Body&& body) {
   constexpr int64_t block = 2 * V::lanes;
@@ -65,7 +71,7 @@ GRPO_INLINE void for_blocks(const T* row, int64_t n, Body&& body) {
   for (; i + block <= n; i += block) body(row + i, i, block);
   if (i < n) {
     T padded[block];
-    for (int64_t j = 0; j < block; ++j) padded[j] = i + j < n ? row[i + j] : minus_infinity(row);
+    pad_block(row + i, n - i, padded);
     body(static_cast<const T*>(padded), i, n - i);
   }
 }
