@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from grpo_kernels import KL, Clip, LossConfig
-from grpo_kernels.integrations import verl as integration
+from grpo_kernels.integrations import patching
 from grpo_kernels.integrations.verl import loss_config, patch_verl
 from grpo_kernels.integrations.verl_losses import LOSSES, MISSING
 
@@ -67,8 +67,8 @@ def verl(monkeypatch):
         exec(source, vars(module))
         modules[name] = module
     yield modules
-    if integration._patch is not None:
-        integration._patch.undo()
+    if "verl" in patching._patches:
+        patching._patches["verl"].undo()
 
 
 def functions(verl) -> dict:
@@ -191,7 +191,7 @@ def test_a_hook_that_moved_is_refused_before_anything_is_changed(verl, move):
     before = functions(verl)
     with pytest.raises(RuntimeError, match=message):
         patch_verl()
-    assert integration._patch is None
+    assert not patching._patches
     assert changed(before, functions(verl)) == set()
 
 

@@ -1,0 +1,179 @@
+"""Patches of other packages: every hook is looked at before one is changed, one patch a package, undone whole.
+
+A package is looked up when it is patched; nothing of it is imported before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from ..objectives.checks import warn_caller
+
+Places = Callable[[Any], Iterator[Callable[[Any], None]]]
+"""Of a value: setters of the places that hold it, now."""
+
+
+class Target(NamedTuple):
+    """A package that is patched."""
+
+    package: str
+    caller: str
+    """The function that patches it, as messages name it."""
+    versions: tuple[str, ...]
+    """The releases whose internals are known; "1.16" stands for 1.16.0, 1.16.1, ..."""
+
+
+class Hook(NamedTuple):
+    """A function of a package's and what takes its place."""
+
+    module: str
+    name: str
+    """Dotted where it is in a class."""
+    arguments: tuple[str, ...]
+    replacement: Callable[[Any], Any]
+    """Of the original."""
+    signature: str = ""
+    """What has these arguments, where that is another name: the forward of an autograd function."""
+
+
+class Change(NamedTuple):
+    name: str
+    """As a message calls it."""
+    original: Any
+    ours: Any
+    places: Places
+
+
+class Patch:
+    """A patch that is on; ``undo()``, or the end of a ``with`` block, takes it off."""
+
+    def __init__(self, target: Target, changes: list[Change]) -> None:
+        self._target, self._changes = target, changes
+        for change in changes:
+            for place in change.places(change.original):
+                place(change.ours)
+
+    def undo(self) -> None:
+        """Give the package its own functions back, in whatever module of its holds ours; a second call does nothing.
+        What somebody else has put in their place since stays there, and is named in a warning."""
+        lost = []
+        for change in self._changes:
+            places = list(change.places(change.ours))
+            for place in places:
+                place(change.original)
+            if not places:
+                lost.append(change.name)
+        self._changes = []
+        if _patches.get(self._target.package) is self:
+            del _patches[self._target.package]
+        if lost:
+            warn_caller(f"{self._target.caller}: {', '.join(lost)} had been replaced since, and stays as it is.")
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.undo()
+
+
+_patches: dict[str, Patch] = {}
+"""Those that are on, by package."""
+
+
+def patch(target: Target, changes: Callable[[], Iterable[Change]]) -> Patch:
+    """Return a patch of a package that is on from here; ``changes`` is called once its version is found to be known.
+
+    Raises:
+        ImportError: no such package.
+        RuntimeError: another version; a patch of it that is on; what ``changes`` raises.
+    """
+    check_version(target)
+    if target.package in _patches:
+        raise RuntimeError(
+            f"{target.caller}: expected {target.package} as it was installed; got one that is patched: undo() that."
+        )
+    _patches[target.package] = on = Patch(target, list(changes()))
+    return on
+
+
+def check_version(target: Target) -> None:
+    """Raise unless a package is there, and a release whose internals are known."""
+    package, caller = target.package, target.caller
+    expected = " or ".join(target.versions)
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{caller} needs {package} {expected}: pip install {package}=={expected}") from error
+    version = getattr(module, "__version__", None) or importlib.metadata.version(package)
+    if not any(re.fullmatch(rf"{re.escape(known)}(\.\d+)*(\+.*)?", version) for known in target.versions):
+        raise RuntimeError(f"{caller}: written for {package} {expected} and its internals; got {version}.")
+
+
+def changes_of(target: Target, hooks: Iterable[Hook]) -> Iterator[Change]:
+    """Yield the change of every hook.
+
+    Raises:
+        RuntimeError: a hook that moved, has other arguments or was replaced.
+    """
+    for hook in hooks:
+        module = importlib.import_module(hook.module)
+        original = _checked(target, module, hook)
+        *owners, last = hook.name.split(".")
+        owner = _found(module, ".".join(owners)) if owners else None
+        yield Change(hook.name, original, hook.replacement(original), _places_of(target, owner, last))
+
+
+def check(target: Target, what: str, original: Any, described: Any, arguments: tuple[str, ...]) -> None:
+    """Raise unless a hook is the package's own function with these arguments."""
+    if original is None or described is None:
+        moved(target, what, "", "nothing")
+    found = tuple(inspect.signature(described).parameters)
+    home = getattr(described, "__module__", None) or ""
+    if found != arguments or home.split(".")[0] != target.package:
+        own = f"{target.package}'s ({', '.join(arguments)})"
+        moved(target, what, own, f"{home}.{described.__qualname__}({', '.join(found)})")
+
+
+def moved(target: Target, what: str, expected: str, got: str) -> None:
+    """Raise the error of a hook that is not what it is known to be."""
+    raise RuntimeError(
+        f"{target.caller}: expected {what}{f' to be {expected}' if expected else ''}; got {got}. Something else has "
+        f"patched {target.package}, or this is another one."
+    )
+
+
+def _checked(target: Target, module: Any, hook: Hook) -> Any:
+    original = _found(module, hook.name)
+    described = _found(module, hook.signature) if hook.signature else original
+    path = f"{hook.module}.{hook.name}"
+    check(target, path, original, described, hook.arguments)
+    kind = hook.signature.split(".")[0]
+    if hook.signature and getattr(original, "__self__", None) is not _found(module, kind):
+        moved(target, path, f"{kind}.apply", repr(original))
+    return original
+
+
+def _places_of(target: Target, owner: Any, name: str) -> Places:
+    """Return the places of an attribute: of its class, or of every module of the package that is imported, since some
+    import it by name."""
+
+    def places(value: Any) -> Iterator[Callable[[Any], None]]:
+        modules = [module for key, module in sys.modules.items() if key.split(".")[0] == target.package]
+        for holder in modules if owner is None else [owner]:
+            if vars(holder).get(name) is value:
+                yield lambda new, holder=holder: setattr(holder, name, new)  # type: ignore[misc]
+
+    return places
+
+
+def _found(module: Any, name: str) -> Any:
+    """Return an attribute by its dotted name as it stands in its owner, None where there is none."""
+    for part in name.split("."):
+        module = vars(module).get(part) if module is not None else None
+    return module.__func__ if isinstance(module, staticmethod) else module
