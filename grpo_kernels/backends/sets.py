@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..objectives.maths import weighed
-from ..objectives.sequences import accumulate_dtype, sequence_sum
+from ..objectives.sequences import accumulate_dtype, segment_max, sequence_sum
 from .contract import RowGradients, Rows, RowStats
 from .eager_rows import capped, factor_of
 
@@ -49,7 +49,7 @@ class Sets(NamedTuple):
 
     def largest(self, values: Tensor) -> Tensor:
         """Return the largest of values (n,) in each row's set, (B·T,); -inf of an empty one."""
-        return torch.segment_reduce(values, "max", offsets=self.offsets, unsafe=True, initial=-math.inf)
+        return segment_max(values, self.offsets)
 
     def any(self, flags: Tensor) -> Tensor:
         """Return, bool (B·T,), in which row's set a flag (n,) is true."""

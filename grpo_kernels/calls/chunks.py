@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends.contract import TokenInputs
 from ..objectives.checks import check_scalar, fail, may_look
-from ..objectives.sequences import Packed, Padded, Sequences, accumulate_dtype
+from ..objectives.sequences import Packed, Padded, Sequences, accumulate_dtype, has_every_operator
 from .head import HeadTensors, head_kind, operand_dtype
 from .terms import TokenBatch
 from .tokens import RowTokens
@@ -85,7 +85,7 @@ class LiveRows:
         count = padded = sum(counts)
         if pads(flat.device.type):
             padded = -(-count // _GPU_MULTIPLE) * _GPU_MULTIPLE
-        index = torch.nonzero_static(flat, size=padded, fill_value=-1).squeeze(-1)
+        index = _live_positions(flat, padded)
         if padded > count:  # live_tokens may be fewer than there are
             index[count:] = -1
         live = index >= 0
@@ -175,6 +175,14 @@ def _chunks_of_sequences(lengths: list[int], chunk: int, count: int) -> list[tup
             starts.append(end)
         end += length
     return list(zip(starts, [*starts[1:], count], strict=True)) if count else []
+
+
+def _live_positions(live: Tensor, size: int) -> Tensor:
+    """Return the first ``size`` positions that are live, (size,), filled up with -1."""
+    if has_every_operator(live.device):
+        return torch.nonzero_static(live, size=size, fill_value=-1).squeeze(-1)
+    found = live.nonzero().squeeze(-1)[:size]
+    return torch.nn.functional.pad(found, (0, size - found.shape[0]), value=-1)
 
 
 def _count(tokens: RowTokens, lengths: Tensor | None, live_tokens: int | None) -> tuple[list[int], Tensor | None]:

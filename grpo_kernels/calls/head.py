@@ -107,7 +107,7 @@ def operand_dtype(hidden: Tensor) -> torch.dtype:
 
 def head_kind(device: str, operands: torch.dtype, logits: torch.dtype) -> type[Head]:
     """Return the GEMMs for this kind of device and these dtypes."""
-    mixed = device == "cpu" and operands != logits  # PyTorch has no such GEMM for CPUs
+    mixed = device != "cuda" and operands != logits  # PyTorch has such a GEMM for CUDA alone
     return SlicedHead if mixed or not has_native_gemm(device, operands) else Head
 
 

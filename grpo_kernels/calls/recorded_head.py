@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.sets import Entries, Sets, entries, places, set_gradient, set_stats
+from ..objectives.sequences import segment_sum
 from .divergence import Stats
 from .head import HeadGradients, HeadTensors, Wants
 from .sweep import Slopes, Sweep
@@ -185,7 +186,7 @@ def add_segments_(total: Tensor, keys: Tensor, values: Tensor) -> None:
     segment = begins.cumsum(0) - 1
     numbers = torch.arange(count + 1, device=keys.device)
     offsets = torch.searchsorted(segment, numbers)
-    sums = torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, axis=0)
+    sums = segment_sum(values, offsets)
     first = offsets[:-1].clamp(max=count - 1)
     target = torch.where(offsets[:-1] < count, keys[first], total.shape[0] - 1)
     total[target] += sums

@@ -6,6 +6,7 @@ Token tensors are (B, T) inside the package; a packed batch is one row of N toke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -24,22 +25,48 @@ Layout = Literal["zigzag", "contiguous"]
 """Which tokens of every sequence the ranks of a group hold, in which order: of 2·ranks chunks of equal length rank i
 those numbered i and 2·ranks-1-i, one behind the other; of one chunk a rank the i-th."""
 LAYOUTS = ("zigzag", "contiguous")
+_COMPLETE = ("cpu", "cuda")
+_SINGLE = ("mps",)
 
 
-def _sequence_sum(values: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return torch.segment_reduce(values, "sum", offsets=cu_seqlens, unsafe=True)
+def has_every_operator(device: torch.device) -> bool:
+    """Whether PyTorch has ``segment_reduce`` and ``nonzero_static`` for this kind of device; others are given what
+    takes their place."""
+    return device.type in _COMPLETE
+
+
+def accumulate_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of sums over tokens: fp64 wherever the device has it."""
+    return torch.float32 if device.type in _SINGLE else torch.float64
+
+
+def segment_sum(values: Tensor, offsets: Tensor) -> Tensor:
+    """Return the sums (S, ...) of values (n, ...) between consecutive offsets (S+1,), 0 of nothing."""
+    if has_every_operator(values.device):
+        return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True, axis=0)
+    sums = values.new_zeros(offsets.shape[0], *values.shape[1:])
+    return sums.index_add_(0, _segment(values, offsets), values)[:-1]
+
+
+def segment_max(values: Tensor, offsets: Tensor) -> Tensor:
+    """Return the largest (S,) of values (n,) between consecutive offsets (S+1,), -inf of nothing."""
+    if has_every_operator(values.device):
+        return torch.segment_reduce(values, "max", offsets=offsets, unsafe=True, initial=-math.inf)
+    largest = values.new_full((offsets.shape[0],), -math.inf)
+    return largest.scatter_reduce_(0, _segment(values, offsets), values, "amax")[:-1]
+
+
+def _segment(values: Tensor, offsets: Tensor) -> Tensor:
+    """Return the segment of each value, int64 (n,); of those behind the last offset, one of their own."""
+    positions = torch.arange(values.shape[0], device=values.device)
+    return torch.searchsorted(offsets[1:].to(torch.int64), positions, right=True)
 
 
 def _sequence_sum_fake(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     return values.new_empty(cu_seqlens.shape[0] - 1)
 
 
-sequence_sum = define("sequence_sum(Tensor values, Tensor cu_seqlens) -> Tensor", _sequence_sum, _sequence_sum_fake)
-
-
-def accumulate_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of sums over tokens: fp64 wherever the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
+sequence_sum = define("sequence_sum(Tensor values, Tensor cu_seqlens) -> Tensor", segment_sum, _sequence_sum_fake)
 
 
 class Whole:
