@@ -304,3 +304,42 @@ def test_a_head_over_ranks_stays_verls(verl):
         assert log_probs.shape == entropy.shape == (5,)
         wanted = (hidden @ weight.T).log_softmax(-1).gather(-1, labels[..., None]).flatten()
         torch.testing.assert_close(log_probs, wanted)
+
+
+GPG = f"""
+def gpg{LOSS}:
+    return -factor * (log_prob * advantages * response_mask).sum() / response_mask.sum(), {{}}
+POLICY_LOSS_REGISTRY["gpg"] = gpg
+"""
+
+
+@pytest.mark.parametrize(("factor", "level"), [(1.0, "INFO"), (1.01, "WARNING")])
+def test_shadow_compares_with_verls_own(verl, caplog, factor, level):
+    """Every third call, of whatever mode; what trains is ours, once, and what verl's changes is seen."""
+    verl[CORE].factor = factor
+    exec(GPG, vars(verl[CORE]))
+    caplog.set_level("INFO", "grpo_kernels.shadow")
+    with patch_verl(shadow=3):
+        losses = [call(verl, "gpg")[0] for _ in range(6)]
+    lines = [record for record in caplog.records if record.name == "grpo_kernels.shadow"]
+    assert [record.levelname for record in lines] == [level] * 2
+    assert [record.message.split(":")[0] for record in lines] == ["shadow, call 0", "shadow, call 3"]
+    assert f"{factor * losses[0].item():.5g}"[:6] in lines[0].message.split("(verl)")[0]
+    with patch_verl():
+        assert all(torch.equal(loss, call(verl, "gpg")[0]) for loss in losses)
+    assert len(caplog.records) == 2
+
+
+def test_a_shadow_that_fails_does_not_stop_training(verl, caplog):
+    """The stand-in's own loss is a text."""
+    with patch_verl(shadow=1):
+        call(verl, "vanilla")
+    assert "shadow, call 0: not compared: " in caplog.text
+
+
+@pytest.mark.parametrize("shadow", [-1, True, 0.5, "50"])
+def test_shadow_is_a_number_of_calls(verl, shadow):
+    before = functions(verl)
+    with pytest.raises(ValueError, match="patch_verl: expected shadow to be an int >= 0"):
+        patch_verl(shadow=shadow)
+    assert changed(before, functions(verl)) == set()

@@ -477,3 +477,14 @@ def test_verl_imports_the_plugin():
         [sys.executable, "-W", "ignore", "-c", IMPORTED], capture_output=True, env=environment, check=True, text=True
     )
     assert found.stdout.splitlines()[-1] == "grpo_kernels_gspo grpo_kernels.integrations.verl_operators"
+
+
+@pytest.mark.parametrize("mode", LOSSES)
+def test_shadow_finds_no_difference(mode, caplog):
+    """On a batch where verl's own loss is defined: its line is one of rounding."""
+    caplog.set_level("INFO", "grpo_kernels.shadow")
+    with patch_verl(shadow=1):
+        evaluated(mode, batch("ragged"), "seq-mean-token-mean", actor(mode), False, torch.float32)
+    lines = [record for record in caplog.records if record.name == "grpo_kernels.shadow"]
+    assert [record.levelname for record in lines] == ["INFO"]
+    assert "(verl)" in lines[0].message

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..objectives.checks import fail
 
 LOG = logging.getLogger("grpo_kernels.shadow")
 
@@ -50,6 +52,37 @@ class Sighting(NamedTuple):
             f"gradient difference {self.gradient_difference:.1e}"
         )
         return f"{line}: more than rounding ({self.rounding:.0e})" if self.differs else line
+
+
+class Turns:
+    """Counts the losses that are watched; every ``every``-th one is compared, 0 is none."""
+
+    def __init__(self, every: int, failed: str = "not compared:") -> None:
+        self.every, self._failed = every, failed
+        self.calls = 0
+
+    def take(self, compare: Callable[[int], Sighting]) -> Sighting | None:
+        """Return what ``compare`` saw of this call, by its number, where its turn has come, and log it. What it raises
+        is logged too: watching must not stop training."""
+        if not self.every or not torch.is_grad_enabled():
+            return None
+        call, self.calls = self.calls, self.calls + 1
+        if call % self.every:
+            return None
+        try:
+            sighting = compare(call)
+        except Exception as error:
+            LOG.warning("shadow, call %d: %s %s: %s", call, self._failed, type(error).__name__, error)
+            return None
+        LOG.log(sighting.level, "%s", sighting)
+        return sighting
+
+
+def check_every(function: str, shadow: object) -> int:
+    """Return ``shadow=``, if it is a number of calls."""
+    if type(shadow) is not int or shadow < 0:
+        fail(function, "shadow to be an int >= 0, of calls between two comparisons (0: none)", repr(shadow))
+    return shadow
 
 
 def seen(

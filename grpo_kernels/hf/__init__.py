@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..calls.outputs import LossOutput, TokenLogProbs
 from ..calls.sharding import is_dtensor
+from ..calls.sighting import check_every
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
@@ -36,7 +37,6 @@ from .outputs import with_model_output
 from .parts import Parts
 from .proof import EVERY, Proof, row_logits
 from .watched import Watch as Watch
-from .watched import check_every as check_every
 from .watched import plain_log_probs as plain_log_probs
 
 

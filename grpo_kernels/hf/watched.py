@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..calls.outputs import TokenLogProbs
 from ..calls.sharding import is_dtensor
-from ..calls.sighting import LOG, seen
+from ..calls.sighting import Sighting, Turns, seen
 from ..objectives.checks import fail
 from ..objectives.names import keywords_of
 
@@ -62,8 +62,7 @@ class Watch:
     """
 
     def __init__(self, every: int, loss: Loss = plain_loss, whose: str = "plain PyTorch") -> None:
-        self.every, self.loss, self.whose = every, loss, whose
-        self.calls = 0
+        self._turns, self.loss, self.whose = Turns(every), loss, whose
 
     def look(
         self,
@@ -82,12 +81,8 @@ class Watch:
             given: what both losses take.
             head: what the fused loss takes beside it.
         """
-        if self.every == 0 or given.get("output", "loss") != "loss" or not torch.is_grad_enabled():
-            return
-        due, self.calls = self.calls % self.every == 0, self.calls + 1
-        if not due:
-            return
-        try:
+
+        def compare(call: int) -> Sighting:
             _check(given, leaves)
             copies = [leaf.detach().requires_grad_(leaf.requires_grad) for leaf in leaves]
             moved = [copy for copy in copies if copy.requires_grad]
@@ -96,17 +91,10 @@ class Watch:
             out = fused(tuple(copies), dict(given), **head)
             ours = torch.autograd.grad(out.loss, moved)
             least = max(leaves, key=lambda leaf: torch.finfo(leaf.dtype).eps)
-            sighting = seen(self.calls - 1, (plain, theirs), (out.loss, ours), least.dtype, self.whose)
-            LOG.log(sighting.level, "%s", sighting)
-        except Exception as error:  # watching must not stop training
-            LOG.warning("shadow, call %d: not compared: %s: %s", self.calls - 1, type(error).__name__, error)
+            return seen(call, (plain, theirs), (out.loss, ours), least.dtype, self.whose)
 
-
-def check_every(function: str, shadow: object) -> int:
-    """Return ``shadow=``, if it is a number of calls."""
-    if type(shadow) is not int or shadow < 0:
-        fail(function, "shadow to be an int >= 0, of calls between two comparisons (0: none)", repr(shadow))
-    return shadow
+        if given.get("output", "loss") == "loss":
+            self._turns.take(compare)
 
 
 def _check(given: Mapping[str, Any], leaves: tuple[Tensor, ...]) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import hf
 from ..calls.outputs import LossOutput, TokenLogProbs
+from ..calls.sighting import check_every
 from ..objectives.divergence import Divergence
 from .objectives import OVER_ITEMS, UNBOUNDED, sampler_log_probs
 from .trl_options import check_arguments, check_teacher, check_trainer, objective_of
@@ -78,7 +79,7 @@ class FusedGRPOTrainer(GRPOTrainer):
     ) -> None:
         check_version("FusedGRPOTrainer")
         check_teacher(teacher, divergence, from_logits)
-        self._watch = hf.Watch(hf.check_every("FusedGRPOTrainer", shadow), self._loss_of_trl, "TRL")
+        self._watch = hf.Watch(check_every("FusedGRPOTrainer", shadow), self._loss_of_trl, "TRL")
         if shadow and teacher is not None:
             raise ValueError("FusedGRPOTrainer: expected shadow= or teacher=; got both: TRL's GRPO has no teacher.")
         _check_overrides(type(self), type(self)._compute_loss is not FusedGRPOTrainer._compute_loss)

@@ -11,7 +11,9 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..calls.sighting import Turns, check_every
 from . import verl_operators
+from .beside import beside
 from .patching import Change, Hook, Patch, Places, Target, changes_of, check, moved, patch
 from .verl_losses import LOSSES, MISSING, policy_loss_of
 from .verl_losses import loss_config as loss_config
@@ -53,7 +55,7 @@ _HOOKS = (
 )
 
 
-def patch_verl(losses: bool = True, operators: bool = True) -> Patch:
+def patch_verl(losses: bool = True, operators: bool = True, shadow: int = 0) -> Patch:
     """Put verl on these kernels, in this process. Nothing is changed unless every hook is what it is known to be.
 
     Args:
@@ -62,25 +64,30 @@ def patch_verl(losses: bool = True, operators: bool = True) -> Patch:
         operators: ``logprobs_from_logits``, ``entropy_from_logits`` (chunked, too), and what ``use_fused_kernels``
             takes log-probs and entropies from: ``FusedLinearForPPO``, and ``linear_cross_entropy`` where it is not over
             ranks.
+        shadow: calls of a policy loss, of all modes together, between two comparisons with verl's own of the same
+            log-probs; 0 is none. The logger ``grpo_kernels.shadow`` gets a line of both losses and the difference of
+            their gradients, at WARNING where that is more than rounding.
 
     Returns:
         Patch, whose ``undo()`` gives verl its own back: ``with patch_verl(): ...`` patches a block.
 
     Raises:
+        ValueError: ``shadow`` that is not a number of calls.
         ImportError: no verl.
         RuntimeError: another version; a hook that moved, has other arguments or was replaced; a patch that is on.
     """
-    return patch(_TARGET, lambda: _changes(losses, operators))
+    turns = Turns(check_every("patch_verl", shadow))
+    return patch(_TARGET, lambda: _changes(losses, operators, turns))
 
 
-def _changes(losses: bool, operators: bool) -> Iterator[Change]:
+def _changes(losses: bool, operators: bool, turns: Turns) -> Iterator[Change]:
     if operators:
         yield from changes_of(_TARGET, _HOOKS)
     if losses:
-        yield from _loss_changes()
+        yield from _loss_changes(turns)
 
 
-def _loss_changes() -> Iterator[Change]:
+def _loss_changes(turns: Turns) -> Iterator[Change]:
     module = importlib.import_module(_LOSSES)
     for name in ("register_policy_loss", "POLICY_LOSS_REGISTRY"):
         if not hasattr(module, name):
@@ -89,7 +96,8 @@ def _loss_changes() -> Iterator[Change]:
     for mode in (*LOSSES, *MISSING):
         original, what = registry.get(mode), f'the policy loss "{mode}"'
         check(_TARGET, what, original, original, _LOSS_ARGUMENTS)
-        yield Change(what, original, policy_loss_of(mode), _registered(module, mode))
+        ours = beside(policy_loss_of(mode), original, turns, "verl", of="log_prob")
+        yield Change(what, original, ours, _registered(module, mode))
 
 
 def _registered(module: Any, mode: str) -> Places:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calls.outputs import LossOutput
-from ..calls.sighting import LOG, Sighting, seen
+from ..calls.sighting import Sighting, Turns, seen
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..objectives.config import LossConfig
@@ -59,33 +59,34 @@ class Shadow:
         self, caller: Caller, config: LossConfig | str, factor: float, every: int, log: Callable[[str], Any] | None
     ) -> None:
         self.caller = caller
-        self.config, self.factor, self.every = config, factor, every
+        self.config, self.factor = config, factor
         self.log = log
         self.history: list[Sighting] = []
-        self.calls = 0
+        self._turns = Turns(every, "your loss raised")
 
     def __call__(
         self, logits: Tensor, token_ids: Tensor, advantages: Tensor, mask: Tensor | None = None, **options: Any
     ) -> LossOutput:
-        if self.calls % self.every == 0 and torch.is_grad_enabled():
-            try:
-                self.history.append(self._compare(logits, token_ids, advantages, mask, **options))
-                LOG.log(self.history[-1].level, "%s", self.history[-1])
-                if self.log is not None:
-                    self.log(str(self.history[-1]))
-            except Exception as error:  # watching must not stop training
-                LOG.warning("shadow, call %d: your loss raised %s: %s", self.calls, type(error).__name__, error)
-        self.calls += 1
+        self._turns.take(lambda call: self._look(call, logits, token_ids, advantages, mask, **options))
         return grpo_loss(logits, token_ids, advantages, mask, config=self.config, **options)
 
-    def _compare(self, logits: Tensor, ids: Tensor, A: Tensor, mask: Tensor | None, **options: Any) -> Sighting:
+    def _look(self, call: int, *tensors: Any, **options: Any) -> Sighting:
+        sighting = self._compare(call, *tensors, **options)
+        self.history.append(sighting)
+        if self.log is not None:
+            self.log(str(sighting))
+        return sighting
+
+    def _compare(
+        self, call: int, logits: Tensor, ids: Tensor, A: Tensor, mask: Tensor | None, **options: Any
+    ) -> Sighting:
         plain = {name: value for name, value in options.items() if name not in ("inplace", "grad_scale")}
         leaf = logits.detach().clone().requires_grad_()
         out = grpo_loss(leaf, ids, A, mask, config=self.config, **plain)
         ours = torch.autograd.grad(out.loss, leaf)[0].float() * self.factor
         yours = self._yours(leaf, ids, A, mask, **options)
         theirs = torch.autograd.grad(yours, leaf)[0]
-        return seen(self.calls, (yours, [theirs]), (self.factor * out.loss, [ours]), logits.dtype)
+        return seen(call, (yours, [theirs]), (self.factor * out.loss, [ours]), logits.dtype)
 
     def _yours(self, leaf: Tensor, ids: Tensor, A: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask

@@ -1,0 +1,40 @@
+"""What ``shadow=`` of a patch asks for: a package's own policy loss beside the one in its place."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..calls.sighting import Sighting, Turns, seen
+
+PolicyLoss = Callable[..., Any]
+"""Of tensors of log-probs and options; its first result is the loss."""
+
+
+def beside(loss: PolicyLoss, theirs: PolicyLoss, turns: Turns, whose: str, of: str) -> PolicyLoss:
+    """Return a policy loss that, when its turn has come, is compared with the package's own of the same arguments: the
+    loss and its gradient in the log-probs, argument ``of``. What trains is ``loss``; both are computed once more."""
+    if not turns.every:
+        return loss
+    signature = inspect.signature(loss)
+
+    @functools.wraps(loss)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+
+        def compare(call: int) -> Sighting:
+            log_probs = given[of].detach().requires_grad_()
+            found = []
+            for one in (theirs, loss):
+                value = one(**{**given, of: log_probs})[0]
+                found.append((value, torch.autograd.grad(value, [log_probs])))
+            return seen(call, *found, log_probs.dtype, whose)
+
+        turns.take(compare)
+        return loss(*args, **kwargs)
+
+    return watched
