@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..calls.sighting import Sighting, Turns, seen
 
@@ -28,13 +29,14 @@ def beside(loss: PolicyLoss, theirs: PolicyLoss, turns: Turns, whose: str, of: s
 
         def compare(call: int) -> Sighting:
             log_probs = given[of].detach().requires_grad_()
-            found = []
-            for one in (theirs, loss):
-                value = one(**{**given, of: log_probs})[0]
-                found.append((value, torch.autograd.grad(value, [log_probs])))
-            return seen(call, *found, log_probs.dtype, whose)
+            yours, ours = (_with_gradient(one(**{**given, of: log_probs})[0], log_probs) for one in (theirs, loss))
+            return seen(call, yours, ours, log_probs.dtype, whose)
 
         turns.take(compare)
         return loss(*args, **kwargs)
 
     return watched
+
+
+def _with_gradient(loss: Tensor, log_probs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return loss, torch.autograd.grad(loss, [log_probs])

@@ -129,8 +129,12 @@ def changes_of(target: Target, hooks: Iterable[Hook]) -> Iterator[Change]:
         yield Change(hook.name, original, hook.replacement(original), _places_of(target, owner, last))
 
 
-def check(target: Target, what: str, original: Any, described: Any, arguments: tuple[str, ...]) -> None:
-    """Raise unless a hook is the package's own function with these arguments."""
+def check(target: Target, what: str, original: Any, described: Any, arguments: tuple[str, ...]) -> Any:
+    """Return ``original``, if it is the package's own function with these arguments.
+
+    Raises:
+        RuntimeError: if not.
+    """
     if original is None or described is None:
         moved(target, what, "", "nothing")
     found = tuple(inspect.signature(described).parameters)
@@ -138,6 +142,7 @@ def check(target: Target, what: str, original: Any, described: Any, arguments: t
     if found != arguments or home.split(".")[0] != target.package:
         own = f"{target.package}'s ({', '.join(arguments)})"
         moved(target, what, own, f"{home}.{described.__qualname__}({', '.join(found)})")
+    return original
 
 
 def moved(target: Target, what: str, expected: str, got: str) -> None:

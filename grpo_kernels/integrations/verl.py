@@ -94,8 +94,8 @@ def _loss_changes(turns: Turns) -> Iterator[Change]:
             moved(_TARGET, f"{_LOSSES}.{name}", "", "nothing")
     registry: dict[str, Any] = module.POLICY_LOSS_REGISTRY
     for mode in (*LOSSES, *MISSING):
-        original, what = registry.get(mode), f'the policy loss "{mode}"'
-        check(_TARGET, what, original, original, _LOSS_ARGUMENTS)
+        what, original = f'the policy loss "{mode}"', registry.get(mode)
+        original = check(_TARGET, what, original, original, _LOSS_ARGUMENTS)
         ours = beside(policy_loss_of(mode), original, turns, "verl", of="log_prob")
         yield Change(what, original, ours, _registered(module, mode))
 
