@@ -42,6 +42,11 @@ def interpreter_of(version: str) -> str:
     return pytest.skip(f"no python{version} here")
 
 
+def clean() -> dict[str, str]:
+    """The variables without those of this run: pip would take for installed what PYTHONPATH leads to."""
+    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PYTHON", "TRITON"))}
+
+
 def environment(path: Path) -> str:
     """The interpreter of a set's environment, made where it is not there as the set now stands."""
     found = pins(path)
@@ -56,7 +61,7 @@ def environment(path: Path) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([interpreter, "-m", "venv", str(folder)], check=True)
         exact = [f"{name}=={pin}" for name, pin in found.items()]
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *exact, *needed], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *exact, *needed], check=True, env=clean())
         made.write_text(wanted)
     return python
 
@@ -77,11 +82,10 @@ def test_with_other_versions(path):
     assert {name: pin.partition("+")[0] for name, pin in eval(told.stdout).items()} == names
     files = [str(ROOT / "tests" / f"{name}.py") for name in FILES]
     command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "TRITON"))}
     result = subprocess.run(
         [*command, "-m", "not nightly and not peers and not ranks", *files],
         cwd=ROOT,
-        env={**clean, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"},
+        env={**clean(), "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"},
         capture_output=True,
         text=True,
     )

@@ -81,7 +81,7 @@ def _operator(
             flat: list[Any] = []
             for argument in arguments:
                 if isinstance(argument, tuple):
-                    flat += argument
+                    flat.extend(argument)  # PyTorch 2.11 compiles no += of a named tuple
                 else:
                     flat.append(argument)
             result = registered(*flat)

@@ -155,7 +155,7 @@ class LogProbs(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        if upstream == (None, None):
+        if all(slope is None for slope in upstream):  # PyTorch 2.11 compiles no tensor == None
             return None, None, None, None, None
         logits, token_ids, live, numbers, temperature, *stats = ctx.saved_tensors
         rows = Rows(logits, token_ids, live, numbers, ctx.softcap, temperature)

@@ -56,28 +56,30 @@ class TokenBatch:
     def totals(self, requests: Sequence[tuple[Tensor, Share]]) -> list[Tensor | None]:
         """Return the sums, or means over live tokens, of each sequence, (S,) in the accumulation dtype; 0 for an empty
         one, None for other shares. Values are (B, T), 0 at dead rows."""
-        pooled = [values for values, share in requests if share in ("mean", "sum")]
-        if not pooled:
+        each: list[Tensor] = []
+        places = [_place(values, each) if share in ("mean", "sum") else None for values, share in requests]
+        if not each:
             return [None] * len(requests)
         dtype = accumulate_dtype(self.live.device)
-        each = list({id(values): values for values in pooled}.values())
-        sums = dict(zip(map(id, each), self.sequences.sums(each, dtype), strict=True))
+        sums = self.sequences.sums(each, dtype)
         if any(share == "mean" for _, share in requests):
             lengths = self.sequences.sum(self.live, dtype).clamp(min=1)
         totals: list[Tensor | None] = []
-        for values, share in requests:
-            total = sums[id(values)] if share in ("mean", "sum") else None
+        for place, (_, share) in zip(places, requests, strict=True):
+            total = None if place is None else sums[place]
             totals.append(total / lengths if total is not None and share == "mean" else total)
         return totals
 
     def begin_up_to(self, requests: Sequence[tuple[Tensor, Share]]) -> list[Callable[[], Running] | None]:
         """Begin what running levels make of values (B, T), 0 at dead rows; None for other shares. To be begun before
         ``totals`` of the same, so that all travel together."""
+        each: list[Tensor] = []
+        keys = [(_place(values, each), share) for values, share in requests]
         begun: dict[tuple[int, Share], Callable[[], Running]] = {}
-        for values, share in requests:
-            if share in ("sum_before", "least_before") and (id(values), share) not in begun:
-                begun[id(values), share] = begin_up_to(values, self.live, self.sequences, share == "least_before")
-        return [begun.get((id(values), share)) for values, share in requests]
+        for place, share in keys:
+            if share in ("sum_before", "least_before") and (place, share) not in begun:
+                begun[place, share] = begin_up_to(each[place], self.live, self.sequences, share == "least_before")
+        return [begun.get(key) for key in keys]
 
     def at_tokens(self, values: Tensor, total: Tensor | None) -> Tensor:
         """Return a total (S,) of ``values`` at every token, in their dtype; the values where it is None."""
@@ -95,6 +97,16 @@ class TokenBatch:
         inputs = self.inputs
         assert inputs.rollout is not None
         return rollout_weights(schemes, pooled, inputs.rollout, inputs.advantage, config.log_ratio_limit)
+
+
+def _place(values: Tensor, among: list[Tensor]) -> int:
+    """Return the place of this very tensor in a list, at whose end it is put where it is not there. PyTorch 2.11 does
+    not compile ``id`` of what a graph makes."""
+    for place, one in enumerate(among):
+        if one is values:
+            return place
+    among.append(values)
+    return len(among) - 1
 
 
 class KnownSchemes(NamedTuple):
