@@ -39,7 +39,8 @@ class Hook(NamedTuple):
     replacement: Callable[[Any], Any]
     """Of the original."""
     signature: str = ""
-    """What has these arguments, where that is another name: the forward of an autograd function."""
+    """What has these arguments, where that is another name: the forward of an autograd function, which is patched
+    itself or by its ``apply``."""
 
 
 class Change(NamedTuple):
@@ -159,7 +160,7 @@ def _checked(target: Target, module: Any, hook: Hook) -> Any:
     path = f"{hook.module}.{hook.name}"
     check(target, path, original, described, hook.arguments)
     kind = hook.signature.split(".")[0]
-    if hook.signature and getattr(original, "__self__", None) is not _found(module, kind):
+    if hook.signature and getattr(original, "__self__", original) is not _found(module, kind):
         moved(target, path, f"{kind}.apply", repr(original))
     return original
 
@@ -171,8 +172,11 @@ def _places_of(target: Target, owner: Any, name: str) -> Places:
     def places(value: Any) -> Iterator[Callable[[Any], None]]:
         modules = [module for key, module in sys.modules.items() if key.split(".")[0] == target.package]
         for holder in modules if owner is None else [owner]:
-            if vars(holder).get(name) is value:
+            held = vars(holder).get(name)
+            if held is value:
                 yield lambda new, holder=holder: setattr(holder, name, new)  # type: ignore[misc]
+            elif isinstance(held, staticmethod) and held.__func__ is value:
+                yield lambda new, holder=holder: setattr(holder, name, staticmethod(new))  # type: ignore[misc]
 
     return places
 
