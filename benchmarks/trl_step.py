@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from grpo_kernels.bench import report
 from grpo_kernels.bench.measure import peak_bytes, quiet
-from grpo_kernels.integrations.trl import FusedGRPOTrainer, patched_trl
+from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch_trl
 
 SIZES = {"vocab_size": 151936, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 32}
 SIZES |= {"num_attention_heads": 8, "num_key_value_heads": 8, "max_position_embeddings": 512}
@@ -93,7 +93,7 @@ class Step:
 
     def run(self) -> None:
         """Compute the loss and its backward, with patch_trl where the provider says so."""
-        with patched_trl() if self.patched else contextlib.nullcontext():
+        with patch_trl() if self.patched else contextlib.nullcontext():
             self.trainer._compute_loss(self.trainer.model, self.inputs).backward()
 
     def restore(self) -> None:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import functools
 import itertools
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,7 +28,7 @@ from trl_cases import (  # noqa: E402
 
 from grpo_kernels import Divergence  # noqa: E402
 from grpo_kernels.integrations.objectives import AGGREGATIONS, OVER_ITEMS  # noqa: E402
-from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch_trl, patched_trl, unpatch_trl  # noqa: E402
+from grpo_kernels.integrations.trl import FusedGRPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.peers
 LEVELS = ("token", "sequence")
@@ -418,27 +415,6 @@ def test_trainers_in_front(folder, tmp_path, other):
         trainer(type("Wrong", (FusedGRPOTrainer, Other), {}), folder, tmp_path)
 
 
-def test_every_experimental_trainer_has_a_verdict():
-    """SWITCHING names all that TRL defines, and as what they are: a GRPOTrainer, a caller of TRL's head, or neither."""
-    package = Path(trl.__file__).parent / "experimental"
-    bases, with_head = {}, set()
-    for path in package.glob("*/*.py"):
-        text = path.read_text()
-        kinds = [each for each in ast.walk(ast.parse(text)) if isinstance(each, ast.ClassDef)]
-        for kind in kinds:
-            if kind.name.endswith("Trainer"):
-                bases[kind.name] = {ast.unparse(base) for base in kind.bases}
-                with_head |= {kind.name} if re.search(r"^\s+add_fused_lm_head\(.*log_probs", text, re.M) else set()
-    table = (Path(__file__).parent.parent / "SWITCHING.md").read_text().split("| trl.experimental | here |")[1]
-    rows = [row.split("|")[1:3] for row in table.split("\n\n")[0].splitlines() if row.startswith("| `")]
-    verdicts = {name: verdict for names, verdict in rows for name in re.findall(r"`(\w+)`", names)}
-    assert set(verdicts) == set(bases)
-    assert {name for name in bases if "GRPOTrainer" in bases[name]} == {
-        name for name, verdict in verdicts.items() if f"({name}, FusedGRPOTrainer)" in verdict
-    }
-    assert with_head == {name for name, verdict in verdicts.items() if "`patch_trl()` swaps" in verdict}
-
-
 @pytest.mark.parametrize("loss_type", AGGREGATIONS)
 @pytest.mark.parametrize("level", LEVELS)
 def test_metrics_do_not_see_masked_tokens(make, loss_type, level):
@@ -561,40 +537,6 @@ def test_what_is_no_teacher_is_refused(folder, tmp_path, given, message):
     given = {**given, **({"teacher": teacher_of()} if given.get("teacher") is True else {})}
     with pytest.raises((TypeError, ValueError), match=message):
         trainer(FusedGRPOTrainer, folder, tmp_path, **given)
-
-
-def test_patch(make):
-    """The operator alone: TRL's own loss on our log-probs; undone, it is TRL's again."""
-    _, plain = make({"beta": 0.04, "entropy_coef": 0.1})
-    inputs = with_log_probs(batch(), plain)
-    wanted_loss, wanted, wanted_metrics = compute(plain, inputs)
-    before = trl.trainer.utils._ChunkedLogProbFunction
-    with patched_trl():
-        patch_trl()  # twice is once
-        with patched_trl():
-            pass  # a patch from before stays
-        assert trl.trainer.utils._ChunkedLogProbFunction is not before
-        loss, gradients, metrics = compute(plain, inputs)
-    assert trl.trainer.utils._ChunkedLogProbFunction is before
-    unpatch_trl()
-    torch.testing.assert_close(loss, wanted_loss, rtol=1e-5, atol=1e-6)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
-    assert metrics == pytest.approx(wanted_metrics, rel=1e-5, abs=1e-6, nan_ok=True)
-
-
-def test_patch_checks_what_it_replaces(monkeypatch):
-    class ChunkedLogProbFunction:
-        @staticmethod
-        def forward(ctx, hidden, weight): ...
-
-    monkeypatch.setattr(trl.trainer.utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
-    with pytest.raises(RuntimeError, match="hidden, weight"):
-        patch_trl()
-    monkeypatch.delattr(trl.trainer.utils, "_ChunkedLogProbFunction")
-    unpatch_trl()
-    with pytest.raises(RuntimeError, match="got nothing"):
-        patch_trl()
 
 
 @pytest.mark.parametrize("from_logits", [False, True])

@@ -1,8 +1,8 @@
-"""TRL 1.16: ``FusedGRPOTrainer``, and ``patch_trl`` for the log-probs of GRPO and RLOO.
+"""TRL 1.16: ``FusedGRPOTrainer``, and ``patch_trl`` for the operators of its other trainers.
 
 ``FusedGRPOTrainer`` is ``GRPOTrainer`` with the whole loss computed inside the model's forward, from hidden
-states; its metrics have TRL's names and values. ``patch_trl`` swaps only the operator that GRPO
-and RLOO take log-probs and entropies from.
+states; its metrics have TRL's names and values. ``patch_trl`` swaps the operators alone that TRL's trainers take
+log-probs, entropies and divergences from.
 """
 
 from __future__ import annotations
@@ -22,17 +22,15 @@ from ..calls.outputs import LossOutput, TokenLogProbs
 from ..calls.sighting import check_every
 from ..objectives.divergence import Divergence
 from .objectives import OVER_ITEMS, UNBOUNDED, sampler_log_probs
+from .patching import check_version
 from .trl_options import check_arguments, check_teacher, check_trainer, objective_of
+from .trl_patch import TARGET
+from .trl_patch import patch_trl as patch_trl
 
 try:
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer import grpo_trainer
     from trl.trainer import utils as trl_utils
-
-    from .trl_operator import check_version
-    from .trl_operator import patch_trl as patch_trl
-    from .trl_operator import patched_trl as patched_trl
-    from .trl_operator import unpatch_trl as unpatch_trl
 except ImportError as error:
     raise ImportError("grpo_kernels.integrations.trl needs TRL 1.16: pip install 'trl>=1.16,<1.17'") from error
 
@@ -77,7 +75,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         shadow: int = 0,
         **kwargs: Any,
     ) -> None:
-        check_version("FusedGRPOTrainer")
+        check_version(TARGET._replace(caller="FusedGRPOTrainer"))
         check_teacher(teacher, divergence, from_logits)
         self._watch = hf.Watch(check_every("FusedGRPOTrainer", shadow), self._loss_of_trl, "TRL")
         if shadow and teacher is not None:
