@@ -16,7 +16,16 @@ from readme import MACHINES, ROOT
 
 from grpo_kernels.bench import command
 
-BENCHMARKS = ("distill_sort", "divergence", "scaling", "surrogates", "train_sort", "training_step", "trl_step")
+BENCHMARKS = (
+    "distill_sort",
+    "divergence",
+    "scaling",
+    "surrogates",
+    "train_sort",
+    "training_step",
+    "trl_functions",
+    "trl_step",
+)
 """The modules here that write NAME.json and, by ``write``, what is made of it."""
 
 

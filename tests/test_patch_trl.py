@@ -23,6 +23,7 @@ from trl.trainer import distillation_trainer  # noqa: E402
 from trl_cases import SIZES, assert_same, batch, compute, run_of, trainer, with_log_probs  # noqa: E402
 from trl_trainers import CASES, OURS, counted, make, without_a_gpu  # noqa: E402
 
+from grpo_kernels.bench import report  # noqa: E402
 from grpo_kernels.bench.measure import peak_bytes  # noqa: E402
 from grpo_kernels.integrations import patching  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch_trl  # noqa: E402
@@ -483,14 +484,32 @@ def test_self_distillation(monkeypatch, package, alpha):
     assert_close_to_trl([found], [wanted], (whole,), rtol=1e-5, atol=1e-6)
 
 
+def test_the_benchmark_compares_equals(monkeypatch):
+    """Of benchmarks/trl_functions.py, tiny: the losses that are timed are the same, and the table has all of them."""
+    import trl_functions
+
+    for name, size in {"VOCAB": 500, "WIDTH": 16, "FROM_STATES": 24, "FROM_LOGITS": 8}.items():
+        monkeypatch.setattr(trl_functions, name, size)
+    rows = {}
+    for name, prepared in trl_functions.cases().items():
+        case, calls = prepared(), counted(monkeypatch)
+        wanted, found = (case.loss(each) for each in (case.original, case.ours(case.original)))
+        assert sum(calls.values()) == 1
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        rows[name] = {"ms": {"TRL": 3.0, "ours": 2.0}, "bytes": {"TRL": 3e6, "ours": 1e6}}
+    sizes = {"vocab": 500, "width": 16, "from_states": 24, "from_logits": 8}
+    text = trl_functions.table({"environment": report.environment("cpu"), "trl": "1.16.0", "rows": rows, **sizes})
+    assert text.count("| 3 | 2 | 1.5x | 3 | 1 |") == len(rows)
+
+
 def functions():
     """Everything in the modules of TRL that are imported, and the methods that a patch may change."""
-    found = {}
+    found = {(name, "generalized_jsd_loss"): kind_of(name).generalized_jsd_loss for name in TRAINERS}
+    for package in ("sdft", "sdpo", "tpo"):
+        importlib.import_module(f"trl.experimental.{package}.{package}_trainer")
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "trl" and isinstance(module, types.ModuleType):
             found |= {(name, key): value for key, value in vars(module).items() if isinstance(key, str)}
-    for name in TRAINERS:
-        found[name, "generalized_jsd_loss"] = kind_of(name).generalized_jsd_loss
     return found
 
 
@@ -502,7 +521,6 @@ OF_EXPERIMENTS = {"generalized_jsd_loss", "compute_full_logit_self_distillation_
 @pytest.mark.parametrize("experimental", [False, True])
 def test_patch_and_undo(experimental):
     """In every module that has imported a function by name, and in one that imports it while it is patched."""
-    importlib.import_module("trl.experimental.tpo.tpo_trainer")
     before = functions()
     patch = patch_trl(experimental=experimental)
     changed = {key for key, value in functions().items() if before[key] is not value}
