@@ -1,0 +1,77 @@
+"""How another package is patched, on a stand-in that has an operator of autograd's and a static method."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import pytest
+
+from grpo_kernels.integrations.patching import Hook, Target, changes_of, patch
+
+TARGET = Target("package", "patch_package", ("2.1",))
+SOURCES = {
+    "package": "__version__ = '2.1.3'",
+    "package.kernels": """
+class Operator:
+    @staticmethod
+    def forward(ctx, hidden, weight): pass
+    @classmethod
+    def apply(cls, *args): return "theirs"
+""",
+    "package.utils": "from package.kernels import Operator as _Operator",
+    "package.trainer": """
+class Trainer:
+    @staticmethod
+    def loss(logits, labels=None): return "theirs"
+    def step(self): return self.loss(1, labels=2), type(self).loss(1)
+""",
+}
+
+
+class Ours:
+    """An operator that has the original's call."""
+
+    def __init__(self, original):
+        self.original = original
+
+    def apply(self, *args):
+        return f"ours, made with {self.original.apply()}"
+
+
+HOOKS = (
+    Hook("package.utils", "_Operator", ("ctx", "hidden", "weight"), Ours, signature="_Operator.forward"),
+    Hook("package.trainer", "Trainer.loss", ("logits", "labels"), lambda original: lambda logits, labels=None: "ours"),
+)
+
+
+@pytest.fixture
+def package(monkeypatch):
+    modules = {}
+    for name, source in SOURCES.items():
+        modules[name] = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, modules[name])
+        exec(source, vars(modules[name]))
+    return modules
+
+
+def test_a_class_and_a_static_method(package):
+    """Both are replaced as they are looked up, and are what they were when they are given back."""
+    utils, trainer = package["package.utils"], package["package.trainer"].Trainer
+    operator, loss = utils._Operator, trainer.loss
+    with patch(TARGET, lambda: changes_of(TARGET, HOOKS)):
+        assert utils._Operator.apply(1, 2) == "ours, made with theirs"
+        assert trainer().step() == ("ours", "ours")
+        assert package["package.kernels"].Operator is operator  # under its own name nobody looks it up
+    assert utils._Operator is operator
+    assert trainer.loss is loss
+    assert isinstance(vars(trainer)["loss"], staticmethod)
+    assert trainer().step() == ("theirs", "theirs")
+
+
+def test_arguments_are_those_of_its_forward(package):
+    exec("class Operator:\n    @staticmethod\n    def forward(ctx, hidden): pass", vars(package["package.utils"]))
+    package["package.utils"]._Operator = package["package.utils"].Operator
+    with pytest.raises(RuntimeError, match=r"_Operator to be package's \(ctx, hidden, weight\); got .*\(ctx, hidden\)"):
+        patch(TARGET, lambda: changes_of(TARGET, HOOKS))
+    assert package["package.trainer"].Trainer().step() == ("theirs", "theirs")
