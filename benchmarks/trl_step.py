@@ -81,7 +81,7 @@ class Step:
         options = {**OPTIONS, "per_device_train_batch_size": SEQUENCES}
         self.trainer = make_trainer(kind, folder, options, **keywords)
         self.trainer.current_gradient_accumulation_steps = 1
-        self.patched = provider.endswith("patch_trl")
+        self.patched = patch_trl if provider.endswith("patch_trl") else contextlib.nullcontext
         torch.manual_seed(0)
         ids = torch.randint(2, SIZES["vocab_size"], (SEQUENCES, PROMPT + COMPLETION))
         ones = torch.ones_like(ids)
@@ -92,9 +92,8 @@ class Step:
         self.inputs |= {"advantages": torch.randn(SEQUENCES), "num_items_in_batch": ones[:, PROMPT:].sum().float()}
 
     def run(self) -> None:
-        """Compute the loss and its backward, with patch_trl where the provider says so."""
-        with patch_trl() if self.patched else contextlib.nullcontext():
-            self.trainer._compute_loss(self.trainer.model, self.inputs).backward()
+        """Compute the loss and its backward."""
+        self.trainer._compute_loss(self.trainer.model, self.inputs).backward()
 
     def restore(self) -> None:
         """Drop the gradients of the last run."""
@@ -110,18 +109,19 @@ def in_turns(steps: dict[str, Step], rounds: int) -> dict[str, float]:
             name = names[(i + k) % len(names)]
             step = steps[name]
             step.restore()
-            start = time.perf_counter()
-            step.run()
-            if k:
-                samples[name].append(1e3 * (time.perf_counter() - start))
+            with step.patched():
+                start = time.perf_counter()
+                step.run()
+                if k:
+                    samples[name].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in samples.items()}
 
 
 def extra_bytes(step: Step) -> int:
     """Return the peak memory of a step beyond the model, its gradients included."""
-    step.run()
-    step.restore()
-    with quiet():
+    with step.patched(), quiet():
+        step.run()
+        step.restore()
         return peak_bytes(step.run, "cpu")
 
 
