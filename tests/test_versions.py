@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SETS = sorted((ROOT / "tests" / "nightly" / "versions").glob("*.txt"))
 FILES = (
-    *("test_loss", "test_autograd", "test_linear", "test_numerics", "test_ops", "test_metrics", "test_bits"),
+    *("test_loss", "test_autograd", "test_linear", "test_ops", "test_metrics"),
     *("test_triton", "test_hf", "test_training", "test_config"),
 )
 """Of the suite, what meets PyTorch, Triton, transformers and numpy."""
