@@ -67,7 +67,7 @@ CASES = {
     "GRPO": Case("GRPOTrainer", _ONLY, _LINEAR, {**_GROUPS, "beta": 0.04, "entropy_coef": 0.05}, _RATED),
     "RLOO": Case("RLOOTrainer", _ONLY, _LINEAR, {**_GROUPS, "beta": 0.04}, _RATED),
     "SFT": Case("SFTTrainer", {"prompt": PROMPTS, "completion": GOOD}, ()),
-    "DPO": Case("DPOTrainer", PAIRS, _LINEAR),
+    "DPO": Case("DPOTrainer", PAIRS, ()),
     "KTO": Case("KTOTrainer", _LABELLED, _LINEAR),
     "Distillation": Case("DistillationTrainer", _ONLY, ("linear_grpo_loss",), _ONLINE, _TAUGHT),
     "Distillation, forward KL": Case(
@@ -82,7 +82,7 @@ CASES = {
         ("model", "rollout_worker", "weight_transfer"),
     ),
     "GMPO": Case("gmpo.GMPOTrainer", _ONLY, _LINEAR, _GROUPS, _RATED),
-    "BEMA": Case("bema_for_ref_model.DPOTrainer", PAIRS, _LINEAR),
+    "BEMA": Case("bema_for_ref_model.DPOTrainer", PAIRS, ()),
     "A2PO": Case("a2po.A2POTrainer", _ONLY, _ROWS, _ONLINE, ("reward_funcs",)),
     "CPO": Case("cpo.CPOTrainer", PAIRS, _ROWS),
     "ORPO": Case("orpo.ORPOTrainer", PAIRS, _ROWS),

@@ -5,6 +5,7 @@ Each is made with TRL's own, which serves the calls that ours would not equal, o
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import inspect
 from collections.abc import Callable
@@ -27,6 +28,26 @@ _TILE = (32768, 4096)
 """The most columns and tokens that TRL computes logits of at a time, in fp32, of the student and of the teacher."""
 
 
+_stays = contextvars.ContextVar("stays", default=False)
+"""Whether the fused head is TRL's own, whatever is asked of it."""
+
+
+def with_trls_head(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of TRL's inside which the fused head is TRL's own. DPO's policy asks for ``is_top1``, which TRL's
+    alone has; a reference by another operator would be off by rounding where the two are one model, and a reward that
+    is 0 would not be."""
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        token = _stays.set(True)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _stays.reset(token)
+
+    return method
+
+
 class HeadLogProbs:
     """In the place of TRL's ``ChunkedLogProbFunction``: the same call, through ``linear_token_log_probs``."""
 
@@ -47,7 +68,8 @@ class HeadLogProbs:
     ) -> tuple[Tensor | None, ...]:
         """Return log-probs, and where they are asked for the entropy and the mean logit; None for the rest."""
         linear = ("mean_logits",) if final_logit_softcapping is None else ()
-        if _is_partitioned(weight) or not set(outputs) <= {"log_probs", "entropy", *linear} or logit_scale <= 0:
+        served = set(outputs) <= {"log_probs", "entropy", *linear} and logit_scale > 0
+        if not served or _stays.get() or _is_partitioned(weight):
             options = (temperature, chunk_size, final_logit_softcapping, logit_scale, outputs)
             found: tuple[Tensor | None, ...] = self._original.apply(hidden, weight, bias, targets, *options)
             return found

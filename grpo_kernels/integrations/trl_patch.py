@@ -18,6 +18,13 @@ _HOOKS = (
         ours.HeadLogProbs,
         signature="_ChunkedLogProbFunction.forward",
     ),
+    *(
+        Hook("trl.trainer.dpo_trainer", f"DPOTrainer.{name}", arguments, ours.with_trls_head)
+        for name, arguments in (
+            ("compute_ref_log_probs", ("self", "model", "inputs")),
+            ("_compute_loss", ("self", "model", "inputs", "return_outputs")),
+        )
+    ),
     Hook(
         *("trl.trainer.utils", "selective_log_softmax", ("logits", "index", *_SELECTED)),
         ours.selective_log_softmax_or,
@@ -68,7 +75,7 @@ def patch_trl(experimental: bool = False) -> Patch:
     """Put TRL's trainers on these kernels, in this process. Nothing is changed unless every hook is what it is known
     to be.
 
-    Operators alone are replaced: the fused head's log-probs and entropies (GRPO, RLOO, KTO, the references of DPO),
+    Operators alone are replaced: the fused head's log-probs and entropies (GRPO, RLOO, KTO),
     those of logits on a CPU (CPO, ORPO, TPO, A2PO, SDFT, SDPO), and the loss of ``DistillationTrainer``. Losses,
     options and metrics stay TRL's own. SWITCHING.md has a row for every trainer, and which calls stay with TRL.
 
