@@ -19,7 +19,8 @@ from torch import Tensor
 from .contract import DivergenceStats, RowGradients, Rows, RowStats, TokenInputs, TokenRecords, batch_and_row_stride
 from .spec import ObjectiveSpec
 
-FOLDER = Path(__file__).resolve().parent.parent / "native"
+FOLDER = Path(__file__).parent.parent.resolve() / "native"
+"""Beside this module as it is imported: in a cache of the Hub every file is a link to somewhere else."""
 TREE = FOLDER.parent.parent
 """The folder that holds the package: site-packages, or a source tree, where what libraries are made of is beside it."""
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

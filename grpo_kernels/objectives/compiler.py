@@ -7,12 +7,15 @@ long as PyTorch itself. The decorators here mark functions in the same way and l
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar, cast
 
 import torch
 
-_LIBRARY = torch.library.Library("grpo_kernels", "DEF")
+NAMESPACE = re.sub(r"\W", "_", __name__.removesuffix(".objectives.compiler"), flags=re.ASCII)
+"""Of the operators: the package's name, so that two versions which one process holds under two names do not meet."""
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 """The function that every operator runs, with flat arguments, by the operator's name."""
 _Value = TypeVar("_Value")
@@ -25,8 +28,8 @@ def define(schema: str, implementation: Callable[..., Any], fake: Callable[..., 
     _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))  # a gradient's follow from its logits'
     IMPLEMENTATIONS[name] = implementation
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"grpo_kernels::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.grpo_kernels, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def outside_graphs(function: _Function) -> _Function:
