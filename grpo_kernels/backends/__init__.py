@@ -150,7 +150,7 @@ def _warn_of_fallback(reason: str) -> None:
     """Warn once: CPU tensors have kernels, and nobody asked for anything else."""
     message = (
         "grpo_kernels: expected compiled kernels for CPU tensors; got the plain PyTorch backend, which is several "
-        f"times slower ({reason}).\n  hint: install a C++ compiler, then grpo_kernels again; `python -m grpo_kernels "
-        "info` says what is missing. backend='torch' asks for plain PyTorch and does not warn."
+        f"times slower ({reason}).\n  hint: install a C++ compiler, then grpo_kernels with pip; `python -m "
+        "grpo_kernels info` says what is missing. backend='torch' asks for plain PyTorch and does not warn."
     )
     warn_caller(message)

@@ -173,7 +173,7 @@ def load(path: Path, abi_function: str, expected: int) -> ctypes.CDLL:
 def _why_not_built(path: Path) -> str:
     reason = build_record(path).get("error")
     if reason is not None:
-        return f"it was not compiled during installation: {reason}"
+        return f"it was not compiled: {reason}"
     if path.parent == FOLDER and (other := next(_shadowed(path.name), None)):
         return (
             f"no compiled library of the sources in {TREE}, whose package comes before the installed one "

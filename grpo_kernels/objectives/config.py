@@ -260,6 +260,8 @@ def resolve_config(config: LossConfig | str) -> LossConfig:
     if isinstance(config, LossConfig):
         return config
     if not isinstance(config, str):
-        raise TypeError(f"config must be a LossConfig or the name of a preset; got {type(config).__name__}.")
+        kind = type(config)  # with its module: of another copy of the package, it is a LossConfig and yet none
+        got = f"{kind.__name__} of {kind.__module__}"
+        raise TypeError(f"config must be a LossConfig or the name of a preset; got {got}.")
     name = config if config in PRESETS else read_name("preset", config, PRESETS)
     return PRESETS[name].config
