@@ -40,7 +40,7 @@ def test_addresses_are_read_where_a_publisher_writes_them(setup):
     filled = {"repository": "https://r.test/x", "pages": PAGES, "files": FILES, "issues": "https://i.test"}
     assert filled.items() <= setup.published(published_text(**filled)).items()
     rows = re.findall(r"^\| (\w+)", (ROOT / "PUBLISHING.md").read_text(), re.M)
-    assert rows == ["address", "repository", "index", "issues", "pages", "files", "contact"]
+    assert rows == ["address", "repository", "index", "issues", "pages", "files", "hub", "contact"]
 
 
 def test_the_page_of_an_index_leads_into_the_repository(setup):
