@@ -251,7 +251,7 @@ def test_options_make_a_config():
         *((dict(loss_mode=mode), f'do not have loss_mode="{mode}"; supported: vanilla') for mode in MISSING),
         (dict(loss_mode="gsp"), "Did you mean 'gspo'"),
         (dict(loss_agg_mode="token_mean"), "verl: loss_agg_mode must be one of .* got 'token_mean'"),
-        (dict(clip_ratio_c=1.1), r"do not have clip_ratio_c=1\.1 with clip_ratio_high=0\.2"),
+        (dict(clip_ratio_c=1.1), r"do not have clip_ratio_c=1\.1 with an upper bound of 1 \+ 0\.2"),
         (dict(loss_mode="dro"), r"dro with policy_loss\.dro_beta=None"),
         (dict(use_kl_loss=True, kl_loss_type="full"), 'do not have kl_loss_type="full"'),
         (dict(loss_mode="sapo", use_kl_loss=True), 'loss_mode="sapo" beside a KL or entropy in loss_agg_mode'),

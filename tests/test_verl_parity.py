@@ -419,7 +419,7 @@ def test_outputs_of_the_fsdp_engine(wants_entropy, temperature):
 
     theirs = found()
     with patch_verl():
-        assert transformer_impl.logprobs_from_logits.__module__ == "grpo_kernels.integrations.verl_operators"
+        assert transformer_impl.logprobs_from_logits.__module__ == "grpo_kernels.integrations.operators"
         mine = found()
     assert set(mine[0]) == set(theirs[0]) == ({"log_probs", "entropy"} if wants_entropy else {"log_probs"})
     for name, wanted in theirs[0].items():
@@ -476,7 +476,7 @@ def test_verl_imports_the_plugin():
     found = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", IMPORTED], capture_output=True, env=environment, check=True, text=True
     )
-    assert found.stdout.splitlines()[-1] == "grpo_kernels_gspo grpo_kernels.integrations.verl_operators"
+    assert found.stdout.splitlines()[-1] == "grpo_kernels_gspo grpo_kernels.integrations.operators"
 
 
 @pytest.mark.parametrize("mode", LOSSES)

@@ -14,6 +14,7 @@ from typing import Any
 from ..calls.sighting import Turns, check_every
 from . import verl_operators
 from .beside import beside
+from .operators import always, entropy_from_logits, logprobs_from_logits
 from .patching import Change, Hook, Patch, Places, Target, changes_of, check, moved, patch
 from .verl_losses import LOSSES, MISSING, policy_loss_of
 from .verl_losses import loss_config as loss_config
@@ -26,25 +27,21 @@ _LOSS_ARGUMENTS = (
 )
 
 
-def _always(function: Any) -> Callable[[Any], Any]:
-    return lambda original: function
-
-
 _LOGITS, _HEAD = "verl.utils.torch_functional", "verl.utils.experimental.torch_functional"
 _HOOKS = (
     Hook(
         *(_LOGITS, "logprobs_from_logits", ("logits", "labels", "inplace_backward")),
-        _always(verl_operators.logprobs_from_logits),
+        always(logprobs_from_logits),
     ),
-    Hook(_LOGITS, "entropy_from_logits", ("logits",), _always(verl_operators.entropy_from_logits)),
+    Hook(_LOGITS, "entropy_from_logits", ("logits",), always(entropy_from_logits)),
     Hook(
         *(_LOGITS, "entropy_from_logits_with_chunking", ("logits", "chunk_size")),
-        _always(verl_operators.entropy_from_logits_with_chunking),
+        always(verl_operators.entropy_from_logits_with_chunking),
     ),
     Hook(
         *(_HEAD, "FusedLinearForPPO.forward"),
         ("self", "hidden_states", "vocab_weights", "input_ids", "temperature"),
-        _always(verl_operators.fused_linear_for_ppo),
+        always(verl_operators.fused_linear_for_ppo),
     ),
     Hook(
         *("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy"),

@@ -19,26 +19,11 @@ from ..objectives.names import ESTIMATORS as VERL_ESTIMATORS
 from ..objectives.surrogates import Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, Reinforce, Sapo, Surrogate
 from ..objectives.surrogates.base import Point
 from ..policy import policy_loss
+from .policy_losses import Step, clip_of, refuse, sequence_means
 
 MODES = {**AGGREGATIONS, "token-sum": "token_mean"}
 """Our aggregation for every ``loss_agg_mode``; a token-sum is a mean over one token."""
 PolicyLoss = Callable[..., tuple[Tensor, dict[str, float]]]
-
-
-class _Step(NamedTuple):
-    """What verl's metrics are made of: (B, T), 0 where a token is not live."""
-
-    log_prob: Tensor
-    old: Tensor
-    log_ratio: Tensor
-    """Saturated where verl's is."""
-    advantages: Tensor
-    live: Tensor
-
-    def outside(self, log_ratio: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-        """Return where PPO's clip took effect: below 1 - low with A < 0, and above 1 + high with A > 0."""
-        ratio = log_ratio.exp()
-        return (self.advantages < 0) & (ratio < 1 - low), (self.advantages > 0) & (ratio > 1 + high)
 
 
 Bounded = tuple[Tensor, Tensor]
@@ -48,7 +33,7 @@ Bounded = tuple[Tensor, Tensor]
 class _Loss(NamedTuple):
     surrogate: Callable[[Any], Surrogate]
     """Of verl's options."""
-    bounded: Callable[[Any, _Step], Bounded] | None = None
+    bounded: Callable[[Any, Step], Bounded] | None = None
     """None: verl reports neither fraction."""
     level: str = "token"
     log_ratio_limit: float | None = 20.0
@@ -68,21 +53,14 @@ def _band(options: Any) -> tuple[float, float]:
     return low, high
 
 
-def _clip(options: Any, dual: float) -> Clip:
-    low, high = _band(options)
-    if dual < 1 + high:
-        _refuse(f"clip_ratio_c={dual!r} with clip_ratio_high={high!r}", "clip_ratio_c of at least 1 + clip_ratio_high")
-    return Clip(min(low, 1.0), high, dual=dual)  # ratios are positive: a low above 1 bounds nothing
-
-
 def _vanilla(options: Any) -> Clip:
-    return _clip(options, _number(options, "clip_ratio_c", 3.0))
+    return clip_of("verl", *_band(options), _number(options, "clip_ratio_c", 3.0), "clip_ratio_c")
 
 
 def _gspo(options: Any) -> Clip:
     """verl clamps the pooled log-ratio at +10 and nowhere else: that bounds tokens of A < 0, as a dual clip does; those
     of A > 0 are clipped before."""
-    return _clip(options, math.exp(10.0))
+    return clip_of("verl", *_band(options), math.exp(10.0), "the clamp")
 
 
 def _cispo(options: Any) -> Cispo:
@@ -97,34 +75,34 @@ def _dppo(kind: type[DppoTV] | type[DppoKL]) -> Callable[[Any], Surrogate]:
 def _dro(options: Any) -> Dro:
     beta = _number(options.policy_loss, "dro_beta")
     if beta is None or beta <= 0:
-        _refuse(f"dro with policy_loss.dro_beta={beta!r}", "a number above 0")
+        refuse("verl", f"dro with policy_loss.dro_beta={beta!r}", "a number above 0")
     return Dro(beta)
 
 
-def _nothing(options: Any, step: _Step) -> Bounded:
+def _nothing(options: Any, step: Step) -> Bounded:
     nowhere = torch.zeros_like(step.live)
     return nowhere, nowhere
 
 
-def _clipped(options: Any, step: _Step) -> Bounded:
+def _clipped(options: Any, step: Step) -> Bounded:
     low, high = step.outside(step.log_ratio, *_band(options))
     dual = step.log_ratio.exp() > _number(options, "clip_ratio_c", 3.0)
     return low | high, dual & (step.advantages < 0)
 
 
-def _clipped_sequences(options: Any, step: _Step) -> Bounded:
-    low, high = step.outside(_means(step.log_ratio, step.live), *_band(options))
+def _clipped_sequences(options: Any, step: Step) -> Bounded:
+    low, high = step.outside(sequence_means(step.log_ratio, step.live), *_band(options))
     return low | high, torch.zeros_like(step.live)
 
 
-def _capped(options: Any, step: _Step) -> Bounded:
+def _capped(options: Any, step: Step) -> Bounded:
     """Outside of the band whatever the advantage is."""
     (low, high), ratio = _band(options), step.log_ratio.exp()
     return (ratio < 1 - low) | (ratio > 1 + high), torch.zeros_like(step.live)
 
 
-def _left_region(kind: type[DppoTV] | type[DppoKL]) -> Callable[[Any, _Step], Bounded]:
-    def bounded(options: Any, step: _Step) -> Bounded:
+def _left_region(kind: type[DppoTV] | type[DppoKL]) -> Callable[[Any, Step], Bounded]:
+    def bounded(options: Any, step: Step) -> Bounded:
         ratio = step.log_ratio.exp()
         point = Point(step.log_prob, step.log_ratio, ratio, step.advantages, step.old)
         fallen, risen = kind(*_band(options)).moved_too_far(point)
@@ -134,7 +112,7 @@ def _left_region(kind: type[DppoTV] | type[DppoKL]) -> Callable[[Any, _Step], Bo
     return bounded
 
 
-def _clipped_log_ratios(options: Any, step: _Step) -> Bounded:
+def _clipped_log_ratios(options: Any, step: Step) -> Bounded:
     low, high = _band(options)
     outside = (step.log_ratio < -low) | (step.log_ratio > high)
     return outside & (step.advantages > 0), outside & (step.advantages < 0)
@@ -177,14 +155,16 @@ def loss_config(actor: Any) -> LossConfig:
     config = _policy_config(mode, actor, actor.loss_agg_mode, actor.loss_scale_factor)
     fixed = LOSSES[mode].agg_mode
     if fixed not in (None, actor.loss_agg_mode) and (actor.use_kl_loss or actor.entropy_coeff):
-        _refuse(f'loss_mode="{mode}" beside a KL or entropy in loss_agg_mode="{actor.loss_agg_mode}"', f'"{fixed}"')
+        refuse(
+            "verl", f'loss_mode="{mode}" beside a KL or entropy in loss_agg_mode="{actor.loss_agg_mode}"', f'"{fixed}"'
+        )
     kl = _kl(actor.kl_loss_type, actor.kl_loss_coef) if actor.use_kl_loss else KL()
     return dataclasses.replace(config, kl=kl, entropy_coef=actor.entropy_coeff)
 
 
 def _policy_config(mode: str, options: Any, agg_mode: str, length: int | None) -> LossConfig:
     if mode in MISSING:
-        _refuse(f'loss_mode="{mode}"', ", ".join(LOSSES))
+        refuse("verl", f'loss_mode="{mode}"', ", ".join(LOSSES))
     check_name("verl: loss_mode", mode, LOSSES)
     loss = LOSSES[mode]
     agg_mode = loss.agg_mode or agg_mode
@@ -204,7 +184,7 @@ def _kl(kind: str, coef: float) -> KL:
     base = kind.removesuffix("+")
     estimator = VERL_ESTIMATORS.get(base, base)
     if estimator not in ESTIMATORS:
-        _refuse(f'kl_loss_type="{kind}"', "kl, k1, abs, mse, k2, low_var_kl, k3, each with a + or without")
+        refuse("verl", f'kl_loss_type="{kind}"', "kl, k1, abs, mse, k2, low_var_kl, k3, each with a + or without")
     straight = kind.endswith("+") and estimator != "k2"
     limit = (20.0, 10.0) if estimator == "k3" else (None, None)
     return KL(coef, estimator, "straight_through_k2" if straight else "pathwise", limit=limit)
@@ -268,12 +248,7 @@ def _normalizer(agg_mode: str, info: Mapping[str, Any], live_rows: Tensor | None
 
 def _geometric_means(weights: Tensor, live: Tensor) -> Tensor:
     """Return each sequence's geometric mean of its tokens' weights, on every token: (B, T)."""
-    return _means(torch.where(live, (weights + 1e-10).log(), 0.0), live).exp()
-
-
-def _means(values: Tensor, live: Tensor) -> Tensor:
-    """Return each sequence's mean of values (B, T), 0 where a token is not live, on every token."""
-    return (values.sum(-1, keepdim=True) / live.sum(-1, keepdim=True).clamp(min=1)).expand_as(values)
+    return sequence_means(torch.where(live, (weights + 1e-10).log(), 0.0), live).exp()
 
 
 @torch.no_grad()
@@ -286,7 +261,7 @@ def _metrics(
         return {}
     old, advantages = (torch.where(live, values, 0.0).to(log_prob.dtype) for values in (old, advantages))
     log_ratio = clamp(log_ratio_of(log_prob, old), loss.log_ratio_limit)
-    step = _Step(log_prob, old, log_ratio, advantages, live)
+    step = Step(log_prob, old, log_ratio, advantages, live)
     named = {"actor/ppo_kl": -log_ratio}
     if loss.bounded is not None:
         fractions = loss.bounded(options, step)
@@ -295,7 +270,7 @@ def _metrics(
     count = live.sum().clamp(min=1)
     *found, spread = torch.stack([*(total / count for total in sums), _spread(advantages, live)]).tolist()
     if mode == "geo_mean" and spread > 0:
-        _refuse("geo_mean with advantages that differ within a sequence", "one advantage for each sequence")
+        refuse("verl", "geo_mean with advantages that differ within a sequence", "one advantage for each sequence")
     return dict(zip(named, found, strict=True))
 
 
@@ -306,10 +281,3 @@ def _spread(advantages: Tensor, live: Tensor) -> Tensor:
     highest = torch.where(live, advantages, -math.inf).amax(-1)
     lowest = torch.where(live, advantages, math.inf).amin(-1)
     return (highest - lowest).clamp(min=0).amax().double()
-
-
-def _refuse(option: str, supported: str) -> None:
-    raise ValueError(
-        f"verl: the policy losses of grpo_kernels do not have {option}; supported: {supported}. "
-        "patch_verl(losses=False) keeps verl's own."
-    )

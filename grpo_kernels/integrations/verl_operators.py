@@ -1,31 +1,13 @@
-"""verl's operators on these kernels: log-probs and entropies from logits, and both from hidden states."""
+"""verl's own operators on these kernels: entropies in chunks, and log-probs and entropies from hidden states."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..linear import linear_token_log_probs
-from ..log_probs import token_log_probs
-
-
-def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """Return the log-probs of ``labels`` (...) in logits (..., V), fp32 (fp64 for fp64).
-
-    ``inplace_backward``: backward writes the gradient over the logits, unless they are a leaf.
-    """
-    rows = logits.reshape(-1, logits.shape[-1])
-    inplace = inplace_backward and logits.grad_fn is not None
-    return token_log_probs(rows, labels.reshape(-1), inplace=inplace).log_probs.view(labels.shape)
-
-
-def entropy_from_logits(logits: Tensor) -> Tensor:
-    """Return the entropy of every row of logits (..., V), nats, fp32 (fp64 for fp64); finite beside -inf."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    some_token = torch.zeros(rows.shape[0], dtype=torch.int64, device=logits.device)
-    return token_log_probs(rows, some_token).entropy.view(logits.shape[:-1])
+from .operators import entropy_from_logits
 
 
 def entropy_from_logits_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:

@@ -1,0 +1,33 @@
+"""Operators that systems take log-probs and entropies from, on these kernels, and where they are looked up from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..log_probs import token_log_probs
+
+
+def always(function: Any) -> Callable[[Any], Any]:
+    """Return the replacement of a hook that needs nothing of the original."""
+    return lambda original: function
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    """Return the log-probs of ``labels`` (...) in logits (..., V), fp32 (fp64 for fp64): verl's and SkyRL's.
+
+    ``inplace_backward``: backward writes the gradient over the logits, unless they are a leaf.
+    """
+    rows = logits.reshape(-1, logits.shape[-1])
+    inplace = inplace_backward and logits.grad_fn is not None
+    return token_log_probs(rows, labels.reshape(-1), inplace=inplace).log_probs.view(labels.shape)
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """Return the entropy of every row of logits (..., V), nats, fp32 (fp64 for fp64); finite beside -inf."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    some_token = torch.zeros(rows.shape[0], dtype=torch.int64, device=logits.device)
+    return token_log_probs(rows, some_token).entropy.view(logits.shape[:-1])
