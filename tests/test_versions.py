@@ -81,7 +81,7 @@ def test_with_other_versions(path):
     )
     assert {name: pin.partition("+")[0] for name, pin in eval(told.stdout).items()} == names
     files = [str(ROOT / "tests" / f"{name}.py") for name in FILES]
-    command = [python, "-m", "pytest", "-q", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
+    command = [python, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
     result = subprocess.run(
         [*command, "-m", "not nightly and not peers and not ranks", *files],
         cwd=ROOT,
