@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 SOURCES := $(shell find csrc -type f) setup.py
+SYSTEMS := $(patsubst tests/nightly/%.txt,$(VENV)/%,$(wildcard tests/nightly/*.txt))
 
 ifeq ($(shell [ "$(origin PYTHON)" != file ] && $(PYTHON) -c "import torch" 2>/dev/null && echo yes),yes)
 RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
@@ -35,8 +36,8 @@ test-peers: $(VENV)/peers
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "peers and not nightly" $(ARGS)
 
 # Every stale part; make nightly PART=list shows them, PART="NAME NAME" runs these.
-nightly: $(VENV)/peers $(VENV)/verl $(VENV)/release
-	PYTHONPATH=$(CURDIR)/$(VENV)/verl $(VENV)/bin/python -m tests.nightly $(PART)
+nightly: $(VENV)/peers $(SYSTEMS) $(VENV)/release
+	$(VENV)/bin/python -m tests.nightly $(PART)
 
 # Beside TRL, Liger and PyTorch's own; make bench ARGS="--out DIR" writes tables and plots.
 bench: $(VENV)/peers
@@ -70,9 +71,14 @@ $(VENV)/peers: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[peers]"
 	touch $@
 
-# Without its dependencies, which are another PyTorch and another transformers, in a folder that nightly alone sees.
-$(VENV)/verl: tests/nightly/verl.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $@ -r $<
+# Without their dependencies, which are other PyTorches and transformers, each in a folder that its part of nightly alone
+# sees. What is built of sources (OpenRLHF's DeepSpeed and flash-attn) is its Python, without GPU kernels.
+$(SYSTEMS): export DS_BUILD_OPS := 0
+$(SYSTEMS): export FLASH_ATTENTION_SKIP_CUDA_BUILD := TRUE
+$(SYSTEMS): export FLASH_ATTENTION_FORCE_BUILD := TRUE
+$(SYSTEMS): $(VENV)/%: tests/nightly/%.txt | $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --upgrade \
+		--target $@ -r $<
 	rm -rf $@/tests $@/scripts
 	touch $@
 

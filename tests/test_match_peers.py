@@ -161,20 +161,3 @@ def test_verl(mode):
     assert report, str(report)
     assert report.config == wanted
     assert report.gradient_difference < 1e-6
-
-
-@pytest.mark.parametrize(
-    ("options", "wanted"),
-    [
-        ({}, LossConfig(Clip(0.2, 0.27), aggregation="token_mean")),
-        ({"token_level_loss": False}, LossConfig(Clip(0.2, 0.27))),
-        ({"dual_clip": 3.0}, LossConfig(Clip(0.2, 0.27, dual=3.0), aggregation="token_mean")),
-        ({"policy_loss_type": "gspo"}, LossConfig(Clip(0.2, 0.27), level="sequence", **NO_LIMIT)),
-    ],
-)
-def test_openrlhf(options, wanted):
-    """Where OpenRLHF 0.11.2 can be imported (its models need deepspeed)."""
-    losses = pytest.importorskip("openrlhf.models.loss", exc_type=ImportError)
-    report = match(losses.PolicyLoss(0.2, 0.27, **options))
-    assert report, str(report)
-    assert report.config == wanted

@@ -40,6 +40,11 @@ def test_parts_name_what_exists(name):
     assert part.minutes <= 25
 
 
+def test_parts_know_the_folders_that_make_installs():
+    named = {part.folder for part in PARTS.values() if part.folder}
+    assert named == {path.stem for path in (HERE / "nightly").glob("*.txt")}
+
+
 DEMO = """
 import os, time
 from pathlib import Path
@@ -50,6 +55,7 @@ HERE = Path(__file__).parent
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["first", "second", "third"])
 def test_nightly(name):
+    import of_this_part
     with (HERE / "log").open("a") as log:
         print(name, file=log)
     while (HERE / f"{name} waits").exists():
@@ -67,7 +73,10 @@ def tree(tmp_path):
     tests = tmp_path / "tests"
     shutil.copytree(HERE / "nightly", tests / "nightly", ignore=shutil.ignore_patterns("__pycache__"))
     source = (HERE / "nightly" / "parts.py").read_text()
-    part = 'PARTS = {"demo": Part(1, ("test_demo",), ("guarded",))}\n'
+    folder = tmp_path / "folder"
+    part = f'PARTS = {{"demo": Part(1, ("test_demo",), ("guarded",), folder="{folder}")}}\n'
+    folder.mkdir()
+    (folder / "of_this_part.py").touch()
     (tests / "nightly" / "parts.py").write_text(source[: source.index("PARTS = {")] + part)
     (tests / "test_demo.py").write_text(DEMO)
     (tmp_path / "guarded").touch()

@@ -1,208 +1,25 @@
-"""What ``patch_verl`` does to verl, on a stand-in with verl's names and signatures; tests/test_verl_parity.py has verl
-itself."""
+"""verl's options, and calls of its losses and operators that are patched, on a stand-in; test_patches.py has the patch,
+test_verl_parity.py verl itself."""
 
 from __future__ import annotations
 
 import importlib
 import sys
-import types
 from types import SimpleNamespace
 
 import pytest
 import torch
+from stand_ins import changed, functions
+from stand_ins.verl import CORE, KERNEL, LOSS, VERL
 
 from grpo_kernels import KL, Clip, LossConfig
-from grpo_kernels.integrations import patching
 from grpo_kernels.integrations.verl import loss_config, patch_verl
-from grpo_kernels.integrations.verl_losses import LOSSES, MISSING
-
-CORE = "verl.trainer.ppo.core_algos"
-LOGITS = "verl.utils.torch_functional"
-HEAD = "verl.utils.experimental.torch_functional"
-KERNEL = "verl.utils.kernel.linear_cross_entropy"
-ENGINE = "verl.workers.engine.fsdp.transformer_impl"
-MODES = (*LOSSES, *MISSING)
-LOSS = "(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode=0, config=None, rollout_is_weights=None)"
-SOURCES = {
-    "verl": "__version__ = '0.9.1'",
-    CORE: f"""
-POLICY_LOSS_REGISTRY = {{}}
-def register_policy_loss(name):
-    def decorator(function):
-        POLICY_LOSS_REGISTRY[name] = function
-        return function
-    return decorator
-for mode in {MODES!r}:
-    @register_policy_loss(mode)
-    def loss{LOSS}: return "verl's"
-""",
-    LOGITS: """
-def logprobs_from_logits(logits, labels, inplace_backward=True): return "verl's"
-def entropy_from_logits(logits): return "verl's"
-def entropy_from_logits_with_chunking(logits, chunk_size=2048): return "verl's"
-""",
-    HEAD: """
-class FusedLinearForPPO:
-    def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0): return "verl's"
-""",
-    KERNEL: """
-class LinearCrossEntropy:
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, temperature=1.0, reduction="none", dist_process_group=None): pass
-    @classmethod
-    def apply(cls, *args): return "verl's", args
-linear_cross_entropy = LinearCrossEntropy.apply
-""",
-    ENGINE: f"from {LOGITS} import logprobs_from_logits",
-}
+from grpo_kernels.integrations.verl_losses import MISSING
 
 
 @pytest.fixture
 def verl(monkeypatch):
-    """The stand-in's modules by name; whatever a test leaves patched is undone."""
-    modules = {}
-    for name, source in SOURCES.items():
-        module = types.ModuleType(name)
-        monkeypatch.setitem(sys.modules, name, module)
-        exec(source, vars(module))
-        modules[name] = module
-    yield modules
-    if "verl" in patching._patches:
-        patching._patches["verl"].undo()
-
-
-def functions(verl) -> dict:
-    """Everything of the stand-in that a patch may change."""
-    found = {f"{name}.{key}": value for name, module in verl.items() for key, value in vars(module).items()}
-    found |= {f"loss {mode}": loss for mode, loss in getattr(verl[CORE], "POLICY_LOSS_REGISTRY", {}).items()}
-    found["forward"] = getattr(getattr(verl[HEAD], "FusedLinearForPPO", None), "forward", None)
-    return {name: value for name, value in found.items() if callable(value)}
-
-
-def changed(before: dict, after: dict) -> set[str]:
-    return {name for name, value in after.items() if before[name] is not value}
-
-
-OPERATORS = {
-    *(f"{LOGITS}.{name}" for name in ("logprobs_from_logits", "entropy_from_logits")),
-    *(f"{LOGITS}.entropy_from_logits_with_chunking", "forward", f"{KERNEL}.linear_cross_entropy"),
-    f"{ENGINE}.logprobs_from_logits",
-}
-REGISTERED = {f"loss {mode}" for mode in MODES}
-
-
-@pytest.mark.parametrize(("losses", "operators"), [(True, True), (True, False), (False, True)])
-def test_patch_and_undo(verl, losses, operators):
-    """Also of what a module has imported by name; and of a module that imported ours."""
-    before = functions(verl)
-    patch = patch_verl(losses=losses, operators=operators)
-    assert changed(before, functions(verl)) == (REGISTERED if losses else set()) | (OPERATORS if operators else set())
-    late = verl[ENGINE].late = types.ModuleType("verl.late")
-    sys.modules["verl.late"] = late
-    try:
-        late.entropy_from_logits = verl[LOGITS].entropy_from_logits
-        patch.undo()
-        assert late.entropy_from_logits is before[f"{LOGITS}.entropy_from_logits"]
-    finally:
-        del sys.modules["verl.late"]
-    assert changed(before, functions(verl)) == set()
-    patch.undo()
-
-
-def test_a_patch_of_a_block_ends_with_it(verl):
-    before = functions(verl)
-    with pytest.raises(ZeroDivisionError), patch_verl():
-        1 / 0
-    assert changed(before, functions(verl)) == set()
-
-
-def test_two_patches_at_once_are_refused(verl):
-    message = "expected verl as it was installed; got one that is patched"
-    with patch_verl(operators=False), pytest.raises(RuntimeError, match=message):
-        patch_verl()
-    patch_verl().undo()
-
-
-def test_a_version_that_is_not_known_is_refused(verl):
-    verl["verl"].__version__ = "0.10.0"
-    with pytest.raises(RuntimeError, match=r"patch_verl: written for verl 0\.9\.1 and its internals; got 0\.10\.0"):
-        patch_verl()
-
-
-def test_without_verl(monkeypatch):
-    monkeypatch.setitem(sys.modules, "verl", None)
-    with pytest.raises(ImportError, match=r"pip install verl==0\.9\.1"):
-        patch_verl()
-
-
-def moved_arguments(verl):
-    exec("def entropy_from_logits(logits, temperature): pass", vars(verl[LOGITS]))
-    return r"entropy_from_logits to be verl's \(logits\); got .*\(logits, temperature\)"
-
-
-def moved_away(verl):
-    del verl[HEAD].FusedLinearForPPO.forward
-    return r"FusedLinearForPPO\.forward; got nothing"
-
-
-def moved_class(verl):
-    del verl[HEAD].FusedLinearForPPO
-    return r"FusedLinearForPPO\.forward; got nothing"
-
-
-def somebody_elses(verl):
-    def logprobs_from_logits(logits, labels, inplace_backward=True):
-        pass
-
-    verl[LOGITS].logprobs_from_logits = logprobs_from_logits
-    return "logprobs_from_logits to be verl's"
-
-
-def somebody_elses_loss(verl):
-    exec(f"def loss{LOSS}: pass", scope := {"__name__": "recipe"})
-    verl[CORE].POLICY_LOSS_REGISTRY["gspo"] = scope["loss"]
-    return r'the policy loss "gspo" to be verl\'s'
-
-
-def unregistered(verl):
-    del verl[CORE].POLICY_LOSS_REGISTRY["cispo"]
-    return 'the policy loss "cispo"; got nothing'
-
-
-def without_registry(verl):
-    del verl[CORE].POLICY_LOSS_REGISTRY
-    return "POLICY_LOSS_REGISTRY; got nothing"
-
-
-def another_kernel(verl):
-    verl[KERNEL].linear_cross_entropy = lambda *args: None
-    return r"linear_cross_entropy to be LinearCrossEntropy\.apply"
-
-
-MOVES = (
-    *(moved_arguments, moved_away, moved_class, somebody_elses, somebody_elses_loss, unregistered, without_registry),
-    another_kernel,
-)
-
-
-@pytest.mark.parametrize("move", MOVES, ids=lambda move: move.__name__)
-def test_a_hook_that_moved_is_refused_before_anything_is_changed(verl, move):
-    message = move(verl)
-    before = functions(verl)
-    with pytest.raises(RuntimeError, match=message):
-        patch_verl()
-    assert not patching._patches
-    assert changed(before, functions(verl)) == set()
-
-
-def test_what_was_replaced_since_stays(verl):
-    before = functions(verl)
-    patch = patch_verl()
-    own = verl[CORE].POLICY_LOSS_REGISTRY["gspo"] = lambda: None
-    with pytest.warns(UserWarning, match='patch_verl: the policy loss "gspo" had been replaced since'):
-        patch.undo()
-    assert changed(before, functions(verl)) == {"loss gspo"}
-    assert verl[CORE].POLICY_LOSS_REGISTRY["gspo"] is own
+    yield from VERL.installed(monkeypatch)
 
 
 def test_the_plugin_patches_where_it_is_imported(verl, monkeypatch):
@@ -210,7 +27,7 @@ def test_the_plugin_patches_where_it_is_imported(verl, monkeypatch):
     monkeypatch.delitem(sys.modules, name, raising=False)
     before = functions(verl)
     plugin = importlib.import_module(name)
-    assert changed(before, functions(verl)) == OPERATORS | REGISTERED
+    assert changed(before, functions(verl)) == VERL.operators | VERL.losses
     plugin.patch.undo()
     assert changed(before, functions(verl)) == set()
     del sys.modules[name]

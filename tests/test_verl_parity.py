@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from systems import KINDS, batch, cast, close_losses, gradient_of, model, rows, tolerance_of, with_garbage
 
 pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
 
@@ -28,7 +29,6 @@ from grpo_kernels.integrations.verl import loss_config, patch_verl
 from grpo_kernels.integrations.verl_losses import LOSSES, MISSING, MODES
 
 pytestmark = [pytest.mark.peers, pytest.mark.nightly]
-B, T = 6, 11
 OPTIONS = {
     "vanilla": dict(clip_ratio_low=0.2, clip_ratio_high=0.28),
     "dppo_tv": dict(clip_ratio_low=0.02, clip_ratio_high=0.03),
@@ -51,43 +51,9 @@ def actor(mode: str, info: dict | None = None, **options) -> ActorConfig:
     return ActorConfig(policy_loss=loss, **fixed, **options)
 
 
-def batch(kind: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Log-probs, old ones, advantages, mask and weights of (B, T) tokens, fp64."""
-    draw = torch.Generator("cpu").manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)  # noqa: E731
-    lengths = torch.tensor([11, 5, 7, 1, 3, 9])
-    mask = torch.arange(T) < lengths[:, None]
-    log_prob = -0.01 - 6 * torch.rand(B, T, generator=draw, dtype=torch.float64)
-    old, advantages = log_prob + 0.4 * randn(B, T), randn(B, 1).expand(B, T).clone()
-    if kind == "holes":
-        mask &= torch.rand(B, T, generator=draw) < 0.6
-    if kind == "empty sequences":
-        mask[1:3] = False
-    if kind == "nothing":
-        mask[:] = False
-    if kind == "on-policy":
-        old = log_prob.clone()
-    if kind == "zero advantages":
-        advantages[::2] = 0
-    if kind == "per-token advantages":
-        advantages = randn(B, T)
-    if kind == "far":
-        old = log_prob + 12 * randn(B, T)
-    if kind == "far sequences":
-        old = log_prob - torch.tensor([15.0, -15.0, 12.0, 30.0, 0.1, 8.0], dtype=torch.float64)[:, None]
-        advantages = advantages.abs() * torch.tensor([-1.0, 1, -1, 1, -1, -1], dtype=torch.float64)[:, None]
-    weights = 2 * torch.rand(B, T, generator=draw, dtype=torch.float64)
-    weights[0, 0] = 0
-    return dict(log_prob=log_prob, old=old, advantages=advantages, mask=mask, weights=weights)
-
-
-KINDS = ("ragged", "holes", "empty sequences", "on-policy", "zero advantages", "per-token advantages", "far")
-KINDS = (*KINDS, "far sequences", "nothing")
-
-
 def evaluated(mode, known, agg_mode, config, weighted, dtype):
     """Return loss, gradient and metrics of what is registered under ``mode`` now."""
-    given = {name: value.to(dtype) if value.is_floating_point() else value for name, value in known.items()}
+    given = cast(known, dtype)
     log_prob = given["log_prob"].requires_grad_()
     loss, metrics = get_policy_loss_fn(mode)(
         old_log_prob=given["old"],
@@ -101,19 +67,13 @@ def evaluated(mode, known, agg_mode, config, weighted, dtype):
     return loss.detach(), torch.autograd.grad(loss, log_prob)[0], metrics
 
 
-def close(mine, theirs, scale):
-    """Within 1e-5 of a size."""
-    torch.testing.assert_close(mine.double(), theirs, rtol=0, atol=1e-5 * max(float(scale), 1e-3))
-
-
 def compare(mode, known, agg_mode, info, weighted):
     """Ours in fp32 beside verl's own in fp64."""
     config = actor(mode, info)
     theirs = evaluated(mode, known, agg_mode, config, weighted, torch.float64)
     with patch_verl(operators=False):
         mine = evaluated(mode, known, agg_mode, config, weighted, torch.float32)
-    close(mine[0], theirs[0], max(theirs[0].abs(), theirs[1].abs().sum()))  # terms cancel
-    close(mine[1], theirs[1], theirs[1].abs().max())
+    close_losses(mine, theirs)
     assert set(mine[2]) == set(theirs[2])
     for name, value in theirs[2].items():
         assert mine[2][name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
@@ -171,33 +131,13 @@ def test_a_batch_without_a_token(mode):
 def test_what_is_masked_is_not_read(mode, garbage):
     """verl multiplies by the mask in the modes of sequences, where NaN stays (a listed fault)."""
     known = batch("holes")
-    clean = {name: torch.where(known["mask"], value, 0) for name, value in known.items()}
-    dirty = {name: torch.where(known["mask"], value, garbage) for name, value in clean.items() if name != "mask"}
+    clean, dirty = with_garbage(known, 0.0), with_garbage(known, garbage)
     with patch_verl(operators=False):
         for agg_mode in MODES:
             loss, gradient, metrics = evaluated(mode, clean, agg_mode, actor(mode), True, torch.float32)
-            again = evaluated(mode, {**dirty, "mask": known["mask"]}, agg_mode, actor(mode), True, torch.float32)
+            again = evaluated(mode, dirty, agg_mode, actor(mode), True, torch.float32)
             assert (loss, metrics) == (again[0], again[2])
             assert torch.equal(gradient, again[1])
-
-
-def rows(kind: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and labels, whose first column is impossible where ``kind`` says so."""
-    draw = torch.Generator("cpu").manual_seed(1)
-    shape = {"packed": (17, 90), "padded": (3, 6, 90), "one row": (1, 90), "masked columns": (17, 90)}[kind]
-    logits = 3 * torch.randn(shape, generator=draw)
-    labels = torch.randint(1, 90, shape[:-1], generator=draw)
-    if kind == "masked columns":
-        logits[:, ::3] = -math.inf
-        labels = labels // 3 * 3 + 1
-    return logits.to(dtype), labels
-
-
-def gradient_of(function, logits):
-    leaf = logits.clone().requires_grad_()
-    values = function(leaf * 1.0)
-    weights = torch.linspace(-1, 2, values.numel()).view(values.shape)
-    return values.detach(), torch.autograd.grad((values * weights.to(values.dtype)).sum(), leaf)[0]
 
 
 @pytest.mark.parametrize("kind", ["packed", "padded", "one row", "masked columns"])
@@ -208,7 +148,7 @@ def test_operators_of_logits(kind, dtype):
     exact = logits.double()
     theirs = gradient_of(lambda x: verl_F.logprobs_from_logits(x, labels), exact)
     their_entropy = gradient_of(verl_F.entropy_from_logits, exact)
-    tolerance = dict(rtol=2**-8, atol=1e-5) if dtype == torch.bfloat16 else dict(rtol=1e-5, atol=1e-6)
+    tolerance = tolerance_of(dtype)
     with patch_verl(losses=False):
         for inplace in (False, True):
             mine = gradient_of(lambda x, inplace=inplace: verl_F.logprobs_from_logits(x, labels, inplace), logits)
@@ -286,14 +226,6 @@ def test_fused_head_in_half_precision():
     for found, other, wanted in zip(mine, theirs, exact, strict=True):
         error, their_error = ((x.float() - wanted).square().mean().sqrt() for x in (found, other))
         assert error <= 1.2 * their_error
-
-
-def model():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-    more = dict(num_key_value_heads=2, vocab_size=120, max_position_embeddings=64, attn_implementation="sdpa")
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **more))
 
 
 def test_use_fused_kernels():

@@ -6,7 +6,10 @@ A package is looked up when it is patched; nothing of it is imported before.
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import importlib.metadata
+import importlib.util
 import inspect
 import re
 import sys
@@ -101,6 +104,36 @@ def patch(target: Target, changes: Callable[[], Iterable[Change]]) -> Patch:
         )
     _patches[target.package] = on = Patch(target, list(changes()))
     return on
+
+
+def when_imported(module: str, then: Callable[[], object]) -> None:
+    """Call ``then`` once a module has been imported: now, or when it is."""
+    if module in sys.modules:
+        then()
+    else:
+        sys.meta_path.insert(0, _Waiting(module, then))
+
+
+class _Waiting(importlib.abc.MetaPathFinder):
+    """Finds a module as others do, once, and calls a function when it has run."""
+
+    def __init__(self, module: str, then: Callable[[], object]) -> None:
+        self._module, self._then = module, then
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._module:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            run = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                run(module)
+                self._then()
+
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
 
 
 def check_version(target: Target) -> None:

@@ -31,6 +31,8 @@ class Part:
     """Globs besides those of the part's own files; with a ! before it, what they leave out."""
     cases: str = ""
     """What the ids of its tests in these files match; of every one, if empty."""
+    folder: str = ""
+    """In the environment, of packages that its tests alone see: tests/nightly/FOLDER.txt has what is in it."""
 
     @property
     def guards(self) -> tuple[str, ...]:
@@ -68,6 +70,13 @@ CALLS = (
     "test_rollout_kl",
 )
 
+
+def system(minutes: int, name: str, *files: str) -> Part:
+    """The part of a package that is patched."""
+    guarded = ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**", f"tests/nightly/{name}.txt", "tests/systems.py")
+    return Part(minutes, files, guarded, folder=name)
+
+
 PARTS = {
     "cuda": Part(5, (*ROWS, *CALLS, "test_zero_weights"), CUDA, ON_CUDA),
     "cuda-kernels": Part(
@@ -93,11 +102,8 @@ PARTS = {
         6, ("test_training", "test_training_ranks", "test_memory", "test_cli"), ("grpo_kernels/**", "csrc/**")
     ),
     "trl": Part(5, ("test_trl", "test_trl_models"), ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**")),
-    "verl": Part(
-        2,
-        ("test_verl", "test_verl_parity"),
-        ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**", "tests/nightly/verl.txt"),
-    ),
+    "verl": system(2, "verl", "test_verl", "test_verl_parity"),
+    "openrlhf": system(4, "openrlhf", "test_openrlhf"),
     **{
         f"versions-{name}": Part(
             12, ("test_versions",), (*KERNELS, *CPU, f"tests/nightly/versions/{name}.txt"), rf"\[{name}\]"

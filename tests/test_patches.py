@@ -1,0 +1,139 @@
+"""What a patch of a package does, on a stand-in with its names and signatures: all of it, none of it, and undone.
+
+The packages themselves are in test_verl_parity.py and test_openrlhf.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+
+import pytest
+from stand_ins import changed, functions, place, put
+from stand_ins.openrlhf import OPENRLHF
+from stand_ins.verl import VERL
+
+from grpo_kernels.integrations import patching, ray_plugin
+
+SYSTEMS = {system.package: system for system in (VERL, OPENRLHF)}
+RAY = ("openrlhf",)
+"""Those whose workers are patched through Ray; verl has a way of its own."""
+
+
+@pytest.fixture(params=SYSTEMS)
+def system(request):
+    return SYSTEMS[request.param]
+
+
+@pytest.fixture
+def modules(system, monkeypatch):
+    yield from system.installed(monkeypatch)
+
+
+@pytest.mark.parametrize(("losses", "operators"), [(True, True), (True, False), (False, True)])
+def test_patch_and_undo(system, modules, losses, operators):
+    """Also of what a module has imported by name; and of a module that imported ours."""
+    before = functions(modules)
+    patch = system.patch(losses=losses, operators=operators)
+    wanted = (system.losses if losses else set()) | (system.operators if operators else set())
+    assert changed(before, functions(modules)) == wanted
+    late = types.ModuleType(f"{system.package}.late")
+    sys.modules[late.__name__] = late
+    try:
+        holder, name = place(modules, system.imported)
+        setattr(late, name, getattr(holder, name))
+        patch.undo()
+        assert getattr(late, name) is before[system.imported]
+    finally:
+        del sys.modules[late.__name__]
+    assert changed(before, functions(modules)) == set()
+    patch.undo()
+
+
+def test_a_patch_of_a_block_ends_with_it(system, modules):
+    before = functions(modules)
+    with pytest.raises(ZeroDivisionError), system.patch():
+        1 / 0
+    assert changed(before, functions(modules)) == set()
+
+
+def test_two_patches_at_once_are_refused(system, modules):
+    message = f"expected {system.package} as it was installed; got one that is patched"
+    with system.patch(operators=False), pytest.raises(RuntimeError, match=message):
+        system.patch()
+    system.patch().undo()
+
+
+def test_a_version_that_is_not_known_is_refused(system, modules):
+    modules[system.package].__version__ = "99.1"
+    message = rf"patch_{system.package}: written for {system.package} {system.version} and its internals; got 99\.1"
+    with pytest.raises(RuntimeError, match=message):
+        system.patch()
+
+
+def test_without_the_package(system, monkeypatch):
+    monkeypatch.setitem(sys.modules, system.package, None)
+    with pytest.raises(ImportError, match=f"pip install {system.package}=={system.version}"):
+        system.patch()
+
+
+MOVES = [(package, move) for package, system in SYSTEMS.items() for move in system.moves]
+
+
+@pytest.mark.parametrize(("package", "move"), MOVES)
+def test_a_hook_that_moved_is_refused_before_anything_is_changed(package, move, monkeypatch):
+    system = SYSTEMS[package]
+    for modules in system.installed(monkeypatch):
+        change, message = system.moves[move]
+        change(modules)
+        before = functions(modules)
+        with pytest.raises(RuntimeError, match=message):
+            system.patch()
+        assert not patching._patches
+        assert changed(before, functions(modules)) == set()
+
+
+def test_what_was_replaced_since_stays(system, modules):
+    before, (path, name) = functions(modules), system.replaced
+    patch = system.patch()
+
+    def own():
+        pass
+
+    put(modules, path, own)
+    with pytest.warns(UserWarning, match=f"patch_{system.package}: {name} had been replaced since"):
+        patch.undo()
+    assert changed(before, functions(modules)) == {path}
+    assert functions(modules)[path] is own
+
+
+def test_a_patch_waits_for_the_import(tmp_path, monkeypatch):
+    """A module is patched when it has run, once; one that is there already, now."""
+    (tmp_path / "awaited").mkdir()
+    (tmp_path / "awaited" / "__init__.py").write_text("value = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen, finders = [], [*sys.meta_path]
+    patching.when_imported("awaited", lambda: seen.append(sys.modules["awaited"].value))
+    import json  # noqa: F401
+
+    assert seen == []
+    awaited = importlib.import_module("awaited")
+    assert seen == [1]
+    assert sys.meta_path == finders
+    importlib.reload(awaited)
+    patching.when_imported("awaited", lambda: seen.append("now"))
+    assert seen == [1, "now"]
+    del sys.modules["awaited"]
+
+
+@pytest.mark.parametrize("package", RAY)
+def test_ray_tells_its_workers(package):
+    """By name of a function that is there; a hook of the user's own is refused."""
+    told = getattr(ray_plugin, package)({"env_vars": {"A": "1"}})
+    assert told["env_vars"] == {"A": "1"}
+    module, name = told["worker_process_setup_hook"].rsplit(".", 1)
+    assert callable(getattr(importlib.import_module(module), name))
+    assert getattr(ray_plugin, package)(None) == {"worker_process_setup_hook": f"{module}.{name}"}
+    with pytest.raises(ValueError, match=f"got 'mine'. Call {module}.{name} in that"):
+        getattr(ray_plugin, package)({"worker_process_setup_hook": "mine"})
