@@ -1,6 +1,6 @@
 """What a patch of a package does, on a stand-in with its names and signatures: all of it, none of it, and undone.
 
-The packages themselves are in test_verl_parity.py and test_openrlhf.py.
+The packages themselves are in test_verl_parity.py, test_openrlhf.py and test_skyrl.py.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import types
 import pytest
 from stand_ins import changed, functions, place, put
 from stand_ins.openrlhf import OPENRLHF
+from stand_ins.skyrl import SKYRL
 from stand_ins.verl import VERL
 
 from grpo_kernels.integrations import patching, ray_plugin
 
-SYSTEMS = {system.package: system for system in (VERL, OPENRLHF)}
-RAY = ("openrlhf",)
+SYSTEMS = {system.package: system for system in (VERL, OPENRLHF, SKYRL)}
+RAY = ("openrlhf", "skyrl")
 """Those whose workers are patched through Ray; verl has a way of its own."""
 
 

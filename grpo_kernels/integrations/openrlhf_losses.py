@@ -70,8 +70,9 @@ def loss_config(args: Any) -> LossConfig:
             refuse("OpenRLHF", "algo.kl.use_loss, a mean over tokens, beside a mean over sequences", "token-mean")
         config = dataclasses.replace(config, kl=_kl(kl))
     if actor.entropy_coef:
-        own = None if by_tokens else "token_mean"
-        config = dataclasses.replace(config, entropy_coef=actor.entropy_coef, entropy_aggregation=own)
+        config = dataclasses.replace(
+            config, entropy_coef=actor.entropy_coef, entropy_aggregation=None if by_tokens else "token_mean"
+        )
     return config
 
 

@@ -104,6 +104,7 @@ PARTS = {
     "trl": Part(5, ("test_trl", "test_trl_models"), ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**")),
     "verl": system(2, "verl", "test_verl", "test_verl_parity"),
     "openrlhf": system(4, "openrlhf", "test_openrlhf"),
+    "skyrl": system(4, "skyrl", "test_skyrl"),
     **{
         f"versions-{name}": Part(
             12, ("test_versions",), (*KERNELS, *CPU, f"tests/nightly/versions/{name}.txt"), rf"\[{name}\]"

@@ -1,0 +1,108 @@
+"""SkyRL 0.3.0: ``patch_skyrl`` puts its policy losses, log-probs and entropies on these kernels.
+
+SkyRL's configuration stays as it is: the losses that there is a config for (``loss_config``) are registered under
+SkyRL's own names, and report SkyRL's metrics. KL and entropy bonus stay SkyRL's, which adds them behind the policy
+loss. ``ray_plugin`` patches its Ray workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..log_probs import token_log_probs
+from .operators import always, logprobs_from_logits
+from .patching import Change, Hook, Patch, Places, Target, changes_of, check, moved, patch, when_imported
+from .skyrl_losses import LOSSES, MISSING, policy_loss_of
+from .skyrl_losses import loss_config as loss_config
+
+_TARGET = Target("skyrl", "patch_skyrl", ("0.3.0",))
+_UTILS = "skyrl.backends.skyrl_train.utils"
+_LOSSES, _LOGITS = f"{_UTILS}.ppo_utils", f"{_UTILS}.torch_utils"
+_CORRECTION = f"{_UTILS}.off_policy_correction_utils"
+_LOSS_ARGUMENTS = ("log_probs", "old_log_probs", "advantages", "config", "loss_mask", "rollout_logprobs")
+
+
+def chunked_entropy_from_logits(
+    logits: Tensor, requires_grad: bool = False, attention_mask: Tensor | None = None, chunk_size: int = 1024
+) -> Tensor:
+    """Return the entropy of every row of logits (B, T, V), nats, fp32 (fp64 for fp64), 0 where ``attention_mask`` is;
+    it needs no memory that chunks would save."""
+    if attention_mask is not None and attention_mask.shape != logits.shape[:2]:
+        raise ValueError(
+            f"chunked_entropy_from_logits: expected attention_mask {tuple(logits.shape[:2])}; got "
+            f"{tuple(attention_mask.shape)}."
+        )
+    some_token = torch.zeros(logits.shape[:2], dtype=torch.int64, device=logits.device)
+    with contextlib.nullcontext() if requires_grad else torch.no_grad():
+        return token_log_probs(logits, some_token, attention_mask).entropy
+
+
+_OPERATORS = (
+    Hook(
+        *(_LOGITS, "logprobs_from_logits", ("logits", "labels", "inplace_backward")),
+        always(logprobs_from_logits),
+    ),
+    Hook(
+        *(_LOGITS, "chunked_entropy_from_logits", ("logits", "requires_grad", "attention_mask", "chunk_size")),
+        always(chunked_entropy_from_logits),
+    ),
+)
+
+
+def patch_skyrl(losses: bool = True, operators: bool = True) -> Patch:
+    """Put SkyRL on these kernels, in this process. Nothing is changed unless every hook is what it is known to be.
+
+    Args:
+        losses: the policy losses of SkyRL's registry, ``policy_loss_type``; those without a counterpart ("clip_cov",
+            "kl_cov") then raise where they are called.
+        operators: ``logprobs_from_logits`` and ``chunked_entropy_from_logits``, of which its model wrapper takes
+            log-probs and entropies.
+
+    Returns:
+        Patch, whose ``undo()`` gives SkyRL its own back: ``with patch_skyrl(): ...`` patches a block.
+
+    Raises:
+        ImportError: no SkyRL.
+        RuntimeError: another version; a hook that moved, has other arguments or was replaced; a patch that is on.
+    """
+    return patch(_TARGET, lambda: _changes(losses, operators))
+
+
+def patch_when_imported() -> None:
+    """Patch SkyRL as soon as its losses have been imported; of a process that never does (vLLM's), nothing is."""
+    when_imported(_LOSSES, patch_skyrl)
+
+
+def _changes(losses: bool, operators: bool) -> Iterator[Change]:
+    if operators:
+        yield from changes_of(_TARGET, _OPERATORS)
+    if losses:
+        yield from _loss_changes()
+
+
+def _loss_changes() -> Iterator[Change]:
+    found = getattr(importlib.import_module(_LOSSES), "PolicyLossRegistry", None)
+    registry: Any = getattr(found, "_functions", None)
+    if registry is None:
+        moved(_TARGET, f"{_LOSSES}.PolicyLossRegistry._functions", "", "nothing")
+    correction: Any = vars(importlib.import_module(_CORRECTION)).get("compute_off_policy_correction")
+    arguments = ("old_log_probs", "rollout_logprobs", "loss_mask", "off_policy_correction")
+    check(_TARGET, f"{_CORRECTION}.compute_off_policy_correction", correction, correction, arguments)
+    for name in (*LOSSES, *MISSING):
+        original, what = registry.get(name), f'the policy loss "{name}"'
+        check(_TARGET, what, original, original, _LOSS_ARGUMENTS)
+        yield Change(what, original, policy_loss_of(name, correction), _registered(registry, name))
+
+
+def _registered(registry: dict[str, Any], name: str) -> Places:
+    def places(value: Any) -> Iterator[Callable[[Any], None]]:
+        if registry.get(name) is value:
+            yield lambda new: registry.__setitem__(name, new)
+
+    return places
