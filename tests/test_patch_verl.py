@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from stand_ins import changed, functions
-from stand_ins.verl import CORE, KERNEL, LOSS, VERL
+from stand_ins.verl import CORE, KERNEL, LOSS, MEGATRON, VERL
 
 from grpo_kernels import KL, Clip, LossConfig
 from grpo_kernels.integrations.verl import loss_config, patch_verl
@@ -31,6 +31,18 @@ def test_the_plugin_patches_where_it_is_imported(verl, monkeypatch):
     plugin.patch.undo()
     assert changed(before, functions(verl)) == set()
     del sys.modules[name]
+
+
+@pytest.mark.parametrize("missing", ["megatron.core", "megatron"])
+def test_operators_over_ranks_are_left_out_without_megatron(verl, monkeypatch, missing):
+    """Where it is not installed, or nothing of that name is, verl's module of them does not import."""
+    monkeypatch.delitem(sys.modules, "megatron.core")
+    monkeypatch.delitem(sys.modules, MEGATRON)
+    monkeypatch.setitem(sys.modules, missing, None)
+    before = functions(verl)
+    with patch_verl():
+        over_ranks = {path for path in VERL.operators if path.startswith(MEGATRON)}
+        assert changed(before, functions(verl)) == VERL.operators - over_ranks | VERL.losses
 
 
 def actor(loss_mode="vanilla", **options):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from distributed import pool
 from systems import batch, cast, close_losses
 from test_docs import ROOT, run_blocks
 
@@ -220,6 +221,28 @@ def test_slime(recipes, name):
     torch.testing.assert_close(logged["entropy_loss"], reduction(torch.cat(entropies)), rtol=1e-5, atol=1e-6)
     fallen = reduction(torch.cat(batch["log_probs"]) - torch.cat(log_probs))
     torch.testing.assert_close(logged["ppo_kl"], fallen, rtol=1e-5, atol=1e-6)
+
+
+def slime_on_a_rank(name):
+    """Loss and gradient of this rank's columns."""
+    args = SimpleNamespace(**{**SLIME, **SLIME_LOSSES[name]})
+    logits, batch = slime_batch(torch.float32)
+    group = torch.distributed.group.WORLD
+    own = logits.detach().chunk(group.size(), -1)[group.rank()].clone().requires_grad_()
+    loss = [namespace for _, namespace in run_blocks(ROOT / "docs" / "systems.md")][-1]["slime_loss"]
+    return with_gradient(loss(args, batch, own, slime_reduction(batch["loss_masks"]), vocab_group=group)[0], own)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["ppo", "gspo", "bonus"])
+def test_slime_over_ranks(name):
+    """Tensor parallelism: a vocabulary over two ranks."""
+    args = SimpleNamespace(**{**SLIME, **SLIME_LOSSES[name]})
+    logits, batch = slime_batch(torch.float64)
+    theirs = with_gradient(slime_plain(args, batch, logits, slime_reduction(batch["loss_masks"])), logits)
+    (loss, first), (same, second) = pool(2).run(slime_on_a_rank, name)
+    assert loss == same
+    close_losses((loss, torch.cat([first, second], -1)), theirs)
 
 
 def test_slime_on_policy(recipes):

@@ -44,6 +44,8 @@ class Hook(NamedTuple):
     signature: str = ""
     """What has these arguments, where that is another name: the forward of an autograd function, which is patched
     itself or by its ``apply``."""
+    needs: str = ""
+    """A package that the hook's module imports: where there is none, nothing of the hook's runs and it is left out."""
 
 
 class Change(NamedTuple):
@@ -156,6 +158,8 @@ def changes_of(target: Target, hooks: Iterable[Hook]) -> Iterator[Change]:
         RuntimeError: a hook that moved, has other arguments or was replaced.
     """
     for hook in hooks:
+        if hook.needs and not _installed(hook.needs):
+            continue
         module = importlib.import_module(hook.module)
         original = _checked(target, module, hook)
         *owners, last = hook.name.split(".")
@@ -185,6 +189,13 @@ def moved(target: Target, what: str, expected: str, got: str) -> None:
         f"{target.caller}: expected {what}{f' to be {expected}' if expected else ''}; got {got}. Something else has "
         f"patched {target.package}, or this is another one."
     )
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # no parent either
+        return False
 
 
 def _checked(target: Target, module: Any, hook: Hook) -> Any:

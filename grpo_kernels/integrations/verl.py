@@ -28,6 +28,7 @@ _LOSS_ARGUMENTS = (
 
 
 _LOGITS, _HEAD = "verl.utils.torch_functional", "verl.utils.experimental.torch_functional"
+_MEGATRON = "verl.utils.megatron.tensor_parallel"
 _HOOKS = (
     Hook(
         *(_LOGITS, "logprobs_from_logits", ("logits", "labels", "inplace_backward")),
@@ -49,6 +50,14 @@ _HOOKS = (
         verl_operators.linear_cross_entropy_or,
         signature="LinearCrossEntropy.forward",
     ),
+    *(
+        Hook(_MEGATRON, function.__name__, arguments, always(function), needs="megatron.core")
+        for function, arguments in (
+            (verl_operators.vocab_parallel_log_probs_from_logits, ("logits", "labels")),
+            (verl_operators.vocab_parallel_entropy, ("vocab_parallel_logits",)),
+            (verl_operators.vocab_parallel_entropy_with_chunking, ("vocab_parallel_logits", "chunk_size")),
+        )
+    ),
 )
 
 
@@ -60,7 +69,8 @@ def patch_verl(losses: bool = True, operators: bool = True, shadow: int = 0) -> 
             ("clip_cov", "kl_cov", "bypass_mode") then raise where they are called.
         operators: ``logprobs_from_logits``, ``entropy_from_logits`` (chunked, too), and what ``use_fused_kernels``
             takes log-probs and entropies from: ``FusedLinearForPPO``, and ``linear_cross_entropy`` where it is not over
-            ranks.
+            ranks. Where Megatron is installed, its engine's as well: ``vocab_parallel_log_probs_from_logits`` and
+            ``vocab_parallel_entropy``.
         shadow: calls of a policy loss, of all modes together, between two comparisons with verl's own of the same
             log-probs; 0 is none. The logger ``grpo_kernels.shadow`` gets a line of both losses and the difference of
             their gradients, at WARNING where that is more than rounding.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.machinery
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ class StandIn:
     package: str
     patch: Callable[..., patching.Patch]
     sources: Mapping[str, str]
-    """Of its modules by name, the package first."""
+    """Of its modules by name, the package first; those of others that it needs as well."""
     losses: frozenset[str]
     operators: frozenset[str]
     """Paths of what the patch changes."""
@@ -47,6 +48,7 @@ class StandIn:
         modules = {}
         for name, source in self.sources.items():
             module = types.ModuleType(name)
+            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
             monkeypatch.setitem(sys.modules, name, module)
             exec(source, vars(module))
             modules[name] = module

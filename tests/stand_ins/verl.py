@@ -12,6 +12,7 @@ LOGITS = "verl.utils.torch_functional"
 HEAD = "verl.utils.experimental.torch_functional"
 KERNEL = "verl.utils.kernel.linear_cross_entropy"
 ENGINE = "verl.workers.engine.fsdp.transformer_impl"
+MEGATRON = "verl.utils.megatron.tensor_parallel"
 MODES = (*LOSSES, *MISSING)
 LOSS = "(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode=0, config=None, rollout_is_weights=None)"
 REGISTRY = f"{CORE}.POLICY_LOSS_REGISTRY"
@@ -52,6 +53,12 @@ class LinearCrossEntropy:
 linear_cross_entropy = LinearCrossEntropy.apply
 """,
         ENGINE: f"from {LOGITS} import logprobs_from_logits",
+        "megatron.core": "",
+        MEGATRON: """
+def vocab_parallel_log_probs_from_logits(logits, labels): return "verl's"
+def vocab_parallel_entropy(vocab_parallel_logits): return "verl's"
+def vocab_parallel_entropy_with_chunking(vocab_parallel_logits, chunk_size=2048): return "verl's"
+""",
     },
     losses=frozenset(f"{REGISTRY}.{mode}" for mode in MODES),
     operators=frozenset(
@@ -59,6 +66,8 @@ linear_cross_entropy = LinearCrossEntropy.apply
             *(f"{LOGITS}.{name}" for name in ("logprobs_from_logits", "entropy_from_logits")),
             *(f"{LOGITS}.entropy_from_logits_with_chunking", FORWARD, f"{KERNEL}.linear_cross_entropy"),
             f"{ENGINE}.logprobs_from_logits",
+            *(f"{MEGATRON}.vocab_parallel_{name}" for name in ("log_probs_from_logits", "entropy")),
+            f"{MEGATRON}.vocab_parallel_entropy_with_chunking",
         }
     ),
     imported=f"{LOGITS}.entropy_from_logits",
@@ -67,6 +76,10 @@ linear_cross_entropy = LinearCrossEntropy.apply
         "moved arguments": (
             of_others(f"{LOGITS}.entropy_from_logits", "(logits, temperature)", LOGITS),
             r"entropy_from_logits to be verl's \(logits\); got .*\(logits, temperature\)",
+        ),
+        "moved over ranks": (
+            moved_away(f"{MEGATRON}.vocab_parallel_entropy"),
+            r"tensor_parallel\.vocab_parallel_entropy; got nothing",
         ),
         "moved away": (moved_away(FORWARD), r"FusedLinearForPPO\.forward; got nothing"),
         "moved class": (moved_away(FORWARD.removesuffix(".forward")), r"FusedLinearForPPO\.forward; got nothing"),
