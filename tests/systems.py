@@ -99,3 +99,10 @@ def model():
     sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     more = dict(num_key_value_heads=2, vocab_size=120, max_position_embeddings=64, attn_implementation="sdpa")
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **more))
+
+
+def assert_shadow_sees_rounding(caplog, whose: str) -> None:
+    """Assert that one comparison was logged, with a system's own loss, and that it says rounding."""
+    lines = [record for record in caplog.records if record.name == "grpo_kernels.shadow"]
+    assert [record.levelname for record in lines] == ["INFO"], [record.message for record in lines]
+    assert f"({whose})" in lines[0].message

@@ -19,7 +19,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from systems import KINDS, batch, cast, close_losses, gradient_of, model, rows, tolerance_of, with_garbage
+from systems import (
+    KINDS,
+    assert_shadow_sees_rounding,
+    batch,
+    cast,
+    close_losses,
+    gradient_of,
+    model,
+    rows,
+    tolerance_of,
+    with_garbage,
+)
 
 pytest.importorskip("openrlhf", exc_type=ImportError)
 sys.modules.setdefault("flash_attn_2_cuda", types.ModuleType("flash_attn_2_cuda"))
@@ -419,3 +430,11 @@ def test_ray_patches_its_workers():
     command = [sys.executable, "-W", "ignore", "-c", IN_A_WORKER]
     found = subprocess.run(command, capture_output=True, env=environment, check=True, text=True)
     assert found.stdout.splitlines()[-1] == "['False', 'grpo_kernels.integrations.openrlhf_losses']"
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_shadow_finds_no_difference(correction, caplog):
+    caplog.set_level("INFO", "grpo_kernels.shadow")
+    with patch_openrlhf(shadow=1):
+        evaluated(loss_of(**CORRECTIONS[correction]), batch("ragged"), {}, torch.float32)
+    assert_shadow_sees_rounding(caplog, "OpenRLHF")

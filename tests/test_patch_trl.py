@@ -48,7 +48,13 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", CASES)
+LONG = ("A2PO", "RLOO", "OnlineDPO", "Distillation, forward KL", "Distillation, JSD")
+"""Seconds each, of functions that others' cases call too: nightly."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.nightly if name in LONG else ()) for name in CASES]
+)
 def test_two_steps(folder, tmp_path, monkeypatch, name):
     """Logs, weights, and what was called. Sums are in another order: fp32 rounding, of differences near 0 as well."""
     case, runs = CASES[name], []

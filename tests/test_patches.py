@@ -138,3 +138,11 @@ def test_ray_tells_its_workers(package):
     assert getattr(ray_plugin, package)(None) == {"worker_process_setup_hook": f"{module}.{name}"}
     with pytest.raises(ValueError, match=f"got 'mine'. Call {module}.{name} in that"):
         getattr(ray_plugin, package)({"worker_process_setup_hook": "mine"})
+
+
+@pytest.mark.parametrize("shadow", [-1, True, 0.5, "50"])
+def test_shadow_is_a_number_of_calls(system, modules, shadow):
+    before = functions(modules)
+    with pytest.raises(ValueError, match=f"patch_{system.package}: expected shadow to be an int >= 0"):
+        system.patch(shadow=shadow)
+    assert changed(before, functions(modules)) == set()

@@ -18,7 +18,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from systems import KINDS, batch, cast, close_losses, gradient_of, model, rows, tolerance_of, with_garbage
+from systems import (
+    KINDS,
+    assert_shadow_sees_rounding,
+    batch,
+    cast,
+    close_losses,
+    gradient_of,
+    model,
+    rows,
+    tolerance_of,
+    with_garbage,
+)
 
 pytest.importorskip("skyrl", exc_type=ImportError)
 sys.modules.setdefault("flash_attn_2_cuda", types.ModuleType("flash_attn_2_cuda"))
@@ -151,7 +162,7 @@ def test_signatures(name):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_batch_without_a_token(name):
     with patch_skyrl(operators=False):
-        loss, gradient, metrics = evaluated(name, batch("nothing"), algorithm(name), torch.float32)
+        loss, gradient, metrics = evaluated(name, batch("nothing"), algorithm(name, **OPTIONS[name][0]), torch.float32)
     assert loss == 0
     assert not gradient.any()
     assert not any(metrics.values())
@@ -407,3 +418,11 @@ def test_ray_patches_its_workers():
     command = [sys.executable, "-W", "ignore", "-c", IN_A_WORKER]
     found = subprocess.run(command, capture_output=True, env=environment, check=True, text=True)
     assert found.stdout.splitlines()[-1] == "['False', 'grpo_kernels_gspo']"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_shadow_finds_no_difference(name, caplog):
+    caplog.set_level("INFO", "grpo_kernels.shadow")
+    with patch_skyrl(shadow=1):
+        evaluated(name, batch("ragged"), algorithm(name, **OPTIONS[name][0]), torch.float32)
+    assert_shadow_sees_rounding(caplog, "SkyRL")

@@ -92,8 +92,17 @@ CASES = [*((mode, "dapo") for mode in MODES), *((mode, "vespo") for mode in MODE
 """VESPO multiplies the weights into its ratio, and TRL has it with tokens' alone; test_trl.py has the other losses."""
 
 
-@pytest.mark.parametrize("level", ["token", "sequence"])
-@pytest.mark.parametrize(("mode", "loss_type"), CASES)
+ALWAYS = (("token_truncate", "dapo", "token"), ("sequence_mask", "dapo", "sequence"))
+"""In every run; the others are nightly."""
+
+
+@pytest.mark.parametrize(
+    ("mode", "loss_type", "level"),
+    [
+        pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.nightly)
+        for case in ((*pair, level) for pair in CASES for level in ("token", "sequence"))
+    ],
+)
 def test_ten_steps(serve, mode, loss_type, level):
     """Logs (TRL's sampling/ metrics among them) and weights of both trainers, with ratios cut on both sides."""
     low, high = CAPS[mode]
@@ -113,12 +122,14 @@ def test_ten_steps(serve, mode, loss_type, level):
         assert least == 0 < most <= high
 
 
+@pytest.mark.nightly
 def test_the_weights_matter(serve):
     """Runs that could not tell them would be no tests: without the correction the same batches train other weights."""
     runs = [run_of(serve(FusedGRPOTrainer, vllm_importance_sampling_correction=on))[1] for on in (True, False)]
     assert max(float((one - other).abs().max()) for one, other in zip(*map(dict.values, runs), strict=True)) > 1e-4
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "options", [{"off_policy_mask_threshold": 0.02}, {"vllm_importance_sampling_correction": False}]
 )

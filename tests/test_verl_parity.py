@@ -12,7 +12,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from systems import KINDS, batch, cast, close_losses, gradient_of, model, rows, tolerance_of, with_garbage
+from systems import (
+    KINDS,
+    assert_shadow_sees_rounding,
+    batch,
+    cast,
+    close_losses,
+    gradient_of,
+    model,
+    rows,
+    tolerance_of,
+    with_garbage,
+)
 
 pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
 
@@ -417,6 +428,4 @@ def test_shadow_finds_no_difference(mode, caplog):
     caplog.set_level("INFO", "grpo_kernels.shadow")
     with patch_verl(shadow=1):
         evaluated(mode, batch("ragged"), "seq-mean-token-mean", actor(mode), False, torch.float32)
-    lines = [record for record in caplog.records if record.name == "grpo_kernels.shadow"]
-    assert [record.levelname for record in lines] == ["INFO"]
-    assert "(verl)" in lines[0].message
+    assert_shadow_sees_rounding(caplog, "verl")

@@ -16,26 +16,28 @@ PolicyLoss = Callable[..., Any]
 """Of tensors of log-probs and options; its first result is the loss."""
 
 
-def beside(loss: PolicyLoss, theirs: PolicyLoss, turns: Turns, whose: str, of: str) -> PolicyLoss:
-    """Return a policy loss that, when its turn has come, is compared with the package's own of the same arguments: the
-    loss and its gradient in the log-probs, argument ``of``. What trains is ``loss``; both are computed once more."""
-    if not turns.every:
-        return loss
+def beside(loss: PolicyLoss, turns: Turns, whose: str, of: str) -> Callable[[PolicyLoss], PolicyLoss]:
+    """Return what takes the place of a package's policy loss: ``loss``, which when its turn has come is compared with
+    the package's own of the same arguments, value and gradient in the log-probs, argument ``of``. What trains is
+    ``loss``; for a comparison both are computed once more."""
     signature = inspect.signature(loss)
 
-    @functools.wraps(loss)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+    def in_place_of(theirs: PolicyLoss) -> PolicyLoss:
+        @functools.wraps(loss)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
 
-        def compare(call: int) -> Sighting:
-            log_probs = given[of].detach().requires_grad_()
-            yours, ours = (_with_gradient(one(**{**given, of: log_probs})[0], log_probs) for one in (theirs, loss))
-            return seen(call, yours, ours, log_probs.dtype, whose)
+            def compare(call: int) -> Sighting:
+                log_probs = given[of].detach().requires_grad_()
+                yours, ours = (_with_gradient(one(**{**given, of: log_probs})[0], log_probs) for one in (theirs, loss))
+                return seen(call, yours, ours, log_probs.dtype, whose)
 
-        turns.take(compare)
-        return loss(*args, **kwargs)
+            turns.take(compare)
+            return loss(*args, **kwargs)
 
-    return watched
+        return watched
+
+    return in_place_of if turns.every else lambda theirs: loss
 
 
 def _with_gradient(loss: Tensor, log_probs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calls.sighting import Turns, check_every
 from ..log_probs import token_log_probs
+from .beside import beside
 from .operators import always, logprobs_from_logits
 from .patching import Change, Hook, Patch, Places, Target, changes_of, check, moved, patch, when_imported
 from .skyrl_losses import LOSSES, MISSING, policy_loss_of
@@ -55,7 +57,7 @@ _OPERATORS = (
 )
 
 
-def patch_skyrl(losses: bool = True, operators: bool = True) -> Patch:
+def patch_skyrl(losses: bool = True, operators: bool = True, shadow: int = 0) -> Patch:
     """Put SkyRL on these kernels, in this process. Nothing is changed unless every hook is what it is known to be.
 
     Args:
@@ -63,15 +65,20 @@ def patch_skyrl(losses: bool = True, operators: bool = True) -> Patch:
             "kl_cov") then raise where they are called.
         operators: ``logprobs_from_logits`` and ``chunked_entropy_from_logits``, of which its model wrapper takes
             log-probs and entropies.
+        shadow: calls of a policy loss, of all of them together, between two comparisons with SkyRL's own of the same
+            log-probs; 0 is none. The logger ``grpo_kernels.shadow`` gets a line of both losses and the difference of
+            their gradients, at WARNING where that is more than rounding.
 
     Returns:
         Patch, whose ``undo()`` gives SkyRL its own back: ``with patch_skyrl(): ...`` patches a block.
 
     Raises:
+        ValueError: ``shadow`` that is not a number of calls.
         ImportError: no SkyRL.
         RuntimeError: another version; a hook that moved, has other arguments or was replaced; a patch that is on.
     """
-    return patch(_TARGET, lambda: _changes(losses, operators))
+    turns = Turns(check_every("patch_skyrl", shadow))
+    return patch(_TARGET, lambda: _changes(losses, operators, turns))
 
 
 def patch_when_imported() -> None:
@@ -79,14 +86,14 @@ def patch_when_imported() -> None:
     when_imported(_LOSSES, patch_skyrl)
 
 
-def _changes(losses: bool, operators: bool) -> Iterator[Change]:
+def _changes(losses: bool, operators: bool, turns: Turns) -> Iterator[Change]:
     if operators:
         yield from changes_of(_TARGET, _OPERATORS)
     if losses:
-        yield from _loss_changes()
+        yield from _loss_changes(turns)
 
 
-def _loss_changes() -> Iterator[Change]:
+def _loss_changes(turns: Turns) -> Iterator[Change]:
     found = getattr(importlib.import_module(_LOSSES), "PolicyLossRegistry", None)
     registry: Any = getattr(found, "_functions", None)
     if registry is None:
@@ -95,9 +102,10 @@ def _loss_changes() -> Iterator[Change]:
     arguments = ("old_log_probs", "rollout_logprobs", "loss_mask", "off_policy_correction")
     check(_TARGET, f"{_CORRECTION}.compute_off_policy_correction", correction, correction, arguments)
     for name in (*LOSSES, *MISSING):
-        original, what = registry.get(name), f'the policy loss "{name}"'
-        check(_TARGET, what, original, original, _LOSS_ARGUMENTS)
-        yield Change(what, original, policy_loss_of(name, correction), _registered(registry, name))
+        what, original = f'the policy loss "{name}"', registry.get(name)
+        original = check(_TARGET, what, original, original, _LOSS_ARGUMENTS)
+        ours = beside(policy_loss_of(name, correction), turns, "SkyRL", of="log_probs")(original)
+        yield Change(what, original, ours, _registered(registry, name))
 
 
 def _registered(registry: dict[str, Any], name: str) -> Places:

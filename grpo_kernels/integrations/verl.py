@@ -103,7 +103,7 @@ def _loss_changes(turns: Turns) -> Iterator[Change]:
     for mode in (*LOSSES, *MISSING):
         what, original = f'the policy loss "{mode}"', registry.get(mode)
         original = check(_TARGET, what, original, original, _LOSS_ARGUMENTS)
-        ours = beside(policy_loss_of(mode), original, turns, "verl", of="log_prob")
+        ours = beside(policy_loss_of(mode), turns, "verl", of="log_prob")(original)
         yield Change(what, original, ours, _registered(module, mode))
 
 

@@ -101,7 +101,11 @@ PARTS = {
     "commands": Part(
         6, ("test_training", "test_training_ranks", "test_memory", "test_cli"), ("grpo_kernels/**", "csrc/**")
     ),
-    "trl": Part(5, ("test_trl", "test_trl_models"), ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**")),
+    "trl": Part(
+        12,
+        ("test_trl", "test_trl_models", "test_trl_server", "test_patch_trl"),
+        ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**"),
+    ),
     "verl": system(3, "verl", "test_verl", "test_verl_parity", "test_verl_ranks"),
     "openrlhf": system(4, "openrlhf", "test_openrlhf"),
     "skyrl": system(4, "skyrl", "test_skyrl"),
