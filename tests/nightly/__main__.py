@@ -10,11 +10,8 @@ the files that it guards stay as they are.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -45,24 +42,12 @@ def print_parts() -> None:
         print(f"    guards {' '.join(part.guards)}; about {part.minutes} min")
 
 
-@contextlib.contextmanager
-def seeing(folder: str) -> Iterator[None]:
-    """Put a folder of the environment on the path that workers are given."""
-    path = [*sys.path]
-    if folder:
-        sys.path.insert(0, str(Path(sys.prefix, folder)))
-    yield
-    sys.path[:] = path
-
-
 def run(name: str) -> Row | None:
     """The part's row, as written; None where the run did not come to its end."""
     part = PARTS[name]
     commit, digest = commit_of(part.guards), digest_of(part.guards)
     arguments = ["-n", "2", "--dist", "worksteal", "-p", "tests.nightly.plugin", "--part", name, "--digest", digest]
-    with seeing(part.folder):
-        status = pytest.main([*arguments, *(f"tests/{file}.py" for file in part.files)])
-    if status not in COMPLETE:
+    if pytest.main([*arguments, *(f"tests/{file}.py" for file in part.files)]) not in COMPLETE:
         return None
     row = Row.of(name, commit, digest)
     write_row(row)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -30,8 +33,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    see(PARTS[config.option.part].folder)
     if not hasattr(config, "workerinput"):  # reports of all workers arrive here
         config.pluginmanager.register(Recorder(Progress(config.option.part, config.option.digest)))
+
+
+def see(folder: str) -> None:
+    """Put a folder of the environment on the path of this worker, and of processes that its tests start."""
+    if folder and "PYTEST_XDIST_WORKER" in os.environ:
+        place = str(Path(sys.prefix, folder))
+        sys.path.insert(0, place)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH")]))
 
 
 class Recorder:
