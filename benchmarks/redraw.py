@@ -21,6 +21,7 @@ BENCHMARKS = (
     "divergence",
     "scaling",
     "surrogates",
+    "system_steps",
     "train_sort",
     "training_step",
     "trl_functions",

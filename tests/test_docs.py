@@ -231,6 +231,8 @@ FIGURES = {
     "distill_sort",
     "divergence",
     "trl_step",
+    "trl_functions",
+    "system_steps",
     "surrogates",
     "scaling",
 }
