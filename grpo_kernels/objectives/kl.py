@@ -35,7 +35,8 @@ class KL:
             - "straight_through_k2": x, that of the KL itself on-policy (verl's ``k1+``, ``k3+``);
             - "weighted_k2": min(r, ratio_cap)·x, that of the KL on samples of the old policy, r the detached ratio
               (OpenRLHF's ``unbiased_gradient``);
-            - "score_function": estimator + its slope, that of k·exp(ℓ - sg(ℓ)) (NeMo-RL's default).
+            - "score_function": estimator + its slope, that of k·exp(ℓ - sg(ℓ)) (NeMo-RL's default, which has slope 0
+              beyond its clamps: with ``limit`` they differ there).
         ratio_weighted: multiply by the (differentiable) ratio to the old policy, as TRL's
             ``use_bias_correction_kl`` and DeepSeek-V3.2 do; needs "pathwise". On-policy it changes the
             gradient of k3 from 1 - exp(-x) to x, not the value.
