@@ -7,7 +7,8 @@ import types
 
 import pytest
 
-from grpo_kernels.integrations.patching import Hook, Target, changes_of, patch
+from grpo_kernels.integrations import patching
+from grpo_kernels.integrations.patching import Change, Hook, Target, changes_of, patch
 
 TARGET = Target("package", "patch_package", ("2.1",))
 SOURCES = {
@@ -75,3 +76,29 @@ def test_arguments_are_those_of_its_forward(package):
     with pytest.raises(RuntimeError, match=r"_Operator to be package's \(ctx, hidden, weight\); got .*\(ctx, hidden\)"):
         patch(TARGET, lambda: changes_of(TARGET, HOOKS))
     assert package["package.trainer"].Trainer().step() == ("theirs", "theirs")
+
+
+def test_a_module_that_is_not_to_be_imported_is_passed_over(package, monkeypatch):
+    """``None`` in ``sys.modules`` keeps a module from being imported."""
+    monkeypatch.setitem(sys.modules, "package.absent", None)
+    trainer = package["package.trainer"].Trainer
+    with patch(TARGET, lambda: changes_of(TARGET, HOOKS)):
+        assert package["package.utils"]._Operator.apply() == "ours, made with theirs"
+        assert trainer().step() == ("ours", "ours")
+    assert trainer().step() == ("theirs", "theirs")
+
+
+def test_a_place_that_cannot_be_set_leaves_nothing_changed(package):
+    """What was changed before it is given back, and the package can be patched again."""
+
+    def refuse(new):
+        raise OSError("read-only")
+
+    operator, trainer = package["package.utils"]._Operator, package["package.trainer"].Trainer
+    fixed = Change("fixed", "theirs", "ours", lambda value: iter([refuse] if value == "theirs" else []))
+    with pytest.raises(OSError, match="read-only"):
+        patch(TARGET, lambda: [*changes_of(TARGET, HOOKS), fixed])
+    assert package["package.utils"]._Operator is operator
+    assert trainer().step() == ("theirs", "theirs")
+    assert not patching._patches
+    patch(TARGET, lambda: changes_of(TARGET, HOOKS)).undo()

@@ -61,13 +61,26 @@ class Patch:
 
     def __init__(self, target: Target, changes: list[Change]) -> None:
         self._target, self._changes = target, changes
-        for change in changes:
-            for place in change.places(change.original):
-                place(change.ours)
+        try:
+            for change in changes:
+                for place in list(change.places(change.original)):
+                    place(change.ours)
+        except BaseException:
+            self._give_back()
+            raise
 
     def undo(self) -> None:
         """Give the package its own functions back, in whatever module of its holds ours; a second call does nothing.
         What somebody else has put in their place since stays there, and is named in a warning."""
+        lost = self._give_back()
+        self._changes = []
+        if _patches.get(self._target.package) is self:
+            del _patches[self._target.package]
+        if lost:
+            warn_caller(f"{self._target.caller}: {', '.join(lost)} had been replaced since, and stays as it is.")
+
+    def _give_back(self) -> list[str]:
+        """Put the originals where ours are; return the names of those that are nowhere."""
         lost = []
         for change in self._changes:
             places = list(change.places(change.ours))
@@ -75,11 +88,7 @@ class Patch:
                 place(change.original)
             if not places:
                 lost.append(change.name)
-        self._changes = []
-        if _patches.get(self._target.package) is self:
-            del _patches[self._target.package]
-        if lost:
-            warn_caller(f"{self._target.caller}: {', '.join(lost)} had been replaced since, and stays as it is.")
+        return lost
 
     def __enter__(self) -> Patch:
         return self
@@ -214,9 +223,10 @@ def _places_of(target: Target, owner: Any, name: str) -> Places:
     import it by name."""
 
     def places(value: Any) -> Iterator[Callable[[Any], None]]:
-        modules = [module for key, module in sys.modules.items() if key.split(".")[0] == target.package]
+        known = list(sys.modules.items())  # at once: another thread may import
+        modules = [module for key, module in known if key.split(".")[0] == target.package]
         for holder in modules if owner is None else [owner]:
-            held = vars(holder).get(name)
+            held = getattr(holder, "__dict__", {}).get(name)  # None stands for a module that is not to be imported
             if held is value:
                 yield lambda new, holder=holder: setattr(holder, name, new)  # type: ignore[misc]
             elif isinstance(held, staticmethod) and held.__func__ is value:
