@@ -6,6 +6,7 @@ The packages themselves are in test_verl_parity.py, test_openrlhf.py and test_sk
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import types
 
@@ -125,6 +126,23 @@ def test_a_patch_waits_for_the_import(tmp_path, monkeypatch):
     importlib.reload(awaited)
     patching.when_imported("awaited", lambda: seen.append("now"))
     assert seen == [1, "now"]
+    del sys.modules["awaited"]
+
+
+def test_a_patch_waits_through_a_lookup_and_a_failed_import(tmp_path, monkeypatch):
+    """Whether a module is there is asked for by its spec; what an import lacked may be there at the next."""
+    (tmp_path / "awaited.py").write_text("import lacking")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen, finders = [], [*sys.meta_path]
+    patching.when_imported("awaited", lambda: seen.append("patched"))
+    assert importlib.util.find_spec("awaited").name == "awaited"
+    with pytest.raises(ImportError):
+        importlib.import_module("awaited")
+    assert seen == []
+    monkeypatch.setitem(sys.modules, "lacking", types.ModuleType("lacking"))
+    importlib.import_module("awaited")
+    assert seen == ["patched"]
+    assert sys.meta_path == finders
     del sys.modules["awaited"]
 
 

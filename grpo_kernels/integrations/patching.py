@@ -126,7 +126,7 @@ def when_imported(module: str, then: Callable[[], object]) -> None:
 
 
 class _Waiting(importlib.abc.MetaPathFinder):
-    """Finds a module as others do, once, and calls a function when it has run."""
+    """Finds a module as others do, until it has run, and calls a function then."""
 
     def __init__(self, module: str, then: Callable[[], object]) -> None:
         self._module, self._then = module, then
@@ -134,14 +134,16 @@ class _Waiting(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         if fullname != self._module:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        behind = sys.meta_path[sys.meta_path.index(self) + 1 :]
+        spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in behind)), None)
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
                 run(module)
-                self._then()
+                if self in sys.meta_path:  # whoever only looked for the module has a loader like this one
+                    sys.meta_path.remove(self)
+                    self._then()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
