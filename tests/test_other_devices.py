@@ -153,9 +153,9 @@ def test_what_takes_a_missing_operators_place_has_its_results(monkeypatch, call)
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("offsets", [[0, 0, 3, 3, 5], [0, 5], [0, 0], [0]])
+@pytest.mark.parametrize("offsets", [[0, 0, 3, 3, 5], [0, 5], [0, 0], [0], [2, 3, 3, 4], [5, 5]])
 def test_segments(monkeypatch, offsets):
-    """Empty ones too, at both ends; values behind the last offset have no part."""
+    """Empty ones too, at both ends; values before the first offset and behind the last have no part."""
     values, offsets = torch.tensor([1.0, -2.0, 4.0, -8.0, 16.0]), torch.tensor(offsets)
     pairs = list(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True))
     monkeypatch.setattr(sequences, "_COMPLETE", ())

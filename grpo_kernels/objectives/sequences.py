@@ -57,9 +57,11 @@ def segment_max(values: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _segment(values: Tensor, offsets: Tensor) -> Tensor:
-    """Return the segment of each value, int64 (n,); of those behind the last offset, one of their own."""
+    """Return the segment of each value, int64 (n,); of those before the first offset and behind the last, one of their
+    own."""
     positions = torch.arange(values.shape[0], device=values.device)
-    return torch.searchsorted(offsets[1:].to(torch.int64), positions, right=True)
+    segment = torch.searchsorted(offsets[1:].to(torch.int64), positions, right=True)
+    return torch.where(positions < offsets[:1], offsets.shape[0] - 1, segment)
 
 
 def _sequence_sum_fake(values: Tensor, cu_seqlens: Tensor) -> Tensor:
