@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import types
 
 import pytest
+import torch
 
 from grpo_kernels.integrations import patching
 from grpo_kernels.integrations.patching import Change, Hook, Target, changes_of, patch
@@ -76,6 +78,24 @@ def test_arguments_are_those_of_its_forward(package):
     with pytest.raises(RuntimeError, match=r"_Operator to be package's \(ctx, hidden, weight\); got .*\(ctx, hidden\)"):
         patch(TARGET, lambda: changes_of(TARGET, HOOKS))
     assert package["package.trainer"].Trainer().step() == ("theirs", "theirs")
+
+
+def test_a_decorator_of_somebody_elses_is_refused(package):
+    """It goes by the name of what it is around; PyTorch's, which compiles the package's own, does not count."""
+    trainer = package["package.trainer"].Trainer
+    loss = trainer.loss
+    trainer.loss = staticmethod(torch.compile(loss))
+    patch(TARGET, lambda: changes_of(TARGET, HOOKS)).undo()
+
+    @functools.wraps(loss)
+    def timed(*args, **kwargs):
+        return "timed"
+
+    for decorated in (timed, torch.compile(timed)):
+        trainer.loss = staticmethod(decorated)
+        with pytest.raises(RuntimeError, match=rf"Trainer\.loss to be package's .* got {__name__}\.Trainer\.loss"):
+            patch(TARGET, lambda: changes_of(TARGET, HOOKS))
+        assert trainer.loss is decorated
 
 
 def test_a_module_that_is_not_to_be_imported_is_passed_over(package, monkeypatch):

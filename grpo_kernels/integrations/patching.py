@@ -187,11 +187,25 @@ def check(target: Target, what: str, original: Any, described: Any, arguments: t
     if original is None or described is None:
         moved(target, what, "", "nothing")
     found = tuple(inspect.signature(described).parameters)
-    home = getattr(described, "__module__", None) or ""
-    if found != arguments or home.split(".")[0] != target.package:
+    home = _stranger(described, target.package)
+    if found != arguments or home is not None:
         own = f"{target.package}'s ({', '.join(arguments)})"
-        moved(target, what, own, f"{home}.{described.__qualname__}({', '.join(found)})")
+        name = f"{home or described.__module__}.{described.__qualname__}"
+        moved(target, what, own, f"{name}({', '.join(found)})")
     return original
+
+
+def _stranger(function: Any, package: str) -> str | None:
+    """Return the module of a function that is not the package's, or of another's decorator around it, which goes by the
+    name and module of what it wraps; None if there is neither. PyTorch compiles functions by one of its own."""
+    while True:
+        home: str = getattr(function, "__globals__", {}).get("__name__") or function.__module__ or ""
+        inner = getattr(function, "__wrapped__", None)
+        if home.split(".")[0] != package and (inner is None or home.split(".")[0] != "torch"):
+            return home
+        if inner is None:
+            return None
+        function = inner
 
 
 def moved(target: Target, what: str, expected: str, got: str) -> None:
