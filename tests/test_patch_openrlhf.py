@@ -25,7 +25,7 @@ def arguments(**changes):
     actor |= dict(policy_loss_type="ppo", entropy_coef=None)
     advantage = dict(is_correction_level="off", is_correction_mode="mask", is_correction_gating="ratio")
     advantage |= dict(is_correction_threshold=[0.5, 5.0])
-    kl = dict(use_loss=False, init_coef=0.01, estimator="k1", unbiased_gradient=False)
+    kl = dict(use_loss=False, init_coef=0.01, estimator="k1", unbiased_gradient=False, target=None)
     groups = [
         SimpleNamespace(**{name: changes.get(name, value) for name, value in fields.items()})
         for fields in (actor, advantage, kl)
@@ -86,6 +86,7 @@ def test_configs(options, wanted):
             dict(use_loss=True, loss_agg_mode="seq-mean-token-mean"),
             "algo.kl.use_loss, a mean over tokens, beside a mean over sequences",
         ),
+        (dict(use_loss=True, target=6.0), "a config for algo.kl.target, by which the coefficient moves"),
     ],
 )
 def test_what_has_no_counterpart_is_named(options, message):

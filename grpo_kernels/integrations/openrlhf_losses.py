@@ -68,6 +68,8 @@ def loss_config(args: Any) -> LossConfig:
     if kl.use_loss and kl.init_coef > 0:
         if not by_tokens:
             refuse("OpenRLHF", "algo.kl.use_loss, a mean over tokens, beside a mean over sequences", "token-mean")
+        if kl.target:
+            refuse("OpenRLHF", "a config for algo.kl.target, by which the coefficient moves", "algo.kl.init_coef alone")
         config = dataclasses.replace(config, kl=_kl(kl))
     if actor.entropy_coef:
         config = dataclasses.replace(
