@@ -27,6 +27,10 @@ LATENT = {
     **dict(n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=1, q_lora_rank=8, kv_lora_rank=8),
     **dict(qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, head_dim=8),
 }
+STATES = {
+    **dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_n_groups=1, mamba_chunk_size=8),
+}
+"""transformers 5.17 would allocate 26 GB for the sizes that FalconH1 has by itself."""
 KINDS = (
     *("llama", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "cohere", "cohere2", "phi"),
     *("granite", "granitemoe", "gpt2", "gpt_neox", "bloom", "opt", "glm4", "deepseek_v3", "gpt_oss", "hyperclovax"),
@@ -38,7 +42,7 @@ HEADS = {"logit_scale": 0.3, "logits_scaling": 4.0, "final_logit_softcapping": 5
 
 def tiny(kind: str = "qwen3", **changes) -> torch.nn.Module:
     transformers.logging.set_verbosity_error()
-    sizes = {**TINY, **(LATENT if kind == "deepseek_v3" else {}), **changes}
+    sizes = {**TINY, **{"deepseek_v3": LATENT, "falcon_h1": STATES}.get(kind, {}), **changes}
     config = transformers.AutoConfig.for_model(kind, **sizes)
     for name, value in HEADS.items():
         if hasattr(config, name):
