@@ -1093,5 +1093,21 @@ def test_shadow_never_stops_training(caplog):
         shadow(loss, every=0)
 
 
+def test_shadow_outlives_a_log_that_raises(caplog):
+    """The comparison has its own line and is kept; the fault is named for what it is."""
+    logits, ids, advantages, mask, known = training_batch()
+
+    def full(line):
+        raise OSError("disk full")
+
+    config, factor, _ = KNOWN[hand_written]
+    watched = shadow(hand_written, config, factor=factor, log=full)
+    with caplog.at_level(logging.INFO, logger="grpo_kernels.shadow"):
+        watched(logits, ids, advantages, mask, **known).loss.backward()
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert caplog.messages[0] == str(watched.history[0])
+    assert caplog.messages[1] == "shadow, call 0: log= raised OSError: disk full"
+
+
 def test_roles_of_a_module():
     assert Caller(AsOpenRLHF()).roles["action_mask"] == "mask"

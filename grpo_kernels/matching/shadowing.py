@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calls.outputs import LossOutput
-from ..calls.sighting import Sighting, Turns, seen
+from ..calls.sighting import LOG, Sighting, Turns, seen
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..objectives.config import LossConfig
@@ -67,15 +67,18 @@ class Shadow:
     def __call__(
         self, logits: Tensor, token_ids: Tensor, advantages: Tensor, mask: Tensor | None = None, **options: Any
     ) -> LossOutput:
-        self._turns.take(lambda call: self._look(call, logits, token_ids, advantages, mask, **options))
+        sighting = self._turns.take(lambda call: self._compare(call, logits, token_ids, advantages, mask, **options))
+        if sighting is not None:
+            self._tell(sighting)
         return grpo_loss(logits, token_ids, advantages, mask, config=self.config, **options)
 
-    def _look(self, call: int, *tensors: Any, **options: Any) -> Sighting:
-        sighting = self._compare(call, *tensors, **options)
+    def _tell(self, sighting: Sighting) -> None:
         self.history.append(sighting)
         if self.log is not None:
-            self.log(str(sighting))
-        return sighting
+            try:
+                self.log(str(sighting))
+            except Exception as error:  # which must not stop training either
+                LOG.warning("shadow, call %d: log= raised %s: %s", sighting.call, type(error).__name__, error)
 
     def _compare(
         self, call: int, logits: Tensor, ids: Tensor, A: Tensor, mask: Tensor | None, **options: Any
