@@ -94,11 +94,11 @@ def test_what_has_no_counterpart_is_named(options, message):
         loss_config(arguments(**options))
 
 
-def call(openrlhf, rollout=None, **options):
+def call(openrlhf, rollout=None, mask=None, **options):
     torch.manual_seed(0)
     log_probs, advantages = -torch.rand(3, 4), torch.randn(3, 4)
     loss = openrlhf[LOSS].PolicyLoss(**options)
-    return loss.forward(log_probs, log_probs - 0.1, advantages, None, rollout)
+    return loss.forward(log_probs, log_probs - 0.1, advantages, mask, rollout)
 
 
 def test_a_call(openrlhf):
@@ -128,6 +128,14 @@ def test_a_call(openrlhf):
 def test_what_has_no_counterpart_raises_where_it_is_called(openrlhf, options, message):
     with patch_openrlhf(), pytest.raises(ValueError, match=message):
         call(openrlhf, **options)
+
+
+@pytest.mark.parametrize(("value", "check"), [(math.nan, "0"), (-1.0, "0"), (0.5, "1")])
+def test_a_mask_of_other_numbers_is_refused(openrlhf, monkeypatch, value, check):
+    """As every mask of this package: fractions where contents are checked."""
+    monkeypatch.setenv("GRPO_KERNELS_CHECK", check)
+    with patch_openrlhf(), pytest.raises(ValueError, match=r"OpenRLHF: PolicyLoss\.forward: .*action_mask"):
+        call(openrlhf, mask=torch.tensor([1.0, value, 1.0, 0.0]).expand(3, 4))
 
 
 def test_operators(openrlhf):

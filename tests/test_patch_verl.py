@@ -4,6 +4,7 @@ test_verl_parity.py verl itself."""
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from types import SimpleNamespace
 
@@ -91,11 +92,11 @@ def test_what_has_no_counterpart_is_named(options, message):
         loss_config(actor(**options))
 
 
-def call(verl, mode, **options):
+def call(verl, mode, mask=None, **options):
     torch.manual_seed(0)
     log_prob = -torch.rand(3, 4)
     given = actor(mode, **options)
-    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask = torch.ones(3, 4, dtype=torch.bool) if mask is None else mask
     arguments = {"old_log_prob": log_prob - 0.1, "log_prob": log_prob, "advantages": torch.randn(3, 4)}
     return verl[CORE].POLICY_LOSS_REGISTRY[mode](
         **arguments, response_mask=mask, loss_agg_mode="token-mean", config=given
@@ -107,6 +108,14 @@ def test_a_mode_without_a_counterpart_raises_where_it_is_called(verl, mode):
     with patch_verl(), pytest.raises(ValueError, match=rf'"{mode}".*patch_verl\(losses=False\) keeps verl\'s own'):
         call(verl, mode)
     assert call(verl, mode) == "verl's"
+
+
+@pytest.mark.parametrize(("value", "check"), [(math.nan, "0"), (-1.0, "0"), (0.5, "1")])
+def test_a_mask_of_other_numbers_is_refused(verl, monkeypatch, value, check):
+    """As every mask of this package: fractions where contents are checked."""
+    monkeypatch.setenv("GRPO_KERNELS_CHECK", check)
+    with patch_verl(), pytest.raises(ValueError, match=r'verl: loss_mode="vanilla": .*response_mask'):
+        call(verl, "vanilla", mask=torch.tensor([1.0, value, 1.0, 0.0]).expand(3, 4))
 
 
 def test_several_ranks_need_the_global_batch(verl):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..objectives.checks import check_name, fail
+from ..objectives.checks import check_name, fail, read_mask
 from ..objectives.config import LossConfig
 from ..objectives.kl import KL
 from ..objectives.maths import clamp, log_ratio_of
@@ -119,7 +119,9 @@ def policy_loss_forward(
     """``PolicyLoss.forward``: return the loss, and by OpenRLHF's definitions ``clip_ratio``, ``ppo_kl``, and with a
     correction of PPO ``vllm_kl`` and ``is_filter_ratio``. A mean over no token is 0, where OpenRLHF's is NaN."""
     config = _policy_config(self)
-    live = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask != 0
+    live = torch.ones_like(log_probs, dtype=torch.bool)
+    if action_mask is not None:
+        live = read_mask("OpenRLHF: PolicyLoss.forward", action_mask, {"action_mask": action_mask}, name="action_mask")
     anchor, gate = old_log_probs, None
     if self.is_correction_level != "off":
         if rollout_log_probs is None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..objectives.checks import check_name, fail
+from ..objectives.checks import check_name, fail, read_mask
 from ..objectives.config import LossConfig
 from ..objectives.kl import ESTIMATORS, KL
 from ..objectives.maths import clamp, log_ratio_of
@@ -205,7 +205,8 @@ def policy_loss_of(mode: str) -> PolicyLoss:
     ) -> tuple[Tensor, dict[str, float]]:
         if config is None:
             fail(f'verl: loss_mode="{mode}"', "config=, the actor's options", "None", error=TypeError)
-        live = response_mask != 0
+        given = {"response_mask": response_mask}
+        live = read_mask(f'verl: loss_mode="{mode}"', response_mask, given, name="response_mask")
         info = dict(getattr(config, "global_batch_info", None) or {})
         length = info.get("loss_scale_factor") or response_mask.shape[-1]
         objective = _policy_config(mode, config, loss_agg_mode, length)  # which refuses a mode that there is none for
