@@ -86,7 +86,7 @@ def warnings(sources: Path) -> list[str]:
     """Return what a publisher should know before these files go anywhere."""
     found = []
     git = shutil.which("git")
-    if git and run(git, "status", "--porcelain"):
+    if git and (ROOT / ".git").exists() and run(git, "status", "--porcelain"):  # a source distribution has no history
         found.append("the tree is not as committed: these files are of no commit.")
     readme = subprocess.run(
         ["tar", "-xOf", str(sources), "--wildcards", "*/PKG-INFO"], capture_output=True, text=True, check=True
