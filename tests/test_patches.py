@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import threading
 import types
 
 import pytest
@@ -96,6 +97,13 @@ def test_a_hook_that_moved_is_refused_before_anything_is_changed(package, move, 
         assert changed(before, functions(modules)) == set()
 
 
+def test_an_undone_patch_is_no_block_s(system, modules):
+    patch = system.patch()
+    patch.undo()
+    with pytest.raises(RuntimeError, match="expected a patch that is on; got one that was undone"), patch:
+        pass
+
+
 def test_what_was_replaced_since_stays(system, modules):
     before, (path, name) = functions(modules), system.replaced
     patch = system.patch()
@@ -108,6 +116,54 @@ def test_what_was_replaced_since_stays(system, modules):
         patch.undo()
     assert changed(before, functions(modules)) == {path}
     assert functions(modules)[path] is own
+
+
+def test_one_place_of_several_that_was_replaced_is_told(system, modules):
+    """The others are given back: a module has the function by name, and its home has somebody's wrapper of ours."""
+    before, path = functions(modules), system.imported
+    late = types.ModuleType(f"{system.package}.late")
+    name = path.rpartition(".")[2]
+    setattr(late, name, before[path])
+    sys.modules[late.__name__] = late
+    try:
+        patch = system.patch()
+        ours = getattr(late, name)
+        put(modules, path, lambda *args: ours(*args))
+        with pytest.warns(UserWarning, match=rf"patch_{system.package}: {path} had been replaced since"):
+            patch.undo()
+        assert getattr(late, name) is before[path]
+    finally:
+        del sys.modules[late.__name__]
+    assert changed(before, functions(modules)) == {path}
+
+
+def test_of_patches_in_several_threads_one_is_on(system, modules, recwarn):
+    """The others are told that it is; undoing it undoes all."""
+    before = functions(modules)
+    barrier, results = threading.Barrier(8), []
+
+    def work():
+        barrier.wait()
+        try:
+            results.append(system.patch())
+        except RuntimeError as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for step in (threading.Thread.start, threading.Thread.join):
+            for thread in threads:
+                step(thread)
+    finally:
+        sys.setswitchinterval(interval)
+    (on,) = [result for result in results if not isinstance(result, str)]
+    for told in results:
+        assert told is on or "got one that is patched: undo() that" in told
+    on.undo()
+    assert changed(before, functions(modules)) == set()
+    assert not recwarn
 
 
 def test_a_patch_waits_for_the_import(tmp_path, monkeypatch):

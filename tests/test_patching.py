@@ -115,7 +115,7 @@ def test_a_place_that_cannot_be_set_leaves_nothing_changed(package):
         raise OSError("read-only")
 
     operator, trainer = package["package.utils"]._Operator, package["package.trainer"].Trainer
-    fixed = Change("fixed", "theirs", "ours", lambda value: iter([refuse] if value == "theirs" else []))
+    fixed = Change("theirs", "ours", lambda value: iter([("fixed", refuse)] if value == "theirs" else []))
     with pytest.raises(OSError, match="read-only"):
         patch(TARGET, lambda: [*changes_of(TARGET, HOOKS), fixed])
     assert package["package.utils"]._Operator is operator

@@ -5,6 +5,7 @@ A package is looked up when it is patched; nothing of it is imported before.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -18,8 +19,10 @@ from typing import Any, NamedTuple
 
 from ..objectives.checks import warn_caller
 
-Places = Callable[[Any], Iterator[Callable[[Any], None]]]
-"""Of a value: setters of the places that hold it, now."""
+Place = tuple[str, Callable[[Any], object]]
+"""Its name, as a message calls it, and its setter."""
+Places = Callable[[Any], Iterator[Place]]
+"""Of a value: the places that hold it, now."""
 
 
 class Target(NamedTuple):
@@ -49,8 +52,6 @@ class Hook(NamedTuple):
 
 
 class Change(NamedTuple):
-    name: str
-    """As a message calls it."""
     original: Any
     ours: Any
     places: Places
@@ -59,38 +60,40 @@ class Change(NamedTuple):
 class Patch:
     """A patch that is on; ``undo()``, or the end of a ``with`` block, takes it off."""
 
-    def __init__(self, target: Target, changes: list[Change]) -> None:
-        self._target, self._changes = target, changes
-        try:
-            for change in changes:
-                for place in list(change.places(change.original)):
-                    place(change.ours)
-        except BaseException:
-            self._give_back()
-            raise
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._changes: list[tuple[Change, list[str]]] = []
+
+    def put(self, changes: list[Change]) -> None:
+        """Make changes, and keep the places of each, so that one which fails half way can be undone."""
+        for change in changes:
+            put: list[str] = []
+            self._changes.append((change, put))
+            for name, place in list(change.places(change.original)):
+                place(change.ours)
+                put.append(name)
 
     def undo(self) -> None:
         """Give the package its own functions back, in whatever module of its holds ours; a second call does nothing.
         What somebody else has put in their place since stays there, and is named in a warning."""
-        lost = self._give_back()
+        lost = []
+        for change, before in self._changes:
+            places = dict(change.places(change.ours))
+            for place in places.values():
+                place(change.original)
+            lost += [name for name in before if name not in places]
         self._changes = []
         if _patches.get(self._target.package) is self:
             del _patches[self._target.package]
         if lost:
             warn_caller(f"{self._target.caller}: {', '.join(lost)} had been replaced since, and stays as it is.")
 
-    def _give_back(self) -> list[str]:
-        """Put the originals where ours are; return the names of those that are nowhere."""
-        lost = []
-        for change in self._changes:
-            places = list(change.places(change.ours))
-            for place in places:
-                place(change.original)
-            if not places:
-                lost.append(change.name)
-        return lost
-
     def __enter__(self) -> Patch:
+        if _patches.get(self._target.package) is not self:
+            caller = self._target.caller
+            raise RuntimeError(
+                f"{caller}: expected a patch that is on; got one that was undone: call {caller}() again."
+            )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -109,11 +112,16 @@ def patch(target: Target, changes: Callable[[], Iterable[Change]]) -> Patch:
         RuntimeError: another version; a patch of it that is on; what ``changes`` raises.
     """
     check_version(target)
-    if target.package in _patches:
+    on = Patch(target)
+    if _patches.setdefault(target.package, on) is not on:  # at once: another thread may be patching
         raise RuntimeError(
             f"{target.caller}: expected {target.package} as it was installed; got one that is patched: undo() that."
         )
-    _patches[target.package] = on = Patch(target, list(changes()))
+    try:
+        on.put(list(changes()))
+    except BaseException:
+        on.undo()
+        raise
     return on
 
 
@@ -175,7 +183,7 @@ def changes_of(target: Target, hooks: Iterable[Hook]) -> Iterator[Change]:
         original = _checked(target, module, hook)
         *owners, last = hook.name.split(".")
         owner = _found(module, ".".join(owners)) if owners else None
-        yield Change(hook.name, original, hook.replacement(original), _places_of(target, owner, last))
+        yield Change(original, hook.replacement(original), _places_of(target, owner, last))
 
 
 def check(target: Target, what: str, original: Any, described: Any, arguments: tuple[str, ...]) -> Any:
@@ -238,15 +246,18 @@ def _places_of(target: Target, owner: Any, name: str) -> Places:
     """Return the places of an attribute: of its class, or of every module of the package that is imported, since some
     import it by name."""
 
-    def places(value: Any) -> Iterator[Callable[[Any], None]]:
+    def places(value: Any) -> Iterator[Place]:
         known = list(sys.modules.items())  # at once: another thread may import
-        modules = [module for key, module in known if key.split(".")[0] == target.package]
-        for holder in modules if owner is None else [owner]:
+        holders = {key: module for key, module in known if key.split(".")[0] == target.package}
+        if owner is not None:
+            holders = {f"{owner.__module__}.{owner.__qualname__}": owner}
+        for path, holder in holders.items():
             held = getattr(holder, "__dict__", {}).get(name)  # None stands for a module that is not to be imported
+            put = functools.partial(setattr, holder, name)
             if held is value:
-                yield lambda new, holder=holder: setattr(holder, name, new)  # type: ignore[misc]
+                yield f"{path}.{name}", put
             elif isinstance(held, staticmethod) and held.__func__ is value:
-                yield lambda new, holder=holder: setattr(holder, name, staticmethod(new))  # type: ignore[misc]
+                yield f"{path}.{name}", lambda new, put=put: put(staticmethod(new))
 
     return places
 

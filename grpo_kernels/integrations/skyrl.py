@@ -8,8 +8,9 @@ loss. ``ray_plugin`` patches its Ray workers.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..calls.sighting import Turns, check_every
 from ..log_probs import token_log_probs
 from .beside import beside
 from .operators import always, logprobs_from_logits
-from .patching import Change, Hook, Patch, Places, Target, changes_of, check, moved, patch, when_imported
+from .patching import Change, Hook, Patch, Place, Places, Target, changes_of, check, moved, patch, when_imported
 from .skyrl_losses import LOSSES, MISSING, policy_loss_of
 from .skyrl_losses import loss_config as loss_config
 
@@ -105,12 +106,12 @@ def _loss_changes(turns: Turns) -> Iterator[Change]:
         what, original = f'the policy loss "{name}"', registry.get(name)
         original = check(_TARGET, what, original, original, _LOSS_ARGUMENTS)
         ours = beside(policy_loss_of(name, correction), turns, "SkyRL", of="log_probs")(original)
-        yield Change(what, original, ours, _registered(registry, name))
+        yield Change(original, ours, _registered(registry, name))
 
 
 def _registered(registry: dict[str, Any], name: str) -> Places:
-    def places(value: Any) -> Iterator[Callable[[Any], None]]:
+    def places(value: Any) -> Iterator[Place]:
         if registry.get(name) is value:
-            yield lambda new: registry.__setitem__(name, new)
+            yield f'the policy loss "{name}"', functools.partial(registry.__setitem__, name)
 
     return places

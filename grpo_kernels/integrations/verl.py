@@ -8,14 +8,14 @@ verl is looked up when it is patched; ``grpo_kernels.integrations.verl_plugin`` 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from ..calls.sighting import Turns, check_every
 from . import verl_operators
 from .beside import beside
 from .operators import always, entropy_from_logits, logprobs_from_logits
-from .patching import Change, Hook, Patch, Places, Target, changes_of, check, moved, patch
+from .patching import Change, Hook, Patch, Place, Places, Target, changes_of, check, moved, patch
 from .verl_losses import LOSSES, MISSING, policy_loss_of
 from .verl_losses import loss_config as loss_config
 
@@ -104,12 +104,12 @@ def _loss_changes(turns: Turns) -> Iterator[Change]:
         what, original = f'the policy loss "{mode}"', registry.get(mode)
         original = check(_TARGET, what, original, original, _LOSS_ARGUMENTS)
         ours = beside(policy_loss_of(mode), turns, "verl", of="log_prob")(original)
-        yield Change(what, original, ours, _registered(module, mode))
+        yield Change(original, ours, _registered(module, mode))
 
 
 def _registered(module: Any, mode: str) -> Places:
-    def places(value: Any) -> Iterator[Callable[[Any], None]]:
+    def places(value: Any) -> Iterator[Place]:
         if module.POLICY_LOSS_REGISTRY.get(mode) is value:
-            yield module.register_policy_loss(mode)
+            yield f'the policy loss "{mode}"', module.register_policy_loss(mode)
 
     return places

@@ -36,7 +36,7 @@ def compute_entropy(logits): return "OpenRLHF's"
         f"{module}.{name}" for module in (UTILS, ACTOR) for name in ("log_probs_from_logits", "compute_entropy")
     ),
     imported=f"{UTILS}.compute_entropy",
-    replaced=(FORWARD, r"PolicyLoss\.forward"),
+    replaced=(FORWARD, r"openrlhf\.models\.loss\.PolicyLoss\.forward"),
     moves={
         "moved arguments": (
             of_others(f"{UTILS}.log_probs_from_logits", "(logits, labels)", UTILS),
