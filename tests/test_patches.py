@@ -71,13 +71,23 @@ def test_two_patches_at_once_are_refused(system, modules):
 def test_a_version_that_is_not_known_is_refused(system, modules):
     modules[system.package].__version__ = "99.1"
     message = rf"patch_{system.package}: written for {system.package} {system.version} and its internals; got 99\.1"
+    message += f": pip install {system.package}=={system.version}"
     with pytest.raises(RuntimeError, match=message):
         system.patch()
 
 
+def test_a_version_that_is_nowhere_is_refused(system, modules, monkeypatch):
+    del modules[system.package].__version__
+    monkeypatch.setattr(sys, "path", [])  # no metadata of an installed one
+    with pytest.raises(RuntimeError, match="internals; got one that does not say its version"):
+        system.patch()
+
+
 def test_without_the_package(system, monkeypatch):
+    """The message says what could not be imported: the package may be there, and what it imports not."""
     monkeypatch.setitem(sys.modules, system.package, None)
-    with pytest.raises(ImportError, match=f"pip install {system.package}=={system.version}"):
+    install = f"pip install {system.package}=={system.version}"
+    with pytest.raises(ImportError, match=f"{install}; got: import of {system.package} halted"):
         system.patch()
 
 

@@ -164,10 +164,22 @@ def check_version(target: Target) -> None:
     try:
         module = importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{caller} needs {package} {expected}: pip install {package}=={expected}") from error
-    version = getattr(module, "__version__", None) or importlib.metadata.version(package)
+        raise ImportError(
+            f"{caller} needs {package} {expected}: pip install {package}=={expected}; got: {error}"
+        ) from error
+    version = getattr(module, "__version__", None) or _installed_version(package)
     if not any(re.fullmatch(rf"{re.escape(known)}(\.\d+)*(\+.*)?", version) for known in target.versions):
-        raise RuntimeError(f"{caller}: written for {package} {expected} and its internals; got {version}.")
+        raise RuntimeError(
+            f"{caller}: written for {package} {expected} and its internals; got {version}: "
+            f"pip install {package}=={expected}, or do without {caller}."
+        )
+
+
+def _installed_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a folder on the path
+        return "one that does not say its version"
 
 
 def changes_of(target: Target, hooks: Iterable[Hook]) -> Iterator[Change]:
