@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -112,21 +113,40 @@ def write(folder: Path, glibc: tuple[int, int] = MANYLINUX) -> dict[str, str]:
     build = folder / "build"
     if build.exists():
         raise SystemExit(f"hub.py: expected a folder without build/; {build} is there: remove it, or name another.")
-    with tempfile.TemporaryDirectory() as workspace:
-        library = Path(workspace, "libgrpo_cpu.so")
-        _setup().build_library("cpu", library.parent, Path(workspace, "objects"))
+    with _workspace(folder) as workspace:  # renamed when it is whole: what an interrupted run leaves is no build/
+        made = workspace / "build"
+        library = workspace / "libgrpo_cpu.so"
+        _setup().build_library("cpu", workspace, workspace / "objects")
         record = json.loads(library.with_suffix(".json").read_text())
         needed = newest_glibc(library) if library.exists() else (0, 0)
-        _write_variant(build / UNIVERSAL, {"error": NO_CPU_LIBRARY}, None)
-        (build / "CARD.md").write_text(card())
-        if "error" in record:
-            return {native_variant(): record["error"]}
-        if needed > glibc:
-            needs, may = (".".join(map(str, version)) for version in (needed, glibc))
-            mend = f"build it on manylinux_2_28, or --glibc {needs} where every machine has that"
-            return {native_variant(): f"its library needs glibc {needs}, and may need {may} at most: {mend}"}
-        _write_variant(build / native_variant(), record, library)
-    return {}
+        _write_variant(made / UNIVERSAL, {"error": NO_CPU_LIBRARY}, None)
+        (made / "CARD.md").write_text(card())
+        reason = record.get("error") or too_new(needed, glibc)
+        if not reason:
+            _write_variant(made / native_variant(), record, library)
+        made.rename(build)
+    return {native_variant(): reason} if reason else {}
+
+
+def too_new(needed: tuple[int, int], may: tuple[int, int]) -> str:
+    """Return why a library that needs one glibc is left out where it may need another at most; "" where it is not."""
+    if needed <= may:
+        return ""
+    needs, most = (".".join(map(str, version)) for version in (needed, may))
+    mend = f"build it on manylinux_2_28, or --glibc {needs} where every machine has that"
+    return f"its library needs glibc {needs}, and may need {most} at most: {mend}"
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """Make a folder inside of ``folder`` that is gone afterwards, however the block ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        workspace = tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-")
+    except OSError as error:
+        raise SystemExit(f"hub.py: expected a folder that can be written; got {folder}: {error.strerror}.") from None
+    with workspace as path:
+        yield Path(path)
 
 
 def _setup() -> ModuleType:
@@ -193,13 +213,21 @@ def metadata(variant: Path) -> dict[str, object]:
     }
 
 
+def _version(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"\d+\.\d+", text):
+        raise argparse.ArgumentTypeError(f"expected two numbers, as 2.28; got {text!r}")
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write the package as a kernel of the Hugging Face Hub.")
     parser.add_argument("folder", type=Path, help="where build/ is made")
-    parser.add_argument("--glibc", default="2.28", metavar="VERSION", help="the newest that the library may need")
+    parser.add_argument(
+        "--glibc", type=_version, default=MANYLINUX, metavar="VERSION", help="the newest that it may need (2.28)"
+    )
     options = parser.parse_args()
-    major, _, minor = options.glibc.partition(".")
-    left_out = write(options.folder, (int(major), int(minor)))
+    left_out = write(options.folder, options.glibc)
     for variant in sorted(filter(Path.is_dir, (options.folder / "build").iterdir())):
         files = [path for path in variant.rglob("*") if path.is_file()]
         print(f"{variant}: {len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB")

@@ -11,7 +11,9 @@ would have threads of its own.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import importlib.metadata
 import os
 import re
 import shutil
@@ -20,9 +22,12 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ("build", "auditwheel", "twine")
+"""Packages that it calls as programs."""
 OUTSIDE = ("libgomp.so.1",)
 """Libraries that a wheel does not carry: whoever imports PyTorch has them."""
 
@@ -96,21 +101,51 @@ def warnings(sources: Path) -> list[str]:
     return found
 
 
+def check_tools() -> None:
+    """Raise unless what is called after minutes of building is there."""
+    there = {package.name for package in importlib.metadata.distributions()}
+    if missing := [name for name in TOOLS if name not in there]:
+        raise SystemExit(
+            f"wheels.py: expected {', '.join(TOOLS)} beside {sys.executable}; got none of {', '.join(missing)}: "
+            f'make release, or pip install -c constraints.txt ".[release]"'
+        )
+
+
+@contextlib.contextmanager
+def workspace(folder: Path) -> Iterator[Path]:
+    """Make a folder inside of ``folder`` that is gone afterwards: what is in ``folder`` itself is whole, and of one
+    run."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        made = tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-")
+    except OSError as error:
+        raise SystemExit(f"wheels.py: expected a folder that can be written; got {folder}: {error.strerror}.") from None
+    with made as path:
+        yield Path(path)
+
+
+def moved(path: Path, target: Path) -> Path:
+    target.parent.mkdir(exist_ok=True)
+    return path.replace(target)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder; files of one name are replaced")
     parser.add_argument("--cuda", metavar="ARCHITECTURES", default="", help="also a wheel with CUDA kernels: 90,100")
     options = parser.parse_args()
+    check_tools()
     folder: Path = options.out.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     print(f"source distribution, then a CPU wheel from it: about 2 minutes, into {folder}", flush=True)
-    made = [source_distribution(folder)]
-    made.append(wheel(made[0], folder, ""))
-    if options.cuda:
-        print(f"CUDA wheel for sm_{options.cuda.replace(',', ', sm_')}: nvcc takes 3 to 9 minutes", flush=True)
-        made.append(wheel(made[0], folder / "cuda", options.cuda))
-    python("-m", "twine", "check", "--strict", *map(str, made))
+    with workspace(folder) as unfinished:
+        made = [source_distribution(unfinished)]
+        made.append(wheel(made[0], unfinished, ""))
+        if options.cuda:
+            print(f"CUDA wheel for sm_{options.cuda.replace(',', ', sm_')}: nvcc takes 3 to 9 minutes", flush=True)
+            made.append(wheel(made[0], unfinished / "cuda", options.cuda))
+        python("-m", "twine", "check", "--strict", *map(str, made))
+        made = [moved(path, folder / path.relative_to(unfinished)) for path in made]
     print(table(made, folder))
     for warning in warnings(made[0]):
         print(f"warning: {warning}", file=sys.stderr)

@@ -168,6 +168,41 @@ def test_a_build_that_is_there_is_refused(repository):
         script(ROOT).write(repository)
 
 
+def test_an_interrupted_run_leaves_nothing_that_looks_finished(tmp_path, monkeypatch, compiled):
+    """Of the variant that is being written, and of the one before it."""
+    hub = script(ROOT)
+    write_variant = hub._write_variant
+
+    def interrupted(variant: Path, *given) -> None:
+        write_variant(variant, *given)
+        if variant.name != hub.UNIVERSAL:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hub, "_write_variant", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        hub.write(tmp_path, ANY_GLIBC)
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.setattr(hub, "_write_variant", write_variant)
+    assert hub.write(tmp_path, ANY_GLIBC) == {}
+    assert [path.name for path in tmp_path.iterdir()] == ["build"]
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_compiler_runs(tmp_path, monkeypatch):
+    hub = script(ROOT)
+    monkeypatch.setattr(hub, "_setup", lambda: pytest.fail("it was built"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"expected a folder that can be written; got .*file/hub: Not a directory"):
+        hub.write(tmp_path / "file" / "hub")
+
+
+@pytest.mark.parametrize("version", ["3", "2.x", "2.28.1"])
+def test_a_glibc_is_two_numbers(version, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hub.py", "nowhere", "--glibc", version])
+    with pytest.raises(SystemExit):
+        script(ROOT).main()
+    assert f"expected two numbers, as 2.28; got {version!r}" in capsys.readouterr().err
+
+
 def test_as_a_command(tmp_path):
     """As it is documented; it imports nothing of PyTorch's."""
     path = ROOT / "release" / "hub.py"

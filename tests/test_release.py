@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -81,6 +82,64 @@ def test_a_publisher_is_warned_outside_of_a_checkout_too(tmp_path, monkeypatch, 
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "x-1", "x-1")
     assert [warning[: len("README's links")] for warning in wheels.warnings(tmp_path / "x.tar.gz")] == told
+
+
+@pytest.fixture
+def wheels(monkeypatch):
+    """release/wheels.py, whose builds are a line of text."""
+    spec = importlib.util.spec_from_file_location("wheels", ROOT / "release" / "wheels.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "check_tools", lambda: None)
+
+    def written(path: Path) -> Path:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("a build")
+        return path
+
+    monkeypatch.setattr(module, "source_distribution", lambda folder: written(folder / "sources.tar.gz"))
+    monkeypatch.setattr(module, "wheel", lambda sources, folder, architectures: written(folder / "a.whl"))
+    monkeypatch.setattr(module, "warnings", lambda sources: [])
+    monkeypatch.setattr(module, "python", lambda *command: "")
+    return module
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_release_is_there_when_it_is_whole(wheels, tmp_path, monkeypatch):
+    """Files of an earlier one are replaced together: an interrupted run changes none, and leaves none."""
+    monkeypatch.setattr(sys, "argv", ["wheels.py", "--out", str(tmp_path), "--cuda", "90"])
+    (tmp_path / "sources.tar.gz").write_text("an earlier build")
+
+    def interrupted(*command: str) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wheels, "python", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            wheels.main()
+    assert files(tmp_path) == {"sources.tar.gz"}
+    assert (tmp_path / "sources.tar.gz").read_text() == "an earlier build"
+    wheels.main()
+    assert files(tmp_path) == {"sources.tar.gz", "a.whl", "cuda/a.whl"}
+    assert (tmp_path / "sources.tar.gz").read_text() == "a build"
+
+
+def test_a_folder_that_cannot_be_made_is_told_first(wheels, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sys, "argv", ["wheels.py", "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match=r"expected a folder that can be written; got .*file: File exists"):
+        wheels.main()
+
+
+def test_a_tool_that_is_not_there_is_told_before_minutes_of_building():
+    """In an interpreter without any package."""
+    release = [sys.executable, "-I", "-S", str(ROOT / "release" / "wheels.py")]
+    told = subprocess.run(release, capture_output=True, text=True)
+    assert told.returncode == 1
+    assert "got none of build, auditwheel, twine: make release, or pip install" in told.stderr
 
 
 STEP = """
