@@ -36,7 +36,7 @@ test-peers: $(VENV)/peers
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "peers and not nightly" $(ARGS)
 
 # Every stale part; make nightly PART=list shows them, PART="NAME NAME" runs these.
-nightly: $(VENV)/peers $(SYSTEMS) $(VENV)/release
+nightly: $(VENV)/peers $(VENV)/release $(if $(PART),$(filter $(PART:%=$(VENV)/%),$(SYSTEMS)),$(SYSTEMS))
 	$(VENV)/bin/python -m tests.nightly $(PART)
 
 # Beside TRL, Liger and PyTorch's own; make bench ARGS="--out DIR" writes tables and plots.

@@ -14,6 +14,7 @@ from stand_ins import changed, functions
 from stand_ins.verl import CORE, KERNEL, LOSS, MEGATRON, VERL
 
 from grpo_kernels import KL, Clip, LossConfig
+from grpo_kernels.integrations.operators import logprobs_from_logits
 from grpo_kernels.integrations.verl import loss_config, patch_verl
 from grpo_kernels.integrations.verl_losses import MISSING
 
@@ -173,3 +174,18 @@ def test_a_shadow_that_fails_does_not_stop_training(verl, caplog):
     with patch_verl(shadow=1):
         call(verl, "vanilla")
     assert "shadow, call 0: not compared: " in caplog.text
+
+
+@pytest.mark.parametrize(("rows", "labels"), [((2, 3), (3, 2)), ((6,), (5,)), ((2, 3), (3,))])
+def test_labels_are_one_for_each_row(rows, labels):
+    """Rows that are as many in another shape would be paired with others' labels."""
+    logits, ids = torch.randn(*rows, 7), torch.zeros(labels, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"logprobs_from_logits: expected labels .* one for each row; got"):
+        logprobs_from_logits(logits, ids)
+
+
+def test_a_dimension_of_one_is_no_difference():
+    logits, ids = torch.randn(1, 5, 7), torch.arange(5)
+    torch.testing.assert_close(
+        logprobs_from_logits(logits, ids), logits[0].log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+    )

@@ -72,7 +72,7 @@ def environment(path: Path) -> str:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("path", SETS, ids=lambda path: path.stem)
 def test_with_other_versions(path):
-    """The parts of the suite that every change runs, of the files that meet them; none but known tests is skipped."""
+    """What every change runs of these files."""
     python = environment(path)
     names = {name: pin for name, pin in pins(path).items() if name != "python"}
     told = subprocess.run(

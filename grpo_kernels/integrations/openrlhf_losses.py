@@ -164,7 +164,7 @@ def _normalizer(
     count = tokens if by_tokens else sequences
     if count is not None:
         return count / ranks
-    return None if by_tokens else live.any(-1).sum().clamp(min=1) / 1
+    return None if by_tokens else live.any(-1).sum().clamp(min=1).float()
 
 
 class _Gate(NamedTuple):

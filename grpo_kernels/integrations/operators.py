@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..log_probs import token_log_probs
+from ..objectives.checks import fail
 
 
 def always(function: Any) -> Callable[[Any], Any]:
@@ -21,6 +22,8 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
     ``inplace_backward``: backward writes the gradient over the logits, unless they are a leaf.
     """
+    if [size for size in labels.shape if size != 1] != [size for size in logits.shape[:-1] if size != 1]:
+        fail("logprobs_from_logits", f"labels {tuple(logits.shape[:-1])}, one for each row", f"{tuple(labels.shape)}")
     rows = logits.reshape(-1, logits.shape[-1])
     inplace = inplace_backward and logits.grad_fn is not None
     return token_log_probs(rows, labels.reshape(-1), inplace=inplace).log_probs.view(labels.shape)

@@ -15,7 +15,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from ..objectives.checks import warn_caller
 
@@ -48,7 +48,8 @@ class Hook(NamedTuple):
     """What has these arguments, where that is another name: the forward of an autograd function, which is patched
     itself or by its ``apply``."""
     needs: str = ""
-    """A package that the hook's module imports: where there is none, nothing of the hook's runs and it is left out."""
+    """A package that the hook's module imports: where there is none, or none that it can be imported with, nothing of
+    the hook's runs and it is left out."""
 
 
 class Change(NamedTuple):
@@ -191,7 +192,12 @@ def changes_of(target: Target, hooks: Iterable[Hook]) -> Iterator[Change]:
     for hook in hooks:
         if hook.needs and not _installed(hook.needs):
             continue
-        module = importlib.import_module(hook.module)
+        try:
+            module = importlib.import_module(hook.module)
+        except ImportError:
+            if hook.needs:  # which is there and does not do: nothing of the hook's runs either
+                continue
+            raise
         original = _checked(target, module, hook)
         *owners, last = hook.name.split(".")
         owner = _found(module, ".".join(owners)) if owners else None
@@ -228,7 +234,7 @@ def _stranger(function: Any, package: str) -> str | None:
         function = inner
 
 
-def moved(target: Target, what: str, expected: str, got: str) -> None:
+def moved(target: Target, what: str, expected: str, got: str) -> NoReturn:
     """Raise the error of a hook that is not what it is known to be."""
     raise RuntimeError(
         f"{target.caller}: expected {what}{f' to be {expected}' if expected else ''}; got {got}. Something else has "

@@ -77,6 +77,9 @@ def system(minutes: int, name: str, *files: str) -> Part:
     return Part(minutes, files, guarded, folder=name)
 
 
+VERSIONED = ("tests/test_ops.py", "tests/test_triton.py", "tests/test_hf.py", "tests/test_training.py")
+"""Of what runs with other versions, the files that know of them."""
+
 PARTS = {
     "cuda": Part(5, (*ROWS, *CALLS, "test_zero_weights"), CUDA, ON_CUDA),
     "cuda-kernels": Part(
@@ -104,21 +107,33 @@ PARTS = {
     "trl": Part(
         12,
         ("test_trl", "test_trl_models", "test_trl_server", "test_patch_trl"),
-        ("grpo_kernels/**", "csrc/cpu/**", "csrc/common/**"),
+        ("grpo_kernels/**", *CPU, "tests/trl_*.py"),
     ),
     "verl": system(3, "verl", "test_verl", "test_verl_parity", "test_verl_ranks"),
     "openrlhf": system(4, "openrlhf", "test_openrlhf"),
     "skyrl": system(4, "skyrl", "test_skyrl"),
     **{
         f"versions-{name}": Part(
-            12, ("test_versions",), (*KERNELS, *CPU, f"tests/nightly/versions/{name}.txt"), rf"\[{name}\]"
+            12,
+            ("test_versions",),
+            ("grpo_kernels/**", *CPU, *VERSIONED, f"tests/nightly/versions/{name}.txt"),
+            rf"\[{name}\]",
         )
         for name in ("lowest", "middle", "newest", "triton")
     },
     "release": Part(
         6,
         ("test_release",),
-        ("release/wheels.py", "setup.py", "pyproject.toml", "README.md", "csrc/cpu/**", "csrc/common/**"),
+        (
+            "grpo_kernels/**",
+            *CPU,
+            "release/wheels.py",
+            "setup.py",
+            "pyproject.toml",
+            "MANIFEST.in",
+            "PUBLISHING.md",
+            "README.md",
+        ),
     ),
     "gpu-check": Part(20, ("test_gpu_rehearsal",), (*CUDA, "benchmarks/gpu_*.py", "tests/test_gpu_check.py")),
 }
