@@ -12,7 +12,7 @@ has the CPU library of the platform that this runs on, built or taken over as an
 nothing of PyTorch, so one serves every version from the oldest that the package takes on, which is what a name with
 ``stable-abi`` says. The CUDA library is in none: it serves where it is asked for by name, and has not run on a GPU yet.
 
-It needs setuptools, and no PyTorch.
+It needs setuptools 77 or later, and no PyTorch.
 """
 
 from __future__ import annotations
