@@ -35,8 +35,10 @@ test-ranks: $(READY)
 test-peers: $(VENV)/peers
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "peers and not nightly" $(ARGS)
 
-# Every stale part; make nightly PART=list shows them, PART="NAME NAME" runs these.
-nightly: $(VENV)/peers $(VENV)/release $(if $(PART),$(filter $(PART:%=$(VENV)/%),$(SYSTEMS)),$(SYSTEMS))
+# Every stale part; make nightly PART=list shows them and installs no other package, PART="NAME NAME" runs these, with
+# those of the systems that are named.
+NAMED := $(if $(PART),$(filter $(PART:%=$(VENV)/%),$(SYSTEMS)),$(SYSTEMS))
+nightly: $(if $(filter list,$(PART)),$(VENV)/installed,$(VENV)/peers $(NAMED) $(VENV)/release)
 	$(VENV)/bin/python -m tests.nightly $(PART)
 
 # Beside TRL, Liger and PyTorch's own; make bench ARGS="--out DIR" writes tables and plots.

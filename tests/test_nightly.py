@@ -45,6 +45,18 @@ def test_parts_know_the_folders_that_make_installs():
     assert named == {path.stem for path in (HERE / "nightly").glob("*.txt")}
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("named", "installed"), [("list", ()), ("cuda skyrl", ("skyrl",)), ("", None)])
+def test_make_installs_what_the_named_parts_need(named, installed, tmp_path):
+    """Listing them installs no system, and nothing but the package and what its tests need."""
+    command = ["make", "-n", f"VENV={tmp_path}", "nightly", f"PART={named}"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    every = {path.stem for path in (HERE / "nightly").glob("*.txt")}
+    wanted = every if installed is None else set(installed)
+    assert {name for name in every if f"--target {tmp_path}/{name}" in told} == wanted
+    assert told.count("pip install") == (1 if named == "list" else 3 + len(wanted))
+
+
 DEMO = """
 import os, time
 from pathlib import Path
@@ -61,6 +73,8 @@ def test_nightly(name):
         print(name, file=log)
     while (HERE / f"{name} waits").exists():
         time.sleep(0.05)
+    if (HERE / "all are skipped").exists():
+        pytest.skip("no such interpreter here")
     assert not (HERE / f"{name} fails").exists()
 
 def test_of_every_day():
@@ -140,3 +154,16 @@ def test_a_part_is_stale_when_what_it_guards_has_changed(tree):
     assert finish(start(tree)) == (0, "")  # nothing is stale
     (tree / "guarded").write_text("changed\n")
     assert "demo: stale: guarded files have changed" in finish(start(tree, "list"))[1]
+
+
+def test_a_part_whose_tests_are_all_skipped_leaves_the_last_row(tree):
+    """And says why: an interpreter that is not there must not undo what is known."""
+    assert finish(start(tree, "demo"))[0] == 0
+    table = tree / "benchmarks" / "results" / "nightly.md"
+    before = table.read_text()
+    (tree / "tests" / "all are skipped").touch()
+    status, said = finish(start(tree, "demo"))
+    assert status == 1
+    assert "no such interpreter here" in said
+    assert "demo: 0 passed, 0 failed, 3 skipped" in said
+    assert table.read_text() == before
