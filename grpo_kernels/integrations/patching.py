@@ -275,7 +275,7 @@ def _places_of(target: Target, owner: Any, name: str) -> Places:
             if held is value:
                 yield f"{path}.{name}", put
             elif isinstance(held, staticmethod) and held.__func__ is value:
-                yield f"{path}.{name}", lambda new, put=put: put(staticmethod(new))
+                yield f"{path}.{name}", lambda new, put=put: put(staticmethod(new))  # type: ignore[misc]
 
     return places
 
