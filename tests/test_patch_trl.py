@@ -512,8 +512,8 @@ def test_the_benchmark_compares_equals(monkeypatch):
 def functions():
     """Everything in the modules of TRL that are imported, and the methods that a patch may change."""
     found = {(name, "generalized_jsd_loss"): kind_of(name).generalized_jsd_loss for name in TRAINERS}
-    for package in ("sdft", "sdpo", "tpo"):
-        importlib.import_module(f"trl.experimental.{package}.{package}_trainer")
+    for module in ("trainer.dpo_trainer", *(f"experimental.{name}.{name}_trainer" for name in ("sdft", "sdpo", "tpo"))):
+        importlib.import_module(f"trl.{module}")
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] == "trl" and isinstance(module, types.ModuleType):
             found |= {(name, key): value for key, value in vars(module).items() if isinstance(key, str)}
