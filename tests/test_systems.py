@@ -130,6 +130,9 @@ def test_what_the_recipe_for_nemo_rl_lacks(recipes):
     options = dict(sequence_level_importance_ratios=True, **CORRECTED)
     with pytest.raises(ValueError, match="a correction of sequences stays with NeMo-RL"):
         recipes["nemo_config"](SimpleNamespace(**{**NEMO, **options}))
+    options = dict(CORRECTED, truncated_importance_sampling_type="nope")
+    with pytest.raises(ValueError, match="truncated_importance_sampling_type: expected one of .*; got 'nope'"):
+        recipes["nemo_config"](SimpleNamespace(**{**NEMO, **options}))
 
 
 # slime
@@ -257,6 +260,20 @@ def test_slime_on_policy(recipes):
     assert logged["ppo_kl"] == 0
 
 
+def test_what_slime_has_behind_the_mask_is_not_read(recipes):
+    logits, batch = slime_batch(torch.float32)
+    masks = batch["loss_masks"]
+    dead = next(i for i, mask in enumerate(masks) if (mask == 0).any())
+    spoilt = [part.clone() for part in batch["log_probs"]]
+    spoilt[dead][masks[dead] == 0] = torch.nan
+    found = [
+        recipes["slime_loss"](SimpleNamespace(**SLIME), {**batch, "log_probs": old}, logits, slime_reduction(masks))
+        for old in (batch["log_probs"], spoilt)
+    ]
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+
+
 def test_what_the_recipe_for_slime_lacks(recipes):
     with pytest.raises(ValueError, match="use_opsm, use_tis stay with slime's policy loss"):
         recipes["slime_config"](SimpleNamespace(**SLIME, use_opsm=True, use_tis=True))
@@ -296,3 +313,20 @@ def test_prime_rl(recipes, kind, weighted):
         theirs = with_gradient(prime_plain(exact, **options), exact.trainer_logprobs)
         close_losses(with_gradient(out.loss, given.trainer_logprobs), theirs)
         assert set(out.metrics) == {"is_masked_low", "is_masked_high"}
+
+
+def test_what_prime_rl_has_behind_the_mask_is_not_read(recipes):
+    known = cast(batch("holes"), torch.float32)
+    row = next(i for i in range(6) if not known["mask"][i].all() and known["mask"][i].any())
+    losses = []
+    for garbage in (0.0, torch.nan):
+        weights = known["weights"][row].masked_fill(~known["mask"][row], garbage)
+        inputs = SimpleNamespace(
+            trainer_logprobs=known["log_prob"][row],
+            inference_logprobs=known["old"][row],
+            advantages=known["advantages"][row],
+            loss_mask=known["mask"][row],
+            loss_weights=weights,
+        )
+        losses.append(recipes["prime_loss"](inputs).loss)
+    assert torch.equal(*losses)
