@@ -387,7 +387,7 @@ def thread_outcomes(ranks: int, function: Callable[..., Any], *args: Any, second
 def _wait_for(workers: list[threading.Thread], outcomes: list[Outcome], seconds: float) -> None:
     """Wait for threads; once one has failed, two seconds for those that fail or return by themselves."""
     deadline = time.monotonic() + seconds
-    while any(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
-        next(worker for worker in workers if worker.is_alive()).join(0.02)
+    while (alive := next(filter(threading.Thread.is_alive, workers), None)) and time.monotonic() < deadline:
+        alive.join(0.02)
         if any(outcome.error is not None for outcome in outcomes):
             deadline = min(deadline, time.monotonic() + 2)

@@ -105,7 +105,7 @@ def test_counts_of_pairs():
     assert found["wavefronts"] < 1.01
 
 
-@pytest.mark.parametrize("row", ["bf16 151936", "bf16 32000"])
+@pytest.mark.parametrize("row", [pytest.param("bf16 151936", marks=pytest.mark.nightly), "bf16 32000"])
 def test_settlers_are_not_the_limit(row):
     """A row's chain of dependent operations, and the exchange, beside the time that memory takes for a slice."""
     assert counts(f"settler {row}")["percent"]["H200"] <= 45

@@ -96,7 +96,7 @@ PARTS = {
     ),
     "compositions": Part(2, ("test_compositions",), (*KERNELS, "csrc/**", "tests/compositions/**")),
     "architectures": Part(2, ("test_architectures",), (*KERNELS, "csrc/cpu/**", "tests/architectures/**")),
-    "ptx": Part(20, ("test_ptx",), PTX, "test_all_cases"),
+    "ptx": Part(20, ("test_ptx",), PTX, "test_all_cases|test_settlers"),
     "ptx-faults": Part(20, ("test_ptx",), PTX, "test_planted_fault"),
     "mutants": Part(15, ("test_mutants",), (*KERNELS, "tests/*.py"), r"\[(?!triton)"),
     "mutants-triton": Part(15, ("test_mutants",), (*KERNELS, "tests/*.py"), r"\[triton"),
