@@ -301,8 +301,8 @@ def test_divergences_compile_without_spills(target):
     lines = offline("divergences", target)
     assert len(lines) == 33
     for line in lines:
-        # Triton 3.6 keeps one register of one kernel in memory: 8 bytes, once a row.
-        allowed = 8 if triton_version() < (3, 7) and line["vocab"] == 151936 else 0
+        # All but Triton 3.7 keep one register of one kernel in memory: 8 bytes, once a row.
+        allowed = 8 if triton_version() != (3, 7) and line["vocab"] == 151936 else 0
         assert line["dtype"] == "fp64" or line["spills"] <= allowed, line
         assert line["sums_of"] == ([2] if line["kernel"] == "divergence_kernel" else []), line
         if target != "gfx942" and line["constants"]["ALIGNMENT"] == 16:
