@@ -47,6 +47,29 @@ def test_operators_over_ranks_are_left_out_without_megatron(verl, monkeypatch, m
         assert changed(before, functions(verl)) == VERL.operators - over_ranks | VERL.losses
 
 
+def test_operators_over_ranks_that_moved_are_no_missing_megatron(verl, monkeypatch):
+    monkeypatch.delitem(sys.modules, MEGATRON)
+    before = functions(verl)
+    with pytest.raises(ImportError, match="verl"):
+        patch_verl()
+    assert changed(before, functions(verl)) == set()
+
+
+def test_operators_over_ranks_are_left_out_beside_a_megatron_that_verl_cannot_import(verl, monkeypatch):
+    def fail(name: str):
+        if name == MEGATRON:
+            raise ModuleNotFoundError(
+                "No module named 'megatron.core.tensor_parallel'", name="megatron.core.tensor_parallel"
+            )
+        return sys.modules[name]
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    before = functions(verl)
+    with patch_verl():
+        assert not {path for path in changed(before, functions(verl)) if path.startswith(MEGATRON)}
+        assert changed(before, functions(verl))
+
+
 def actor(loss_mode="vanilla", **options):
     """verl's ActorConfig, its defaults, as far as a loss reads it."""
     return SimpleNamespace(

@@ -68,11 +68,11 @@ class Patch:
     def put(self, changes: list[Change]) -> None:
         """Make changes, and keep the places of each, so that one which fails half way can be undone."""
         for change in changes:
-            put: list[str] = []
-            self._changes.append((change, put))
+            names: list[str] = []
+            self._changes.append((change, names))
             for name, place in list(change.places(change.original)):
                 place(change.ours)
-                put.append(name)
+                names.append(name)
 
     def undo(self) -> None:
         """Give the package its own functions back, in whatever module of its holds ours; a second call does nothing.
@@ -194,10 +194,10 @@ def changes_of(target: Target, hooks: Iterable[Hook]) -> Iterator[Change]:
             continue
         try:
             module = importlib.import_module(hook.module)
-        except ImportError:
-            if hook.needs:  # which is there and does not do: nothing of the hook's runs either
-                continue
-            raise
+        except ImportError as error:
+            if not hook.needs or (error.name or "").split(".")[0] == target.package:  # it moved
+                raise
+            continue  # what it needs is there and does not do
         original = _checked(target, module, hook)
         *owners, last = hook.name.split(".")
         owner = _found(module, ".".join(owners)) if owners else None
@@ -265,9 +265,10 @@ def _places_of(target: Target, owner: Any, name: str) -> Places:
     import it by name."""
 
     def places(value: Any) -> Iterator[Place]:
-        known = list(sys.modules.items())  # at once: another thread may import
-        holders = {key: module for key, module in known if key.split(".")[0] == target.package}
-        if owner is not None:
+        if owner is None:
+            known = list(sys.modules.items())  # at once: another thread may import
+            holders = {key: module for key, module in known if key.split(".")[0] == target.package}
+        else:
             holders = {f"{owner.__module__}.{owner.__qualname__}": owner}
         for path, holder in holders.items():
             held = getattr(holder, "__dict__", {}).get(name)  # None stands for a module that is not to be imported
