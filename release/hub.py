@@ -20,18 +20,19 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
-import contextlib
+import functools
 import hashlib
-import importlib.util
 import json
 import platform
 import re
+import runpy
 import shutil
-import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from typing import Any
+
+from unfinished import workspace
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_kernels"
@@ -85,14 +86,13 @@ def card() -> str:
     """Return the repository's page, with versions and addresses filled in."""
     text = (ROOT / "release" / "CARD.md").read_text()
     version = PROJECT["version"]
-    if "hub" in addresses():
-        text = text.replace("OWNER/grpo-kernels", addresses()["hub"])
+    text = text.replace("OWNER/grpo-kernels", addresses().get("hub", "OWNER/grpo-kernels"))
     return text.replace("{version}", version).replace("{major}", version.split(".")[0])
 
 
 def addresses() -> dict[str, str]:
     """Return what a publisher has filled in, by the first word of its row."""
-    return _setup().published((ROOT / "PUBLISHING.md").read_text())
+    return _setup()["published"]((ROOT / "PUBLISHING.md").read_text())
 
 
 def native_variant() -> str:
@@ -113,10 +113,10 @@ def write(folder: Path, glibc: tuple[int, int] = MANYLINUX) -> dict[str, str]:
     build = folder / "build"
     if build.exists():
         raise SystemExit(f"hub.py: expected a folder without build/; {build} is there: remove it, or name another.")
-    with _workspace(folder) as workspace:  # renamed when it is whole: what an interrupted run leaves is no build/
-        made = workspace / "build"
-        library = workspace / "libgrpo_cpu.so"
-        _setup().build_library("cpu", workspace, workspace / "objects")
+    with workspace(folder, "hub.py") as room:  # renamed when it is whole: what an interrupted run leaves is no build/
+        made = room / "build"
+        library = room / "libgrpo_cpu.so"
+        _setup()["build_library"]("cpu", room, room / "objects")
         record = json.loads(library.with_suffix(".json").read_text())
         needed = newest_glibc(library) if library.exists() else (0, 0)
         _write_variant(made / UNIVERSAL, {"error": NO_CPU_LIBRARY}, None)
@@ -137,26 +137,10 @@ def too_new(needed: tuple[int, int], may: tuple[int, int]) -> str:
     return f"its library needs glibc {needs}, and may need {most} at most: {mend}"
 
 
-@contextlib.contextmanager
-def _workspace(folder: Path) -> Iterator[Path]:
-    """Make a folder inside of ``folder`` that is gone afterwards, however the block ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        workspace = tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-")
-    except OSError as error:
-        raise SystemExit(f"hub.py: expected a folder that can be written; got {folder}: {error.strerror}.") from None
-    with workspace as path:
-        yield Path(path)
-
-
-def _setup() -> ModuleType:
-    """Return setup.py, which runs only as a script."""
-    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@functools.cache
+def _setup() -> dict[str, Any]:
+    """Return what setup.py defines, which runs only as a script."""
+    return runpy.run_path(str(ROOT / "setup.py"))
 
 
 def _write_variant(variant: Path, record: dict[str, str], library: Path | None) -> None:
@@ -196,7 +180,8 @@ def metadata(variant: Path) -> dict[str, object]:
     }
     whole = hashlib.sha256(b"".join(name.encode() + b"\0" + digest for name, digest in digests.items()))
     kind = "universal" if variant.name == UNIVERSAL else "cpu"
-    upstream = {"upstream": addresses()["repository"]} if "repository" in addresses() else {}
+    known = addresses()
+    upstream = {"upstream": known["repository"]} if "repository" in known else {}
     return {
         "name": PROJECT["name"],
         "id": f"_{PACKAGE.name}_{kind}_{whole.hexdigest()[:16]}",

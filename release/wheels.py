@@ -11,7 +11,6 @@ would have threads of its own.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -19,11 +18,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
+
+from unfinished import workspace
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("build", "auditwheel", "twine")
@@ -93,9 +94,11 @@ def warnings(sources: Path) -> list[str]:
     git = shutil.which("git")
     if git and (ROOT / ".git").exists() and run(git, "status", "--porcelain"):  # a source distribution has no history
         found.append("the tree is not as committed: these files are of no commit.")
-    readme = subprocess.run(
-        ["tar", "-xOf", str(sources), "--wildcards", "*/PKG-INFO"], capture_output=True, text=True, check=True
-    ).stdout
+    with tarfile.open(sources) as archive:
+        place = min((name for name in archive.getnames() if name.endswith("/PKG-INFO")), key=len)  # not egg-info's
+        content = archive.extractfile(place)
+        assert content is not None
+        readme = content.read().decode()
     if re.search(r"\]\((?![a-z]+:|#)", re.sub(r"^```.*?^```", "", readme, flags=re.M | re.S)):
         found.append("README's links lead nowhere on an index's page: fill in the addresses of PUBLISHING.md.")
     return found
@@ -109,19 +112,6 @@ def check_tools() -> None:
             f"wheels.py: expected {', '.join(TOOLS)} beside {sys.executable}; got none of {', '.join(missing)}: "
             f'make release, or pip install -c constraints.txt ".[release]"'
         )
-
-
-@contextlib.contextmanager
-def workspace(folder: Path) -> Iterator[Path]:
-    """Make a folder inside of ``folder`` that is gone afterwards: what is in ``folder`` itself is whole, and of one
-    run."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        made = tempfile.TemporaryDirectory(dir=folder, prefix="unfinished-")
-    except OSError as error:
-        raise SystemExit(f"wheels.py: expected a folder that can be written; got {folder}: {error.strerror}.") from None
-    with made as path:
-        yield Path(path)
 
 
 def moved(path: Path, target: Path) -> Path:
@@ -138,7 +128,7 @@ def main() -> None:
     folder: Path = options.out.resolve()
     began = time.monotonic()
     print(f"source distribution, then a CPU wheel from it: about 2 minutes, into {folder}", flush=True)
-    with workspace(folder) as unfinished:
+    with workspace(folder, "wheels.py") as unfinished:
         made = [source_distribution(unfinished)]
         made.append(wheel(made[0], unfinished, ""))
         if options.cuda:

@@ -208,7 +208,9 @@ def test_as_a_command(tmp_path):
     path = ROOT / "release" / "hub.py"
     code = f"import runpy, sys; sys.argv = ['hub.py', {str(tmp_path)!r}, '--glibc', '99.0']; "
     code += f"runpy.run_path({str(path)!r}, run_name='__main__'); assert 'torch' not in sys.modules"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    environment = {**os.environ, "PYTHONPATH": str(path.parent)}  # the folder of a script is on its path
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert f"{tmp_path / 'build' / 'torch-universal'}: " in printed
     lines = printed.splitlines()
     assert len(lines) == 2

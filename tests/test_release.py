@@ -74,7 +74,6 @@ def test_without_addresses_the_page_is_the_readme(setup):
 @pytest.mark.parametrize(("link", "told"), [("docs/x.md", ["README's links"]), ("https://pages.test/x", [])])
 def test_a_publisher_is_warned_outside_of_a_checkout_too(tmp_path, monkeypatch, link, told):
     """Of links that lead nowhere; a source distribution that was unpacked has no git to ask."""
-    monkeypatch.syspath_prepend(ROOT / "release")
     wheels = importlib.import_module("wheels")
     monkeypatch.setattr(wheels, "ROOT", tmp_path)
     (tmp_path / "x-1").mkdir()
@@ -136,7 +135,7 @@ def test_a_folder_that_cannot_be_made_is_told_first(wheels, tmp_path, monkeypatc
 
 def test_a_tool_that_is_not_there_is_told_before_minutes_of_building():
     """In an interpreter without any package."""
-    release = [sys.executable, "-I", "-S", str(ROOT / "release" / "wheels.py")]
+    release = [sys.executable, "-E", "-S", str(ROOT / "release" / "wheels.py")]
     told = subprocess.run(release, capture_output=True, text=True)
     assert told.returncode == 1
     assert "got none of build, auditwheel, twine: make release, or pip install" in told.stderr

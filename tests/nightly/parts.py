@@ -127,7 +127,7 @@ PARTS = {
         (
             "grpo_kernels/**",
             *CPU,
-            "release/wheels.py",
+            "release/*.py",
             "setup.py",
             "pyproject.toml",
             "MANIFEST.in",
