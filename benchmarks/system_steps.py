@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -96,12 +97,6 @@ def verl_fused(batch: Batch) -> torch.Tensor:
     return verl_loss(batch, log_probs, entropy)
 
 
-def patched_verl() -> contextlib.AbstractContextManager[Any]:
-    from grpo_kernels.integrations.verl import patch_verl
-
-    return patch_verl()
-
-
 def openrlhf(batch: Batch) -> torch.Tensor:
     """As ``Actor.forward`` and the PPO actor's trainer."""
     without_gpu_modules()
@@ -140,36 +135,31 @@ def without_gpu_modules() -> None:
     sys.modules.setdefault(backend.__name__, backend)
 
 
-def patched_skyrl() -> contextlib.AbstractContextManager[Any]:
-    from grpo_kernels.integrations.skyrl import patch_skyrl
-
-    return patch_skyrl()
-
-
-def patched_openrlhf() -> contextlib.AbstractContextManager[Any]:
-    from grpo_kernels.integrations.openrlhf import patch_openrlhf
-
-    return patch_openrlhf()
-
-
-STEPS: dict[str, tuple[str, Step, Callable[[], contextlib.AbstractContextManager[Any]]]] = {
-    "verl, from logits": ("verl", verl_logits, patched_verl),
-    "verl, `use_fused_kernels`": ("verl", verl_fused, patched_verl),
-    "OpenRLHF": ("openrlhf", openrlhf, patched_openrlhf),
-    "SkyRL": ("skyrl", skyrl, patched_skyrl),
+STEPS: dict[str, tuple[str, Step]] = {
+    "verl, from logits": ("verl", verl_logits),
+    "verl, `use_fused_kernels`": ("verl", verl_fused),
+    "OpenRLHF": ("openrlhf", openrlhf),
+    "SkyRL": ("skyrl", skyrl),
 }
-"""By their rows in the table: the folder in .venv, the step, and the patch."""
+"""By their rows in the table: the package, which is in its folder of .venv, and the step."""
+
+
+def patched(system: str) -> contextlib.AbstractContextManager[Any]:
+    """Return the patch of a system."""
+    integration = importlib.import_module(f"grpo_kernels.integrations.{system}")
+    patch: contextlib.AbstractContextManager[Any] = getattr(integration, f"patch_{system}")()
+    return patch
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
     """Return medians of milliseconds and peak bytes, each (own, ours), and how far loss and gradient are apart."""
-    _, step, patched = STEPS[name]
+    system, step = STEPS[name]
     batch = Batch()
 
     def run(ours: bool) -> tuple[torch.Tensor, float]:
         """Return the loss, and the milliseconds of a step inside of the patch."""
         batch.restore()
-        with patched() if ours else contextlib.nullcontext():
+        with patched(system) if ours else contextlib.nullcontext():
             start = time.perf_counter()
             loss = step(batch)
             loss.backward()

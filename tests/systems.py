@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 
 import torch
 
@@ -106,3 +109,19 @@ def assert_shadow_sees_rounding(caplog, whose: str) -> None:
     lines = [record for record in caplog.records if record.name == "grpo_kernels.shadow"]
     assert [record.levelname for record in lines] == ["INFO"], [record.message for record in lines]
     assert f"({whose})" in lines[0].message
+
+
+def with_gradients(function, known: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """A loss of log-probs and entropies, and its gradients in both."""
+    leaves = [known["log_prob"].clone().requires_grad_(), known["log_prob"].abs().requires_grad_()]
+    loss = function(*leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def last_line_in_ray(system: str, code: str) -> str:
+    """What code printed last, in a process whose Ray workers patch a system."""
+    environment = {**os.environ, "RAY_RUNTIME_ENV_HOOK": f"grpo_kernels.integrations.ray_plugin.{system}"}
+    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    found = subprocess.run(command, capture_output=True, env=environment, check=True, text=True)
+    return found.stdout.splitlines()[-1]

@@ -10,14 +10,11 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
-import os
-import subprocess
-import sys
-import types
 from types import SimpleNamespace
 
 import pytest
 import torch
+from system_steps import without_gpu_modules
 from systems import (
     KINDS,
     assert_shadow_sees_rounding,
@@ -25,18 +22,16 @@ from systems import (
     cast,
     close_losses,
     gradient_of,
+    last_line_in_ray,
     model,
     rows,
     tolerance_of,
     with_garbage,
+    with_gradients,
 )
 
 pytest.importorskip("skyrl", exc_type=ImportError)
-sys.modules.setdefault("flash_attn_2_cuda", types.ModuleType("flash_attn_2_cuda"))
-sys.modules["flash_attn.ops.triton.cross_entropy"] = None
-backend = types.ModuleType("skyrl.backends.backend")
-backend.AbstractBackend = object
-sys.modules[backend.__name__] = backend
+without_gpu_modules()
 
 from skyrl.backends.skyrl_train.utils import torch_utils  # noqa: E402
 from skyrl.backends.skyrl_train.utils.ppo_utils import (  # noqa: E402
@@ -238,12 +233,7 @@ def test_kl_and_entropy(estimator, kind):
         given = dict(old_log_probs=known["old"], ref_log_probs=reference, config=loss_config(config))
         return policy_loss(log_prob, known["advantages"], known["mask"], entropy=entropy, **given).loss
 
-    def found(function):
-        leaves = [known["log_prob"].clone().requires_grad_(), known["log_prob"].abs().requires_grad_()]
-        loss = function(*leaves)
-        return loss.detach(), *torch.autograd.grad(loss, leaves)
-
-    wanted, own = found(theirs), found(mine)
+    wanted, own = with_gradients(theirs, known), with_gradients(mine, known)
     for one, other in zip(own, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
@@ -413,11 +403,7 @@ print(ray.get([registered.remote(False), registered.remote(True)]))
 
 def test_ray_patches_its_workers():
     """Where one imports SkyRL's losses, and no other."""
-    environment = {**os.environ, "RAY_RUNTIME_ENV_HOOK": "grpo_kernels.integrations.ray_plugin.skyrl"}
-    environment |= {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
-    command = [sys.executable, "-W", "ignore", "-c", IN_A_WORKER]
-    found = subprocess.run(command, capture_output=True, env=environment, check=True, text=True)
-    assert found.stdout.splitlines()[-1] == "['False', 'grpo_kernels_gspo']"
+    assert last_line_in_ray("skyrl", IN_A_WORKER) == "['False', 'grpo_kernels_gspo']"
 
 
 @pytest.mark.parametrize("name", OPTIONS)
