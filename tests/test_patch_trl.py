@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, Shard
 trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 
-import trl_step  # noqa: E402
+import trl_cases  # noqa: E402
 from trl.trainer import distillation_trainer  # noqa: E402
-from trl_cases import SIZES, assert_same, batch, compute, run_of, trainer, with_log_probs  # noqa: E402
+from trl_cases import assert_same, batch, compute, run_of, trainer, with_log_probs  # noqa: E402
 from trl_trainers import CASES, OURS, counted, make, without_a_gpu  # noqa: E402
 
 from grpo_kernels.bench import report  # noqa: E402
@@ -29,6 +29,7 @@ from grpo_kernels.integrations import patching  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch_trl  # noqa: E402
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'")]
+folder = trl_cases.folder
 UTILS = trl.trainer.utils
 N, V, H = 12, 130, 16
 
@@ -39,13 +40,6 @@ def undone():
     yield
     if "trl" in patching._patches:
         patching._patches["trl"].undo()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("policy")
-    trl_step.save_policy(path, **SIZES)
-    return path
 
 
 LONG = ("A2PO", "RLOO", "OnlineDPO", "Distillation, forward KL", "Distillation, JSD")

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 
-import trl_step  # noqa: E402
+import trl_cases  # noqa: E402
 from trl_cases import (  # noqa: E402
     BOUNDS,
     SIZES,
@@ -31,14 +31,8 @@ from grpo_kernels.integrations.objectives import AGGREGATIONS, OVER_ITEMS  # noq
 from grpo_kernels.integrations.trl import FusedGRPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.peers
+folder = trl_cases.folder
 LEVELS = ("token", "sequence")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("policy")
-    trl_step.save_policy(path, **SIZES)
-    return path
 
 
 @pytest.fixture

@@ -10,12 +10,11 @@ trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 
 import datasets  # noqa: E402
-import trl_step  # noqa: E402
+import trl_cases  # noqa: E402
 from trl_cases import (  # noqa: E402
     BOUNDS,
     OF_IMAGES,
     PLAIN,
-    SIZES,
     assert_same,
     assert_same_runs,
     batch,
@@ -29,15 +28,9 @@ from grpo_kernels.integrations.objectives import AGGREGATIONS  # noqa: E402
 from grpo_kernels.integrations.trl import FusedGRPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.peers
+folder = trl_cases.folder
 FIXED = {"use_cpu": True, "report_to": [], "save_strategy": "no", "bf16": False, "disable_tqdm": True}
 FIXED |= {"dataloader_pin_memory": False, "num_generations": 4}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("policy")
-    trl_step.save_policy(path, **SIZES)
-    return path
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ import torch
 trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
 
-import trl_step  # noqa: E402
+import trl_cases  # noqa: E402
 from trl.generation import vllm_generation  # noqa: E402
 from trl_cases import BOUNDS, SIZES, assert_same_runs, run_of, trainer  # noqa: E402
 
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch_trl  # noqa: E402
 
 pytestmark = pytest.mark.peers
+folder = trl_cases.folder
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -60,13 +61,6 @@ class Server:
                 found.append(log_probs)
         self.drawn += len(completions)
         return {"prompt_ids": prompts, "completion_ids": completions, "logprobs": found}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("policy")
-    trl_step.save_policy(path, **SIZES)
-    return path
 
 
 @pytest.fixture

@@ -21,6 +21,14 @@ BOUNDS = {"cispo": {"epsilon_high": 1.2}, "sapo": {"sapo_temperature_pos": 0.8, 
 BOUNDS["vespo"] = {"vespo_k_pos": 1.5, "vespo_lambda_pos": 2.0, "vespo_k_neg": 2.5, "vespo_lambda_neg": 1.0}
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The tiny policy that trainers are made of, on the disk: ``folder = trl_cases.folder`` in a file of tests."""
+    path = tmp_path_factory.mktemp("policy")
+    trl_step.save_policy(path, **SIZES)
+    return path
+
+
 def trainer(kind, folder, tmp_path, *, options=None, **keywords):
     return trl_step.make_trainer(kind, folder, PLAIN | {"output_dir": str(tmp_path)} | (options or {}), **keywords)
 
