@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import advantages, hf
 from . import surrogates as surrogates
+from .backends.blocks import empty_cache
 from .calls.context import ContextPart, split_context
 from .calls.outputs import LossOutput, TokenLogProbs
 from .calls.packing import collate, pack, unpack
@@ -82,6 +83,7 @@ __all__ = [
     "advantages",
     "align",
     "collate",
+    "empty_cache",
     "grpo_loss",
     "hf",
     "linear_grpo_loss",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import __version__, backends
-from .backends import cpu, cuda, native
+from .backends import blocks, cpu, cuda, native
 from .calls.head import cpu_bf16_instructions
 from .objectives.config import LossConfig
 from .objectives.metrics import REPORTED
@@ -39,6 +39,7 @@ def collect() -> dict[str, Any]:
         "verified": records.read(),
         "cpu_library": _cpu_library(),
         "cuda_library": _cuda_library(),
+        "cpu_memory": {"keeps": blocks.keeps(), "kept_bytes": blocks.count().kept},
         "cpu_bf16_instructions": list(cpu_bf16_instructions()),
     }
 
@@ -180,6 +181,9 @@ def main(arguments: argparse.Namespace) -> int:
     found = ", ".join(report["cpu_bf16_instructions"])
     gemm = f"bf16 ({found})" if found else "fp32, slice by slice of the weight: this CPU has no bf16 instructions"
     print(f"CPU GEMMs  of bf16 heads run in {gemm}")
+    memory = report["cpu_memory"]
+    kept = f"is kept for the next, now {memory['kept_bytes'] / 1e6:.0f} MB ({blocks.SWITCH}=0 keeps none)"
+    print(f"memory     of large gradients on CPUs {kept if memory['keeps'] else f'is not kept: {blocks.SWITCH}=0'}")
     library = report["cpu_library"]
     print(f"library    {_place('cpu', library)}")
     if "unusable" in library:

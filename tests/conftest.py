@@ -24,6 +24,10 @@ else:
         os.environ["GRPO_KERNELS_CUDA_LIBRARY"] = str(cuda_emulator.build() or "")
 
 from grpo_kernels import backends  # noqa: E402
+from grpo_kernels.backends import blocks  # noqa: E402
+
+# Every gradient on a CPU is memory that others had before it, and whoever reads it too late finds NaN.
+LARGE, blocks.LARGE, blocks.poisoned = blocks.LARGE, 1, True
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="grpo_kernels_tests_")  # records of verify are not the user's

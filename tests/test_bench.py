@@ -262,14 +262,14 @@ def test_figures_are_of_the_default_call():
     assert "eager (fp32 upcast) takes **1.5-3.0x**; of the time with `inplace=True` 3.0x and 7.5x." in said
     assert "0.5 for the default call, 0.0 in place, 1.5 for torch.compile (fp32 upcast), 1.0 for eager" in said
     assert report.headline(rows, ["Liger"]) == ""
-    assert report.cells(rows[0], "ours, in place")[5] == "0.20"
+    assert report.cells(rows[0], "ours, in place")[report.COLUMNS.index("× ours")] == "0.20"
     line = report.sentences(rows)[0]
     assert re.search(rf"20.00 ms \(4.00 in place\); {COMPILED}, the fastest of the others .*, 0.6x as long$", line)
 
 
-@pytest.mark.parametrize(("sizes", "drawn"), [((1000, 2000), "bars"), ((1000, 2000, 4000), "lines")])
+@pytest.mark.parametrize(("sizes", "drawn"), [((1000, 2000, 3000), "bars"), ((1000, 2000, 4000, 8000), "lines")])
 def test_what_is_drawn(monkeypatch, tmp_path, sizes, drawn):
-    """Lines of three points and more; a provider has the same colour everywhere, and its own marker and dash."""
+    """Lines of four points and more; a provider has the same colour everywhere, and its own marker and dash."""
     kept = []
     monkeypatch.setattr(plot, "head", lambda figure, *rest: kept.append(figure))
     rows = [row_of(SLOWER, vocab) for vocab in sizes]
@@ -279,15 +279,15 @@ def test_what_is_drawn(monkeypatch, tmp_path, sizes, drawn):
         line.get_label(): (line.get_color(), line.get_marker(), line.get_linestyle()) for line in panels[0].lines
     }
     if drawn == "bars":
-        assert [len(panel.patches) for panel in panels] == [4] * 4
+        assert [len(panel.patches) for panel in panels] == [4] * 6
         assert not drawings
         return
     assert list(drawings) == list(SLOWER)
     assert len({(marker, dash) for _, marker, dash in drawings.values()}) == 4
-    assert [bar.get_width() for bar in panels[-1].patches] == [2000 * place / 16000 for place in range(4)]
+    assert [bar.get_width() for bar in panels[-1].patches] == [2000 * place / 32000 for place in range(4)]
     ticks = [label.get_text() for label in panels[0].get_yticklabels()]
     assert {"5", "10", "20"} <= set(ticks)
-    assert [label.get_text() for label in panels[0].get_xticklabels()] == ["1,000", "2,000", "4,000"]
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == ["1,000", "2,000", "4,000", "8,000"]
 
 
 def test_backend_by_name(uncompiled, tmp_path, capsys, monkeypatch):

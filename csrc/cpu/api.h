@@ -1,12 +1,12 @@
 // The C ABI of the CPU backend: one struct in, one status out (grpo_kernels/backends/cpu.py mirrors it).
-// Tensors belong to the caller; nothing is allocated or kept here.
+// Tensors belong to the caller; nothing is allocated or kept here but the blocks below.
 #pragma once
 
 #include "../common/call.h"
 
 extern "C" {
 
-#define GRPO_CPU_ABI_VERSION 8
+#define GRPO_CPU_ABI_VERSION 9
 
 typedef enum { kGeneric, kAVX2, kAVX512, kInstructionSets } GrpoInstructionSet;
 typedef enum { kOk, kTokenIdOutOfRange, kUnsupportedInstructionSet, kUnknownDtype } GrpoStatus;
@@ -28,6 +28,27 @@ struct GrpoCpuTokenSums : GrpoTokenInputs, GrpoTokenRecords {
   void* loss;        // real
   int64_t rows, sequences;
   int32_t dtype, threads, kl_estimator, reserved;
+};
+
+// DLManagedTensor of DLPack's ABI (github.com/dmlc/dlpack, dlpack.h, version 0): fields and order are its own.
+struct GrpoBytes {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t dimensions;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+  void* context;
+  void (*deleter)(GrpoBytes*);
+};
+
+// Of each kind one block is kept.
+typedef enum { kLogitsBlock, kWeightBlock, kBlockKinds } GrpoBlockKind;
+
+struct GrpoBlockBytes {
+  int64_t kept, used, peak;  // peak: of used, since the last grpo_cpu_reset_peak
 };
 
 #define GRPO_EXPORT __attribute__((visibility("default")))
@@ -53,6 +74,14 @@ GRPO_EXPORT int32_t grpo_cpu_fused_divergence(GrpoCpuParams*);
 // The per-token maths alone: log_prob and the inputs of fused_loss in; policy, kl, flags and grad_log_prob out.
 GRPO_EXPORT int32_t grpo_cpu_token_terms(GrpoCpuParams*);
 GRPO_EXPORT int32_t grpo_cpu_token_sums(const GrpoCpuTokenSums*);
+
+// A tensor of so many bytes, uninitialised, whose deleter gives them back, filled with 0xff if they are to be poisoned;
+// null where the system has none.
+GRPO_EXPORT GrpoBytes* grpo_cpu_new_block(int64_t bytes, int32_t kind, int32_t poisoned);
+// Gives what is kept to the system; returns its bytes.
+GRPO_EXPORT int64_t grpo_cpu_drop_kept(void);
+GRPO_EXPORT GrpoBlockBytes grpo_cpu_block_bytes(void);
+GRPO_EXPORT void grpo_cpu_reset_peak(void);
 }
 
 // One instruction set's kernels.

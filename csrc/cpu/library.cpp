@@ -1,6 +1,7 @@
 // The library's entry points: which instruction sets run here, and the call handed to the chosen one.
 #include "../common/terms.h"
 #include "api.h"
+#include "blocks.h"
 #include "row.h"
 #include "token_sums.h"
 
@@ -116,4 +117,14 @@ int32_t grpo_cpu_token_sums(const GrpoCpuTokenSums* p) {
   }
   return kOk;
 }
+
+GrpoBytes* grpo_cpu_new_block(int64_t bytes, int32_t kind, int32_t poisoned) {
+  return new_block(bytes, kind, poisoned);
+}
+
+int64_t grpo_cpu_drop_kept(void) { return drop_kept(); }
+
+GrpoBlockBytes grpo_cpu_block_bytes(void) { return {kept_bytes.load(), used_bytes.load(), peak_bytes.load()}; }
+
+void grpo_cpu_reset_peak(void) { peak_bytes.store(used_bytes.load()); }
 }

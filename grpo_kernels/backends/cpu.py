@@ -18,7 +18,7 @@ from .eager_rows import token_id_message
 from .spec import ObjectiveSpec
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
-_ABI_VERSION = 8
+_ABI_VERSION = 9
 _OK, _TOKEN_ID_OUT_OF_RANGE = 0, 1
 
 LIBRARY = native.library_path("cpu")
@@ -45,6 +45,15 @@ class _TokenSums(ctypes.Structure):
     )
 
 
+class BlockBytes(ctypes.Structure):
+    """GrpoBlockBytes of csrc/cpu/api.h, field by field."""
+
+    kept: int
+    used: int
+    peak: int
+    _fields_ = tuple((name, c_int64) for name in ("kept", "used", "peak"))
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Return the loaded library. Raise native.Unavailable, with the reason, where there is none."""
@@ -54,6 +63,10 @@ def library() -> ctypes.CDLL:
     loaded.grpo_cpu_scratch.argtypes = [c_int64, c_int32, c_int32]
     loaded.grpo_cpu_partial_sums.restype = c_int64
     loaded.grpo_cpu_partial_sums.argtypes = [c_int64]
+    loaded.grpo_cpu_new_block.restype = c_void_p
+    loaded.grpo_cpu_new_block.argtypes = [c_int64, c_int32, c_int32]
+    loaded.grpo_cpu_drop_kept.restype = c_int64
+    loaded.grpo_cpu_block_bytes.restype = BlockBytes
     return loaded
 
 

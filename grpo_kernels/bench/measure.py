@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import blocks
 from ..backends.contract import on_device
 from ..objectives.config import LossConfig
 from ..verification import records, reference
@@ -96,7 +97,7 @@ def _row(
                 found[provider.name]["new_length_failed"] = f"{type(error).__name__}: {str(error)[:200]}"
     yardstick = found.pop(YARDSTICK, {}).get("step_ms")
     for provider in providers:
-        found[provider.name] |= {"same_outputs": provider.same_outputs, "ours": provider.ours}
+        found[provider.name] |= {"same_outputs": provider.same_outputs, "ours": provider.ours, "call": provider.call}
     return {
         **dataclasses.asdict(spec),
         "logits_bytes": spec.logits_bytes,
@@ -109,8 +110,9 @@ def _row(
 
 
 def _alone(provider: Provider, work: Workload, exact: Exact | None) -> dict[str, Any]:
-    """Measure the first call, peak memory, and errors beside float64."""
+    """Measure the first call, peak memory, what stays of it, and errors beside float64."""
     work.restore()
+    blocks.empty_cache()
     clock = Clock(work.spec.device)
     loss = float(step(provider, work).detach())
     clock.mark()
@@ -122,6 +124,8 @@ def _alone(provider: Provider, work: Workload, exact: Exact | None) -> dict[str,
     with quiet():
         numbers["extra_bytes"] = peak_bytes(lambda: step(provider, work), work.spec.device)
     numbers["repeatable"] = all(torch.equal(a, b) for a, b in zip(gradients, work.gradients, strict=True))
+    work.restore()
+    numbers["kept_bytes"] = blocks.count().kept
     if exact is None:
         return numbers
     numbers["loss_error"], numbers["gradient_error"] = exact.errors(loss, gradients)
@@ -297,7 +301,10 @@ def _seconds(function: Callable[[], object], work: Workload) -> float:
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:
-    """Return the peak of what PyTorch's allocator hands out while the function runs, beyond what it had before."""
+    """Return the peak of what PyTorch's allocator hands out while the function runs, beyond what it had before.
+
+    On a CPU the peak of our blocks is added, which may have been at another moment: the sum is no less than the truth.
+    """
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
@@ -309,14 +316,17 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
+    blocks.reset_peak()
+    used = blocks.count().used
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
+    in_blocks = blocks.count().peak - used
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         total += event.nbytes()
         peak = max(peak, total)
-    return peak
+    return peak + in_blocks
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from .report import Row, milliseconds
 
 AXES = {"tokens": "tokens", "vocab": "columns of the vocabulary"}
 TIME, MEMORY = "milliseconds", "peak memory"
-ENOUGH = 3
+ENOUGH = 4
 """How many points make a line."""
 
 
@@ -79,12 +79,13 @@ def new_figure(width: float, height: float) -> Any:
 def plain_log(axis: Any) -> None:
     """Give a logarithmic axis, once all of it is drawn, ticks at 1, 2 and 5 of each power of ten as plain numbers.
 
-    One that spans less than a power of ten gets some more.
+    One that spans less than a power of ten gets some more, and less than twice its lowest value evenly spaced ones.
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)))
+    subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    axis.set_major_locator(LogLocator(subs=subs) if high > 2 * low else MaxNLocator(5, steps=(1, 2, 5, 10)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
 

@@ -32,6 +32,8 @@ class Provider:
     bytes: Callable[[Spec], float]
     same_outputs: bool = True
     ours: bool = False
+    call: str = ""
+    """What a reader pastes to have it, where it is ours."""
 
 
 def loss_of_log_probs(
@@ -131,9 +133,10 @@ def ours_by_name(backend: str) -> list[Provider]:
 
 
 def _from_logits(backend: str | None, name: str, *, chosen: bool) -> list[Provider]:
+    fresh, over, pasted = _ours(False, backend), _ours(True, backend), "grpo_loss(..., inplace=True)"
     return [
-        Provider(name, _ours(False, backend), lambda s: 1.05 * s.logits_bytes, chosen, chosen),
-        Provider(f"{name}, in place", _ours(True, backend), lambda s: 0.05 * s.logits_bytes, chosen, chosen),
+        Provider(name, fresh, lambda s: 1.05 * s.logits_bytes, chosen, chosen, "grpo_loss(...)"),
+        Provider(f"{name}, in place", over, lambda s: 0.05 * s.logits_bytes, chosen, chosen, pasted),
     ]
 
 
@@ -149,10 +152,11 @@ def from_logits(spec: Spec, backend: str | None = None) -> list[Provider]:
 
 def from_hidden(spec: Spec, backend: str | None = None) -> list[Provider]:
     """Return ours, with its default chunks and with small ones, and PyTorch's, on a workload of hidden states."""
-    small = _ours_linear(SMALL_CHUNKS, backend)
+    whole, small = _ours_linear(2**30, backend), _ours_linear(SMALL_CHUNKS, backend)
+    pasted = "linear_grpo_loss(..., chunk_bytes=2**25)"
     return [
-        Provider(OURS, _ours_linear(2**30, backend), lambda s: min(2**30, 2 * s.logits_bytes), ours=True),
-        Provider("ours, chunks of 32 MB", small, lambda s: SMALL_CHUNKS, ours=True),
+        Provider(OURS, whole, lambda s: min(2**30, 2 * s.logits_bytes), ours=True, call="linear_grpo_loss(...)"),
+        Provider("ours, chunks of 32 MB", small, lambda s: SMALL_CHUNKS, ours=True, call=pasted),
         Provider("eager, fp32 upcast", _eager(True), _fp32_copies(4)),
         Provider("torch.compile, fp32 upcast", _compiled(spec), _fp32_copies(2)),
     ]

@@ -79,25 +79,27 @@ def fastest_other(row: Row) -> str | None:
 
 
 COLUMNS = (
-    "workload", "provider", "forward ms", "step ms", "of it backward", "× ours", "GB/s", "of the bound",
-    "extra memory", "first call s", "new length s", "loss error", "gradient error", "same bits",
+    "workload", "provider", "call", "forward ms", "step ms", "of it backward", "× ours", "GB/s", "of the bound",
+    "extra memory", "kept", "first call s", "new length s", "loss error", "gradient error", "same bits",
 )  # fmt: skip
 
 
 def cells(row: Row, name: str) -> list[str]:
     """Return the cells of one provider of a row, one for each of COLUMNS."""
     p = row["providers"][name]
+    call = f"`{p['call']}`" if p.get("call") else ""
     if "step_ms" not in p:
         reason = p.get("skipped") or p.get("failed")
-        memory = _memory(row, p)
-        return [title(row), name, *[""] * 6, memory, _number(p.get("first_call_s"), "{:.2f}"), *[""] * 3, reason or ""]
+        memory, first = _memory(row, p.get("extra_bytes")), _number(p.get("first_call_s"), "{:.2f}")
+        return [title(row), name, call, *[""] * 6, memory, "", first, *[""] * 3, reason or ""]
     share = _number(times(row, name), "{:.2f}")
     rate = ["", _of_the_bound(row, p)]
     if row["hidden"] is None and rate[1]:
         rate[0] = f"{2 * row['logits_bytes'] / p['step_ms'] / 1e6:.1f}"
     return [
-        *(title(row), name, _ms(p["forward_ms"]), _ms(p["step_ms"]), _ms(p["backward_ms"]), share, *rate),
-        *(_memory(row, p), *(_number(p.get(key), "{:.2f}") for key in ("first_call_s", "new_length_s"))),
+        *(title(row), name, call, _ms(p["forward_ms"]), _ms(p["step_ms"]), _ms(p["backward_ms"]), share, *rate),
+        *(_memory(row, p.get(key)) for key in ("extra_bytes", "kept_bytes")),
+        *(_number(p.get(key), "{:.2f}") for key in ("first_call_s", "new_length_s")),
         *(f"{p['loss_error']:.0e}", f"{p['gradient_error']:.0e}", "yes" if p["repeatable"] else "no"),
     ]
 
@@ -115,12 +117,11 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def _memory(row: Row, p: dict[str, Any]) -> str:
-    if "extra_bytes" not in p:
+def _memory(row: Row, size: int | None) -> str:
+    """Return bytes in sizes of the logits, from hidden states in MB."""
+    if size is None:
         return ""
-    if row["hidden"] is not None:
-        return f"{p['extra_bytes'] / 1e6:.0f} MB"
-    return f"{p['extra_bytes'] / row['logits_bytes']:.2f} ×"
+    return f"{size / row['logits_bytes']:.2f} ×" if row["hidden"] is None else f"{size / 1e6:.0f} MB"
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
@@ -144,8 +145,9 @@ NOTES = (
     "step as a multiple of that of `ours`, the default call, which allocates its gradient. GB/s are two times the "
     "logits in a step's time. The bound is measured in the same rounds: reading and writing the logits once, and from "
     "hidden states three GEMMs (on a CPU in fp32). Extra memory is the peak beyond the inputs, in sizes of the logits "
-    "(from hidden states in MB). A new length is the first call with a length that was not seen before (torch.compile "
-    "may find parts of its work in a cache on disk, as in the first call). Errors are relative, beside float64."
+    "(from hidden states in MB); kept is what stays of it for the next call, the system's to take. A new length is the "
+    "first call with a length that was not seen before (torch.compile may find parts of its work in a cache on disk, "
+    "as in the first call). Errors are relative, beside float64."
 )
 
 
@@ -227,7 +229,8 @@ def summary(rows: Sequence[Row], environment: dict[str, Any], columns: Iterable[
         line += [_number(times(row, name), "{:.1f}x") or "–" for name in columns]
         others = [p for p in row["providers"].values() if not p["ours"] and "extra_bytes" in p and p["same_outputs"]]
         least: dict[str, Any] = min(others, key=lambda p: p["extra_bytes"], default={})
-        memory = " / ".join(_memory(row, p) or "–" for p in (*(row["providers"].get(name, {}) for name in mine), least))
+        peaks = (p.get("extra_bytes") for p in (*(row["providers"].get(name, {}) for name in mine), least))
+        memory = " / ".join(_memory(row, peak) or "–" for peak in peaks)
         lines.append(f"| {' | '.join([*line, memory])} |")
     return "\n".join(lines) + "\n"
 

@@ -1,0 +1,107 @@
+"""Memory for what is large on a CPU, in blocks of the system's pages: the last one that died is kept for the next.
+
+A gradient of the logits' size is made at every step, and PyTorch's allocator takes fresh pages for whatever is larger
+than 32 MB: the system clears them and maps them one by one, which takes longer than the kernel that writes them
+(docs/design/cpu.md has the figures). A block comes back when the last tensor of its storage dies, views, NumPy arrays
+and DLPack's among them, on whichever thread. At most one of each kind is kept, of at most twice the last one's size,
+and the system takes its pages where memory runs short.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import os
+
+import torch
+from torch import Tensor
+
+from . import cpu, native
+
+
+class Kind(enum.IntEnum):
+    """What a block holds. A step has one of each, so that neither takes the other's place."""
+
+    LOGITS = 0
+    """Tokens × vocabulary: logits of a chunk, or the gradient of logits."""
+    WEIGHT = 1
+    """Vocabulary × hidden size: the gradient of a head."""
+
+
+LARGE = 8 << 20
+"""Bytes from which on memory is a block."""
+SWITCH = "GRPO_KERNELS_KEEP_MEMORY"
+"""The environment's variable that, if it is 0, leaves all memory to PyTorch's allocator."""
+poisoned = False
+"""Whether blocks that come back are filled with NaN, so that whoever still reads one sees it: for tests."""
+
+
+def keeps() -> bool:
+    """Whether memory is kept at all. Raise a ValueError where the variable is neither 0 nor 1."""
+    value = os.environ.get(SWITCH) or "1"
+    if value not in ("0", "1"):
+        raise ValueError(f"{SWITCH} must be 0 (no memory is kept) or 1; got {value!r}.")
+    return value == "1"
+
+
+def empty(count: int, dtype: torch.dtype, kind: Kind) -> Tensor:
+    """Return ``count`` elements of uninitialised memory on the CPU, in a block where they are large.
+
+    Raises:
+        MemoryError: the system has no room for them.
+    """
+    size = count * dtype.itemsize
+    if size >= LARGE and keeps() and (block := _block(size, kind)) is not None:
+        tensor = block.view(dtype)
+        if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
+            tensor.fill_(torch.nan)  # as torch.empty does
+        return tensor
+    try:
+        return torch.empty(count, dtype=dtype, device="cpu")
+    except RuntimeError as error:
+        raise MemoryError(
+            f"grpo_kernels expected {size / 1e9:.3g} GB of free memory for a gradient, and the system gave none: "
+            "inplace=True needs no second tensor of the logits' size, a smaller chunk_bytes= less from hidden states."
+        ) from error
+
+
+def _block(size: int, kind: Kind) -> Tensor | None:
+    """Return ``size`` bytes; None where there is no library, or no room."""
+    try:
+        library = cpu.library()
+    except native.Unavailable:
+        return None
+    block = library.grpo_cpu_new_block(size, kind, poisoned)
+    if not block:
+        return None
+    tensor: Tensor = torch.utils.dlpack.from_dlpack(_new_capsule(block, b"dltensor", None))
+    return tensor
+
+
+_new_capsule = ctypes.pythonapi.PyCapsule_New
+_new_capsule.restype = ctypes.py_object
+_new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+
+
+def count() -> cpu.BlockBytes:
+    """Return how many bytes are kept, in use, and were in use at most since ``reset_peak``."""
+    try:
+        counted: cpu.BlockBytes = cpu.library().grpo_cpu_block_bytes()
+    except native.Unavailable:
+        return cpu.BlockBytes()
+    return counted
+
+
+def reset_peak() -> None:
+    """Begin to count the peak anew, from what is in use."""
+    if count().peak:
+        cpu.library().grpo_cpu_reset_peak()
+
+
+def empty_cache() -> int:
+    """Give the memory that is kept for the next gradient back to the system; return its bytes.
+
+    It is what ``torch.cuda.empty_cache()`` is on a GPU, for the blocks of grpo_kernels on a CPU. Tensors stay as they
+    are. ``GRPO_KERNELS_KEEP_MEMORY=0`` in the environment keeps nothing in the first place.
+    """
+    return int(cpu.library().grpo_cpu_drop_kept()) if count().kept else 0
