@@ -20,7 +20,7 @@ import torch
 from conftest import LARGE
 
 import grpo_kernels
-from grpo_kernels import grpo_loss
+from grpo_kernels import grpo_loss, linear_grpo_loss
 from grpo_kernels.backends import blocks, cpu, native
 
 try:
@@ -189,6 +189,26 @@ def test_each_kind_keeps_its_own():
     assert (room(16 * MB).data_ptr(), room(40 * MB, WEIGHT).data_ptr()) == places
     assert blocks.count().kept == 56 * MB
     assert grpo_kernels.empty_cache() == 56 * MB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_from_hidden_states_takes_both_kinds_again(dtype):
+    hidden = torch.ones(1, 200, 200, dtype=dtype, requires_grad=True)  # as many tokens as it is wide: equal blocks
+    weight = torch.zeros(30000, 200, dtype=dtype, requires_grad=True)
+    ids, size = torch.arange(200)[None], 6 * MB * dtype.itemsize
+    places = set()
+    for step in range(3):
+        weight.grad = None
+        assert (blocks.count().used, blocks.count().kept) == (0, 2 * size if step else 0)
+        linear_grpo_loss(hidden, weight, ids, torch.ones(1)).loss.backward()
+        assert weight.grad is not None
+        assert (blocks.count().used, blocks.count().kept) == (size, size)
+        wanted = torch.full_like(weight, 1 / 30000)
+        wanted[:200] -= 1 / 200
+        torch.testing.assert_close(weight.grad, wanted, rtol=1e-2, atol=0)
+        places.add(weight.grad.data_ptr())
+    assert len(places) == 1
+    weight.grad = None
 
 
 def test_small_gradients_are_pytorchs():

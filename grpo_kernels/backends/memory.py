@@ -1,11 +1,14 @@
-"""Memory for gradients of logits, its rows aligned as the logits' own."""
+"""Memory for what has a vocabulary's size: gradients of logits and heads, and the logits of chunks."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from . import blocks
+from .blocks import Kind as Kind
 
 
 def row_strides(logits: Tensor) -> tuple[int, ...]:
@@ -28,11 +31,21 @@ def gradient_like(logits: Tensor, length: int | None = None) -> Tensor:
     skew = logits.data_ptr() % 16 // size
     count = skew + sum((extent - 1) * stride for extent, stride in zip(logits.shape, strides, strict=True)) + 1
     count = count if logits.numel() else skew
-    if logits.device.type == "cpu":
-        storage = blocks.empty(count, logits.dtype, blocks.Kind.LOGITS)
-    else:
-        storage = torch.empty(count, dtype=logits.dtype, device=logits.device)
-    gradient = storage.new_empty(0).set_(storage.untyped_storage(), skew, logits.shape, strides)  # no view of another
+    flat = _elements(count, logits.dtype, logits.device, Kind.LOGITS)
+    gradient = flat.new_empty(0).set_(flat.untyped_storage(), skew, logits.shape, strides)  # no view of another
     if length is not None and length < logits.shape[-2]:
         gradient.narrow(-2, length, logits.shape[-2] - length).zero_()
     return gradient
+
+
+def new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, kind: Kind) -> Tensor:
+    """Return an uninitialised dense tensor, of blocks on a CPU."""
+    flat = _elements(math.prod(shape), dtype, device, kind)
+    tensor: Tensor = flat.new_empty(0).set_(flat.untyped_storage(), 0, shape, flat.view(shape).stride())
+    return tensor  # no view of another
+
+
+def _elements(count: int, dtype: torch.dtype, device: torch.device, kind: Kind) -> Tensor:
+    if device.type == "cpu":
+        return blocks.empty(count, dtype, kind)
+    return torch.empty(count, dtype=dtype, device=device)

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends import memory
+
 SLICE_COLUMNS = 1024
 """Vocabulary columns that ``SlicedHead`` converts to fp32 at a time: 4 MB of a weight with H = 1024, which stay in
 cache."""
@@ -145,7 +147,7 @@ class Factor:
         transposed, total = gradient.t(), self._sum
         if gradient.dtype == self._real or (self._single and gradient.dtype == self._dtype):
             if total is None:
-                self._sum = torch.mm(transposed, states)
+                self._sum = torch.mm(transposed, states, out=self._new(gradient.dtype))
             else:
                 _add_product(total, transposed, states)
         elif gradient.device.type == "cuda":
@@ -162,8 +164,9 @@ class Factor:
     def add_slice(self, columns: Tensor, states: Tensor, first: int, last: int) -> None:
         """Add that of columns [first, last) of the logits alone, in fp32."""
         if self._sum is None:
-            make = torch.empty_like if self._single else torch.zeros_like
-            self._sum = make(self.weight, dtype=self._dtype if self._single else torch.float32)
+            self._sum = self._new(self._dtype if self._single else torch.float32)
+            if not self._single:
+                self._sum.zero_()
         target = self._sum[first:last]
         if self._single:
             target.copy_(torch.mm(columns.t(), states, out=self._slice_room(last - first)))
@@ -173,6 +176,10 @@ class Factor:
     def slice(self, first: int, last: int) -> Tensor:
         """Return rows [first, last) of the weight in fp32, until the next call of ``slice`` or ``add_slice``."""
         return self._slice_room(last - first).copy_(self.weight[first:last])
+
+    def _new(self, dtype: torch.dtype) -> Tensor:
+        """Return room for the gradient, or for its sum."""
+        return memory.new(tuple(self.weight.shape), dtype, self.weight.device, memory.Kind.WEIGHT)
 
     def gradient(self) -> Tensor | None:
         """Return the weight's gradient in its own dtype, zeros where no chunk came; None where it is not wanted."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import ops
+from ..backends import memory, ops
 from ..backends.contract import RowGradients, Rows, RowStats, TokenRecords, TokenValues
 from ..backends.spec import NUMBERS, LogitArgs, numbers_vector
 from ..objectives.config import LossConfig
@@ -149,7 +149,7 @@ class Walk:
         kind = head_kind(device.type, sweep.operands, sweep.dtype)
         self._head = kind(head, sweep.operands, sweep.dtype, len(sweep.live_rows.chunks), wants, sweep.wide)
         self._teacher = None if sweep.teacher is None else sweep.teacher.walk(sweep.live_rows)
-        self._logits = torch.empty(sweep.live_rows.longest, sweep.columns, dtype=sweep.dtype, device=device)
+        self._logits = memory.new((sweep.live_rows.longest, sweep.columns), sweep.dtype, device, memory.Kind.LOGITS)
         wanted = zip(head.states, wants.states, strict=False)
         self._gradients = [self._room(states) if wants_states else None for states, wants_states in wanted]
 
