@@ -19,9 +19,11 @@ from grpo_kernels.bench import command
 BENCHMARKS = (
     "distill_sort",
     "divergence",
+    "pages",
     "scaling",
     "surrogates",
     "system_steps",
+    "thread_scaling",
     "train_sort",
     "training_step",
     "trl_functions",

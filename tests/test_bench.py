@@ -223,6 +223,10 @@ def test_lengths():
     assert set(DTYPES) == {"fp32", "bf16", "fp16"}
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
 def row_of(times, vocab=1000, **changes):
     """A row of the engine with these milliseconds by provider, whose memory is its place among them."""
     measured = {"forward_ms": 1.0, "backward_ms": 1.0, "loss_error": 0.0, "gradient_error": 0.0}
@@ -340,6 +344,60 @@ def test_surrogates_table(inplace):
     text = surrogates.table({"environment": report.environment("cpu"), "rows": [row_of(times)]})
     line = next(line for line in text.splitlines() if line.startswith("| `Reinforce()`")).split(" | ")
     assert line[1 + inplace].strip(" |") == ("3.00 (1.50x)" if inplace else "3.00 (0.50x)")
+
+
+def test_threads_are_set_and_told(tmp_path, monkeypatch):
+    """Each provider runs on its own number of threads; the table has speed-ups, and from four numbers on there is a
+    plot."""
+    import thread_scaling
+
+    monkeypatch.setattr(thread_scaling, "thread_counts", lambda: [1, 2, 4, 8])
+    work = Workload(Spec(16, 100, "fp32"))
+    made = thread_scaling.providers(work.spec)
+    assert [provider.name for provider in made[:3]] == ["ours, 1 thread", "ours, in place, 1 thread", "ours, 2 threads"]
+    for provider, count in zip(made, (1, 1, 2, 2, 4, 4, 8, 8), strict=True):
+        work.restore()
+        measure.step(provider, work)
+        assert torch.get_num_threads() == count
+    times = {provider.name: 24.0 / (1 + i // 2) for i, provider in enumerate(made)}
+    slower = {name: 3 * ms for name, ms in times.items()}
+    found = {"environment": report.environment("cpu"), "threads": [1, 2, 4, 8], "rows": [row_of(times)]}
+    thread_scaling.write(tmp_path, found | {"beside": [row_of(slower)]})
+    lines = (tmp_path / "thread_scaling.md").read_text().splitlines()
+    assert lines[4] == "| 1 | 24.00 (1.0x, 3.0x) | 24.00 (1.0x, 3.0x) |"
+    assert lines[7] == "| 8 | 6.00 (4.0x, 3.0x) | 6.00 (4.0x, 3.0x) |"
+    assert (tmp_path / "thread_scaling.png").stat().st_size > 10_000
+
+
+def test_pages_are_told_by_call_and_state(tmp_path):
+    """First and later calls beside those in place, as the system's memory is and fragmented."""
+    import pages
+
+    work = Workload(Spec(16, 100, "fp32"))
+    made = pages.providers(work.spec)
+    assert [provider.name for provider in made] == [*pages.NAMES]
+    times = dict(zip(pages.NAMES, (12.0, 10.0, 30.0, 50.0), strict=True))
+    row = row_of(times)
+    for provider in row["providers"].values():
+        provider["first_call_s"] = provider["step_ms"] / 100
+    states = {"as it is": [row], "fragmented": [row, row]}
+    free = {"as it is": 4321, "fragmented": 7}
+    pages.write(tmp_path, {"environment": report.environment("cpu"), "states": states, "free_huge_pages": free})
+    text = (tmp_path / "pages.md").read_text()
+    assert "Free pages of 2 MB: 4,321 as it is, 7 fragmented." in text
+    assert f"| {pages.WITHOUT} | {' | '.join(['300 / 30.0 (3.00x)'] * 3)} |" in text
+
+
+def test_memory_can_be_fragmented(monkeypatch):
+    """In small: pages stay spread over all of it."""
+    import pages
+
+    monkeypatch.setattr(pages.records, "free_memory", lambda device: 64 << 20)
+    before = resident_bytes()
+    with pages.fragmented() as left:
+        assert left >= 0
+        assert resident_bytes() - before < 8 << 20
+    assert pages.free_huge_pages() >= 0
 
 
 def test_the_cost_model_of_ranks():
