@@ -12,7 +12,7 @@ import torch
 
 from . import __version__, backends
 from .backends import blocks, cpu, cuda, native
-from .calls.head import cpu_bf16_instructions
+from .calls.head import cpu_instructions
 from .objectives.config import LossConfig
 from .objectives.metrics import REPORTED
 from .objectives.surrogates import BUILT_IN
@@ -40,7 +40,8 @@ def collect() -> dict[str, Any]:
         "cpu_library": _cpu_library(),
         "cuda_library": _cuda_library(),
         "cpu_memory": {"keeps": blocks.keeps(), "kept_bytes": blocks.count().kept},
-        "cpu_bf16_instructions": list(cpu_bf16_instructions()),
+        "cpu_bf16_instructions": list(cpu_instructions(torch.bfloat16)),
+        "cpu_fp16_instructions": list(cpu_instructions(torch.float16)),
     }
 
 
@@ -178,9 +179,10 @@ def main(arguments: argparse.Namespace) -> int:
         print(f"backend    {report['switched_to']} alone: GRPO_KERNELS_BACKEND takes the place of every other")
     for line in verified(report["verified"]):
         print(f"verified   {line}")
-    found = ", ".join(report["cpu_bf16_instructions"])
-    gemm = f"bf16 ({found})" if found else "fp32, slice by slice of the weight: this CPU has no bf16 instructions"
-    print(f"CPU GEMMs  of bf16 heads run in {gemm}")
+    for name in ("bf16", "fp16"):
+        found = ", ".join(report[f"cpu_{name}_instructions"])
+        gemm = f"{name} ({found})" if found else f"fp32, slice by slice of the weight: no {name} instructions here"
+        print(f"CPU GEMMs  of {name} heads run in {gemm}")
     memory = report["cpu_memory"]
     kept = f"is kept for the next, now {memory['kept_bytes'] / 1e6:.0f} MB ({blocks.SWITCH}=0 keeps none)"
     print(f"memory     of large gradients on CPUs {kept if memory['keeps'] else f'is not kept: {blocks.SWITCH}=0'}")

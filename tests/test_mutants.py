@@ -282,8 +282,8 @@ MUTANTS = {
     ),
     "linear: later chunks": (
         "calls/head.py",
-        "torch.mm(transposed, states)\n            else:\n                _add_product(total, transposed, states)",
-        "torch.mm(transposed, states)\n            else:\n                pass",
+        "            torch.baddbmm(product, *factors, out=product)",
+        "            torch.bmm(*factors, out=product)",
     ),
     "linear: bias": ("calls/head.py", "part = gradient.sum(0, dtype=self._real)", "part = gradient[0].to(self._real)"),
     "triton: sampled column": (

@@ -336,7 +336,7 @@ def test_in_a_compiled_caller():
 
 
 def memory_of_a_shard() -> list[int]:
-    """The largest tensor of every operation, in elements."""
+    """The memory behind every operation's tensors, in elements."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     sizes = []
@@ -345,7 +345,9 @@ def memory_of_a_shard() -> list[int]:
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             out = function(*args, **(kwargs or {}))
             sizes.extend(
-                each.numel() for each in (out if isinstance(out, tuple) else (out,)) if isinstance(each, Tensor)
+                each.untyped_storage().nbytes() // each.element_size()
+                for each in (out if isinstance(out, tuple) else (out,))
+                if isinstance(each, Tensor)
             )
             return out
 

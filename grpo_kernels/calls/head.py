@@ -8,6 +8,7 @@ of its own: its product is added to the logits where they are.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,9 +18,16 @@ from torch import Tensor
 from ..backends import memory
 
 SLICE_COLUMNS = 1024
-"""Vocabulary columns that ``SlicedHead`` converts to fp32 at a time: 4 MB of a weight with H = 1024, which stay in
+"""Vocabulary columns that ``SlicedHead`` works on at a time, at least: 4 MB of fp32 weight at H = 1024, which stay in
 cache."""
-_NATIVE = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+SLICE_LOGITS = 1 << 20
+"""Logits of a slice about which it has more columns for: each slice is a barrier for all threads."""
+BATCHED_ROWS = 256
+"""Rows of a chunk up to which a batch of GEMMs is faster than one, where nothing is converted."""
+PIECES = 4
+"""Products that its GEMMs are cut into, as one batch: see ``SlicedHead``."""
+_INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"), torch.float16: ("amx_fp16",)}
+"""Those that multiply and add in fp32. With avx512_fp16 alone oneDNN converts to fp32 as well."""
 
 
 class HeadTensors(NamedTuple):
@@ -84,19 +92,18 @@ class Wants(NamedTuple):
         return self.weight, self.adapter_weight
 
 
-@functools.cache
 def has_native_gemm(device: str, dtype: torch.dtype) -> bool:
-    """Whether GEMMs of ``dtype`` run at full speed: on CPUs, half precision does only with instructions for it."""
-    if device != "cpu" or dtype in (torch.float32, torch.float64):
-        return True
-    return dtype == torch.bfloat16 and bool(cpu_bf16_instructions())
+    """Whether PyTorch's GEMMs of ``dtype`` run at full speed: on CPUs, half precision does only with instructions for
+    it."""
+    return device != "cpu" or dtype in (torch.float32, torch.float64) or bool(cpu_instructions(dtype))
 
 
 @functools.cache
-def cpu_bf16_instructions() -> tuple[str, ...]:
-    """Return this CPU's, by name. Read once; the choice never depends on a timing, so results reproduce."""
+def cpu_instructions(dtype: torch.dtype) -> tuple[str, ...]:
+    """Return this CPU's for GEMMs of a half precision, by name. Read once; the choice never depends on a timing, so
+    results reproduce."""
     read: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return tuple(name for name in _NATIVE if read.get(name))
+    return tuple(name for name in _INSTRUCTIONS[dtype] if read.get(name))
 
 
 def operand_dtype(hidden: Tensor) -> torch.dtype:
@@ -110,7 +117,8 @@ def operand_dtype(hidden: Tensor) -> torch.dtype:
 def head_kind(device: str, operands: torch.dtype, logits: torch.dtype) -> type[Head]:
     """Return the GEMMs for this kind of device and these dtypes."""
     mixed = device != "cuda" and operands != logits  # PyTorch has such a GEMM for CUDA alone
-    return SlicedHead if mixed or not has_native_gemm(device, operands) else Head
+    sliced = mixed or (device == "cpu" and not (operands.itemsize == 2 and has_native_gemm(device, operands)))
+    return SlicedHead if sliced else Head
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -121,26 +129,44 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
-def _slices(vocab: int) -> list[tuple[int, int]]:
-    return [(first, min(first + SLICE_COLUMNS, vocab)) for first in range(0, vocab, SLICE_COLUMNS)]
+def _pieces(tensor: Tensor, dim: int) -> Tensor:
+    """Return a view whose first dimension is that of up to ``PIECES`` equal parts of dimension ``dim``."""
+    parts: Tensor = tensor.unflatten(dim, (math.gcd(tensor.shape[dim], PIECES), -1))
+    return parts.movedim(dim, 0)
+
+
+def _joined(parts: Tensor, out: Tensor) -> Tensor:
+    """Write (n, C, K / n) parts of (C, K) into ``out``."""
+    _pieces(out, 1).copy_(parts)
+    return out
+
+
+def _slices(vocab: int, columns: int = SLICE_COLUMNS) -> list[tuple[int, int]]:
+    return [(first, min(first + columns, vocab)) for first in range(0, vocab, columns)]
+
+
+def _converted_columns(width: int) -> int:
+    """Return the most columns of a slice of a weight (V, width) that is converted: at most 6 MB of them in fp32, unless
+    the least are more."""
+    return 2 * SLICE_COLUMNS if width <= 768 else SLICE_COLUMNS
 
 
 class Factor:
-    """A weight (V, K), cast to ``dtype``, that states (C, K) are multiplied by, and its gradient, summed over chunks.
-
-    ``Head`` works on the whole of it, ``SlicedHead`` on some of its V at a time.
-    """
+    """A weight (V, K), cast to ``dtype``, that states (C, K) are multiplied by; its gradient, summed over chunks."""
 
     def __init__(
         self, weight: Tensor, dtype: torch.dtype, chunks: int, wide: bool, wants_states: bool, wants_weight: bool
     ) -> None:
-        self.weight = weight.detach().to(dtype)
+        self.weight = self._operand(weight.detach(), dtype)
         self.wants_states, self.wants_weight = wants_states, wants_weight
         self._single = chunks <= 1
         self._real = torch.float64 if dtype == torch.float64 else torch.float32
         self._dtype = self._real if wide else weight.dtype
         self._sum: Tensor | None = None
-        self._room: Tensor | None = None
+
+    @staticmethod
+    def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype)
 
     def add(self, gradient: Tensor, states: Tensor) -> None:
         """Add the weight's gradient from that of the logits, (C, V)."""
@@ -161,22 +187,6 @@ class Factor:
                 _add_product(total[first:last], transposed[first:last].to(self._real), states.to(self._real))
             self._sum = total
 
-    def add_slice(self, columns: Tensor, states: Tensor, first: int, last: int) -> None:
-        """Add that of columns [first, last) of the logits alone, in fp32."""
-        if self._sum is None:
-            self._sum = self._new(self._dtype if self._single else torch.float32)
-            if not self._single:
-                self._sum.zero_()
-        target = self._sum[first:last]
-        if self._single:
-            target.copy_(torch.mm(columns.t(), states, out=self._slice_room(last - first)))
-        else:
-            _add_product(target, columns.t(), states)
-
-    def slice(self, first: int, last: int) -> Tensor:
-        """Return rows [first, last) of the weight in fp32, until the next call of ``slice`` or ``add_slice``."""
-        return self._slice_room(last - first).copy_(self.weight[first:last])
-
     def _new(self, dtype: torch.dtype) -> Tensor:
         """Return room for the gradient, or for its sum."""
         return memory.new(tuple(self.weight.shape), dtype, self.weight.device, memory.Kind.WEIGHT)
@@ -187,9 +197,47 @@ class Factor:
             return None
         return (torch.zeros_like(self.weight) if self._sum is None else self._sum).to(self._dtype)
 
+
+class SlicedFactor(Factor):
+    """The same, some of the weight's V rows at a time, in fp32 (fp64)."""
+
+    def __init__(
+        self, weight: Tensor, dtype: torch.dtype, chunks: int, wide: bool, wants_states: bool, wants_weight: bool
+    ) -> None:
+        super().__init__(weight, dtype, chunks, wide, wants_states, wants_weight)
+        self._operands = dtype
+        self.converts = not weight.dtype == dtype == self._real
+        self._room: Tensor | None = None
+
+    @staticmethod
+    def _operand(weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight  # cast by ``slice``
+
+    def slice(self, first: int, last: int) -> Tensor:
+        """Return rows [first, last) of the weight, until the next call of ``slice`` or ``add_slice``."""
+        rows = self.weight[first:last].to(self._operands)
+        return rows if rows.dtype == self._real else self._slice_room(last - first).copy_(rows)
+
+    def add_slice(self, columns: Tensor, states: Tensor, first: int, last: int) -> None:
+        """Add the gradient of rows [first, last) from that of these columns of the logits, (C, last - first)."""
+        if self._sum is None:
+            self._sum = self._new(self._dtype if self._single else self._real)
+            if not self._single:
+                self._sum.zero_()
+        target = self._sum[first:last]
+        direct = target.dtype == self._real
+        product = _pieces(target if direct else self._slice_room(last - first), 0)
+        factors = _pieces(columns, 1).mT, states.expand(len(product), *states.shape)
+        if self._single:
+            torch.bmm(*factors, out=product)
+        else:
+            torch.baddbmm(product, *factors, out=product)
+        if not direct:
+            target.copy_(self._slice_room(last - first))
+
     def _slice_room(self, rows: int) -> Tensor:
-        if self._room is None:
-            self._room = self.weight.new_empty(SLICE_COLUMNS, self.weight.shape[1], dtype=torch.float32)
+        if self._room is None or len(self._room) < rows:
+            self._room = self.weight.new_empty(rows, self.weight.shape[1], dtype=self._real)
         return self._room[:rows]
 
 
@@ -200,11 +248,13 @@ class Head:
     Logits have the same dtype, or are fp32; their gradient is rounded to ``dtype`` then.
     """
 
+    factor: type[Factor] = Factor
+
     def __init__(
         self, head: HeadTensors, dtype: torch.dtype, logits: torch.dtype, chunks: int, wants: Wants, wide: bool
     ) -> None:
         wanted = zip(head.weights, wants.states, wants.weights, strict=False)
-        self.factors = [Factor(weight, dtype, chunks, wide, *of_it) for weight, *of_it in wanted]
+        self.factors = [self.factor(weight, dtype, chunks, wide, *of_it) for weight, *of_it in wanted]
         bias = head.bias
         self.bias = None if bias is None else bias.detach().to(logits)
         self._wants_bias = wants.bias
@@ -263,53 +313,103 @@ class Head:
 
 
 class SlicedHead(Head):
-    """For CPUs without half-precision instructions: fp32 GEMMs on slices of the weights. Half-precision GEMMs
-    take 5 times as long there for the logits, 8 for the weight's gradient, 120 for the hidden states' (measured: Zen 3,
-    torch 2.13)."""
+    """On CPUs: fp32 (fp64) GEMMs on slices of the weights, each of which a batch of ``PIECES`` smaller ones makes. MKL
+    spreads a batch over its threads evenly, and one small GEMM not: on two, a batch takes 0.65 of its time at 8 rows,
+    0.85 at 64 and 0.92 at 128. Without instructions for them, operands in half precision are converted as they are
+    needed: GEMMs of their own take 5 times as long there for the logits, 8 for the weight's gradient, 120 for the
+    hidden states' (measured: Zen 3, torch 2.13)."""
 
+    factor = SlicedFactor
+    factors: list[SlicedFactor]  # type: ignore[assignment]
     _part: Tensor | None = None
 
     @staticmethod
     def bytes(width: int, vocab: int, operands: torch.dtype, logits: torch.dtype) -> tuple[int, int]:
-        """Return those of the slices; of logits, fp32 rows of states, their gradients and a slice's."""
-        states = 2 * width * (operands.itemsize + 4)
-        return SLICE_COLUMNS * width * 4, vocab * logits.itemsize + states + SLICE_COLUMNS * 4
+        """Return those of a converted slice, or of one of few rows' logits; of logits, rows of states, their gradients,
+        what these are made of, and a slice's logits."""
+        real = max(4, operands.itemsize)
+        converted = operands.itemsize < real
+        columns = min(_converted_columns(width) if converted else SLICE_COLUMNS, vocab)
+        states = width * (2 * operands.itemsize + (1 + converted) * real)
+        fixed = columns * width if converted else SLICE_LOGITS if vocab > columns else 0
+        return fixed * real, vocab * logits.itemsize + states + columns * real
 
     def logits(self, states: list[Tensor], out: Tensor) -> None:
-        wide = [rows.float() for rows in states]
-        for first, last in _slices(out.shape[1]):
-            columns = self._part_of(len(out), last - first)
-            torch.mm(wide[0], self.factors[0].slice(first, last).t(), out=columns)
-            for rows, factor in zip(wide[1:], self.factors[1:], strict=True):
-                _add_product(columns, rows, factor.slice(first, last).t())
+        if self._whole(len(out)):
+            super().logits(states, out)
+            return
+        wide = [rows.to(self._real) for rows in states]
+        for first, last in _slices(out.shape[1], self._columns(len(out))):
+            target = _pieces(out[:, first:last], 1)
+            columns = self._part_of(target.shape)
+            for rows, factor in zip(wide, self.factors, strict=True):
+                factors = rows.expand(len(target), *rows.shape), _pieces(factor.slice(first, last), 0).mT
+                if factor is self.factors[0]:
+                    torch.bmm(*factors, out=columns)
+                else:
+                    torch.baddbmm(columns, *factors, out=columns)
             if self.bias is not None:
-                columns += self.bias[first:last]
-            out[:, first:last] = columns
+                columns += _pieces(self.bias[None, first:last], 1)
+            target.copy_(columns)
 
     def backward(
         self, gradient: Tensor, states: list[Tensor], over_ranks: Callable[[Tensor], Callable[[], Tensor]] | None
     ) -> list[Tensor | None]:
+        if self._whole(len(gradient)):
+            return super().backward(gradient, states, over_ranks)
         if self._wants_bias:
             self._add_bias(gradient)
-        if not any(factor.wants_states or factor.wants_weight for factor in self.factors):
-            return [None] * len(states)
-        wide = [rows.float() for rows in states]
-        results = [
-            torch.zeros_like(rows) if factor.wants_states else None
-            for rows, factor in zip(wide, self.factors, strict=True)
-        ]
-        for first, last in _slices(gradient.shape[1]):
-            columns = self._part_of(len(gradient), last - first).copy_(gradient[:, first:last])
-            for rows, factor, result in zip(wide, self.factors, results, strict=True):
-                if result is not None:
-                    _add_product(result, columns, factor.slice(first, last))
-                if factor.wants_weight:
-                    factor.add_slice(columns, rows, first, last)
-        parts = [None if result is None else result.to(gradient.dtype) for result in results]
-        return [part if part is None or over_ranks is None else over_ranks(part)() for part in parts]
+        wide = [rows.to(self._real) for rows in states]
+        if over_ranks is None:
+            return self._walk(gradient, wide, of_states=True, of_weights=True)
+        parts = self._walk(gradient, wide, of_states=True, of_weights=False)
+        sums = [None if part is None else over_ranks(part) for part in parts]
+        self._walk(gradient, wide, of_states=False, of_weights=True)
+        return [None if total is None else total() for total in sums]
 
-    def _part_of(self, rows: int, columns: int) -> Tensor:
+    def _walk(self, gradient: Tensor, states: list[Tensor], of_states: bool, of_weights: bool) -> list[Tensor | None]:
+        """Return the gradients of the states, where they are asked for and wanted, and add those of the weights: of all
+        columns at once where nothing is converted."""
+        wanted = [(of_states and factor.wants_states, of_weights and factor.wants_weight) for factor in self.factors]
+        if not any(map(any, wanted)):
+            return [None] * len(states)
+        totals = [
+            torch.zeros_like(_pieces(rows, 1), memory_format=torch.contiguous_format) if wants_states else None
+            for rows, (wants_states, _) in zip(states, wanted, strict=True)
+        ]
+        whole = gradient.dtype == self._real and not self._converts
+        at_once = max(1, gradient.shape[1]) if whole else self._columns(len(gradient))
+        for first, last in _slices(gradient.shape[1], at_once):
+            columns = gradient[:, first:last]
+            if columns.dtype != self._real:
+                columns = self._part_of(columns.shape).copy_(columns)
+            for rows, factor, total, (_, wants_weight) in zip(states, self.factors, totals, wanted, strict=True):
+                if total is not None:
+                    each = columns.expand(len(total), *columns.shape)
+                    torch.baddbmm(total, each, _pieces(factor.slice(first, last), 1), out=total)
+                if wants_weight:
+                    factor.add_slice(columns, rows, first, last)
+        return [
+            None if total is None else _joined(total, torch.empty_like(rows, dtype=gradient.dtype))
+            for rows, total in zip(states, totals, strict=True)
+        ]
+
+    @property
+    def _converts(self) -> bool:
+        return any(factor.converts for factor in self.factors)
+
+    def _whole(self, rows: int) -> bool:
+        """Whether GEMMs of so many rows are those of ``Head``."""
+        return rows > BATCHED_ROWS and not self._converts
+
+    def _columns(self, rows: int) -> int:
+        """Return those of a slice of so many rows."""
+        columns = max(1, SLICE_LOGITS // (SLICE_COLUMNS * max(1, rows))) * SLICE_COLUMNS
+        width = sum(factor.weight.shape[1] for factor in self.factors)
+        return min(columns, _converted_columns(width)) if self._converts else columns
+
+    def _part_of(self, shape: torch.Size) -> Tensor:
         """Return room for some columns of a chunk."""
-        if self._part is None or self._part.shape[0] < rows:
-            self._part = self.factors[0].weight.new_empty(rows, SLICE_COLUMNS, dtype=torch.float32)
-        return self._part[:rows, :columns]
+        if self._part is None or self._part.numel() < shape.numel():
+            self._part = self.factors[0].weight.new_empty(shape.numel(), dtype=self._real)
+        return self._part[: shape.numel()].view(shape)
