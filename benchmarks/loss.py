@@ -45,8 +45,10 @@ def hidden(device: str) -> list[Spec]:
 
 
 def bf16_head(device: str) -> list[Spec]:
-    """Return a head in bf16, which eager PyTorch multiplies slowly where a CPU has no instructions for it."""
-    return [Spec(128, 32000, "bf16", 512, device=device)]
+    """Return heads in bf16 and fp16, which eager PyTorch multiplies slowly where a CPU has no instructions for it, with
+    half of the tokens masked as well."""
+    kinds = ("all", "half masked")
+    return [Spec(128, 32000, dtype, 512, kind, device=device) for dtype in ("bf16", "fp16") for kind in kinds]
 
 
 SETS = {"logits": logits, "hidden": hidden, "bf16-head": bf16_head}
