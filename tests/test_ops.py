@@ -10,6 +10,10 @@ import pytest
 import torch
 from cases import make
 from torch._inductor.utils import run_and_get_code
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd.profiler import profile
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_kernels import (
     Cispo,
@@ -97,6 +101,41 @@ def test_opcheck_of_helpers():
         test_utils=checks,
     )
     torch.library.opcheck(sequence_sum, (torch.randn(5), torch.tensor([0, 2, 5])), test_utils=checks)
+
+
+class Functions(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs or {})
+
+
+class Dispatched(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("follow", [profile, Functions, Dispatched, lambda: torch.device("cpu")])
+def test_who_follows_operators_sees_ours(follow, monkeypatch):
+    """Where nobody does, an operator is its function alone; where somebody does, PyTorch dispatches it."""
+    function, seen = ops.log_probs.operator, []
+    cells = dict(zip(ops.log_probs.__code__.co_freevars, ops.log_probs.__closure__, strict=True))
+    monkeypatch.setattr(cells["registered"], "cell_contents", lambda *flat: seen.append(flat) or function(*flat))
+    case = make(batch=2, length=3, vocab=7)
+    rows = Rows(case.logits, *rows_of(case))
+    alone = ops.log_probs(rows, "torch")
+    assert not seen
+    with follow():
+        followed = ops.log_probs(rows, "torch")
+    assert len(seen) == 1
+    assert all(torch.equal(a, b) for a, b in zip(alone, followed, strict=True))
+
+
+def test_tensors_that_stand_for_others_are_dispatched():
+    """A fake tensor outside of its mode has no memory to hand to a kernel."""
+    case = make(batch=2, length=3, vocab=7)
+    rows = Rows(case.logits, *rows_of(case))
+    with FakeTensorMode() as mode:
+        fake = Rows(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in rows))
+    assert all(isinstance(x, FakeTensor) and x.shape == (2, 3) for x in ops.log_probs(fake, "torch"))
 
 
 def compiled(function):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -29,6 +30,8 @@ from .spec import ObjectiveSpec
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool", str: "str"}
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), int, bool, str))
+"""The types of what the function of an operator may be given as it is: no tensor that stands for another is of them."""
 
 
 def _operator(
@@ -78,6 +81,10 @@ def _operator(
         registered = define(schema, of_flat(function), of_flat(fake))
 
         def call(*arguments: Any) -> Any:
+            if not _followed():
+                each = [argument if isinstance(argument, tuple) else (argument,) for argument in arguments]
+                if _PLAIN.issuperset(map(type, chain.from_iterable(each))):
+                    return function(*arguments)  # type: ignore[call-arg]
             flat: list[Any] = []
             for argument in arguments:
                 if isinstance(argument, tuple):
@@ -97,6 +104,20 @@ def _operator(
         return cast(Callable[_Arguments, _Result], call)
 
     return register
+
+
+def _followed() -> bool:
+    """Whether somebody follows what PyTorch dispatches: a graph that is traced, a mode, a transform, a profiler. Where
+    nobody does, an operator is no more than its function, and PyTorch's way to it takes longer than all that the
+    function does in a short call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def _fields(kind: Any, name: str = "") -> Sequence[tuple[str, Any]]:
@@ -119,13 +140,13 @@ def _counted(kinds: typing.Iterable[Any]) -> list[tuple[Any, int]]:
 
 
 def _new_stats(rows: Rows) -> RowStats:
-    shape, like = rows.token_ids.shape, rows.numbers
-    return RowStats(*[torch.empty(shape, dtype=like.dtype, device=like.device) for _ in RowStats._fields])
+    first = torch.empty_like(rows.token_ids, dtype=rows.numbers.dtype)
+    return RowStats(first, *[torch.empty_like(first) for _ in RowStats._fields[1:]])
 
 
 def _new_records(like: Tensor, spec: ObjectiveSpec) -> TokenRecords:
     """Return records of the shape of ``like``, one of a token's real numbers."""
-    flags = torch.empty(like.shape, dtype=torch.uint8, device=like.device)
+    flags = torch.empty_like(like, dtype=torch.uint8)
     weight, of_sampler = (
         torch.empty_like(like) if used else like.new_empty(0)
         for used in (spec.rollout_scheme, spec.rollout_kl_estimator)
@@ -147,7 +168,8 @@ def note_write(tensor: Tensor) -> None:
 def _zero_unused_rows(rows: Rows) -> None:
     """Write the gradient, 0, of the row after the last token of (B, T+1, V) logits, which predicts nothing."""
     length = rows.token_ids.shape[1]
-    rows.logits.narrow(-2, length, rows.logits.shape[-2] - length).zero_()
+    if length < rows.logits.shape[-2]:
+        rows.logits.narrow(-2, length, rows.logits.shape[-2] - length).zero_()
 
 
 @_operator(fake=lambda rows, backend: _new_stats(rows))
