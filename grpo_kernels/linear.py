@@ -251,7 +251,7 @@ def linear_grpo_loss(
             settled = settle(config, batch, values, numbers, sweep.backend, known)
         metrics = settled.metrics
         if not token_losses:
-            loss = autograd.LossOfLogProbs.apply(log_prob, entropy, None, settled.loss, *settled.gradients, None)
+            loss = autograd.LossOfLogProbs.apply(log_prob, entropy, None, (settled.loss,), *settled.gradients, None)
         else:
             loss = losses_of_tokens(config, batch, log_prob, entropy)
             if batch.divergence_weight is not None:
@@ -262,15 +262,14 @@ def linear_grpo_loss(
         if any(wants):
             announced, ids = sweep.valid(sweep.announced), tokens.token_ids
             loss = autograd.KnownGradients.apply(
-                loss, announced, ids, sweep.backend, "linear_grpo_loss", *head, *gradients
+                (loss,), announced, ids, sweep.backend, "linear_grpo_loss", *head, *gradients
             )
     loss, metrics = sweep.valid(loss), Metrics(sweep.valid(metrics.vector))
     if outside is not None:
         metrics = metrics.with_sum("outside_support", outside)
     log_prob, entropy = sweep.valid(values.log_prob), sweep.valid(values.entropy)
-    if token_losses:
-        return Outcome(loss, metrics, log_prob, entropy).of_tokens(tokens.shape, plan.route)
-    return LossOutput(loss, metrics, log_prob.view(tokens.shape), entropy.view(tokens.shape), plan.route)
+    outcome = Outcome(loss, metrics, log_prob, entropy)
+    return outcome.of_tokens(tokens.shape, plan.route) if token_losses else outcome.of_loss(tokens.shape, plan.route)
 
 
 @outside_graphs

@@ -298,8 +298,7 @@ def grpo_loss(
         outcome = call.two_passes()
     if token_losses:
         return outcome.of_tokens(tokens.shape, plan.route)
-    log_probs, entropy = outcome.log_prob.view(tokens.shape), outcome.entropy.view(tokens.shape)
-    return LossOutput(outcome.loss, outcome.metrics, log_probs, entropy, plan.route)
+    return outcome.of_loss(tokens.shape, plan.route)
 
 
 UNSCALED = "an fp16 gradient is written once its factor is known: announce it, grad_scale="
@@ -328,7 +327,7 @@ class _Call:
         rows, batch = self.rows, self.batch
         with torch.no_grad():
             gradient = rows.logits.detach()
-            arguments = (rows._replace(logits=gradient), batch.inputs, spec, self.backend)
+            arguments = (Rows(gradient, *rows[1:]), batch.inputs, spec, self.backend)
             diverged = None
             if isinstance(self.beside, Whole):
                 log_prob, entropy, diverged, records, gradient = self._one_pass_of_pairs(self.beside, spec)
@@ -340,7 +339,7 @@ class _Call:
             value, metrics = reduce_records(self.config, batch, values, records, self.backend, diverged=diverged)
         announced = rows.numbers[NUMBERS.index("grad_scale")]
         loss = autograd.KnownGradients.apply(
-            value, announced, rows.token_ids, self.backend, "grpo_loss", rows.logits, gradient
+            (value,), announced, rows.token_ids, self.backend, "grpo_loss", rows.logits, gradient
         )
         return Outcome(loss, metrics, log_prob, entropy)
 
@@ -350,7 +349,7 @@ class _Call:
             stats = ops.log_probs(rows._replace(logits=rows.logits.detach()), self.backend)
             settled = self._settle(stats.log_prob, stats.entropy)
         loss = autograd.LossGradient.apply(
-            rows.logits, settled.loss, rows, stats, settled.gradients, self.backend, self.inplace
+            rows.logits, (settled.loss,), rows, stats, settled.gradients, self.backend, self.inplace
         )
         return Outcome(loss, settled.metrics, stats.log_prob, stats.entropy)
 
@@ -360,7 +359,7 @@ class _Call:
             settled = self._settle(log_prob.detach(), entropy.detach(), *(value.detach() for value in diverged))
         divergence = diverged[0] if diverged else None
         loss = autograd.LossOfLogProbs.apply(
-            log_prob, entropy, divergence, settled.loss, *settled.gradients, settled.grad_divergence
+            log_prob, entropy, divergence, (settled.loss,), *settled.gradients, settled.grad_divergence
         )
         return Outcome(loss, settled.metrics, log_prob.detach(), entropy.detach())
 

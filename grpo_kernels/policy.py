@@ -122,9 +122,8 @@ def policy_loss(
     if token_losses:
         losses = losses_of_tokens(config, batch, log_prob, entropies)
         return Outcome(losses, settled.metrics, *values[:2]).of_tokens(tokens.shape, route)
-    loss = autograd.LossOfLogProbs.apply(log_prob, entropies, None, settled.loss, *settled.gradients, None)
-    known, of_rows = values.log_prob.view(tokens.shape), values.entropy.view(tokens.shape)
-    return LossOutput(loss, settled.metrics, known, of_rows, route)
+    loss = autograd.LossOfLogProbs.apply(log_prob, entropies, None, (settled.loss,), *settled.gradients, None)
+    return Outcome(loss, settled.metrics, *values[:2]).of_loss(tokens.shape, route)
 
 
 def _of_tokens(tokens: Tokens, values: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib
 import operator
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
-from ..objectives.checks import check_name, fail, warn_caller
+from ..objectives.checks import ENVIRONMENT, check_name, fail, warn_caller
 from ..objectives.compiler import constant_in_graphs
 from .contract import Backend, FusedBackend, PairBackend
 from .contract import Request as Request
@@ -41,13 +40,16 @@ class Choice(NamedTuple):
 
 _SWITCH = "GRPO_KERNELS_BACKEND"
 """The environment's variable that every call takes its backend from, whatever it asks for: =torch stops all kernels."""
+_ENCODED_SWITCH = os.environ.encodekey(_SWITCH)
 
 
 def switched() -> str | None:
     """Return the backend that the environment names for every call, or None."""
-    name = os.environ.get(_SWITCH) or None
-    if name is not None:
-        check_name(_SWITCH, name, _MODULES)
+    value = ENVIRONMENT.get(_ENCODED_SWITCH)
+    if not value:
+        return None
+    name = os.environ.decodevalue(value)
+    check_name(_SWITCH, name, _MODULES)
     return name
 
 
@@ -129,7 +131,7 @@ def _choose(
         unsupported = get(candidate).unsupported
         unfused = reason = unsupported(request)
         if fused and unfused is not None:
-            reason = unsupported(dataclasses.replace(request, fused=False))
+            reason = unsupported(request._replace(fused=False))
         elif fused and teacher is not None and not fuses_divergences(candidate):
             unfused = "no kernel of it reads a row and its teacher's at once"
         if reason is None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -164,8 +163,7 @@ class TokenRecords(NamedTuple):
     without that term."""
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A call that a backend is asked whether it can serve."""
 
     device: torch.device

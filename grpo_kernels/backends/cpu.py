@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..objectives.checks import ENVIRONMENT
 from . import native
 from .contract import DivergenceStats, Request, RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
 from .eager import rescale as rescale
@@ -18,6 +19,7 @@ from .eager_rows import token_id_message
 from .spec import ObjectiveSpec
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
+_CHOSEN = os.environ.encodekey("GRPO_KERNELS_CPU_ISA")
 _ABI_VERSION = 9
 _OK, _TOKEN_ID_OUT_OF_RANGE = 0, 1
 
@@ -80,7 +82,8 @@ def available_instruction_sets() -> tuple[str, ...]:
 def instruction_set() -> str:
     """Return the instruction set in use: the fastest, or the one that GRPO_KERNELS_CPU_ISA names."""
     available = available_instruction_sets()
-    forced = os.environ.get("GRPO_KERNELS_CPU_ISA")
+    value = ENVIRONMENT.get(_CHOSEN)
+    forced = os.environ.decodevalue(value) if value else None
     if forced and forced not in available:
         raise native.Unavailable(f"GRPO_KERNELS_CPU_ISA={forced}: this machine runs {', '.join(available)}")
     return forced or available[-1]
@@ -133,9 +136,16 @@ def token_terms(
     records: TokenRecords,
     grad_log_prob: Tensor,
 ) -> None:
-    params = _Params(rows=grad_log_prob.numel(), numbers=numbers.data_ptr(), grad_log_prob=grad_log_prob.data_ptr())
-    native.fill(params, values, inputs, spec, records)
-    params.dtype = native.DTYPES[numbers.dtype]
+    params = _Params(
+        dtype=native.DTYPES[numbers.dtype],
+        rows=grad_log_prob.numel(),
+        numbers=numbers.data_ptr(),
+        live=values.live.data_ptr(),
+        log_prob=values.log_prob.data_ptr(),
+        entropy=values.entropy.data_ptr(),
+        grad_log_prob=grad_log_prob.data_ptr(),
+    )
+    native.fill(params, inputs, spec, records)
     library().grpo_cpu_token_terms(ctypes.byref(params))
 
 

@@ -27,12 +27,16 @@ def row_strides(logits: Tensor) -> tuple[int, ...]:
 def gradient_like(logits: Tensor, length: int | None = None) -> Tensor:
     """Return uninitialised memory of the logits' shape, with ``row_strides``; the first row is as far from a multiple
     of 16 bytes as theirs. Rows after ``length``, which predict no token, are zeros."""
-    strides, size = row_strides(logits), logits.element_size()
+    size = logits.element_size()
     skew = logits.data_ptr() % 16 // size
-    count = skew + sum((extent - 1) * stride for extent, stride in zip(logits.shape, strides, strict=True)) + 1
-    count = count if logits.numel() else skew
-    flat = _elements(count, logits.dtype, logits.device, Kind.LOGITS)
-    gradient = flat.new_empty(0).set_(flat.untyped_storage(), skew, logits.shape, strides)  # no view of another
+    if skew == 0 and logits.is_contiguous() and logits.numel() * size < blocks.LARGE:
+        gradient = torch.empty_like(logits)  # what follows takes longer than the kernel of a short call
+    else:
+        strides = row_strides(logits)
+        count = skew + sum((extent - 1) * stride for extent, stride in zip(logits.shape, strides, strict=True)) + 1
+        count = count if logits.numel() else skew
+        flat = _elements(count, logits.dtype, logits.device, Kind.LOGITS)
+        gradient = flat.new_empty(0).set_(flat.untyped_storage(), skew, logits.shape, strides)  # no view of another
     if length is not None and length < logits.shape[-2]:
         gradient.narrow(-2, length, logits.shape[-2] - length).zero_()
     return gradient
@@ -40,7 +44,10 @@ def gradient_like(logits: Tensor, length: int | None = None) -> Tensor:
 
 def new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, kind: Kind) -> Tensor:
     """Return an uninitialised dense tensor, of blocks on a CPU."""
-    flat = _elements(math.prod(shape), dtype, device, kind)
+    count = math.prod(shape)
+    if count * dtype.itemsize < blocks.LARGE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    flat = _elements(count, dtype, device, kind)
     tensor: Tensor = flat.new_empty(0).set_(flat.untyped_storage(), 0, shape, flat.view(shape).stride())
     return tensor  # no view of another
 

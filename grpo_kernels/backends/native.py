@@ -7,8 +7,9 @@ import ctypes
 import functools
 import hashlib
 import json
+import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from ctypes import c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,12 +99,24 @@ def fill_teacher(call: Call, teacher: Rows, stats: RowStats, kind: int, grad_div
         call.grad_divergence = grad_divergence.data_ptr()
 
 
-def fill(params: ctypes.Structure, *parts: Any) -> None:
-    """Set the fields of named tuples: addresses of tensors, numbers as they are, null where there is nothing."""
+def fill(params: ctypes.Structure, *parts: tuple[Any, ...]) -> None:
+    """Set the fields of named tuples: addresses of tensors, null where there is none, numbers as they are."""
     for part in parts:
-        for name, value in zip(part._fields, part, strict=True):
-            if value is not None:
-                setattr(params, name, value.data_ptr() if isinstance(value, Tensor) else value)
+        pack, place = _place(type(params), type(part))
+        if type(part) is ObjectiveSpec:
+            pack(params, place, *part)
+        else:
+            pack(params, place, *[0 if value is None else value.data_ptr() for value in part])
+
+
+@functools.cache
+def _place(params: type[ctypes.Structure], kind: Any) -> tuple[Callable[..., None], int]:
+    """Return what writes the fields of a named tuple into a struct, where they follow one another, and where they
+    begin: one call in the place of a field's at a time."""
+    first = getattr(params, kind._fields[0])
+    places = [getattr(params, name).offset for name in kind._fields]
+    assert places == [first.offset + i * first.size for i in range(len(places))]
+    return struct.Struct(f"{len(places)}{'i' if kind is ObjectiveSpec else 'Q'}").pack_into, first.offset
 
 
 class Unavailable(RuntimeError):

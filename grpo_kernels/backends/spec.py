@@ -103,6 +103,23 @@ def numbers_vector(
 
     Python numbers alone give a cached tensor: nothing is copied to the device twice.
     """
+    what = (logit_args, grad_scale, config, dtype, device, entropy_threshold, divergence)
+    plain = {type(entropy_threshold), type(grad_scale), *map(type, logit_args)} <= _PLAIN
+    return _vector_of_plain(*what) if plain and _may_stay(device) else _vector(*what)
+
+
+_PLAIN = {int, float, type(None)}
+
+
+def _vector(
+    logit_args: LogitArgs,
+    grad_scale: float | Tensor,
+    config: LossConfig | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    entropy_threshold: float | Tensor | None,
+    divergence: Divergence | None,
+) -> Tensor:
     softcap = 0.0 if logit_args.logit_softcap is None else logit_args.logit_softcap
     values: list[float | Tensor] = [logit_args.temperature, logit_args.logit_scale, softcap, grad_scale]
     if config is not None:
@@ -124,6 +141,10 @@ def numbers_vector(
     if any(isinstance(value, Tensor) for value in values):
         return _mixed(values, dtype, device)
     return _plain(tuple(float(value) for value in values), dtype, device)
+
+
+_vector_of_plain = functools.lru_cache(maxsize=256)(_vector)
+"""Of Python's numbers alone: all of it is known already, most of the time."""
 
 
 def without_softcap(numbers: Tensor) -> Tensor:
@@ -151,12 +172,19 @@ def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
     return vector
 
 
+def _may_stay(device: torch.device) -> bool:
+    """Whether a tensor may be kept: no fake one, and none of a CUDA graph in capture."""
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return False
+    return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
 def _plain(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:  # a fake tensor must not stay
+    if _may_stay(device):
+        return _cached(values, dtype, device)
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return torch.tensor(values, dtype=dtype, device=device)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return _filled(values, dtype, device)
-    return _cached(values, dtype, device)
+    return _filled(values, dtype, device)
 
 
 def _mixed(values: Sequence[float | Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..backends import ops
 from ..backends.contract import RowGradients, Rows, RowStats
@@ -39,13 +38,15 @@ class _Final(torch.autograd.Function):
 
 def once(backward: Callable[..., Any]) -> Any:
     """``once_differentiable`` whose result refuses a second derivative also where nothing upstream requires grad."""
-    differentiable = once_differentiable(backward)
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients: tuple[Tensor | None, ...] = differentiable(ctx, *upstream)
+        gradients: tuple[Tensor | None, ...]
         if not torch.is_grad_enabled():
+            gradients = backward(ctx, *upstream)
             return gradients
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
         return tuple(None if g is None else _Final.apply(g.detach().requires_grad_()) for g in gradients)
 
     return wrapped
@@ -60,7 +61,7 @@ class KnownGradients(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        loss: Tensor,
+        loss: tuple[Tensor],
         announced: Tensor,
         token_ids: Tensor,
         backend: str,
@@ -70,7 +71,7 @@ class KnownGradients(torch.autograd.Function):
         gradients = tensors[len(tensors) // 2 :]
         ctx.save_for_backward(announced, token_ids, *gradients)
         ctx.backend, ctx.function, ctx.spent = backend, function, False
-        return loss.clone()
+        return loss[0]
 
     @staticmethod
     @once
@@ -94,7 +95,7 @@ class LossGradient(torch.autograd.Function):
     def forward(
         ctx: Any,
         logits: Tensor,
-        loss: Tensor,
+        loss: tuple[Tensor],
         rows: Rows,
         stats: RowStats,
         gradients: RowGradients,
@@ -103,7 +104,7 @@ class LossGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(logits, *rows[1:4], rows.temperature, *stats, *gradients)
         ctx.softcap, ctx.backend, ctx.inplace = rows.softcap, backend, inplace
-        return loss.clone()
+        return loss[0]
 
     @staticmethod
     @once
@@ -124,13 +125,13 @@ class LossOfLogProbs(torch.autograd.Function):
         log_prob: Tensor,
         entropy: Tensor,
         divergence: Tensor | None,
-        loss: Tensor,
+        loss: tuple[Tensor],
         slope: Tensor,
         entropy_slope: Tensor | None,
         divergence_slope: Tensor | None,
     ) -> Tensor:
         ctx.save_for_backward(slope, entropy_slope, divergence_slope)
-        return loss.clone()
+        return loss[0]
 
     @staticmethod
     @once

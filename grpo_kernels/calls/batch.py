@@ -5,15 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..backends.contract import TokenInputs
 from ..objectives.aggregation import AGGREGATIONS
-from ..objectives.checks import check_finite, check_flag, check_name, check_scalar, check_shape, fail, fits
+from ..objectives.checks import (
+    check_finite,
+    check_flag,
+    check_name,
+    check_scalar,
+    check_shape,
+    fail,
+    fits,
+    of_tokens,
+)
 from ..objectives.config import LossConfig
 from ..objectives.divergence import Divergence
 from ..objectives.normalizer import Normalizer
@@ -32,8 +40,7 @@ _Tokens = TypeVar("_Tokens", bound=Tokens)
 _POSITIVE_NATS = 1e-3  # rounding of somebody else's log-softmax
 
 
-@dataclass(frozen=True)
-class LossArguments:
+class LossArguments(NamedTuple):
     """What a loss is given beside its rows, as its users name it."""
 
     advantages: Tensor | None
@@ -60,8 +67,8 @@ class LossArguments:
 
     @property
     def tensors(self) -> dict[str, object]:
-        """The tensors by name, for messages."""
-        return {
+        """The tensors that were given, by name."""
+        named = {
             "advantages": self.advantages,
             "old_log_probs": self.old_log_probs,
             "ref_log_probs": self.ref_log_probs,
@@ -70,11 +77,12 @@ class LossArguments:
             "cu_seqlens": self.cu_seqlens,
             "temperature": self.temperature,
         }
+        return {name: value for name, value in named.items() if value is not None}
 
     @property
     def given(self) -> str:
         """The names of what was given."""
-        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        values = self._asdict().items()
         return ", ".join(name for name, value in values if value is not None and value is not False)
 
 
@@ -91,11 +99,15 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
         sequences = Joined(part, ranks.group, arguments.sequence_layout)
     masked_in = tokens.live
     advantage = _read_advantages(tokens, config, sequences, arguments.advantages)
-    kl_coef = _read_coefficient(tokens, "kl_coef", arguments.kl_coef, config.kl.coef)
-    entropy_coef = _read_coefficient(tokens, "entropy_coef", arguments.entropy_coef, config.entropy_coef)
+    kl_coef: float | Tensor | None = config.kl.coef or None
+    entropy_coef: float | Tensor | None = config.entropy_coef or None
     rollout_kl_coef: float | Tensor | None = config.rollout_kl.coef or None
+    if arguments.kl_coef is not None:
+        kl_coef = _read_coefficient(tokens, "kl_coef", arguments.kl_coef)
+    if arguments.entropy_coef is not None:
+        entropy_coef = _read_coefficient(tokens, "entropy_coef", arguments.entropy_coef)
     if arguments.rollout_kl_coef is not None:
-        rollout_kl_coef = _read_coefficient(tokens, "rollout_kl_coef", arguments.rollout_kl_coef, 0.0)
+        rollout_kl_coef = _read_coefficient(tokens, "rollout_kl_coef", arguments.rollout_kl_coef)
     _check_needed(tokens, config, arguments, kl_coef is not None, rollout_kl_coef is not None)
     divergence = config.divergence
     if divergence is not None or arguments.teacher is not None:
@@ -199,9 +211,10 @@ def _read_advantages(tokens: Tokens, config: LossConfig, sequences: Sequences, a
     if advantages.dtype == torch.bool:
         hint = f"the order is ({'log_probs' if 'log_probs' in tokens.tensors else 'token_ids'}, advantages, mask)"
         fail(tokens.function, "advantages that are numbers", "torch.bool", tokens.tensors, hint, TypeError)
-    values = advantages.detach().to(tokens.real)
-    values = sequences.expand(values.reshape(count)).expand(shape) if per_sequence else values.reshape(shape)
-    return values.contiguous()
+    if not per_sequence:
+        return of_tokens(advantages, tokens.real)
+    values = advantages.detach() if advantages.dtype == tokens.real else advantages.detach().to(tokens.real)
+    return sequences.expand(values if values.dim() == 1 else values.squeeze(1)).expand(shape).contiguous()
 
 
 _COLUMN_ROWS, _COLUMN_RUN, _COLUMN_DEAD = 32, 8, 0.05
@@ -231,7 +244,7 @@ def _check_columns(tokens: Tokens, live: Tensor, advantage: Tensor) -> None:
 def _check_advantages(tokens: Tokens, batch: TokenBatch, advantages: Tensor) -> None:
     """Raise where tokens that have a part in the loss have none: a group of which nothing counts may have any."""
     values = batch.inputs.advantage
-    if math.isfinite(float(advantages.detach().to(tokens.real).sum())):
+    if math.isfinite(float(advantages.detach().sum(dtype=tokens.real))):
         return
     counts = batch.live & (batch.inputs.policy_weight != 0)
     hint = "mask what has none: a group without a reward, or whose rewards are not finite"
@@ -240,16 +253,14 @@ def _check_advantages(tokens: Tokens, batch: TokenBatch, advantages: Tensor) -> 
 
 def _divergence_weight(tokens: Tokens, divergence: Divergence, arguments: LossArguments, weight: Tensor) -> Tensor:
     """Return the weight of each token's divergence: 0 where its coefficient is, then it is a metric alone."""
-    coef = _read_coefficient(tokens, "divergence_coef", arguments.divergence_coef, divergence.coef)
+    coef: float | Tensor | None = divergence.coef or None
+    if arguments.divergence_coef is not None:
+        coef = _read_coefficient(tokens, "divergence_coef", arguments.divergence_coef)
     return torch.zeros_like(weight) if coef is None else _scaled(weight, coef)
 
 
-def _read_coefficient(
-    tokens: Tokens, name: str, argument: float | Tensor | None, configured: float
-) -> float | Tensor | None:
-    """Return the factor of a term, None where the term is out."""
-    if argument is None:
-        return configured or None
+def _read_coefficient(tokens: Tokens, name: str, argument: float | Tensor) -> float | Tensor | None:
+    """Return the factor of a term that a call gives, None where the term is out."""
     check_scalar(tokens.function, name, argument, tokens.checks)
     return argument if isinstance(argument, Tensor) or argument != 0 else None
 

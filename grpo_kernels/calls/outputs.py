@@ -65,6 +65,11 @@ class Outcome(NamedTuple):
     log_prob: Tensor
     entropy: Tensor
 
+    def of_loss(self, shape: torch.Size, route: Route) -> LossOutput:
+        packed = self.log_prob.dim() != len(shape)
+        log_prob, entropy = (x.view(shape) if packed else x for x in (self.log_prob, self.entropy))
+        return LossOutput(self.loss, self.metrics, log_prob, entropy, route)
+
     def of_tokens(self, shape: torch.Size, route: Route) -> TokenLosses:
         outputs = {"log_probs": self.log_prob.view(shape), "entropy": self.entropy.view(shape)}
         losses = self.loss if self.loss.shape == shape else self.loss.view(shape)  # a view refuses writes in place

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,8 +30,7 @@ class Route(NamedTuple):
     """Why it is not fewer passes, or not a faster backend."""
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """What is to be done for a loss."""
 
     route: Route
@@ -126,8 +124,8 @@ def _one_pass_spec(
     slopes over a sequence is each of them (one advantage, one weight), but not for the sum ("sequence_product").
     """
     pooling = config.pooling
-    if config.kl_pooling != pooling or config.rollout_kl_pooling != pooling:
-        level = (config.rollout_kl if config.kl_pooling == pooling else config.kl).level
+    if not (config.kl_pooling is pooling is config.rollout_kl_pooling):
+        level = (config.rollout_kl if config.kl_pooling is pooling else config.kl).level
         return None, f"the KL's ratio is pooled at level {level!r}, the policy's at {config.level!r}"
     if pooling.pools and batch.inputs.old is not None:
         return None, f"level {config.level!r} pools the ratios of a sequence before any of its slopes is known"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -221,7 +220,7 @@ def local_tokens(function: str, token_ids: Tensor, mask: Tensor | None) -> tuple
 def local_arguments(function: str, arguments: LossArguments) -> LossArguments:
     """Return a loss's arguments with this rank's part of those that are DTensors."""
     tensors = {name: local(function, name, tensor) for name, tensor in arguments.tensors.items()}
-    return dataclasses.replace(arguments, **tensors)
+    return arguments._replace(**tensors)
 
 
 def _shard_of_dtensor(

@@ -23,6 +23,7 @@ from ..objectives.checks import (
     fail,
     fits,
     may_look,
+    of_tokens,
     read_mask,
     read_token_mask,
 )
@@ -55,7 +56,7 @@ class Tokens:
         """Return a user's token-sized tensor as detached, contiguous (B, T)."""
         allowed = (tuple(self.shape), tuple(self.live.shape))
         check_shape(self.function, name, value, allowed, self.tensors, self.shift_hint)
-        return value.detach().to(self.real).reshape(self.live.shape).contiguous()
+        return of_tokens(value, self.real)
 
     def shift_hint(self, name: str, value: Tensor) -> str | None:
         """Return what to do where ids are shifted and another tensor is not, or the other way round."""
@@ -193,7 +194,7 @@ def _read_ids(
     checks = checks_enabled(check)
     hint = functools.partial(_shift_hint, shape=token_ids.shape, what=next(iter(named)))
     looks, live = may_look(token_ids, checks), read_token_mask(function, mask, token_ids, named, checks, hint)
-    live, ids = ordinary(live, token_ids.reshape(live.shape).to(torch.int64).contiguous())
+    live, ids = ordinary(live, of_tokens(token_ids, torch.int64))
     real = torch.float64 if dtype == torch.float64 else torch.float32
     vocab = columns if shard is None else shard.vocab
     of_rows = (states, vocab, columns, dtype, ids, shard)

@@ -66,7 +66,9 @@ class TokenMean(Aggregation):
     unit = "tokens"
 
     def weights(self, mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None = None) -> Tensor:
-        return 1 / _denominator(sequences.tokens(mask) if normalizer is None else normalizer, mask)
+        if normalizer is None:
+            return sequences.tokens(mask).clamp(min=1).reciprocal()
+        return _reciprocal(_denominator(normalizer, mask), mask)
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,8 @@ class SequenceMean(Aggregation):
     equation = "Σ_i (Σ_t m·f / max(Σ_t m, 1)) / B"
 
     def weights(self, mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None = None) -> Tensor:
-        count = _sequence_count(mask, sequences, normalizer)
-        return 1 / (sequences.sum(mask, count.dtype).clamp(min=1) * count)
+        lengths = sequences.lengths(mask).clamp(min=1)
+        return (lengths * (sequences.count if normalizer is None else _denominator(normalizer, mask))).reciprocal()
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class SequenceSum(Aggregation):
     equation = "Σ_i Σ_t m·f / B"
 
     def weights(self, mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None = None) -> Tensor:
-        return 1 / _sequence_count(mask, sequences, normalizer)
+        return _reciprocal(_sequence_count(mask, sequences, normalizer), mask)
 
 
 @translates_fields
@@ -119,7 +121,7 @@ class Constant(Aggregation):
                 'aggregation="constant" divides by a constant length: give constant_length (Dr. GRPO: the longest '
                 'completion allowed), as in LossConfig.preset("dr_grpo", constant_length=1024).'
             )
-        return 1 / (_sequence_count(mask, sequences, normalizer) * self.length)
+        return _reciprocal(_sequence_count(mask, sequences, normalizer) * self.length, mask)
 
 
 @translates_fields
@@ -152,10 +154,10 @@ class GroupMean(Aggregation):
                 f"(consecutive sequences share a prompt); got {self.size}."
             )
         groups = sequences.count // self.size
-        lengths = sequences.sum(mask, accumulate_dtype(mask.device))
+        lengths = sequences.lengths(mask)
         tokens = lengths.view(groups, self.size).sum(-1).clamp(min=1)
         count = _denominator(groups if normalizer is None else normalizer, mask)
-        return (1 / (tokens * count)).repeat_interleave(self.size, output_size=sequences.count)
+        return (tokens * count).reciprocal().repeat_interleave(self.size, output_size=sequences.count)
 
 
 AGGREGATIONS: Mapping[str, type[Aggregation]] = MappingProxyType(
@@ -178,17 +180,23 @@ def numbers_elsewhere(aggregation: Aggregation) -> bool:
     return named and all(field.name in aggregation.options for field in dataclasses.fields(aggregation))
 
 
-def _sequence_count(mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None) -> Tensor:
+def _sequence_count(mask: Tensor, sequences: Sequences, normalizer: float | Tensor | None) -> float | Tensor:
     return _denominator(sequences.count if normalizer is None else normalizer, mask)
 
 
-def _denominator(value: float | Tensor, mask: Tensor) -> Tensor:
-    """Return a denominator as a 0-d tensor on the mask's device; 0 (nothing to average over) becomes 1."""
-    dtype = accumulate_dtype(mask.device)
+def _denominator(value: float | Tensor, mask: Tensor) -> float | Tensor:
+    """Return a denominator, of a tensor one on the mask's device; 0 (nothing to average over) becomes 1."""
     if not isinstance(value, Tensor):
-        return torch.full((), value or 1.0, dtype=dtype, device=mask.device)
-    value = value.detach().to(device=mask.device, dtype=dtype)
+        return value or 1.0
+    value = value.detach().to(device=mask.device, dtype=accumulate_dtype(mask.device))
     return torch.where(value == 0, 1.0, value)
+
+
+def _reciprocal(value: float | Tensor, mask: Tensor) -> Tensor:
+    """Return 1 / value, 0-d on the mask's device."""
+    if not isinstance(value, Tensor):
+        value = torch.full((), value, dtype=accumulate_dtype(mask.device), device=mask.device)
+    return value.reciprocal()
 
 
 def _check_count(aggregation: Aggregation, name: str) -> None:

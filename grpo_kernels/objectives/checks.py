@@ -57,11 +57,18 @@ def warn_caller(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
+ENVIRONMENT: Mapping[Any, Any] = vars(os.environ)["_data"]
+"""What ``os.environ`` holds, by names that ``encodekey`` has encoded. Every call reads some, and ``os.environ`` encodes
+each anew and raises where it is not set, which takes as long as an operation on a tensor."""
+_CHECK = os.environ.encodekey("GRPO_KERNELS_CHECK")
+
+
 def checks_enabled(check: bool | None) -> bool:
     """Whether checks of contents are on: by ``check=`` of the call, else by the environment's GRPO_KERNELS_CHECK."""
     if check is not None:
         return check
-    return os.environ.get("GRPO_KERNELS_CHECK", "").lower() not in ("", "0", "false", "no", "off")
+    value = ENVIRONMENT.get(_CHECK)
+    return value is not None and os.environ.decodevalue(value).lower() not in ("", "0", "false", "no", "off")
 
 
 _WITHOUT_CONTENTS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
@@ -224,9 +231,11 @@ _NEEDED = ("token_ids", "log_probs")
 def check_tensors(function: str, named: Mapping[str, object]) -> None:
     """Raise unless all arguments are tensors, or None where a call may leave them out."""
     for name, value in named.items():
+        if isinstance(value, Tensor):
+            continue
         if value is None and name in _NEEDED:
             fail(function, f"{name} to be a tensor", "None", error=TypeError)
-        if value is not None and not isinstance(value, Tensor):
+        if value is not None:
             hint = f"torch.as_tensor({name})" if isinstance(value, (list, tuple)) else None
             fail(function, f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
 
@@ -241,7 +250,7 @@ def read_mask(
         fail(function, f"{name} of bool or numbers", str(mask.dtype), tensors, error=TypeError)
     if mask.dtype != torch.uint8 and mask.numel() > 0 and may_look(mask, check):
         _check_mask(function, name, mask, tensors, check)
-    return mask != 0
+    return mask.bool()
 
 
 def read_token_mask(
@@ -253,16 +262,23 @@ def read_token_mask(
     hint: Callable[[str, Tensor], str | None],
 ) -> Tensor:
     """Return bool (B, T), contiguous: where a mask of the shape of ``like`` is not 0; packed (N,) gives (1, N)."""
-    shape = (1, *like.shape) if like.dim() == 1 else like.shape
     if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=like.device)
+        return torch.ones((1, *like.shape)[-2:], dtype=torch.bool, device=like.device)
     check_shape(function, "mask", mask, (tuple(like.shape),), tensors, hint)
-    return read_mask(function, mask, tensors, check).reshape(shape).contiguous()
+    return of_tokens(read_mask(function, mask, tensors, check), torch.bool)
+
+
+def of_tokens(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return one number a token, (B, T) or packed (N,), as detached, contiguous (B, T) or (1, N) of that dtype: the
+    tensor itself where it is this already, which costs no operation."""
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    tensor = tensor if tensor.dtype == dtype else tensor.to(dtype)
+    return (tensor.unsqueeze(0) if tensor.dim() == 1 else tensor).contiguous()
 
 
 def _check_mask(function: str, name: str, mask: Tensor, tensors: Mapping[str, object], check: bool | None) -> None:
     """Raise on NaN, infinities, negative numbers and the ids themselves; with checks on, on fractions too."""
-    low, high = (float(bound) for bound in torch.aminmax(mask.detach()))
+    low, high = map(float, torch.aminmax(mask.detach()))
     if low >= 0 and high < math.inf:  # NaN is neither
         if mask.is_floating_point() and checks_enabled(check) and bool((fractions := mask != mask.round()).any()):
             hint = "factors of tokens are token_weights="
@@ -335,6 +351,8 @@ def check_device_name(option: str, name: str) -> None:
 def fits(tensor: Tensor, *shapes: tuple[int, ...]) -> bool:
     """Whether a tensor has one of these shapes, dimension by dimension: for torch.compile a tuple that holds a symbol
     is in no tuple of tuples."""
+    if tensor.shape in shapes:
+        return True
     for shape in shapes:
         if tensor.dim() == len(shape):
             for extent, wanted in zip(tensor.shape, shape, strict=True):

@@ -76,6 +76,8 @@ class Whole:
 
     owner: ClassVar[bool] = True
     """Whether this rank counts what is counted once for each sequence."""
+    _counted: list[tuple[Tensor, Tensor]]
+    """Masks, and the ``lengths`` that they count."""
 
     def sum(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Return per-sequence sums (S,) of (B, T) values, added in ``dtype``."""
@@ -85,9 +87,20 @@ class Whole:
         """Return ``sum`` of each."""
         return [self.sum(one, dtype) for one in values]
 
+    def lengths(self, mask: Tensor) -> Tensor:
+        """Return how many tokens of each sequence a mask counts, (S,) in the accumulation dtype: counted once."""
+        if torch.compiler.is_compiling():
+            return self.sum(mask, accumulate_dtype(mask.device))
+        for known, lengths in self._counted:
+            if known is mask:
+                return lengths
+        lengths = self.sum(mask, accumulate_dtype(mask.device))
+        self._counted.append((mask, lengths))
+        return lengths
+
     def tokens(self, mask: Tensor) -> Tensor:
-        """Return how many tokens of all sequences a mask counts, 0-d."""
-        return mask.sum()
+        """Return how many tokens of all sequences a mask counts, 0-d in the accumulation dtype."""
+        return mask.sum(dtype=accumulate_dtype(mask.device))
 
 
 @dataclass(frozen=True)
@@ -95,9 +108,18 @@ class Padded(Whole):
     """Sequences that are the rows of (B, T) token tensors."""
 
     count: int
+    _counted: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     def sum(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        return values.to(dtype).sum(-1)
+        return values.sum(-1, dtype=dtype)
+
+    def sums(self, values: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+        """As that of ``Whole``; what is counted, of which every sum is exact, in one."""
+        counts = [one for one in values if not one.is_floating_point()]
+        if len(counts) < 2:
+            return super().sums(values, dtype)
+        counted = iter(self.sum(torch.stack(counts), dtype).unbind())
+        return [self.sum(one, dtype) if one.is_floating_point() else next(counted) for one in values]
 
     def expand(self, per_sequence: Tensor) -> Tensor:
         """Return (B,) values, one a sequence, so that they broadcast to (B, T)."""
@@ -119,6 +141,7 @@ class Packed(Whole):
     cu_seqlens: Tensor
     sequence_of: Tensor
     """The index of each token's sequence, int64 (N,)."""
+    _counted: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def read(
@@ -215,6 +238,10 @@ class Joined:
         self.ask(values)
         return add_in_order(self.everyones(values)[:, 0]).to(dtype)
 
+    def lengths(self, mask: Tensor) -> Tensor:
+        """As that of ``Whole``, over all ranks."""
+        return self.sum(mask, accumulate_dtype(mask.device))
+
     def sums(self, values: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
         """Return ``sum`` of each, in one collective."""
         self.ask(*values)
@@ -234,8 +261,8 @@ Sequences = Padded | Packed | Joined
 
 def on_tokens(weights: Tensor, mask: Tensor, sequences: Sequences, real: torch.dtype) -> Tensor:
     """Spread an aggregation's weights: contiguous (B, T) in ``real``, rounded once; 0 where the mask is."""
-    weights = weights.to(real)
-    return (mask * (sequences.expand(weights) if weights.dim() else weights)).contiguous()
+    weights = sequences.expand(weights) if weights.dim() else weights
+    return torch.mul(mask, weights, out=torch.empty_like(mask, dtype=real))
 
 
 def read_live(function: str, mask: Tensor, cu_seqlens: Tensor | None, check: bool | None = None) -> Tensor:

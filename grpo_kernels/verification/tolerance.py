@@ -131,8 +131,7 @@ def _batch(
     o: dict[str, Any],
 ) -> TokenBatch:
     tokens = read_tokens("truth_of", logits, token_ids, mask, {})
-    names = {field.name for field in dataclasses.fields(LossArguments)}
-    arguments = LossArguments(advantages, **{name: value for name, value in o.items() if name in names})
+    arguments = LossArguments(advantages, **{name: o[name] for name in o.keys() & set(LossArguments._fields)})
     return read_batch(tokens, config, arguments)[1]
 
 
