@@ -23,18 +23,18 @@ MUTANTS = {
     ),
     "clip: bound exclusive": (
         "objectives/surrogates/token.py",
-        "(advantage < 0) & (ratio < low)",
-        "(advantage < 0) & (ratio <= low)",
+        "negative & (ratio < low)",
+        "negative & (ratio <= low)",
     ),
     "clip: slope kept": (
         "objectives/surrogates/token.py",
-        "clipped_high | clipped_low | clipped_dual, 0.0",
-        "clipped_low, 0.0",
+        "inside.masked_fill(clipped, 0.0)",
+        "inside.masked_fill(clipped_low, 0.0)",
     ),
     "clip: dual dropped": (
         "objectives/surrogates/token.py",
-        "if self.dual is not None:\n            value",
-        "if False:\n            value",
+        "if self.dual is not None:\n            clipped_dual",
+        "if False:\n            clipped_dual",
     ),
     "surrogate: sign": (
         "objectives/surrogates/token.py",
@@ -74,7 +74,7 @@ MUTANTS = {
         "read = rows.live & ((g != 0) | (h != 0))",
         "read = rows.live",
     ),
-    "direct slope dropped": ("calls/terms.py", "+ policy.direct", ""),
+    "direct slope dropped": ("calls/terms.py", "else policy.direct)", "else 0.0)"),
     "rollout: level": ("objectives/rollout.py", '"geometric": "mean"', '"geometric": "sum"'),
     "rollout: unknown": ("objectives/rollout.py", "torch.where(rollout.isnan(), 1.0, factor)", "factor"),
     "rollout: current policy": ("calls/terms.py", "if not scheme.of_policy)", ")"),
@@ -165,11 +165,11 @@ MUTANTS = {
         "KLTerms(x * x / 2, x, x + x * x / 2)",
         "KLTerms(x * x / 2, 2 * x, x + x * x / 2)",
     ),
-    "kl: limit ignored": ("objectives/kl.py", "free = inside & within(value, output_limit)", "free = inside"),
+    "kl: limit ignored": ("objectives/kl.py", "outside | beyond(value, output_limit)", "outside"),
     "ratio: limit ignored": (
         "calls/terms.py",
-        "saturated.exp(), within(raw, limit)",
-        "saturated.exp(), within(raw, None)",
+        "saturated.exp(), beyond(raw, limit)",
+        "saturated.exp(), beyond(raw, None)",
     ),
     "ratio: sign": ("calls/terms.py", "cls(saturated, saturated.exp()", "cls(saturated, (-saturated).exp()"),
     "gspo: sum for mean": (
@@ -184,8 +184,8 @@ MUTANTS = {
     ),
     "kl to the sampler: unknown": (
         "calls/terms.py",
-        "known = ~sampler.isnan()",
-        "known = sampler.isnan() == sampler.isnan()",
+        "unknown = sampler.isnan()",
+        "unknown = sampler.isnan() != sampler.isnan()",
     ),
     "kl to the sampler: the old policy's": (
         "calls/terms.py",
@@ -219,8 +219,8 @@ MUTANTS = {
     ),
     "impossible tokens": (
         "calls/terms.py",
-        "passes = possible if free is None",
-        "passes = possible | True if free is None",
+        "stops = impossible if free is None",
+        "stops = impossible & False if free is None",
     ),
     "kl weight forgotten": ("calls/terms.py", "weighed(weight, kl.slope)", "kl.slope"),
     "token weights forgotten": ("calls/batch.py", "weight * factor, 0.0", "weight, 0.0"),
@@ -229,7 +229,11 @@ MUTANTS = {
         "None if weight is None else -weight",
         "None if weight is None else weight",
     ),
-    "mean: off by one": ("objectives/aggregation.py", ".clamp(min=1) * count)", ".clamp(min=2) * count)"),
+    "mean: off by one": (
+        "objectives/aggregation.py",
+        "lengths = sequences.lengths(mask).clamp(min=1)",
+        "lengths = sequences.lengths(mask).clamp(min=2)",
+    ),
     "normalizer ignored": (
         "objectives/aggregation.py",
         "sequences.count if normalizer is None else normalizer",
@@ -468,7 +472,7 @@ MUTANTS = {
         "[:2]",
     ),
     "reference: mask": ("verification/reference/__init__.py", "mask & inside.view(shape)", "mask | inside.view(shape)"),
-    "mask: read": ("objectives/checks.py", "return mask != 0", "return mask == 1"),
+    "mask: read": ("objectives/checks.py", "return mask.bool()", "return mask == 1"),
 }
 SAMPLED = {
     "divergence: mean": "divergence",

@@ -22,10 +22,11 @@ from .. import backends
 from ..backends import ops
 from ..backends.contract import RowGradients, TokenInputs, TokenRecords, TokenValues
 from ..backends.spec import in_kernel, objective_spec
+from ..objectives.compiler import computed_once
 from ..objectives.config import LossConfig
 from ..objectives.kl import ESTIMATORS, KL, kl_terms
 from ..objectives.levels import Level, Share
-from ..objectives.maths import clamp, log_ratio_of, times, weighed, within
+from ..objectives.maths import beyond, clamp, log_ratio_of, times, weighed
 from ..objectives.metrics import FIELDS, Metrics, reduce_ratios
 from ..objectives.rollout import FOLDED, Rollout, rollout_log_ratios, rollout_weights
 from ..objectives.running import Origin, Running, begin_back_from, begin_up_to
@@ -60,15 +61,22 @@ class TokenBatch:
         places = [_place(values, each) if share in ("mean", "sum") else None for values, share in requests]
         if not each:
             return [None] * len(requests)
-        dtype = accumulate_dtype(self.live.device)
-        sums = self.sequences.sums(each, dtype)
-        if any(share == "mean" for _, share in requests):
-            lengths = self.sequences.sum(self.live, dtype).clamp(min=1)
+        sums = self.sequences.sums(each, accumulate_dtype(self.live.device))
         totals: list[Tensor | None] = []
         for place, (_, share) in zip(places, requests, strict=True):
             total = None if place is None else sums[place]
-            totals.append(total / lengths if total is not None and share == "mean" else total)
+            totals.append(total / self.live_lengths if total is not None and share == "mean" else total)
         return totals
+
+    @computed_once
+    def live_lengths(self) -> Tensor:
+        """The live tokens of each sequence, (S,), at least 1."""
+        return self.sequences.lengths(self.live).clamp(min=1)
+
+    @computed_once
+    def dead(self) -> Tensor:
+        """bool (B, T): where a token is not live."""
+        return ~self.live
 
     def begin_up_to(self, requests: Sequence[tuple[Tensor, Share]]) -> list[Callable[[], Running] | None]:
         """Begin what running levels make of values (B, T), 0 at dead rows; None for other shares. To be begun before
@@ -187,7 +195,7 @@ class PooledRatios(NamedTuple):
     log_ratio: Tensor | None
     """As the level pools it, unsaturated; None on-policy, of sequences."""
     clipped: list[Tensor]
-    """Of sequences the number of their tokens at the low, the high and the dual bound; whether a token is."""
+    """At the low, the high and the dual bound: 0 where no token of a sequence is; where a token is not."""
 
 
 class Terms(NamedTuple):
@@ -229,8 +237,8 @@ def _terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Ten
     ratio = _ratio_of(config, batch, log_prob, report)
     policy = _policy_part(config, batch, log_prob, entropy, ratio)
     kl, to_sampler = _kl_part(config, batch, log_prob, ratio), _rollout_kl_part(config, batch, log_prob, ratio)
-    live, dead = batch.live, torch.zeros_like(log_prob)
-    flags = torch.where(live, policy.flags, 0)
+    dead = batch.dead
+    flags = policy.flags.masked_fill(dead, 0)
     at_bounds = _at_bounds(flags) if report else []
     clipped = [] if config.pooling.running else at_bounds
     spread: list[tuple[Tensor, Share]] = [(_live(policy.slope, config.pooling.spread, batch), config.pooling.spread)]
@@ -247,22 +255,25 @@ def _terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Ten
     each = zip(spread, totals, begun, strict=False)
     shared = [batch.at_tokens(slope, total) if running is None else running() for (slope, _), total, running in each]
 
-    slope = torch.where(ratio.passes, shared[0], 0.0) + policy.direct
-    kl_slope = kl.slope if to_sampler is None else kl.slope + to_sampler.slope
+    slope = shared[0].masked_fill(ratio.stops, 0.0) + (0.0 if policy.direct is None else policy.direct)  # none is -0
+    kl_slope = 0.0 if kl is None else kl.slope
+    kl_slope = kl_slope if to_sampler is None else kl_slope + to_sampler.slope
     for of_ratio in shared[1:]:
-        kl_slope = kl_slope + torch.where(ratio.possible, of_ratio, 0.0)
+        kl_slope = kl_slope + of_ratio.masked_fill(ratio.impossible, 0.0)
+    if isinstance(kl_slope, Tensor) or policy.direct is not None:
+        slope = slope + kl_slope
     applied, none = ratio.applied, log_prob.new_empty(0)
     records = TokenRecords(
-        policy=torch.where(live, policy.value, dead),
-        kl=torch.where(live, kl.value, dead),
+        policy=policy.value.masked_fill(dead, 0.0),
+        kl=torch.zeros_like(log_prob) if kl is None else kl.value.masked_fill(dead, 0.0),
         flags=flags,
-        rollout_weight=none if applied is None else torch.where(live, applied, dead),
-        rollout_kl=none if to_sampler is None else torch.where(live, to_sampler.value, dead),
+        rollout_weight=none if applied is None else applied.masked_fill(dead, 0.0),
+        rollout_kl=none if to_sampler is None else to_sampler.value.masked_fill(dead, 0.0),
     )
     counts = [total for total in totals[len(spread) :] if total is not None]
     flagged = [flag for flag, _ in at_bounds] if config.pooling.running else counts
     ratios = PooledRatios(ratio.of_metrics, flagged) if report else None
-    return Terms(records, torch.where(live, slope + kl_slope, dead), ratios)
+    return Terms(records, slope.masked_fill(dead, 0.0), ratios)
 
 
 def _begin_sharing(batch: TokenBatch, slope: Tensor, share: Share, pooled: _Pooled) -> Callable[[], Tensor] | None:
@@ -274,12 +285,12 @@ def _begin_sharing(batch: TokenBatch, slope: Tensor, share: Share, pooled: _Pool
 
 def _live(slope: Tensor, share: Share, batch: TokenBatch) -> Tensor:
     """Return slopes that are 0 where a token is not live, if they are to be shared."""
-    return slope if share == "own" else torch.where(batch.live, slope, 0.0)
+    return slope if share == "own" else slope.masked_fill(batch.dead, 0.0)
 
 
 def _at_bounds(flags: Tensor) -> list[tuple[Tensor, Share]]:
     """Return what to ask for so as to know which sequences have tokens at the low, the high and the dual bound."""
-    return [((flags & bit) != 0, "sum") for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
+    return [(flags & bit, "sum") for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
 
 
 class _Ratio(NamedTuple):
@@ -295,10 +306,10 @@ class _Ratio(NamedTuple):
     """As that of the KL to the sampler does, where there is one."""
     of_metrics: Tensor | None
     """As that of ``PooledRatios``; None where no metric asks for it."""
-    possible: Tensor
-    """bool: the token's probability is not 0. One of probability 0 has no direction to give: it saturates."""
-    passes: Tensor
-    """bool: ``possible``, and not at one of the surrogate's own bounds."""
+    impossible: Tensor
+    """bool: the token's probability is 0. Such a one has no direction to give: it saturates."""
+    stops: Tensor
+    """bool: ``impossible``, or at one of the surrogate's own bounds."""
     flags: Tensor | None
     """Of these bounds, where the surrogate has any."""
     in_value: Tensor | None
@@ -312,8 +323,8 @@ class _Pooled(NamedTuple):
 
     log: Tensor
     ratio: Tensor
-    inside: Tensor
-    """bool: where it does not saturate."""
+    outside: Tensor
+    """bool: where it saturates."""
     origin: Origin | None
     """Whose own it is, where the level takes that of one token."""
 
@@ -333,13 +344,13 @@ class _Pooled(NamedTuple):
             raw, origin = running()
             raw = raw.to(values.dtype)
         saturated = clamp(raw, limit)
-        return cls(saturated, saturated.exp(), within(raw, limit), origin)
+        return cls(saturated, saturated.exp(), beyond(raw, limit), origin)
 
 
 def _ratio_of(config: LossConfig, batch: TokenBatch, log_prob: Tensor, report: bool) -> _Ratio:
     inputs, limit = batch.inputs, config.log_ratio_limit
     old = log_prob if inputs.old is None else inputs.old
-    own = torch.where(batch.live, log_ratio_of(log_prob, old), 0.0)  # NaN stays NaN
+    own = log_ratio_of(log_prob, old).masked_fill_(batch.dead, 0.0)  # NaN stays NaN
     bounded, free, flags = config.policy_term.clip_log_ratios(own, inputs.advantage)
     schemes = batch.schemes
     log_rhos: list[Tensor] = []
@@ -375,10 +386,10 @@ def _ratio_of(config: LossConfig, batch: TokenBatch, log_prob: Tensor, report: b
     known = [batch.at_tokens(log_rho, total) for log_rho, total in zip(log_rhos, of_schemes, strict=True)]
     in_value = _factors(config, batch, known, folded=False)
     applied = in_value if in_ratio is None else in_ratio if in_value is None else times(in_ratio, in_value)
-    possible = log_prob != float("-inf")
-    passes = possible if free is None else possible & free
+    impossible = log_prob == float("-inf")
+    stops = impossible if free is None else impossible | ~free
     kls_pooled = (pooled_of_kl, pooled_of_rollout_kl)
-    return _Ratio(old, pooled, *kls_pooled, of_metrics, possible, passes, flags, in_value, applied)
+    return _Ratio(old, pooled, *kls_pooled, of_metrics, impossible, stops, flags, in_value, applied)
 
 
 def _factors(config: LossConfig, batch: TokenBatch, log_ratios: list[Tensor], folded: bool) -> Tensor | None:
@@ -399,8 +410,8 @@ class _PolicyPart(NamedTuple):
     """Unweighted, rollout factors included."""
     slope: Tensor
     """∂loss/∂(pooled log-ratio), weighted; the level spreads it."""
-    direct: Tensor
-    """∂loss/∂ℓ at a fixed ratio, weighted."""
+    direct: Tensor | None
+    """∂loss/∂ℓ at a fixed ratio, weighted; None: 0."""
     flags: Tensor
 
 
@@ -416,9 +427,10 @@ def _policy_part(
         assert entropy is not None
         low = entropy < batch.entropy_threshold
         weight, value = torch.where(low, 0.0, weight), torch.where(low, 0.0, value)
-    slope = weighed(weight, torch.where(pooled.inside, terms.slope, 0.0))
+    slope = weighed(weight, terms.slope.masked_fill(pooled.outside, 0.0))
     flags = terms.flags if ratio.flags is None else terms.flags | ratio.flags
-    return _PolicyPart(value, slope, weighed(weight, terms.direct), flags)
+    direct = None if terms.direct is None else weighed(weight, terms.direct)
+    return _PolicyPart(value, slope, direct, flags)
 
 
 class _KLPart(NamedTuple):
@@ -430,13 +442,12 @@ class _KLPart(NamedTuple):
     """∂loss/∂(pooled log-ratio), weighted, where a level is to spread it."""
 
 
-def _kl_part(config: LossConfig, batch: TokenBatch, log_prob: Tensor, ratio: _Ratio) -> _KLPart:
-    """Return the part of the KL to the reference. Its ratio is π/π_old as it is."""
+def _kl_part(config: LossConfig, batch: TokenBatch, log_prob: Tensor, ratio: _Ratio) -> _KLPart | None:
+    """Return the part of the KL to the reference, whose ratio is π/π_old as it is; None without that term."""
     ref, weight = batch.inputs.ref, batch.inputs.kl_weight
     if weight is None or ref is None:
-        zero = torch.zeros_like(log_prob)
-        return _KLPart(zero, zero, None)
-    return _sampled_kl_part(config.kl, config.kl_pooling, weight, log_prob, ref, ratio.of_kl, ratio.possible)
+        return None
+    return _sampled_kl_part(config.kl, config.kl_pooling, weight, log_prob, ref, ratio.of_kl, ratio.impossible)
 
 
 def _rollout_kl_part(config: LossConfig, batch: TokenBatch, log_prob: Tensor, ratio: _Ratio) -> _KLPart | None:
@@ -446,25 +457,23 @@ def _rollout_kl_part(config: LossConfig, batch: TokenBatch, log_prob: Tensor, ra
         return None
     sampler = ratio.old if inputs.rollout is None else inputs.rollout
     form = config.rollout_kl, config.rollout_kl_pooling
-    part = _sampled_kl_part(*form, weight, log_prob, sampler, ratio.of_rollout_kl, ratio.possible)
-    known = ~sampler.isnan()
-    value, slope = (torch.where(known, values, 0.0) for values in part[:2])
-    through_ratio = None if part.through_ratio is None else torch.where(known, part.through_ratio, 0.0)
-    return _KLPart(value, slope, through_ratio)
+    part = _sampled_kl_part(*form, weight, log_prob, sampler, ratio.of_rollout_kl, ratio.impossible)
+    unknown = sampler.isnan()
+    return _KLPart(*(None if values is None else values.masked_fill(unknown, 0.0) for values in part))  # type: ignore[arg-type]
 
 
 def _sampled_kl_part(
-    form: KL, level: Level, weight: Tensor, log_prob: Tensor, other: Tensor, pooled: _Pooled, possible: Tensor
+    form: KL, level: Level, weight: Tensor, log_prob: Tensor, other: Tensor, pooled: _Pooled, impossible: Tensor
 ) -> _KLPart:
     kl = kl_terms(form, log_ratio_of(log_prob, other), pooled.ratio)
-    kl = kl._replace(slope=torch.where(possible, kl.slope, 0.0))
+    kl = kl._replace(slope=kl.slope.masked_fill(impossible, 0.0))
     if not form.ratio_weighted:
         return _KLPart(kl.value, weighed(weight, kl.slope), None)
     value = times(pooled.ratio, kl.value)
     if not level.spreads:
-        slope = torch.where(pooled.inside & possible, kl.slope_with_ratio, kl.slope)
+        slope = torch.where(pooled.outside | impossible, kl.slope, kl.slope_with_ratio)
         return _KLPart(value, weighed(weight, times(pooled.ratio, slope)), None)
-    through_ratio = torch.where(pooled.inside, weighed(weight, value), 0.0)
+    through_ratio = weighed(weight, value).masked_fill_(pooled.outside, 0.0)
     return _KLPart(value, weighed(weight, times(pooled.ratio, kl.slope)), through_ratio)
 
 
@@ -491,7 +500,7 @@ def reduce_records(
         ratios = ratios or _pooled_ratios(config, batch, values.log_prob, records)
         counted = (_count_tokens if config.pooling.running else _count_sequences)(batch, ratios)
         first = FIELDS.index("ratio_sum")
-        vector = torch.cat([vector[:first], counted, vector[first + len(counted) :]])
+        vector[first : first + len(counted)] = counted
     if diverged is not None:
         sums = _divergence_sums(batch, diverged).to(vector.dtype)
         vector = torch.cat([vector[: -len(sums)], sums])
@@ -513,7 +522,7 @@ def _divergence_sums(batch: TokenBatch, diverged: Diverged) -> Tensor:
 
 def _pooled_ratios(config: LossConfig, batch: TokenBatch, log_prob: Tensor, records: TokenRecords) -> PooledRatios:
     old, level = batch.inputs.old, config.pooling
-    own = torch.where(batch.live, log_ratio_of(log_prob, log_prob if old is None else old), 0.0)
+    own = log_ratio_of(log_prob, log_prob if old is None else old).masked_fill_(batch.dead, 0.0)
     at_bounds = _at_bounds(records.flags)
     (running,) = batch.begin_up_to([(own, level.pooled)])
     if running is not None:
@@ -526,7 +535,7 @@ def _pooled_ratios(config: LossConfig, batch: TokenBatch, log_prob: Tensor, reco
 def _count_sequences(batch: TokenBatch, ratios: PooledRatios) -> Tensor:
     """Return metrics.RATIO_SUMS and extremes of the ratio over non-empty sequences. One counts as clipped where one of
     its tokens does."""
-    lengths = batch.sequences.sum(batch.live, accumulate_dtype(batch.live.device))
+    lengths = batch.sequences.lengths(batch.live)
     log_ratio = torch.zeros_like(lengths) if ratios.log_ratio is None else ratios.log_ratio
     counted, clipped = lengths > 0, [total > 0 for total in ratios.clipped]
     if not batch.sequences.owner:
@@ -537,5 +546,5 @@ def _count_sequences(batch: TokenBatch, ratios: PooledRatios) -> Tensor:
 def _count_tokens(batch: TokenBatch, ratios: PooledRatios) -> Tensor:
     """Return metrics.RATIO_SUMS and extremes of the ratio over tokens."""
     assert ratios.log_ratio is not None
-    clipped = [flag.flatten() for flag in ratios.clipped]
+    clipped = [flag.flatten() != 0 for flag in ratios.clipped]
     return reduce_ratios(ratios.log_ratio.exp().flatten(), batch.live.flatten(), clipped)

@@ -125,4 +125,4 @@ class Field:
         x = points[:, None, None].expand(-1, *self.sign.shape)
         log_prob = self.log_prob.expand_as(x)
         t = surrogate.terms(Point(log_prob, x, x.exp(), self.sign.expand_as(x), log_prob - x))
-        return -(t.slope + t.direct) / self.sign
+        return -t.own_slope / self.sign

@@ -97,7 +97,7 @@ class _Penalty:
         to_sampler = kl_terms(self.known.rollout_kl, x, x.exp())  # the sampler's log-probs are the old ones
         weight = x.exp() if self.known.rollout_kl.ratio_weighted else one
         slope = to_sampler.slope_with_ratio if self.known.rollout_kl.ratio_weighted else to_sampler.slope
-        return own.slope + own.direct + self.known.rollout_kl.coef * weight * slope
+        return own.own_slope + self.known.rollout_kl.coef * weight * slope
 
     def measure(self, batch: Batch) -> Measured:
         """Return its own weights, those of slopes at one distance."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import names
 from .checks import check_flag, check_limit, plain, settle_name, settle_number
 from .levels import LEVELS
-from .maths import clamp, k3_of, times, within
+from .maths import beyond, clamp, k3_of, times
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 GRADIENTS = ("pathwise", "straight_through_k2", "weighted_k2", "score_function")
@@ -101,17 +101,17 @@ class KLTerms(NamedTuple):
 def kl_terms(kl: KL, difference: Tensor, ratio: Tensor) -> KLTerms:
     """Return the KL estimator of ``difference`` = log_prob - ref, with its clamps; ``ratio`` is to the old policy."""
     input_limit, output_limit = kl.limit
-    inside = within(difference, input_limit)
+    outside = beyond(difference, input_limit)
     x = clamp(difference, input_limit)
     value, slope, slope_with_ratio = _estimate(kl.estimator, x)
-    free = inside & within(value, output_limit)
+    bounded = outside | beyond(value, output_limit)
     value = clamp(value, output_limit)
-    slope = torch.where(free, slope, 0.0)
-    slope_with_ratio = torch.where(free, slope_with_ratio, value)
+    slope = slope.masked_fill(bounded, 0.0)
+    slope_with_ratio = torch.where(bounded, value, slope_with_ratio)
     if kl.gradient == "straight_through_k2":
-        slope = torch.where(inside, x, 0.0)
+        slope = x.masked_fill(outside, 0.0)
     elif kl.gradient == "weighted_k2":
-        slope = torch.where(inside, times(ratio.clamp(max=kl.ratio_cap), x), 0.0)
+        slope = times(ratio.clamp(max=kl.ratio_cap), x).masked_fill_(outside, 0.0)
     elif kl.gradient == "score_function":
         slope = slope_with_ratio
     return KLTerms(value, slope, slope_with_ratio)

@@ -13,25 +13,25 @@ from torch import Tensor
 
 def times(a: Tensor, b: Tensor) -> Tensor:
     """Return a * b where a factor that is exactly zero wins over an infinite one (NaN stays NaN)."""
-    zero = ((a == 0) & ~b.isnan()) | ((b == 0) & ~a.isnan())
-    return torch.where(zero, 0.0, a * b)
+    zero = torch.minimum(a.abs(), b.abs()) == 0  # NaN where either is
+    return (a * b).masked_fill_(zero, 0.0)
 
 
 def weighed(weight: Tensor, x: Tensor) -> Tensor:
     """Return weight * x where a weight of zero wins over anything, NaN as well: a token of weight 0 has no part in a
     loss. A zero of x wins over an infinite weight."""
-    zero = (weight == 0) | ((x == 0) & ~weight.isnan())
-    return torch.where(zero, 0.0, weight * x)
+    zero = (weight == 0) | ((x == 0) & (weight == weight))
+    return (weight * x).masked_fill_(zero, 0.0)
 
 
 def log_ratio_of(a: Tensor, b: Tensor) -> Tensor:
     """Return a - b; equal log-probs differ by exactly zero, also where both are -inf."""
-    return torch.where(a == b, 0.0, a - b)
+    return (a - b).masked_fill_(a == b, 0.0)
 
 
-def within(x: Tensor, limit: float | None) -> Tensor:
-    """Return where x lies inside [-limit, limit], bounds included; NaN counts as inside."""
-    return torch.ones_like(x, dtype=torch.bool) if limit is None else ~(x.abs() > limit)
+def beyond(x: Tensor, limit: float | None) -> Tensor:
+    """Return where x lies outside of [-limit, limit], whose bounds are inside, as NaN is."""
+    return torch.zeros_like(x, dtype=torch.bool) if limit is None else x.abs() > limit
 
 
 def clamp(x: Tensor, limit: float | None) -> Tensor:

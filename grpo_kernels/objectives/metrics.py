@@ -271,8 +271,10 @@ def reduce_ratios(ratio: Tensor, counted: Tensor, clipped: list[Tensor]) -> Tens
 
     All tensors are flat, (n,); ``clipped`` are bool, for the low, the high and the dual bound.
     """
-    sums = torch.stack([torch.where(counted, ratio, 0.0), counted, *clipped]).to(ratio.dtype).sum(-1)
-    bounds = torch.stack([torch.where(counted, ratio, float("inf")), torch.where(counted, -ratio, float("inf"))])
-    infinity = torch.full((2, 1), float("inf"), dtype=ratio.dtype, device=ratio.device)
-    smallest, largest = torch.cat([bounds, infinity], 1).amin(1)
-    return torch.cat([sums, torch.stack([smallest, -largest])])
+    others, infinity = ~counted, float("inf")
+    sums = torch.stack([ratio.masked_fill(others, 0.0), counted, *clipped]).sum(-1, dtype=ratio.dtype)
+    if ratio.numel() == 0:
+        return torch.cat([sums, ratio.new_tensor([infinity, -infinity])])
+    smallest = ratio.masked_fill(others, infinity).amin(0, keepdim=True)
+    largest = ratio.masked_fill(others, -infinity).amax(0, keepdim=True)
+    return torch.cat([sums, smallest, largest])

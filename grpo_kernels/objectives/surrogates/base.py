@@ -36,10 +36,15 @@ class Terms(NamedTuple):
     value: Tensor
     slope: Tensor
     """∂f/∂log_ratio: pooled levels spread it over the sequence, and it is 0 where the log-ratio saturates."""
-    direct: Tensor
-    """∂f/∂log_prob at a fixed ratio, the token's own at every level."""
+    direct: Tensor | None
+    """∂f/∂log_prob at a fixed ratio, the token's own at every level; None: 0."""
     flags: Tensor
     """uint8, CLIPPED_* bits."""
+
+    @property
+    def own_slope(self) -> Tensor:
+        """∂f/∂log_prob of a token by itself."""
+        return self.slope if self.direct is None else self.slope + self.direct
 
 
 class Clipped(NamedTuple):
@@ -117,8 +122,9 @@ def chosen(condition: Tensor, one: float, other: float, like: Tensor) -> Tensor:
     return torch.where(condition, one, torch.full_like(like, other))
 
 
-def as_flags(low: Tensor, high: Tensor, dual: Tensor | bool = False) -> Tensor:
-    return (low * CLIPPED_LOW + high * CLIPPED_HIGH + dual * CLIPPED_DUAL).to(torch.uint8)
+def as_flags(low: Tensor, high: Tensor, dual: Tensor | None = None) -> Tensor:
+    flags = torch.add(low.to(torch.uint8), high, alpha=CLIPPED_HIGH)
+    return flags if dual is None else torch.add(flags, dual, alpha=CLIPPED_DUAL)
 
 
 def no_flags(x: Tensor) -> Tensor:

@@ -76,4 +76,4 @@ class Gmpo(Surrogate):
 
     def terms(self, t: Point) -> Terms:
         value = times(-t.advantage, t.ratio)
-        return Terms(value, value, nothing(value), no_flags(value))
+        return Terms(value, value, None, no_flags(value))

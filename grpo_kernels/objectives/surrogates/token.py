@@ -71,7 +71,7 @@ class Unclipped(Surrogate):
 
     def terms(self, t: Point) -> Terms:
         value = times(-t.advantage, t.ratio)
-        return Terms(value, value, nothing(value), no_flags(value))
+        return Terms(value, value, None, no_flags(value))
 
 
 @translates_fields
@@ -116,16 +116,19 @@ class Clip(Surrogate):
     def terms(self, t: Point) -> Terms:
         ratio, advantage = t.ratio, t.advantage
         low, high, dual = self.parameters()
+        against, negative = -advantage, advantage < 0
         clipped_high = (advantage > 0) & (ratio > high)
-        clipped_low = (advantage < 0) & (ratio < low)
-        clipped_dual = (advantage < 0) & (ratio > dual)
-        inside = times(-advantage, ratio)
-        value = torch.where(clipped_high, -advantage * high, inside)
-        value = torch.where(clipped_low, -advantage * low, value)
+        clipped_low = negative & (ratio < low)
+        inside = times(against, ratio)
+        value = torch.where(clipped_high, against * high, inside)
+        value = torch.where(clipped_low, against * low, value)
+        clipped, clipped_dual = clipped_high | clipped_low, None
         if self.dual is not None:
-            value = torch.where(clipped_dual, -advantage * dual, value)
-        slope = torch.where(clipped_high | clipped_low | clipped_dual, 0.0, inside)
-        return Terms(value, slope, nothing(value), as_flags(clipped_low, clipped_high, clipped_dual))
+            clipped_dual = negative & (ratio > dual)
+            value = torch.where(clipped_dual, against * dual, value)
+            clipped = clipped | clipped_dual
+        slope = inside.masked_fill(clipped, 0.0)
+        return Terms(value, slope, None, as_flags(clipped_low, clipped_high, clipped_dual))
 
 
 @dataclass(frozen=True, repr=False)
@@ -211,7 +214,7 @@ class Sapo(Surrogate):
         gate = torch.where(x < 0, e, 1.0) / (1 + e)
         slope = times(4 * e / ((1 + e) * (1 + e)), t.ratio)
         value = -t.advantage * gate * 4 / tau
-        return Terms(value, times(-t.advantage, slope), nothing(value), no_flags(value))
+        return Terms(value, times(-t.advantage, slope), None, no_flags(value))
 
 
 @dataclass(frozen=True, repr=False)
@@ -241,7 +244,7 @@ class _Dppo(Surrogate, abc.ABC):
         kept = ~(low | high)
         if self.cap is None:
             slope = torch.where(kept, times(-t.advantage, t.ratio), 0.0)
-            return Terms(slope, slope, nothing(slope), as_flags(low, high))
+            return Terms(slope, slope, None, as_flags(low, high))
         direct = torch.where(kept, -t.ratio.clamp(max=self.cap) * t.advantage, 0.0)
         truncated = kept & (t.ratio > self.cap) & (t.advantage != 0)
         return Terms(times(direct, t.log_prob), nothing(direct), direct, as_flags(low, high, truncated))
