@@ -746,3 +746,21 @@ def test_a_sharded_weight_is_refused():
     adapter = (torch.randn(4, 8, 3), torch.randn(97, 3).as_subclass(Sharded))
     with pytest.raises(ValueError, match="(?s)whole adapter_weight.*register_fsdp_forward_method"):
         linear_token_log_probs(problem.hidden, problem.weight, problem.ids, adapter=adapter)
+
+
+def test_outputs_are_not_what_backward_saved():
+    """Where every token is live nothing is scattered, and yet what is returned is the caller's; nor gathered, and the
+    gradient of a sum, which is one number in memory, is one a token."""
+    problem = Problem(bias=False, extra_row=False)
+    leaves, ids, found = (problem.hidden, problem.weight), torch.randint(97, (4, 7)), []
+    for write in (False, True):
+        out = linear_token_log_probs(*leaves, ids)
+        total = out.log_probs.sum() + out.entropy.sum()
+        if write:
+            for values in out:
+                values.detach().zero_()
+        found.append(torch.autograd.grad(total, leaves))
+    of_logits = token_log_probs(leaves[0] @ leaves[1].T, ids)
+    wanted = torch.autograd.grad(of_logits.log_probs.sum() + of_logits.entropy.sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found[0], wanted, strict=True))

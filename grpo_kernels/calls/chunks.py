@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends.contract import TokenInputs
 from ..objectives.checks import check_scalar, fail, may_look
+from ..objectives.compiler import computed_once
 from ..objectives.sequences import Packed, Padded, Sequences, accumulate_dtype, has_every_operator
 from .head import HeadTensors, head_kind, operand_dtype
 from .terms import TokenBatch
@@ -62,14 +63,12 @@ class LiveRows:
 
     shape: tuple[int, int]
     """(B, T) of the token tensors."""
-    index: Tensor
-    """(n,) of each in the flattened (B, T); 0 for padding."""
+    places: Tensor | None
+    """(n,) of each in the flattened (B, T), 0 for padding; None where every token is live and nothing is padded."""
     live: Tensor
     """(1, n) bool, False for padding."""
     cut: Tensor | None
     """0-d bool: there were more than ``live_tokens``; None where they were counted."""
-    everything: bool
-    """Every token is live, and nothing is padded."""
     chunks: tuple[tuple[int, int], ...]
     """First and last + 1 row of each."""
     bounds: Tensor | None
@@ -85,10 +84,12 @@ class LiveRows:
         count = padded = sum(counts)
         if pads(flat.device.type):
             padded = -(-count // _GPU_MULTIPLE) * _GPU_MULTIPLE
-        index = _live_positions(flat, padded)
-        if padded > count:  # live_tokens may be fewer than there are
-            index[count:] = -1
-        live = index >= 0
+        places, live = None, flat
+        if cut is not None or not count == padded == flat.numel():
+            places = _live_positions(flat, padded)
+            if padded > count:  # live_tokens may be fewer than there are
+                places[count:] = -1
+            places, live = places.clamp(min=0), places >= 0
         bounds, chunks = None, [(first, min(first + chunk, padded)) for first in range(0, padded, chunk)]
         room = chunk - (padded - count)
         if lengths is not None and max(counts, default=0) <= room:
@@ -96,12 +97,25 @@ class LiveRows:
             bounds = torch.cat([ends.new_zeros(1), ends])
             chunks = _chunks_of_sequences(counts, room, padded)
         batch, length = tokens.token_ids.shape
-        everything = cut is None and count == padded == flat.numel()
-        return cls((batch, length), index.clamp(min=0), live[None], cut, everything, tuple(chunks), bounds)
+        return cls((batch, length), places, live[None], cut, tuple(chunks), bounds)
 
     @property
     def count(self) -> int:
-        return self.index.shape[0]
+        return self.live.shape[1]
+
+    @property
+    def everything(self) -> bool:
+        """Whether every token is live, and nothing is padded: then nothing is gathered or scattered."""
+        return self.places is None
+
+    @computed_once
+    def index(self) -> Tensor:
+        """(n,) of each row in the flattened (B, T), 0 for padding."""
+        return torch.arange(self.count, device=self.live.device) if self.places is None else self.places
+
+    def holds(self, states: Tensor) -> bool:
+        """Whether the rows of ``states``, one after the other, are those of the tokens."""
+        return self.everything and self.count == states.shape[:-1].numel()
 
     @property
     def longest(self) -> int:
@@ -109,7 +123,7 @@ class LiveRows:
 
     def gather(self, states: Tensor, first: int, last: int) -> Tensor:
         """Return (last - first, K) rows of ``states`` (B, T or T+1, K) or (N, K), gathered where they lie apart."""
-        if self.everything and self.count == states.shape[:-1].numel() and states.is_contiguous():
+        if self.holds(states) and states.is_contiguous():
             return states.flatten(0, -2)[first:last]
         index = self.index[first:last]
         whole = states.unsqueeze(0) if states.dim() == 2 else states
@@ -120,6 +134,9 @@ class LiveRows:
 
     def put(self, values: Tensor, out: Tensor, states: Tensor, first: int, last: int) -> None:
         """Write the rows of a chunk into ``out``, (rows of states + 1, H): padding goes to the spare last row."""
+        if self.holds(states):
+            out[first:last] = values
+            return
         index = self.index[first:last]
         row = index // self.shape[1] * states.shape[-2] + index % self.shape[1]
         out[torch.where(self.live[0, first:last], row, out.shape[0] - 1)] = values.to(out.dtype)
@@ -129,11 +146,16 @@ class LiveRows:
     @overload
     def take(self, values: None) -> None: ...
     def take(self, values: Tensor | None) -> Tensor | None:
-        """Return (1, n) of (B, T)."""
-        return None if values is None else values.reshape(-1)[self.index][None]
+        """Return contiguous (1, n) of (B, T): a view of such a one where every token is live."""
+        if values is None:
+            return None
+        flat = values.reshape(-1)  # of one number for all, as a sum's gradient is, no more than a view
+        return (flat.contiguous() if self.everything else flat[self.index])[None]
 
     def scatter(self, values: Tensor) -> Tensor:
-        """Return (B, T) of (1, n), 0 elsewhere."""
+        """Return (B, T) of (1, n), 0 elsewhere: a view where every token is live."""
+        if self.everything:
+            return values.view(self.shape)
         out = values.new_zeros(self.shape[0] * self.shape[1] + 1)
         out[torch.where(self.live[0], self.index, out.shape[0] - 1)] = values[0]  # padding goes to the spare place
         return out[:-1].view(self.shape)
@@ -152,6 +174,8 @@ class LiveRows:
 
     def narrow(self, batch: TokenBatch, first: int, last: int) -> TokenBatch:
         """Return tokens [first, last) of ``batch``'s result; without ``bounds`` as one sequence."""
+        if self.bounds is None and (first, last) == (0, self.count):
+            return dataclasses.replace(batch, sequences=Padded(1))
         live, masked_in = batch.live[:, first:last], batch.masked_in[:, first:last]
         sequences: Sequences = Padded(1)
         if self.bounds is not None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs, numbers_vector
@@ -34,6 +35,11 @@ def check_ids(tokens: RowTokens, always: bool = False) -> None:
     if not ((always or tokens.checks) and may_look(tokens.token_ids, True)):
         return
     function, ids, live = tokens.function, tokens.token_ids, tokens.live
+    if ids.numel() == 0:
+        return
+    low, high = map(int, torch.aminmax(ids))
+    if low >= 0 and high < tokens.vocab:
+        return
     bad = live & ((ids < 0) | (ids >= tokens.vocab))
     if bool(bad.any()):
         position = tuple(int(i) for i in bad.nonzero()[0])

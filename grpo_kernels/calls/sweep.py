@@ -150,8 +150,7 @@ class Walk:
         self._head = kind(head, sweep.operands, sweep.dtype, len(sweep.live_rows.chunks), wants, sweep.wide)
         self._teacher = None if sweep.teacher is None else sweep.teacher.walk(sweep.live_rows)
         self._logits = memory.new((sweep.live_rows.longest, sweep.columns), sweep.dtype, device, memory.Kind.LOGITS)
-        wanted = zip(head.states, wants.states, strict=False)
-        self._gradients = [self._room(states) if wants_states else None for states, wants_states in wanted]
+        self._gradients: list[Tensor | None] = [None] * len(head.states)
 
     def chunks(self) -> Iterator[Chunk]:
         """Give each chunk with its logits; when the next one is asked for, they are taken as their gradient."""
@@ -166,21 +165,39 @@ class Walk:
             yield Chunk(Rows(logits, ids, live, sweep.numbers, sweep.softcap, own), first, last, beside)
             if any(self._wants):
                 parts = self._head.backward(logits, states, sweep.states_sum)
-                for part, out, whole in zip(parts, self._gradients, self._states, strict=True):
-                    if part is not None and out is not None:
-                        live_rows.put(part, out, whole, first, last)
+                for place, part in enumerate(parts):
+                    if part is not None:
+                        self._keep(place, part, first, last)
 
     def gradients(self) -> HeadGradients:
         """Return what has been gathered."""
-        both = zip(self._gradients, self._states, strict=True)
-        hidden, *adapter_states = (None if rows is None else rows[:-1].view(whole.shape) for rows, whole in both)
+        each = zip(self._gradients, self._states, self._wants.states, strict=False)
+        hidden, *adapter_states = (self._of_states(rows, whole) if wanted else None for rows, whole, wanted in each)
         (weight, *adapter_weight), bias = self._head.gradients()
         return HeadGradients(hidden, weight, bias, *adapter_states, *adapter_weight)
 
+    def _keep(self, place: int, part: Tensor, first: int, last: int) -> None:
+        """Keep the gradient of a chunk's states."""
+        states, live_rows = self._states[place], self._sweep.live_rows
+        if last - first == live_rows.count and live_rows.holds(states):
+            self._gradients[place] = part.to(self._dtype(states)).view(states.shape)
+            return
+        rows = self._gradients[place]
+        if rows is None:
+            rows = self._gradients[place] = self._room(states)
+        live_rows.put(part, rows, states, first, last)
+
+    def _of_states(self, rows: Tensor | None, states: Tensor) -> Tensor:
+        """Return the gradient of ``states``, from that of its rows, if there were any."""
+        rows = self._room(states) if rows is None else rows
+        return rows if rows.shape == states.shape else rows[:-1].view(states.shape)
+
     def _room(self, states: Tensor) -> Tensor:
         """Return zeros for the gradient of ``states``, and a spare row."""
-        dtype = torch.float32 if self._sweep.wide else states.dtype
-        return states.new_zeros(states.shape[:-1].numel() + 1, states.shape[-1], dtype=dtype)
+        return states.new_zeros(states.shape[:-1].numel() + 1, states.shape[-1], dtype=self._dtype(states))
+
+    def _dtype(self, states: Tensor) -> torch.dtype:
+        return torch.float32 if self._sweep.wide else states.dtype
 
 
 def sweep_of(
@@ -253,7 +270,10 @@ class LinearLogProbs(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Without its tensors: what is saved is given back after backward, though somebody keeps an output.
         ctx.sweep, ctx.read = sweep.of((None,) * len(read)), len(read)
-        outputs = tuple(map(sweep.live_rows.scatter, sweep.known(stats)))
+        known = sweep.known(stats)
+        if sweep.live_rows.everything:
+            known = tuple(value.clone() for value in known)  # these are the caller's, and saved ones are not
+        outputs = tuple(map(sweep.live_rows.scatter, known))
         ctx.mark_non_differentiable(*outputs[3:])
         return outputs
 
@@ -312,28 +332,34 @@ class LinearLoss:
         """Compute loss and gradients chunk by chunk: every row's slope follows from the rows of its chunk."""
         sweep = self.sweep
         live_batch = sweep.live_rows.batch(self.batch)
-        real = torch.zeros_like(sweep.token_ids, dtype=sweep.numbers.dtype)
-        flags = torch.zeros_like(real, dtype=torch.uint8)
-        with_rollout_kl = self.batch.inputs.rollout_kl_weight is not None
-        weight, to_sampler = (
-            torch.zeros_like(real) if used else real.new_empty(0) for used in (self.batch.schemes, with_rollout_kl)
-        )
-        known = [torch.zeros_like(real) for _ in range(2 if sweep.teacher is None else 4)]
-        records = TokenRecords(torch.zeros_like(real), torch.zeros_like(real), flags, weight, to_sampler)
+        of_chunks: list[tuple[tuple[Tensor, ...], TokenRecords]] = []
         with torch.autocast(head.hidden.device.type, enabled=False):
             walk = Walk(sweep, wants, head)
             for chunk in walk.chunks():
                 part = sweep.live_rows.narrow(live_batch, chunk.first, chunk.last)
-                values, chunk_records = self._fused(chunk, part) if self.plan.fused else self._two_passes(chunk, part)
-                for total, of_chunk in zip((*known, *records), (*values, *chunk_records), strict=True):
-                    if total.dim() > 1:
-                        total[:, chunk.first : chunk.last] = of_chunk
+                of_chunks.append(self._fused(chunk, part) if self.plan.fused else self._two_passes(chunk, part))
             gradients = walk.gradients()
+        known, records = of_chunks[0] if len(of_chunks) == 1 else self._joined(of_chunks)
         scatter = sweep.live_rows.scatter
         everywhere = TokenRecords(*(scatter(total) if total.dim() > 1 else total for total in records))
         log_prob, entropy, *diverged = map(scatter, known)
         values_of_all = TokenValues(log_prob, entropy, self.batch.live)
         return values_of_all, Diverged(*diverged) if diverged else None, everywhere, gradients
+
+    def _joined(
+        self, of_chunks: list[tuple[tuple[Tensor, ...], TokenRecords]]
+    ) -> tuple[tuple[Tensor, ...], TokenRecords]:
+        """Return what is known of all rows, (1, n), from chunk to chunk."""
+        if of_chunks:
+            known, records = (zip(*parts, strict=True) for parts in zip(*of_chunks, strict=True))
+            joined = [torch.cat(parts, -1) for parts in known]
+            return tuple(joined), TokenRecords(*(torch.cat(parts, -1) for parts in records))
+        nothing = torch.zeros_like(self.sweep.token_ids, dtype=self.sweep.numbers.dtype)
+        count = 2 if self.sweep.teacher is None else 4
+        flags, none = torch.zeros_like(nothing, dtype=torch.uint8), nothing.new_empty(0)
+        weight = nothing if self.batch.schemes else none
+        to_sampler = none if self.batch.inputs.rollout_kl_weight is None else nothing
+        return (nothing,) * count, TokenRecords(nothing, nothing, flags, weight, to_sampler)
 
     def _fused(self, chunk: Chunk, part: TokenBatch) -> tuple[tuple[Tensor, ...], TokenRecords]:
         """Return log-probs and entropies, with a teacher also divergences and its entropies, and records."""
