@@ -21,6 +21,7 @@ BENCHMARKS = (
     "divergence",
     "pages",
     "scaling",
+    "short_calls",
     "surrogates",
     "system_steps",
     "thread_scaling",
