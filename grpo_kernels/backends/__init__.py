@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
-from ..objectives.checks import ENVIRONMENT, check_name, fail, warn_caller
+from ..objectives.checks import check_name, fail, warn_caller
 from ..objectives.compiler import constant_in_graphs
 from .contract import Backend, FusedBackend, PairBackend
 from .contract import Request as Request
@@ -40,16 +40,13 @@ class Choice(NamedTuple):
 
 _SWITCH = "GRPO_KERNELS_BACKEND"
 """The environment's variable that every call takes its backend from, whatever it asks for: =torch stops all kernels."""
-_ENCODED_SWITCH = os.environ.encodekey(_SWITCH)
 
 
 def switched() -> str | None:
     """Return the backend that the environment names for every call, or None."""
-    value = ENVIRONMENT.get(_ENCODED_SWITCH)
-    if not value:
-        return None
-    name = os.environ.decodevalue(value)
-    check_name(_SWITCH, name, _MODULES)
+    name = os.environ.get(_SWITCH) or None
+    if name is not None:
+        check_name(_SWITCH, name, _MODULES)
     return name
 
 

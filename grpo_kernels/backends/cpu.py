@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..objectives.checks import ENVIRONMENT
 from . import native
 from .contract import DivergenceStats, Request, RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
 from .eager import rescale as rescale
@@ -19,7 +18,6 @@ from .eager_rows import token_id_message
 from .spec import ObjectiveSpec
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
-_CHOSEN = os.environ.encodekey("GRPO_KERNELS_CPU_ISA")
 _ABI_VERSION = 9
 _OK, _TOKEN_ID_OUT_OF_RANGE = 0, 1
 
@@ -82,8 +80,7 @@ def available_instruction_sets() -> tuple[str, ...]:
 def instruction_set() -> str:
     """Return the instruction set in use: the fastest, or the one that GRPO_KERNELS_CPU_ISA names."""
     available = available_instruction_sets()
-    value = ENVIRONMENT.get(_CHOSEN)
-    forced = os.environ.decodevalue(value) if value else None
+    forced = os.environ.get("GRPO_KERNELS_CPU_ISA")
     if forced and forced not in available:
         raise native.Unavailable(f"GRPO_KERNELS_CPU_ISA={forced}: this machine runs {', '.join(available)}")
     return forced or available[-1]

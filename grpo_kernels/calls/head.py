@@ -335,7 +335,7 @@ class SlicedHead(Head):
         return fixed * real, vocab * logits.itemsize + states + columns * real
 
     def logits(self, states: list[Tensor], out: Tensor) -> None:
-        if self._whole(len(out)):
+        if self._whole(out):
             super().logits(states, out)
             return
         wide = [rows.to(self._real) for rows in states]
@@ -355,7 +355,7 @@ class SlicedHead(Head):
     def backward(
         self, gradient: Tensor, states: list[Tensor], over_ranks: Callable[[Tensor], Callable[[], Tensor]] | None
     ) -> list[Tensor | None]:
-        if self._whole(len(gradient)):
+        if self._whole(gradient):
             return super().backward(gradient, states, over_ranks)
         if self._wants_bias:
             self._add_bias(gradient)
@@ -398,9 +398,10 @@ class SlicedHead(Head):
     def _converts(self) -> bool:
         return any(factor.converts for factor in self.factors)
 
-    def _whole(self, rows: int) -> bool:
-        """Whether GEMMs of so many rows are those of ``Head``."""
-        return rows > BATCHED_ROWS and not self._converts
+    def _whole(self, logits: Tensor) -> bool:
+        """Whether the GEMMs of these logits, or of their gradient, are those of ``Head``: many rows, or few columns."""
+        rows, columns = logits.shape
+        return (rows > BATCHED_ROWS or columns <= SLICE_COLUMNS) and not self._converts
 
     def _columns(self, rows: int) -> int:
         """Return those of a slice of so many rows."""

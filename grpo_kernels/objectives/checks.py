@@ -57,18 +57,11 @@ def warn_caller(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-ENVIRONMENT: Mapping[Any, Any] = vars(os.environ)["_data"]
-"""What ``os.environ`` holds, by names that ``encodekey`` has encoded. Every call reads some, and ``os.environ`` encodes
-each anew and raises where it is not set, which takes as long as an operation on a tensor."""
-_CHECK = os.environ.encodekey("GRPO_KERNELS_CHECK")
-
-
 def checks_enabled(check: bool | None) -> bool:
     """Whether checks of contents are on: by ``check=`` of the call, else by the environment's GRPO_KERNELS_CHECK."""
     if check is not None:
         return check
-    value = ENVIRONMENT.get(_CHECK)
-    return value is not None and os.environ.decodevalue(value).lower() not in ("", "0", "false", "no", "off")
+    return os.environ.get("GRPO_KERNELS_CHECK", "").lower() not in ("", "0", "false", "no", "off")
 
 
 _WITHOUT_CONTENTS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
