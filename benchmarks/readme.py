@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MACHINES = ("amd-epyc-zen4-2-cores", "amd-epyc-zen3-2-cores")
+MACHINES = ("amd-epyc-zen3-2-cores", "amd-epyc-zen4-2-cores")
 """Folders of benchmarks/results, the one whose figures are shown first."""
 SECTION = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.S)
 ADDRESS = re.compile(rf"benchmarks/results/(?:{'|'.join(MACHINES)})/([\w.]+)")

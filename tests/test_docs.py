@@ -235,6 +235,9 @@ FIGURES = {
     "system_steps",
     "surrogates",
     "scaling",
+    "pages",
+    "thread_scaling",
+    "short_calls",
 }
 
 
