@@ -184,7 +184,7 @@ def main(arguments: argparse.Namespace) -> int:
         gemm = f"{name} ({found})" if found else f"fp32, slice by slice of the weight: no {name} instructions here"
         print(f"CPU GEMMs  of {name} heads run in {gemm}")
     memory = report["cpu_memory"]
-    kept = f"is kept for the next, now {memory['kept_bytes'] / 1e6:.0f} MB ({blocks.SWITCH}=0 keeps none)"
+    kept = f"is kept for the next: {memory['kept_bytes'] / 1e6:.0f} MB of this process ({blocks.SWITCH}=0 keeps none)"
     print(f"memory     of large gradients on CPUs {kept if memory['keeps'] else f'is not kept: {blocks.SWITCH}=0'}")
     library = report["cpu_library"]
     print(f"library    {_place('cpu', library)}")

@@ -78,6 +78,8 @@ GRPO_EXPORT int32_t grpo_cpu_token_sums(const GrpoCpuTokenSums*);
 // A tensor of so many bytes, uninitialised, whose deleter gives them back, filled with 0xff if they are to be poisoned;
 // null where the system has none.
 GRPO_EXPORT GrpoBytes* grpo_cpu_new_block(int64_t bytes, int32_t kind, int32_t poisoned);
+// What its deleter does, for a tensor that reached nobody.
+GRPO_EXPORT void grpo_cpu_give_back(GrpoBytes*);
 // Gives what is kept to the system; returns its bytes.
 GRPO_EXPORT int64_t grpo_cpu_drop_kept(void);
 GRPO_EXPORT GrpoBlockBytes grpo_cpu_block_bytes(void);

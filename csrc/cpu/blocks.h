@@ -43,7 +43,7 @@ inline char* reserve(int64_t capacity) {
   char* start = static_cast<char*>(mapped);
   const int64_t before = (kHugePage - int64_t(reinterpret_cast<uintptr_t>(start) % kHugePage)) % kHugePage;
   if (before > 0) munmap(start, before);
-  if (before < kHugePage) munmap(start + before + capacity, kHugePage - before);
+  munmap(start + before + capacity, kHugePage - before);
   return start + before;
 }
 
@@ -58,10 +58,7 @@ inline bool grow(Block* block, int64_t capacity) {
   char* start = reserve(capacity);
   if (start == nullptr) return false;
   void* moved = mremap(block->tensor.data, block->capacity, capacity, MREMAP_MAYMOVE | MREMAP_FIXED, start);
-  if (moved == MAP_FAILED) {
-    munmap(start, capacity);
-    return false;
-  }
+  if (moved == MAP_FAILED) return false;  // what was reserved may be another thread's by now
   block->tensor.data = start;
   block->capacity = capacity;
   madvise(start, capacity, MADV_HUGEPAGE);
@@ -121,9 +118,23 @@ inline void count_use(int64_t capacity) {
   }
 }
 
+inline int64_t drop_kept() {
+  int64_t dropped = 0;
+  for (std::atomic<Block*>& place : kept) {
+    Block* block = place.exchange(nullptr);
+    if (block == nullptr) continue;
+    dropped += block->capacity;
+    kept_bytes.fetch_sub(block->capacity);
+    give_to_the_system(block);
+  }
+  return dropped;
+}
+
 inline GrpoBytes* new_block(int64_t bytes, int32_t kind, int32_t poisoned) {
+  if (bytes <= 0) return nullptr;
   Block* block = take_kept(bytes, kind);
   if (block == nullptr) block = fresh_block(bytes);
+  if (block == nullptr && drop_kept() > 0) block = fresh_block(bytes);  // the other kind's had the room
   if (block == nullptr) return nullptr;
   count_use(block->capacity);
   block->bytes = bytes;
@@ -139,18 +150,6 @@ inline GrpoBytes* new_block(int64_t bytes, int32_t kind, int32_t poisoned) {
   tensor.context = block;
   tensor.deleter = give_back;
   return &tensor;
-}
-
-inline int64_t drop_kept() {
-  int64_t dropped = 0;
-  for (std::atomic<Block*>& place : kept) {
-    Block* block = place.exchange(nullptr);
-    if (block == nullptr) continue;
-    dropped += block->capacity;
-    kept_bytes.fetch_sub(block->capacity);
-    give_to_the_system(block);
-  }
-  return dropped;
 }
 
 #else

@@ -122,6 +122,8 @@ GrpoBytes* grpo_cpu_new_block(int64_t bytes, int32_t kind, int32_t poisoned) {
   return new_block(bytes, kind, poisoned);
 }
 
+void grpo_cpu_give_back(GrpoBytes* tensor) { tensor->deleter(tensor); }
+
 int64_t grpo_cpu_drop_kept(void) { return drop_kept(); }
 
 GrpoBlockBytes grpo_cpu_block_bytes(void) { return {kept_bytes.load(), used_bytes.load(), peak_bytes.load()}; }

@@ -16,6 +16,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..objectives.checks import OFF
 from . import cpu, native
 
 
@@ -37,21 +38,23 @@ poisoned = False
 
 
 def keeps() -> bool:
-    """Whether memory is kept at all. Raise a ValueError where the variable is neither 0 nor 1."""
-    value = os.environ.get(SWITCH) or "1"
-    if value not in ("0", "1"):
-        raise ValueError(f"{SWITCH} must be 0 (no memory is kept) or 1; got {value!r}.")
-    return value == "1"
+    """Whether memory is kept at all."""
+    return (os.environ.get(SWITCH) or "1").lower() not in OFF
+
+
+class OutOfMemory(MemoryError, RuntimeError):
+    """Raised where the system has no room. PyTorch raises a RuntimeError there, which callers look for who try again
+    with a smaller batch: its words are in the message."""
 
 
 def empty(count: int, dtype: torch.dtype, kind: Kind) -> Tensor:
     """Return ``count`` elements of uninitialised memory on the CPU, in a block where they are large.
 
     Raises:
-        MemoryError: the system has no room for them.
+        OutOfMemory: the system has no room for them.
     """
     size = count * dtype.itemsize
-    if size >= LARGE and keeps() and (block := _block(size, kind)) is not None:
+    if size >= LARGE and _serves() and (block := _block(size, kind)) is not None:
         tensor = block.view(dtype)
         if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
             tensor.fill_(torch.nan)  # as torch.empty does
@@ -59,10 +62,18 @@ def empty(count: int, dtype: torch.dtype, kind: Kind) -> Tensor:
     try:
         return torch.empty(count, dtype=dtype, device="cpu")
     except RuntimeError as error:
-        raise MemoryError(
-            f"grpo_kernels expected {size / 1e9:.3g} GB of free memory for a gradient, and the system gave none: "
-            "inplace=True needs no second tensor of the logits' size, a smaller chunk_bytes= less from hidden states."
+        if "can't allocate memory" not in str(error):
+            raise
+        raise OutOfMemory(
+            f"grpo_kernels expected {size / 1e9:.3g} GB of free memory for a tensor of the vocabulary's size, and the "
+            "system gave none: inplace=True needs no second tensor of the logits' size, a smaller chunk_bytes= less "
+            f"from hidden states. ({error})"
         ) from error
+
+
+def _serves() -> bool:
+    """Whether a block may take the place of PyTorch's memory: it is wanted, and no mode follows what is allocated."""
+    return keeps() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def _block(size: int, kind: Kind) -> Tensor | None:
@@ -71,10 +82,14 @@ def _block(size: int, kind: Kind) -> Tensor | None:
         library = cpu.library()
     except native.Unavailable:
         return None
-    block = library.grpo_cpu_new_block(size, kind, poisoned)
+    block = library.grpo_cpu_new_block(size, kind, poisoned) if size < 1 << 62 else None
     if not block:
         return None
-    tensor: Tensor = torch.utils.dlpack.from_dlpack(_new_capsule(block, b"dltensor", None))
+    try:
+        tensor: Tensor = torch.utils.dlpack.from_dlpack(_new_capsule(block, b"dltensor", None))
+    except BaseException:  # Ctrl-C among them
+        library.grpo_cpu_give_back(block)
+        raise
     return tensor
 
 

@@ -65,6 +65,8 @@ def library() -> ctypes.CDLL:
     loaded.grpo_cpu_partial_sums.argtypes = [c_int64]
     loaded.grpo_cpu_new_block.restype = c_void_p
     loaded.grpo_cpu_new_block.argtypes = [c_int64, c_int32, c_int32]
+    loaded.grpo_cpu_give_back.restype = None
+    loaded.grpo_cpu_give_back.argtypes = [c_void_p]
     loaded.grpo_cpu_drop_kept.restype = c_int64
     loaded.grpo_cpu_block_bytes.restype = BlockBytes
     return loaded

@@ -14,13 +14,13 @@ from .blocks import Kind as Kind
 def row_strides(logits: Tensor) -> tuple[int, ...]:
     """Return the strides, in elements, of a gradient of (..., N, V) ``logits``: those of dense rows, longer by what
     it takes for each row to begin as far from a multiple of 16 bytes as the logits' own, so that kernels move the same
-    vectors in and out. They are dense wherever the logits are, or their strides are whole
-    vectors more than dense ones."""
+    vectors in and out. They are dense wherever the logits are, or their strides are whole vectors more than dense ones;
+    the stride of a dimension of size 1 says nothing."""
     width = 16 // logits.element_size()
     strides = [1]
-    for extent, stride in zip(logits.shape[:0:-1], logits.stride()[-2::-1], strict=True):
-        dense = extent * strides[0]
-        strides.insert(0, dense + (stride - dense) % width)
+    for inner, outer, stride in zip(logits.shape[:0:-1], logits.shape[-2::-1], logits.stride()[-2::-1], strict=True):
+        dense = inner * strides[0]
+        strides.insert(0, dense + ((stride - dense) % width if outer > 1 else 0))
     return tuple(strides)
 
 

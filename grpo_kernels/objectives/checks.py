@@ -61,7 +61,11 @@ def checks_enabled(check: bool | None) -> bool:
     """Whether checks of contents are on: by ``check=`` of the call, else by the environment's GRPO_KERNELS_CHECK."""
     if check is not None:
         return check
-    return os.environ.get("GRPO_KERNELS_CHECK", "").lower() not in ("", "0", "false", "no", "off")
+    return (os.environ.get("GRPO_KERNELS_CHECK") or "0").lower() not in OFF
+
+
+OFF = ("0", "false", "no", "off")
+"""What switches an option off that the environment has."""
 
 
 _WITHOUT_CONTENTS = tuple(getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL"))
