@@ -754,10 +754,11 @@ def test_outputs_are_not_what_backward_saved():
     problem = Problem(bias=False, extra_row=False)
     leaves, ids, found = (problem.hidden, problem.weight), torch.randint(97, (4, 7)), []
     for write in (False, True):
-        out = linear_token_log_probs(*leaves, ids)
+        buffer, mask = ids.clone(), torch.ones(4, 7, dtype=torch.bool)
+        out = linear_token_log_probs(*leaves, buffer, mask)
         total = out.log_probs.sum() + out.entropy.sum()
-        if write:
-            for values in out:
+        if write:  # what the caller has, and what he gave: buffers of a loader
+            for values in (*out, buffer, mask):
                 values.detach().zero_()
         found.append(torch.autograd.grad(total, leaves))
     of_logits = token_log_probs(leaves[0] @ leaves[1].T, ids)

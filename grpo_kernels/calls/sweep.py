@@ -94,6 +94,13 @@ class Sweep:
         """Return the same of other tensors."""
         return self if self.teacher is None else dataclasses.replace(self, teacher=self.teacher.of(tensors))
 
+    def of_its_own(self) -> Sweep:
+        """Return the same without views of the caller's tensors, which may be written before backward."""
+        if not self.live_rows.everything:
+            return self  # what was gathered is a copy
+        live_rows = dataclasses.replace(self.live_rows, live=self.live_rows.live.clone())
+        return dataclasses.replace(self, live_rows=live_rows, token_ids=self.token_ids.clone())
+
     def valid(self, value: Tensor) -> Tensor:
         """Return NaN, and so its gradient, where rows were cut off; else the value."""
         too_many = self.live_rows.cut
@@ -269,7 +276,7 @@ class LinearLogProbs(torch.autograd.Function):
             ctx.save_for_backward(*head_and_read, *stats)
         ctx.set_materialize_grads(False)
         # Without its tensors: what is saved is given back after backward, though somebody keeps an output.
-        ctx.sweep, ctx.read = sweep.of((None,) * len(read)), len(read)
+        ctx.sweep, ctx.read = sweep.of((None,) * len(read)).of_its_own(), len(read)
         known = sweep.known(stats)
         if sweep.live_rows.everything:
             known = tuple(value.clone() for value in known)  # these are the caller's, and saved ones are not
