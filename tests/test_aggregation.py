@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 
+import numpy as np
 import pytest
 import torch
 from cases import make
@@ -292,3 +293,16 @@ def test_ranks_add_up(aggregation):
     scaled = vectors[0].clone()
     scaled[:3] /= 2
     torch.testing.assert_close(scaled, metrics.vector, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("aggregation", [Constant(1024), TokenMean(), SequenceMean(), SequenceSum()], ids=repr)
+def test_numpys_normalizers_are_numbers(aggregation):
+    """They would be multiplied in their own dtype: int16 turned the sign of Dr. GRPO's loss."""
+    logits, ids = torch.randn(2, 3, 11), torch.randint(11, (2, 3))
+    config = LossConfig(aggregation=aggregation)
+
+    def loss(normalizer: object) -> torch.Tensor:
+        return grpo_loss(logits, ids, torch.tensor([1.0, -0.5]), config=config, normalizer=normalizer).loss
+
+    for number in (np.int8(100), np.int16(100), np.int32(100), np.float16(100), np.float64(100), torch.tensor(100)):
+        torch.testing.assert_close(loss(number), loss(100))

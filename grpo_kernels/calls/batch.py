@@ -350,7 +350,8 @@ def _read_normalizer(tokens: Tokens, config: LossConfig, normalizer: float | Ten
     if number == 0 and tokens.looks and bool(tokens.live.any()):
         hint = "normalizer(masks, config) counts what the loss is averaged over"
         fail(tokens.function, "normalizer > 0 where tokens count", repr(number), tokens.tensors, hint)
-    return normalizer
+    # NumPy's would be multiplied in their own dtype.
+    return normalizer if isinstance(normalizer, Tensor) or number is None else float(number)
 
 
 def _times_token_weights(tokens: Tokens, weight: Tensor, token_weights: Tensor) -> Tensor:
