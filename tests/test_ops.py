@@ -29,7 +29,7 @@ from grpo_kernels import (
     normalizer,
     token_log_probs,
 )
-from grpo_kernels.backends import ops
+from grpo_kernels.backends import ops, spec
 from grpo_kernels.backends.contract import Rows, TokenInputs, TokenRecords
 from grpo_kernels.backends.spec import LogitArgs, numbers_vector, objective_spec
 from grpo_kernels.objectives.metrics import FIELDS
@@ -450,3 +450,34 @@ def test_what_stays_outside_of_graphs_is_not_compiled_again(monkeypatch):
         torch.compile(function, backend="eager")(hidden)
     assert counters["frames"]["total"] <= 11
     assert counters["frames"]["ok"] == counters["frames"]["total"]
+
+
+@pytest.mark.parametrize("config", ["grpo", "gspo", None])
+def test_vectorised_backwards(config):
+    """autograd's own vmap, which is no transform of functorch: its tensors have no memory."""
+    logits, ids = torch.randn(1, 3, 11), torch.randint(11, (1, 3))
+
+    def of(values: torch.Tensor) -> torch.Tensor:
+        if config is None:
+            return token_log_probs(values, ids, backend="torch").log_probs
+        return grpo_loss(values, ids, torch.ones(1), config=config, backend="torch").loss
+
+    plain = torch.autograd.functional.jacobian(of, logits)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(of, logits, vectorize=True), plain)
+
+
+def test_numbers_of_a_transform_are_not_kept():
+    """A tensor that is made inside of one is its wrapper, and dies with it."""
+    spec._cached.cache_clear()
+    spec._vector_of_plain.cache_clear()
+    logits, ids = torch.randn(1, 3, 11), torch.randint(11, (1, 3))
+    wanted = torch.log_softmax(logits, -1).gather(-1, ids[..., None]).squeeze(-1)
+    inside = torch.func.grad(lambda factor: factor * token_log_probs(logits, ids).log_probs.sum())(torch.tensor(1.0))
+    torch.testing.assert_close(inside, wanted.sum())
+    torch.testing.assert_close(token_log_probs(logits, ids).log_probs, wanted)
+
+
+def test_a_lazy_sign_is_resolved():
+    logits, ids = torch.randn(1, 3, 11), torch.randint(11, (1, 3))
+    found = token_log_probs(torch._neg_view(-logits), ids).log_probs
+    assert torch.equal(found, token_log_probs(logits, ids).log_probs)

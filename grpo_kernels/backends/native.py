@@ -115,7 +115,8 @@ def _place(params: type[ctypes.Structure], kind: Any) -> tuple[Callable[..., Non
     begin: one call in the place of a field's at a time."""
     first = getattr(params, kind._fields[0])
     places = [getattr(params, name).offset for name in kind._fields]
-    assert places == [first.offset + i * first.size for i in range(len(places))]
+    if places != [first.offset + i * first.size for i in range(len(places))]:
+        raise TypeError(f"{params.__name__} has the fields of {kind.__name__} in other places than one after another")
     return struct.Struct(f"{len(places)}{'i' if kind is ObjectiveSpec else 'Q'}").pack_into, first.offset
 
 

@@ -31,7 +31,6 @@ _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
 _SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool", str: "str"}
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), int, bool, str))
-"""The types of what the function of an operator may be given as it is: no tensor that stands for another is of them."""
 
 
 def _operator(
@@ -83,7 +82,11 @@ def _operator(
         def call(*arguments: Any) -> Any:
             if not _followed():
                 each = [argument if isinstance(argument, tuple) else (argument,) for argument in arguments]
-                if _PLAIN.issuperset(map(type, chain.from_iterable(each))):
+                values = list(chain.from_iterable(each))
+                # No tensor stands for another, as those of a subclass, of vmap or with a lazy sign do.
+                if _PLAIN.issuperset(map(type, values)) and all(
+                    torch._C._has_storage(value) and not value.is_neg() for value in values if isinstance(value, Tensor)
+                ):
                     return function(*arguments)  # type: ignore[call-arg]
             flat: list[Any] = []
             for argument in arguments:
@@ -94,11 +97,11 @@ def _operator(
             result = registered(*flat)
             if len(schemas) == len(results):
                 return result  # no named tuple is in it
-            values, first = [], 0
+            parts_of_result, first = [], 0
             for kind, count in result_kinds:
-                values.append(kind(*result[first : first + count]) if count else result[first])
+                parts_of_result.append(kind(*result[first : first + count]) if count else result[first])
                 first += count or 1
-            return tuple(values) if len(results) > 1 else values[0]
+            return tuple(parts_of_result) if len(results) > 1 else parts_of_result[0]
 
         call.operator = registered  # type: ignore[attr-defined]
         return cast(Callable[_Arguments, _Result], call)
@@ -109,15 +112,18 @@ def _operator(
 def _followed() -> bool:
     """Whether somebody follows what PyTorch dispatches: a graph that is traced, a mode, a transform, a profiler. Where
     nobody does, an operator is no more than its function, and PyTorch's way to it takes longer than all that the
-    function does in a short call."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
-    )
+    function does in a short call. Profilers are asked for on this thread alone, as PyTorch's own is by default."""
+    try:
+        return (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or torch._C._is_torch_function_mode_enabled()
+            or torch._C._functorch.peek_interpreter_stack() is not None
+            or torch._C._get_tracing_state() is not None
+            or torch.autograd._profiler_enabled()
+        )
+    except AttributeError:  # another PyTorch, that is asked in other words
+        return True
 
 
 def _fields(kind: Any, name: str = "") -> Sequence[tuple[str, Any]]:

@@ -172,17 +172,24 @@ def _filled(values: tuple[float, ...], dtype: torch.dtype, device: torch.device)
     return vector
 
 
+def _stands_for_another() -> bool:
+    """Whether a tensor that is made here is a fake one, or a transform's."""
+    return (
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def _may_stay(device: torch.device) -> bool:
-    """Whether a tensor may be kept: no fake one, and none of a CUDA graph in capture."""
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-        return False
-    return not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    """Whether a tensor may be kept: it is itself, and not of a CUDA graph in capture."""
+    return not (_stands_for_another() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()))
 
 
 def _plain(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if _may_stay(device):
         return _cached(values, dtype, device)
-    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+    if _stands_for_another():
         return torch.tensor(values, dtype=dtype, device=device)
     return _filled(values, dtype, device)
 
