@@ -21,7 +21,9 @@ SLICE_COLUMNS = 1024
 """Vocabulary columns that ``SlicedHead`` works on at a time, at least: 4 MB of fp32 weight at H = 1024, which stay in
 cache."""
 SLICE_LOGITS = 1 << 20
-"""Logits of a slice about which it has more columns for: each slice is a barrier for all threads."""
+"""Logits of a slice about which it has more columns for, up to ``MOST_COLUMNS``: each slice is a barrier for all
+threads."""
+MOST_COLUMNS = 8192
 BATCHED_ROWS = 256
 """Rows of a chunk up to which a batch of GEMMs is faster than one, where nothing is converted."""
 PIECES = 4
@@ -325,14 +327,13 @@ class SlicedHead(Head):
 
     @staticmethod
     def bytes(width: int, vocab: int, operands: torch.dtype, logits: torch.dtype) -> tuple[int, int]:
-        """Return those of a converted slice, or of one of few rows' logits; of logits, rows of states, their gradients,
-        what these are made of, and a slice's logits."""
+        """Return those of a converted slice; of logits, rows of states, their gradients, what these are made of, and a
+        slice's logits."""
         real = max(4, operands.itemsize)
         converted = operands.itemsize < real
-        columns = min(_converted_columns(width) if converted else SLICE_COLUMNS, vocab)
+        columns = min(_converted_columns(width) if converted else MOST_COLUMNS, vocab)
         states = width * (2 * operands.itemsize + (1 + converted) * real)
-        fixed = columns * width if converted else SLICE_LOGITS if vocab > columns else 0
-        return fixed * real, vocab * logits.itemsize + states + columns * real
+        return columns * width * real * converted, vocab * logits.itemsize + states + columns * real
 
     def logits(self, states: list[Tensor], out: Tensor) -> None:
         if self._whole(out):
@@ -405,7 +406,7 @@ class SlicedHead(Head):
 
     def _columns(self, rows: int) -> int:
         """Return those of a slice of so many rows."""
-        columns = max(1, SLICE_LOGITS // (SLICE_COLUMNS * max(1, rows))) * SLICE_COLUMNS
+        columns = min(max(1, SLICE_LOGITS // (SLICE_COLUMNS * max(1, rows))) * SLICE_COLUMNS, MOST_COLUMNS)
         width = sum(factor.weight.shape[1] for factor in self.factors)
         return min(columns, _converted_columns(width)) if self._converts else columns
 
