@@ -1,6 +1,6 @@
 """Times every provider on every workload in one run, from logits and from hidden states: README's tables and plot.
 
-    python benchmarks/loss.py --out benchmarks/results/MACHINE     # the CPU set, about twelve minutes on two cores
+    python benchmarks/loss.py --out benchmarks/results/MACHINE     # the CPU set, under ten minutes on two cores
     python benchmarks/loss.py --only logits --rounds 3
     python benchmarks/loss.py --only bf16-head                     # eager bf16 GEMMs: minutes a step on old CPUs
 
