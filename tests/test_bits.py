@@ -185,9 +185,7 @@ def test_emulated_avx512_agrees_bitwise(monkeypatch, tmp_path):
         ],
     ):
         subprocess.run([compiler, *arguments], check=True, timeout=500)
-    loaded = ctypes.CDLL(str(library))
-    loaded.grpo_cpu_scratch.restype = ctypes.c_int64
-    loaded.grpo_cpu_scratch.argtypes = [ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
+    loaded = cpu.declared(ctypes.CDLL(str(library)))
     calls = []
     original = loaded.grpo_cpu_fused_loss
 

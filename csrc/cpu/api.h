@@ -48,7 +48,7 @@ struct GrpoBytes {
 typedef enum { kLogitsBlock, kWeightBlock, kBlockKinds } GrpoBlockKind;
 
 struct GrpoBlockBytes {
-  int64_t kept, used, peak;  // peak: of used, since the last grpo_cpu_reset_peak
+  int64_t kept, used;
 };
 
 #define GRPO_EXPORT __attribute__((visibility("default")))
@@ -83,7 +83,6 @@ GRPO_EXPORT void grpo_cpu_give_back(GrpoBytes*);
 // Gives what is kept to the system; returns its bytes.
 GRPO_EXPORT int64_t grpo_cpu_drop_kept(void);
 GRPO_EXPORT GrpoBlockBytes grpo_cpu_block_bytes(void);
-GRPO_EXPORT void grpo_cpu_reset_peak(void);
 }
 
 // One instruction set's kernels.

@@ -32,7 +32,7 @@ constexpr int64_t kHugePage = 2 << 20;
 inline int64_t whole_pages(int64_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
 std::atomic<Block*> kept[kBlockKinds] = {};
-std::atomic<int64_t> kept_bytes{0}, used_bytes{0}, peak_bytes{0};
+std::atomic<int64_t> kept_bytes{0}, used_bytes{0};
 
 #if defined(__linux__)
 
@@ -111,13 +111,6 @@ inline void give_back(GrpoBytes* tensor) {
   keep_block(block);
 }
 
-inline void count_use(int64_t capacity) {
-  const int64_t used = used_bytes.fetch_add(capacity) + capacity;
-  int64_t peak = peak_bytes.load();
-  while (peak < used && !peak_bytes.compare_exchange_weak(peak, used)) {
-  }
-}
-
 inline int64_t drop_kept() {
   int64_t dropped = 0;
   for (std::atomic<Block*>& place : kept) {
@@ -136,7 +129,7 @@ inline GrpoBytes* new_block(int64_t bytes, int32_t kind, int32_t poisoned) {
   if (block == nullptr) block = fresh_block(bytes);
   if (block == nullptr && drop_kept() > 0) block = fresh_block(bytes);  // the other kind's had the room
   if (block == nullptr) return nullptr;
-  count_use(block->capacity);
+  used_bytes.fetch_add(block->capacity);
   block->bytes = bytes;
   block->kind = kind;
   block->poisoned = poisoned;

@@ -126,7 +126,5 @@ void grpo_cpu_give_back(GrpoBytes* tensor) { tensor->deleter(tensor); }
 
 int64_t grpo_cpu_drop_kept(void) { return drop_kept(); }
 
-GrpoBlockBytes grpo_cpu_block_bytes(void) { return {kept_bytes.load(), used_bytes.load(), peak_bytes.load()}; }
-
-void grpo_cpu_reset_peak(void) { peak_bytes.store(used_bytes.load()); }
+GrpoBlockBytes grpo_cpu_block_bytes(void) { return {kept_bytes.load(), used_bytes.load()}; }
 }

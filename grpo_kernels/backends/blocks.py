@@ -99,18 +99,12 @@ _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
 def count() -> cpu.BlockBytes:
-    """Return how many bytes are kept, in use, and were in use at most since ``reset_peak``."""
+    """Return how many bytes are kept, and in use."""
     try:
         counted: cpu.BlockBytes = cpu.library().grpo_cpu_block_bytes()
     except native.Unavailable:
         return cpu.BlockBytes()
     return counted
-
-
-def reset_peak() -> None:
-    """Begin to count the peak anew, from what is in use."""
-    if count().peak:
-        cpu.library().grpo_cpu_reset_peak()
 
 
 def empty_cache() -> int:

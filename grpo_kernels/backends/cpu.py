@@ -50,15 +50,18 @@ class BlockBytes(ctypes.Structure):
 
     kept: int
     used: int
-    peak: int
-    _fields_ = tuple((name, c_int64) for name in ("kept", "used", "peak"))
+    _fields_ = tuple((name, c_int64) for name in ("kept", "used"))
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
     """Return the loaded library. Raise native.Unavailable, with the reason, where there is none."""
     expected = (_ABI_VERSION << 32) | (ctypes.sizeof(_Params) << 16) | ctypes.sizeof(_TokenSums)
-    loaded = native.load(LIBRARY, "grpo_cpu_abi", expected)
+    return declared(native.load(LIBRARY, "grpo_cpu_abi", expected))
+
+
+def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """Return a library whose functions are known by what they take and return, where that is not an int."""
     loaded.grpo_cpu_scratch.restype = c_int64
     loaded.grpo_cpu_scratch.argtypes = [c_int64, c_int32, c_int32]
     loaded.grpo_cpu_partial_sums.restype = c_int64

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -307,7 +308,8 @@ def _seconds(function: Callable[[], object], work: Workload) -> float:
 def peak_bytes(function: Callable[[], object], device: str) -> int:
     """Return the peak of what PyTorch's allocator hands out while the function runs, beyond what it had before.
 
-    On a CPU the peak of our blocks is added, which may have been at another moment: the sum is no less than the truth.
+    On a CPU our blocks are PyTorch's memory meanwhile, which its profiler sees. What is kept of them afterwards is the
+    system's to take, and counted by itself.
     """
     gc.collect()
     if torch.device(device).type == "cuda":
@@ -320,17 +322,15 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    blocks.reset_peak()
-    used = blocks.count().used
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    profiled = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with mock.patch.dict(os.environ, {blocks.SWITCH: "0"}), profiled as profiler:
         function()
-    in_blocks = blocks.count().peak - used
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         total += event.nbytes()
         peak = max(peak, total)
-    return peak + in_blocks
+    return peak
 
 
 @contextlib.contextmanager
