@@ -35,8 +35,11 @@ def gradient_like(logits: Tensor, length: int | None = None) -> Tensor:
         strides = row_strides(logits)
         count = skew + sum((extent - 1) * stride for extent, stride in zip(logits.shape, strides, strict=True)) + 1
         count = count if logits.numel() else skew
-        flat = _elements(count, logits.dtype, logits.device, Kind.LOGITS)
-        gradient = flat.new_empty(0).set_(flat.untyped_storage(), skew, logits.shape, strides)  # no view of another
+        if logits.device.type == "cpu":
+            flat = blocks.empty(count, logits.dtype, Kind.LOGITS)
+        else:
+            flat = torch.empty(count, dtype=logits.dtype, device=logits.device)
+        gradient = _of(flat, skew, logits.shape, strides)
     if length is not None and length < logits.shape[-2]:
         gradient.narrow(-2, length, logits.shape[-2] - length).zero_()
     return gradient
@@ -45,14 +48,13 @@ def gradient_like(logits: Tensor, length: int | None = None) -> Tensor:
 def new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, kind: Kind) -> Tensor:
     """Return an uninitialised dense tensor, of blocks on a CPU."""
     count = math.prod(shape)
-    if count * dtype.itemsize < blocks.LARGE:
+    if device.type != "cpu" or count * dtype.itemsize < blocks.LARGE:
         return torch.empty(shape, dtype=dtype, device=device)
-    flat = _elements(count, dtype, device, kind)
-    tensor: Tensor = flat.new_empty(0).set_(flat.untyped_storage(), 0, shape, flat.view(shape).stride())
-    return tensor  # no view of another
+    flat = blocks.empty(count, dtype, kind)
+    return _of(flat, 0, shape, flat.view(shape).stride())
 
 
-def _elements(count: int, dtype: torch.dtype, device: torch.device, kind: Kind) -> Tensor:
-    if device.type == "cpu":
-        return blocks.empty(count, dtype, kind)
-    return torch.empty(count, dtype=dtype, device=device)
+def _of(flat: Tensor, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """Return a tensor of this memory that is no view of another."""
+    tensor: Tensor = flat.new_empty(0).set_(flat.untyped_storage(), offset, shape, strides)
+    return tensor
