@@ -13,7 +13,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/installed
 endif
 
-.PHONY: train test test-ranks test-peers nightly lint docs bench release clean
+.PHONY: train test test-ranks test-peers nightly coverage lint docs bench release clean
 
 train: $(READY)
 	$(RUN) -m grpo_kernels train $(ARGS)
@@ -40,6 +40,10 @@ test-peers: $(VENV)/peers
 NAMED := $(if $(PART),$(filter $(PART:%=$(VENV)/%),$(SYSTEMS)),$(SYSTEMS))
 nightly: $(if $(filter list,$(PART)),$(VENV)/installed,$(VENV)/peers $(NAMED) $(VENV)/release)
 	$(VENV)/bin/python -m tests.nightly $(PART)
+
+# What of the package the suite runs, line by line: build/coverage; about an hour. ARGS="tests/FILE.py" for a part of it.
+coverage: $(VENV)/coverage
+	$(VENV)/bin/python -m tests.nightly.coverage $(ARGS)
 
 # Beside TRL, Liger and PyTorch's own; make bench ARGS="--out DIR" writes tables and plots.
 bench: $(VENV)/peers
@@ -86,6 +90,10 @@ $(SYSTEMS): $(VENV)/%: tests/nightly/%.txt | $(VENV)/installed
 
 $(VENV)/lint: $(VENV)/installed
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lint]"
+	touch $@
+
+$(VENV)/coverage: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[coverage]"
 	touch $@
 
 $(VENV)/docs: $(VENV)/installed
