@@ -9,15 +9,16 @@ runs/distill-<name>-<seed>; one that is complete there is not run again, one tha
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from outputs import Outputs
+
 from grpo_kernels.bench.plot import bare, head, new_figure
-from grpo_kernels.bench.report import environment
+from grpo_kernels.bench.report import environment, table_head
 
 TASK = (
     *("--numbers", "2", "--largest", "9", "--prompts", "16", "--minibatch", "64", "--lr", "2e-3", "--warmup", "10"),
@@ -70,8 +71,7 @@ def table(found: dict[str, Any]) -> str:
         f"{machine(found)}. Two digits; the teacher, twice as wide as its students, has a reward of {reward:.3f} after "
         f"{steps} steps of GRPO. Steps of a student until the mean reward of the last {LAST} is a share of that, and "
         f"this mean at the end, of {length} steps.",
-        "", f"| learns by | seed | {' | '.join(f'{share:.0%}' for share in SHARES)} | at the end |",
-        "| --- " * (len(SHARES) + 3) + "|",
+        "", *table_head(["learns by", "seed", *(f"{share:.0%}" for share in SHARES), "at the end"]),
     ]  # fmt: skip
     for name, runs in found["students"].items():
         for seed, run in runs.items():
@@ -111,17 +111,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
-    """Write the table and the plot of what distill_sort.json holds."""
-    (folder / "distill_sort.md").write_text(table(found))
-    plot(found, folder / "distill_sort.png")
+OUTPUTS = Outputs("distill_sort", table, plot, indent=None)
 
 
 def main() -> None:
     """Run the teacher and every student, print the table, and write table and plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OUTPUTS.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--out", type=Path, help="folder for distill_sort.json, .md and .png")
     arguments = parser.parse_args()
     runs = Path("runs")
     sizes = ("--hidden", str(2 * WIDTH), "--seed", str(TEACHER_SEED))
@@ -133,11 +129,7 @@ def main() -> None:
             sizes = ("--hidden", str(WIDTH), "--seed", str(seed))
             students[name][str(seed)] = complete_run(folder, STEPS, *options, *sizes)
     found = {"environment": environment("cpu"), "teacher": teacher, "students": students}
-    print(table(found))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "distill_sort.json").write_text(json.dumps(found) + "\n")
-        write(arguments.out, found)
+    OUTPUTS.finish(found, arguments.out)
 
 
 if __name__ == "__main__":

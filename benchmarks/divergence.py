@@ -8,14 +8,12 @@ head of their own. The peers compute the divergence alone.
 
 from __future__ import annotations
 
-import argparse
-import json
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from outputs import Outputs
 from torch import Tensor
 from torch.nn.functional import kl_div
 
@@ -236,11 +234,7 @@ def table(found: dict[str, Any]) -> str:
     ]
     for start, rows in (("logits", found["logits"]), ("hidden states", found["hidden"])):
         names = list(rows[0]["providers"])
-        lines += [
-            "",
-            f"| from {start} | {' | '.join(report.title(row) for row in rows)} |",
-            "| --- " * (len(rows) + 1) + "|",
-        ]
+        lines += ["", *report.table_head([f"from {start}", *(report.title(row) for row in rows)])]
         for name in names:
             cells = []
             for row in rows:
@@ -250,9 +244,7 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
-    """Write the table of what divergence.json holds."""
-    (folder / "divergence.md").write_text(table(found))
+OUTPUTS = Outputs("divergence", table)
 
 
 def peers() -> dict[str, str]:
@@ -270,10 +262,9 @@ def peers() -> dict[str, str]:
 
 def main() -> int:
     """Measure, print the tables, and write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OUTPUTS.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="folder for divergence.json and .md")
     arguments = parser.parse_args()
     logits = [
         Spec(tokens, vocab, dtype, device=arguments.device)
@@ -283,11 +274,7 @@ def main() -> int:
     found: dict[str, Any] = {"environment": report.environment(arguments.device), "peers": peers()}
     for name, specs in (("logits", logits), ("hidden", hidden)):
         found[name] = [without_errors(row) for row in run(specs, providers, arguments.rounds, progress=print)]
-    print(table(found))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "divergence.json").write_text(json.dumps(found, indent=1) + "\n")
-        write(arguments.out, found)
+    OUTPUTS.finish(found, arguments.out)
     return 0
 
 

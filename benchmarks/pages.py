@@ -9,9 +9,7 @@ pages, and all but every sixteenth go back, so that no huge page is left in betw
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import mmap
 import os
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from outputs import Outputs
 from torch import Tensor
 
 from grpo_kernels.backends import blocks
@@ -79,7 +78,7 @@ def table(found: dict[str, Any]) -> str:
         f"{report.caption(found['environment'])}. Milliseconds of loss and gradient: the first call / the median of "
         f"later ones, and as a multiple of those in place. Free pages of 2 MB: {pages['as it is']:,} as it is, "
         f"{pages['fragmented']:,} fragmented.",
-        "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|",
+        "", *report.table_head(heads),
     ]  # fmt: skip
     for name in NAMES:
         cells = []
@@ -92,16 +91,13 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
-    """Write the table of what pages.json holds."""
-    (folder / "pages.md").write_text(table(found))
+OUTPUTS = Outputs("pages", table)
 
 
 def main() -> int:
     """Measure both states, print the table, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OUTPUTS.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, help="folder for pages.json and .md")
     arguments = parser.parse_args()
     specs = [Spec(*shape) for shape in SHAPES]
     found: dict[str, Any] = {"environment": report.environment("cpu"), "free_huge_pages": {}, "states": {}}
@@ -110,11 +106,7 @@ def main() -> int:
             print(f"{state}: {pages:,} free pages of 2 MB", flush=True)
             found["free_huge_pages"][state] = pages
             found["states"][state] = list(run(specs, providers, arguments.rounds, progress=print))
-    print(table(found))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "pages.json").write_text(json.dumps(found, indent=1) + "\n")
-        write(arguments.out, found)
+    OUTPUTS.finish(found, arguments.out)
     return 0
 
 

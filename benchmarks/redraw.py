@@ -30,7 +30,7 @@ BENCHMARKS = (
     "trl_functions",
     "trl_step",
 )
-"""The modules here that write NAME.json and, by ``write``, what is made of it."""
+"""The modules here that write NAME.json and, by their ``OUTPUTS``, what is made of it."""
 
 
 def redraw(folder: Path) -> list[str]:
@@ -43,7 +43,7 @@ def redraw(folder: Path) -> list[str]:
         elif name.startswith("loss_"):
             loss.write(folder, name.removeprefix("loss_"), json.loads(path.read_text()))
         elif name in BENCHMARKS:
-            importlib.import_module(name).write(folder, json.loads(path.read_text()))
+            importlib.import_module(name).OUTPUTS.write(folder, json.loads(path.read_text()))
         else:
             continue
         done.append(path.name)

@@ -10,7 +10,6 @@ is added up without overlap.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from outputs import Outputs
 
 from grpo_kernels import linear_grpo_loss
 from grpo_kernels.bench import report
@@ -188,7 +188,7 @@ def compute_shares(found: dict[str, Any]) -> dict[int, float]:
 
 def in_table(heads: list[str], lines: list[list[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
-    return [f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *(f"| {' | '.join(line)} |" for line in lines)]
+    return [*report.table_head(heads), *(f"| {' | '.join(line)} |" for line in lines)]
 
 
 def pair(cell: Callable[[str], float], form: str) -> str:
@@ -334,19 +334,15 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
-    """Write the tables and the plot of what scaling.json holds."""
-    (folder / "scaling.md").write_text(text(found))
-    plot(found, folder / "scaling.png")
+OUTPUTS = Outputs("scaling", text, plot)
 
 
 def main() -> int:
     """Measure, print the tables, and write them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OUTPUTS.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, help="folder for scaling.json, .md and .png")
     arguments = parser.parse_args()
     load = os.getloadavg()[0]
     found = {
@@ -355,11 +351,7 @@ def main() -> int:
         "gloo": [row for ranks in PROCESSES for row in collectives(ranks)],
         "load": load,
     }
-    print(text(found))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
-        write(arguments.out, found)
+    OUTPUTS.finish(found, arguments.out)
     return 0
 
 

@@ -8,13 +8,11 @@ Ours as it is pasted, beside the same loss in the shortest eager PyTorch and tha
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from outputs import Outputs
 from torch import Tensor
 
 from grpo_kernels import grpo_loss, linear_grpo_loss
@@ -78,7 +76,7 @@ def table(found: dict[str, Any]) -> str:
         f"{report.caption(found['environment'])}. Median microseconds of loss and gradient at tokens × vocabulary, "
         f"fp32 (hidden size {HIDDEN}), and those of the same loss in PyTorch, for `gspo` of GRPO's; in brackets how "
         "many times as long ours takes.",
-        "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|",
+        "", *report.table_head(heads),
     ]  # fmt: skip
     for name, (_, _, hidden) in CALLS.items():
         cells = []
@@ -89,26 +87,19 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
-    """Write the table of what short_calls.json holds."""
-    (folder / "short_calls.md").write_text(table(found))
+OUTPUTS = Outputs("short_calls", table)
 
 
 def main() -> int:
     """Measure every call, print the table, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OUTPUTS.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=1001)
-    parser.add_argument("--out", type=Path, help="folder for short_calls.json and .md")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     specs = [Spec(*shape, "fp32", hidden) for hidden in (None, HIDDEN) for shape in SHAPES]
     rows = list(run(specs, providers, arguments.rounds))
     found = {"environment": report.environment("cpu"), "rows": rows}
-    print(table(found))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "short_calls.json").write_text(json.dumps(found, indent=1) + "\n")
-        write(arguments.out, found)
+    OUTPUTS.finish(found, arguments.out)
     return 0
 
 

@@ -7,13 +7,11 @@ The same workloads as ``python -m grpo_kernels bench``, with the config's surrog
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
+from outputs import Outputs
 from torch import Tensor
 
 from grpo_kernels import Cispo, Clip, DppoKL, DppoTV, Dro, Reinforce, Sapo, TruncatedIS, Unclipped, grpo_loss
@@ -58,7 +56,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"{report.caption(found['environment'])}. Median milliseconds of loss and gradient, at tokens × vocabulary"
         f", and as a multiple of those of `{CLIP}`.",
-        "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|",
+        "", *report.table_head(heads),
     ]  # fmt: skip
     for name in CHANGES:
         cells = []
@@ -70,28 +68,21 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
-    """Write the table of what surrogates.json holds."""
-    (folder / "surrogates.md").write_text(table(found))
+OUTPUTS = Outputs("surrogates", table)
 
 
 def main() -> int:
     """Measure every surrogate, print the table, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OUTPUTS.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="folder for surrogates.json and .md")
     arguments = parser.parse_args()
     shapes = ((1024, 4096, "fp32"), (256, 32000, "fp32"), (512, 32000, "bf16"))
     specs = [Spec(tokens, vocab, dtype, device=arguments.device) for tokens, vocab, dtype in shapes]
     made = [provider(name, inplace) for name in CHANGES for inplace in (False, True)]
     rows = list(run(specs, lambda spec: made, arguments.rounds, progress=print))
     found = {"environment": report.environment(arguments.device), "rows": rows}
-    print(table(found))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "surrogates.json").write_text(json.dumps(found, indent=1) + "\n")
-        write(arguments.out, found)
+    OUTPUTS.finish(found, arguments.out)
     return 0
 
 

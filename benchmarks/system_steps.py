@@ -12,7 +12,6 @@ included. TRL has a benchmark of whole steps, trl_step.py.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import importlib.metadata
@@ -29,6 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from outputs import Outputs
 from tqdm import tqdm
 
 from grpo_kernels.bench import report
@@ -220,17 +220,14 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
-    """Write the table of what system_steps.json holds."""
-    (folder / "system_steps.md").write_text(table(found))
+OUTPUTS = Outputs("system_steps", table)
 
 
 def main() -> int:
     """Measure every system in a process of its own, print the table, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OUTPUTS.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=list(STEPS), help="one system, in this process; prints a line of JSON")
-    parser.add_argument("--out", type=Path, help="folder for system_steps.json and system_steps.md")
     arguments = parser.parse_args()
     if arguments.only:
         system = STEPS[arguments.only][0]
@@ -241,11 +238,7 @@ def main() -> int:
     found = {"environment": report.environment("cpu"), "tokens": SEQUENCES * LENGTH, "versions": {}, "rows": rows}
     for row in rows.values():
         found["versions"] |= row.pop("versions")
-    print(table(found))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "system_steps.json").write_text(json.dumps(found, indent=1) + "\n")
-        write(arguments.out, found)
+    OUTPUTS.finish(found, arguments.out)
     return 0
 
 

@@ -7,9 +7,7 @@ The workloads of ``python -m grpo_kernels bench``, by the default call and in pl
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 import subprocess
 import sys
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from outputs import Outputs
 from torch import Tensor
 
 from grpo_kernels.bench import plot, report
@@ -73,7 +72,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"{report.caption(found['environment'])}. Median milliseconds of loss and gradient; in brackets how many times "
         "faster than one thread, and how many times slower beside a process that spins on a core.",
-        "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|",
+        "", *report.table_head(heads),
     ]  # fmt: skip
     for threads in found["threads"]:
         cells = [str(threads)]
@@ -90,9 +89,8 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
-    """Write the table of what thread_scaling.json holds, and from four numbers of threads on a plot."""
-    (folder / "thread_scaling.md").write_text(table(found))
+def curves(found: dict[str, Any], path: Path) -> None:
+    """Draw how many times faster than one thread each number of threads is, from four numbers on."""
     counts = found["threads"]
     if len(counts) < plot.ENOUGH:
         return
@@ -111,16 +109,16 @@ def write(folder: Path, found: dict[str, Any]) -> None:
     panels[0].set_ylabel("times faster than one thread", fontsize=9)
     panels[0].legend(fontsize=9, frameon=False)
     plot.head(figure, "One GRPO loss with its gradient on several threads", report.caption(found["environment"]))
-    figure.savefig(folder / "thread_scaling.png", dpi=150)
+    figure.savefig(path, dpi=150)
+
+
+OUTPUTS = Outputs("thread_scaling", table, curves)
 
 
 def main() -> int:
     """Measure every number of threads, print the table, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OUTPUTS.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument(
-        "--out", type=Path, help="folder for thread_scaling.json, .md and, of four numbers and more, .png"
-    )
     arguments = parser.parse_args()
     environment = report.environment("cpu")
     specs = [Spec(*shape) for shape in SHAPES]
@@ -128,11 +126,7 @@ def main() -> int:
     with spinning():
         beside = list(run(specs, providers, arguments.rounds, progress=print))
     found = {"environment": environment, "threads": thread_counts(), "rows": rows, "beside": beside}
-    print(table(found))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "thread_scaling.json").write_text(json.dumps(found, indent=1) + "\n")
-        write(arguments.out, found)
+    OUTPUTS.finish(found, arguments.out)
     return 0
 
 

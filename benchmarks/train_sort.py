@@ -7,15 +7,16 @@ Runs go to runs/sort-seed-<n>; one that is complete there is not run again, one 
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from outputs import Outputs
+
 from grpo_kernels.bench.plot import bare, head, new_figure
-from grpo_kernels.bench.report import environment
+from grpo_kernels.bench.report import environment, table_head
 
 STEPS, LAST = 900, 50
 COLORS, DASHES = ("#00734f", "#0072b2", "#d55e00"), ("-", "--", ":")
@@ -45,8 +46,7 @@ def table(found: dict[str, Any]) -> str:
     lines = [
         f"{env['machine']}, {env['threads']} threads, torch {env['torch']}. Mean reward of the {LAST} steps until a "
         "step: the share of digits that stand where they should.",
-        "", f"| seed | {' | '.join(f'step {mark}' for mark in marks)} | time of the run, seconds |",
-        "| --- " * (len(marks) + 2) + "|",
+        "", *table_head(["seed", *(f"step {mark}" for mark in marks), "time of the run, seconds"]),
     ]  # fmt: skip
     for seed, run in found["runs"].items():
         cells = [f"{mean_reward(run['rewards'], mark):.3f}" for mark in marks]
@@ -79,28 +79,20 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
-    """Write the table and the plot of what train_sort.json holds."""
-    (folder / "train_sort.md").write_text(table(found))
-    plot(found, folder / "train_sort.png")
+OUTPUTS = Outputs("train_sort", table, plot, indent=None)
 
 
 def main() -> None:
     """Run every seed, print the table, and write table and plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OUTPUTS.parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, help="folder for train_sort.json, .md and .png")
     arguments = parser.parse_args()
     found: dict[str, Any] = {"environment": environment("cpu"), "runs": {}}
     for seed in arguments.seeds:
         records = complete_run(seed)
         rewards = [round(record["reward"], 4) for record in records]
         found["runs"][str(seed)] = {"seconds": sum(record["seconds"] for record in records), "rewards": rewards}
-    print(table(found))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "train_sort.json").write_text(json.dumps(found) + "\n")
-        write(arguments.out, found)
+    OUTPUTS.finish(found, arguments.out)
 
 
 if __name__ == "__main__":

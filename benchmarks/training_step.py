@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from outputs import Outputs
 from tqdm import tqdm
 
 from grpo_kernels import grpo_loss, hf
@@ -154,7 +154,7 @@ def table(found: dict[str, Any]) -> str:
         f"{report.caption(found['environment'])}, transformers {found['transformers']}. Forward, GRPO loss and "
         f"backward of a Qwen3 with {sizes['layers']} layers of {sizes['hidden']} and a vocabulary of {VOCAB:,}; memory "
         "is the peak beyond the weights, gradients included.",
-        "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|",
+        "", *report.table_head(heads),
     ]  # fmt: skip
     for name, provider in found["providers"].items():
         point = provider["points"][shown]
@@ -205,20 +205,16 @@ def plot(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
-    """Write the table and the plot of what training_step.json holds."""
-    (folder / "training_step.md").write_text(table(found))
-    plot(found, folder / "training_step.png")
+OUTPUTS = Outputs("training_step", table, plot)
 
 
 def main() -> int:
     """Measure every way to the loss, print the table, and write table and plot."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OUTPUTS.parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--hidden", type=int, default=256, help="of the model; a multiple of 64")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--out", type=Path, help="folder for training_step.json, .md and .png")
     arguments = parser.parse_args()
     model = make_model(arguments)
     found: dict[str, Any] = {"environment": report.environment(arguments.device), "gigabytes": arguments.gigabytes}
@@ -230,11 +226,7 @@ def main() -> int:
             longest = runner.longest(arguments.gigabytes * 1e9)
         points = {str(length): point for length, point in sorted(runner.points.items())}
         found["providers"][name] = {"longest": longest, "points": points}
-    print(table(found))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "training_step.json").write_text(json.dumps(found, indent=1) + "\n")
-        write(arguments.out, found)
+    OUTPUTS.finish(found, arguments.out)
     return 0
 
 

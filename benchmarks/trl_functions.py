@@ -10,16 +10,14 @@ what PyTorch's allocator hands out beyond the operands, gradients included. Need
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import trl
+from outputs import Outputs
 from torch import Tensor
 from trl.trainer import distillation_trainer, utils
 from trl_step import SIZES, extra_bytes, in_turns
@@ -172,25 +170,18 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
-    """Write the table of what trl_functions.json holds."""
-    (folder / "trl_functions.md").write_text(table(found))
+OUTPUTS = Outputs("trl_functions", table)
 
 
 def main() -> int:
     """Measure every function, print the table, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OUTPUTS.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="folder for trl_functions.json and trl_functions.md")
     arguments = parser.parse_args()
     rows = {name: measured(make, arguments.rounds) for name, make in cases().items()}
     found: dict[str, Any] = {"environment": report.environment("cpu"), "trl": trl.__version__, "rows": rows}
     found |= {"vocab": VOCAB, "width": WIDTH, "from_states": FROM_STATES, "from_logits": FROM_LOGITS}
-    print(table(found))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "trl_functions.json").write_text(json.dumps(found, indent=1) + "\n")
-        write(arguments.out, found)
+    OUTPUTS.finish(found, arguments.out)
     return 0
 
 

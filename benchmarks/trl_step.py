@@ -10,9 +10,7 @@ model, gradients included. Needs TRL.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import statistics
 import tempfile
 import time
@@ -23,6 +21,7 @@ import datasets
 import torch
 import transformers
 import trl
+from outputs import Outputs
 from tqdm import tqdm
 
 from grpo_kernels.bench import report
@@ -141,16 +140,13 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(folder: Path, found: dict[str, Any]) -> None:
-    """Write the table of what trl_step.json holds."""
-    (folder / "trl_step.md").write_text(table(found))
+OUTPUTS = Outputs("trl_step", table)
 
 
 def main() -> int:
     """Measure every provider, print the table, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OUTPUTS.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="folder for trl_step.json and trl_step.md")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         save_policy(folder, **SIZES)
@@ -160,11 +156,7 @@ def main() -> int:
         times = in_turns(steps, arguments.rounds)
     found = {"environment": report.environment("cpu"), "trl": trl.__version__, "ms": times, "bytes": memory}
     found |= {"gradient_bytes": gradients, "sizes": SIZES, "tokens": SEQUENCES * COMPLETION}
-    print(table(found))
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "trl_step.json").write_text(json.dumps(found, indent=1) + "\n")
-        write(arguments.out, found)
+    OUTPUTS.finish(found, arguments.out)
     return 0
 
 

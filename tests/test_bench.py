@@ -346,6 +346,23 @@ def test_surrogates_table(inplace):
     assert line[1 + inplace].strip(" |") == ("3.00 (1.50x)" if inplace else "3.00 (0.50x)")
 
 
+def test_a_benchmark_ends_with_its_table_and_files(tmp_path, capsys):
+    """The table is printed; with ``--out`` a new folder gets numbers, table and plot, and without it nothing is
+    written."""
+    from outputs import Outputs
+
+    ends = Outputs(
+        "sums", lambda found: f"{found['sum']}\n", lambda found, path: path.write_bytes(b"plot"), indent=None
+    )
+    out = ends.parser("Sums.").parse_args(["--out", str(tmp_path / "new" / "folder")]).out
+    for folder in (None, out):
+        ends.finish({"sum": 3}, folder)
+        assert capsys.readouterr().out == "3\n\n"
+        assert (folder is not None) == out.is_dir()
+    files = {path.name: path.read_text() for path in out.iterdir()}
+    assert files == {"sums.json": '{"sum": 3}\n', "sums.md": "3\n", "sums.png": "plot"}
+
+
 def test_threads_are_set_and_told(tmp_path, monkeypatch):
     """Each provider runs on its own number of threads; the table has speed-ups, and from four numbers on there is a
     plot."""
@@ -362,7 +379,7 @@ def test_threads_are_set_and_told(tmp_path, monkeypatch):
     times = {provider.name: 24.0 / (1 + i // 2) for i, provider in enumerate(made)}
     slower = {name: 3 * ms for name, ms in times.items()}
     found = {"environment": report.environment("cpu"), "threads": [1, 2, 4, 8], "rows": [row_of(times)]}
-    thread_scaling.write(tmp_path, found | {"beside": [row_of(slower)]})
+    thread_scaling.OUTPUTS.write(tmp_path, found | {"beside": [row_of(slower)]})
     lines = (tmp_path / "thread_scaling.md").read_text().splitlines()
     assert lines[4] == "| 1 | 24.00 (1.0x, 3.0x) | 24.00 (1.0x, 3.0x) |"
     assert lines[7] == "| 8 | 6.00 (4.0x, 3.0x) | 6.00 (4.0x, 3.0x) |"
@@ -382,7 +399,7 @@ def test_pages_are_told_by_call_and_state(tmp_path):
         provider["first_call_s"] = provider["step_ms"] / 100
     states = {"as it is": [row], "fragmented": [row, row]}
     free = {"as it is": 4321, "fragmented": 7}
-    pages.write(tmp_path, {"environment": report.environment("cpu"), "states": states, "free_huge_pages": free})
+    pages.OUTPUTS.write(tmp_path, {"environment": report.environment("cpu"), "states": states, "free_huge_pages": free})
     text = (tmp_path / "pages.md").read_text()
     assert "Free pages of 2 MB: 4,321 as it is, 7 fragmented." in text
     assert f"| {pages.WITHOUT} | {' | '.join(['300 / 30.0 (3.00x)'] * 3)} |" in text

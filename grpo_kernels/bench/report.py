@@ -151,9 +151,14 @@ NOTES = (
 )
 
 
+def table_head(cells: Sequence[str]) -> list[str]:
+    """Return the two lines that a table in Markdown begins with."""
+    return [f"| {' | '.join(cells)} |", "| --- " * len(cells) + "|"]
+
+
 def markdown(rows: Sequence[Row], environment: dict[str, Any]) -> str:
     """Return every provider of every workload as a table to paste, with what it was measured on."""
-    lines = [f"{caption(environment)}; medians", "", f"| {' | '.join(COLUMNS)} |", "| --- " * len(COLUMNS) + "|"]
+    lines = [f"{caption(environment)}; medians", "", *table_head(COLUMNS)]
     for row in rows:
         lines += [f"| {' | '.join(cells(row, name))} |" for name in row["providers"]]
     return "\n".join([*lines, "", NOTES, "", *sentences(rows)]).rstrip() + "\n"
@@ -219,7 +224,7 @@ def summary(rows: Sequence[Row], environment: dict[str, Any], columns: Iterable[
     lines = [
         f"{caption(environment)}. Ours: median milliseconds of loss and gradient; the others: how many times as long "
         f"as `ours` they take. The bound is {bound}; memory is the peak beyond the inputs, in {unit}.{_variants(rows)}",
-        "", f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|",
+        "", *table_head(heads),
     ]  # fmt: skip
     for row in rows:
         ours = row["providers"][OURS]
