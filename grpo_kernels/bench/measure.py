@@ -25,7 +25,7 @@ from .workload import SEQUENCES, Spec, Workload
 
 FLUSH_BYTES = 256 << 20
 """Bytes that are written between samples on a GPU: more than its second-level cache holds."""
-ENOUGH = 8.0
+ENOUGH = 7.0
 """Seconds of samples of one provider in one workload, after which it is left out of further rounds."""
 CHECKED_ROWS = 64
 """How many rows of the gradient are compared with float64."""
