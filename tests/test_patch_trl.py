@@ -596,3 +596,9 @@ def test_the_fused_trainer_where_trl_is_patched(folder, tmp_path):
         found = compute(plain, inputs)
     torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-6)
     assert found[2] == pytest.approx(wanted[2], rel=1e-5, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("experimental", ["no", None, 0.5])
+def test_the_option_is_on_or_off(experimental):
+    with pytest.raises(TypeError, match="patch_trl: expected experimental to be True or False; got"):
+        patch_trl(experimental)

@@ -224,6 +224,21 @@ def test_ray_tells_its_workers(package):
         getattr(ray_plugin, package)({"worker_process_setup_hook": "mine"})
 
 
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ({"losses": "no"}, TypeError, "expected losses to be True or False; got 'no'"),
+        ({"operators": None}, TypeError, "expected operators to be True or False; got None"),
+        ({"losses": False, "operators": False}, ValueError, "expected one of losses, operators to be True; got none"),
+    ],
+)
+def test_what_is_to_be_patched_is_said(system, modules, parts, error, message):
+    before = functions(modules)
+    with pytest.raises(error, match=f"patch_{system.package}: {message}"):
+        system.patch(**parts)
+    assert changed(before, functions(modules)) == set()
+
+
 @pytest.mark.parametrize("shadow", [-1, True, 0.5, "50"])
 def test_shadow_is_a_number_of_calls(system, modules, shadow):
     before = functions(modules)

@@ -15,7 +15,7 @@ from .beside import beside
 from .openrlhf_losses import loss_config as loss_config
 from .openrlhf_losses import policy_loss_forward
 from .operators import always, entropy_from_logits, logprobs_from_logits
-from .patching import Change, Hook, Patch, Target, changes_of, patch, when_imported
+from .patching import Change, Hook, Patch, Target, changes_of, check_parts, patch, when_imported
 
 _TARGET = Target("openrlhf", "patch_openrlhf", ("0.11.2",))
 _UTILS = "openrlhf.models.utils"
@@ -59,10 +59,12 @@ def patch_openrlhf(losses: bool = True, operators: bool = True, shadow: int = 0)
         Patch, whose ``undo()`` gives OpenRLHF its own back: ``with patch_openrlhf(): ...`` patches a block.
 
     Raises:
-        ValueError: ``shadow`` that is not a number of calls.
+        ValueError: ``shadow`` that is not a number of calls; nothing to patch.
+        TypeError: ``losses`` or ``operators`` that is neither on nor off.
         ImportError: no OpenRLHF.
         RuntimeError: another version; a hook that moved, has other arguments or was replaced; a patch that is on.
     """
+    check_parts("patch_openrlhf", losses=losses, operators=operators)
     turns = Turns(check_every("patch_openrlhf", shadow))
     return patch(_TARGET, lambda: _changes(losses, operators, turns))
 

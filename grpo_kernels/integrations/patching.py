@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
-from ..objectives.checks import warn_caller
+from ..objectives.checks import check_flag, fail, warn_caller
 
 Place = tuple[str, Callable[[Any], object]]
 """Its name, as a message calls it, and its setter."""
@@ -103,6 +103,14 @@ class Patch:
 
 _patches: dict[str, Patch] = {}
 """Those that are on, by package."""
+
+
+def check_parts(caller: str, **parts: object) -> None:
+    """Raise unless each is on or off, and one is on: nothing would be patched, and nobody told."""
+    for name, part in parts.items():
+        check_flag(caller, name, part)
+    if not any(parts.values()):
+        fail(caller, f"one of {', '.join(parts)} to be True", "none", hint="what patches nothing is not called")
 
 
 def patch(target: Target, changes: Callable[[], Iterable[Change]]) -> Patch:

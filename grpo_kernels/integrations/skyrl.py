@@ -20,7 +20,20 @@ from ..calls.sighting import Turns, check_every
 from ..log_probs import token_log_probs
 from .beside import beside
 from .operators import always, logprobs_from_logits
-from .patching import Change, Hook, Patch, Place, Places, Target, changes_of, check, moved, patch, when_imported
+from .patching import (
+    Change,
+    Hook,
+    Patch,
+    Place,
+    Places,
+    Target,
+    changes_of,
+    check,
+    check_parts,
+    moved,
+    patch,
+    when_imported,
+)
 from .skyrl_losses import LOSSES, MISSING, policy_loss_of
 from .skyrl_losses import loss_config as loss_config
 
@@ -74,10 +87,12 @@ def patch_skyrl(losses: bool = True, operators: bool = True, shadow: int = 0) ->
         Patch, whose ``undo()`` gives SkyRL its own back: ``with patch_skyrl(): ...`` patches a block.
 
     Raises:
-        ValueError: ``shadow`` that is not a number of calls.
+        ValueError: ``shadow`` that is not a number of calls; nothing to patch.
+        TypeError: ``losses`` or ``operators`` that is neither on nor off.
         ImportError: no SkyRL.
         RuntimeError: another version; a hook that moved, has other arguments or was replaced; a patch that is on.
     """
+    check_parts("patch_skyrl", losses=losses, operators=operators)
     turns = Turns(check_every("patch_skyrl", shadow))
     return patch(_TARGET, lambda: _changes(losses, operators, turns))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..objectives.checks import check_flag
 from . import trl_operators as ours
 from .patching import Hook, Patch, Target, changes_of, patch
 
@@ -87,7 +88,9 @@ def patch_trl(experimental: bool = False) -> Patch:
         Patch, whose ``undo()`` gives TRL its own back: ``with patch_trl(): ...`` patches a block.
 
     Raises:
+        TypeError: ``experimental`` that is neither on nor off.
         ImportError: no TRL.
         RuntimeError: another version; a hook that moved, has other arguments or was replaced; a patch that is on.
     """
+    check_flag("patch_trl", "experimental", experimental)
     return patch(TARGET, lambda: changes_of(TARGET, (*_HOOKS, *(_EXPERIMENTAL if experimental else ()))))

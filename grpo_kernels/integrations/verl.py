@@ -15,7 +15,7 @@ from ..calls.sighting import Turns, check_every
 from . import verl_operators
 from .beside import beside
 from .operators import always, entropy_from_logits, logprobs_from_logits
-from .patching import Change, Hook, Patch, Place, Places, Target, changes_of, check, moved, patch
+from .patching import Change, Hook, Patch, Place, Places, Target, changes_of, check, check_parts, moved, patch
 from .verl_losses import LOSSES, MISSING, policy_loss_of
 from .verl_losses import loss_config as loss_config
 
@@ -79,10 +79,12 @@ def patch_verl(losses: bool = True, operators: bool = True, shadow: int = 0) -> 
         Patch, whose ``undo()`` gives verl its own back: ``with patch_verl(): ...`` patches a block.
 
     Raises:
-        ValueError: ``shadow`` that is not a number of calls.
+        ValueError: ``shadow`` that is not a number of calls; nothing to patch.
+        TypeError: ``losses`` or ``operators`` that is neither on nor off.
         ImportError: no verl.
         RuntimeError: another version; a hook that moved, has other arguments or was replaced; a patch that is on.
     """
+    check_parts("patch_verl", losses=losses, operators=operators)
     turns = Turns(check_every("patch_verl", shadow))
     return patch(_TARGET, lambda: _changes(losses, operators, turns))
 
