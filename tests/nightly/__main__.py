@@ -42,6 +42,15 @@ def print_parts() -> None:
         print(f"    guards {' '.join(part.guards)}; about {part.minutes} min")
 
 
+def print_examples(progress: Progress) -> None:
+    """Of the tests that draw them, and all together."""
+    drawn = {test: count for test, count in progress.examples.items() if count}
+    for test, count in sorted(drawn.items()):
+        print(f"    {count:,} examples: {test}")
+    if drawn:
+        print(f"    {sum(drawn.values()):,} examples in all")
+
+
 def run(name: str) -> Row | None:
     """The part's row; None where the run did not come to its end. Where every test was skipped, for want of what it
     needs here, the last run's stays in the table."""
@@ -50,11 +59,12 @@ def run(name: str) -> Row | None:
     arguments = ["-n", "2", "--dist", "worksteal", "-p", "tests.nightly.plugin", "--part", name, "--digest", digest]
     if pytest.main(["-rs", *arguments, *(f"tests/{file}.py" for file in part.files)]) not in COMPLETE:
         return None
-    row = Row.of(name, commit, digest)
+    row, progress = Row.of(name, commit, digest), Progress(name, digest)
+    print_examples(progress)
     if row.passed or row.failed:
         write_row(row)
     if row.green:
-        Progress(name, digest).path.unlink()
+        progress.path.unlink()
     return row
 
 

@@ -94,6 +94,11 @@ PARTS = {
         ("test_build", "test_triton", "test_divergence_triton", "test_gpu_parts", "test_surrogates"),
         (*KERNELS, "csrc/**"),
     ),
+    "fuzz": Part(
+        20,
+        ("test_raw_bits",),
+        (*KERNELS, "csrc/**", "tests/cuda_emulator/**", "tests/raw_bits.py", "tests/corpus/**"),
+    ),
     "compositions": Part(2, ("test_compositions",), (*KERNELS, "csrc/**", "tests/compositions/**")),
     "architectures": Part(2, ("test_architectures",), (*KERNELS, "csrc/cpu/**", "tests/architectures/**")),
     "ptx": Part(20, ("test_ptx",), PTX, "test_all_cases|test_settlers"),

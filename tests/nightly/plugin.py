@@ -56,7 +56,7 @@ class Recorder:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
-            self.progress.add(test=report.nodeid, outcome=report.outcome)
+            self.progress.add(test=report.nodeid, outcome=report.outcome, **dict(report.user_properties))
 
     def pytest_sessionfinish(self) -> None:
         self.progress.add(seconds=round(time.monotonic() - self.began, 1))

@@ -48,22 +48,24 @@ def commit_of(guards: tuple[str, ...]) -> str:
 
 
 class Progress:
-    """The outcomes of a part's tests, and the seconds of its runs, in a file that git ignores; other contents of the
-    guarded files have another file."""
+    """The outcomes of a part's tests, how many examples those drew that say so (``record_property``), the seconds of
+    its runs, in a file that git ignores; other contents of the guarded files have another file."""
 
     def __init__(self, part: str, digest: str) -> None:
         self.path = ROOT / "build" / "nightly" / f"{part}-{digest}.jsonl"
         self.outcomes: dict[str, str] = {}
         self.seconds = 0.0
+        self.examples: dict[str, int] = {}
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
             entry = json.loads(line)
             if "seconds" in entry:
                 self.seconds += entry["seconds"]
             else:
                 self.outcomes[entry["test"]] = entry["outcome"]
+                self.examples[entry["test"]] = entry.get("examples", 0)
 
     def add(self, **entry: str | float) -> None:
-        """A test with its outcome, the last of which counts, or a run's seconds."""
+        """A test with its outcome, the last of which counts, and its examples, or a run's seconds."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
