@@ -449,8 +449,13 @@ def test_shapes_agree_where_one_is_a_symbol():
 
 def test_dtypes_of_mask_and_advantages():
     case = make()
-    with pytest.raises(TypeError, match="mask of bool or numbers; got torch.complex64"):
-        grpo_loss(case.logits, case.token_ids, case.advantages, case.mask.to(torch.complex64))
+    for dtype in (torch.complex64, torch.uint16, torch.uint64, torch.float8_e4m3fn):
+        with pytest.raises(TypeError, match=rf"(?s)mask of bool or numbers that compare; got {dtype}.*mask.bool\(\)"):
+            grpo_loss(case.logits, case.token_ids, case.advantages, case.mask.to(dtype))
+    for name in ("advantages", "token_weights"):
+        given = {"advantages": case.advantages, name: torch.ones(case.mask.shape, dtype=torch.complex64)}
+        with pytest.raises(TypeError, match=f"{name} of real numbers; got torch.complex64"):
+            grpo_loss(case.logits, case.token_ids, mask=case.mask, **given)
     with pytest.raises(
         TypeError, match=r"(?s)advantages that are numbers; got torch.bool.*\(token_ids, advantages, mask\)"
     ):

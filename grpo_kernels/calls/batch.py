@@ -211,6 +211,8 @@ def _read_advantages(tokens: Tokens, config: LossConfig, sequences: Sequences, a
     if advantages.dtype == torch.bool:
         hint = f"the order is ({'log_probs' if 'log_probs' in tokens.tensors else 'token_ids'}, advantages, mask)"
         fail(tokens.function, "advantages that are numbers", "torch.bool", tokens.tensors, hint, TypeError)
+    if advantages.is_complex():
+        fail(tokens.function, "advantages of real numbers", str(advantages.dtype), tokens.tensors, error=TypeError)
     if not per_sequence:
         return of_tokens(advantages, tokens.real)
     values = advantages.detach() if advantages.dtype == tokens.real else advantages.detach().to(tokens.real)

@@ -56,6 +56,8 @@ class Tokens:
         """Return a user's token-sized tensor as detached, contiguous (B, T)."""
         allowed = (tuple(self.shape), tuple(self.live.shape))
         check_shape(self.function, name, value, allowed, self.tensors, self.shift_hint)
+        if value.is_complex():  # else half of it would be dropped
+            fail(self.function, f"{name} of real numbers", str(value.dtype), self.tensors, error=TypeError)
         return of_tokens(value, self.real)
 
     def shift_hint(self, name: str, value: Tensor) -> str | None:

@@ -22,6 +22,8 @@ from torch._subclasses import FakeTensor
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_NUMBERS = frozenset((*FLOAT_DTYPES, *INTEGER_DTYPES))
+"""What PyTorch compares and reduces: not complex numbers, unsigned ones of more than a byte, nor eight-bit floats."""
 
 
 def describe(tensor: Tensor) -> str:
@@ -243,8 +245,9 @@ def read_mask(
     """Return, as bool, where a mask is not 0. Every mask is read here; raise on numbers that no mask can hold."""
     if mask.dtype == torch.bool:
         return mask
-    if mask.is_complex():
-        fail(function, f"{name} of bool or numbers", str(mask.dtype), tensors, error=TypeError)
+    if mask.dtype not in _NUMBERS:
+        hint = f"{name}.bool()"
+        fail(function, f"{name} of bool or numbers that compare", str(mask.dtype), tensors, hint, TypeError)
     if mask.dtype != torch.uint8 and mask.numel() > 0 and may_look(mask, check):
         _check_mask(function, name, mask, tensors, check)
     return mask.bool()
