@@ -10,7 +10,7 @@ import torch
 from cases import make
 from conftest import DEVICE
 
-from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped, grpo_loss, token_log_probs
+from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped, grpo_loss, policy_loss, token_log_probs
 from grpo_kernels.verification.verify import complete
 
 ROUTES = {
@@ -137,6 +137,12 @@ def test_transforms_are_refused(backend):
         torch.func.grad(lambda x: call(x, case, backend).loss)(case.logits)
     with pytest.raises(RuntimeError, match="token_log_probs: .*torch.func"):
         torch.func.vmap(lambda x: token_log_probs(x, case.token_ids, backend=backend).log_probs)(case.logits[None])
+    for function, given in ((policy_loss, case.options["old_log_probs"]), (grpo_loss, case.logits)):
+        ids = () if function is policy_loss else (case.token_ids,)
+        with pytest.raises(RuntimeError, match=f"{function.__name__}: .*torch.func"):  # over the mask alone
+            torch.func.vmap(lambda mask, f=function, a=(given, *ids): f(*a, case.advantages, mask).loss)(
+                case.mask[None]
+            )
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(case.logits, torch.ones_like(case.logits))
         with pytest.raises(RuntimeError, match="forward"):

@@ -163,6 +163,8 @@ def read_log_prob_tokens(
     if entropy is not None:
         check_shape(function, "entropy", entropy, (tuple(log_probs.shape),), named)
     checks = checks_enabled(check)
+    if mask is not None:
+        check_no_transforms(function, mask)
     hint = functools.partial(_shift_hint, shape=log_probs.shape, what="log_probs")
     (live,) = ordinary(read_token_mask(function, mask, log_probs, named, checks, hint))
     shared = (log_probs.shape, real_dtype(log_probs.dtype), named, checks, may_look(log_probs, checks))
@@ -194,6 +196,8 @@ def _read_ids(
             todo = f"Megatron has {what} (T, B, ...), packed ones (T, 1, ...): {view} is a view"
         fail(function, f"token_ids of shape {wanted}", str(tuple(token_ids.shape)), named, todo)
     checks = checks_enabled(check)
+    if mask is not None:
+        check_no_transforms(function, mask)
     hint = functools.partial(_shift_hint, shape=token_ids.shape, what=next(iter(named)))
     looks, live = may_look(token_ids, checks), read_token_mask(function, mask, token_ids, named, checks, hint)
     live, ids = ordinary(live, of_tokens(token_ids, torch.int64))
