@@ -66,7 +66,8 @@ HERE = Path(__file__).parent
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", ["first", "second", "third"])
-def test_nightly(name):
+def test_nightly(name, record_property):
+    record_property("examples", 700)
     import of_this_part, subprocess, sys
     subprocess.run([sys.executable, "-c", "import of_this_part"], check=True)
     with (HERE / "log").open("a") as log:
@@ -135,6 +136,8 @@ def test_an_interrupted_part_is_taken_up(tree):
     status, said = finish(start(tree))
     assert status == 0, said
     assert "demo: 3 passed, 0 failed, 0 skipped" in said
+    assert "700 examples: tests/test_demo.py::test_nightly[third]" in said
+    assert "2,100 examples in all" in said
     assert sorted(log.read_text().split()) == ["first", "second", "third", "third"]
     assert not list(progress.glob("*"))
 
