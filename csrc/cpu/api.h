@@ -1,5 +1,7 @@
 // The C ABI of the CPU backend: one struct in, one status out (grpo_kernels/backends/cpu.py mirrors it).
 // Tensors belong to the caller; nothing is allocated or kept here but the blocks below.
+// A call that the struct itself shows to be none (checks.h) is answered by its status, and nothing is read or written.
+// How much memory is behind a pointer, and that strides stay inside of it, is the caller's word.
 #pragma once
 
 #include "../common/call.h"
@@ -9,7 +11,7 @@ extern "C" {
 #define GRPO_CPU_ABI_VERSION 9
 
 typedef enum { kGeneric, kAVX2, kAVX512, kInstructionSets } GrpoInstructionSet;
-typedef enum { kOk, kTokenIdOutOfRange, kUnsupportedInstructionSet, kUnknownDtype } GrpoStatus;
+typedef enum { kOk, kTokenIdOutOfRange, kUnsupportedInstructionSet, kUnknownDtype, kBadCall } GrpoStatus;
 
 struct GrpoCpuParams : GrpoCall {
   int32_t instruction_set;
@@ -58,10 +60,11 @@ GRPO_EXPORT int64_t grpo_cpu_abi(void);
 // Bit i: instruction set i can run here.
 GRPO_EXPORT int32_t grpo_cpu_instruction_sets(void);
 // How many reals of scratch a thread needs for one row or a pair of rows, with and without room for their exponentials
-// (the fused loss of half precision logits keeps them there, and fused_divergence and divergence those of a pair).
+// (the fused loss of half precision logits keeps them there, and fused_divergence and divergence those of a pair);
+// 0 for what are no such rows.
 GRPO_EXPORT int64_t grpo_cpu_scratch(int64_t vocab, int32_t rows, int32_t exponentials);
 
-// How many numbers of scratch token_sums needs.
+// How many numbers of scratch token_sums needs; 0 for a count that no call has.
 GRPO_EXPORT int64_t grpo_cpu_partial_sums(int64_t rows);
 
 GRPO_EXPORT int32_t grpo_cpu_log_probs(GrpoCpuParams*);
@@ -76,7 +79,7 @@ GRPO_EXPORT int32_t grpo_cpu_token_terms(GrpoCpuParams*);
 GRPO_EXPORT int32_t grpo_cpu_token_sums(const GrpoCpuTokenSums*);
 
 // A tensor of so many bytes, uninitialised, whose deleter gives them back, filled with 0xff if they are to be poisoned;
-// null where the system has none.
+// null where the system has none, or that is no size or kind.
 GRPO_EXPORT GrpoBytes* grpo_cpu_new_block(int64_t bytes, int32_t kind, int32_t poisoned);
 // What its deleter does, for a tensor that reached nobody.
 GRPO_EXPORT void grpo_cpu_give_back(GrpoBytes*);

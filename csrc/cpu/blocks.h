@@ -12,7 +12,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "api.h"
+#include "checks.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -124,7 +124,7 @@ inline int64_t drop_kept() {
 }
 
 inline GrpoBytes* new_block(int64_t bytes, int32_t kind, int32_t poisoned) {
-  if (bytes <= 0) return nullptr;
+  if (bytes == 0 || !is_count(bytes) || kind < 0 || kind >= kBlockKinds) return nullptr;
   Block* block = take_kept(bytes, kind);
   if (block == nullptr) block = fresh_block(bytes);
   if (block == nullptr && drop_kept() > 0) block = fresh_block(bytes);  // the other kind's had the room

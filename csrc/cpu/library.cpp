@@ -2,7 +2,7 @@
 #include "../common/terms.h"
 #include "api.h"
 #include "blocks.h"
-#include "row.h"
+#include "checks.h"
 #include "token_sums.h"
 
 extern const GrpoCpuKernels grpo_cpu_kernels_generic;
@@ -25,6 +25,16 @@ const GrpoCpuKernels* kernels_of(const GrpoCpuParams* p) {
   if (p->instruction_set == kAVX512) return &grpo_cpu_kernels_avx512;
 #endif
   return &grpo_cpu_kernels_generic;
+}
+
+int32_t run(GrpoCpuParams* p, bool (*is_call)(const GrpoCpuParams&),
+            int32_t (*GrpoCpuKernels::*kernel)(GrpoCpuParams*)) {
+  if (!p) return kBadCall;
+  const GrpoCpuKernels* kernels = kernels_of(p);
+  if (!kernels) return kUnsupportedInstructionSet;
+  if (!known_dtype(p->dtype)) return kUnknownDtype;
+  if (p->rows == 0) return kOk;
+  return is_call(*p) ? (kernels->*kernel)(p) : int32_t(kBadCall);
 }
 
 template <class real>
@@ -63,44 +73,35 @@ int32_t grpo_cpu_instruction_sets(void) {
   return sets;
 }
 
-// The largest value of each segment, then the exponentials; threads stay a cache line apart.
 int64_t grpo_cpu_scratch(int64_t vocab, int32_t rows, int32_t exponentials) {
-  return rows * (room_for_largest(vocab) + (exponentials ? room_for_exps(vocab) : 16));
+  return scratch_of(vocab, rows, exponentials != 0);
 }
 
-int64_t grpo_cpu_partial_sums(int64_t rows) { return chunks_of(rows) * kFields; }
+int64_t grpo_cpu_partial_sums(int64_t rows) { return is_count(rows) ? chunks_of(rows) * kFields : 0; }
 
-int32_t grpo_cpu_log_probs(GrpoCpuParams* p) {
-  const GrpoCpuKernels* kernels = kernels_of(p);
-  return kernels ? kernels->log_probs(p) : kUnsupportedInstructionSet;
-}
+int32_t grpo_cpu_log_probs(GrpoCpuParams* p) { return run(p, is_log_probs, &GrpoCpuKernels::log_probs); }
 
 int32_t grpo_cpu_log_probs_backward(GrpoCpuParams* p) {
-  const GrpoCpuKernels* kernels = kernels_of(p);
-  return kernels ? kernels->log_probs_backward(p) : kUnsupportedInstructionSet;
+  return run(p, is_log_probs_backward, &GrpoCpuKernels::log_probs_backward);
 }
 
-int32_t grpo_cpu_fused_loss(GrpoCpuParams* p) {
-  const GrpoCpuKernels* kernels = kernels_of(p);
-  return kernels ? kernels->fused_loss(p) : kUnsupportedInstructionSet;
-}
+int32_t grpo_cpu_fused_loss(GrpoCpuParams* p) { return run(p, is_fused_loss, &GrpoCpuKernels::fused_loss); }
 
-int32_t grpo_cpu_divergence(GrpoCpuParams* p) {
-  const GrpoCpuKernels* kernels = kernels_of(p);
-  return kernels ? kernels->divergence(p) : kUnsupportedInstructionSet;
-}
+int32_t grpo_cpu_divergence(GrpoCpuParams* p) { return run(p, is_divergence, &GrpoCpuKernels::divergence); }
 
 int32_t grpo_cpu_divergence_backward(GrpoCpuParams* p) {
-  const GrpoCpuKernels* kernels = kernels_of(p);
-  return kernels ? kernels->divergence_backward(p) : kUnsupportedInstructionSet;
+  return run(p, is_divergence_backward, &GrpoCpuKernels::divergence_backward);
 }
 
 int32_t grpo_cpu_fused_divergence(GrpoCpuParams* p) {
-  const GrpoCpuKernels* kernels = kernels_of(p);
-  return kernels ? kernels->fused_divergence(p) : kUnsupportedInstructionSet;
+  return run(p, is_fused_divergence, &GrpoCpuKernels::fused_divergence);
 }
 
 int32_t grpo_cpu_token_terms(GrpoCpuParams* p) {
+  if (!p) return kBadCall;
+  if (!known_dtype(p->dtype)) return kUnknownDtype;
+  if (p->rows == 0) return kOk;
+  if (!is_token_terms(*p)) return kBadCall;
   if (p->dtype == kFloat64) {
     token_terms<double>(*p);
   } else {
@@ -110,6 +111,9 @@ int32_t grpo_cpu_token_terms(GrpoCpuParams* p) {
 }
 
 int32_t grpo_cpu_token_sums(const GrpoCpuTokenSums* p) {
+  if (!p) return kBadCall;
+  if (!known_dtype(p->dtype)) return kUnknownDtype;
+  if (!is_token_sums(*p)) return kBadCall;
   if (p->dtype == kFloat64) {
     token_sums<double>(*p);
   } else {
@@ -122,7 +126,9 @@ GrpoBytes* grpo_cpu_new_block(int64_t bytes, int32_t kind, int32_t poisoned) {
   return new_block(bytes, kind, poisoned);
 }
 
-void grpo_cpu_give_back(GrpoBytes* tensor) { tensor->deleter(tensor); }
+void grpo_cpu_give_back(GrpoBytes* tensor) {
+  if (tensor) tensor->deleter(tensor);
+}
 
 int64_t grpo_cpu_drop_kept(void) { return drop_kept(); }
 

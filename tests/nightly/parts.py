@@ -96,8 +96,8 @@ PARTS = {
     ),
     "fuzz": Part(
         20,
-        ("test_raw_bits",),
-        (*KERNELS, "csrc/**", "tests/cuda_emulator/**", "tests/raw_bits.py", "tests/corpus/**"),
+        ("test_raw_bits", "test_fuzz_abi"),
+        (*KERNELS, "csrc/**", "tests/cuda_emulator/**", "tests/raw_bits.py", "tests/fuzz_abi/**", "tests/corpus/**"),
     ),
     "compositions": Part(2, ("test_compositions",), (*KERNELS, "csrc/**", "tests/compositions/**")),
     "architectures": Part(2, ("test_architectures",), (*KERNELS, "csrc/cpu/**", "tests/architectures/**")),

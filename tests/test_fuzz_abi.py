@@ -1,0 +1,63 @@
+"""Hostile calls of the C ABI: sizes, strides, ids, pointers, numbers (fuzz_abi/target.cpp says what must hold).
+
+CI replays tests/corpus/abi over the built library, with buffers that end at forbidden pages, and tries a few thousand
+new inputs, the same ones every time; nightly the sources under both sanitizers, for minutes, from another seed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import fuzz_abi
+import pytest
+
+from grpo_kernels.backends import cpu
+
+CORPUS = sorted((Path(__file__).parent / "corpus" / "abi").glob("*.txt"))
+NIGHTLY = "240s"
+
+pytestmark = pytest.mark.skipif(fuzz_abi.compiler() is None, reason="needs a C++ compiler")
+
+
+def driven(program: Path, *arguments: str) -> str:
+    """What the driver says; a failure has the input that made it."""
+    environment = {
+        **os.environ,
+        "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=0:handle_segv=0:allow_user_segv_handler=1",
+    }
+    command = [str(program), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=program.parent)
+    found = "".join(f"\n{path.read_text()}" for path in program.parent.glob("found-*.txt"))
+    assert result.returncode == 0, f"{result.stderr[-4000:]}{found}"
+    return result.stdout
+
+
+def executions(said: str) -> int:
+    return int(re.search(r"(\d+) executions", said).group(1))
+
+
+@pytest.fixture(scope="module")
+def over_the_library(tmp_path_factory):
+    cpu.library()  # or the reason why there is none
+    return fuzz_abi.build_over(cpu.LIBRARY, tmp_path_factory.mktemp("fuzz") / "fuzz_abi")
+
+
+def test_what_once_failed(over_the_library):
+    said = driven(over_the_library, "replay", *map(str, CORPUS))
+    assert len(said.splitlines()) == len(CORPUS)
+
+
+def test_new_inputs(over_the_library):
+    assert executions(driven(over_the_library, "run", "3000", "1", ".")) == 3000
+
+
+@pytest.mark.nightly
+def test_under_sanitizers(tmp_path, record_property):
+    program = fuzz_abi.build_sanitized(tmp_path)
+    driven(program, "replay", *map(str, CORPUS))
+    seed = str(int(time.time()))
+    record_property("examples", executions(driven(program, "run", NIGHTLY, seed, ".")))
