@@ -10,7 +10,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CPU = HERE.parent.parent / "csrc" / "cpu"
-FLAGS = ["-O1", "-g", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-w"]
+FLAGS = ["-O1", "-g1", "-fno-var-tracking", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-w"]
 SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-coverage=trace-pc"]
 SETS = {"generic": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
 
