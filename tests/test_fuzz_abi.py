@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import cuda_emulator
 import fuzz_abi
 import pytest
 
@@ -61,3 +63,29 @@ def test_under_sanitizers(tmp_path, record_property):
     driven(program, "replay", *map(str, CORPUS))
     seed = str(int(time.time()))
     record_property("examples", executions(driven(program, "run", NIGHTLY, seed, ".")))
+
+
+ANY_BITS = """
+import conftest, test_raw_bits, torch
+torch.use_deterministic_algorithms(True)
+print(sum(test_raw_bits.check(name, "cuda", 60, always=False) for name in test_raw_bits.PROPERTIES), "executions")
+"""
+
+
+@pytest.mark.nightly
+def test_emulated_cuda_under_sanitizers(tmp_path, record_property):
+    """The properties of test_raw_bits over csrc/cuda. Bulk copies read whole vectors of 16 bytes, as a GPU may beside
+    a row: what memcpy reads is not looked at. Fibers have stacks that no sanitizer knows."""
+    flags = ("-O1", "-g1", *fuzz_abi.SANITIZED[:2], "--param", "asan-stack=0")
+    library = cuda_emulator.build(cuda_emulator.ROOT / "csrc", tmp_path / "sanitized.so", *flags)
+    if library is None:
+        pytest.skip("no C++ compiler that knows _Float16")
+    runtime = subprocess.run([fuzz_abi.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True)
+    options = "replace_intrin=0:detect_leaks=0:detect_stack_use_after_return=0"
+    where = {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": options, "GRPO_KERNELS_CUDA_LIBRARY": str(library)}
+    here = Path(__file__).parent
+    where["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent)])
+    command = [sys.executable, "-c", ANY_BITS]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **where})
+    assert result.returncode == 0, result.stderr[-4000:]
+    record_property("examples", executions(result.stdout))

@@ -17,8 +17,9 @@ FLAGS = [
 ]
 
 
-def build(sources: Path = ROOT / "csrc", library: Path | None = None) -> Path | None:
-    """The library of these sources, compiled if it is not there; None without a C++ compiler that knows _Float16.
+def build(sources: Path = ROOT / "csrc", library: Path | None = None, *more: str) -> Path | None:
+    """The library of these sources, compiled with ``more`` flags if it is not there; None without a C++ compiler that
+    knows _Float16.
 
     Raises RuntimeError where such a compiler refuses them: every test of theirs would be skipped otherwise.
     """
@@ -30,7 +31,7 @@ def build(sources: Path = ROOT / "csrc", library: Path | None = None) -> Path | 
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         fresh = library.with_suffix(f".{os.getpid()}")
-        command = [compiler, *FLAGS, "-x", "c++", str(sources / "cuda" / "library.cu"), "-o", str(fresh)]
+        command = [compiler, *FLAGS, *more, "-x", "c++", str(sources / "cuda" / "library.cu"), "-o", str(fresh)]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError(f"{sources} does not compile over the emulator:\n{result.stderr[:4000]}")
