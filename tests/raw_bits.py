@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -44,7 +45,8 @@ def configs() -> dict[str, LossConfig]:
     others = [*one_of_each(), *(LossConfig(Clip(0.2, 0.28), rollout=scheme) for scheme in ROLLOUTS)]
     for level in ("sequence", "sequence_token", "sequence_product", "prefix_product", "prefix_min"):
         others += [LossConfig(Clip(0.2, 0.28), level=level, rollout=scheme) for scheme in ROLLOUTS]
-    return named | {label(config): config for config in others}
+    named |= {label(config): config for config in others}
+    return {name: dataclasses.replace(config, group_size=1) for name, config in named.items()}
 
 
 CONFIGS = configs()
