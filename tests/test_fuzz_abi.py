@@ -16,6 +16,7 @@ from pathlib import Path
 import cuda_emulator
 import fuzz_abi
 import pytest
+from cases import make
 
 from grpo_kernels.backends import cpu
 
@@ -55,6 +56,15 @@ def test_what_once_failed(over_the_library):
 
 def test_new_inputs(over_the_library):
     assert executions(driven(over_the_library, "run", "3000", "1", ".")) == 3000
+
+
+@pytest.mark.parametrize("function", ["fused_loss", "token_sums", "log_probs"])
+def test_python_asks_how_a_call_went(monkeypatch, function):
+    """Numbers of a refused call are whatever was in memory."""
+    name, case = f"grpo_cpu_{function}", make(batch=2, length=3, vocab=33)
+    monkeypatch.setattr(cpu.library(), name, lambda params: 4)
+    with pytest.raises(RuntimeError, match=f"{name} failed with status 4"):
+        case.run("cpu", config="gspo" if function == "log_probs" else "grpo")
 
 
 @pytest.mark.nightly

@@ -127,7 +127,7 @@ def token_sums(
         loss=loss.data_ptr(),
     )
     native.fill(params, values, inputs, records)
-    library().grpo_cpu_token_sums(ctypes.byref(params))
+    _run("grpo_cpu_token_sums", params)
 
 
 def token_terms(
@@ -148,7 +148,7 @@ def token_terms(
         grad_log_prob=grad_log_prob.data_ptr(),
     )
     native.fill(params, inputs, spec, records)
-    library().grpo_cpu_token_terms(ctypes.byref(params))
+    _run("grpo_cpu_token_terms", params)
 
 
 def log_probs(rows: Rows, stats: RowStats) -> None:
@@ -227,8 +227,13 @@ def _call(
     params = native.call_of(_Params, rows, parts, out, **extra)
     if beside is not None:
         native.fill_teacher(params, *beside)
-    status = getattr(loaded, function)(ctypes.byref(params))
-    if status == _TOKEN_ID_OUT_OF_RANGE:
+    if _run(function, params) == _TOKEN_ID_OUT_OF_RANGE:
         raise IndexError(token_id_message(rows, params.bad_row))
-    if status != _OK:
+
+
+def _run(function: str, params: ctypes.Structure) -> int:
+    """Return the status, which is one that a user's tensors may have."""
+    status: int = getattr(library(), function)(ctypes.byref(params))
+    if status not in (_OK, _TOKEN_ID_OUT_OF_RANGE):
         raise RuntimeError(f"{function} failed with status {status}: reinstall grpo_kernels and report this.")
+    return status
