@@ -134,17 +134,20 @@ def metrics_table() -> str:
 
 
 def verified(found: list[dict[str, Any]]) -> list[str]:
-    """Return a line for each remembered run of verify, and one for a GPU that has none."""
+    """Return a line for each remembered run of verify, and one for a GPU that has none. Of a device that is here it
+    says what is another one by now: a run is of the code, the library's bytes and the versions that it ran with."""
     lines = []
+    gpus = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     for record in found:
         held = f"{record['checks'] - record['broken']} of {record['checks']} checks hold"
+        changed = records.changed(record) if record["kind"] in gpus | {records.device_kind("cpu")} else []
         lines.append(
             f"{record['kind']}: {', '.join(record['backends'])}; {held} ({record.get('date')}, grpo_kernels "
             f"{record.get('grpo_kernels')}, torch {record.get('torch')})"
+            + (f"; not what is here, which has another {', '.join(changed)}: verify it" if changed else "")
         )
     kinds = {record["kind"] for record in found}
-    names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    lines += [f"{name}: never; python -m grpo_kernels verify --device cuda" for name in sorted(names - kinds)]
+    lines += [f"{name}: never; python -m grpo_kernels verify --device cuda" for name in sorted(gpus - kinds)]
     return lines or ["nothing yet: python -m grpo_kernels verify"]
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import importlib.metadata
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import grpo_kernels
 from grpo_kernels import Clip, LossConfig, backends, info, interrupt
 from grpo_kernels.__main__ import main
 from grpo_kernels.backends import cpu, cuda
-from grpo_kernels.verification import verify
+from grpo_kernels.verification import records, verify
 from grpo_kernels.verification.progress import Lines
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,6 +69,65 @@ def test_info_says_why_not(capsys, monkeypatch):
     monkeypatch.setenv("GRPO_KERNELS_CPU_ISA", "sse9")
     assert main(["info"]) == 0
     assert "GRPO_KERNELS_CPU_ISA=sse9: this machine runs generic" in capsys.readouterr().out
+
+
+@pytest.fixture
+def remembered(tmp_path, monkeypatch, capsys):
+    """The lines of info about what was verified, in a cache folder of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def lines() -> list[str]:
+        assert main(["info"]) == 0
+        return re.findall(r"^verified +(.*)$", capsys.readouterr().out, re.M)
+
+    return lines
+
+
+def test_what_was_verified_is_the_bytes_that_ran(tmp_path, monkeypatch, remembered):
+    """A library of the same version with other bytes, other code or another instruction set has not been verified, and
+    neither has a run of fewer checks to make way for a larger one of another library."""
+    monkeypatch.setattr(cpu, "LIBRARY", Path(shutil.copy2(cpu.LIBRARY, tmp_path)))
+    records.write("cpu", ["cpu", "torch"], 40, 0)
+    (line,) = remembered()
+    assert re.search(r": cpu, torch; 40 of 40 checks hold \([-\d]+, grpo_kernels [\d.]+, torch [^;]+\)$", line)
+    records.write("cpu", ["cpu", "torch"], 20, 0)
+    assert remembered() == [line]
+    with monkeypatch.context() as patch:
+        patch.setenv("GRPO_KERNELS_CPU_ISA", "generic")
+        assert remembered() == [f"{line}; not what is here, which has another instruction set: verify it"]
+    with cpu.LIBRARY.open("ab") as file:
+        file.write(b"built again")
+    assert remembered() == [f"{line}; not what is here, which has another code: verify it"]
+    records.write("cpu", ["cpu", "torch"], 20, 0)
+    assert remembered() == [line.replace("40 of 40", "20 of 20")]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "5", "{}", '[{"kind"', "[" * 100_000, '[1, {"kind": 1, "backends": 2, "checks": "3", "broken": []}]', "é"],
+    ids=lambda text: text[:20],
+)
+def test_a_record_that_is_none(tmp_path, remembered, content):
+    """Half-written or edited: nothing is verified, and the next run is remembered."""
+    (tmp_path / "grpo_kernels").mkdir()
+    (tmp_path / "grpo_kernels" / "verified.json").write_text(content, encoding="latin-1")
+    assert remembered() == ["nothing yet: python -m grpo_kernels verify"]
+    records.write("cpu", ["torch"], 3, 1)
+    assert "; 2 of 3 checks hold (" in remembered()[0]
+
+
+def test_a_record_that_cannot_be_written_leaves_the_others(tmp_path, monkeypatch, remembered):
+    records.write("cpu", ["torch"], 3, 0)
+    before = remembered()
+
+    def full(path: Path, text: str) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    records.write("cpu", ["cpu"], 3, 0)
+    assert remembered() == before
+    assert [path.name for path in (tmp_path / "grpo_kernels").iterdir()] == ["verified.json"]
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import hashlib
+import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import __version__
+from ..backends import cpu, cuda, native
 
 
 def folder() -> Path:
@@ -44,6 +49,32 @@ def free_memory(device: str = "cpu") -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024
 
 
+def state(names: Iterable[str]) -> dict[str, str]:
+    """Return what computes on these backends: a hash of the package's files and of the libraries' bytes, the
+    instruction set in use, and the versions of what is beneath them."""
+    names = sorted(names)
+    package = Path(__file__).parent.parent
+    files = [path for path in sorted(package.rglob("*")) if path.suffix == ".py" or path.name == "blocks.json"]
+    libraries = [place for name, place in (("cpu", cpu.LIBRARY), ("cuda", cuda.library_path())) if name in names]
+    digest = hashlib.sha256()
+    for path in [*files, *libraries]:
+        digest.update(path.name.encode() + b"\0" + (path.read_bytes() if path.is_file() else b""))
+    found = {"code": digest.hexdigest(), "grpo_kernels": __version__, "torch": torch.__version__}
+    if "cpu" in names:
+        with contextlib.suppress(native.Unavailable):
+            found["instruction set"] = cpu.instruction_set()
+    if "triton" in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found["triton"] = importlib.metadata.version("triton")
+    return found
+
+
+def changed(record: dict[str, Any]) -> list[str]:
+    """Return what of a record's state is another one here: what it says is true of nothing else."""
+    now = state(record["backends"])
+    return [name for name in now if record.get(name) != now[name]]
+
+
 def write(device: str, backends: list[str], checks: int, broken: int) -> None:
     """Remember a run of verify, in place of a smaller one; a machine whose home cannot be written has no record."""
     record = {
@@ -52,24 +83,34 @@ def write(device: str, backends: list[str], checks: int, broken: int) -> None:
         "checks": checks,
         "broken": broken,
         "date": datetime.date.today().isoformat(),
-        "grpo_kernels": __version__,
-        "torch": torch.__version__,
+        **state(backends),
     }
     same = [r for r in read() if (r["kind"], r["backends"]) == (record["kind"], backends)]
-    if not broken and any(r["checks"] > checks and r.get("grpo_kernels") == __version__ for r in same):
+    if not broken and any(r["checks"] > checks and not changed(r) for r in same):
         return
     kept = [r for r in read() if r not in same]
+    fresh = folder() / f"verified.{os.getpid()}"  # whole or not at all: the file has the runs of other machines too
     try:
         folder().mkdir(parents=True, exist_ok=True)
-        (folder() / "verified.json").write_text(json.dumps([*kept, record], indent=1) + "\n")
+        fresh.write_text(json.dumps([*kept, record], indent=1) + "\n")
+        fresh.replace(folder() / "verified.json")
     except OSError:
-        return
+        with contextlib.suppress(OSError):
+            fresh.unlink(missing_ok=True)
 
 
 def read() -> list[dict[str, Any]]:
-    """Every remembered run of verify, newest last."""
+    """Every remembered run of verify, newest last. What is no record, as in a file that was edited, is left out."""
     try:
         found = json.loads((folder() / "verified.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return []
-    return [r for r in found if isinstance(r, dict) and {"kind", "backends", "checks", "broken"} <= set(r)]
+    return [record for record in found if _is_record(record)] if isinstance(found, list) else []
+
+
+def _is_record(found: object) -> bool:
+    if not isinstance(found, dict):
+        return False
+    names, counts = found.get("backends"), (found.get("checks"), found.get("broken"))
+    whole = isinstance(found.get("kind"), str) and all(type(count) is int for count in counts)
+    return whole and isinstance(names, list) and all(isinstance(name, str) for name in names)
