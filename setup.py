@@ -1,9 +1,10 @@
-"""Builds csrc/cpu and, where there is nvcc, csrc/cuda into grpo_kernels/native/libgrpo_{cpu,cuda}.so: a plain C ABI, no
+"""Builds csrc/cpu and, if it is asked for, csrc/cuda into grpo_kernels/native/libgrpo_{cpu,cuda}.so: a plain C ABI, no
 PyTorch and no Python inside.
 
 A missing or failing compiler never fails the installation: the reason goes to a file beside the library
-(native/libgrpo_cpu.json), and `python -m grpo_kernels info` shows it. GRPO_KERNELS_CUDA_ARCHITECTURES names others than
-90,100 ("" for no CUDA library); PTX of the first one serves GPUs that are newer than all of them.
+(native/libgrpo_cpu.json), and `python -m grpo_kernels info` shows it. GRPO_KERNELS_CUDA_ARCHITECTURES=90,100 asks for
+the CUDA library: pip hides what a build says, so nobody would know what nvcc's minutes are for. PTX of the first one
+serves GPUs that are newer than all of them.
 """
 
 import hashlib
@@ -141,6 +142,9 @@ def build_cpu(target: Path, workspace: Path) -> dict[str, str]:
     }
 
 
+NVCC_TAKES = "3 to 9 minutes"
+
+
 def nvcc() -> str:
     """Its path: NVCC alone if it is set, else the search path, then CUDA's folders."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -155,10 +159,14 @@ def nvcc() -> str:
 
 def build_cuda(target: Path, workspace: Path) -> dict[str, str]:
     """One library for all architectures that nvcc knows of those wanted."""
-    named = os.environ.get("GRPO_KERNELS_CUDA_ARCHITECTURES", "90,100").replace(" ", "")
-    wanted = sorted(filter(None, named.split(",")), key=int)
+    named = os.environ.get("GRPO_KERNELS_CUDA_ARCHITECTURES", "").replace(" ", "")
+    wanted = list(filter(None, named.split(",")))
     if not wanted:
-        raise CompileError("not wanted: GRPO_KERNELS_CUDA_ARCHITECTURES is empty")
+        asking = "GRPO_KERNELS_CUDA_ARCHITECTURES=90,100 asks nvcc for them at installation"
+        raise CompileError(f"not asked for: {asking} ({NVCC_TAKES})")
+    if not all(map(str.isdecimal, wanted)):
+        raise CompileError(f"GRPO_KERNELS_CUDA_ARCHITECTURES must be numbers such as 90,100; got {named!r}")
+    wanted.sort(key=int)
     compiler = nvcc()
     known = run(compiler, "--list-gpu-code").split()
     architectures = [name for name in wanted if f"sm_{name}" in known]
@@ -169,6 +177,7 @@ def build_cuda(target: Path, workspace: Path) -> dict[str, str]:
     targets = f"-gencode=arch=compute_{oldest},code=[{codes}]"
     fresh = target.with_suffix(".new")
     source = str(SOURCES / "cuda" / "library.cu")
+    print(f"{compiler} compiles csrc/cuda for sm_{', sm_'.join(architectures)}: {NVCC_TAKES}", file=sys.stderr)
     run(compiler, *CUDA_FLAGS, targets, f"-t{os.cpu_count()}", source, "-o", str(fresh))
     fresh.replace(target)
     version = next((line for line in run(compiler, "--version").splitlines() if "release" in line), "unknown")
@@ -176,8 +185,8 @@ def build_cuda(target: Path, workspace: Path) -> dict[str, str]:
 
 
 LIBRARIES = {"cpu": build_cpu, "cuda": build_cuda}
-CHOICES = ("CXX", "NVCC", "CUDA_HOME", "CUDA_PATH", "GRPO_KERNELS_CUDA_ARCHITECTURES")
-"""Variables that choose a compiler or what it makes."""
+CHOICES = {"cpu": ("CXX",), "cuda": ("NVCC", "CUDA_HOME", "CUDA_PATH", "GRPO_KERNELS_CUDA_ARCHITECTURES")}
+"""Variables that choose a library's compiler or what it makes."""
 
 
 def build_library(name: str, folder: Path, workspace: Path) -> None:
@@ -185,7 +194,7 @@ def build_library(name: str, folder: Path, workspace: Path) -> None:
     target = folder / f"libgrpo_{name}.so"
     target.parent.mkdir(parents=True, exist_ok=True)
     making = {"sources": sources_hash(name), "made_by": sources_of(Path(__file__))}
-    making["choices"] = " ".join(f"{key}={os.environ[key]}" for key in CHOICES if key in os.environ)
+    making["choices"] = " ".join(f"{key}={os.environ[key]}" for key in CHOICES[name] if key in os.environ)
     present = ROOT / NATIVE / target.name
     record = json.loads(present.with_suffix(".json").read_text()) if present.exists() else {}
     if present != target and making.items() <= record.items():

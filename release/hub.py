@@ -46,7 +46,7 @@ NO_CPU_LIBRARY = (
     "this variant of the kernel is Python alone; get_kernel(..., backend='cpu') loads the one with the library, where "
     "there is one for the platform"
 )
-NO_CUDA_LIBRARY = "a kernel of the Hub has none; an installation of the package has, where there is nvcc"
+NO_CUDA_LIBRARY = "a kernel of the Hub has none; an installation of the package has, if it was asked for"
 """What backends give as their reasons, in place of a compiler's."""
 
 

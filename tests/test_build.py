@@ -13,6 +13,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import gpu_library
 import pytest
 import torch
 from gpu_library import sources_hash
@@ -36,16 +37,54 @@ def test_compiled_backend_is_in_use():
     )
 
 
-def test_cuda_library_is_built_where_there_is_nvcc():
-    """Of these sources, for Hopper and Blackwell; elsewhere the record says why it is not."""
+def test_cuda_library_is_built_where_it_was_asked_for():
+    """Of these sources, for Hopper and Blackwell, where there is nvcc; elsewhere the record says why it is not."""
     record = native.build_record(native.FOLDER / "libgrpo_cuda.so")
     assert record.get("sources") == sources_hash("cuda"), "the library is stale: make test rebuilds it"
     assert (native.FOLDER / "libgrpo_cuda.so").exists() == ("error" not in record)
     if "error" in record:
-        assert record["error"].startswith(("no nvcc found", "not wanted"))
-        assert not shutil.which("nvcc") or record["choices"]
+        asked = re.search(r"ARCHITECTURES=\d", record["choices"])
+        assert record["error"].startswith("no nvcc found" if asked else "not asked for")
+        assert not (asked and shutil.which("nvcc"))
     else:
         assert record["architectures"] in ("90", "90 100")
+
+
+@pytest.mark.parametrize("architectures", [None, "", " "])
+def test_nvcc_is_not_started_unasked(tmp_path, monkeypatch, architectures):
+    """Whose toolkit is on the search path has not asked for minutes of it."""
+    started = tmp_path / "started"
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\ntouch {started}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("GRPO_KERNELS_CUDA_ARCHITECTURES", raising=False)
+    if architectures is not None:
+        monkeypatch.setenv("GRPO_KERNELS_CUDA_ARCHITECTURES", architectures)
+    setup = gpu_library.setup()
+    with pytest.raises(setup.CompileError, match=r"not asked for: GRPO_KERNELS_CUDA_ARCHITECTURES=90,100 asks nvcc"):
+        setup.build_cuda(tmp_path / "libgrpo_cuda.so", tmp_path)
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("architectures", ["sm_90", "90a", "9.0", "90;100"])
+def test_what_names_no_architecture_does_not_fail_an_installation(tmp_path, monkeypatch, architectures):
+    monkeypatch.setenv("GRPO_KERNELS_CUDA_ARCHITECTURES", architectures)
+    gpu_library.setup().build_library("cuda", tmp_path, tmp_path)
+    told = native.build_record(tmp_path / "libgrpo_cuda.so")["error"]
+    assert told == f"GRPO_KERNELS_CUDA_ARCHITECTURES must be numbers such as 90,100; got '{architectures}'"
+
+
+def test_what_nvcc_will_take_is_said_before_it_starts(tmp_path, monkeypatch, capfd):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text('#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_90 && exit\necho out of registers >&2\nexit 1\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(nvcc))
+    monkeypatch.setenv("GRPO_KERNELS_CUDA_ARCHITECTURES", "100, 90")
+    setup = gpu_library.setup()
+    with pytest.raises(setup.CompileError, match="out of registers"):
+        setup.build_cuda(tmp_path / "libgrpo_cuda.so", tmp_path)
+    assert capfd.readouterr().err == f"{nvcc} compiles csrc/cuda for sm_90: 3 to 9 minutes\n"
 
 
 def test_every_instruction_set_was_compiled():
@@ -122,12 +161,11 @@ def isolated_tree(folder: Path) -> Path:
 
 
 def lend_library(tree: Path) -> None:
-    """The CPU library of this tree, as one that build_wheel's choices made: setup.py takes it over."""
+    """The CPU library of this tree: setup.py takes it over, as long as it was built as it would build it."""
     folder = tree / "grpo_kernels" / "native"
     folder.mkdir()
-    shutil.copy2(cpu.LIBRARY, folder)
-    record = {**native.build_record(cpu.LIBRARY), "choices": "GRPO_KERNELS_CUDA_ARCHITECTURES="}
-    (folder / cpu.LIBRARY.name).with_suffix(".json").write_text(json.dumps(record))
+    for path in (cpu.LIBRARY, cpu.LIBRARY.with_suffix(".json")):
+        shutil.copy2(path, folder)
 
 
 def build_wheel(tree: Path, **environment: str) -> Path:
@@ -174,7 +212,8 @@ def test_wheel(tmp_path, library):
     report = json.loads(run_wheel(wheel, tmp_path / "site", REPORT))
     assert report["file"].startswith(str(tmp_path / "site"))
     assert report["backends"]["cpu"] == "usable"
-    assert "not wanted: GRPO_KERNELS_CUDA_ARCHITECTURES is empty" in report["cuda_library"]["unusable"]
+    asking = "not asked for: GRPO_KERNELS_CUDA_ARCHITECTURES=90,100 asks nvcc for them at installation (3 to 9 minutes)"
+    assert asking in report["cuda_library"]["unusable"]
     assert report["gradient"] > 0
     names = zipfile.ZipFile(wheel).namelist()
     assert "grpo_kernels/py.typed" in names
