@@ -986,6 +986,18 @@ def test_command(tmp_path, capsys):
     assert report["config"].startswith("LossConfig(")
 
 
+def test_command_says_what_it_runs_before_it_does(tmp_path, capfd):
+    """Also where the file ends the process on the spot."""
+    path = tmp_path / "its_own.py"
+    path.write_text("import os, sys\nos.write(2, b'the file runs\\n')\nsys.exit(3)\n")
+    assert main(["match", f"{path}:loss"]) == 2
+    out, error = capfd.readouterr()
+    assert out == ""
+    notice, ran = error.splitlines()[:2]
+    assert notice == f"match runs {path}, as importing it does, then loss on batches of its own"
+    assert ran == "the file runs"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

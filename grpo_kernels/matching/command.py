@@ -3,6 +3,8 @@
     python -m grpo_kernels match my_training.py:policy_loss
     python -m grpo_kernels match my_package.losses:ppo --argument x=log_probs --set clip=0.2
 
+It runs the file, as importing it does, and then the function, some 700 times: name only what you would run yourself.
+
 The function is called in float64 on a small batch; it takes log-probs or logits and whatever else of a batch it wants,
 by parameter name, and returns a scalar. Exit status: 0 a config is the loss, 1 none is or a fault was found, 2 it
 could not be called.
@@ -48,6 +50,8 @@ def main(arguments: argparse.Namespace) -> int:
     meanings = dict(_pair("--argument", "NAME=MEANING", given) for given in arguments.argument)
     bound = {name: _value(text) for name, text in (_pair("--set", "NAME=VALUE", given) for given in arguments.bound)}
     with contextlib.redirect_stdout(sys.stderr):  # what the loss prints is not the report
+        place, name = _parts(arguments.loss)
+        print(f"match runs {place}, as importing it does, then {name} on batches of its own", flush=True)
         loss = load(arguments.loss)
         loss = functools.partial(loss, **bound) if bound else loss
         report = match_in_words(COMMAND_LINE, loss, None, meanings, arguments.temperature, arguments.device)
@@ -70,11 +74,17 @@ def _value(text: str) -> Any:
         return text
 
 
-def load(where: str) -> Callable[..., Any]:
-    """Return the function behind ``file.py:name`` or ``package.module:name``."""
+def _parts(where: str) -> tuple[str, str]:
+    """Return the file or module, and the function's name."""
     place, _, name = where.rpartition(":")
     if not place or not name:
         raise ValueError(f"the loss must be given as FILE.py:FUNCTION or package.module:function; got {where!r}.")
+    return place, name
+
+
+def load(where: str) -> Callable[..., Any]:
+    """Return the function behind ``file.py:name`` or ``package.module:name``."""
+    place, name = _parts(where)
     found: Any = _module(place)
     for part in name.split("."):
         if not hasattr(found, part):
