@@ -45,8 +45,8 @@ def load(name: str | None, device: str, hidden: int = 64) -> tuple[Any, Any]:
     transformers.logging.set_verbosity_error()
     if name is None:
         return tiny_model(hidden).to(device), tiny_tokenizer()
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left")
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return model.to(device), tokenizer
 

@@ -173,7 +173,7 @@ def load(path: Path, abi_function: str, expected: int) -> ctypes.CDLL:
         other = f"{path} was built from other sources than {TREE / 'csrc'}"
         raise Unavailable(f"{other}: `pip install -e .` builds it again")
     try:
-        loaded = ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path.absolute()))  # a bare name is looked for elsewhere
     except OSError as error:
         raise Unavailable(f"{path.name} does not load: {error}") from error
     abi = getattr(loaded, abi_function, None)
@@ -199,7 +199,7 @@ def _why_not_built(path: Path) -> str:
 def build_record(path: Path) -> dict[str, str]:
     """Return the record of a library's build: compiler, flags, sources' hash, or the error; empty without one."""
     try:
-        record: dict[str, str] = json.loads(path.with_suffix(".json").read_text())
-    except (OSError, ValueError):
+        record = json.loads(path.with_suffix(".json").read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
-    return record
+    return record if isinstance(record, dict) else {}

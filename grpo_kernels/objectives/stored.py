@@ -77,7 +77,10 @@ def from_dict(kind: type[_Config], stored: Mapping[str, Any]) -> _Config:
         TypeError: no mapping where one belongs.
         ValueError: another schema, a field or a name that is not known, one that is missing from a stored config.
     """
-    return _Reader.of(stored).config(kind, stored)
+    try:
+        return _Reader.of(stored).config(kind, stored)
+    except RecursionError:
+        fail("LossConfig.from_dict", "fields a few levels deep", "what is nested without end")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,9 +80,10 @@ def load_policy(
         return _tiny_qwen3(transformers, len(tokenizer), hidden, layers).to(device), tokenizer
     loaded: Any
     try:
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
-        pretrained = transformers.AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        # Without being told, transformers asks at the terminal whether to run a model's own code.
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, weights_only=True)
+        pretrained = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # of a folder's weights that are no weights, whatever their reader raises
         kind = "folder" if Path(model).exists() else "path or hub name"
         raise SystemExit(
             f"{option} {model}: no causal language model could be loaded from this {kind}: {error}"
