@@ -162,10 +162,22 @@ def chosen(request, monkeypatch) -> str:
     return backend
 
 
-variants = pytest.mark.parametrize(
-    "chosen", VARIANTS, ids=lambda variant: "-".join(filter(None, variant)), indirect=True
-)
+def label_of(value: Any) -> str:
+    """Of a variant, a config or a dtype."""
+    if isinstance(value, LossConfig):
+        return label(value)
+    return "-".join(filter(None, value)) if isinstance(value, tuple) else str(value)
+
+
+variants = pytest.mark.parametrize("chosen", VARIANTS, ids=label_of, indirect=True)
 CORE = [complete("grpo"), complete("gspo"), LossConfig(Clip(), entropy_coef=0.1, aggregation="sequence_sum")]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+EVERYTHING = [
+    (variant, config, dtype)
+    for variant in VARIANTS
+    for config in (CORE if variant[0] in SLOW else [*CORE, *one_of_each()])
+    for dtype in DTYPES
+]
 
 
 @variants
@@ -174,17 +186,10 @@ def test_a_hundred_repeats(chosen, config):
     check(chosen, config, torch.float32, len(FORMS) if chosen in SLOW else 100)
 
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
 @pytest.mark.nightly
-@variants
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("config", [*CORE, *one_of_each()], ids=label)
+@pytest.mark.parametrize(("chosen", "config", "dtype"), EVERYTHING, ids=label_of, indirect=["chosen"])
 def test_a_hundred_repeats_of_everything(chosen, config, dtype):
-    """What is interpreted and emulated: the core's configs, each dtype."""
-    if chosen in SLOW and config not in CORE:
-        pytest.skip("minutes of an interpreter; test_bits.py has its rows")
+    """What is interpreted or emulated: of the core's configs."""
     check(chosen, config, dtype, 100)
 
 

@@ -105,6 +105,7 @@ PARTS = {
     "ptx-faults": Part(20, ("test_ptx",), PTX, "test_planted_fault"),
     "mutants": Part(15, ("test_mutants",), (*KERNELS, "tests/*.py"), r"\[(?!triton)"),
     "mutants-triton": Part(15, ("test_mutants",), (*KERNELS, "tests/*.py"), r"\[triton"),
+    "repeats": Part(15, ("test_repeats",), (*KERNELS, "csrc/**")),
     "match": Part(5, ("test_match",), ("grpo_kernels/**",)),
     "commands": Part(
         6, ("test_training", "test_training_ranks", "test_memory", "test_cli"), ("grpo_kernels/**", "csrc/**")
