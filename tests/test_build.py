@@ -147,6 +147,11 @@ def test_the_source_distribution_is_the_tree(tmp_path):
         held = {name.partition("/")[2] for name in archive.getnames()}
         metadata = archive.extractfile(next(name for name in archive.getnames() if name.endswith("PKG-INFO"))).read()
     assert {*tracked_files()} - {".gitignore"} <= held
+    links = re.findall(
+        r"\]\((?![a-z]+:|#)([^)#]+)", re.sub(r"^```.*?^```", "", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    )
+    assert len(links) > 20
+    assert not [link for link in links if link not in held]
     assert not [name for name in held if name.startswith("grpo_kernels/native") or "__pycache__" in name]
     assert b"License-File: NOTICE" in metadata
 
@@ -181,12 +186,18 @@ def build_wheel(tree: Path, **environment: str) -> Path:
     return next((tree / "wheels").glob("*.whl"))
 
 
-def run_wheel(wheel: Path, folder: Path, code: str) -> str:
-    """Code with the wheel's content before everything else."""
+def unpacked(wheel: Path, folder: Path) -> Path:
+    """A folder with a wheel's content, and with what uses every public name of it."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
-    environment = {**os.environ, "PYTHONPATH": str(folder), "GRPO_KERNELS_CUDA_LIBRARY": ""}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder, env=environment)
+    shutil.copy2(ROOT / "tests" / "installed.py", folder)
+    return folder
+
+
+def run_wheel(site: Path, *arguments: str) -> str:
+    """A program with the wheel's content before everything else, and no source tree."""
+    environment = {**os.environ, "PYTHONPATH": str(site), "GRPO_KERNELS_CUDA_LIBRARY": "", "TRITON_INTERPRET": "0"}
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=site, env=environment)
     assert result.returncode == 0, result.stderr[-2000:]
     return result.stdout
 
@@ -209,12 +220,14 @@ def test_wheel(tmp_path, library):
         lend_library(tree)
     wheel = build_wheel(tree)
     assert re.fullmatch(r"grpo_kernels-[\d.]+-py3-none-\w+\.whl", wheel.name)
-    report = json.loads(run_wheel(wheel, tmp_path / "site", REPORT))
-    assert report["file"].startswith(str(tmp_path / "site"))
+    site = unpacked(wheel, tmp_path / "site")
+    report = json.loads(run_wheel(site, "-c", REPORT))
+    assert report["file"].startswith(str(site))
     assert report["backends"]["cpu"] == "usable"
     asking = "not asked for: GRPO_KERNELS_CUDA_ARCHITECTURES=90,100 asks nvcc for them at installation (3 to 9 minutes)"
     assert asking in report["cuda_library"]["unusable"]
     assert report["gradient"] > 0
+    assert run_wheel(site, "installed.py", "cpu").startswith(f"{site}/grpo_kernels/__init__.py: ")
     names = zipfile.ZipFile(wheel).namelist()
     assert "grpo_kernels/py.typed" in names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "csrc/"))]
@@ -271,12 +284,17 @@ def test_wheel_without_a_working_compiler(tmp_path, compiler):
         broken.chmod(0o755)
     cuda = {"NVCC": str(broken), "GRPO_KERNELS_CUDA_ARCHITECTURES": "90"}
     wheel = build_wheel(isolated_tree(tmp_path / "tree"), CXX=str(broken), **cuda)
-    report = json.loads(run_wheel(wheel, tmp_path / "site", REPORT))
+    site = unpacked(wheel, tmp_path / "site")
+    report = json.loads(run_wheel(site, "-c", REPORT))
     assert report["backends"]["torch"] == "usable"
     reason = "no C++ compiler found" if compiler == "missing" else "the linker is out for lunch"
     assert reason in report["backends"]["cpu"]
     assert reason.replace("C++ compiler", "nvcc") in report["cuda_library"]["unusable"]
     assert report["gradient"] > 0
+    if compiler == "missing":
+        told = run_wheel(site, "installed.py", "torch")
+        assert "got the plain PyTorch backend, which is several times slower (it was not compiled: no C++ comp" in told
+        assert "hint: install a C++ compiler, then grpo_kernels with pip; `python -m grpo_kernels info` says" in told
 
 
 @pytest.fixture

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -160,10 +163,56 @@ def step_of_readme() -> str:
     return STEP.format(tree=ROOT, code=f"import grpo_kernels\n{tensors}\n{after}")
 
 
+class Empty:
+    """An environment of its own, without the sources: what is installed there is all there is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        venv.create(folder / "empty", with_pip=True)
+        shutil.copy2(ROOT / "tests" / "installed.py", folder)
+        hidden = ("PYTHONPATH", "TRITON_INTERPRET", "GRPO_KERNELS_CUDA_LIBRARY", "GRPO_KERNELS_CUDA_ARCHITECTURES")
+        self.environment = {key: value for key, value in os.environ.items() if key not in hidden}
+
+    def run(self, *arguments: str, **environment: str) -> str:
+        """What its Python printed."""
+        command = [str(self.folder / "empty" / "bin" / "python"), *arguments]
+        known = {**self.environment, **environment}
+        done = subprocess.run(command, cwd=self.folder, env=known, capture_output=True, text=True, timeout=1500)
+        assert done.returncode == 0, f"{arguments}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def install(self, *what: str, **environment: str) -> None:
+        self.run("-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), *what, **environment)
+
+    def check(self, backend: str) -> str:
+        """Every public name, from this environment."""
+        told = self.run("installed.py", backend)
+        assert told.startswith(str(self.folder / "empty" / "lib")), told
+        return told
+
+
+def needs(wheel: Path) -> tuple[set[str], tuple[int, int], list[str]]:
+    """Libraries that the wheel's own want, the newest C library by the functions they call, and search paths of theirs.
+    `auditwheel show` counts what OpenMP's runtime wants as well, which the wheel leaves to PyTorch."""
+    from elftools.elf.elffile import ELFFile
+
+    libraries, versions, paths = set(), [(0, 0)], []
+    with zipfile.ZipFile(wheel) as archive:
+        for name in filter(lambda name: name.endswith(".so"), archive.namelist()):
+            elf = ELFFile(io.BytesIO(archive.read(name)))
+            tags = list(elf.get_section_by_name(".dynamic").iter_tags())
+            libraries |= {tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"}
+            paths += [tag.entry.d_tag for tag in tags if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
+            for _, called in elf.get_section_by_name(".gnu.version_r").iter_versions():
+                found = (re.fullmatch(r"GLIBC_(\d+)\.(\d+).*", version.name) for version in called)
+                versions += [(int(one[1]), int(one[2])) for one in found if one]
+    return libraries, max(versions), paths
+
+
 @pytest.mark.nightly
 def test_a_newcomer_in_an_empty_environment(tmp_path, setup):
     """`make release`'s wheel, then three commands: install it, verify, the first fused step; under two minutes of the
-    processors' time, PyTorch's installation included."""
+    processors' time, PyTorch's installation included. Then every public name, and a step of training."""
     pytest.importorskip("auditwheel", reason="make release installs it")
     release = [sys.executable, str(ROOT / "release" / "wheels.py"), "--out", str(tmp_path / "dist")]
     made = subprocess.run(release, capture_output=True, text=True, timeout=1500)
@@ -178,22 +227,58 @@ def test_a_newcomer_in_an_empty_environment(tmp_path, setup):
     assert not [name for name in held if "gomp" in name or name.startswith(("tests/", "release/"))]
     assert {name.rpartition("/")[2] for name in held} >= {"LICENSE", "NOTICE", "METADATA"}
 
-    venv.create(tmp_path / "empty", with_pip=True)
-    python = str(tmp_path / "empty" / "bin" / "python")
+    libraries, newest, paths = needs(wheel)
+    assert libraries <= {"libc.so.6", "libm.so.6", "libgomp.so.1"}  # the last is PyTorch's
+    assert newest <= tuple(map(int, re.search(r"manylinux_(\d+)_(\d+)", wheel.name).groups()))
+    assert not paths
+
+    empty = Empty(tmp_path)
     (tmp_path / "step.py").write_text(step_of_readme())
-    constraints = str(ROOT / "constraints.txt")
-    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "TRITON_INTERPRET")}
     began, spent = time.monotonic(), os.times()
-    for command in (
-        ("-m", "pip", "install", "--quiet", "-c", constraints, str(wheel)),
-        ("-m", "grpo_kernels", "verify", "--preset", "grpo"),
-        ("step.py",),
-    ):
-        done = subprocess.run([python, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+    empty.install(str(wheel))
+    empty.run("-m", "grpo_kernels", "verify", "--preset", "grpo")
+    told = empty.run("step.py")
     now = os.times()
     seconds = now.children_user + now.children_system - spent.children_user - spent.children_system
     print(f"three commands: {seconds:.0f} s of the processors, {time.monotonic() - began:.0f} s by the clock")
-    assert str(tmp_path / "empty") in done.stdout
-    assert "cpu" in done.stdout
+    assert str(tmp_path / "empty") in told
+    assert "cpu" in told
     assert seconds < 120
+    empty.check("cpu")
+    empty.install(f"{wheel}[train]")
+    empty.check("cpu")
+    empty.run("-m", "grpo_kernels", "train", "--steps", "2", "--out", "run")
+    assert list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("compiler", ["c++", "none"])
+def test_the_source_distribution_in_an_empty_environment(tmp_path, compiler):
+    """It builds itself, where there is a compiler, and works where there is none; nvcc is not started."""
+    pytest.importorskip("build", reason="make release installs it")
+    if compiler == "c++" and not shutil.which("c++"):
+        pytest.skip("no C++ compiler here")
+    sources = importlib.import_module("wheels").source_distribution(tmp_path)
+    empty = Empty(tmp_path)
+    empty.install(str(sources), CXX="c++" if compiler == "c++" else str(tmp_path / "no-compiler"))
+    told = empty.check("cpu" if compiler == "c++" else "torch")
+    assert ("(it was not compiled: no C++ compiler found (looked for" in told) == (compiler == "none")
+    report = json.loads(empty.run("-m", "grpo_kernels", "info", "--json"))
+    assert report["backends"]["cpu" if compiler == "c++" else "torch"] == "usable"
+    assert report["cuda_library"]["unusable"].startswith("it was not compiled: not asked for")
+    verified = empty.run("-m", "grpo_kernels", "verify", "--preset", "grpo")
+    assert ("plain PyTorch alone" in verified) == (compiler == "none")
+
+
+@pytest.mark.nightly
+def test_the_page_of_an_index_renders(setup):
+    """As the index itself renders Markdown; twine's check calls it a thing that cannot fail, and does not."""
+    markdown = pytest.importorskip("readme_renderer.markdown", reason="make release installs it")
+    pytest.importorskip("comrak", reason="make release installs it")
+    readme = setup.index_page((ROOT / "README.md").read_text(), {"pages": PAGES, "files": FILES}, "1.2.3")
+    page = markdown.render(readme)
+    prose = BLOCK.sub("", readme)
+    for tag, pattern in (("table", r"^\|(?: -+ \|)+$"), ("h2", "^## "), ("img", r"!\[")):
+        assert page.count(f"<{tag}") == len(re.findall(pattern, prose, re.M)) > 0, tag
+    assert page.count("<pre") == len(BLOCK.findall(readme))
+    assert not [target for _, target in LINK.findall(prose) if f'"{target}"' not in page and target[0] != "#"]

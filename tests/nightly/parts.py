@@ -128,11 +128,12 @@ PARTS = {
         for name in ("lowest", "middle", "newest", "triton")
     },
     "release": Part(
-        6,
+        12,
         ("test_release",),
         (
             "grpo_kernels/**",
             *CPU,
+            "tests/installed.py",
             "release/*.py",
             "setup.py",
             "pyproject.toml",
