@@ -13,6 +13,7 @@ READY := grpo_kernels/native/libgrpo_cpu.json
 else
 RUN := $(VENV)/bin/python
 READY := $(VENV)/installed
+LOWEST := $(VENV)/lowest
 endif
 
 .PHONY: train test test-ranks test-peers nightly coverage lint docs bench release clean
@@ -25,7 +26,7 @@ PARALLEL := -n 2 --dist worksteal
 test test-ranks test-peers nightly: export OMP_WAIT_POLICY := passive
 
 # Status 5: ARGS names files of the other call alone.
-test: $(READY)
+test: $(READY) $(LOWEST)
 	$(RUN) -m pytest $(PARALLEL) -m "not nightly and not peers and not ranks" $(ARGS) || [ $$? -eq 5 ]
 	$(MAKE) test-ranks
 
@@ -74,6 +75,12 @@ $(VENV)/bin/python:
 $(VENV)/installed: pyproject.toml constraints.txt $(SOURCES) | $(VENV)/bin/python
 	@echo "compiling csrc/cpu: 2 minutes; where there is nvcc, csrc/cuda for $(GRPO_KERNELS_CUDA_ARCHITECTURES): 3 to 9 more"
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,reasoning]"
+	touch $@
+
+# The lowest of what pyproject.toml allows beside PyTorch, in a folder that tests/test_versions.py alone shows to a test.
+$(VENV)/lowest: tests/nightly/versions/lowest.txt | $(VENV)/installed
+	grep -Ev '^(#|python==|torch==)' $< | $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--no-compile --upgrade --target $@ -r /dev/stdin
 	touch $@
 
 $(VENV)/peers: $(VENV)/installed

@@ -5,6 +5,7 @@ An environment is made in .venv/versions/ on its first run, which downloads giga
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,12 @@ FILES = (
 """Of the suite, what meets PyTorch, Triton, transformers and numpy."""
 CASES = "not (triton and (test_loss or test_linear or test_autograd))"
 """Of these: what Triton's interpreter takes minutes for is not about versions; test_triton and test_ops have it too."""
+LEAST = next(path for path in SETS if path.stem == "lowest")
+BESIDE = ROOT / ".venv" / "lowest"
+"""The packages of that set but for its PyTorch, which is gigabytes; `make test` installs them."""
+QUICK = ("test_hf", "test_triton", "test_training")
+QUICK_CASES = "(test_hf and not compiled) or (test_triton and row) or test_a_model_from_disk"
+"""What runs with them for every change."""
 
 
 def pins(path: Path) -> dict[str, str]:
@@ -42,6 +49,14 @@ def interpreter_of(version: str) -> str:
         if name and subprocess.run([name, "--version"], capture_output=True).returncode == 0:
             return name
     return pytest.skip(f"no python{version} here")
+
+
+def check_versions(python: str, path: Path, environment: dict[str, str], *left_out: str) -> None:
+    """Raise unless these packages are what that Python imports."""
+    wanted = {name: pin for name, pin in pins(path).items() if name not in ("python", *left_out)}
+    code = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {list(wanted)}}}))"
+    told = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert {name: pin.partition("+")[0] for name, pin in json.loads(told.stdout).items()} == wanted
 
 
 def clean() -> dict[str, str]:
@@ -74,28 +89,35 @@ def environment(path: Path) -> str:
 def test_with_other_versions(path):
     """What every change runs of these files."""
     python = environment(path)
-    names = {name: pin for name, pin in pins(path).items() if name != "python"}
-    told = subprocess.run(
-        [python, "-c", f"import importlib.metadata as m; print({{n: m.version(n) for n in {list(names)}}})"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert {name: pin.partition("+")[0] for name, pin in eval(told.stdout).items()} == names
-    files = [str(ROOT / "tests" / f"{name}.py") for name in FILES]
-    command = [python, "-m", "pytest", "-n", "2", "--dist", "worksteal", "-p", "no:cacheprovider"]
+    check_versions(python, path, clean())
+    workers = ("-n", "2", "--dist", "worksteal")
+    assert passed(python, {**clean(), "PYTHONPATH": str(ROOT)}, FILES, CASES, *workers) > 1000
+
+
+def passed(python: str, environment: dict[str, str], files: tuple[str, ...], cases: str, *workers: str) -> int:
+    """How many tests of these files passed, all of them."""
+    every_change = ("-m", "not nightly and not peers and not ranks")
+    command = [python, "-m", "pytest", *workers, "-p", "no:cacheprovider", *every_change]
     result = subprocess.run(
-        [*command, "-m", "not nightly and not peers and not ranks", "-k", CASES, *files],
+        [*command, "-k", cases, *(str(ROOT / "tests" / f"{name}.py") for name in files)],
         cwd=ROOT,
-        env={**clean(), "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"},
+        env={**environment, "OMP_WAIT_POLICY": "passive"},
         capture_output=True,
         text=True,
     )
     sys.stdout.write(result.stdout[-4000:])
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", result.stdout)
-    assert passed, result.stdout[-1000:]
-    assert int(passed[1]) > 1000
+    found = re.search(r"(\d+) passed", result.stdout)
+    assert found, result.stdout[-1000:]
+    return int(found[1])
+
+
+@pytest.mark.skipif(not BESIDE.exists(), reason="make test installs it")
+def test_the_lowest_beside_this_pytorch():
+    """The pinned PyTorch with the lowest Triton, transformers and numpy that are allowed."""
+    environment = {**clean(), "PYTHONPATH": os.pathsep.join(map(str, (BESIDE, ROOT)))}
+    check_versions(sys.executable, LEAST, environment, "torch")
+    assert passed(sys.executable, environment, QUICK, QUICK_CASES) > 240
 
 
 def test_the_table_is_of_these_sets():
@@ -116,7 +138,7 @@ def test_the_table_is_of_these_sets():
 
 
 def test_the_least_is_what_is_allowed():
-    least = pins(next(path for path in SETS if path.stem == "lowest"))
+    least = pins(LEAST)
     extras = project()["optional-dependencies"]
     allowed = " ".join([*project()["dependencies"], *extras["train"]])
     for name in ("torch", "transformers"):
