@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from grpo_kernels import LossConfig
 from grpo_kernels.backends import native
+from grpo_kernels.matching import command
 from grpo_kernels.training import checkpoint, policy
 from grpo_kernels.training.tasks import Sort
 
@@ -221,6 +222,13 @@ def test_a_stored_config_is_data(stored):
         return
     assert LossConfig.from_dict(config.to_dict()) == config
     assert repr(config).startswith("LossConfig(")
+
+
+@pytest.mark.parametrize("text", ["__import__('os').mkdir('x')", "{[]: 1}", "-" * 100_000 + "1", "[" * 300, "clip"])
+def test_an_option_of_match_is_a_literal_or_text(text):
+    """Nothing of it is evaluated."""
+    assert command._value(text) == text
+    assert command._value("(0.2, 'a', None)") == (0.2, "a", None)
 
 
 @pytest.mark.parametrize("depth", [100, 100_000])

@@ -70,7 +70,7 @@ def _value(text: str) -> Any:
     """Return the Python literal that the text is, or the text."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that it documents
         return text
 
 
