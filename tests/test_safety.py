@@ -213,6 +213,7 @@ DATA = st.recursive(
 )
 
 
+@pytest.mark.filterwarnings("ignore:.*")
 @given(st.dictionaries(KEYS, DATA, max_size=6))
 def test_a_stored_config_is_data(stored):
     """Whatever stands in one, it is a config or it is refused in words; and what became a config is stored again."""
