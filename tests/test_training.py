@@ -90,6 +90,7 @@ def test_resume_is_bit_for_bit(tmp_path, options):
         folder.log(trainer.train_step())
         if trainer.step % 2 == 0:
             folder.save_checkpoint(trainer.state())
+    folder.close()
     resumed, continued = run(tmp_path / "cut", resume=True, checkpoint_every=2, **options)
     assert untimed(continued) == untimed(records)
     assert same_parameters(whole, resumed)
@@ -192,6 +193,7 @@ def test_a_teacher_is_there_again_when_a_run_is_resumed(tmp_path, teacher):
     for _ in range(2):
         folder.log(trainer.train_step())
     folder.save_checkpoint(trainer.state())
+    folder.close()
     resumed, continued = run(tmp_path / "cut", resume=True, **taught)
     assert untimed(continued) == untimed(records)
     assert same_parameters(whole, resumed)

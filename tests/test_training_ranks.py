@@ -43,7 +43,8 @@ def trainer_of(changes: dict, several: bool = True) -> Trainer:
 
 
 def untimed(records: list[dict]) -> list[dict]:
-    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records]
+    """What is compared, of numbers alone."""
+    return [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second", "sample")} for r in records]
 
 
 def alone(changes: dict) -> dict:

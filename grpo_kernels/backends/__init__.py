@@ -60,6 +60,17 @@ def names() -> tuple[str, ...]:
     return tuple(_MODULES)
 
 
+def unsupported(name: str, device: str) -> str | None:
+    """Return the reason why a backend, asked for by name, cannot serve a device, or None."""
+    return get(name).unsupported(Request(torch.device(device), by_name=True))
+
+
+def check_serves(option: str, name: str, device: str) -> None:
+    """Refuse a backend of a command line that cannot serve the device."""
+    if (reason := unsupported(name, device)) is not None:
+        raise ValueError(f"{option} {name} cannot serve {device}: {reason}")
+
+
 @functools.cache
 def get(name: str) -> Backend:
     """Return the backend of that name, imported when it is first asked for."""

@@ -77,9 +77,7 @@ def check_backend(name: str | None, device: str) -> None:
         return
     check_name("--backend", name, backends.names())
     backends.check_not_switched(f"--backend {name} names a backend")
-    reason = backends.get(name).unsupported(backends.Request(torch.device(device), by_name=True))
-    if reason is not None:
-        raise ValueError(f"--backend {name} cannot serve {device}: {reason}")
+    backends.check_serves("--backend", name, device)
 
 
 def collect(

@@ -9,20 +9,20 @@ torchrun --nproc-per-node 2 -m grpo_kernels train  # the same run, shared by two
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import random
 import signal
-import sys
 import time
 from pathlib import Path
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import hf
+from .. import backends, hf
 from ..calls.outputs import LossOutput
 from ..calls.teacher import Teacher
 from ..log_probs import token_log_probs
@@ -31,15 +31,17 @@ from ..objectives import advantages as estimators
 from ..objectives.metrics import Metrics
 from ..objectives.normalizer import normalizer
 from ..verification import reference
-from ..verification.progress import progress_bar
-from . import sharding
+from . import checkpoint, sharding
 from .options import Options, add_options, read_options
 from .policy import load_policy, response_inputs, response_logits
 from .ranks import Ranks, Several, start_ranks, started_by_torchrun
-from .report import RunFolder, SilentFolder, read_saved_options
+from .report import OPTIONS, RunFolder, SilentFolder, read_saved_options
 from .rollout import Samples, roll_out
+from .saved_model import check_free, save_policy
+from .stopping import Interrupt
 from .tasks import make_task
-from .teacher import load_teacher, weights_checksum
+from .teacher import load_teacher
+from .trackers import Tracker, check_trackers, start_trackers
 
 
 class Trainer:
@@ -53,6 +55,9 @@ class Trainer:
         if options.prompts % self.ranks.count:
             rule = f"a multiple of the {self.ranks.count} ranks that share them"
             raise ValueError(f"--prompts must be {rule}; got {options.prompts}.")
+        if options.backend is not None:
+            backends.check_serves("--backend", options.backend, str(self.device))
+        check_trackers(options)
         torch.manual_seed(options.seed)
         self.rng = random.Random(options.seed)  # draws problems and shuffles
         self.task = make_task(options.task, options.numbers, options.largest, options.reward)
@@ -61,7 +66,7 @@ class Trainer:
         self.teacher, self.teacher_checksum = None, None
         if options.teacher is not None:
             self.teacher = load_teacher(options.teacher, self.task, self.model, self.tokenizer, self.device)
-            self.teacher_checksum = weights_checksum(self.teacher)
+            self.teacher_checksum = checkpoint.digest(self.teacher.state_dict())
         if options.linear_loss:
             for model in (self.model, self.reference):
                 if model is not None:
@@ -98,8 +103,9 @@ class Trainer:
             *(o.response_limit(), o.temperature, self.ranks),
         )
         reward, length = samples.rewards.mean().item(), samples.mask.sum(-1).float().mean().item()
-        samples, advantages = self._advantages(samples)
         record: dict[str, Any] = {"step": self.step, "reward": reward, "length": length}
+        record |= {"sample": self._text_of(samples, 0), "sample_reward": samples.rewards[0].item()}
+        samples, advantages = self._advantages(samples)
         if len(samples.rewards):
             old = self._log_probs(self.model, samples)
             ref = None if self.reference is None else self._log_probs(self.reference, samples)
@@ -107,6 +113,10 @@ class Trainer:
         self.step += 1
         seconds = time.perf_counter() - start
         return record | {"tokens_per_second": length * o.prompts * o.group / seconds, "seconds": seconds}
+
+    def _text_of(self, samples: Samples, row: int) -> str:
+        """Return a prompt and what the policy wrote after it."""
+        return self.tokenizer.decode(samples.ids[row][samples.attention_mask[row].bool()].tolist())
 
     def _advantages(self, samples: Samples) -> tuple[Samples, Tensor]:
         """Return the samples without the groups that have nothing to say, and their advantages (B,): rewards normalised
@@ -297,72 +307,70 @@ class Trainer:
         return {"torch": torch.default_generator, "cuda": torch.cuda.default_generators[index]}
 
 
-class _Interrupt:
-    """The first Ctrl-C or SIGTERM asks the loop to stop after its step; the second stops at once. Of several ranks the
-    first signal to any stops all, and no other does: torchrun passes a terminal's Ctrl-C on, which comes twice then."""
-
-    def __init__(self, ranks: Ranks) -> None:
-        self.asked = False
-        self._ranks = ranks
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and not self._ranks.several:
-            raise KeyboardInterrupt
-        if self._ranks.writes and not self.asked:
-            again = "" if self._ranks.several else " (Ctrl-C again: stop at once, unsaved)"
-            print(f"\nfinishing this step, then saving{again}", file=sys.stderr)
-        self.asked = True
-
-    def stops(self) -> bool:
-        """Whether any rank was asked to stop. Every rank must ask."""
-        return self._ranks.largest(int(self.asked)) > 0
-
-    def restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-
 def train(trainer: Trainer, folder: RunFolder, resume: bool = False) -> Trainer:
     """Run the loop to its end (or to Ctrl-C), logging, plotting and saving into ``folder``."""
     options, ranks = trainer.options, trainer.ranks
     if resume:
-        state = folder.load_checkpoint()
-        trainer.load_state(state)
-        folder.rewind(trainer.step)
-        saved = len(state["rng"]["torch"])
-        if ranks.writes and saved != ranks.count:
-            print(f"note: the checkpoint is of {saved} ranks; {ranks.count} go on within rounding, not bit for bit")
-    interrupt = _Interrupt(ranks)
-    progress = progress_bar(options.steps, folder.path.name, "step", trainer.step, leave=True) if ranks.writes else None
+        _go_on(trainer, folder)
+    interrupt = Interrupt(ranks)
+    trackers: list[Tracker] = []
     try:
+        if ranks.writes:
+            trackers = start_trackers(options, folder, trainer.step)
         while trainer.step < options.steps and not interrupt.stops():
             record = trainer.train_step()
             folder.log(record)
-            if progress is not None:
-                shown = {name: f"{record[name]:.3f}" for name in ("reward", "loss", "entropy") if name in record}
-                progress.set_postfix(shown)
-                progress.update()
+            for tracker in trackers:
+                tracker.log(record)
             if trainer.step % options.checkpoint_every == 0:
                 folder.save_checkpoint(trainer.state())
-        folder.save_checkpoint(trainer.state())
-        folder.plot()
+            folder.plot_now_and_then()
+        if trainer.step:
+            folder.save_checkpoint(trainer.state())
+            folder.plot()
         ranks.wait()
     finally:
-        if progress is not None:
-            progress.close()
+        for tracker in trackers:
+            tracker.close()
         interrupt.restore()
     return trainer
+
+
+def _go_on(trainer: Trainer, folder: RunFolder) -> None:
+    """Continue from the folder's checkpoint, as if the run had not been stopped."""
+    state = folder.load_checkpoint()
+    try:
+        trainer.load_state(state)
+    except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        raise SystemExit(
+            f"{folder.checkpoint_path} is of a run of other options than {folder.path / OPTIONS} has ({reason}). "
+            "Nothing was changed."
+        ) from error
+    folder.rewind(trainer.step)
+    saved, count = len(state["rng"]["torch"]), trainer.ranks.count
+    if trainer.ranks.writes and saved != count:
+        print(f"note: the checkpoint is of {saved} ranks; {count} go on within rounding, not bit for bit")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
     parser.add_argument("--out", type=Path, help="the run's folder (default: the next free runs/<task>-<loss>-<n>)")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="continue the run in this folder, bit for bit")
+    parser.add_argument(
+        "--save-model",
+        type=Path,
+        metavar="DIR",
+        help="at the end, write the policy and its tokenizer there, for from_pretrained; of an ended run with --resume",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Run ``train`` from the command line and return the exit status."""
+    if arguments.resume is not None and arguments.out is not None:
+        raise SystemExit(f"--resume {arguments.resume} continues a run in its own folder: leave --out out.")
+    if arguments.save_model is not None:
+        check_free(arguments.save_model)
     saved = None if arguments.resume is None else read_saved_options(arguments.resume)
     options = read_options(arguments, saved)
     if saved is not None and options != saved:
@@ -370,51 +378,66 @@ def main(arguments: argparse.Namespace) -> int:
     if saved is not None and (saved.fsdp or saved.tp > 1) and not started_by_torchrun():
         print("note: the run was shared by several ranks; it goes on in one process, whose weights are whole")
         options = dataclasses.replace(options, fsdp=False, tp=1)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends what has not begun as Ctrl-C does
     ranks = start_ranks(options.device, options.fsdp, options.tp)
     try:
         return _run(arguments, options, ranks)
     finally:
         ranks.finish()
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> int:
     resume = arguments.resume is not None
-    if resume:
-        folder = _folder(arguments, options, ranks)
-        trainer = Trainer(options, ranks)
-    else:
-        trainer = Trainer(options, ranks)  # first: what cannot be trained leaves no folder behind
-        folder = _folder(arguments, options, ranks)
-    config = options.loss_config()
-    if ranks.writes:
-        print(f"{config!r}\nrun folder: {folder.path}", flush=True)
-        if config.surrogate is not None and not config.policy_term.uses_ratio and options.epochs > 1:
-            print(f"note: --loss {options.loss} has no ratio to correct for a moved policy; --epochs 1 learns better")
-    train(trainer, folder, resume)
-    if ranks.writes:
-        _report(trainer, folder)
+    trainer = None if resume else Trainer(options, ranks)  # what cannot be trained leaves no folder behind
+    with contextlib.closing(_folder(arguments, options, ranks)) as folder:
+        trainer = trainer or Trainer(options, ranks)
+        _announce(options, folder, ranks)
+        train(trainer, folder, resume)
+        if arguments.save_model is not None:
+            save_policy(trainer.model, trainer.tokenizer, arguments.save_model, ranks.writes)
+        if ranks.writes:
+            _report(trainer, folder, arguments.save_model)
     return 0 if trainer.step >= options.steps else 130
+
+
+def _announce(options: Options, folder: RunFolder, ranks: Ranks) -> None:
+    if not ranks.writes:
+        return
+    config = options.loss_config()
+    print(f"{config!r}\nrun folder: {folder.path}", flush=True)
+    if config.surrogate is not None and not config.policy_term.uses_ratio and options.epochs > 1:
+        print(f"note: --loss {options.loss} has no ratio to correct for a moved policy; --epochs 1 learns better")
 
 
 def _folder(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> RunFolder:
     """Return the run's folder: one for all ranks, which the first has opened and alone writes into."""
+    held: list[RunFolder] = []
 
-    def opened() -> RunFolder:
+    def opened() -> Path:
         if arguments.resume is not None:
-            return RunFolder(arguments.resume, options, resume=True)
-        return RunFolder(arguments.out, options, resume=False) if arguments.out else RunFolder.fresh(options)
+            held.append(RunFolder(arguments.resume, options, resume=True))
+        elif arguments.out:
+            held.append(RunFolder(arguments.out, options, resume=False))
+        else:
+            held.append(RunFolder.fresh(options))
+        return held[0].path
 
-    folder = ranks.decide(opened)
-    return folder if ranks.writes else SilentFolder(folder.path)
+    path = ranks.decide(opened)
+    return held[0] if held else SilentFolder(path)
 
 
-def _report(trainer: Trainer, folder: RunFolder) -> None:
+def _report(trainer: Trainer, folder: RunFolder, model: Path | None) -> None:
     records = folder.records()
+    if not records:
+        print("interrupted before the end of its first step: nothing is left of the run")
+        return
     rewards = [record["reward"] for record in records[-50:]]
     seconds = sum(record["seconds"] for record in records)
-    if rewards:
-        mean = sum(rewards) / len(rewards)
-        print(f"step {trainer.step}, {seconds:.0f} s: mean reward of the last {len(rewards)} steps {mean:.3f}")
+    mean = sum(rewards) / len(rewards)
+    print(f"step {trainer.step}, {seconds:.0f} s: mean reward of the last {len(rewards)} steps {mean:.3f}")
     print(f"log, curves and checkpoint: {folder.path}")
+    if model is not None:
+        print(f"policy and tokenizer, for from_pretrained: {model}")
     if trainer.step < trainer.options.steps:
         print(f"interrupted; continue with: {trainer.ranks.command} train --resume {folder.path}")

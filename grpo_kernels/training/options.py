@@ -55,6 +55,8 @@ class Options:
     seed: int = 0
     checkpoint_every: int = 200
     device: str | None = None
+    tensorboard: bool = False
+    wandb: str | None = None
     fsdp: bool = False
     tp: int = 1
 
@@ -176,6 +178,8 @@ HELP = {
     "seed": "of everything",
     "checkpoint_every": "steps between checkpoints",
     "device": "cuda, cpu, ...; default: a GPU if there is one",
+    "tensorboard": "curves for TensorBoard too, in the run's folder",
+    "wandb": "project of Weights & Biases that curves go to too",
     "fsdp": "under torchrun: cut the weights over the ranks (FSDP2); default: a copy on each (DDP)",
     "tp": "under torchrun, with --linear-loss: cut the head's vocabulary over so many ranks, all of the same sequences",
 }

@@ -22,6 +22,9 @@ class Tokenizer(Protocol):
     def vocabulary(self) -> dict[Any, int]:
         """Return the id of every token."""
 
+    def save_pretrained(self, folder: Path) -> Any:
+        """Write files that transformers' AutoTokenizer reads."""
+
 
 class ByteTokenizer:
     """One token for each byte of an alphabet, beside padding (0) and end (1); needs no download."""
@@ -44,11 +47,34 @@ class ByteTokenizer:
     def vocabulary(self) -> dict[Any, int]:
         return self._ids
 
+    def save_pretrained(self, folder: Path) -> None:
+        """Write it as a BPE without merges, whose tokens are bytes."""
+        import transformers
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        letters = _letters_of_bytes()
+        ids = {"<pad>": self.pad_token_id, "<end>": self.eos_token_id}
+        ids |= {letters[byte]: number for byte, number in self._ids.items()}
+        tokenizer = Tokenizer(models.BPE(ids, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        special = {"pad_token": "<pad>", "eos_token": "<end>"}
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
+def _letters_of_bytes() -> dict[int, str]:
+    """Return the letters that byte-level tokenizers write bytes as, since GPT-2's."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
 
 class _HubTokenizer:
     """A pretrained tokenizer behind the same four names."""
 
     def __init__(self, tokenizer: Any) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("it has no end-of-sequence token: set eos_token")
         self._tokenizer = tokenizer
         self.eos_token_id = tokenizer.eos_token_id
         self.pad_token_id = self.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -65,6 +91,9 @@ class _HubTokenizer:
         ids: dict[Any, int] = self._tokenizer.get_vocab()
         return ids
 
+    def save_pretrained(self, folder: Path) -> None:
+        self._tokenizer.save_pretrained(folder)
+
 
 def load_policy(
     model: str | None, task: Task, hidden: int, layers: int, device: torch.device, option: str = "--model"
@@ -75,20 +104,28 @@ def load_policy(
     except ImportError as error:
         raise SystemExit("training needs transformers: pip install 'grpo-kernels[train]'") from error
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if model is None:
         tokenizer = ByteTokenizer(task.alphabet)
         return _tiny_qwen3(transformers, len(tokenizer), hidden, layers).to(device), tokenizer
-    loaded: Any
+    kind = "folder" if Path(model).exists() else "path or hub name"
     try:
         # Without being told, transformers asks at the terminal whether to run a model's own code.
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, weights_only=True)
-        pretrained = transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # of a folder's weights that are no weights, whatever their reader raises
-        kind = "folder" if Path(model).exists() else "path or hub name"
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            model, trust_remote_code=False, weights_only=True
+        )
+    except Exception as error:  # of many kinds where a file is damaged, missing, or no weights
         raise SystemExit(
             f"{option} {model}: no causal language model could be loaded from this {kind}: {error}"
         ) from error
-    return loaded.to(device), _HubTokenizer(pretrained)
+    try:
+        pretrained = _HubTokenizer(transformers.AutoTokenizer.from_pretrained(model, trust_remote_code=False))
+    except Exception as error:
+        raise SystemExit(
+            f"{option} {model}: the model is there, but no tokenizer could be loaded from this {kind} "
+            f"({str(error).splitlines()[0][:200]}). Save its tokenizer beside it: tokenizer.save_pretrained(folder)."
+        ) from error
+    return loaded.to(device), pretrained
 
 
 def _tiny_qwen3(transformers: Any, vocab: int, hidden: int, layers: int) -> nn.Module:

@@ -1,17 +1,26 @@
-"""The run's folder: options, a JSONL log, curves, checkpoints; each file whole or absent, never half-written."""
+"""The run's folder: options, a JSONL log, curves, checkpoints; each file whole or absent, but for the log's end."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import shutil
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from . import checkpoint
+from .files import replaced, sync, write_text
 from .options import Options
 
-OPTIONS, CHECKPOINT = "options.json", "checkpoint.safetensors"
-"""Files of a run's folder."""
+OPTIONS, CHECKPOINT, PROBE = "options.json", "checkpoint.safetensors", ".writable"
+"""Files of a run's folder; the last is gone when it is opened."""
+REDRAWN_AFTER = 30.0
+"""Seconds."""
 CURVES = {
     "reward": "reward (mean over responses)",
     "length": "response length (tokens)",
@@ -27,49 +36,110 @@ CURVES = {
 
 
 class RunFolder:
-    """Where a run writes. Opening it checks that it can be written before any work is done."""
+    """Where a run writes. Opening it checks that it can be written before any work is done, and that nobody else does.
 
-    def __init__(self, path: Path, options: Options, resume: bool) -> None:
+    Raises:
+        SystemExit: in every method, with what is wrong and what is left, where the folder cannot be read or written.
+    """
+
+    def __init__(self, path: Path, options: Options, resume: bool, alone: bool = False) -> None:
         self._place(path)
+        self._new = not resume
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
-            probe.touch()
-            probe.unlink()
+            path.mkdir(parents=True, exist_ok=not alone)
+            self._options = (path / OPTIONS).open("a")  # held open and locked as long as this writes
+            _lock(self._options, path)
+            if self._new:
+                self._begin(options)
+            (path / PROBE).touch()
+            (path / PROBE).unlink()
         except OSError as error:
+            if alone and isinstance(error, FileExistsError):
+                raise
+            self._forget()
             raise SystemExit(f"the run folder {path} cannot be written: {error}. Choose another with --out.") from error
-        if not resume and self.log_path.exists():
-            raise SystemExit(f"{path} already holds a run. Continue it with --resume {path}, or choose another --out.")
-        if not resume:
-            self._write(path / OPTIONS, json.dumps(dataclasses.asdict(options), indent=2) + "\n")
+
+    def _begin(self, options: Options) -> None:
+        if self.log_path.exists():
+            raise SystemExit(
+                f"{self.path} already holds a run. Continue it with --resume {self.path}, or choose another --out."
+            )
+        (self.path / OPTIONS).write_text(json.dumps(dataclasses.asdict(options), indent=2) + "\n")
 
     def _place(self, path: Path) -> None:
         self.path = path
         self.log_path, self.checkpoint_path = path / "log.jsonl", path / CHECKPOINT
+        self._saved: int | None = None
+        self._drawn = time.monotonic()
 
     @classmethod
     def fresh(cls, options: Options, parent: Path = Path("runs")) -> RunFolder:
         """Return the next free folder runs/<task>-<loss>-<n>."""
         stem = f"{options.task.replace(':', '-')}-{options.loss}"
-        number = next(n for n in range(10**6) if not (parent / f"{stem}-{n}").exists())
-        return cls(parent / f"{stem}-{number}", options, resume=False)
+        for number in itertools.count():
+            path = parent / f"{stem}-{number}"
+            if not path.exists():
+                with contextlib.suppress(FileExistsError):  # another run has begun at this moment
+                    return cls(path, options, resume=False, alone=True)
+        raise AssertionError("there is always a next number")
+
+    def close(self) -> None:
+        """Let another process write. Of a run that never began, what opening the folder has made goes."""
+        self._forget()
+        self._options.close()
+
+    def _forget(self) -> None:
+        if not self._new or self.log_path.exists() or self.checkpoint_path.exists():
+            return
+        if self.path in self._made:
+            shutil.rmtree(self.path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.path / OPTIONS).unlink(missing_ok=True)
+            (self.path / PROBE).unlink(missing_ok=True)
+            for folder in self._made[1:]:
+                folder.rmdir()
 
     def log(self, record: dict[str, Any]) -> None:
-        with self.log_path.open("a") as file:
+        with self._writing(), self.log_path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        if not self.log_path.exists():
-            return []
-        return [json.loads(line) for line in self.log_path.read_text().splitlines()]
+        """Return what was logged, without lines that an accident has cut short or overwritten."""
+        return self._read_log()[0]
+
+    def _read_log(self) -> tuple[list[dict[str, Any]], int]:
+        """Return the log's records, and how many lines are none."""
+        lines = self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
+        records = [record for line in lines if (record := _record(line)) is not None]
+        return records, len(lines) - len(records)
 
     def rewind(self, step: int) -> None:
         """Forget what was logged from ``step`` on: the run continues there."""
-        kept = [json.dumps(record) for record in self.records() if record["step"] < step]
-        self._write(self.log_path, "".join(line + "\n" for line in kept))
+        records, damaged = self._read_log()
+        kept = [json.dumps(record) for record in records if record["step"] < step]
+        with self._writing():
+            write_text(self.log_path, "".join(line + "\n" for line in kept))
+        if damaged:
+            print(f"note: {damaged} unreadable line{'s' * (damaged > 1)} of {self.log_path} are left out")
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        checkpoint.write(self.checkpoint_path, *checkpoint.flatten(state))
+        with self._writing():
+            if self.log_path.exists():
+                sync(self.log_path)  # the log of every step that the checkpoint has
+            checkpoint.write(self.checkpoint_path, *checkpoint.flatten(state))
+        self._saved = state["step"]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Exit with what is left, where the disk is full, became read-only or is gone."""
+        try:
+            yield
+        except OSError as error:
+            left = "There was no checkpoint yet"
+            if self._saved is not None:
+                left = f"The checkpoint of step {self._saved} is as it was; continue from it with --resume {self.path}"
+            raise SystemExit(f"the run folder {self.path} cannot be written any more: {error}. {left}.") from error
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Return the last checkpoint. Exit with a message where there is none or it cannot be read."""
@@ -88,42 +158,29 @@ class RunFolder:
             ) from error
         if missing:
             raise SystemExit(f"{self.checkpoint_path} is not a checkpoint of this loop: {sorted(missing)} are missing.")
+        self._saved = state["step"]
         return state
 
+    def plot_now_and_then(self) -> None:
+        """Draw the curves anew, where the last ones are old."""
+        if time.monotonic() - self._drawn > REDRAWN_AFTER:
+            self.plot()
+
     def plot(self) -> Path | None:
-        """Draw curves.png from the log, if matplotlib is there, and return its path."""
+        """Draw curves.png from the log, if matplotlib is there, and return its path. A run goes on without curves."""
+        self._drawn = time.monotonic()
         records = self.records()
+        names = [name for name in CURVES if any(name in record for record in records)]
+        target = self.path / "curves.png"
         try:
-            import matplotlib
+            with replaced(target) as file:
+                draw(records, names, self.path.name, file)
         except ImportError:
             return None
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        names = [name for name in CURVES if any(name in record for record in records)]
-        columns = -(-max(len(names), 1) // 2)
-        figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 6), constrained_layout=True, squeeze=False)
-        for axis, name in zip(axes.flat, names, strict=False):
-            steps, values = zip(*((r["step"], r[name]) for r in records if name in r), strict=True)
-            axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
-            axis.plot(steps, _smooth(list(values)), color="tab:blue", linewidth=1.6)
-            axis.set_title(CURVES[name])
-            axis.set_xlabel("step")
-            axis.grid(alpha=0.3)
-        for axis in axes.flat[len(names) :]:
-            axis.set_visible(False)
-        figure.suptitle(self.path.name)
-        target = self.path / "curves.png"
-        figure.savefig(target.with_suffix(".tmp.png"), dpi=110)
-        plt.close(figure)
-        target.with_suffix(".tmp.png").replace(target)
+        except OSError as error:
+            print(f"note: {target} cannot be written: {error}", file=sys.stderr)
+            return None
         return target
-
-    @staticmethod
-    def _write(path: Path, text: str) -> None:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text)
-        temporary.replace(path)
 
 
 class SilentFolder(RunFolder):
@@ -131,6 +188,9 @@ class SilentFolder(RunFolder):
 
     def __init__(self, path: Path) -> None:
         self._place(path)
+
+    def close(self) -> None:
+        return
 
     def log(self, record: dict[str, Any]) -> None:
         return
@@ -143,6 +203,53 @@ class SilentFolder(RunFolder):
 
     def plot(self) -> Path | None:
         return None
+
+
+def _lock(file: IO[str], folder: Path) -> None:
+    """Take a lock that ends with this process or when the file is closed; where the file system knows none, none.
+
+    Raises:
+        SystemExit: another process has it, as when a scheduler starts a job again before the first has ended.
+    """
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SystemExit(f"another process writes into {folder}: wait for its end, or choose another --out.") from error
+    except (ImportError, OSError):
+        return
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def draw(records: list[dict[str, Any]], names: list[str], title: str, file: Path) -> None:
+    """Draw what of a log has these names."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = -(-max(len(names), 1) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 6), constrained_layout=True, squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        steps, values = zip(*((r["step"], r[name]) for r in records if name in r), strict=True)
+        axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
+        axis.plot(steps, _smooth(list(values)), color="tab:blue", linewidth=1.6)
+        axis.set_title(CURVES[name])
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
 def _smooth(values: list[float], window: int = 25) -> list[float]:

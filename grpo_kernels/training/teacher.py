@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import checkpoint
 from .policy import Tokenizer, load_policy
@@ -43,16 +41,6 @@ def load_teacher(path: str, task: Task, policy: Any, tokenizer: Tokenizer, devic
             "one tokenizer and as many columns."
         )
     return model.eval().requires_grad_(False)
-
-
-def weights_checksum(teacher: nn.Module) -> str:
-    """Return what tells a teacher's weights from others', wherever they lie and on whatever device: of every name,
-    dtype, shape and byte."""
-    found = hashlib.sha256()
-    for name, values in teacher.state_dict().items():
-        found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        found.update(memoryview(values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
-    return found.hexdigest()
 
 
 def _of_run(path: Path, device: torch.device) -> tuple[Any, Tokenizer]:

@@ -388,11 +388,11 @@ def _usable(device: str, asked: list[str] | None) -> list[str]:
     backends.check_not_switched("verify compares backends by name")
     for name in asked or backends.names():
         check_name("--backend", name, backends.names())
-        reason = backends.get(name).unsupported(backends.Request(torch.device(device), by_name=True))
+        if asked:
+            backends.check_serves("--backend", name, device)
+        reason = backends.unsupported(name, device)
         if reason is None:
             usable.append(name)
-        elif asked:
-            raise ValueError(f"--backend {name} cannot serve {device}: {reason}")
         else:
             print(f"left out {name}: {reason}", file=sys.stderr)
     return usable

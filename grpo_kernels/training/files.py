@@ -1,0 +1,46 @@
+"""Files that an accident leaves as they were: each is written beside its place, is on the disk, and then takes it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Give the path of a new file or folder that takes the place of ``path`` when it is whole, or is removed.
+
+    It lies in a folder of a known name, which the next writer empties: a process may be killed in between, and what a
+    library writes before may have any name.
+    """
+    unfinished = path.with_name(path.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        made = unfinished / path.name
+        yield made
+        for file in [made, *made.rglob("*")]:
+            if file.is_file():
+                file.chmod(unfinished.stat().st_mode & 0o666)  # as any new file's; safetensors' are their owner's alone
+            sync(file)
+        made.replace(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk: a machine may lose its power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replaced(path) as file:
+        file.write_text(text)

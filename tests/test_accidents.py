@@ -1,0 +1,502 @@
+"""The training loop when something happens to it: what is said, what is left, and that a run goes on as if unbroken."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_kernels import backends
+from grpo_kernels.__main__ import main
+from grpo_kernels.training import checkpoint, loop, report, trackers
+from grpo_kernels.training.loop import Trainer
+from grpo_kernels.training.options import Options
+from grpo_kernels.training.policy import ByteTokenizer
+from grpo_kernels.training.report import RunFolder
+
+TINY = {"prompts": 2, "group": 2, "minibatch": 4, "hidden": 16, "layers": 1, "numbers": 2, "steps": 5}
+FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it(tmp_path, monkeypatch):
+    torch.use_deterministic_algorithms(False)
+    monkeypatch.chdir(tmp_path)
+
+
+def train(*arguments: str) -> int:
+    return main(["train", *arguments])
+
+
+def message_of(*arguments: str) -> str:
+    """What the command exits with: a message, no traceback."""
+    with pytest.raises(SystemExit) as refused:
+        train(*arguments)
+    return str(refused.value)
+
+
+def log(folder: str) -> list[dict]:
+    records = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{name: r[name] for name in r if name not in ("seconds", "tokens_per_second")} for r in records]
+
+
+def names(folder: str | Path) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+WHOLE = ["checkpoint.safetensors", "curves.png", "log.jsonl", "options.json"]
+
+
+@pytest.fixture
+def whole() -> list[dict]:
+    """The log of the unbroken run."""
+    assert train(*FLAGS, "--out", "whole") == 0
+    assert names("whole") == WHOLE
+    return log("whole")
+
+
+@contextlib.contextmanager
+def before_step(number: int, action) -> Iterator[None]:
+    """Do something before a step of every run."""
+    step = Trainer.train_step
+
+    def run(trainer):
+        if trainer.step == number:
+            action()
+        return step(trainer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "train_step", run)
+        yield
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """A disk that is full behind so many bytes of a file."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class Killed(Exception):
+    """Of the process, in the middle of a step."""
+
+
+def fail() -> None:
+    raise Killed
+
+
+@pytest.mark.parametrize("end", [b'{"step": 4, "rew', b"\0" * 300, b"\xff\xfe{\n[1]\n"], ids=["cut", "zeros", "other"])
+def test_a_damaged_end_of_the_log_is_left_out(whole, end, capsys):
+    with before_step(4, fail), contextlib.suppress(Killed):
+        train(*FLAGS, "--checkpoint-every", "2", "--out", "cut")
+    with Path("cut/log.jsonl").open("ab") as file:
+        file.write(end)
+    assert train("--resume", "cut") == 0
+    assert "unreadable line" in capsys.readouterr().out
+    assert log("cut") == whole
+
+
+def test_a_full_disk(whole):
+    """At a checkpoint: the earlier one stays, nothing else does, and the run goes on from it to the same end."""
+    with contextlib.ExitStack() as until, before_step(3, lambda: until.enter_context(largest_file(20_000))):
+        said = message_of(*FLAGS, "--checkpoint-every", "2", "--out", "run")
+    assert said.startswith("the run folder run cannot be written any more: ")
+    assert "File too large" in said
+    assert said.endswith("The checkpoint of step 2 is as it was; continue from it with --resume run.")
+    assert names("run") == ["checkpoint.safetensors", "log.jsonl", "options.json"]
+    assert train("--resume", "run") == 0
+    assert log("run") == whole
+
+
+def test_a_full_disk_at_a_line_of_the_log(whole):
+    def fill() -> None:
+        until.enter_context(largest_file(Path("run/log.jsonl").stat().st_size + 100))
+
+    with contextlib.ExitStack() as until, before_step(3, fill):
+        said = message_of(*FLAGS, "--checkpoint-every", "2", "--out", "run")
+    assert "cannot be written any more" in said
+    assert not Path("run/log.jsonl").read_text().endswith("\n")  # the last line is cut
+    assert train("--resume", "run") == 0
+    assert log("run") == whole
+
+
+def test_a_full_disk_from_the_beginning():
+    with largest_file(10):
+        assert "the run folder a/run cannot be written: " in message_of(*FLAGS, "--out", "a/run")
+        assert "There was no checkpoint yet" in with_room_for_options()
+    assert names(".") == ["run"]
+
+
+def with_room_for_options() -> str:
+    with contextlib.ExitStack() as until, before_step(0, lambda: until.enter_context(largest_file(10))):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return message_of(*FLAGS, "--out", "run")
+
+
+def test_curves_that_cannot_be_written_stop_nothing(whole, monkeypatch, capsys):
+    monkeypatch.setattr(report, "draw", lambda *_: os.close(-1))
+    assert train(*FLAGS, "--out", "run") == 0
+    assert "note: run/curves.png cannot be written: " in capsys.readouterr().err
+    assert log("run") == whole
+
+
+@pytest.mark.parametrize("place", [0.02, *(i / 7 for i in range(1, 7)), 0.995])
+def test_zeroed_bytes_of_a_checkpoint_are_noticed(place, tmp_path):
+    """Anywhere in the file; nothing of the folder is changed."""
+    options = Options(**TINY)
+    folder = RunFolder(tmp_path / "run", options, resume=False)
+    folder.save_checkpoint(Trainer(options).state())
+    folder.close()
+    content = bytearray((tmp_path / "run" / "checkpoint.safetensors").read_bytes())
+    at = int(place * len(content))
+    lost = content[at : at + 64]
+    assert any(lost)
+    content[at : at + 64] = bytes(len(lost))
+    (tmp_path / "run" / "checkpoint.safetensors").write_bytes(content)
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in names("run")}
+    said = message_of("--resume", "run")
+    assert "run/checkpoint.safetensors is damaged" in said
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in names("run")} == before
+
+
+def test_the_checkpoint_of_another_run_is_refused():
+    assert train(*FLAGS, "--out", "run") == 0
+    assert train(*FLAGS, "--hidden", "32", "--out", "other") == 0
+    kept = Path("run/log.jsonl").read_bytes()
+    Path("other/checkpoint.safetensors").replace("run/checkpoint.safetensors")
+    assert "is of a run of other options than run/options.json has (RuntimeError: " in message_of("--resume", "run")
+    assert Path("run/log.jsonl").read_bytes() == kept
+
+
+def half_written(tensors, file, metadata) -> None:
+    """As safetensors writes: under a name of its own first."""
+    (file.parent / ".tmpA1b2C3").write_bytes(b"half")
+    kill()
+
+
+def kill(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+KILLS = {
+    "before anything is written": ("grpo_kernels.training.checkpoint.replaced", kill),
+    "when the file is half there": ("safetensors.torch.save_file", half_written),
+    "before it is on the disk": ("grpo_kernels.training.files.sync", kill),
+    "before it takes its place": ("pathlib.Path.replace", kill),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("moment", KILLS)
+def test_kill_9_at_a_checkpoint(moment, tmp_path):
+    """The one before is whole, and what is left over goes with the next."""
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint.write(path, {"weights": torch.zeros(1000)}, {"step": 1})
+    if (child := os.fork()) == 0:  # no exception and no handler runs in it any more
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(*KILLS[moment])
+            checkpoint.write(path, {"weights": torch.ones(1000)}, {"step": 2})
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert checkpoint.read(path)["step"] == 1
+    checkpoint.write(path, {"weights": torch.ones(1000)}, {"step": 3})
+    assert checkpoint.read(path)["step"] == 3
+    assert names(tmp_path) == ["checkpoint.safetensors"]
+
+
+def test_files_are_as_readable_as_any_other(tmp_path):
+    """A colleague may resume a run, where the umask lets them read it."""
+    assert train(*FLAGS, "--out", "run", "--save-model", "model") == 0
+    modes = {path.stat().st_mode & 0o777 for folder in ("run", "model") for path in Path(folder).iterdir()}
+    (tmp_path / "any").write_text("")
+    assert modes == {(tmp_path / "any").stat().st_mode & 0o777}
+
+
+def test_resume_takes_no_other_folder():
+    assert message_of("--resume", "run", "--out", "other") == (
+        "--resume run continues a run in its own folder: leave --out out."
+    )
+
+
+def test_a_backend_that_cannot_serve_leaves_no_folder(monkeypatch, capsys):
+    monkeypatch.setattr(backends.get("torch"), "unsupported", lambda request: "no such kernels")
+    assert train(*FLAGS, "--device", "cpu", "--backend", "torch", "--out", "run") == 2
+    assert "error: --backend torch cannot serve cpu: no such kernels" in capsys.readouterr().err
+    assert names(".") == []
+
+
+def test_a_run_that_never_began_leaves_no_folder(monkeypatch, capsys):
+    """What stops it before its first step is done, in any way; one step later the folder stays."""
+    with before_step(0, fail), pytest.raises(Killed):
+        train(*FLAGS, "--out", "a/b/run")
+    assert names(".") == []
+    with before_step(1, fail), pytest.raises(Killed):
+        train(*FLAGS, "--out", "began")
+    assert names("began") == ["log.jsonl", "options.json"]
+    start = loop.start_trackers
+    monkeypatch.setattr(loop, "start_trackers", lambda *each: os.kill(os.getpid(), signal.SIGTERM) or start(*each))
+    assert train(*FLAGS) == 130
+    assert "interrupted before the end of its first step: nothing is left of the run" in capsys.readouterr().out
+    Path("kept").mkdir()
+    Path("kept/notes").write_text("of somebody else")
+    assert train(*FLAGS, "--out", "kept") == 130
+    assert names("kept") == ["notes"]
+    announce = loop._announce
+    monkeypatch.setattr(loop, "_announce", lambda *each: os.kill(os.getpid(), signal.SIGTERM) or announce(*each))
+    assert train(*FLAGS) == 130  # before the loop's own handlers are there
+    assert names(".") == ["began", "kept", "runs"] or names(".") == ["began", "kept"]
+    assert not Path("runs").exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.fixture
+def _with_a_terminal() -> Iterator[None]:
+    """Without nohup's SIGHUP, which is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("_with_a_terminal")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_saves(whole, number, capsys):
+    """SIGTERM, and a terminal that is closed, as Ctrl-C."""
+    with before_step(2, lambda: os.kill(os.getpid(), number)):
+        assert train(*FLAGS, "--out", "run") == 130
+    assert "continue with: python -m grpo_kernels train --resume run" in capsys.readouterr().out
+    assert len(log("run")) == 3
+    assert train("--resume", "run") == 0
+    assert log("run") == whole
+
+
+@pytest.mark.usefixtures("_with_a_terminal")
+def test_nohup_stays(whole):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with before_step(2, lambda: os.kill(os.getpid(), signal.SIGHUP)):
+        assert train(*FLAGS, "--out", "run") == 0
+    assert log("run") == whole
+
+
+def test_a_terminal_that_is_gone_stops_nothing(whole, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    gone = os.fdopen(write, "w")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", gone)
+        with before_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            assert train(*FLAGS, "--out", "run") == 130
+        assert train("--resume", "run") == 0
+    with contextlib.suppress(BrokenPipeError):
+        gone.close()
+    assert log("run") == whole
+
+
+def test_a_clock_that_jumps_changes_nothing(whole, monkeypatch):
+    """Back by a year, forth by two, at every look."""
+    jumps = [1e9 + (-1) ** i * i * 3e7 for i in range(1000)]
+    monkeypatch.setattr(time, "time", lambda: jumps.pop())
+    assert train(*FLAGS, "--out", "run") == 0
+    assert log("run") == whole
+    records = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert all(0 < record["seconds"] < 60 for record in records)
+
+
+def test_one_process_writes_into_a_folder():
+    """A scheduler may start a job again before the first has ended."""
+    assert train(*FLAGS, "--out", "run") == 0
+    held = RunFolder(Path("run"), Options(**TINY), resume=True)
+    for arguments in (["--resume", "run"], [*FLAGS, "--out", "run"]):
+        assert message_of(*arguments).startswith("another process writes into run: wait for its end")
+    held.close()
+    assert train("--resume", "run") == 0
+
+
+def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path):
+    opened: list[RunFolder] = []
+    barrier = threading.Barrier(8)
+
+    def begin() -> None:
+        barrier.wait()
+        opened.append(RunFolder.fresh(Options(**TINY)))
+
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(opened) == 8
+    assert len({folder.path for folder in opened}) == 8
+
+
+def test_curves_and_samples_appear_while_it_trains(monkeypatch, capsys):
+    monkeypatch.setattr(report, "REDRAWN_AFTER", 0.0)
+    seen: list[bool] = []
+
+    def look() -> None:
+        seen.append(Path("run/curves.png").exists())
+        monkeypatch.setattr(report, "REDRAWN_AFTER", 30.0)
+
+    with before_step(1, look):
+        assert train(*FLAGS, "--out", "run") == 0
+    assert seen == [True]
+    records = log("run")
+    assert all(record["sample"][2] == ">" and record["sample"][:2].isdigit() for record in records)
+    assert len({record["sample"] for record in records}) > 1
+    assert f"sample {records[-1]['sample']!r}" in capsys.readouterr().err
+
+
+def test_a_sample_is_a_response_with_its_reward():
+    trainer = Trainer(Options(**{**TINY, "numbers": 3, "largest": 3}))
+    for _ in range(3):
+        record = trainer.train_step()
+        prompt, response = record["sample"].split(">", 1)
+        problem = types.SimpleNamespace(prompt=prompt, answer=sorted(map(int, prompt)))
+        assert trainer.task.score(problem, response) == pytest.approx(record["sample_reward"])
+
+
+def test_the_result_is_a_model_that_transformers_loads(capsys):
+    """With its tokenizer: at the end of a run, of an ended run, as the model of another one."""
+    import transformers
+
+    assert train(*FLAGS, "--out", "run", "--save-model", "a/model") == 0
+    assert "policy and tokenizer, for from_pretrained: a/model" in capsys.readouterr().out
+    assert train("--resume", "run", "--save-model", "again") == 0
+    trained = Trainer(Options(**TINY))
+    trained.load_state(checkpoint.read(Path("run/checkpoint.safetensors")))
+    ids = torch.tensor([trained.tokenizer.encode("31>")])
+    for folder in ("a/model", "again"):
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.equal(model(ids).logits, trained.model(ids).logits)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert tokenizer("31>").input_ids == ids[0].tolist()
+        assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 0)
+    assert train(*FLAGS, "--model", "a/model", "--teacher", "again", "--divergence", "jsd", "--out", "next") == 0
+    assert "there is something already" in message_of(*FLAGS, "--save-model", "a/model", "--out", "more")
+    assert not Path("more").exists()
+    with largest_file(2000):
+        said = message_of("--resume", "next", "--save-model", "full")
+    assert "next" in said
+    assert not Path("full").exists()
+
+
+def test_the_saved_tokenizer_is_the_same(tmp_path):
+    """Of every byte, as text and as ids."""
+    import transformers
+
+    own = ByteTokenizer(bytes(range(256)))
+    own.save_pretrained(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "".join(map(chr, range(0x20, 0x180))) + "\n\t€ 数 3120> <pa <end"
+    assert loaded.encode(text) == own.encode(text)
+    ids = list(range(2, 258))
+    assert loaded.decode(ids, skip_special_tokens=True) == own.decode(ids)
+    assert loaded.decode([*own.encode(text), 1, 0, 0], skip_special_tokens=True) == text
+
+
+def test_a_model_without_a_tokenizer():
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=13, eos_token_id=0, bos_token_id=None, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained("model")
+    said = message_of(*FLAGS, "--model", "model")
+    assert "/model: the model is there, but no tokenizer could be loaded from this folder" in said
+    assert "tokenizer.save_pretrained" in said
+    ByteTokenizer(b"0123456789>").save_pretrained(Path("model"))
+    settings = json.loads(Path("model/tokenizer_config.json").read_text())
+    Path("model/tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
+    assert "it has no end-of-sequence token: set eos_token" in message_of(*FLAGS, "--model", "model")
+    weights = Path("model/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "no causal language model could be loaded from this folder" in message_of(*FLAGS, "--model", "model")
+    assert names(".") == ["model"]
+
+
+def no_login(**told) -> None:
+    raise RuntimeError("no API key")
+
+
+class Told:
+    """Stands in for wandb, and for a SummaryWriter."""
+
+    def __init__(self) -> None:
+        self.begun: list[dict] = []
+        self.logged: list[tuple] = []
+        self.ended = 0
+
+    def init(self, **told):
+        self.begun.append(told)
+        return types.SimpleNamespace(log=lambda record, step: self.logged.append((step, record)), finish=self.finish)
+
+    def finish(self) -> None:
+        self.ended += 1
+
+
+def test_weights_and_biases(monkeypatch, capsys):
+    """Missing: said before there is a folder. There: every record, and one run when it is resumed."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert message_of(*FLAGS, "--wandb", "sorting") == "--wandb needs the wandb package: pip install wandb"
+    assert names(".") == []
+    told = Told()
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=no_login))
+    with pytest.raises(SystemExit, match="--wandb: no API key"):
+        train(*FLAGS, "--wandb", "sorting", "--out", "run")
+    assert names(".") == []
+    monkeypatch.setitem(sys.modules, "wandb", told)
+    with before_step(2, lambda: os.kill(os.getpid(), signal.SIGINT)):
+        assert train(*FLAGS, "--wandb", "sorting", "--out", "run") == 130
+    assert train("--resume", "run") == 0
+    first, second = told.begun
+    assert (first["project"], first["resume"], first["config"]["steps"]) == ("sorting", "allow", 5)
+    assert first["id"] == second["id"]
+    assert [step for step, _ in told.logged] == [0, 1, 2, 3, 4]
+    assert told.logged[3][1]["reward"] == log("run")[3]["reward"]
+    assert told.ended == 2
+
+
+def test_tensorboard(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert message_of(*FLAGS, "--tensorboard") == "--tensorboard needs the tensorboard package: pip install tensorboard"
+    assert names(".") == []
+    scalars: list[tuple] = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            scalars.append((folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            scalars.append((name, value, step))
+
+        def add_text(self, name, text, step):
+            scalars.append((name, text, step))
+
+        def close(self):
+            scalars.append(("closed",))
+
+    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+    assert train(*FLAGS, "--tensorboard", "--out", "run") == 0
+    records = log("run")
+    assert scalars[0] == ("run/tensorboard", 0)
+    assert scalars[-1] == ("closed",)
+    assert ("reward", records[2]["reward"], 2) in scalars
+    assert ("sample", records[4]["sample"], 4) in scalars
+    assert set(trackers.numbers(records[0])) == {each[0] for each in scalars[1:-1]} - {
+        "sample", "seconds", "tokens_per_second",
+    }  # fmt: skip
