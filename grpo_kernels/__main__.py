@@ -34,7 +34,8 @@ def _run(argv: list[str] | None) -> int:
     if arguments.command is None:
         parser.print_help(sys.stderr)
         return 2
-    status: int = arguments.run(arguments)
+    with interrupt.sigterm_raises():
+        status: int = arguments.run(arguments)
     return status
 
 

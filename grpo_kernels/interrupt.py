@@ -1,11 +1,15 @@
-"""Ctrl-C while ``python -m grpo_kernels`` is still being imported, for a second or more: imported before PyTorch."""
+"""Ctrl-C while ``python -m grpo_kernels`` is still being imported, for a second or more: imported before PyTorch. And a
+scheduler's SIGTERM, which ends a command as Ctrl-C does."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +32,19 @@ def raise_again() -> None:
     """Let Ctrl-C raise KeyboardInterrupt again, where it did not."""
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, so that commands keep what they have and leave no half of a file."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 leave_quietly()

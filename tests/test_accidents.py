@@ -30,9 +30,11 @@ FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
 
 
 @pytest.fixture(autouse=True)
-def _as_users_run_it(tmp_path, monkeypatch):
+def _as_users_run_it(request, tmp_path, monkeypatch):
     torch.use_deterministic_algorithms(False)
     monkeypatch.chdir(tmp_path)
+    if not request.node.get_closest_marker("slow"):
+        monkeypatch.setattr(report, "draw", lambda records, names, title, file: file.write_text(title))
 
 
 def train(*arguments: str) -> int:
@@ -196,7 +198,7 @@ def kill(*_: object) -> None:
 KILLS = {
     "before anything is written": ("grpo_kernels.training.checkpoint.replaced", kill),
     "when the file is half there": ("safetensors.torch.save_file", half_written),
-    "before it is on the disk": ("grpo_kernels.training.files.sync", kill),
+    "before it is on the disk": ("grpo_kernels.files.sync", kill),
     "before it takes its place": ("pathlib.Path.replace", kill),
 }
 
@@ -344,6 +346,7 @@ def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path):
     assert len({folder.path for folder in opened}) == 8
 
 
+@pytest.mark.slow
 def test_curves_and_samples_appear_while_it_trains(monkeypatch, capsys):
     monkeypatch.setattr(report, "REDRAWN_AFTER", 0.0)
     seen: list[bool] = []

@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -165,23 +166,44 @@ def test_models_and_hidden_states(uncompiled, monkeypatch, capsys):
     assert "qwen2.5-7b" in capsys.readouterr().out
 
 
-def test_interrupted(uncompiled, monkeypatch, tmp_path, capsys):
-    """What was measured is kept, and written."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_interrupted(number, uncompiled, monkeypatch, tmp_path, capsys):
+    """What was measured is kept, and written, also by a scheduler's SIGTERM."""
     original = measure._row
     seen = []
 
     def row(spec, *rest):
         if seen:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         seen.append(spec)
         return original(spec, *rest)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background ignores
     monkeypatch.setattr(measure, "_row", row)
     assert main(["bench", "--shapes", "16x64,32x64", "--rounds", "1", "--out", str(tmp_path)]) == 130
     out = capsys.readouterr()
     assert "interrupted after 1 of 2 workloads" in out.err
     assert "16×64 bf16" in out.out
     assert len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 1
+
+
+@pytest.mark.parametrize("whole", [0, 1])
+def test_interrupted_while_it_writes(whole, uncompiled, monkeypatch, tmp_path):
+    """No file is half there: it is the one before, or none."""
+    original, written = Path.write_text, []
+
+    def write_text(path, text):
+        written.append(path.name)
+        original(path, text[: len(text) // 2])
+        if written.count("bench.json") > whole:
+            raise KeyboardInterrupt
+        return original(path, text)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert main(["bench", "--shapes", "16x64,32x64", "--rounds", "1", "--out", str(tmp_path)]) == 130
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == (["bench.csv", "bench.json", "bench.md", "bench.png"] if whole else [])
+    assert not whole or len(json.loads((tmp_path / "bench.json").read_text())["rows"]) == 1
 
 
 def unwritable(tmp_path):

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .. import backends
+from .. import backends, files
 from ..objectives.checks import check_device_name, check_name
 from ..verification.progress import progress_bar
 from . import measure, report
@@ -117,7 +117,8 @@ class Files:
             return
         try:  # now, not after minutes of measuring
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{name}.json").touch()
+            files.write_text(folder / f"{name}.probe", "")
+            (folder / f"{name}.probe").unlink()
         except OSError as error:
             raise ValueError(f"--out {folder} cannot be written: {error.strerror or error}.") from error
 
@@ -127,7 +128,7 @@ class Files:
             return
         found = {"environment": self.environment, "rows": rows}
         path = self.folder / f"{self.name}.json"
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        files.write_text(path, json.dumps(found, indent=1) + "\n")
         self.written = [path, *redraw(self.folder, self.name, found)]
 
 
@@ -138,7 +139,7 @@ def redraw(folder: Path, name: str, found: dict[str, Any]) -> list[Path]:
     written = []
     for ending, text in texts.items():
         written.append(folder / f"{name}.{ending}")
-        written[-1].write_text(text)
+        files.write_text(written[-1], text)
     try:
         drawn = plot(rows, folder / f"{name}.png", report.caption(environment))
     except ImportError:

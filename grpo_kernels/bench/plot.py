@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import replaced
 from .providers import IN_PLACE, OURS
 from .report import Row, milliseconds
 
@@ -62,7 +63,8 @@ def plot(rows: Sequence[Row], path: Path, heading: str) -> Path | None:
     figure = _lines(lines) if lines else _bars(rows)
     note = "Medians, less is better; memory is the peak beyond the inputs"
     head(figure, "One GRPO loss with its gradient and metrics", f"{note}. {heading}")
-    figure.savefig(path, dpi=150)
+    with replaced(path) as file:
+        figure.savefig(file, dpi=150)
     return path
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import replaced
+from ..files import replaced
 from .sharding import whole
 
 KEY, DIGEST = "grpo_kernels", "sha256"

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import dataclasses
 import random
-import signal
 import time
 from pathlib import Path
 from types import MappingProxyType
@@ -378,13 +377,11 @@ def main(arguments: argparse.Namespace) -> int:
     if saved is not None and (saved.fsdp or saved.tp > 1) and not started_by_torchrun():
         print("note: the run was shared by several ranks; it goes on in one process, whose weights are whole")
         options = dataclasses.replace(options, fsdp=False, tp=1)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends what has not begun as Ctrl-C does
     ranks = start_ranks(options.device, options.fsdp, options.tp)
     try:
         return _run(arguments, options, ranks)
     finally:
         ranks.finish()
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> int:

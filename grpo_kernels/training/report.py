@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from ..files import replaced, sync, write_text
 from . import checkpoint
-from .files import replaced, sync, write_text
 from .options import Options
 
 OPTIONS, CHECKPOINT, PROBE = "options.json", "checkpoint.safetensors", ".writable"

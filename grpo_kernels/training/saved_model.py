@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .files import replaced
+from ..files import replaced
 from .policy import Tokenizer
 from .sharding import whole
 
