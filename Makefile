@@ -16,14 +16,14 @@ READY := $(VENV)/installed
 LOWEST := $(VENV)/lowest
 endif
 
-.PHONY: train test test-ranks test-peers nightly coverage lint docs bench release clean
+.PHONY: train test test-ranks test-peers nightly coverage soak lint docs bench release clean
 
 train: $(READY)
 	$(RUN) -m grpo_kernels train $(ARGS)
 
 # Two workers: most of the suite is one-threaded (the interpreter, autograd). Idle threads must not spin beside them.
 PARALLEL := -n 2 --dist worksteal
-test test-ranks test-peers nightly: export OMP_WAIT_POLICY := passive
+test test-ranks test-peers nightly soak: export OMP_WAIT_POLICY := passive
 
 # Status 5: ARGS names files of the other call alone.
 test: $(READY) $(LOWEST)
@@ -47,6 +47,10 @@ nightly: $(if $(filter list,$(PART)),$(VENV)/installed,$(VENV)/peers $(NAMED) $(
 # What of the package the suite runs, line by line: build/coverage; about an hour. ARGS="tests/FILE.py" for a part of it.
 coverage: $(VENV)/coverage
 	$(VENV)/bin/python -m tests.nightly.coverage $(ARGS)
+
+# An hour of random calls and accidents; make soak ARGS="--minutes 10". What is interrupted is taken up.
+soak: $(READY)
+	$(RUN) -m tests.soak $(ARGS)
 
 # Beside TRL, Liger and PyTorch's own; make bench ARGS="--out DIR" writes tables and plots.
 bench: $(VENV)/peers

@@ -110,6 +110,7 @@ PARTS = {
     "commands": Part(
         6, ("test_training", "test_training_ranks", "test_memory", "test_cli"), ("grpo_kernels/**", "csrc/**")
     ),
+    "soak": Part(13, ("test_soak",), ("grpo_kernels/**", *CPU, "tests/soak/**")),
     "trl": Part(
         12,
         ("test_trl", "test_trl_models", "test_trl_server", "test_patch_trl"),

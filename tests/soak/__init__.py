@@ -1,0 +1,1 @@
+"""An hour of calls and accidents, at random: python -m tests.soak."""
