@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import sys
-import threading
 import time
 import types
 from collections.abc import Iterator
@@ -329,21 +328,18 @@ def test_one_process_writes_into_a_folder():
     assert train("--resume", "run") == 0
 
 
-def test_runs_that_begin_at_once_have_folders_of_their_own(tmp_path):
-    opened: list[RunFolder] = []
-    barrier = threading.Barrier(8)
+def test_runs_that_begin_at_once_have_folders_of_their_own(monkeypatch):
+    """Another takes the next free folder after this one has seen that it is free."""
+    mkdir, others = Path.mkdir, []
 
-    def begin() -> None:
-        barrier.wait()
-        opened.append(RunFolder.fresh(Options(**TINY)))
+    def beaten(path, *given, **named):
+        monkeypatch.setattr(Path, "mkdir", mkdir)
+        others.append(RunFolder.fresh(Options(**TINY)))
+        return mkdir(path, *given, **named)
 
-    threads = [threading.Thread(target=begin) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(opened) == 8
-    assert len({folder.path for folder in opened}) == 8
+    monkeypatch.setattr(Path, "mkdir", beaten)
+    own = RunFolder.fresh(Options(**TINY))
+    assert [folder.path.name for folder in (*others, own)] == ["sort-grpo-0", "sort-grpo-1"]
 
 
 @pytest.mark.slow
