@@ -16,7 +16,7 @@ READY := $(VENV)/installed
 LOWEST := $(VENV)/lowest
 endif
 
-.PHONY: train test test-ranks test-peers nightly coverage soak lint docs bench release clean
+.PHONY: train test test-ranks test-peers mutants nightly coverage soak lint docs bench release clean
 
 train: $(READY)
 	$(RUN) -m grpo_kernels train $(ARGS)
@@ -37,6 +37,11 @@ test-ranks: $(READY)
 # Against the packages themselves: TRL's trainers, Liger's functions.
 test-peers: $(VENV)/peers
 	$(VENV)/bin/python -m pytest $(PARALLEL) -m "peers and not nightly" $(ARGS)
+
+# The suite tested: faults of every source, each of which some test must notice; ARGS="cuda" judges those named so. What
+# was interrupted is taken up.
+mutants: $(READY)
+	$(RUN) -m tests.mutants $(ARGS)
 
 # Every stale part; make nightly PART=list shows them and installs no other package, PART="NAME NAME" runs these, with
 # those of the systems that are named.

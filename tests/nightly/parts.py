@@ -17,6 +17,7 @@ KERNELS = (
 CUDA = (*KERNELS, "csrc/cuda/**", "csrc/common/**", "tests/cuda_emulator/**")
 PTX = ("grpo_kernels/backends/**", "csrc/cuda/**", "csrc/common/**", "tests/ptx/**")
 CPU = ("csrc/cpu/**", "csrc/common/**")
+MUTATED = (*KERNELS, "tests/*.py", "tests/mutants/*")
 EVERY = ("tests/conftest.py", "tests/cases.py", "constraints.txt")
 ON_TRITON, ON_CUDA = r"[\[-]triton[\]-]", r"[\[-]cuda[\]-]"
 """Ids of a backend's cases."""
@@ -103,8 +104,11 @@ PARTS = {
     "architectures": Part(2, ("test_architectures",), (*KERNELS, "csrc/cpu/**", "tests/architectures/**")),
     "ptx": Part(20, ("test_ptx",), PTX, "test_all_cases|test_settlers"),
     "ptx-faults": Part(20, ("test_ptx",), PTX, "test_planted_fault"),
-    "mutants": Part(15, ("test_mutants",), (*KERNELS, "tests/*.py"), r"\[(?!triton)"),
-    "mutants-triton": Part(15, ("test_mutants",), (*KERNELS, "tests/*.py"), r"\[triton"),
+    "mutants-python": Part(15, ("test_mutants",), MUTATED, r"\[python"),
+    "mutants-written": Part(20, ("test_mutants",), MUTATED, r"\[written python"),
+    "mutants-triton": Part(20, ("test_mutants",), MUTATED, r"\[(written )?triton"),
+    "mutants-cpp": Part(12, ("test_mutants",), (*MUTATED, *CPU), r"\[cpp"),
+    "mutants-cuda": Part(12, ("test_mutants",), (*MUTATED, *CUDA), r"\[cuda"),
     "repeats": Part(15, ("test_repeats",), (*KERNELS, "csrc/**")),
     "match": Part(5, ("test_match",), ("grpo_kernels/**",)),
     "commands": Part(

@@ -1,0 +1,188 @@
+"""A verdict on a mutant: the tests that run over it, the record of verdicts, and processes that end with us."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .suites import COMMON
+from .table import ROOT, Mutant
+from .trees import DoesNotCompile, compile_tree, plant
+
+SECONDS = 240
+"""Of a process's own time: a fault may make a loop endless. The suites take less."""
+PATIENCE = 1800
+"""Of the clock, for those that wait for ever."""
+
+
+class Verdict(NamedTuple):
+    outcome: str
+    """killed, survives, or broken: it does not compile, or no test can be collected."""
+    said: str
+    """The test that failed, or why there is none."""
+    seconds: float
+
+
+class Stopped(Exception):
+    pass
+
+
+class Judge:
+    """Judges mutants, from several threads, and keeps what it found."""
+
+    def __init__(self, folder: Path = ROOT / "build" / "mutants") -> None:
+        self.folder = folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.record = folder / "verdicts.jsonl"
+        self.known: dict[tuple[str, str], Verdict] = {}
+        self.stopped = False
+        self._lock = threading.Lock()
+        self._running: set[subprocess.Popen[str]] = set()
+        for line in self.record.read_text().splitlines() if self.record.exists() else []:
+            with contextlib.suppress(ValueError):  # a line that an accident cut
+                entry = json.loads(line)
+                self.known[entry["name"], entry["digest"]] = Verdict(**entry["verdict"])
+
+    def stop(self) -> None:
+        """Whatever runs ends, and nothing else is started."""
+        with self._lock:
+            self.stopped = True
+            for process in self._running:
+                _end(process)
+
+    def recall(self, mutant: Mutant) -> Verdict | None:
+        """The verdict on the same fault, in the same file, by the same tests."""
+        return self.known.get((mutant.name, digest_of(mutant)))
+
+    def verdict(self, mutant: Mutant) -> Verdict:
+        known = self.recall(mutant)
+        if known is None:
+            began = time.monotonic()
+            try:
+                outcome, said = _read(*self._tested(mutant, [f"tests/{test}.py" for test in mutant.tests], sound=False))
+            except DoesNotCompile as error:
+                outcome, said = "broken", str(error)[-300:]
+            known = Verdict(outcome, said, round(time.monotonic() - began, 1))
+            self._remember(mutant.name, digest_of(mutant), known)
+        return known
+
+    def _remember(self, name: str, digest: str, verdict: Verdict) -> None:
+        with self._lock:
+            self.known[name, digest] = verdict
+            with self.record.open("a") as file:
+                file.write(json.dumps({"name": name, "digest": digest, "verdict": verdict._asdict()}) + "\n")
+
+    def unsound(self, mutants: Sequence[Mutant]) -> list[Mutant]:
+        """Of those killed, the ones whose test fails without the fault too: each test is run once, those of one build
+        together. What crashed or hung names no test."""
+        left: dict[str, dict[str, Mutant]] = {}
+        killed = [(m, verdict.said) for m in mutants if (verdict := self.recall(m)) and verdict.outcome == "killed"]
+        killed = [(mutant, test) for mutant, test in killed if test.startswith("tests/")]
+        for mutant, test in killed:
+            if self._sound(mutant, test) is None:
+                left.setdefault(mutant.suite.build, {})[test] = mutant
+        for tests in left.values():
+            began = time.monotonic()
+            status, said = self._tested(next(iter(tests.values())), [*tests], sound=True)
+            failed = set(_failed(said))
+            if status not in (0, 1) or not failed <= set(tests):
+                raise RuntimeError(f"what was killed does not run without a fault:\n{said[-2000:]}")
+            seconds = round((time.monotonic() - began) / len(tests), 1)
+            for test, mutant in tests.items():
+                outcome = "fails" if test in failed else "passes"
+                self._remember(*_without(mutant, test), Verdict(outcome, "", seconds))
+        return [mutant for mutant, test in killed if not self._sound(mutant, test)]
+
+    def _sound(self, mutant: Mutant, test: str) -> bool | None:
+        known = self.known.get(_without(mutant, test))
+        return None if known is None else known.outcome == "passes"
+
+    def _tested(self, mutant: Mutant, tests: list[str], sound: bool) -> tuple[int, str]:
+        """What pytest returns and says of these tests, over the fault or without it."""
+        tree = Path(tempfile.mkdtemp(prefix="tree_", dir=self.folder))
+        try:
+            plant(tree, mutant, sound)
+            environment = _environment(tree)
+            compiled = compile_tree(tree, mutant, self.folder / "objects", lambda *what: self._run(*what, environment))
+            command = [sys.executable, "-m", "pytest", "--no-header", "--tb=no", "-rfE", "-m", "not nightly"]
+            chosen = ["-x", *(["-k", mutant.suite.cases] if mutant.suite.cases else [])]
+            return self._run([*command, *([] if sound else chosen), *tests], tree, environment | compiled)
+        finally:
+            shutil.rmtree(tree, ignore_errors=True)
+
+    def _run(self, command: Sequence[str], folder: Path, environment: dict[str, str]) -> tuple[int, str]:
+        limited = ["sh", "-c", f'ulimit -t {SECONDS}; exec "$0" "$@"', *command]
+        with self._lock:
+            if self.stopped:
+                raise Stopped
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+            process = subprocess.Popen(limited, cwd=folder, env=environment, process_group=0, **pipes)
+            self._running.add(process)
+        try:
+            said = process.communicate(timeout=PATIENCE)[0]
+        except subprocess.TimeoutExpired:
+            said = "it hangs"
+        finally:
+            _end(process)  # with what its tests have left
+            with self._lock:
+                self._running.discard(process)
+        if self.stopped:
+            raise Stopped
+        return process.wait(), said
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _environment(tree: Path) -> dict[str, str]:
+    """Ours without what a run of pytest says to its own processes; temporary files go with the tree."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "GRPO_KERNELS"))}
+    own = {"PYTHONPATH": str(tree), "TMPDIR": str(tree / "tmp"), "PYTHONDONTWRITEBYTECODE": "1"}
+    return {"OMP_WAIT_POLICY": "passive", **kept, **own}
+
+
+def _failed(said: str) -> list[str]:
+    lines = (line for line in said.splitlines() if line.startswith(("FAILED tests/", "ERROR tests/")))
+    return [line.split(" ", 1)[1].split(" - ")[0] for line in lines]
+
+
+def _read(status: int, said: str) -> tuple[str, str]:
+    """An outcome, and the test that failed."""
+    if status == 0:
+        return "survives", said.strip().splitlines()[-1] if said.strip() else ""
+    if status == 1 and (failed := _failed(said)):
+        return "killed", failed[0]
+    if status < 0 or status > 127:
+        return "killed", f"it ends by signal {-status if status < 0 else status - 128}"
+    return "broken", said[-300:]
+
+
+def _contents(names: Iterable[str]) -> bytes:
+    return b"".join(hashlib.sha256((ROOT / name).read_bytes()).digest() for name in names)
+
+
+def _without(mutant: Mutant, test: str) -> tuple[str, str]:
+    """What is known of a test without a fault is known by this."""
+    names = [test.split("::")[0], *(f"tests/{name}" for name in COMMON)]
+    return f"without a fault: {mutant.suite.build} {test}", hashlib.sha256(_contents(names)).hexdigest()[:16]
+
+
+def digest_of(mutant: Mutant) -> str:
+    """Of the contents of the file and of its tests, and of the fault."""
+    fault = "\0".join((mutant.before, mutant.after, mutant.suite.build, mutant.suite.cases))
+    names = [mutant.file, *(f"tests/{test}.py" for test in mutant.tests), *(f"tests/{name}" for name in COMMON)]
+    return hashlib.sha256(fault.encode() + _contents(names)).hexdigest()[:16]
