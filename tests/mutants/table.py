@@ -97,7 +97,7 @@ def by_hand() -> list[Mutant]:
 
 
 def mutants(seed: int = 0) -> list[Mutant]:
-    """All, languages in turns."""
-    every = [*by_rule(seed), *by_hand()]
-    kinds = [[m for m in every if m.name.startswith(kind)] for kind in ("cpp", "cuda", "triton", "python", "written")]
-    return [m for turn in itertools.zip_longest(*kinds) for m in turn if m]
+    """All: by rule, languages in turns, then by hand."""
+    found = by_rule(seed)
+    languages = [[m for m in found if m.suite.language == name] for name in ("cpp", "cuda", "triton", "python")]
+    return [m for turn in itertools.zip_longest(*languages) for m in turn if m] + by_hand()
