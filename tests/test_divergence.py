@@ -726,7 +726,10 @@ def test_inplace_beside_a_teacher_in_the_same_memory(function):
 
     leaf = drawn(4, 6, 7, dtype=torch.float32).requires_grad_()
     both = leaf * 1.0
-    for policy, teacher in ((both[:2, 1:], both[:2, :5]), (both[:2], both[:2]), (both[:2], both[1:3])):
+    number = both[:2].numel()
+    ends = [both.flatten()[first : first + number].view(2, 6, 7) for first in (0, number - 1)]  # share one number
+    overlapping = ((both[:2, 1:], both[:2, :5]), (both[:2], both[:2]), (both[:2], both[1:3]), ends, ends[::-1])
+    for policy, teacher in overlapping:
         with pytest.raises(ValueError, match=r"in memory of their own with inplace=True(.|\n)*clone\(\)"):
             run(policy, teacher.detach(), True)
         run(policy, teacher.detach(), False)
