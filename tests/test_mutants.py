@@ -18,13 +18,7 @@ from mutants.written import TOPICS, WRITTEN
 
 ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = {mutant.name: mutant for mutant in table.mutants()}
-QUICK = {
-    "clip: slope kept",
-    "second backward",
-    "direct slope dropped",
-    "recorded: entropies",
-    "vocabulary: token elsewhere",
-}
+QUICK = ("clip: slope kept", "second backward", "direct slope dropped", "recorded: entropies")
 FIRST = ("cpp surrogates.h", "cpp token_sums.h", "cuda token_kernels.h", "triton surrogates.py", "python kl.py")
 """The files of which the first fault by rule is judged in every run."""
 SAMPLED = {
@@ -172,30 +166,52 @@ def test_a_verdict_is_of_the_contents(monkeypatch, tmp_path):
         path.write_text(before)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=lambda how: how.name)
-def test_an_interrupted_run_leaves_nothing_and_is_taken_up(how, tmp_path):
-    """No process, no copy of the sources; the verdicts that were found stay."""
-    mutant = MUTANTS["written python: gae: decay"]
-    record = tmp_path / "verdicts.jsonl"
-    kept = Judge(tmp_path)
-    kept._remember(mutant.name, digest_of(mutant), Verdict("killed", "it ends by signal 11", 1.0))
-    before = record.read_text()
-    command = [sys.executable, "-m", "tests.mutants", "--folder", str(tmp_path), "--jobs", "2", "gae"]
+def test_an_interrupted_run_leaves_nothing_and_is_taken_up(tmp_path):
+    """No process, no copy of the sources; the verdicts that were found stay, and the rest is judged."""
+    known = MUTANTS["written python: gae: decay"]
+    judge = Judge(tmp_path)
+    judge._remember(known.name, digest_of(known), Verdict("killed", "it ends by signal 11", 1.0))
+    before = judge.record.read_text()
+    for how in (signal.SIGINT, signal.SIGTERM):
+        run = _start(tmp_path, "gae")
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("tree_*/tmp/*")):  # the tests of the other mutant have begun
+            assert time.monotonic() < deadline
+            assert run.poll() is None, run.stdout.read()
+            time.sleep(0.05)
+        run.send_signal(how)
+        said = run.communicate(timeout=60)[0]
+        assert run.returncode == 130, said
+        assert said.splitlines()[-1] == "1 of 2 judged; the same command goes on"
+        assert [path.name for path in tmp_path.iterdir()] == ["verdicts.jsonl"]
+        assert judge.record.read_text() == before
+        assert not _processes_of(tmp_path)
+    run = _start(tmp_path, "gae")
+    said = run.communicate(timeout=500)[0]
+    assert run.returncode == 0, said
+    assert "[1/1, " in said
+    assert "killed: written python: gae: over a bound" in said
+    assert said.splitlines()[-1].startswith(
+        "2 mutants: 2 killed (100.0 % of those that run), 0 survive, 0 do not compile"
+    )
+    assert judge.record.read_text().count("without a fault:") == 1  # what crashed names no test
+
+
+def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.mutants", "--folder", str(folder), *words]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    run = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("tree_*/tmp/*")):  # the tests of the other mutant have begun
-        assert time.monotonic() < deadline
-        assert run.poll() is None, run.stdout.read()
-        time.sleep(0.05)
-    run.send_signal(how)
-    said = run.communicate(timeout=60)[0]
-    assert run.returncode == 130, said
-    assert said.splitlines()[-1] == "1 of 2 judged; the same command goes on"
-    assert [path.name for path in tmp_path.iterdir()] == ["verdicts.jsonl"]
-    assert record.read_text() == before
-    assert not _processes_of(tmp_path)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def test_what_survives_is_shown_and_fails_the_run(tmp_path):
+    mutant = MUTANTS["written python: gae: decay"]
+    Judge(tmp_path)._remember(mutant.name, digest_of(mutant), Verdict("survives", "50 passed", 1.0))
+    run = _start(tmp_path, "gae: decay")
+    said = run.communicate(timeout=100)[0]
+    assert run.returncode == 1
+    assert f"    - {mutant.before}\n    + {mutant.after}\n" in said
+    assert said.splitlines()[-1].startswith("1 mutants: 0 killed (0.0 % of those that run), 1 survive")
 
 
 def _processes_of(folder: Path) -> list[str]:

@@ -58,13 +58,13 @@ def run(judge: Judge, chosen: list[Mutant], jobs: int) -> None:
         futures = {pool.submit(judge.verdict, mutant): mutant for mutant in left}
         try:
             for count, future in enumerate(as_completed(futures), start=1):
-                minutes = (time.monotonic() - began) / 60
+                verdict, minutes = future.result(), (time.monotonic() - began) / 60
                 print(f"[{count}/{len(left)}, {minutes:.0f} of about {minutes * len(left) / count:.0f} min]", end=" ")
-                show(futures[future], future.result())
-        finally:
-            for future in futures:
-                future.cancel()
+                show(futures[future], verdict)
+        except BaseException:
             judge.stop()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def show(mutant: Mutant, verdict: Verdict | None, lines: bool = False) -> None:
