@@ -57,6 +57,7 @@ SUITES = (
     cpp("cpu/simd/generic.h", "test_loss test_numerics test_row_stats", instruction_set="generic"),
     cpp("cpu/simd/avx512.h", "test_loss test_numerics test_row_stats", instruction_set="avx512"),
     cpp("cpu/blocks.h", "test_blocks", ""),
+    cpp("cpu/checks.h", "test_fuzz_abi", ""),
     cpp("cpu/token_sums.h", "test_metrics test_loss"),
     cpp(
         "common/logit_map.h common/stats.h cpu/row.h cpu/math.h cpu/types.h cpu/*.cpp cpu/simd/*.h",
