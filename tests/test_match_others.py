@@ -96,7 +96,8 @@ def test_what_is_no_loss_is_told_in_a_sentence(name, tmp_path, capsys, monkeypat
             assert captured.out.startswith("your loss is LossConfig(Clip(0.2, 0.2)")
             return
         assert status == 2
-        said = captured.err
+        announced, _, said = captured.err.partition("\n")
+        assert announced.startswith(f"match runs {path}")
     else:
         if given.does == "works":
             assert_same(match(given.loss).config, given.config, name)
