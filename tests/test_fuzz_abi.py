@@ -31,6 +31,7 @@ def driven(program: Path, *arguments: str) -> str:
     environment = {
         **os.environ,
         "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=0:handle_segv=0:allow_user_segv_handler=1",
+        "UBSAN_OPTIONS": "abort_on_error=1",  # it does not call __asan_on_error
     }
     command = [str(program), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=program.parent)
@@ -56,6 +57,23 @@ def test_what_once_failed(over_the_library):
 
 def test_new_inputs(over_the_library):
     assert executions(driven(over_the_library, "run", "3000", "1", ".")) == 3000
+
+
+OVERFLOW = """
+#include <stddef.h>
+#include <stdint.h>
+int last = INT32_MAX - 1;
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t*, size_t size) { return last + int(size); }
+"""
+
+
+def test_undefined_behaviour_is_told_with_its_input_and_seed(tmp_path):
+    target, program = tmp_path / "target.cpp", tmp_path / "program"
+    target.write_text(OVERFLOW)
+    command = [fuzz_abi.compiler(), *fuzz_abi.SANITIZED[:2], str(fuzz_abi.HERE / "driver.cpp"), str(target)]
+    subprocess.run([*command, "-o", str(program)], check=True)
+    with pytest.raises(AssertionError, match=r"(?s)seed 7\n.*signed integer overflow.*\s[0-9a-f]{20,}\s"):
+        driven(program, "run", "100", "7", ".")
 
 
 @pytest.mark.parametrize("function", ["fused_loss", "token_sums", "log_probs"])

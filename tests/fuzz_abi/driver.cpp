@@ -79,6 +79,7 @@ void mutate(Bytes& bytes, const std::vector<Bytes>& kept, std::mt19937_64& rando
 int run(const char* how_many, uint64_t seed) {
   const bool timed = strchr(how_many, 's') != nullptr;
   const double most = atof(how_many);
+  fprintf(stderr, "seed %llu\n", (unsigned long long)seed);
   std::mt19937_64 random(seed);
   std::vector<Bytes> kept{Bytes()};
   const time_t began = time(nullptr);
