@@ -76,6 +76,26 @@ def test_undefined_behaviour_is_told_with_its_input_and_seed(tmp_path):
         driven(program, "run", "100", "7", ".")
 
 
+OF_MEMORY = """
+#ifndef __has_feature
+#define __has_feature(name) 0
+#endif
+#include "memory.h"
+#ifdef GRPO_FUZZ_SANITIZED
+#error plain buffers
+#endif
+"""
+
+
+@pytest.mark.parametrize(("flags", "plain"), [((), False), (("-fsanitize=address",), True)])
+def test_buffers_are_plain_under_a_sanitizer_alone(flags, plain):
+    """Whether or not the compiler has __has_feature."""
+    command = [fuzz_abi.compiler(), "-std=c++17", "-fsyntax-only", f"-I{fuzz_abi.HERE}", *flags, "-x", "c++", "-"]
+    result = subprocess.run(command, input=OF_MEMORY, capture_output=True, text=True)
+    assert ("plain buffers" in result.stderr) == plain
+    assert plain or result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("function", ["fused_loss", "token_sums", "log_probs"])
 def test_python_asks_how_a_call_went(monkeypatch, function):
     """Numbers of a refused call are whatever was in memory."""

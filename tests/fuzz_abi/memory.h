@@ -8,8 +8,12 @@
 
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__has_feature)
+#if defined(__SANITIZE_ADDRESS__)
 #define GRPO_FUZZ_SANITIZED 1
+#elif defined(__has_feature)  // by Clang, and GCC from 14 on, with a sanitizer or without
+#if __has_feature(address_sanitizer)
+#define GRPO_FUZZ_SANITIZED 1
+#endif
 #endif
 
 // An input's bytes, one number after the other; past its end what follows from its length and its last byte alone, so
