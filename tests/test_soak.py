@@ -80,6 +80,14 @@ def test_it_is_taken_up(tmp_path):
     assert counted(text, "calls") > done.calls.total()
 
 
+def test_a_child_that_hangs_before_its_session_is_killed():
+    if not (child := os.fork()):
+        time.sleep(60)
+        os._exit(0)
+    with pytest.raises(processes.Fault, match="did not end"):
+        processes.wait(child, patience=0.0)
+
+
 def test_what_is_a_fault(tmp_path):
     """A child that hangs, a process that is left, an exception in a child, memory that grows."""
     with pytest.raises(processes.Fault, match=r"did not end in 0\.3 seconds"):

@@ -57,7 +57,9 @@ def wait(child: int, patience: float = PATIENCE) -> int:
         if ended:
             break
         if time.monotonic() > deadline:
-            os.killpg(child, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it may not have its session yet
+                os.killpg(child, signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             raise Fault(f"a child did not end in {patience:g} seconds")
         time.sleep(0.002)
