@@ -40,6 +40,10 @@ def test_parts_name_what_exists(name):
     assert part.minutes <= 25
 
 
+def test_mutants_are_judged_anew_by_another_fuzzer():
+    assert all("tests/fuzz_abi/**" in part.guards for name, part in PARTS.items() if name.startswith("mutants-"))
+
+
 def test_parts_know_the_folders_that_make_installs():
     named = {part.folder for part in PARTS.values() if part.folder}
     assert named == {path.stem for path in (HERE / "nightly").glob("*.txt")}

@@ -17,7 +17,7 @@ KERNELS = (
 CUDA = (*KERNELS, "csrc/cuda/**", "csrc/common/**", "tests/cuda_emulator/**")
 PTX = ("grpo_kernels/backends/**", "csrc/cuda/**", "csrc/common/**", "tests/ptx/**")
 CPU = ("csrc/cpu/**", "csrc/common/**")
-MUTATED = (*KERNELS, "tests/*.py", "tests/mutants/*")
+MUTATED = (*KERNELS, "tests/*.py", "tests/mutants/**", "tests/fuzz_abi/**")
 EVERY = ("tests/conftest.py", "tests/cases.py", "constraints.txt")
 ON_TRITON, ON_CUDA = r"[\[-]triton[\]-]", r"[\[-]cuda[\]-]"
 """Ids of a backend's cases."""
