@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from soak import __main__ as of_command
 from soak import processes
 from soak.record import WARM, Record
 
@@ -78,6 +79,18 @@ def test_it_is_taken_up(tmp_path):
     text = soak(tmp_path, "--minutes", str(done.seconds / 60 + 0.02))
     assert f"seed {done.seed}, " in text
     assert counted(text, "calls") > done.calls.total()
+
+
+def test_an_interrupted_soak_leaves_no_folder(tmp_path, monkeypatch):
+    def interrupted(record, minutes, folder):
+        (folder / "tmp").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(of_command, "soak", interrupted)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["soak", "--record", str(tmp_path / "soak.json")])
+    assert of_command.main() == 130
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_child_that_hangs_before_its_session_is_killed():

@@ -182,6 +182,7 @@ def main() -> int:
         )
         return 1
     except KeyboardInterrupt:
+        shutil.rmtree(folder)
         print(f"interrupted; the same command goes on\n{record}", file=sys.stderr)
         return 130
     shutil.rmtree(folder)
