@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from mutants import table
-from mutants.judge import Judge, Verdict, digest_of
+from mutants.judge import Judge, Verdict, _read, digest_of
 from mutants.rules import faults_of, sample
 from mutants.written import TOPICS, WRITTEN
 
@@ -164,6 +164,14 @@ def test_a_verdict_is_of_the_contents(monkeypatch, tmp_path):
         path.write_text(before + "# changed\n")
         assert (Judge(tmp_path / "verdicts").recall(mutant) is not None) == holds
         path.write_text(before)
+
+
+def test_no_verdict_without_a_test():
+    """A suite that selects nothing, or names a file that is gone, is no fault that does not compile."""
+    for status, said in ((5, "9 deselected"), (4, "ERROR: file or directory not found: tests/test_x.py")):
+        with pytest.raises(RuntimeError, match="no test was run"):
+            _read(status, said)
+    assert _read(4, "ImportError while loading conftest 'tests/conftest.py'.")[0] == "broken"
 
 
 def test_an_interrupted_run_leaves_nothing_and_is_taken_up(tmp_path):

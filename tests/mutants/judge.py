@@ -168,6 +168,8 @@ def _read(status: int, said: str) -> tuple[str, str]:
         return "killed", failed[0]
     if status < 0 or status > 127:
         return "killed", f"it ends by signal {-status if status < 0 else status - 128}"
+    if status in (4, 5) and "while loading conftest" not in said:  # which a fault can make fail
+        raise RuntimeError(f"no test was run (status {status}):\n{said[-2000:]}")
     return "broken", said[-300:]
 
 
