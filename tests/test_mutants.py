@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from mutants import table
-from mutants.judge import Judge, Verdict, _read, digest_of
+from mutants.judge import Judge, Verdict, _read, _without, digest_of
 from mutants.rules import faults_of, sample
 from mutants.written import TOPICS, WRITTEN
 
@@ -148,7 +148,7 @@ def test_a_sample_outlives_edits_elsewhere():
 
 
 def test_a_verdict_is_of_the_contents(monkeypatch, tmp_path):
-    """A file that has changed, or a test of its suite, is judged anew; other files leave the verdict alone."""
+    """A file that has changed, or what judges it, is judged anew; other files leave the verdict alone."""
     shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", ".hypothesis"))
     shutil.copytree(ROOT / "grpo_kernels" / "objectives", tmp_path / "grpo_kernels" / "objectives")
     monkeypatch.setattr("mutants.judge.ROOT", tmp_path)
@@ -158,11 +158,20 @@ def test_a_verdict_is_of_the_contents(monkeypatch, tmp_path):
     with judge.record.open("a") as file:
         file.write('{"name": "cut by an acc')
     assert Judge(tmp_path / "verdicts").recall(mutant) is not None
-    for changed, holds in (("tests/test_fsdp.py", True), (f"tests/{mutant.tests[0]}.py", False), (mutant.file, False)):
+    sound = _without(mutant, "tests/test_x.py::test_y")
+    for changed, holds in (
+        ("tests/soak/record.py", True),
+        ("tests/raw_bits.py", False),
+        ("tests/fuzz_abi/driver.cpp", False),
+        ("tests/cuda_emulator/emulator.h", False),
+        (f"tests/{mutant.tests[0]}.py", False),
+        (mutant.file, False),
+    ):
         path = tmp_path / changed
         before = path.read_text()
         path.write_text(before + "# changed\n")
         assert (Judge(tmp_path / "verdicts").recall(mutant) is not None) == holds
+        assert (_without(mutant, "tests/test_x.py::test_y") == sound) == holds
         path.write_text(before)
 
 

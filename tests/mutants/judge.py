@@ -17,7 +17,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .suites import COMMON
 from .table import ROOT, Mutant
 from .trees import DoesNotCompile, compile_tree, plant
 
@@ -177,14 +176,24 @@ def _contents(names: Iterable[str]) -> bytes:
     return b"".join(hashlib.sha256((ROOT / name).read_bytes()).digest() for name in names)
 
 
+def _matching(*globs: str) -> list[str]:
+    return sorted(path.relative_to(ROOT).as_posix() for glob in globs for path in ROOT.glob(glob) if path.is_file())
+
+
+def _judging() -> list[str]:
+    """What a test is made of: tests import one another, and build the fuzzer and the emulator."""
+    folders = ("tests", "tests/fuzz_abi", "tests/cuda_emulator")
+    return _matching(*(f"{folder}/*.{suffix}" for folder in folders for suffix in ("py", "h", "cpp")))
+
+
 def _without(mutant: Mutant, test: str) -> tuple[str, str]:
     """What is known of a test without a fault is known by this."""
-    names = [test.split("::")[0], *(f"tests/{name}" for name in COMMON)]
+    names = [*_judging(), *_matching("grpo_kernels/**/*.py", "csrc/**/*.*")]
     return f"without a fault: {mutant.suite.build} {test}", hashlib.sha256(_contents(names)).hexdigest()[:16]
 
 
 def digest_of(mutant: Mutant) -> str:
-    """Of the contents of the file and of its tests, and of the fault."""
-    fault = "\0".join((mutant.before, mutant.after, mutant.suite.build, mutant.suite.cases))
-    names = [mutant.file, *(f"tests/{test}.py" for test in mutant.tests), *(f"tests/{name}" for name in COMMON)]
+    """Of the contents of the file and of all that judges it, and of the fault."""
+    fault = "\0".join((mutant.before, mutant.after, mutant.suite.build, mutant.suite.cases, *mutant.tests))
+    names = [mutant.file, *_judging()]
     return hashlib.sha256(fault.encode() + _contents(names)).hexdigest()[:16]

@@ -5,9 +5,6 @@ from __future__ import annotations
 import fnmatch
 from typing import NamedTuple
 
-COMMON = ("cases.py", "conftest.py", "oracle.py")
-"""Files of tests/ that a verdict depends on beside the tests themselves."""
-
 
 class Suite(NamedTuple):
     """The tests of some files, those first that are likeliest to notice: the first failure ends a run."""
