@@ -31,7 +31,7 @@ from grpo_kernels import (
     token_log_probs,
 )
 
-from .processes import Fault, open_files, resident, start, wait
+from .processes import Fault, resident, start, wait
 
 BATCH, LENGTH, VOCAB, WIDTH = 4, 6, 1031, 16
 THREADS = 3
@@ -204,7 +204,7 @@ def serve(seed: int, folder: Path, pipe: Connection) -> int:
             worker.after_fork()
             faults = Counter({"fork after use": 1})
             faults["out of memory" if worker.without_memory() else "little memory"] += 1
-            pipe.send({"calls": counts, "faults": faults, "resident": resident(), "files": open_files()})
+            pipe.send({"calls": counts, "faults": faults, "resident": resident()})
         except Exception as error:
             pipe.send({"fault": f"{type(error).__name__}: {error}"})
             return 1

@@ -64,5 +64,5 @@ class Record:
             f"soak: {self.seconds / 60:.1f} minutes, seed {self.seed}\n"
             f"calls: {self.calls.total():,} ({calls})\n"
             f"faults: {self.faults.total():,} ({faults})\n"
-            f"runs to their end: {self.runs:,}; resident MB: {sizes}; files and processes left: 0"
+            f"runs to their end: {self.runs:,}; resident MB: {sizes}"
         )
