@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+NOT_OF_FOLDERS = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errno.EPERM}
+"""What a file system says that cannot put the names in a folder on the disk when it is asked to."""
 
 
 @contextlib.contextmanager
@@ -29,16 +33,21 @@ def replaced(path: Path) -> Iterator[Path]:
         made.replace(path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    sync(path.parent)
+    with contextlib.suppress(OSError):  # the new one is there: nobody may be told that it is not
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk: a machine may lose its power."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (path.is_dir() and error.errno in NOT_OF_FOLDERS):
+            raise
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
 import signal
+import stat
 import sys
 import time
 import types
@@ -16,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_kernels import backends
+from grpo_kernels import backends, files
 from grpo_kernels.__main__ import main
 from grpo_kernels.training import checkpoint, loop, report, trackers
 from grpo_kernels.training.loop import Trainer
@@ -219,6 +221,33 @@ def test_kill_9_at_a_checkpoint(moment, tmp_path):
     checkpoint.write(path, {"weights": torch.ones(1000)}, {"step": 3})
     assert checkpoint.read(path)["step"] == 3
     assert names(tmp_path) == ["checkpoint.safetensors"]
+
+
+def fails_to_sync(is_kind, number: int):
+    """An fsync that fails for files or for folders."""
+    fsync = os.fsync
+
+    def run(descriptor: int) -> None:
+        if is_kind(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(descriptor)
+
+    return run
+
+
+def test_a_folder_that_cannot_be_synced_loses_nothing(tmp_path, monkeypatch):
+    """Some network file systems refuse it; a file that is not on the disk is told."""
+    path = tmp_path / "checkpoint.safetensors"
+    monkeypatch.setattr(os, "fsync", fails_to_sync(stat.S_ISDIR, errno.EINVAL))
+    files.sync(tmp_path)
+    monkeypatch.setattr(os, "fsync", fails_to_sync(stat.S_ISDIR, errno.EIO))
+    checkpoint.write(path, {"weights": torch.zeros(10)}, {"step": 1})
+    with pytest.raises(OSError, match="Input/output error"):
+        files.sync(tmp_path)
+    monkeypatch.setattr(os, "fsync", fails_to_sync(stat.S_ISREG, errno.EINVAL))
+    with pytest.raises(OSError, match="Invalid argument"):
+        checkpoint.write(path, {"weights": torch.zeros(10)}, {"step": 2})
+    assert checkpoint.read(path)["step"] == 1
 
 
 def test_files_are_as_readable_as_any_other(tmp_path):
