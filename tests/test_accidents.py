@@ -177,6 +177,18 @@ def test_zeroed_bytes_of_a_checkpoint_are_noticed(place, tmp_path):
     assert {name: (tmp_path / "run" / name).read_bytes() for name in names("run")} == before
 
 
+@pytest.mark.parametrize(("told", "said"), [("", "AssertionError"), ("\na\nb", "a")])
+def test_an_error_without_a_message(told, said, monkeypatch):
+    """Of a library that reads a checkpoint."""
+    assert train(*FLAGS, "--out", "run") == 0
+
+    def fails(path: Path) -> None:
+        raise AssertionError(told)
+
+    monkeypatch.setattr(checkpoint, "read", fails)
+    assert f"run/checkpoint.safetensors is damaged (AssertionError: {said})" in message_of("--resume", "run")
+
+
 def test_the_checkpoint_of_another_run_is_refused():
     assert train(*FLAGS, "--out", "run") == 0
     assert train(*FLAGS, "--hidden", "32", "--out", "other") == 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objectives.checks import check_name
+from ..objectives.checks import check_name, first_line
 from .batch import Inputs, Unusable
 
 GIVEN_TEMPERATURE = 0.7
@@ -320,7 +320,7 @@ def _device(name: torch.device | str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = first_line(error)
         raise ValueError(f"device must be one that is here, such as 'cpu'; got {str(name)!r} ({reason}).") from None
     return torch.device(name)
 

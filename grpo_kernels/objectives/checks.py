@@ -344,8 +344,13 @@ def check_device_name(option: str, name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ValueError(f"{option} {name} cannot be used here: {reason}. --device cpu always can.") from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; the error's name where there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def fits(tensor: Tensor, *shapes: tuple[int, ...]) -> bool:

@@ -27,6 +27,7 @@ from ..calls.teacher import Teacher
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..objectives import advantages as estimators
+from ..objectives.checks import first_line
 from ..objectives.metrics import Metrics
 from ..objectives.normalizer import normalizer
 from ..verification import reference
@@ -341,7 +342,7 @@ def _go_on(trainer: Trainer, folder: RunFolder) -> None:
     try:
         trainer.load_state(state)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise SystemExit(
             f"{folder.checkpoint_path} is of a run of other options than {folder.path / OPTIONS} has ({reason}). "
             "Nothing was changed."

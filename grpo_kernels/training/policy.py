@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..objectives.checks import first_line
 from .tasks import Task
 
 
@@ -123,7 +124,7 @@ def load_policy(
     except Exception as error:
         raise SystemExit(
             f"{option} {model}: the model is there, but no tokenizer could be loaded from this {kind} "
-            f"({str(error).splitlines()[0][:200]}). Save its tokenizer beside it: tokenizer.save_pretrained(folder)."
+            f"({first_line(error)}). Save its tokenizer beside it: tokenizer.save_pretrained(folder)."
         ) from error
     return loaded.to(device), pretrained
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..files import replaced, sync, write_text
+from ..objectives.checks import first_line
 from . import checkpoint
 from .options import Options
 
@@ -153,7 +154,7 @@ class RunFolder:
             missing = {"step", "model", "optimizer", "schedule", "reference", "teacher", "rng"} - state.keys()
         except Exception as error:  # reading fails in many ways on a damaged file
             raise SystemExit(
-                f"{self.checkpoint_path} is damaged ({type(error).__name__}: {str(error).splitlines()[0][:200]}). "
+                f"{self.checkpoint_path} is damaged ({type(error).__name__}: {first_line(error)}). "
                 "Nothing was changed; start again without --resume, in another --out."
             ) from error
         if missing:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..objectives.checks import first_line
 from . import checkpoint
 from .policy import Tokenizer, load_policy
 from .report import CHECKPOINT, OPTIONS, read_saved_options
@@ -54,6 +55,6 @@ def _of_run(path: Path, device: torch.device) -> tuple[Any, Tokenizer]:
     try:
         model.load_state_dict(checkpoint.read(file)["model"])
     except Exception as error:  # reading fails in many ways on a damaged file
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise SystemExit(f"--teacher {path}: {CHECKPOINT} is not a checkpoint of its run ({reason}).") from error
     return model, tokenizer
