@@ -468,7 +468,7 @@ def test_a_model_without_a_tokenizer():
     assert names(".") == ["model"]
 
 
-def no_login(**told) -> None:
+def no_login(*_: object, **told) -> None:
     raise RuntimeError("no API key")
 
 
@@ -540,3 +540,42 @@ def test_tensorboard(monkeypatch):
     assert set(trackers.numbers(records[0])) == {each[0] for each in scalars[1:-1]} - {
         "sample", "seconds", "tokens_per_second",
     }  # fmt: skip
+
+
+class Failing:
+    """A tracker whose network is gone."""
+
+    def __init__(self, *_: object) -> None:
+        self.asked: list[str] = []
+
+    def log(self, record: dict) -> None:
+        self.asked.append("log")
+        raise RuntimeError("no network")
+
+    def close(self) -> None:
+        self.asked.append("close")
+        raise RuntimeError("no network either")
+
+
+def test_a_tracker_that_fails_ends_no_run(whole, monkeypatch, capsys):
+    """Its error is told once; a message of the run's own stays, and so do the handlers of signals."""
+    failing, handler = Failing(), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(loop, "check_trackers", lambda options: None)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", lambda *_: failing)
+    assert train(*FLAGS, "--wandb", "sorting", "--out", "run") == 0
+    assert failing.asked == ["log"] * 5 + ["close"]
+    said = capsys.readouterr().err
+    assert said.count("note: ") == said.count("note: --wandb: no network; the run goes on, with its log\n") == 1
+    assert log("run") == whole
+    with contextlib.ExitStack() as until, before_step(1, lambda: until.enter_context(largest_file(100))):
+        assert "cannot be written any more" in message_of(*FLAGS, "--wandb", "sorting", "--out", "full")
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
+def test_a_tracker_is_closed_when_the_next_cannot_start(monkeypatch):
+    first = Failing()
+    monkeypatch.setattr(loop, "check_trackers", lambda options: None)
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda *_: first)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", no_login)
+    assert message_of(*FLAGS, "--tensorboard", "--wandb", "sorting") == "--wandb: no API key"
+    assert first.asked == ["close"]

@@ -41,7 +41,7 @@ from .saved_model import check_free, save_policy
 from .stopping import Interrupt
 from .tasks import make_task
 from .teacher import load_teacher
-from .trackers import Tracker, check_trackers, start_trackers
+from .trackers import check_trackers, start_trackers
 
 
 class Trainer:
@@ -312,11 +312,10 @@ def train(trainer: Trainer, folder: RunFolder, resume: bool = False) -> Trainer:
     options, ranks = trainer.options, trainer.ranks
     if resume:
         _go_on(trainer, folder)
-    interrupt = Interrupt(ranks)
-    trackers: list[Tracker] = []
-    try:
-        if ranks.writes:
-            trackers = start_trackers(options, folder, trainer.step)
+    with contextlib.ExitStack() as until:
+        interrupt = Interrupt(ranks)
+        until.callback(interrupt.restore)
+        trackers = start_trackers(options, folder, trainer.step, until) if ranks.writes else []
         while trainer.step < options.steps and not interrupt.stops():
             record = trainer.train_step()
             folder.log(record)
@@ -329,10 +328,6 @@ def train(trainer: Trainer, folder: RunFolder, resume: bool = False) -> Trainer:
             folder.save_checkpoint(trainer.state())
             folder.plot()
         ranks.wait()
-    finally:
-        for tracker in trackers:
-            tracker.close()
-        interrupt.restore()
     return trainer
 
 

@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import importlib
 import secrets
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ..objectives.checks import first_line
 from ..verification.progress import progress_bar
 from .options import Options
 from .report import RunFolder
@@ -38,6 +40,28 @@ class Shown:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._bar.close()
+
+
+class Unfailing:
+    """A tracker whose errors end no run: the first is told."""
+
+    def __init__(self, name: str, tracker: Tracker) -> None:
+        self._name, self._tracker, self._told = name, tracker, False
+
+    def log(self, record: dict[str, Any]) -> None:
+        self._try(self._tracker.log, record)
+
+    def close(self) -> None:
+        self._try(self._tracker.close)
+
+    def _try(self, action: Callable[..., None], *given: Any) -> None:
+        try:
+            action(*given)
+        except Exception as error:  # the package's own, as of a network
+            if not self._told:
+                self._told = True
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    print(f"note: --{self._name}: {first_line(error)}; the run goes on, with its log", file=sys.stderr)
 
 
 class TensorBoard:
@@ -95,13 +119,16 @@ def check_trackers(options: Options) -> None:
                 raise SystemExit(f"--{name} needs the {name} package: pip install {name}") from error
 
 
-def start_trackers(options: Options, folder: RunFolder, step: int) -> list[Tracker]:
-    """Return the terminal's and those that the options ask for."""
+def start_trackers(options: Options, folder: RunFolder, step: int, until: contextlib.ExitStack) -> list[Tracker]:
+    """Return the terminal's and those that the options ask for; ``until`` closes them."""
     trackers: list[Tracker] = []
     for name, start in TRACKERS.items():
         if getattr(options, name):
             try:
-                trackers.append(start(folder, options, step))
+                trackers.append(Unfailing(name, start(folder, options, step)))
             except Exception as error:  # the package's own, as of a login
                 raise SystemExit(f"--{name}: {error}") from error
-    return [*trackers, Shown(options.steps, folder.path.name, step)]
+            until.callback(trackers[-1].close)
+    trackers.append(Shown(options.steps, folder.path.name, step))
+    until.callback(trackers[-1].close)
+    return trackers
