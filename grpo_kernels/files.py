@@ -18,8 +18,9 @@ def replaced(path: Path) -> Iterator[Path]:
     """Give the path of a new file or folder that takes the place of ``path`` when it is whole, or is removed.
 
     It lies in a folder of a known name, which the next writer empties: a process may be killed in between, and what a
-    library writes before may have any name.
+    library writes before may have any name. A symbolic link stays one: what it points to is replaced.
     """
+    path = path.resolve()
     unfinished = path.with_name(path.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()

@@ -435,6 +435,43 @@ def test_the_result_is_a_model_that_transformers_loads(capsys):
     assert not Path("full").exists()
 
 
+def test_a_model_is_saved_behind_a_link():
+    """To an empty folder, and to none yet; the folder that the run is started in is not replaced."""
+    Path("disk").mkdir()
+    for name in ("empty", "none"):
+        Path(name).symlink_to(Path("disk", name))
+    Path("disk/empty").mkdir()
+    assert train(*FLAGS, "--out", "run", "--save-model", "empty") == 0
+    assert train("--resume", "run", "--save-model", "none") == 0
+    for name in ("empty", "none"):
+        assert Path(name).is_symlink()
+        assert "model.safetensors" in names(Path("disk", name))
+    Path("here").mkdir()
+    with contextlib.chdir("here"):
+        assert "there is something already" in message_of(*FLAGS, "--out", "../more", "--save-model", ".")
+    assert names(".") == ["disk", "empty", "here", "none", "run"]
+
+
+def test_a_file_behind_a_link_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "file")
+    for text in ("first", "second"):
+        files.write_text(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk" / "file").read_text() == text
+    assert names(tmp_path / "disk") == ["file"]
+
+
+def test_a_model_that_cannot_be_saved_is_not_trained(monkeypatch):
+    Path("file").write_text("")
+    assert message_of(*FLAGS, "--save-model", "file/a/model") == (
+        "--save-model file/a/model cannot be written: Not a directory."
+    )
+    monkeypatch.setattr(os, "mkdir", lambda *_: os.close(-1))
+    assert "--save-model a/model cannot be written: " in message_of(*FLAGS, "--save-model", "a/model")
+    assert names(".") == ["file"]
+
+
 def test_the_saved_tokenizer_is_the_same(tmp_path):
     """Of every byte, as text and as ids."""
     import transformers

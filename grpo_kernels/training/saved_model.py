@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,15 @@ from .sharding import whole
 
 
 def check_free(folder: Path) -> None:
-    """Exit where there is something already, before a run that would end with it."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise SystemExit(f"--save-model {folder}: there is something already; choose a new folder.")
+    """Exit where there is something already or nothing can be written, before a run that would end with it."""
+    place = folder.resolve()
+    try:
+        if place == Path.cwd() or (place.exists() and not (place.is_dir() and not any(place.iterdir()))):
+            raise SystemExit(f"--save-model {folder}: there is something already; choose a new folder.")
+        with tempfile.TemporaryDirectory(dir=next(parent for parent in place.parents if parent.exists())):
+            pass  # what is not there yet can be made in it
+    except OSError as error:
+        raise SystemExit(f"--save-model {folder} cannot be written: {error.strerror or error}.") from error
 
 
 def save_policy(model: Any, tokenizer: Tokenizer, folder: Path, writes: bool) -> None:
@@ -22,7 +29,7 @@ def save_policy(model: Any, tokenizer: Tokenizer, folder: Path, writes: bool) ->
     if not writes:
         return
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.resolve().parent.mkdir(parents=True, exist_ok=True)
         with replaced(folder) as made:
             model.save_pretrained(made, state_dict=weights)
             tokenizer.save_pretrained(made)
