@@ -198,6 +198,14 @@ def test_the_checkpoint_of_another_run_is_refused():
     assert Path("run/log.jsonl").read_bytes() == kept
 
 
+@pytest.mark.parametrize("kl", [0, 1])
+def test_the_checkpoint_of_a_run_with_or_without_kl_is_refused(kl):
+    for folder, value in (("run", kl), ("other", 1 - kl)):
+        assert train(*FLAGS, "--kl", str(value), "--steps", "1", "--out", folder) == 0
+    Path("other/checkpoint.safetensors").replace("run/checkpoint.safetensors")
+    assert "(ValueError: one of the two has a reference policy" in message_of("--resume", "run")
+
+
 def half_written(tensors, file, metadata) -> None:
     """As safetensors writes: under a name of its own first."""
     (file.parent / ".tmpA1b2C3").write_bytes(b"half")

@@ -261,6 +261,7 @@ class Trainer:
 
         Raises:
             SystemExit: the teacher is another than that of the steps before.
+            ValueError: the state is of a run with a reference policy and this one has none, or the other way round.
         """
         if state["teacher"] != self.teacher_checksum:
             raise SystemExit(
@@ -268,6 +269,8 @@ class Trainer:
                 f"{str(self.teacher_checksum)[:12]}, it was {str(state['teacher'])[:12]}): the run would go on towards "
                 "another distribution. Put the first one there again, or start a run of its own with --out."
             )
+        if (state["reference"] is None) != (self.reference is None):
+            raise ValueError("one of the two has a reference policy, which --kl compares with")
         self.step = state["step"]
         for name, model in (("model", self.model), ("reference", self.reference)):
             if model is not None:
