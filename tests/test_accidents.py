@@ -278,6 +278,14 @@ def test_files_are_as_readable_as_any_other(tmp_path):
     assert modes == {(tmp_path / "any").stat().st_mode & 0o777}
 
 
+def test_options_are_on_the_disk_before_a_step(monkeypatch):
+    """A checkpoint without them cannot be resumed."""
+    synced: list[str] = []
+    monkeypatch.setattr(report, "sync", lambda path: synced.append(str(path)))
+    RunFolder(Path("run"), Options(**TINY), resume=False).close()
+    assert synced == ["run/options.json", "run"]
+
+
 def test_resume_takes_no_other_folder():
     assert message_of("--resume", "run", "--out", "other") == (
         "--resume run continues a run in its own folder: leave --out out."
@@ -553,6 +561,16 @@ def test_weights_and_biases(monkeypatch, capsys):
     assert [step for step, _ in told.logged] == [0, 1, 2, 3, 4]
     assert told.logged[3][1]["reward"] == log("run")[3]["reward"]
     assert told.ended == 2
+
+
+def test_an_id_is_whole_or_not_there(monkeypatch):
+    """Half of one would begin another run at the next resumption."""
+    monkeypatch.setitem(sys.modules, "wandb", Told())
+    folder = RunFolder(Path("run"), Options(**TINY, wandb="sorting"), resume=False)
+    with largest_file(5), pytest.raises(OSError, match="File too large"):
+        trackers.WandB(folder, Options(**TINY, wandb="sorting"), 0)
+    assert names("run") == ["options.json"]
+    folder.close()
 
 
 def test_tensorboard(monkeypatch):

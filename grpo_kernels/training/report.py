@@ -67,6 +67,8 @@ class RunFolder:
                 f"{self.path} already holds a run. Continue it with --resume {self.path}, or choose another --out."
             )
         (self.path / OPTIONS).write_text(json.dumps(dataclasses.asdict(options), indent=2) + "\n")
+        for each in (self.path / OPTIONS, self.path):  # not replaced: its lock is held
+            sync(each)
 
     def _place(self, path: Path) -> None:
         self.path = path

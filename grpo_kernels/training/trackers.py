@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ..files import write_text
 from ..objectives.checks import first_line
 from ..verification.progress import progress_bar
 from .options import Options
@@ -89,7 +90,7 @@ class WandB:
 
         kept = folder.path / "wandb_id"
         if not kept.exists():
-            kept.write_text(secrets.token_hex(8))
+            write_text(kept, secrets.token_hex(8))
         told = {"config": dataclasses.asdict(options), "dir": str(folder.path), "name": folder.path.name}
         self._run: Any = wandb.init(project=options.wandb, id=kept.read_text(), resume="allow", **told)
 
