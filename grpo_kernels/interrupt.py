@@ -36,8 +36,10 @@ def raise_again() -> None:
 
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt, so that commands keep what they have and leave no half of a file."""
-    if threading.current_thread() is not threading.main_thread():
+    """Let SIGTERM raise KeyboardInterrupt, so that commands keep what they have and leave no half of a file. Where it
+    is ignored, or handled by what is not Python (None), it stays so."""
+    kept = signal.getsignal(signal.SIGTERM) in (signal.SIG_IGN, None)
+    if kept or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -341,6 +341,16 @@ def test_an_ignored_interrupt_stays_ignored(monkeypatch):
     assert taken == [(signal.SIGINT, interrupt._leave)]
 
 
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, None])
+def test_an_ignored_sigterm_stays_ignored(monkeypatch, handler):
+    """As whoever started the command asked; None is a handler that Python cannot put back."""
+    taken = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
+    monkeypatch.setattr(signal, "signal", lambda *arguments: taken.append(arguments))
+    with interrupt.sigterm_raises():
+        assert taken == []
+
+
 def test_an_interrupted_command(capsys, monkeypatch):
     def interrupted(arguments):
         raise KeyboardInterrupt

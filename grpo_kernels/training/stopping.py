@@ -20,7 +20,7 @@ class Interrupt:
     def __init__(self, ranks: Ranks) -> None:
         self.asked = False
         self._ranks = ranks
-        taken = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+        taken = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) not in (signal.SIG_IGN, None)]
         self._previous = {number: signal.signal(number, self._handle) for number in taken}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
