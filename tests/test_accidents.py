@@ -103,7 +103,10 @@ def fail() -> None:
     raise Killed
 
 
-@pytest.mark.parametrize("end", [b'{"step": 4, "rew', b"\0" * 300, b"\xff\xfe{\n[1]\n"], ids=["cut", "zeros", "other"])
+ENDS = {"cut": b'{"step": 4, "rew', "zeros": b"\0" * 300, "other": b"\xff\xfe{\n[1]\n", "deep": b"[" * 100_000}
+
+
+@pytest.mark.parametrize("end", ENDS.values(), ids=ENDS)
 def test_a_damaged_end_of_the_log_is_left_out(whole, end, capsys):
     with before_step(4, fail), contextlib.suppress(Killed):
         train(*FLAGS, "--checkpoint-every", "2", "--out", "cut")
@@ -112,6 +115,20 @@ def test_a_damaged_end_of_the_log_is_left_out(whole, end, capsys):
     assert train("--resume", "cut") == 0
     assert "unreadable line" in capsys.readouterr().out
     assert log("cut") == whole
+
+
+def test_a_log_that_cannot_be_read(capsys):
+    """On the way, curves stay undrawn; a run that is resumed says what to do."""
+    folder = RunFolder(Path("run"), Options(**TINY), resume=False)
+    folder.save_checkpoint(Trainer(Options(**TINY)).state())
+    Path("run/log.jsonl").mkdir()
+    assert folder.plot() is None
+    assert "note: run/curves.png cannot be written: " in capsys.readouterr().err
+    folder.close()
+    said = message_of("--resume", "run")
+    assert said.startswith("the log run/log.jsonl cannot be read: ")
+    Path("run/log.jsonl").rmdir()
+    assert train("--resume", "run") == 0
 
 
 def test_a_full_disk(whole):

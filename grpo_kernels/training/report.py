@@ -109,7 +109,19 @@ class RunFolder:
 
     def records(self) -> list[dict[str, Any]]:
         """Return what was logged, without lines that an accident has cut short or overwritten."""
-        return self._read_log()[0]
+        with self._reading():
+            return self._read_log()[0]
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Exit where the log is no file, or one that may not be read."""
+        try:
+            yield
+        except OSError as error:
+            raise SystemExit(
+                f"the log {self.log_path} cannot be read: {error}. Make it readable, or move it away: --resume goes on "
+                "without it."
+            ) from error
 
     def _read_log(self) -> tuple[list[dict[str, Any]], int]:
         """Return the log's records, and how many lines are none."""
@@ -119,7 +131,8 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Forget what was logged from ``step`` on: the run continues there."""
-        records, damaged = self._read_log()
+        with self._reading():
+            records, damaged = self._read_log()
         kept = [json.dumps(record) for record in records if record["step"] < step]
         with self._writing():
             write_text(self.log_path, "".join(line + "\n" for line in kept))
@@ -172,10 +185,10 @@ class RunFolder:
     def plot(self) -> Path | None:
         """Draw curves.png from the log, if matplotlib is there, and return its path. A run goes on without curves."""
         self._drawn = time.monotonic()
-        records = self.records()
-        names = [name for name in CURVES if any(name in record for record in records)]
         target = self.path / "curves.png"
         try:
+            records, _ = self._read_log()
+            names = [name for name in CURVES if any(name in record for record in records)]
             with replaced(target) as file:
                 draw(records, names, self.path.name, file)
         except ImportError:
@@ -227,7 +240,7 @@ def _lock(file: IO[str], folder: Path) -> None:
 def _record(line: str) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
