@@ -295,6 +295,22 @@ def test_files_are_as_readable_as_any_other(tmp_path):
     assert modes == {(tmp_path / "any").stat().st_mode & 0o777}
 
 
+def test_a_step_is_saved_once(monkeypatch):
+    """At the last one too, and where an ended run is resumed."""
+    saved: list[int] = []
+    write = checkpoint.write
+
+    def counted(path: Path, tensors: dict, state: dict) -> None:
+        saved.append(state["step"])
+        write(path, tensors, state)
+
+    monkeypatch.setattr(checkpoint, "write", counted)
+    for every in ("5", "3"):
+        assert train(*FLAGS, "--checkpoint-every", every, "--out", f"run{every}") == 0
+    assert train("--resume", "run5") == 0
+    assert saved == [5, 3, 5]
+
+
 def test_options_are_on_the_disk_before_a_step(monkeypatch):
     """A checkpoint without them cannot be resumed."""
     synced: list[str] = []

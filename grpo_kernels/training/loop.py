@@ -315,6 +315,7 @@ def train(trainer: Trainer, folder: RunFolder, resume: bool = False) -> Trainer:
     options, ranks = trainer.options, trainer.ranks
     if resume:
         _go_on(trainer, folder)
+    saved = trainer.step
     with contextlib.ExitStack() as until:
         interrupt = Interrupt(ranks)
         until.callback(interrupt.restore)
@@ -326,9 +327,11 @@ def train(trainer: Trainer, folder: RunFolder, resume: bool = False) -> Trainer:
                 tracker.log(record)
             if trainer.step % options.checkpoint_every == 0:
                 folder.save_checkpoint(trainer.state())
+                saved = trainer.step
             folder.plot_now_and_then()
-        if trainer.step:
+        if trainer.step != saved:
             folder.save_checkpoint(trainer.state())
+        if trainer.step:
             folder.plot()
         ranks.wait()
     return trainer
