@@ -10,15 +10,15 @@ show every line: python/index.html and cpp.html.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from benchmarks.gpu_library import setup
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "coverage"
@@ -31,15 +31,6 @@ def pytest_configure(config: pytest.Config) -> None:
     from grpo_kernels.backends import cpu
 
     cpu.LIBRARY = LIBRARY
-
-
-def setup() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def build() -> None:
