@@ -390,8 +390,8 @@ def _usable(device: str, asked: list[str] | None) -> list[str]:
         check_name("--backend", name, backends.names())
         if asked:
             backends.check_serves("--backend", name, device)
-        reason = backends.unsupported(name, device)
-        if reason is None:
+            usable.append(name)
+        elif (reason := backends.unsupported(name, device)) is None:
             usable.append(name)
         else:
             print(f"left out {name}: {reason}", file=sys.stderr)
