@@ -30,7 +30,8 @@ from grpo_kernels.backends import blocks  # noqa: E402
 LARGE, blocks.LARGE, blocks.poisoned = blocks.LARGE, 1, True
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="grpo_kernels_tests_")  # records of verify are not the user's
+CACHE = tempfile.TemporaryDirectory(prefix="grpo_kernels_tests_")
+os.environ["XDG_CACHE_HOME"] = CACHE.name  # records of verify are not the user's
 
 hypothesis.settings.register_profile("ci", max_examples=80, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("nightly", max_examples=400, deadline=None, database=None)
@@ -109,6 +110,10 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     fuse_multiply_adds_in_the_interpreter()
     read_scalars_in_the_interpreter()
     patch_the_language_once()
+
+
+def pytest_unconfigure() -> None:
+    CACHE.cleanup()
 
 
 def usable_backends() -> list[str]:
