@@ -20,6 +20,7 @@ import peers
 from grpo_kernels.bench import report
 from grpo_kernels.bench.command import Files, collect, redraw
 from grpo_kernels.bench.workload import Spec
+from grpo_kernels.files import write_text
 
 TOKENS, VOCAB = 256, 151936
 """Where the two lines of the plot cross, and what is measured in every variant."""
@@ -71,10 +72,10 @@ def write(folder: Path, name: str, found: dict[str, Any]) -> None:
     """Write every file of the set ``name`` but its .json, which holds ``found``."""
     redraw(folder, f"loss_{name}", found)
     rows, environment = found["rows"], found["environment"]
-    (folder / f"loss_{name}_summary.md").write_text(report.summary(rows, environment, SHOWN[name]))
+    write_text(folder / f"loss_{name}_summary.md", report.summary(rows, environment, SHOWN[name]))
     if name == "logits" and (sentences := report.headline(rows, HEADLINED)):
         text = f"One GRPO loss with its gradient and metrics ({report.caption(environment)}): {sentences}.\n"
-        (folder / "loss_headline.md").write_text(text)
+        write_text(folder / "loss_headline.md", text)
 
 
 def main() -> int:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from grpo_kernels.files import write_text
+
 
 class Outputs(NamedTuple):
     """What a benchmark found, as NAME.json, the table made of it, and where there is one the plot."""
@@ -27,7 +29,7 @@ class Outputs(NamedTuple):
 
     def write(self, folder: Path, found: dict[str, Any]) -> None:
         """Write the table and the plot of what NAME.json holds."""
-        (folder / f"{self.name}.md").write_text(self.table(found))
+        write_text(folder / f"{self.name}.md", self.table(found))
         if self.plot:
             self.plot(found, folder / f"{self.name}.png")
 
@@ -36,5 +38,5 @@ class Outputs(NamedTuple):
         print(self.table(found))
         if out:
             out.mkdir(parents=True, exist_ok=True)
-            (out / f"{self.name}.json").write_text(json.dumps(found, indent=self.indent) + "\n")
+            write_text(out / f"{self.name}.json", json.dumps(found, indent=self.indent) + "\n")
             self.write(out, found)
