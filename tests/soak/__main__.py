@@ -44,14 +44,16 @@ GROWTH = 48.0
 class Callers:
     """The processes that call."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.pipes: list[Any] = []
         self.children: list[int] = []
+
+    def start(self, seed: int) -> None:
         for number in range(WORKERS):
             here, there = multiprocessing.Pipe()
-            work = lambda there=there, number=number: serve(seed + number, folder, there)  # noqa: E731
-            self.children.append(start(work, folder / f"caller-{number}.txt"))
+            work = lambda there=there, number=number: serve(seed + number, self.folder, there)  # noqa: E731
+            self.children.append(start(work, self.folder / f"caller-{number}.txt"))
             there.close()
             self.pipes.append(here)
         known = [self._answer(pipe) for pipe in self.pipes]
@@ -98,10 +100,10 @@ def soak(record: Record, minutes: float, folder: Path) -> None:
     os.environ |= {"TMPDIR": str(folder / "tmp"), "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")}
     tempfile.tempdir = None
     rng = random.Random(record.seed + int(record.seconds))
-    accidents = Accidents(folder, rng)
-    callers = Callers(folder, rng.randrange(2**31))
-    accidents.files = open_files()
+    accidents, callers = Accidents(folder, rng), Callers(folder)
     try:
+        callers.start(rng.randrange(2**31))
+        accidents.files = open_files()
         rounds(record, minutes, callers, accidents)
         callers.end()
     finally:
