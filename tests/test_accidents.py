@@ -511,6 +511,12 @@ def test_a_file_behind_a_link_is_replaced(tmp_path):
     assert names(tmp_path / "disk") == ["file"]
 
 
+def test_a_model_in_place_of_its_run_is_refused_before_the_run():
+    for model, options in (("run", ("--out", "run")), ("a", ("--out", "a/run")), ("runs", ())):
+        assert "own folder" in message_of(*FLAGS, *options, "--save-model", model)
+    assert names(".") == []
+
+
 def test_a_model_that_cannot_be_saved_is_not_trained(monkeypatch):
     Path("file").write_text("")
     assert message_of(*FLAGS, "--save-model", "file/a/model") == (

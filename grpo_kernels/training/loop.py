@@ -35,7 +35,7 @@ from . import checkpoint, sharding
 from .options import Options, add_options, read_options
 from .policy import load_policy, response_inputs, response_logits
 from .ranks import Ranks, Several, start_ranks, started_by_torchrun
-from .report import OPTIONS, RunFolder, SilentFolder, read_saved_options
+from .report import OPTIONS, RUNS, RunFolder, SilentFolder, read_saved_options
 from .rollout import Samples, roll_out
 from .saved_model import check_free, save_policy
 from .stopping import Interrupt
@@ -371,7 +371,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.resume is not None and arguments.out is not None:
         raise SystemExit(f"--resume {arguments.resume} continues a run in its own folder: leave --out out.")
     if arguments.save_model is not None:
-        check_free(arguments.save_model)
+        check_free(arguments.save_model, arguments.resume or arguments.out or RUNS / "next")
     saved = None if arguments.resume is None else read_saved_options(arguments.resume)
     options = read_options(arguments, saved)
     if saved is not None and options != saved:

@@ -18,6 +18,7 @@ from ..objectives.checks import first_line
 from . import checkpoint
 from .options import Options
 
+RUNS = Path("runs")
 OPTIONS, CHECKPOINT, PROBE = "options.json", "checkpoint.safetensors", ".writable"
 """Files of a run's folder; the last is gone when it is opened."""
 REDRAWN_AFTER = 30.0
@@ -77,7 +78,7 @@ class RunFolder:
         self._drawn = time.monotonic()
 
     @classmethod
-    def fresh(cls, options: Options, parent: Path = Path("runs")) -> RunFolder:
+    def fresh(cls, options: Options, parent: Path = RUNS) -> RunFolder:
         """Return the next free folder runs/<task>-<loss>-<n>."""
         stem = f"{options.task.replace(':', '-')}-{options.loss}"
         for number in itertools.count():

@@ -11,12 +11,15 @@ from .policy import Tokenizer
 from .sharding import whole
 
 
-def check_free(folder: Path) -> None:
-    """Exit where there is something already or nothing can be written, before a run that would end with it."""
+def check_free(folder: Path, run: Path) -> None:
+    """Exit where there is something already, the folder ``run`` will be, or nothing can be written, before a run that
+    would end with it."""
     place = folder.resolve()
     try:
         if place == Path.cwd() or (place.exists() and not (place.is_dir() and not any(place.iterdir()))):
             raise SystemExit(f"--save-model {folder}: there is something already; choose a new folder.")
+        if place in (run.resolve(), *run.resolve().parents):
+            raise SystemExit(f"--save-model {folder}: the run's own folder {run} will be there; choose a new folder.")
         with tempfile.TemporaryDirectory(dir=next(parent for parent in place.parents if parent.exists())):
             pass  # what is not there yet can be made in it
     except OSError as error:
