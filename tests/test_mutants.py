@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from mutants import table
-from mutants.judge import Judge, Verdict, _read, _without, digest_of
+from mutants.judge import Judge, Verdict, _judging, _read, _without, digest_of
 from mutants.rules import faults_of, sample
 from mutants.written import TOPICS, WRITTEN
 
@@ -161,8 +161,9 @@ def test_a_verdict_is_of_the_contents(monkeypatch, tmp_path):
     sound = _without(mutant, "tests/test_x.py::test_y")
     for changed, holds in (
         ("tests/soak/record.py", True),
-        ("tests/raw_bits.py", False),
-        ("tests/fuzz_abi/driver.cpp", False),
+        ("tests/test_soak.py", True),
+        ("tests/raw_bits.py", True),
+        ("tests/cases.py", False),
         ("tests/cuda_emulator/emulator.h", False),
         (f"tests/{mutant.tests[0]}.py", False),
         (mutant.file, False),
@@ -173,6 +174,36 @@ def test_a_verdict_is_of_the_contents(monkeypatch, tmp_path):
         assert (Judge(tmp_path / "verdicts").recall(mutant) is not None) == holds
         assert (_without(mutant, "tests/test_x.py::test_y") == sound) == holds
         path.write_text(before)
+
+
+def test_what_judges_is_what_the_tests_import():
+    """To any depth, with what is compiled and read beside it."""
+    of_abi = _judging(next(mutant for mutant in MUTANTS.values() if mutant.file == "csrc/cpu/checks.h"))
+    assert {
+        "tests/conftest.py",
+        "tests/fuzz_abi/target.cpp",
+        "tests/corpus/abi/divergence_took_what_is_no_call.txt",
+    } < {*of_abi}
+    assert "tests/test_loss.py" not in of_abi
+
+
+def test_a_crash_kills_where_its_suite_ends_without_the_fault(tmp_path, monkeypatch):
+    judge, mutant = Judge(tmp_path), MUTANTS["written python: gae: decay"]
+    judge._remember(mutant.name, digest_of(mutant), Verdict("killed", "it ends by signal 24", 1.0))
+    runs = []
+
+    def tested(self, mutant, tests, sound, chosen):
+        runs.append((tests, sound, chosen[:1]))
+        return status, "9 passed"
+
+    monkeypatch.setattr(Judge, "_tested", tested)
+    for status in (-24, 0):
+        assert judge.unsound([mutant]) == ([mutant] if status else [])
+        assert judge.unsound([mutant]) == ([mutant] if status else [])
+        assert runs == [([f"tests/{test}.py" for test in mutant.tests], True, ["-x"])]
+        runs.clear()
+        judge = Judge(tmp_path / "again")
+        judge._remember(mutant.name, digest_of(mutant), Verdict("killed", "it hangs", 1.0))
 
 
 def test_no_verdict_without_a_test():
@@ -211,7 +242,7 @@ def test_an_interrupted_run_leaves_nothing_and_is_taken_up(tmp_path):
     assert said.splitlines()[-1].startswith(
         "2 mutants: 2 killed (100.0 % of those that run), 0 survive, 0 do not compile"
     )
-    assert judge.record.read_text().count("without a fault:") == 1  # what crashed names no test
+    assert judge.record.read_text().count("without a fault:") == 2  # the suite of what crashed, and a test
 
 
 def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -229,6 +260,15 @@ def test_what_survives_is_shown_and_fails_the_run(tmp_path):
     assert run.returncode == 1
     assert f"    - {mutant.before}\n    + {mutant.after}\n" in said
     assert said.splitlines()[-1].startswith("1 mutants: 0 killed (0.0 % of those that run), 1 survive")
+
+
+def test_a_language_without_a_kill_fails_the_run(tmp_path):
+    mutant = MUTANTS["written python: gae: decay"]
+    Judge(tmp_path)._remember(mutant.name, digest_of(mutant), Verdict("broken", "no module named torch", 1.0))
+    run = _start(tmp_path, "gae: decay")
+    said = run.communicate(timeout=100)[0]
+    assert run.returncode == 1
+    assert "none is killed of python: what judges them does not run" in said
 
 
 def _processes_of(folder: Path) -> list[str]:

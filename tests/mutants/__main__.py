@@ -75,7 +75,7 @@ def show(mutant: Mutant, verdict: Verdict | None, lines: bool = False) -> None:
 
 
 def summarize(judge: Judge, chosen: list[Mutant], unsound: list[Mutant]) -> bool:
-    """Print the last line; whether every one was killed that compiles."""
+    """Print the last line; whether every one was killed that compiles, and some of each language."""
     verdicts = {mutant: judge.verdict(mutant) for mutant in chosen}
     outcomes = [verdict.outcome for verdict in verdicts.values()]
     killed, survive = outcomes.count("killed") - len(unsound), outcomes.count("survives")
@@ -84,12 +84,16 @@ def summarize(judge: Judge, chosen: list[Mutant], unsound: list[Mutant]) -> bool
             show(mutant, verdict)
     for mutant in unsound:
         print(f"no kill, for the test fails without a fault: {mutant.name} {verdicts[mutant].said}")
+    killers = {mutant.suite.language for mutant, verdict in verdicts.items() if verdict.outcome == "killed"}
+    idle = {mutant.suite.language for mutant in chosen} - killers
+    if idle:
+        print(f"none is killed of {', '.join(sorted(idle))}: what judges them does not run")
     print(
         f"{len(chosen)} mutants: {killed} killed ({100 * killed / max(killed + survive, 1):.1f} % of those that run), "
         f"{survive} survive, {outcomes.count('broken')} do not compile, {len(unsound)} have no sound test; "
         f"{len(read_survivors())} others are listed as what no test can notice (tests/mutants/survivors.txt)"
     )
-    return not survive and not unsound
+    return not survive and not unsound and not idle
 
 
 if __name__ == "__main__":

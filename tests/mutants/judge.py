@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -24,6 +26,8 @@ SECONDS = 240
 """Of a process's own time: a fault may make a loop endless. The suites take less."""
 PATIENCE = 1800
 """Of the clock, for those that wait for ever."""
+CORPORA = {"raw_bits": ("tests/corpus/raw_bits/*",), "fuzz_abi": ("tests/corpus/abi/*",)}
+"""What a module of tests reads besides what it imports."""
 
 
 class Verdict(NamedTuple):
@@ -70,7 +74,7 @@ class Judge:
         if known is None:
             began = time.monotonic()
             try:
-                outcome, said = _read(*self._tested(mutant, [f"tests/{test}.py" for test in mutant.tests], sound=False))
+                outcome, said = _read(*self._tested(mutant, _files(mutant), sound=False, chosen=_chosen(mutant)))
             except DoesNotCompile as error:
                 outcome, said = "broken", str(error)[-300:]
             known = Verdict(outcome, said, round(time.monotonic() - began, 1))
@@ -85,16 +89,23 @@ class Judge:
 
     def unsound(self, mutants: Sequence[Mutant]) -> list[Mutant]:
         """Of those killed, the ones whose test fails without the fault too: each test is run once, those of one build
-        together. What crashed or hung names no test."""
+        together. What crashed or hung names no test, and its whole suite is run."""
         left: dict[str, dict[str, Mutant]] = {}
         killed = [(m, verdict.said) for m in mutants if (verdict := self.recall(m)) and verdict.outcome == "killed"]
-        killed = [(mutant, test) for mutant, test in killed if test.startswith("tests/")]
         for mutant, test in killed:
-            if self._sound(mutant, test) is None:
+            if self._sound(mutant, test) is not None:
+                continue
+            if test.startswith("tests/"):
                 left.setdefault(mutant.suite.build, {})[test] = mutant
+            else:
+                began = time.monotonic()
+                status, said = self._tested(mutant, _files(mutant), sound=True, chosen=_chosen(mutant))
+                outcome = "fails" if status else "passes"
+                seconds = round(time.monotonic() - began, 1)
+                self._remember(*_without(mutant, test), Verdict(outcome, said[-300:] if status else "", seconds))
         for tests in left.values():
             began = time.monotonic()
-            status, said = self._tested(next(iter(tests.values())), [*tests], sound=True)
+            status, said = self._tested(next(iter(tests.values())), [*tests], sound=True, chosen=[])
             failed = set(_failed(said))
             if status not in (0, 1) or not failed <= set(tests):
                 raise RuntimeError(f"what was killed does not run without a fault:\n{said[-2000:]}")
@@ -108,16 +119,15 @@ class Judge:
         known = self.known.get(_without(mutant, test))
         return None if known is None else known.outcome == "passes"
 
-    def _tested(self, mutant: Mutant, tests: list[str], sound: bool) -> tuple[int, str]:
-        """What pytest returns and says of these tests, over the fault or without it."""
+    def _tested(self, mutant: Mutant, tests: list[str], sound: bool, chosen: list[str]) -> tuple[int, str]:
+        """What pytest returns and says of these tests, over the fault or without it, with options that choose cases."""
         tree = Path(tempfile.mkdtemp(prefix="tree_", dir=self.folder))
         try:
             plant(tree, mutant, sound)
             environment = _environment(tree)
             compiled = compile_tree(tree, mutant, self.folder / "objects", lambda *what: self._run(*what, environment))
             command = [sys.executable, "-m", "pytest", "--no-header", "--tb=no", "-rfE", "-m", "not nightly"]
-            chosen = ["-x", *(["-k", mutant.suite.cases] if mutant.suite.cases else [])]
-            return self._run([*command, *([] if sound else chosen), *tests], tree, environment | compiled)
+            return self._run([*command, *chosen, *tests], tree, environment | compiled)
         finally:
             shutil.rmtree(tree, ignore_errors=True)
 
@@ -172,6 +182,15 @@ def _read(status: int, said: str) -> tuple[str, str]:
     return "broken", said[-300:]
 
 
+def _files(mutant: Mutant) -> list[str]:
+    return [f"tests/{test}.py" for test in mutant.tests]
+
+
+def _chosen(mutant: Mutant) -> list[str]:
+    """pytest's options: the cases of the suite, to the first that fails."""
+    return ["-x", *(["-k", mutant.suite.cases] if mutant.suite.cases else [])]
+
+
 def _contents(names: Iterable[str]) -> bytes:
     return b"".join(hashlib.sha256((ROOT / name).read_bytes()).digest() for name in names)
 
@@ -180,20 +199,38 @@ def _matching(*globs: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for glob in globs for path in ROOT.glob(glob) if path.is_file())
 
 
-def _judging() -> list[str]:
-    """What a test is made of: tests import one another, and build the fuzzer and the emulator."""
-    folders = ("tests", "tests/fuzz_abi", "tests/cuda_emulator")
-    return _matching(*(f"{folder}/*.{suffix}" for folder in folders for suffix in ("py", "h", "cpp")))
+def _judging(mutant: Mutant) -> list[str]:
+    """What its tests are made of: conftest.py, what they import of the folder, and what is compiled or read there."""
+    left, modules, found = ["conftest", *mutant.tests], set(), set(_matching("tests/*.h"))
+    while left:
+        module = left.pop()
+        if module not in modules:
+            modules.add(module)
+            globs = [f"tests/{module}/*.{suffix}" for suffix in ("py", "h", "cpp")]
+            files = _matching(f"tests/{module}.py", *globs, *CORPORA.get(module, ()))
+            left += [name for file in files if file.endswith(".py") for name in _imported((ROOT / file).read_text())]
+            found.update(files)
+    return sorted(found)
+
+
+@functools.cache
+def _imported(source: str) -> set[str]:
+    """The modules, or the packages that they are of, wherever a source imports them."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names}
 
 
 def _without(mutant: Mutant, test: str) -> tuple[str, str]:
-    """What is known of a test without a fault is known by this."""
-    names = [*_judging(), *_matching("grpo_kernels/**/*.py", "csrc/**/*.*")]
+    """What is known of a test without a fault is known by this; of the whole suite, for what is no test."""
+    test = test if test.startswith("tests/") else " ".join([*_files(mutant), *_chosen(mutant)])
+    names = [*_judging(mutant), *_matching("grpo_kernels/**/*.py", "csrc/**/*.*")]
     return f"without a fault: {mutant.suite.build} {test}", hashlib.sha256(_contents(names)).hexdigest()[:16]
 
 
 def digest_of(mutant: Mutant) -> str:
     """Of the contents of the file and of all that judges it, and of the fault."""
     fault = "\0".join((mutant.before, mutant.after, mutant.suite.build, mutant.suite.cases, *mutant.tests))
-    names = [mutant.file, *_judging()]
+    names = [mutant.file, *_judging(mutant)]
     return hashlib.sha256(fault.encode() + _contents(names)).hexdigest()[:16]
