@@ -22,7 +22,7 @@ import torch
 from ptx import arithmetic, counters, faults, launches, sweep
 from ptx.machine import Machine
 from ptx.memory import Fault, Global
-from ptx.parser import parse
+from ptx.parser import Module
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = [("cuda", what) for what in (*sweep.PASSES, *sweep.FUSED_PAIRS)] + [
@@ -166,7 +166,7 @@ def executed(body: str, threads: int = 64, seed: int = 0) -> tuple[np.ndarray, M
     memory, words = Global(), torch.full((64,), -1, dtype=torch.int32)
     memory.map("words", words.data_ptr(), 256)
     machine = Machine(memory, seed, races=True)
-    (kernel,) = parse(KERNEL.replace("BODY", body)).values()
+    (kernel,) = Module(KERNEL.replace("BODY", body)).values()
     machine.launch(kernel, 1, threads, 512, words.data_ptr().to_bytes(8, "little"))
     return words.numpy(), machine
 

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .machine import Machine
 from .memory import Global
-from .parser import Kernel, parse
+from .parser import Kernel, Module
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -220,8 +220,8 @@ def launcher_differs() -> str | None:
 
 
 @functools.cache
-def _cuda_kernels() -> dict[str, Kernel]:
-    return parse(build()[0].read_text())
+def _cuda_kernels() -> Module:
+    return Module(build()[0].read_text())
 
 
 def _cuda_kernel(name: str) -> Kernel:
@@ -232,7 +232,7 @@ def _cuda_kernel(name: str) -> Kernel:
 
 @functools.cache
 def _triton_kernel(text: str) -> Kernel:
-    (kernel,) = parse(text).values()
+    (kernel,) = Module(text).values()
     return kernel
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,21 +78,33 @@ class Kernel:
     segments: dict[int, tuple[Any, int]] = field(default_factory=dict)  # begin -> function, end
 
 
-def parse(text: str) -> dict[str, Kernel]:
-    """Every kernel of a PTX module by its name. Raises NotImplementedError for directives it does not know."""
-    files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M))
-    text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
-    text = re.sub(r"//[^\n]*", "", text)
-    text = re.sub(r"^(\s*\.loc\b[^\n]*)$", r"\1;", text, flags=re.M)
-    externs = re.findall(r"^\.extern \.shared \.align \d+ \.b8 (\S+)\[\];", text, re.M)
-    entry = re.compile(r"^\.visible \.entry (\S+?)\((.*?)\)(.*?)^\{(.*?)^\}", re.M | re.S)
-    kernels = {}
-    for name, parameters, directives, body in entry.findall(text):
-        threads = re.search(r"\.(?:maxntid|reqntid) (\d+)", directives)
-        kernel = Kernel(name, *_layout(parameters), int(threads[1]) if threads else None, externs)
-        _Body(kernel, files).read(body)
-        kernels[name] = kernel
-    return kernels
+class Module(Mapping[str, Kernel]):
+    """Every kernel of a PTX module by its name, each read when it is asked for: all of ours take ten seconds. That
+    raises NotImplementedError for directives that are not known here."""
+
+    def __init__(self, text: str) -> None:
+        self._files = dict(re.findall(r'^\s*\.file\s+(\d+)\s+"([^"]+)"', text, re.M))
+        text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
+        text = re.sub(r"//[^\n]*", "", text)
+        self._externs = re.findall(r"^\.extern \.shared \.align \d+ \.b8 (\S+)\[\];", text, re.M)
+        entry = re.compile(r"^\.visible \.entry (\S+?)\((.*?)\)(.*?)^\{(.*?)^\}", re.M | re.S)
+        self._texts = {name: others for name, *others in entry.findall(text)}
+        self._read: dict[str, Kernel] = {}
+
+    def __getitem__(self, name: str) -> Kernel:
+        if name not in self._read:
+            parameters, directives, body = self._texts[name]
+            threads = re.search(r"\.(?:maxntid|reqntid) (\d+)", directives)
+            kernel = Kernel(name, *_layout(parameters), int(threads[1]) if threads else None, self._externs)
+            _Body(kernel, self._files).read(re.sub(r"^(\s*\.loc\b[^\n]*)$", r"\1;", body, flags=re.M))
+            self._read[name] = kernel
+        return self._read[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._texts)
+
+    def __len__(self) -> int:
+        return len(self._texts)
 
 
 def _layout(parameters: str) -> tuple[dict[str, tuple[int, int]], int]:
