@@ -191,6 +191,19 @@ def test_refused():
         LossConfig(Unregistered())
 
 
+def test_fields_that_cannot_be_hashed_are_told_of():
+    @register_surrogate
+    class Weighted(Surrogate):
+        weights: list
+
+        def value(self, t: Point) -> torch.Tensor:
+            return self.weights[0] * t.ratio * t.advantage
+
+    message = r"Weighted\(.*: the fields .* must be numbers, strings or tuples of such, .* unhashable type: 'list'\."
+    with pytest.raises(TypeError, match=message):
+        LossConfig(Weighted([1.0]))
+
+
 def test_what_a_class_says_of_itself_is_checked():
     with pytest.raises(ValueError, match="say flat_at_zero_advantage = False"):
 

@@ -68,6 +68,13 @@ def check_surrogate(surrogate: Surrogate) -> None:
         return
     if SURROGATES.get(getattr(surrogate, "name", "")) is not type(surrogate):
         raise TypeError(f"{type(surrogate).__name__} is not registered: decorate it with @register_surrogate.")
+    try:
+        hash(surrogate)
+    except TypeError as error:
+        raise TypeError(
+            f"{surrogate!r}: the fields of a surrogate must be numbers, strings or tuples of such, for what is made of a "
+            f"config is kept by its value; got an {error}."
+        ) from error
     check_slopes(surrogate)
 
 
