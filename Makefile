@@ -17,19 +17,24 @@ READY := $(VENV)/installed
 LOWEST := $(VENV)/lowest
 endif
 
-.PHONY: train test test-ranks test-peers mutants nightly coverage soak lint docs bench release clean
+.PHONY: train test test-shuffled test-ranks test-peers mutants nightly coverage soak lint docs bench release clean
 
 train: $(READY)
 	$(RUN) -m grpo_kernels train $(ARGS)
 
 # Two workers: most of the suite is one-threaded (the interpreter, autograd). Idle threads must not spin beside them.
 PARALLEL := -n 2 --dist worksteal
-test test-ranks test-peers nightly soak: export OMP_WAIT_POLICY := passive
+test test-shuffled test-ranks test-peers nightly soak: export OMP_WAIT_POLICY := passive
 
 # Status 5: ARGS names files of the other call alone.
 test: $(READY) $(LOWEST)
 	$(RUN) -m pytest $(PARALLEL) -m "not nightly and not peers and not ranks" $(ARGS) || [ $$? -eq 5 ]
 	$(MAKE) test-ranks
+
+# Three times, files and the tests of each in other orders: what one test leaves to the next, and what fails now and then.
+test-shuffled: $(READY)
+	for seed in 1 2 3; do $(RUN) -m pytest $(PARALLEL) -m "not nightly and not peers and not ranks" \
+		--random-order --random-order-seed=$$seed $(ARGS) || exit 1; done
 
 # One process: its pools of ranks (tests/distributed.py) are the parallel workers.
 test-ranks: $(READY)
