@@ -13,7 +13,14 @@ import torch
 
 from grpo_kernels import backends
 from grpo_kernels.backends import cpu, cuda, native
-from grpo_kernels.backends.contract import DivergenceStats, RowGradients, RowStats, TokenInputs, TokenRecords
+from grpo_kernels.backends.contract import (
+    DivergenceStats,
+    RowGradients,
+    RowStats,
+    TokenInputs,
+    TokenRecords,
+    batch_and_row_stride,
+)
 from grpo_kernels.backends.spec import NUMBERS, SURROGATE_PARAMETERS, ObjectiveSpec
 from grpo_kernels.objectives.divergence import KINDS
 from grpo_kernels.objectives.kl import ESTIMATORS, GRADIENTS
@@ -198,3 +205,12 @@ def test_backends_are_what_they_are_asked_for():
         for function in ("unsupported", "log_probs", "log_probs_backward", "token_sums", "rescale"):
             assert callable(getattr(backend, function))
         assert hasattr(backend, "fused_loss") == hasattr(backend, "token_terms") == (name != "torch")
+
+
+def test_a_batch_of_one_has_no_stride():
+    """Whatever PyTorch says it is: rows on an odd address would be read more slowly."""
+    logits = torch.zeros(1, 3, 8).as_strided((1, 3, 8), (5, 8, 1))
+    assert batch_and_row_stride(logits) == (0, 8)
+    assert batch_and_row_stride(logits[:, :1]) == (0, 0)
+    assert batch_and_row_stride(logits[0]) == (0, 8)
+    assert batch_and_row_stride(torch.zeros(2, 3, 8)) == (24, 8)

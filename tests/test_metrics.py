@@ -166,6 +166,15 @@ def test_are_detached_and_on_the_device():
     assert "clip_fraction=" in repr(out.metrics)
 
 
+def test_numbers_of_several_dtypes_keep_all_digits():
+    third = torch.tensor(1 / 3, dtype=torch.float64)
+    values = {name: torch.tensor(2.0) for name in FIELDS} | {FIELDS[3]: third, FIELDS[5]: 1.5}
+    vector = Metrics.of(**values).vector
+    assert vector.dtype == torch.float64
+    assert vector[3] == third
+    assert vector[5] == 1.5
+
+
 def test_of_another_version():
     """A vector that a pickle kept from before there were as many numbers: they have other places."""
     now = Metrics(torch.ones(len(FIELDS)))
