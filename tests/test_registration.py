@@ -196,7 +196,7 @@ def test_fields_that_cannot_be_hashed_are_told_of():
     class Weighted(Surrogate):
         weights: list
 
-        def value(self, t: Point) -> torch.Tensor:
+        def value(self, t):
             return self.weights[0] * t.ratio * t.advantage
 
     message = r"Weighted\(.*: the fields .* must be numbers, strings or tuples of such, .* unhashable type: 'list'\."
