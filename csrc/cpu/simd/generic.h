@@ -5,6 +5,17 @@
 
 namespace {
 
+inline uint32_t to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+inline float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 inline float from_half(Float16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
   const uint32_t magnitude = x.bits & 0x7fff;
@@ -12,26 +23,17 @@ inline float from_half(Float16 x) {
     const float value = float(magnitude) * 5.9604644775390625e-8f;
     return sign ? -value : value;
   }
-  const uint32_t bits = ((magnitude << 13) + ((magnitude >= 0x7c00 ? 224u : 112u) << 23)) | sign;
-  float value;
-  memcpy(&value, &bits, 4);
-  return value;
+  return from_bits(((magnitude << 13) + ((magnitude >= 0x7c00 ? 224u : 112u) << 23)) | sign);
 }
 
 inline Float16 to_half(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, 4);
+  uint32_t bits = to_bits(value);
   const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
   bits &= 0x7fffffff;
   if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};   // NaN
   if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds past the largest half
-  if (bits < 0x38800000) {                                   // subnormal: let an addition do the rounding
-    float magnitude;
-    memcpy(&magnitude, &bits, 4);
-    magnitude += 0.5f;
-    memcpy(&bits, &magnitude, 4);
-    return {uint16_t(sign | (bits - 0x3f000000))};
-  }
+  if (bits < 0x38800000)                                     // subnormal: let an addition do the rounding
+    return {uint16_t(sign | (to_bits(from_bits(bits) + 0.5f) - to_bits(0.5f)))};
   bits += 0xfff + ((bits >> 13) & 1);
   return {uint16_t(sign | ((bits - 0x38000000) >> 13))};
 }
@@ -57,17 +59,6 @@ struct Float {
   void store(float* p) const {
     for (int i = 0; i < lanes; ++i) p[i] = v[i];
   }
-
-  static uint32_t to_bits(float x) {
-    uint32_t u;
-    memcpy(&u, &x, 4);
-    return u;
-  }
-  static float from_bits(uint32_t u) {
-    float x;
-    memcpy(&x, &u, 4);
-    return x;
-  }
 };
 
 // 32 neighbouring elements as two vectors and back; lane_in_pair (types.h) tells where each goes.
@@ -91,12 +82,12 @@ inline void store_pair(Float16* p, Float first, Float second) {
 
 // Even elements in the first vector, odd ones in the second.
 inline void load_pair(const BFloat16* p, Float& first, Float& second) {
-  first = Float::each([&](int i) { return Float::from_bits(uint32_t(p[2 * i].bits) << 16); });
-  second = Float::each([&](int i) { return Float::from_bits(uint32_t(p[2 * i + 1].bits) << 16); });
+  first = Float::each([&](int i) { return from_bits(uint32_t(p[2 * i].bits) << 16); });
+  second = Float::each([&](int i) { return from_bits(uint32_t(p[2 * i + 1].bits) << 16); });
 }
 // To nearest even, by a carry into the upper half. A NaN stays one: ours have a zero lower half.
 inline uint16_t to_bfloat16(float x) {
-  const uint32_t u = Float::to_bits(x);
+  const uint32_t u = to_bits(x);
   return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
 }
 inline void store_pair(BFloat16* p, Float first, Float second) {
@@ -152,17 +143,17 @@ inline Float select_less(Float a, Float b, Float x, Float y) {
 // 2^(m/8), where m sits in the low bits of t (t = m/8 + 1.5 * 2^20).
 inline Float power_of_eighths(Float t) {
   return Float::each([&](int i) {
-    const uint32_t m = Float::to_bits(t.v[i]);
-    return Float::from_bits(uint32_t(kEighths[m & 7]) + (m << 20));
+    const uint32_t m = to_bits(t.v[i]);
+    return from_bits(uint32_t(kEighths[m & 7]) + (m << 20));
   });
 }
 
 // x = fraction * 2^exponent, fraction in [sqrt(1/2), sqrt(2)); x > 0 and normal.
 inline void split_power(Float x, Float& fraction, Float& exponent) {
   for (int i = 0; i < Float::lanes; ++i) {
-    const uint32_t bits = Float::to_bits(x.v[i]);
+    const uint32_t bits = to_bits(x.v[i]);
     const int32_t k = int32_t(bits - 0x3f3504f3) >> 23;
-    fraction.v[i] = Float::from_bits(bits - (uint32_t(k) << 23));
+    fraction.v[i] = from_bits(bits - (uint32_t(k) << 23));
     exponent.v[i] = float(k);
   }
 }
