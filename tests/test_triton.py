@@ -16,6 +16,7 @@ from cases import INTERPRETED, make
 from conftest import DEVICE
 
 from grpo_kernels import backends, grpo_loss, token_log_probs
+from grpo_kernels.backends.contract import Rows
 
 pytest.importorskip("triton")
 launch = pytest.importorskip("grpo_kernels.backends.triton.launch")
@@ -221,6 +222,15 @@ def test_what_only_a_gpu_shows_runs_first_there():
     assert names[: len(first)] == first
     assert all("[torch" in name for name in names[len(first) :])
     assert len(names) > len(first)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_sums_fold_by_sweeps_of_whole_vectors(dtype):
+    """Of 16 bytes for each thread, whatever reads the rows."""
+    logits, none = torch.zeros(2, 3, 5000, dtype=dtype), torch.zeros(2, 3, dtype=torch.long)
+    rows = Rows(logits, none, none > -1, torch.zeros(9), softcap=False)
+    for constants in (launch.row_constants(rows, launch.blocks_of(rows)), launch.pair_constants(rows, rows)):
+        assert constants["SWEEP"] * dtype.itemsize == 16 * 32 * constants["warps"]
 
 
 def test_the_suite_collects_without_triton():

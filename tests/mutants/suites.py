@@ -109,7 +109,7 @@ SUITES = (
     python("backends/contract.py backends/spec.py backends/ops.py", "test_contract test_ops test_loss"),
     python(
         "backends/__init__.py backends/native.py backends/c*.py",
-        "test_fallback test_contract test_bits",
+        "test_fallback test_contract test_routes test_bits",
     ),
     python("backends/eager*.py", "test_loss test_metrics test_numerics test_row_stats test_surrogates"),
     python("verification/reference/*.py", "test_oracle test_loss test_metrics test_divergence"),

@@ -59,7 +59,7 @@ def softmax_arguments(rows: Rows, stats: RowStats) -> tuple[Any, ...]:
 
 def row_constants(rows: Rows, blocks: Blocks, *written: Tensor) -> dict[str, Any]:
     sizes = {"SPAN": blocks.span, "BLOCK": blocks.block, "STAGES": blocks.stages, "warps": blocks.warps}
-    sizes["SWEEP"] = blocks.warps * 32 * 16 // rows.logits.element_size()
+    sizes["SWEEP"] = _sweep(rows, blocks.warps)
     return sizes | {"SOFTCAP": rows.softcap} | vector_constants(rows.logits, *written)
 
 
@@ -79,9 +79,14 @@ def pair_constants(rows: Rows, teacher: Rows, *written: Tensor) -> dict[str, Any
     blocks = blocks_of(rows)
     block, warps = min(blocks.block, _PAIR_BLOCK), min(blocks.warps, _PAIR_WARPS)
     sizes = {"BLOCK": block, "STAGES": blocks.stages, "warps": warps}
-    sizes["SWEEP"] = warps * 32 * 16 // rows.logits.element_size()
+    sizes["SWEEP"] = _sweep(rows, warps)
     softcaps = {"SOFTCAP": rows.softcap, "TEACHER_SOFTCAP": teacher.softcap}
     return sizes | softcaps | vector_constants(rows.logits, teacher.logits, *written)
+
+
+def _sweep(rows: Rows, warps: int) -> int:
+    """Return the columns that are a vector of 16 bytes for each thread."""
+    return warps * 32 * 16 // rows.logits.element_size()
 
 
 def vector_constants(*tensors: Tensor) -> dict[str, int]:
