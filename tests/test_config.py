@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import SURROGATES
 
+import grpo_kernels
 from grpo_kernels import (  # fmt: skip
     KL,
     Cispo,
@@ -421,3 +422,31 @@ def test_wide_bands_warn_of_nothing(recwarn):
     for low, high in ((0.2, 0.28), (0.5, 0.5), (1.0, 4.0), (1.0, 1.2), (0.8, 4.0), (0.2, 1.2), (0.9, 0.9)):
         Clip(low, high)
     assert not recwarn.list
+
+
+BAND = {"low": 0.5, "high": 5.0, "level": "token"}
+DEFAULTS = {
+    "Clip": {"low": 0.2, "high": 0.2, "dual": None},
+    "DppoKL": {"low": 0.2, "high": 0.2, "cap": None},
+    "DppoTV": {"low": 0.2, "high": 0.2, "cap": None},
+    "Gmpo": {"low": 0.4, "high": 0.4},
+    "Sapo": {"tau_pos": 1.0, "tau_neg": 1.05},
+    "Vespo": {"k_pos": 2.0, "lam_pos": 3.0, "k_neg": 3.0, "lam_neg": 2.0},
+    "TruncatedIS": {"high": 2.0, "low": 0.0, "level": "token"},
+    "MaskedIS": BAND,
+    "Rejection": BAND,
+    "Divergence": {
+        "kind": "reverse_kl",
+        "coef": 1.0,
+        "mix": 0.5,
+        "to": "teacher",
+        "teacher_temperature": None,
+        "rest": "bucket",
+    },
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_defaults_are_those_that_are_documented(name):
+    """What is asked for without arguments; whoever changes one changes every run that relies on it."""
+    assert dataclasses.asdict(getattr(grpo_kernels, name)()) == DEFAULTS[name]

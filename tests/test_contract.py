@@ -21,7 +21,7 @@ from grpo_kernels.backends.contract import (
     TokenRecords,
     batch_and_row_stride,
 )
-from grpo_kernels.backends.spec import NUMBERS, SURROGATE_PARAMETERS, ObjectiveSpec
+from grpo_kernels.backends.spec import NUMBERS, SURROGATE_PARAMETERS, LogitArgs, ObjectiveSpec
 from grpo_kernels.objectives.divergence import KINDS
 from grpo_kernels.objectives.kl import ESTIMATORS, GRADIENTS
 from grpo_kernels.objectives.metrics import OF_KERNELS
@@ -214,3 +214,7 @@ def test_a_batch_of_one_has_no_stride():
     assert batch_and_row_stride(logits[:, :1]) == (0, 0)
     assert batch_and_row_stride(logits[0]) == (0, 8)
     assert batch_and_row_stride(torch.zeros(2, 3, 8)) == (24, 8)
+
+
+def test_logits_are_left_alone_unless_told():
+    assert LogitArgs() == (1.0, 1.0, None)

@@ -611,3 +611,21 @@ def test_ids_are_no_mask(reader):
         with pytest.raises(ValueError, match=r"mask that says which tokens count; got the \w+_ids again"):
             READERS[reader](mask)
     READERS[reader](ids + 1)  # segments, say
+
+
+@pytest.mark.parametrize("bad", [-1, 97])
+def test_ids_outside_the_vocabulary_are_refused(bad):
+    """At a live position: a negative one would count from the other end."""
+    case = make()
+    row, column = case.mask.nonzero()[0].tolist()
+    case.token_ids[row, column] = bad
+    states, weight = torch.randn(*case.token_ids.shape, 5), torch.randn(case.logits.shape[-1], 5)
+    rest = (case.token_ids, case.advantages, case.mask)
+    message = rf"token ids in \[0, 97\); got token_ids\[{row}, {column}\] = {bad} at a live position"
+    for call in (
+        lambda: linear_grpo_loss(states, weight, *rest),
+        lambda: grpo_loss(case.logits, *rest, check=True),
+        lambda: grpo_loss(case.logits, *rest, support=TopK(3)),
+    ):
+        with pytest.raises(IndexError, match=message):
+            call()

@@ -444,6 +444,11 @@ def fewer_sequences(rank: int) -> dict[str, Any]:
     }
 
 
+def frozen(rank: int) -> dict[str, Any]:
+    case = Case("errors", "logits", LossConfig.preset("gspo"), "random")
+    return {"logits": part_of(case.batch(), case.columns()[rank]).states["logits"].detach()}
+
+
 FAULTS = {
     "another config": (lambda rank: {"config": "dapo"}, "expected the same config on every rank of sequence_group"),
     "another level": (
@@ -457,6 +462,7 @@ FAULTS = {
         fewer_sequences,
         "the same number of sequences on every rank of sequence_group; got 6 on rank 0",
     ),
+    "no gradient": (frozen, "the same gradients on every rank of sequence_group; got wanted on rank 0, not wanted on"),
     "ids": (other_ids, "token_ids[0, 0] = 10000 at a live position"),
     "no tensor": (lambda rank: {"advantages": torch.ones(5)}, "rank 1 of 3: grpo_loss: expected advantages"),
     "a name": (lambda rank: {"config": "gpso"}, "rank 1 of 3: preset must be one of"),

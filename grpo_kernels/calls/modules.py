@@ -21,7 +21,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.config = resolve_config(config)
         parameters = inspect.signature(self.function).parameters.values()
-        keywords = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "config")
+        keywords = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
         check_options(f"{type(self).__name__}: the option", options, keywords)
         self.options = options
 

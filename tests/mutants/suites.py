@@ -72,7 +72,7 @@ SUITES = (
     triton("sums", "test_metrics test_loss"),
     triton(
         "rows maths forward gradient one_pass launch blocks __init__",
-        f"test_loss test_numerics test_row_stats test_triton {DIVERGENCES}",
+        f"test_loss test_numerics test_row_stats test_triton {DIVERGENCES} test_divergence_triton",
     ),
     python("objectives/surrogates/registration.py", "test_registration test_config"),
     python("objectives/surrogates/*.py objectives/kl.py objectives/maths.py", "test_surrogates test_loss test_config"),
@@ -119,7 +119,7 @@ SUITES = (
     ),
     python(
         "loss.py log_probs.py policy.py divergences.py calls/modules.py",
-        "test_policy test_inputs test_divergence test_layout",
+        "test_policy test_inputs test_divergence test_layout test_vocabulary",
     ),
 )
 

@@ -72,8 +72,8 @@ def check_surrogate(surrogate: Surrogate) -> None:
         hash(surrogate)
     except TypeError as error:
         raise TypeError(
-            f"{surrogate!r}: the fields of a surrogate must be numbers, strings or tuples of such, for what is made of a "
-            f"config is kept by its value; got an {error}."
+            f"{surrogate!r}: the fields of a surrogate must be numbers, strings or tuples of such, for what is made "
+            f"of a config is kept by its value; got an {error}."
         ) from error
     check_slopes(surrogate)
 
