@@ -60,6 +60,7 @@ SUITES = (
         "common/logit_map.h common/stats.h cpu/row.h cpu/math.h cpu/types.h cpu/*.cpp cpu/simd/*.h",
         f"test_loss test_numerics test_row_stats test_bits {DIVERGENCES}",
     ),
+    Suite(("csrc/common/checks.h", "csrc/cuda/checks.h"), ("test_fuzz_abi",), "cuda", "cuda", every=20),
     cuda("divergence.h", "test_divergence_cuda " + DIVERGENCES),
     # port.h is what only a GPU has: tests/ptx plants faults in it.
     cuda(
