@@ -508,11 +508,15 @@ def test_automatic_choice_has_a_proof():
 
 
 @emulated
-def test_faults_have_a_name(laid_out):
-    """An error of the library arrives with its text: here a ring that does not hold a row."""
-    laid_out(1, 1, 1)
+@pytest.mark.parametrize(
+    ("tiles", "fault"),
+    [(1, "a size, stride, layout or pointer .*error -1"), (16, "more shared memory .*error 1")],
+)
+def test_faults_have_a_name(monkeypatch, tiles, fault):
+    """An error of the library arrives with its text: a ring that does not hold a row, one that no block has."""
+    monkeypatch.setattr(cuda, "plan", lambda *_: cuda.Plan(1, 1, tiles))
     logits = torch.randn(1, 2, 9000, requires_grad=True)
-    with pytest.raises(RuntimeError, match="grpo_cuda_fused_loss on cpu: deadlock: .*error 1"):
+    with pytest.raises(RuntimeError, match=f"grpo_cuda_fused_loss on cpu: {fault}"):
         grpo_loss(logits, torch.zeros(1, 2, dtype=torch.long), torch.ones(1), grad_scale=1.0, backend="cuda")
 
 

@@ -1,7 +1,9 @@
-"""Hostile calls of the C ABI: sizes, strides, ids, pointers, numbers (fuzz_abi/target.cpp says what must hold).
+"""Hostile calls of the C ABIs: sizes, strides, ids, layouts, pointers, numbers (fuzz_abi/cpu.cpp and cuda.cpp say what
+must hold).
 
-CI replays tests/corpus/abi over the built library, with buffers that end at forbidden pages, and tries a few thousand
-new inputs, the same ones every time; nightly the sources under both sanitizers, for minutes, from another seed.
+CI replays tests/corpus over the built libraries, the CUDA sources over the emulator, with buffers that end at forbidden
+pages, and tries thousands of new inputs, the same ones every time; nightly the sources under both sanitizers, for
+minutes, from another seed.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ import fuzz_abi
 import pytest
 from cases import make
 
-from grpo_kernels.backends import cpu
+from grpo_kernels.backends import cpu, cuda
 
-CORPUS = sorted((Path(__file__).parent / "corpus" / "abi").glob("*.txt"))
+CORPUS, CUDA_CORPUS = (
+    sorted((Path(__file__).parent / "corpus" / folder).glob("*.txt")) for folder in ("abi", "abi_cuda")
+)
 NIGHTLY = "240s"
 
 pytestmark = pytest.mark.skipif(fuzz_abi.compiler() is None, reason="needs a C++ compiler")
@@ -47,7 +51,14 @@ def executions(said: str) -> int:
 @pytest.fixture(scope="module")
 def over_the_library(tmp_path_factory):
     cpu.library()  # or the reason why there is none
-    return fuzz_abi.build_over(cpu.LIBRARY, tmp_path_factory.mktemp("fuzz") / "fuzz_abi")
+    return fuzz_abi.build_over(cpu.LIBRARY, tmp_path_factory.mktemp("fuzz") / "fuzz_abi", "cpu")
+
+
+@pytest.fixture(scope="module")
+def over_the_cuda_library(tmp_path_factory):
+    if not cuda.emulated():
+        pytest.skip("needs the emulator: on a GPU its memory is not looked at")
+    return fuzz_abi.build_over(cuda.library_path(), tmp_path_factory.mktemp("fuzz") / "fuzz_cuda", "cuda")
 
 
 def test_what_once_failed(over_the_library):
@@ -57,6 +68,15 @@ def test_what_once_failed(over_the_library):
 
 def test_new_inputs(over_the_library):
     assert executions(driven(over_the_library, "run", "3000", "1", ".")) == 3000
+
+
+def test_what_once_failed_of_cuda(over_the_cuda_library):
+    said = driven(over_the_cuda_library, "replay", *map(str, CUDA_CORPUS))
+    assert len(said.splitlines()) == len(CUDA_CORPUS)
+
+
+def test_new_inputs_of_cuda(over_the_cuda_library):
+    assert executions(driven(over_the_cuda_library, "run", "800", "1", ".")) == 800
 
 
 OVERFLOW = """
@@ -105,10 +125,29 @@ def test_python_asks_how_a_call_went(monkeypatch, function):
         case.run("cpu", config="gspo" if function == "log_probs" else "grpo")
 
 
+@pytest.mark.skipif(not cuda.emulated(), reason="looks into the emulator")
+@pytest.mark.parametrize("config", ["grpo", "gspo"])
+def test_python_says_what_cuda_calls_no_call(monkeypatch, config):
+    """Before anything is launched."""
+    monkeypatch.setattr(cuda, "plan", lambda *_: cuda.Plan(1, 0, 13))
+    with pytest.raises(RuntimeError, match=r"grpo_cuda_\w+ on cpu: a size, stride, layout or pointer .* \(error -1\)"):
+        make(batch=2, length=3, vocab=33).run("cuda", config=config)
+
+
 @pytest.mark.nightly
 def test_under_sanitizers(tmp_path, record_property):
     program = fuzz_abi.build_sanitized(tmp_path)
     driven(program, "replay", *map(str, CORPUS))
+    seed = str(int(time.time()))
+    record_property("examples", executions(driven(program, "run", NIGHTLY, seed, ".")))
+
+
+@pytest.mark.nightly
+def test_cuda_under_sanitizers(tmp_path, record_property):
+    program = fuzz_abi.build_emulated_sanitized(tmp_path)
+    if program is None:
+        pytest.skip("no C++ compiler that knows _Float16")
+    driven(program, "replay", *map(str, CUDA_CORPUS))
     seed = str(int(time.time()))
     record_property("examples", executions(driven(program, "run", NIGHTLY, seed, ".")))
 

@@ -118,7 +118,7 @@ struct Job {
 
   GRPO_DEVICE RowInfo info_of(int r) const {
     RowInfo info;
-    const int64_t id = p.token_ids[r] - first_column;
+    const int64_t id = int64_t(uint64_t(p.token_ids[r]) - uint64_t(first_column));  // any number may be there
     const bool here = id >= 0 && id < columns;
     info.row = r;
     info.target = here ? int(id) : kElsewhere;

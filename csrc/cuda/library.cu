@@ -1,9 +1,8 @@
 // The library's entry points: calls in, launches on the caller's stream out.
+#include "checks.h"
 #include "token_kernels.h"
 
 namespace {
-
-using namespace grpo;
 
 port::Stream stream_of(const GrpoCudaParams& p) { return static_cast<port::Stream>(p.stream); }
 
@@ -67,20 +66,29 @@ int load_kernels(int ring, GrpoCudaDevice& device) {
   return 0;
 }
 
-// Calls run(element of the logits).
-template <class Run>
-int dispatch(const GrpoCudaParams* p, Run run) {
-  if (p->rows == 0) return 0;
-  if (const int error = port::use_device(p->device)) return error;
-  switch (p->dtype) {
-    case kFloat32: return run(float());
-    case kFloat64: return run(double());
-    case kBFloat16: return run(grpo::BFloat16());
-    default: return run(grpo::Float16());
+template <class T, Mode kMode>
+int launch(const GrpoCudaParams& p) {
+  if constexpr (Job<T, kMode>::kGradient) {
+    return launch_rows<T, kMode>(p);
+  } else {
+    return launch_sums<T, kMode>(p);
   }
 }
 
-int element_bytes(int32_t dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+// A struct in, an error out. Without rows nothing more is asked, and nothing launched.
+template <Mode kMode>
+int answer(const GrpoCudaParams* p) {
+  if (!p || !known_dtype(p->dtype)) return kBadCall;
+  if (p->rows == 0) return 0;
+  if (!is_call<kMode>(*p)) return kBadCall;
+  if (const int error = port::use_device(p->device)) return error;
+  switch (p->dtype) {
+    case kFloat32: return launch<float, kMode>(*p);
+    case kFloat64: return launch<double, kMode>(*p);
+    case kBFloat16: return launch<grpo::BFloat16, kMode>(*p);
+    default: return launch<grpo::Float16, kMode>(*p);
+  }
+}
 
 }  // namespace
 
@@ -91,9 +99,13 @@ int64_t grpo_cuda_abi(void) {
          (int64_t(sizeof(GrpoCudaDevice)) << 16) | int64_t(sizeof(GrpoCudaPlan));
 }
 int32_t grpo_cuda_emulated(void) { return port::kEmulated; }
-const char* grpo_cuda_error(int32_t error) { return port::error_text(error); }
+const char* grpo_cuda_error(int32_t error) {
+  if (error == kBadCall) return "a size, stride, layout or pointer of the call is none that a call has";
+  return port::error_text(error);
+}
 
 int32_t grpo_cuda_device(int32_t index, GrpoCudaDevice* device) {
+  if (!device) return kBadCall;
   if (const int error = port::describe(index, *device)) return error;
   if (device->major < 9) return 0;  // it has no clusters, and the library no code for it
   if (const int error = port::use_device(index)) return error;
@@ -112,25 +124,15 @@ int32_t grpo_cuda_device(int32_t index, GrpoCudaDevice* device) {
 }
 
 void grpo_cuda_plan(const GrpoCudaDevice* device, int32_t dtype, int64_t vocab, int32_t rows, GrpoCudaPlan* plan) {
-  *plan = plan_of(*device, element_bytes(dtype), vocab, rows);
+  if (!plan) return;
+  const bool known = device && is_device(*device) && is_row(vocab, dtype) && (rows == 1 || rows == 2);
+  *plan = known ? plan_of(*device, element_bytes(dtype), vocab, rows) : GrpoCudaPlan{};
 }
 
-int32_t grpo_cuda_log_probs(const GrpoCudaParams* p) {
-  return dispatch(p, [p](auto element) { return launch_sums<decltype(element), kLogProbs>(*p); });
-}
-int32_t grpo_cuda_log_probs_backward(const GrpoCudaParams* p) {
-  return dispatch(p, [p](auto element) { return launch_rows<decltype(element), kLogProbsBackward>(*p); });
-}
-int32_t grpo_cuda_fused_loss(const GrpoCudaParams* p) {
-  return dispatch(p, [p](auto element) { return launch_rows<decltype(element), kFusedLoss>(*p); });
-}
-int32_t grpo_cuda_divergence(const GrpoCudaParams* p) {
-  return dispatch(p, [p](auto element) { return launch_sums<decltype(element), kDivergence>(*p); });
-}
-int32_t grpo_cuda_divergence_backward(const GrpoCudaParams* p) {
-  return dispatch(p, [p](auto element) { return launch_rows<decltype(element), kDivergenceBackward>(*p); });
-}
-int32_t grpo_cuda_fused_divergence(const GrpoCudaParams* p) {
-  return dispatch(p, [p](auto element) { return launch_rows<decltype(element), kFusedDivergence>(*p); });
-}
+int32_t grpo_cuda_log_probs(const GrpoCudaParams* p) { return answer<kLogProbs>(p); }
+int32_t grpo_cuda_log_probs_backward(const GrpoCudaParams* p) { return answer<kLogProbsBackward>(p); }
+int32_t grpo_cuda_fused_loss(const GrpoCudaParams* p) { return answer<kFusedLoss>(p); }
+int32_t grpo_cuda_divergence(const GrpoCudaParams* p) { return answer<kDivergence>(p); }
+int32_t grpo_cuda_divergence_backward(const GrpoCudaParams* p) { return answer<kDivergenceBackward>(p); }
+int32_t grpo_cuda_fused_divergence(const GrpoCudaParams* p) { return answer<kFusedDivergence>(p); }
 }

@@ -6,7 +6,8 @@
 // is given back too early as a wrong gradient, a barrier that nobody completes as a report of who waits where. What the
 // PTX ISA leaves undefined and a host would do all the same ends the launch: a misaligned vector, copy or message, a
 // message inside a block that is alone in its cluster, a wait or barrier by part of a warp, vectors that a copy on its
-// way still writes or reads, more bytes at a barrier than it counts.
+// way still writes or reads, more bytes at a barrier than it counts. So does what a driver refuses: no blocks, or more
+// shared memory than there is.
 #pragma once
 
 #include <math.h>
@@ -33,6 +34,7 @@
 namespace emulator {
 
 constexpr size_t kStackBytes = 48 * 1024;
+constexpr int kSharedBytes = 232448;  // that a block may use
 
 // An mbarrier, as PTX describes it.
 struct Phase {
@@ -264,6 +266,8 @@ inline void run(int blocks, int cluster, int threads, int shared_bytes, void (*b
   m.body = body;
   m.fault.clear();
   m.blocks_launched = blocks;
+  if (blocks <= 0 || cluster <= 0 || blocks % cluster) m.fault = "a launch of no blocks, or of part of a cluster";
+  if (shared_bytes > kSharedBytes) m.fault = "more shared memory than a block may use";
   for (m.first_block = 0; m.first_block < blocks && m.fault.empty(); m.first_block += cluster) {
     m.transfers.clear();
     m.cluster = Meeting{};
@@ -506,7 +510,7 @@ int describe(int, Device& device) {
   device.major = 9;
   device.minor = 0;
   device.driver = device.runtime = 0;
-  device.shared_bytes = 232448;
+  device.shared_bytes = emulator::kSharedBytes;
   return 0;
 }
 

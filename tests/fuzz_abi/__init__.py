@@ -1,4 +1,5 @@
-"""Builds the fuzzer of the C ABI (target.cpp) with the driver beside it, against a library or its sources."""
+"""Builds the fuzzers of the C ABIs, a target for each library (cpu.cpp, cuda.cpp) with the driver beside it, against a
+library or its sources."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import cuda_emulator
 
 HERE = Path(__file__).resolve().parent
 CPU = HERE.parent.parent / "csrc" / "cpu"
@@ -20,14 +23,15 @@ def compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-def build_over(library: Path, program: Path) -> Path:
+def build_over(library: Path, program: Path, target: str, *more: str) -> Path:
     """The fuzzer over a built library: buffers end at pages that nobody may touch."""
-    _run(*FLAGS, *map(str, HERE.glob("*.cpp")), str(library), f"-Wl,-rpath,{library.parent}", "-o", str(program))
+    sources = [str(HERE / f"{name}.cpp") for name in ("driver", target)]
+    _run(*FLAGS, *more, *sources, str(library), f"-Wl,-rpath,{library.parent}", "-o", str(program))
     return program
 
 
 def build_sanitized(folder: Path) -> Path:
-    """The fuzzer over the library's sources, with both sanitizers and edges counted."""
+    """The fuzzer over the sources of the CPU library, with both sanitizers and edges counted."""
     jobs = [(CPU / "library.cpp", [f"-DGRPO_HAS_{name.upper()}" for name in SETS])]
     for name, extra in SETS.items():
         jobs.append((CPU / "kernels.cpp", [*extra, f"-DGRPO_ISA_NAME={name}", f"-DGRPO_ISA_{name.upper()}"]))
@@ -39,8 +43,17 @@ def build_sanitized(folder: Path) -> Path:
         ]:
             job.result()
     program = folder / "fuzz_abi"
-    _run(*FLAGS, *SANITIZED[:2], *map(str, HERE.glob("*.cpp")), *objects, "-o", str(program))
+    _run(*FLAGS, *SANITIZED[:2], str(HERE / "driver.cpp"), str(HERE / "cpu.cpp"), *objects, "-o", str(program))
     return program
+
+
+def build_emulated_sanitized(folder: Path) -> Path | None:
+    """The fuzzer over the CUDA library's, which run over the emulator; None where no compiler makes that. Fibers have
+    stacks that no sanitizer knows, and go on where another was: what is counted are blocks, not edges."""
+    flags = ("-O1", "-g1", *SANITIZED, "--param", "asan-stack=0")
+    library = cuda_emulator.build(cuda_emulator.ROOT / "csrc", folder / "sanitized.so", *flags)
+    counted = (*SANITIZED[:2], "-DGRPO_FUZZ_FIBERS")
+    return library and build_over(library, folder / "fuzz_cuda", "cuda", *counted)
 
 
 def _run(*arguments: str) -> None:

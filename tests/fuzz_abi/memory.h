@@ -6,6 +6,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -58,16 +59,28 @@ class Arena {
     pieces_.push_back(piece);
     return piece.data;
   }
+  // Of all buffers but some, one after the other.
+  std::vector<char> contents(const std::vector<const void*>& without) const {
+    std::vector<char> out;
+    for (const Piece& piece : pieces_) {
+      const char* data = static_cast<const char*>(piece.data);
+      if (std::find(without.begin(), without.end(), piece.data) == without.end())
+        out.insert(out.end(), data, data + piece.bytes);
+    }
+    return out;
+  }
 
  private:
   struct Piece {
-    void *data, *mapped;
+    void* data;
+    size_t bytes;
+    void* mapped;
     size_t size;
   };
 #ifdef GRPO_FUZZ_SANITIZED
   static Piece take(size_t bytes, bool) {
     void* data = malloc(bytes);
-    return {data, data, bytes};
+    return {data, bytes, data, bytes};
   }
   static void release(const Piece& piece) { free(piece.mapped); }
 #else
@@ -77,7 +90,7 @@ class Arena {
     char* mapped = static_cast<char*>(mmap(nullptr, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (mapped == MAP_FAILED) abort();
     if (room && mprotect(mapped + kPage, room, PROT_READ | PROT_WRITE)) abort();
-    return {at_the_end ? mapped + kPage + room - bytes : mapped + kPage, mapped, size};
+    return {at_the_end ? mapped + kPage + room - bytes : mapped + kPage, bytes, mapped, size};
   }
   static void release(const Piece& piece) { munmap(piece.mapped, piece.size); }
 #endif

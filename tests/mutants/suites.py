@@ -60,6 +60,7 @@ SUITES = (
         "common/stats.h cpu/row.h cpu/math.h cpu/types.h cpu/*.cpp cpu/simd/*.h",
         f"test_loss test_numerics test_row_stats test_bits {DIVERGENCES}",
     ),
+    cuda("common/checks.h cuda/checks.h", "test_fuzz_abi"),
     cuda("cuda/divergence.h", "test_divergence_cuda " + DIVERGENCES),
     # cuda/port.h is what only a GPU has: tests/ptx plants faults in it. The CPU takes half of common/logit_map.h.
     cuda(

@@ -14,7 +14,10 @@ from types import ModuleType
 from .table import ROOT, Mutant
 
 COPIED = ("grpo_kernels", "tests", "csrc", "setup.py", "pyproject.toml")
-OF_LIBRARY = ("csrc/cpu/library.cpp", "csrc/cpu/blocks.h", "csrc/cpu/checks.h", "csrc/cpu/token_sums.h")
+OF_LIBRARY = (
+    *("csrc/cpu/library.cpp", "csrc/cpu/blocks.h", "csrc/cpu/checks.h", "csrc/cpu/token_sums.h"),
+    "csrc/common/checks.h",
+)
 """What the kernels' object is not made of."""
 
 Run = Callable[[Sequence[str], Path], tuple[int, str]]

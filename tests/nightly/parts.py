@@ -96,7 +96,7 @@ PARTS = {
         (*KERNELS, "csrc/**"),
     ),
     "fuzz": Part(
-        20,
+        25,
         ("test_raw_bits", "test_fuzz_abi"),
         (*KERNELS, "csrc/**", "tests/cuda_emulator/**", "tests/raw_bits.py", "tests/fuzz_abi/**", "tests/corpus/**"),
     ),
