@@ -26,7 +26,7 @@ SECONDS = 240
 """Of a process's own time: a fault may make a loop endless. The suites take less."""
 PATIENCE = 1800
 """Of the clock, for those that wait for ever."""
-CORPORA = {"raw_bits": ("tests/corpus/raw_bits/*",), "fuzz_abi": ("tests/corpus/abi/*",)}
+CORPORA = {"raw_bits": ("tests/corpus/raw_bits/*",), "fuzz_abi": ("tests/corpus/abi/*", "tests/corpus/abi_cuda/*")}
 """What a module of tests reads besides what it imports."""
 
 
