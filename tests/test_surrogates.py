@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import KLS, ONE_PASS, SURROGATES
 
-from grpo_kernels import KL, Cispo, Clip, DppoTV, LossConfig, MaskedIS, Rejection, TruncatedIS, backends
+from grpo_kernels import KL, Cispo, Clip, DppoTV, Gmpo, LossConfig, MaskedIS, Rejection, TruncatedIS, backends
 from grpo_kernels.backends.contract import TokenInputs, TokenRecords, TokenValues
 from grpo_kernels.backends.spec import LogitArgs, numbers_vector, objective_spec
 from grpo_kernels.calls.terms import TokenBatch, token_terms
@@ -138,6 +138,16 @@ def test_bounds_are_inclusive(dtype):
     assert (clip.terms(point(torch.stack([low, high]), one)).flags == 0).all()
     assert clip.terms(point(beyond, one)).flags.tolist() == [1, 2]
     assert (clip.terms(point(beyond, one)).slope == 0).all()
+
+
+def test_bounds_of_log_ratios_are_inclusive():
+    at = torch.tensor([-0.5, 0.25])
+    beyond, advantage = torch.nextafter(at, at * 2), torch.tensor([-1.0, 1.0])
+    for log_ratio, inside, flags in ((at, True, [0, 0]), (beyond, False, [1, 2])):
+        clipped = Gmpo(low=0.5, high=0.25).clip_log_ratios(log_ratio, advantage)
+        assert clipped.log_ratio.tolist() == at.tolist()
+        assert (clipped.free == inside).all()
+        assert clipped.flags.tolist() == flags
 
 
 def test_infinite_ratio_is_selected_not_masked():

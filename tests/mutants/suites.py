@@ -108,6 +108,7 @@ SUITES = (
     python("backends/blocks.py backends/memory.py", "test_blocks test_layout"),
     python("backends/eager_divergence.py", DIVERGENCES),
     python("backends/contract.py backends/spec.py backends/ops.py", "test_contract test_ops test_loss"),
+    Suite(("grpo_kernels/backends/cuda.py",), ("test_cuda", "test_loss"), "cuda", "cuda"),
     python(
         "backends/__init__.py backends/native.py backends/c*.py",
         "test_fallback test_contract test_routes test_bits",
@@ -120,7 +121,7 @@ SUITES = (
     ),
     python(
         "loss.py log_probs.py policy.py divergences.py calls/modules.py",
-        "test_policy test_inputs test_divergence test_layout test_vocabulary",
+        "test_policy test_inputs test_divergence test_layout test_vocabulary test_sequence_group",
     ),
 )
 
