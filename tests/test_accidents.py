@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
+import re
 import resource
 import signal
 import stat
@@ -681,3 +683,90 @@ def test_a_tracker_is_closed_when_the_next_cannot_start(monkeypatch):
     monkeypatch.setitem(trackers.TRACKERS, "wandb", no_login)
     assert message_of(*FLAGS, "--tensorboard", "--wandb", "sorting") == "--wandb: no API key"
     assert first.asked == ["close"]
+
+
+REFUSED = {
+    "--temperature 1e-40": "--temperature must be between 1e-4 and 1e4; got 1e-40",
+    "--lr 1e300": "--lr must be > 0 and at most 100; got 1e+300",
+    "--seed 99999999999999999999": "--seed must be a number of 64 bits, from -2^63 to 2^63 - 1; got 99999999999999999999",
+    "--device meta": "--device meta cannot be used here: ",
+    "--task reasoning_gym:": "--task must name a dataset, as reasoning_gym:basic_arithmetic does; got 'reasoning_gym:'",
+    "--reference-loss --linear-loss": "--linear-loss has no effect with --reference-loss: leave one of them out",
+    "--reference-loss --backend cpu": "--backend has no effect with --reference-loss: leave one of them out",
+    "--ref-every 3": "--ref-every must be 0 without --kl; got 3",
+    "--divergence-coef 3": "--divergence-coef must be 1 without --teacher; got 3.0",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_options_that_cannot_be_are_refused_by_name(options, capsys):
+    """And no folder is made."""
+    assert train(*FLAGS, *options.split()) == 2
+    assert REFUSED[options] in capsys.readouterr().err
+    assert names(".") == []
+
+
+@pytest.mark.parametrize("options", ["--entropy 1e300", "--weight-decay 1e30 --warmup 0"])
+def test_a_run_that_diverges_at_once_ends_with_a_sentence(options):
+    said = message_of(*FLAGS, *options.split(), "--out", "run")
+    assert re.match(r"step 0: (the policy's logits are not finite|loss is -?(inf|nan)|grad_norm is (inf|nan)): ", said)
+    assert said.endswith("the run has diverged. There was no checkpoint yet. Start anew with a lower --lr.")
+    assert names(".") == []
+
+
+def test_weights_that_are_no_numbers_end_the_run(monkeypatch):
+    """And take no checkpoint's place."""
+    step = Trainer.train_step
+
+    def run(trainer):
+        if trainer.step == 3:
+            next(trainer.model.parameters()).data.fill_(math.nan)
+        return step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", run)
+    assert message_of(*FLAGS, "--checkpoint-every", "2", "--out", "run") == (
+        "step 3: the policy's logits are not finite: the run has diverged. The last checkpoint is of step 2, in run. "
+        "Start anew with a lower --lr."
+    )
+    assert len(log("run")) == 3
+    assert checkpoint.read(Path("run", "checkpoint.safetensors"))["step"] == 2
+
+
+@pytest.mark.parametrize("left", [None, "", "\0" * 300], ids=["missing", "empty", "zeros"])
+def test_a_run_without_its_log_is_still_there(whole, left, capsys):
+    Path("whole", "log.jsonl").unlink()
+    if left is not None:
+        Path("whole", "log.jsonl").write_text(left)
+    capsys.readouterr()
+    assert train("--resume", "whole", "--save-model", "model") == 0
+    said = capsys.readouterr().out
+    assert "note: whole/log.jsonl has 0 of the 5 steps before the checkpoint" in said
+    assert "step 5; its log whole/log.jsonl is gone" in said
+    assert "log, curves and checkpoint: whole" in said
+    assert "policy and tokenizer, for from_pretrained: model" in said
+    assert "model.safetensors" in names("model")
+
+
+SPOILT = {
+    '{"steps": 6.5}': "--steps must be of type int; got 6.5",
+    '{"steps": true}': "--steps must be of type int; got True",
+    '{"linear_loss": "no"}': "--linear-loss must be of type bool; got 'no'",
+    '{"task": null}': "--task must be of type str; got None",
+    "[1]": "expected an object of options; got [1]",
+    "null": "expected an object of options; got null",
+    "[" * 100_000: "maximum recursion depth exceeded",
+}
+
+
+@pytest.mark.parametrize("options", SPOILT, ids=lambda text: text[:20])
+def test_options_that_were_edited_are_told_of(whole, options):
+    Path("whole", "options.json").write_text(options)
+    said = message_of("--resume", "whole")
+    assert said.startswith("whole is not the folder of a run: its options.json cannot be read (")
+    assert SPOILT[options] in said
+
+
+def test_other_weights_than_the_options_say_are_named(whole):
+    path = Path("whole", "options.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden": 24}))
+    assert "size mismatch" in message_of("--resume", "whole")

@@ -405,7 +405,7 @@ def test_bad_runs(tmp_path, monkeypatch, capsys):
     assert "--resume continues a run as it was started: give no other options" in fails("--resume", "run", "--lr", "1")
     assert "--loss must be one of reinforce, ppo, grpo" in fails("--loss", "gropo")
     assert "--steps must be at least 1; got 0" in fails("--steps", "0")
-    assert "--lr must be finite and > 0" in fails("--lr", "nan")
+    assert "--lr must be > 0 and at most 100; got nan" in fails("--lr", "nan")
     assert "--backend must be one of cpu, cuda, triton, torch; got 'gpu'" in fails("--backend", "gpu")
     assert "--device foo cannot be used here: " in fails("--device", "foo")
     assert "--overlong-buffer must be at most the 5 tokens of a response; got 50" in fails("--overlong-buffer", "50")

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import math
 import random
 import time
 from pathlib import Path
@@ -27,7 +28,6 @@ from ..calls.teacher import Teacher
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..objectives import advantages as estimators
-from ..objectives.checks import first_line
 from ..objectives.metrics import Metrics
 from ..objectives.normalizer import normalizer
 from ..verification import reference
@@ -36,7 +36,7 @@ from .options import Options, add_options, read_options
 from .policy import load_policy, response_inputs, response_logits
 from .ranks import Ranks, Several, start_ranks, started_by_torchrun
 from .report import OPTIONS, RUNS, RunFolder, SilentFolder, read_saved_options
-from .rollout import Samples, roll_out
+from .rollout import Diverged, Samples, roll_out
 from .saved_model import check_free, save_policy
 from .stopping import Interrupt
 from .tasks import make_task
@@ -171,6 +171,9 @@ class Trainer:
         names = ("entropy", "k3_old", "clip_fraction", "ratio_mean", "ratio_max")
         loss = self.ranks.mean(torch.stack(losses)).mean()
         record = {"loss": loss.item(), "grad_norm": torch.stack(norms).mean().item()}
+        for name, value in record.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{name} is {value}")
         if ref is not None:
             record["kl"] = total.kl.item()
         if self.teacher is not None:
@@ -321,7 +324,10 @@ def train(trainer: Trainer, folder: RunFolder, resume: bool = False) -> Trainer:
         until.callback(interrupt.restore)
         trackers = start_trackers(options, folder, trainer.step, until) if ranks.writes else []
         while trainer.step < options.steps and not interrupt.stops():
-            record = trainer.train_step()
+            try:
+                record = trainer.train_step()
+            except Diverged as error:
+                raise SystemExit(_end_of_diverged(trainer, folder, saved, error)) from error
             folder.log(record)
             for tracker in trackers:
                 tracker.log(record)
@@ -337,13 +343,19 @@ def train(trainer: Trainer, folder: RunFolder, resume: bool = False) -> Trainer:
     return trainer
 
 
+def _end_of_diverged(trainer: Trainer, folder: RunFolder, saved: int, error: Diverged) -> str:
+    """Return what happened, what is left, and what to change."""
+    left = f"The last checkpoint is of step {saved}, in {folder.path}" if saved else "There was no checkpoint yet"
+    return f"step {trainer.step}: {error}: the run has diverged. {left}. Start anew with a lower --lr."
+
+
 def _go_on(trainer: Trainer, folder: RunFolder) -> None:
     """Continue from the folder's checkpoint, as if the run had not been stopped."""
     state = folder.load_checkpoint()
     try:
         trainer.load_state(state)
     except (RuntimeError, KeyError, ValueError, TypeError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise SystemExit(
             f"{folder.checkpoint_path} is of a run of other options than {folder.path / OPTIONS} has ({reason}). "
             "Nothing was changed."
@@ -428,15 +440,22 @@ def _folder(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> Ru
 
 def _report(trainer: Trainer, folder: RunFolder, model: Path | None) -> None:
     records = folder.records()
-    if not records:
+    if not records and trainer.step:
+        print(f"step {trainer.step}; its log {folder.log_path} is gone")
+    elif not records:
         print("interrupted before the end of its first step: nothing is left of the run")
         return
-    rewards = [record["reward"] for record in records[-50:]]
-    seconds = sum(record["seconds"] for record in records)
-    mean = sum(rewards) / len(rewards)
-    print(f"step {trainer.step}, {seconds:.0f} s: mean reward of the last {len(rewards)} steps {mean:.3f}")
+    else:
+        _report_rewards(trainer.step, records)
     print(f"log, curves and checkpoint: {folder.path}")
     if model is not None:
         print(f"policy and tokenizer, for from_pretrained: {model}")
     if trainer.step < trainer.options.steps:
         print(f"interrupted; continue with: {trainer.ranks.command} train --resume {folder.path}")
+
+
+def _report_rewards(step: int, records: list[dict[str, Any]]) -> None:
+    rewards = [record["reward"] for record in records[-50:]]
+    seconds = sum(record["seconds"] for record in records)
+    mean = sum(rewards) / len(rewards)
+    print(f"step {step}, {seconds:.0f} s: mean reward of the last {len(rewards)} steps {mean:.3f}")

@@ -17,6 +17,7 @@ from ..objectives.kl import KL
 
 NO_LOSS = "none"
 """Of --loss: distillation alone."""
+_TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Options:
     tp: int = 1
 
     def __post_init__(self) -> None:
+        self._check_types()
         counts = (
             "steps",
             "prompts",
@@ -74,14 +76,18 @@ class Options:
         for name in (*counts, "numbers", "largest", "hidden", "layers", "tp"):
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")
-        for name in ("temperature", "lr", "max_grad_norm"):
-            self._require(name, 0 < getattr(self, name) < math.inf, "finite and > 0")
+        self._require("temperature", 1e-4 <= self.temperature <= 1e4, "between 1e-4 and 1e4")
+        self._require("lr", 0 < self.lr <= 100, "> 0 and at most 100")
+        self._require("max_grad_norm", 0 < self.max_grad_norm < math.inf, "finite and > 0")
+        self._require("seed", -(2**63) <= self.seed < 2**63, "a number of 64 bits, from -2^63 to 2^63 - 1")
         for name in ("ref_every", "warmup", "weight_decay", "overlong_buffer", "divergence_coef"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "finite and >= 0")
         limit = self.response_limit()
         self._require("overlong_buffer", self.overlong_buffer <= limit, f"at most the {limit} tokens of a response")
         self._require("group", self.group > 1 or not self.dynamic_sampling, "at least 2 with --dynamic-sampling")
-        self._require("linear_loss", not (self.linear_loss and self.reference_loss), "given without --reference-loss")
+        self._refuse("linear_loss", "reference_loss")
+        self._refuse("backend", "reference_loss")
+        self._require("ref_every", not self.ref_every or self.kl != 0, "0 without --kl")
         self._require(
             "tp", self.tp == 1 or (self.linear_loss and not self.fsdp), "1 without --linear-loss or with --fsdp"
         )
@@ -102,6 +108,23 @@ class Options:
         if not holds:
             raise ValueError(f"--{name.replace('_', '-')} must be {rule}; got {getattr(self, name)}.")
 
+    def _refuse(self, name: str, other: str) -> None:
+        """Raise where both are given, of which one has no effect then."""
+        if getattr(self, name) and getattr(self, other):
+            flags = [f"--{each.replace('_', '-')}" for each in (name, other)]
+            raise ValueError(f"{flags[0]} has no effect with {flags[1]}: leave one of them out.")
+
+    def _check_types(self) -> None:
+        """Raise for a value that is not of its field's type, as a file of options may have."""
+        for field in dataclasses.fields(self):
+            kind, *none = str(field.type).split(" | ")
+            value = getattr(self, field.name)
+            if value is None and none:
+                continue
+            right = isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))
+            if not right:
+                raise ValueError(f"--{field.name.replace('_', '-')} must be of type {kind}; got {value!r}.")
+
     def _check_teacher(self) -> None:
         """Raise where a teacher, what to minimise, or what else there is to learn from is missing."""
         if self.divergence is not None:
@@ -116,6 +139,7 @@ class Options:
         if self.teacher is None and self.loss == NO_LOSS:
             raise ValueError(f"--loss {NO_LOSS} has no policy term: it needs --teacher and --divergence to learn from.")
         self._require("tp", self.tp == 1 or self.teacher is None, "1 with --teacher")
+        self._require("divergence_coef", self.divergence_coef == 1.0 or self.teacher is not None, "1 without --teacher")
 
     def response_limit(self) -> int:
         """Return the length of the longest response in tokens: for sort, the answer and its end token."""

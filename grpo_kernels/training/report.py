@@ -139,6 +139,8 @@ class RunFolder:
             write_text(self.log_path, "".join(line + "\n" for line in kept))
         if damaged:
             print(f"note: {damaged} unreadable line{'s' * (damaged > 1)} of {self.log_path} are left out")
+        if len(kept) < step:
+            print(f"note: {self.log_path} has {len(kept)} of the {step} steps before the checkpoint")
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         with self._writing():
@@ -277,6 +279,8 @@ def read_saved_options(path: Path) -> Options:
     """Return the options that a run was started with. Exit with a message where they cannot be read."""
     try:
         saved = json.loads((path / OPTIONS).read_text())
+        if not isinstance(saved, dict):
+            raise ValueError(f"expected an object of options; got {json.dumps(saved)[:60]}")
         return Options(**saved)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise SystemExit(f"{path} is not the folder of a run: its options.json cannot be read ({error}).") from error

@@ -42,6 +42,21 @@ class Samples:
         return Samples(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
+class Diverged(RuntimeError):
+    """The policy's numbers are none any more: nothing can be sampled or learnt."""
+
+
+class _Watch:
+    """A step of ``generate`` that notices logits of no model that works, and puts 0 in their place."""
+
+    spoilt: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        wrong = ~(scores < 1e30)
+        self.spoilt = wrong.any() if self.spoilt is None else self.spoilt | wrong.any()
+        return scores.masked_fill(wrong, 0.0)
+
+
 class _Noise:
     """A step of ``generate`` that samples as its own sampling does, with noise that is drawn for the rows of all ranks
     on each: a row's tokens are those that one process would sample, and the generators stay in one state."""
@@ -89,10 +104,11 @@ def roll_out(
     prompt_ids, prompt_mask = _left_padded([tokenizer.encode(p.prompt) for p in problems], tokenizer.pad_token_id)
     rows = ranks.own(torch.arange(len(problems)), group)
     prompt_ids, prompt_mask = prompt_ids[rows].to(device), prompt_mask[rows].to(device)
-    noise = _Noise(rows, len(problems), temperature)
+    noise, watch = _Noise(rows, len(problems), temperature), _Watch()
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     if ranks.several:
-        sampling = {"do_sample": False, "logits_processor": [noise], "synced_gpus": is_sharded(model)}
+        sampling = {"do_sample": False, "synced_gpus": is_sharded(model)}
+    steps = [watch, noise] if ranks.several else [watch]
     model.eval()
     ids = model.generate(
         input_ids=prompt_ids,
@@ -100,9 +116,12 @@ def roll_out(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        logits_processor=steps,
         **sampling,
     )
     model.train()
+    if ranks.largest(int(watch.spoilt is not None and bool(watch.spoilt))):
+        raise Diverged("the policy's logits are not finite")
     noise.catch_up(ranks.largest(noise.draws))
     response = ids[:, prompt_ids.shape[1] :]
     missing = ranks.largest(response.shape[1]) - response.shape[1]

@@ -99,4 +99,6 @@ def make_task(name: str, numbers: int, largest: int, reward: str) -> Task:
     check_name("--task", kind, ("sort", "reasoning_gym"))
     if kind == "sort":
         return Sort(numbers, largest, reward)
-    return ReasoningGym(dataset or "basic_arithmetic")
+    if not dataset:
+        raise ValueError(f"--task must name a dataset, as reasoning_gym:basic_arithmetic does; got {name!r}.")
+    return ReasoningGym(dataset)
