@@ -202,6 +202,8 @@ class Caller:
         self.sampler_is_old = "old_log_probs" not in roles.values() and "rollout_log_probs" in roles.values()
         if self.sampler_is_old:
             roles = {n: "old_log_probs" if r == "rollout_log_probs" else r for n, r in roles.items()}
+        if not parameters:
+            raise Unusable("the loss takes no arguments: it must take log-probs or logits at least.")
         if not {"logits", "log_probs"} & set(roles.values()):
             raise Unusable(
                 f"the loss takes neither log-probs nor logits that could be recognised: {', '.join(parameters)}. "

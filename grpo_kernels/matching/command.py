@@ -88,7 +88,10 @@ def load(where: str) -> Callable[..., Any]:
     found: Any = _module(place)
     for part in name.split("."):
         if not hasattr(found, part):
-            check_name(f"{place}: the function", part, _functions(found) or ["(no function)"])
+            names = _functions(found)
+            if not names:
+                raise ValueError(f"{place} has no function; expected one named {part!r}.")
+            check_name(f"{place}: the function", part, names)
         found = getattr(found, part)
     return found
 

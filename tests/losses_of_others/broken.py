@@ -171,6 +171,14 @@ if __name__ == "__main__":
 """
 
 PPO = plain(Clip())
+
+
+def takes_nothing():
+    return torch.zeros((), requires_grad=True)
+
+
+HAS_NO_FUNCTION = "x = 1\n"
+
 GIVEN: dict[str, Given] = {
     "raises": Given(raises, "raises", ("raised runtimeerror", "the reward model is not loaded")),
     "misspells": Given(misspells, "raises", ("nameerror", "maks")),
@@ -190,6 +198,8 @@ GIVEN: dict[str, Given] = {
     "prints": Given(prints, "works", config=PPO),
     "parses_arguments": Given(PARSES_ARGUMENTS, "raises", ("import", "exit")),
     "reads_a_file": Given(READS_A_FILE, "raises", ("filenotfounderror", "no_such_training_config.json")),
+    "takes_nothing": Given(takes_nothing, "raises", ("takes no arguments", "log-probs or logits")),
+    "has_no_function": Given(HAS_NO_FUNCTION, "raises", ("has no function", "named 'loss'")),
     "does_not_parse": Given(DOES_NOT_PARSE, "raises", ("syntaxerror", "line 2")),
     "without_an_import": Given(WITHOUT_AN_IMPORT, "raises", ("package_that_nobody_has",)),
     "dataclass": Given(DATACLASS, "works", config=PPO),
