@@ -218,6 +218,20 @@ def test_verify_finds_what_depends_on_the_batch(capsys, monkeypatch):
     assert "yes / NO" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--vocab 0", "--vocab must be at least 1; got 0."),
+        ("--tokens 3", "--tokens must be at least 4; got 3."),
+        ("--seed 99999999999999999999", "--seed must be a number of 64 bits, from -2^63 to 2^63 - 1; got 99999999"),
+        ("--device meta", "--device meta cannot be used here: "),
+    ],
+)
+def test_verify_refuses_by_name(options, said, capsys):
+    assert main(["verify", *options.split()]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_verify_is_interrupted(capsys, monkeypatch):
     """What was measured so far is printed."""
     seen = []

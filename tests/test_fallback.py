@@ -86,6 +86,17 @@ def test_nothing_is_said_where_plain_pytorch_was_asked_for_or_is_all_there_is(no
     assert len(warned(lambda: loss(logits))) == 1
 
 
+def test_an_instruction_set_that_is_not_here_is_to_be_unset(monkeypatch):
+    monkeypatch.setenv("GRPO_KERNELS_CPU_ISA", "foo")
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(backends.get(name), "unsupported", lambda request: "it serves GPUs")
+    backends._warn_of_fallback.cache_clear()
+    (said,) = warned(lambda: loss(torch.randn(2, 3, 11, requires_grad=True)))
+    backends._warn_of_fallback.cache_clear()
+    assert "GRPO_KERNELS_CPU_ISA=foo: this machine runs " in str(said.message)
+    assert "hint: unset it, or name one of these;" in str(said.message)
+
+
 def test_nothing_is_said_with_kernels():
     backends._warn_of_fallback.cache_clear()
     assert backends.choose("test", backends.Request(torch.device("cpu")), None)[0] == "cpu"

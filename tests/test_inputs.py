@@ -629,3 +629,12 @@ def test_ids_outside_the_vocabulary_are_refused(bad):
     ):
         with pytest.raises(IndexError, match=message):
             call()
+
+
+@pytest.mark.parametrize("bounds", [torch.tensor([3]), torch.tensor([0.0, 3.0]), torch.zeros(2, 2, dtype=torch.int32)])
+def test_bounds_that_are_none_are_described(bounds):
+    b = batch()
+    got = f"{str(bounds.dtype).removeprefix('torch.')} {tuple(bounds.shape)}"
+    message = f"cu_seqlens (S+1,) of int32 or int64, of two numbers or more; got {got}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        grpo_loss(b["logits"], b["token_ids"], b["advantages"], cu_seqlens=bounds)

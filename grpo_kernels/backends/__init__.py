@@ -158,9 +158,12 @@ def _choose(
 @functools.cache
 def _warn_of_fallback(reason: str) -> None:
     """Warn once: CPU tensors have kernels, and nobody asked for anything else."""
+    hint = "install a C++ compiler, then grpo_kernels with pip"
+    if reason.startswith("GRPO_KERNELS_CPU_ISA"):
+        hint = "unset it, or name one of these"
     message = (
         "grpo_kernels: expected compiled kernels for CPU tensors; got the plain PyTorch backend, which is several "
-        f"times slower ({reason}).\n  hint: install a C++ compiler, then grpo_kernels with pip; `python -m "
+        f"times slower ({reason}).\n  hint: {hint}; `python -m "
         "grpo_kernels info` says what is missing. backend='torch' asks for plain PyTorch and does not warn."
     )
     warn_caller(message)

@@ -332,7 +332,8 @@ def check_bounds(
     """Raise unless ``cu_seqlens`` can bound packed sequences. Its values are looked at where that waits for nothing, or
     with checks on."""
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        fail(function, "cu_seqlens (S+1,) of int32 or int64", "another tensor", tensors)
+        got = f"{str(cu_seqlens.dtype).removeprefix('torch.')} {tuple(cu_seqlens.shape)}"
+        fail(function, "cu_seqlens (S+1,) of int32 or int64, of two numbers or more", got, tensors)
     if may_look(cu_seqlens, check):
         bounds = cu_seqlens.tolist()
         if bounds[0] < 0 or bounds[-1] > tokens or bounds != sorted(bounds):
@@ -342,7 +343,7 @@ def check_bounds(
 def check_device_name(option: str, name: str) -> None:
     """Raise unless a device of the command line exists here."""
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # of meta tensors there are no numbers
     except (RuntimeError, AssertionError) as error:
         reason = first_line(error)
         raise ValueError(f"{option} {name} cannot be used here: {reason}. --device cpu always can.") from None

@@ -331,8 +331,11 @@ def main(arguments: argparse.Namespace) -> int:
     dtypes = arguments.dtype or list(DTYPES)
     for name in dtypes:
         check_name("--dtype", name, DTYPES)
-    if arguments.vocab < 1 or arguments.tokens < SEQUENCES:
-        raise ValueError(f"--vocab must be at least 1 and --tokens at least {SEQUENCES}.")
+    for option, value, least in (("--vocab", arguments.vocab, 1), ("--tokens", arguments.tokens, SEQUENCES)):
+        if value < least:
+            raise ValueError(f"{option} must be at least {least}; got {value}.")
+    if not -(2**63) <= arguments.seed < 2**63:
+        raise ValueError(f"--seed must be a number of 64 bits, from -2^63 to 2^63 - 1; got {arguments.seed}.")
     check_device_name("--device", arguments.device)
     check_memory(arguments.vocab, arguments.tokens, arguments.device)
     usable = _usable(arguments.device, arguments.backend)

@@ -107,7 +107,7 @@ SUITES = (
     python("calls/provenance.py", "test_provenance"),
     python("backends/blocks.py backends/memory.py", "test_blocks test_layout"),
     python("backends/eager_divergence.py", DIVERGENCES),
-    python("backends/contract.py backends/spec.py backends/ops.py", "test_contract test_ops test_loss"),
+    python("backends/contract.py backends/spec.py backends/ops.py", "test_contract test_ops test_autograd test_loss"),
     Suite(("grpo_kernels/backends/cuda.py",), ("test_cuda", "test_loss"), "cuda", "cuda"),
     python(
         "backends/__init__.py backends/native.py backends/c*.py",

@@ -478,6 +478,7 @@ TOPICS = {
     "normalizer": "test_aggregation",
     "world size": "test_aggregation",
     "second backward": "test_autograd",
+    "in place": "test_autograd",
     "direct slope dropped": "test_surrogates",
     "fp16": "test_linear",
     "linear": "test_linear",
