@@ -638,3 +638,15 @@ def test_bounds_that_are_none_are_described(bounds):
     message = f"cu_seqlens (S+1,) of int32 or int64, of two numbers or more; got {got}."
     with pytest.raises(ValueError, match=re.escape(message)):
         grpo_loss(b["logits"], b["token_ids"], b["advantages"], cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.bool])
+@pytest.mark.parametrize("function", [grpo_loss, reference.grpo_loss], ids=["ours", "reference"])
+def test_whatever_is_not_0_in_a_mask_counts(function, dtype):
+    """Numbers of segments, say."""
+    b = batch()
+    rest = (b["logits"], b["token_ids"], b["advantages"])
+    expected = function(*rest, torch.tensor([[True, False, True], [True, True, False]]))
+    out = function(*rest, torch.tensor([[3, 0, 2], [7, 1, 0]]).to(dtype))
+    assert out.loss == expected.loss
+    assert out.log_probs.equal(expected.log_probs)

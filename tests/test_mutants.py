@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from mutants import table
-from mutants.judge import Judge, Verdict, _judging, _read, _without, digest_of
+from mutants.judge import Judge, Verdict, _failed, _judging, _read, _without, digest_of
 from mutants.rules import faults_of, sample
 from mutants.written import TOPICS, WRITTEN
 
@@ -212,6 +212,35 @@ def test_no_verdict_without_a_test():
         with pytest.raises(RuntimeError, match="no test was run"):
             _read(status, said)
     assert _read(4, "ImportError while loading conftest 'tests/conftest.py'.")[0] == "broken"
+
+
+def test_ids_of_what_failed_are_whole(tmp_path):
+    """An id may hold what separates it from a message."""
+    path = tmp_path / "tests" / "test_x.py"
+    path.parent.mkdir()
+    path.write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('x', ['r - 1 FAILED Σ', 'fine'])\n"
+        "def test_y(x):\n    assert x == 'fine', 'one - two'\n"
+        "@pytest.fixture\ndef broken():\n    raise ValueError('a - b')\n"
+        "def test_z(broken):\n    pass\n"
+    )
+    (tmp_path / "tests" / "test_w.py").write_text("import nothing_of_that_name\n")
+    command = [sys.executable, "-m", "pytest", "--tb=no", "-vv", "-rE", "-p", "no:cacheprovider", "tests"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    for more, ids in (
+        (
+            ["--continue-on-collection-errors"],
+            [r"test_x.py::test_y[r - 1 FAILED \u03a3]", "test_x.py::test_z", "test_w.py"],
+        ),
+        ([], ["test_w.py"]),
+    ):
+        run = subprocess.run([*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert _failed(run.stdout) == [f"tests/{each}" for each in ids], run.stdout
+    again = subprocess.run(
+        [*command[:-1], r"tests/test_x.py::test_y[r - 1 FAILED \u03a3]"], cwd=tmp_path, env=environment
+    )
+    assert again.returncode == 1
 
 
 def test_an_interrupted_run_leaves_nothing_and_is_taken_up(tmp_path):

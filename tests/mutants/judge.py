@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -126,7 +127,7 @@ class Judge:
             plant(tree, mutant, sound)
             environment = _environment(tree)
             compiled = compile_tree(tree, mutant, self.folder / "objects", lambda *what: self._run(*what, environment))
-            command = [sys.executable, "-m", "pytest", "--no-header", "--tb=no", "-rfE", "-m", "not nightly"]
+            command = [sys.executable, "-m", "pytest", "--no-header", "--tb=no", "-vv", "-rE", "-m", "not nightly"]
             return self._run([*command, *chosen, *tests], tree, environment | compiled)
         finally:
             shutil.rmtree(tree, ignore_errors=True)
@@ -165,8 +166,9 @@ def _environment(tree: Path) -> dict[str, str]:
 
 
 def _failed(said: str) -> list[str]:
-    lines = (line for line in said.splitlines() if line.startswith(("FAILED tests/", "ERROR tests/")))
-    return [line.split(" ", 1)[1].split(" - ")[0] for line in lines]
+    """The ids of what failed, which may hold anything, from the lines of every test; then files without tests."""
+    tests = re.findall(r"^(tests/.+) (?:FAILED|ERROR)(?: +\[ *\d+%\])?$", said, re.M)
+    return tests + re.findall(r"^ERROR (tests/[^:\s]+)(?: - .*)?$", said, re.M)
 
 
 def _read(status: int, said: str) -> tuple[str, str]:
