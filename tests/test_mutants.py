@@ -250,7 +250,7 @@ def test_an_interrupted_run_leaves_nothing_and_is_taken_up(tmp_path):
     judge._remember(known.name, digest_of(known), Verdict("killed", "it ends by signal 11", 1.0))
     before = judge.record.read_text()
     for how in (signal.SIGINT, signal.SIGTERM):
-        run = _start(tmp_path, "gae")
+        run = _start(tmp_path, "written python: gae")
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("tree_*/tmp/*")):  # the tests of the other mutant have begun
             assert time.monotonic() < deadline
@@ -263,7 +263,7 @@ def test_an_interrupted_run_leaves_nothing_and_is_taken_up(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["verdicts.jsonl"]
         assert judge.record.read_text() == before
         assert not _processes_of(tmp_path)
-    run = _start(tmp_path, "gae")
+    run = _start(tmp_path, "written python: gae")
     said = run.communicate(timeout=500)[0]
     assert run.returncode == 0, said
     assert "[1/1, " in said
