@@ -55,7 +55,7 @@ NAMED := $(if $(PART),$(filter $(PART:%=$(VENV)/%),$(SYSTEMS)),$(SYSTEMS))
 nightly: $(if $(filter list,$(PART)),$(VENV)/installed,$(VENV)/peers $(NAMED) $(VENV)/release)
 	$(VENV)/bin/python -m tests.nightly $(PART)
 
-# What of the package the suite runs, line by line: build/coverage; half an hour. ARGS="tests/FILE.py" for a part of it.
+# What of the package the suite runs, line by line: build/coverage; a quarter of an hour. ARGS="tests/FILE.py" for a part of it.
 coverage: $(VENV)/coverage
 	$(VENV)/bin/python -m tests.nightly.coverage $(ARGS)
 

@@ -408,3 +408,22 @@ def test_more_than_2_31_elements(backend):
     exact = torch.log_softmax(logits[0, -1].double(), -1)[ids[0, -1]]
     assert out.log_probs[0, -1].item() == pytest.approx(exact.item(), rel=1e-6)
     assert out.log_probs[0, 5].item() == pytest.approx(-math.log(vocab), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_gradients_are_rounded_to_nearest(backend, dtype):
+    """To even where two are as near; past the largest number they are infinite, below the smallest normal one exact to
+    its last digit, and an infinite one stays that. Of two equal logits the gradient is half of what comes."""
+    limits = torch.finfo(dtype)
+    step, largest, tiny = limits.eps, limits.max, limits.smallest_normal
+    odd, even, last = 1 + 1.5 * step, 1 + 0.5 * step, largest * (1 + step / 4)
+    sizes = [odd, even, 1 + 0.500001 * step, math.inf, 0.0, tiny]
+    if dtype == torch.float16:  # those of bf16 are as large and as small as fp32's own
+        sizes += [largest, last, largest * (1 + step / 5)]
+        sizes += [tiny * part for part in (step, step / 2, step * 1.5, step * 0.51, 1 - step / 4, 1 / 3)]
+    values = torch.tensor([*sizes, *(-x for x in sizes)])
+    logits = torch.zeros(1, len(values), 2, dtype=dtype, requires_grad=True)
+    out = token_log_probs(logits, torch.zeros(1, len(values), dtype=torch.long), backend=backend)
+    out.log_probs.backward(2 * values[None])
+    assert logits.grad[0, :, 0].tolist() == values.to(dtype).tolist()
+    assert logits.grad[0, :, 1].tolist() == (-values).to(dtype).tolist()
