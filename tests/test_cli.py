@@ -271,7 +271,7 @@ def test_verify_finds_unrepeatable_results(capsys, monkeypatch):
         (["verify", "--preset", "grop"], "--preset must be one of .*Did you mean 'grpo'"),
         (["verify", "--dtype", "fp8"], "--dtype must be one of fp32, bf16, fp16, fp64; got 'fp8'"),
         (["verify", "--backend", "gpu"], "--backend must be one of cpu, cuda, triton, torch"),
-        (["verify", "--tokens", "1"], "--tokens at least 4"),
+        (["verify", "--tokens", "1"], "--tokens must be at least 4"),
         (["verify", "--vocab", "0"], "--vocab must be at least 1"),
         (["verify", "--device", "foo"], "--device foo cannot be used here: "),
         (["verify", "--vocab", "300000", "--tokens", "100000"], r"would take about 33\d\d.\d GB .*--tokens \d+ fits"),
