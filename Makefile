@@ -55,8 +55,8 @@ NAMED := $(if $(PART),$(filter $(PART:%=$(VENV)/%),$(SYSTEMS)),$(SYSTEMS))
 nightly: $(if $(filter list,$(PART)),$(VENV)/installed,$(VENV)/peers $(NAMED) $(VENV)/release)
 	$(VENV)/bin/python -m tests.nightly $(PART)
 
-# What of the package the suite runs, line by line: build/coverage; a quarter of an hour. ARGS="tests/FILE.py" for a part of it.
-coverage: $(VENV)/coverage
+# What of the package the suite runs, line by line: build/coverage; 25 minutes. ARGS="tests/FILE.py" for a part of it.
+coverage: $(VENV)/coverage $(VENV)/peers
 	$(VENV)/bin/python -m tests.nightly.coverage $(ARGS)
 
 # An hour of random calls and accidents; make soak ARGS="--minutes 10". What is interrupted is taken up.

@@ -98,13 +98,15 @@ class Pool:
             self.stop()
         return usable
 
-    def stop(self) -> None:
-        """End the processes; the next run starts others."""
+    def stop(self, seconds: float = 0.0) -> None:
+        """End the processes, by force those that do not end by themselves within some seconds; the next run starts
+        others."""
+        for connection in self._connections:
+            connection.close()  # whoever waits for it ends
         for process in self._processes:
+            process.join(seconds)
             process.kill()
             process.join()
-        for connection in self._connections:
-            connection.close()
         self._processes, self._connections, self._suspect = [], [], False
 
     def _call(self, function: Callable[..., Any], args: tuple, seconds: float) -> list[Outcome]:
@@ -192,7 +194,7 @@ class Pool:
 def pool(ranks: int) -> Pool:
     """Return the session's pool of so many ranks."""
     made = Pool(ranks)
-    atexit.register(made.stop)
+    atexit.register(made.stop, 5.0)  # a coverage run hears of what ranks did when they end
     return made
 
 

@@ -1,6 +1,6 @@
 """Measures how much of the package the suite runs: lines and branches of its Python, lines and branches of its C++.
 
-    make coverage                              # the suite of every change, a quarter of an hour on two cores
+    make coverage                              # the suite of every change, 25 minutes on two cores
     make coverage ARGS="tests/test_loss.py"    # of these files
 
 Left out is what takes long and shows nothing here: tests of the tests and of releases, and of each test all but a few
@@ -25,7 +25,9 @@ from benchmarks.gpu_library import setup
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build" / "coverage"
 LIBRARY = FOLDER / "libgrpo_cpu.so"
-SUITE = "not nightly and not peers"
+PAGES = str(FOLDER / "python")
+ENVIRONMENT = {**os.environ, "COVERAGE_FILE": str(FOLDER / "python.data")}
+SUITE = "not nightly"
 OTHERS = ("fuzz_abi", "mutants", "nightly", "ptx", "release", "soak", "versions")
 """Tests of the tests, of the kernels as they are compiled, and of the package in other environments."""
 CASES = 6
@@ -64,16 +66,23 @@ def build() -> None:
 def measure(arguments: list[str]) -> int:
     """Run the suite; return pytest's exit status."""
     command = [sys.executable, "-m", "pytest", "-p", "tests.nightly.coverage", "-n", "2", "--dist", "worksteal"]
-    command += ["-m", SUITE, *(f"--ignore=tests/test_{name}.py" for name in OTHERS)]
-    command += ["--cov", f"--cov-report=html:{FOLDER / 'python'}", "--cov-report=term:skip-covered"]
-    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "COVERAGE_FILE": str(FOLDER / "python.data")}
+    command += ["-m", SUITE, *(f"--ignore=tests/test_{name}.py" for name in OTHERS), "--cov", "--cov-report="]
+    environment = {**ENVIRONMENT, "OMP_WAIT_POLICY": "passive"}
     return subprocess.run([*command, *arguments], cwd=ROOT, env=environment).returncode
+
+
+def report_python() -> None:
+    """Print what of the package ran, in processes that ended after pytest too: pools of ranks."""
+    for command in (["combine", "--append", "--quiet"], ["report", "--skip-covered"], ["html", "-q", "-d", PAGES]):
+        command = [sys.executable, "-m", "coverage", *command]
+        subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, check="combine" not in command)  # there may be no more
 
 
 def report_cpp() -> None:
     """Print what of csrc/cpu and csrc/common ran: a line that several instances of a template have counts once."""
     pages = ["--html-details", str(FOLDER / "cpp.html"), "--markdown", "-"]
     command = [sys.executable, "-m", "gcovr", "--root", str(ROOT), "--filter", "csrc/", "--merge-lines", *pages]
+    command += ["--gcov-ignore-parse-errors", "negative_hits.warn"]  # counts of which some were missed
     subprocess.run([*command, str(FOLDER)], cwd=ROOT, check=True)
 
 
@@ -82,6 +91,7 @@ def main(arguments: list[str]) -> int:
     FOLDER.mkdir(parents=True)
     build()
     status = measure(arguments)
+    report_python()
     report_cpp()
     return status
 
