@@ -181,7 +181,7 @@ def test_what_judges_is_what_the_tests_import():
     of_abi = _judging(next(mutant for mutant in MUTANTS.values() if mutant.file == "csrc/cpu/checks.h"))
     assert {
         "tests/conftest.py",
-        "tests/fuzz_abi/target.cpp",
+        "tests/fuzz_abi/cpu.cpp",
         "tests/corpus/abi/divergence_took_what_is_no_call.txt",
     } < {*of_abi}
     assert "tests/test_loss.py" not in of_abi
