@@ -13,7 +13,7 @@ from types import ModuleType
 
 from .table import ROOT, Mutant
 
-COPIED = ("grpo_kernels", "tests", "csrc", "setup.py", "pyproject.toml")
+COPIED = ("grpo_kernels", "tests", "csrc", "benchmarks", "setup.py", "pyproject.toml")
 OF_LIBRARY = (
     *("csrc/cpu/library.cpp", "csrc/cpu/blocks.h", "csrc/cpu/checks.h", "csrc/cpu/token_sums.h"),
     "csrc/common/checks.h",
@@ -32,7 +32,8 @@ def plant(tree: Path, mutant: Mutant, sound: bool) -> None:
     """Copy the sources to an empty folder, with the fault unless they are to be sound."""
     for name in COPIED:
         if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns(".hypothesis", "libgrpo_cuda.*"))
+            left_out = shutil.ignore_patterns(".hypothesis", "libgrpo_cuda.*", "results")
+            shutil.copytree(ROOT / name, tree / name, ignore=left_out)
         else:
             shutil.copy2(ROOT / name, tree)
     (tree / "tmp").mkdir()
@@ -50,6 +51,7 @@ def compile_tree(tree: Path, mutant: Mutant, objects: Path, run: Run) -> dict[st
         _compile_cpu(tree, build.removeprefix("cpu "), objects, run)
     if build != "cuda":
         return {"GRPO_KERNELS_CUDA_LIBRARY": ""}  # nor is it compiled by conftest.py
+    _say_what_made(tree)  # the CPU's, of csrc/common without the fault: that it is stale is no kill
     library, source = str(tree / "emulated.so"), str(tree / "csrc" / "cuda" / "library.cu")
     flags = _unoptimized(_module(tree / "tests" / "cuda_emulator" / "__init__.py").FLAGS)
     _checked(run, [os.environ.get("CXX", "c++"), *flags, "-x", "c++", source, "-o", library], tree)
@@ -97,7 +99,13 @@ def _compile_cpu(tree: Path, instruction_set: str, objects: Path, run: Run) -> N
     library.unlink(missing_ok=True)
     source = str(tree / "csrc" / "cpu" / "library.cpp")
     _checked(run, [*compiler, "-shared", source, str(made), "-lm", "-o", str(library)], tree)
-    library.with_suffix(".json").write_text(json.dumps({"sources": setup.sources_hash("cpu")}))
+    _say_what_made(tree)
+
+
+def _say_what_made(tree: Path) -> None:
+    """Write the CPU library's record: of the sources of this tree."""
+    sources = _module(tree / "setup.py").sources_hash("cpu")
+    (tree / "grpo_kernels" / "native" / "libgrpo_cpu.json").write_text(json.dumps({"sources": sources}))
 
 
 def _flags_of(instruction_set: str, setup: ModuleType, tree: Path) -> list[str]:
