@@ -508,6 +508,20 @@ def test_ids_outside_every_shard():
     assert first.splitlines()[0] == second.splitlines()[0]
 
 
+def test_log_probs_of_ids_outside_every_shard():
+    case = cases.make(vocab=VOCAB)
+    case.token_ids[0, 0], case.mask[0, 0] = VOCAB, True
+
+    def of_rank(rank):
+        first, last = CUTS["two"][rank : rank + 2]
+        with pytest.raises(IndexError, match=r"token_log_probs: .*\[0, 97\).*token_ids\[0, 0\] = 97"):
+            token_log_probs(
+                case.logits[..., first:last], case.token_ids, case.mask, vocab_group=torch.distributed.group.WORLD
+            )
+
+    run_threads(2, of_rank, deadline=10)
+
+
 @pytest.mark.parametrize(
     ("starts", "text"),
     [((0, 50), r"\[0, 49\), \[50, 98\)"), ((0, 40), r"\[0, 49\), \[40, 88\)"), ((1, 50), r"\[1, 50\), \[50, 98\)")],
