@@ -349,6 +349,12 @@ def check_device_name(option: str, name: str) -> None:
         raise ValueError(f"{option} {name} cannot be used here: {reason}. --device cpu always can.") from None
 
 
+def check_seed(option: str, seed: int) -> None:
+    """Raise unless PyTorch's generators take a seed of the command line."""
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{option} must be a number of 64 bits, from -2^63 to 2^63 - 1; got {seed}.")
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message; the error's name where there is none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import backends
-from ..objectives.checks import check_device_name, check_name, settle_name
+from ..objectives.checks import check_device_name, check_name, check_seed, settle_name
 from ..objectives.config import LossConfig
 from ..objectives.divergence import ELSEWHERE, KINDS, Divergence
 from ..objectives.kl import KL
@@ -79,7 +79,7 @@ class Options:
         self._require("temperature", 1e-4 <= self.temperature <= 1e4, "between 1e-4 and 1e4")
         self._require("lr", 0 < self.lr <= 100, "> 0 and at most 100")
         self._require("max_grad_norm", 0 < self.max_grad_norm < math.inf, "finite and > 0")
-        self._require("seed", -(2**63) <= self.seed < 2**63, "a number of 64 bits, from -2^63 to 2^63 - 1")
+        check_seed("--seed", self.seed)
         for name in ("ref_every", "warmup", "weight_decay", "overlong_buffer", "divergence_coef"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "finite and >= 0")
         limit = self.response_limit()

@@ -49,11 +49,11 @@ class Diverged(RuntimeError):
 class _Watch:
     """A step of ``generate`` that notices logits of no model that works, and puts 0 in their place."""
 
-    spoilt: Tensor | None = None
+    spoilt: Tensor | bool = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         wrong = ~(scores < 1e30)
-        self.spoilt = wrong.any() if self.spoilt is None else self.spoilt | wrong.any()
+        self.spoilt = wrong.any() | self.spoilt
         return scores.masked_fill(wrong, 0.0)
 
 
@@ -106,9 +106,9 @@ def roll_out(
     prompt_ids, prompt_mask = prompt_ids[rows].to(device), prompt_mask[rows].to(device)
     noise, watch = _Noise(rows, len(problems), temperature), _Watch()
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    sampling["logits_processor"] = [watch]
     if ranks.several:
-        sampling = {"do_sample": False, "synced_gpus": is_sharded(model)}
-    steps = [watch, noise] if ranks.several else [watch]
+        sampling = {"do_sample": False, "logits_processor": [watch, noise], "synced_gpus": is_sharded(model)}
     model.eval()
     ids = model.generate(
         input_ids=prompt_ids,
@@ -116,11 +116,10 @@ def roll_out(
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        logits_processor=steps,
         **sampling,
     )
     model.train()
-    if ranks.largest(int(watch.spoilt is not None and bool(watch.spoilt))):
+    if ranks.largest(int(watch.spoilt)):
         raise Diverged("the policy's logits are not finite")
     noise.catch_up(ranks.largest(noise.draws))
     response = ids[:, prompt_ids.shape[1] :]

@@ -24,7 +24,7 @@ from ..calls.teacher import Teacher
 from ..linear import linear_grpo_loss
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..objectives.checks import check_device_name, check_name, read_name
+from ..objectives.checks import check_device_name, check_name, check_seed, read_name
 from ..objectives.config import LossConfig
 from ..objectives.divergence import Divergence
 from ..objectives.kl import KL
@@ -334,8 +334,7 @@ def main(arguments: argparse.Namespace) -> int:
     for option, value, least in (("--vocab", arguments.vocab, 1), ("--tokens", arguments.tokens, SEQUENCES)):
         if value < least:
             raise ValueError(f"{option} must be at least {least}; got {value}.")
-    if not -(2**63) <= arguments.seed < 2**63:
-        raise ValueError(f"--seed must be a number of 64 bits, from -2^63 to 2^63 - 1; got {arguments.seed}.")
+    check_seed("--seed", arguments.seed)
     check_device_name("--device", arguments.device)
     check_memory(arguments.vocab, arguments.tokens, arguments.device)
     usable = _usable(arguments.device, arguments.backend)
