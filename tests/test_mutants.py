@@ -281,22 +281,25 @@ def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
-def test_what_survives_is_shown_and_fails_the_run(tmp_path):
-    mutant = MUTANTS["written python: gae: decay"]
-    Judge(tmp_path)._remember(mutant.name, digest_of(mutant), Verdict("survives", "50 passed", 1.0))
-    run = _start(tmp_path, "gae: decay")
+def _said_of_a_failed_run(folder: Path, mutant: table.Mutant, verdict: Verdict) -> str:
+    """What the command says of a mutant whose verdict is known."""
+    Judge(folder)._remember(mutant.name, digest_of(mutant), verdict)
+    run = _start(folder, mutant.name)
     said = run.communicate(timeout=100)[0]
     assert run.returncode == 1
+    return said
+
+
+def test_what_survives_is_shown_and_fails_the_run(tmp_path):
+    mutant = MUTANTS["written python: gae: decay"]
+    said = _said_of_a_failed_run(tmp_path, mutant, Verdict("survives", "50 passed", 1.0))
     assert f"    - {mutant.before}\n    + {mutant.after}\n" in said
     assert said.splitlines()[-1].startswith("1 mutants: 0 killed (0.0 % of those that run), 1 survive")
 
 
 def test_a_language_without_a_kill_fails_the_run(tmp_path):
     mutant = MUTANTS["written python: gae: decay"]
-    Judge(tmp_path)._remember(mutant.name, digest_of(mutant), Verdict("broken", "no module named torch", 1.0))
-    run = _start(tmp_path, "gae: decay")
-    said = run.communicate(timeout=100)[0]
-    assert run.returncode == 1
+    said = _said_of_a_failed_run(tmp_path, mutant, Verdict("broken", "no module named torch", 1.0))
     assert "none is killed of python: what judges them does not run" in said
 
 
