@@ -291,7 +291,10 @@ def test_a_squared_distance_is_no_missing_exp():
     assert not any("exp" in fault for fault in report.faults)
 
 
-@pytest.mark.parametrize(("options", "error"), [({"batch": [1]}, TypeError), ({"device": "tpu"}, ValueError)])
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"batch": [1]}, TypeError), ({"device": "tpu"}, ValueError), ({"device": "meta"}, ValueError)],
+)
 def test_options_of_other_kinds(options, error):
     with pytest.raises(error, match=next(iter(options))):
         match(packed_by_sequence, **options)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .. import backends, files
-from ..objectives.checks import check_device_name, check_name
+from ..objectives.checks import check_name, read_device
 from ..verification.progress import progress_bar
 from . import measure, report
 from .models import MODELS
@@ -57,7 +57,7 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.rounds < 1:
         raise ValueError(f"--rounds must be at least 1; got {arguments.rounds}.")
-    check_device_name("--device", arguments.device)
+    read_device("--device", arguments.device)
     check_backend(arguments.backend, arguments.device)
     specs = specs_of(arguments)
     environment = report.environment(arguments.device, arguments.backend)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objectives.checks import check_name, first_line
+from ..objectives.checks import check_name, read_device
 from .batch import Inputs, Unusable
 
 GIVEN_TEMPERATURE = 0.7
@@ -152,7 +152,7 @@ class Caller:
             raise ValueError(f"temperature must be a finite number > 0; got {temperature!r}.")
         self.loss_fn = loss_fn
         self.temperature = GIVEN_TEMPERATURE if temperature is None else temperature
-        self.device = _device(device)
+        self.device = read_device("device", device)
         self.words = words
         self.left_out: list[str] = []
         """Optional parameters that stay at their default."""
@@ -315,16 +315,6 @@ class Caller:
             handed["cu_seqlens"] = torch.nn.functional.pad(kept.sum(-1).cumsum(0), (1, 0))
         handed |= {"num_items": ITEMS_FACTOR * batch.mask.sum().double(), "temperature": self.temperature}
         return {n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in handed.items()}
-
-
-def _device(name: torch.device | str) -> torch.device:
-    """Return the device of that name, if it is here."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = first_line(error)
-        raise ValueError(f"device must be one that is here, such as 'cpu'; got {str(name)!r} ({reason}).") from None
-    return torch.device(name)
 
 
 def _scalar_of(result: Any) -> Tensor:

@@ -235,7 +235,8 @@ def check_tensors(function: str, named: Mapping[str, object]) -> None:
         if value is None and name in _NEEDED:
             fail(function, f"{name} to be a tensor", "None", error=TypeError)
         if value is not None:
-            hint = f"torch.as_tensor({name})" if isinstance(value, (list, tuple)) else None
+            numbers = isinstance(value, (list, tuple)) or hasattr(value, "__array__")
+            hint = f"torch.as_tensor({name})" if numbers else None
             fail(function, f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
 
 
@@ -340,13 +341,13 @@ def check_bounds(
             fail(function, f"cu_seqlens that never fall, within [0, {tokens}]", str(bounds)[:60], tensors)
 
 
-def check_device_name(option: str, name: str) -> None:
-    """Raise unless a device of the command line exists here."""
+def read_device(option: str, name: torch.device | str) -> torch.device:
+    """Return the device that an option names. Raise unless one can compute there, and give numbers back."""
     try:
         torch.zeros(1, device=name).item()  # of meta tensors there are no numbers
     except (RuntimeError, AssertionError) as error:
-        reason = first_line(error)
-        raise ValueError(f"{option} {name} cannot be used here: {reason}. --device cpu always can.") from None
+        raise ValueError(f"{option} {name} cannot be used here: {first_line(error)}. cpu always can.") from None
+    return torch.device(name)
 
 
 def check_seed(option: str, seed: int) -> None:

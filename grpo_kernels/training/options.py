@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import backends
-from ..objectives.checks import check_device_name, check_name, check_seed, settle_name
+from ..objectives.checks import check_name, check_seed, read_device, settle_name
 from ..objectives.config import LossConfig
 from ..objectives.divergence import ELSEWHERE, KINDS, Divergence
 from ..objectives.kl import KL
@@ -96,7 +96,7 @@ class Options:
         if self.backend is not None:
             check_name("--backend", self.backend, backends.names())
         if self.device is not None:
-            check_device_name("--device", self.device)
+            read_device("--device", self.device)
         if self._objective().aggregation == "group_mean":
             for name in ("minibatch", "micro_batch"):
                 whole = (getattr(self, name) or self.group) % self.group == 0

@@ -24,7 +24,7 @@ from ..calls.teacher import Teacher
 from ..linear import linear_grpo_loss
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..objectives.checks import check_device_name, check_name, check_seed, read_name
+from ..objectives.checks import check_name, check_seed, read_device, read_name
 from ..objectives.config import LossConfig
 from ..objectives.divergence import Divergence
 from ..objectives.kl import KL
@@ -335,7 +335,7 @@ def main(arguments: argparse.Namespace) -> int:
         if value < least:
             raise ValueError(f"{option} must be at least {least}; got {value}.")
     check_seed("--seed", arguments.seed)
-    check_device_name("--device", arguments.device)
+    read_device("--device", arguments.device)
     check_memory(arguments.vocab, arguments.tokens, arguments.device)
     usable = _usable(arguments.device, arguments.backend)
     if not usable:
