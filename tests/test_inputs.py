@@ -192,6 +192,13 @@ def test_rejected_advantages():
     call(None, advantages=torch.tensor([1.0, NAN, -1.0]), **options)
 
 
+@pytest.mark.parametrize("values", [[0.5, -0.5], np.array([0.5, -0.5])], ids=["list", "numpy"])
+def test_numbers_that_are_no_tensors(values):
+    b = batch()
+    with pytest.raises(TypeError, match=r"advantages to be a tensor; got (list|ndarray)(.|\n)*torch.as_tensor\(adv"):
+        grpo_loss(b["logits"], b["token_ids"], values)
+
+
 def test_contents_that_cannot_be_seen():
     """Under fake tensors, on the meta device and in vmap nothing is looked at."""
     rewards = torch.ones(4, 2, 3)

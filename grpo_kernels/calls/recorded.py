@@ -23,7 +23,7 @@ from ..backends import ops
 from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.sets import Sets
 from ..backends.sets import outside as outside_set
-from ..objectives.checks import INTEGER_DTYPES, check_device, fail, may_look, read_mask
+from ..objectives.checks import INTEGER_DTYPES, check_device, check_tensors, fail, may_look, read_mask
 from .arguments import ordinary
 from .autograd import once
 from .tokens import RowTokens
@@ -87,9 +87,7 @@ class Recorded:
             mask: (B, T) or packed (N,), non-zero at the tokens that there are sets for, in their order: those that an
                 engine drew, as the loss's mask where all of these count. None: there is one for every token.
         """
-        if mask is not None and not isinstance(mask, Tensor):
-            hint = "torch.as_tensor(mask)"
-            fail("Recorded.from_lists", "mask to be a tensor", type(mask).__name__, hint=hint, error=TypeError)
+        check_tensors("Recorded.from_lists", {"mask": mask})
         _check_lists(sets)
         first = next((one for one in sets if len(one) > 0), None)
         nested = first is not None and not isinstance(first[0], int) and hasattr(first[0], "__len__")
