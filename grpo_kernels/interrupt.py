@@ -34,12 +34,16 @@ def raise_again() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def stays(number: int) -> bool:
+    """Whether a signal is ignored, as nohup does with SIGHUP, or handled by what is not Python: it stays so."""
+    return signal.getsignal(number) in (signal.SIG_IGN, None)
+
+
 @contextlib.contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt, so that commands keep what they have and leave no half of a file. Where it
-    is ignored, or handled by what is not Python (None), it stays so."""
-    kept = signal.getsignal(signal.SIGTERM) in (signal.SIG_IGN, None)
-    if kept or threading.current_thread() is not threading.main_thread():
+    """Let SIGTERM raise KeyboardInterrupt, unless it stays what it is: commands keep what they have and leave no half
+    of a file."""
+    if stays(signal.SIGTERM) or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)

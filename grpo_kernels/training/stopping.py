@@ -7,6 +7,7 @@ import signal
 import sys
 from types import FrameType
 
+from .. import interrupt
 from .ranks import Ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
@@ -14,13 +15,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "
 
 class Interrupt:
     """The first of SIGNALS asks the loop to stop after its step; the second stops at once. Of several ranks the
-    first signal to any stops all, and no other does: torchrun passes a terminal's Ctrl-C on, which comes twice then.
-    nohup's SIGHUP stays ignored."""
+    first signal to any stops all, and no other does: torchrun passes a terminal's Ctrl-C on, which comes twice then."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.asked = False
         self._ranks = ranks
-        taken = [n for n in SIGNALS if n == signal.SIGINT or signal.getsignal(n) not in (signal.SIG_IGN, None)]
+        taken = [n for n in SIGNALS if n == signal.SIGINT or not interrupt.stays(n)]
         self._previous = {number: signal.signal(number, self._handle) for number in taken}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
