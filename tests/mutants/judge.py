@@ -101,20 +101,20 @@ class Judge:
             else:
                 began = time.monotonic()
                 status, said = self._tested(mutant, _files(mutant), sound=True, chosen=_chosen(mutant))
-                outcome = "fails" if status else "passes"
-                seconds = round(time.monotonic() - began, 1)
-                self._remember(*_without(mutant, test), Verdict(outcome, said[-300:] if status else "", seconds))
+                self._remember_without(mutant, test, status == 0, said[-300:], time.monotonic() - began)
         for tests in left.values():
             began = time.monotonic()
             status, said = self._tested(next(iter(tests.values())), [*tests], sound=True, chosen=[])
             failed = set(_failed(said))
             if status not in (0, 1) or not failed <= set(tests):
                 raise RuntimeError(f"what was killed does not run without a fault:\n{said[-2000:]}")
-            seconds = round((time.monotonic() - began) / len(tests), 1)
             for test, mutant in tests.items():
-                outcome = "fails" if test in failed else "passes"
-                self._remember(*_without(mutant, test), Verdict(outcome, "", seconds))
+                self._remember_without(mutant, test, test not in failed, "", (time.monotonic() - began) / len(tests))
         return [mutant for mutant, test in killed if not self._sound(mutant, test)]
+
+    def _remember_without(self, mutant: Mutant, test: str, passes: bool, said: str, seconds: float) -> None:
+        outcome, why = ("passes", "") if passes else ("fails", said)
+        self._remember(*_without(mutant, test), Verdict(outcome, why, round(seconds, 1)))
 
     def _sound(self, mutant: Mutant, test: str) -> bool | None:
         known = self.known.get(_without(mutant, test))
