@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     from . import info
     from .bench import command as bench
     from .matching import command as match
-    from .training import loop
+    from .training import command as train
     from .verification import verify
 
     parser = argparse.ArgumentParser(
@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", verify, "every backend x preset x dtype against the float64 reference, on this machine"),
         ("bench", bench, "time and memory beside eager PyTorch and torch.compile, on this machine"),
         ("match", match, "name the LossConfig that a loss of your own is, or its fault"),
-        ("train", loop, "a minimal GRPO loop on a small task"),
+        ("train", train, "a minimal GRPO loop on a small task"),
     ):
         form = argparse.RawDescriptionHelpFormatter
         sub = commands.add_parser(name, help=help_, description=module.__doc__, formatter_class=form)

@@ -22,7 +22,7 @@ import torch
 
 from grpo_kernels import backends, files
 from grpo_kernels.__main__ import main
-from grpo_kernels.training import checkpoint, loop, report, trackers
+from grpo_kernels.training import checkpoint, command, loop, report, trackers
 from grpo_kernels.training.loop import Trainer
 from grpo_kernels.training.options import Options
 from grpo_kernels.training.policy import ByteTokenizer
@@ -351,8 +351,8 @@ def test_a_run_that_never_began_leaves_no_folder(monkeypatch, capsys):
     Path("kept/notes").write_text("of somebody else")
     assert train(*FLAGS, "--out", "kept") == 130
     assert names("kept") == ["notes"]
-    announce = loop._announce
-    monkeypatch.setattr(loop, "_announce", lambda *each: os.kill(os.getpid(), signal.SIGTERM) or announce(*each))
+    announce = command._announce
+    monkeypatch.setattr(command, "_announce", lambda *each: os.kill(os.getpid(), signal.SIGTERM) or announce(*each))
     assert train(*FLAGS) == 130  # before the loop's own handlers are there
     assert names(".") == ["began", "kept", "runs"] or names(".") == ["began", "kept"]
     assert not Path("runs").exists()

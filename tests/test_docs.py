@@ -22,7 +22,7 @@ from grpo_kernels.matching import command as match
 from grpo_kernels.objectives.aggregation import AGGREGATIONS
 from grpo_kernels.objectives.levels import LEVELS
 from grpo_kernels.objectives.metrics import REPORTED
-from grpo_kernels.training import loop
+from grpo_kernels.training import command as train
 from grpo_kernels.verification import verify
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -321,7 +321,7 @@ def commands(path: Path) -> Iterator[list[str]]:
 def test_commands_exist(path, monkeypatch, capsys):
     """The parser takes each command of the package and has its options by these names; scripts, their options and
     make's targets are there."""
-    for module in (info, verify, bench, match, loop):
+    for module in (info, verify, bench, match, train):
         monkeypatch.setattr(module, "main", lambda arguments: 0)
     targets = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[0].split()
     for words in commands(path):

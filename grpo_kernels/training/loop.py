@@ -1,21 +1,12 @@
-"""GRPO in one file: snapshot, roll out, reward, advantages, old log-probs, inner epochs of the fused loss, repeat.
-
-python -m grpo_kernels train                       # sort 4 digits, a tiny model, about 3 minutes on two cores
-python -m grpo_kernels train --loss gspo --reference-loss --task reasoning_gym:basic_arithmetic
-python -m grpo_kernels train --teacher runs/sort-grpo-0 --divergence reverse_kl   # with a trained one as a teacher
-torchrun --nproc-per-node 2 -m grpo_kernels train  # the same run, shared by two processes or GPUs
-"""
+"""GRPO in one file: snapshot, roll out, reward, advantages, old log-probs, inner epochs of the fused loss, repeat."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import dataclasses
 import math
 import random
 import time
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -32,12 +23,11 @@ from ..objectives.metrics import Metrics
 from ..objectives.normalizer import normalizer
 from ..verification import reference
 from . import checkpoint, sharding
-from .options import Options, add_options, read_options
+from .options import Options
 from .policy import load_policy, response_inputs, response_logits
-from .ranks import Ranks, Several, start_ranks, started_by_torchrun
-from .report import OPTIONS, RUNS, RunFolder, SilentFolder, read_saved_options
+from .ranks import Ranks, Several
+from .report import OPTIONS, RunFolder
 from .rollout import Diverged, Samples, roll_out
-from .saved_model import check_free, save_policy
 from .stopping import Interrupt
 from .tasks import make_task
 from .teacher import load_teacher
@@ -364,98 +354,3 @@ def _go_on(trainer: Trainer, folder: RunFolder) -> None:
     saved, count = len(state["rng"]["torch"]), trainer.ranks.count
     if trainer.ranks.writes and saved != count:
         print(f"note: the checkpoint is of {saved} ranks; {count} go on within rounding, not bit for bit")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser)
-    parser.add_argument("--out", type=Path, help="the run's folder (default: the next free runs/<task>-<loss>-<n>)")
-    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="continue the run in this folder, bit for bit")
-    parser.add_argument(
-        "--save-model",
-        type=Path,
-        metavar="DIR",
-        help="at the end, write the policy and its tokenizer there, for from_pretrained; of an ended run with --resume",
-    )
-
-
-def main(arguments: argparse.Namespace) -> int:
-    """Run ``train`` from the command line and return the exit status."""
-    if arguments.resume is not None and arguments.out is not None:
-        raise SystemExit(f"--resume {arguments.resume} continues a run in its own folder: leave --out out.")
-    if arguments.save_model is not None:
-        check_free(arguments.save_model, arguments.resume or arguments.out or RUNS / "next")
-    saved = None if arguments.resume is None else read_saved_options(arguments.resume)
-    options = read_options(arguments, saved)
-    if saved is not None and options != saved:
-        raise SystemExit("--resume continues a run as it was started: give no other options with it.")
-    if saved is not None and (saved.fsdp or saved.tp > 1) and not started_by_torchrun():
-        print("note: the run was shared by several ranks; it goes on in one process, whose weights are whole")
-        options = dataclasses.replace(options, fsdp=False, tp=1)
-    ranks = start_ranks(options.device, options.fsdp, options.tp)
-    try:
-        return _run(arguments, options, ranks)
-    finally:
-        ranks.finish()
-
-
-def _run(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> int:
-    resume = arguments.resume is not None
-    trainer = None if resume else Trainer(options, ranks)  # what cannot be trained leaves no folder behind
-    with contextlib.closing(_folder(arguments, options, ranks)) as folder:
-        trainer = trainer or Trainer(options, ranks)
-        _announce(options, folder, ranks)
-        train(trainer, folder, resume)
-        if arguments.save_model is not None:
-            save_policy(trainer.model, trainer.tokenizer, arguments.save_model, ranks.writes)
-        if ranks.writes:
-            _report(trainer, folder, arguments.save_model)
-    return 0 if trainer.step >= options.steps else 130
-
-
-def _announce(options: Options, folder: RunFolder, ranks: Ranks) -> None:
-    if not ranks.writes:
-        return
-    config = options.loss_config()
-    print(f"{config!r}\nrun folder: {folder.path}", flush=True)
-    if config.surrogate is not None and not config.policy_term.uses_ratio and options.epochs > 1:
-        print(f"note: --loss {options.loss} has no ratio to correct for a moved policy; --epochs 1 learns better")
-
-
-def _folder(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> RunFolder:
-    """Return the run's folder: one for all ranks, which the first has opened and alone writes into."""
-    held: list[RunFolder] = []
-
-    def opened() -> Path:
-        if arguments.resume is not None:
-            held.append(RunFolder(arguments.resume, options, resume=True))
-        elif arguments.out:
-            held.append(RunFolder(arguments.out, options, resume=False))
-        else:
-            held.append(RunFolder.fresh(options))
-        return held[0].path
-
-    path = ranks.decide(opened)
-    return held[0] if held else SilentFolder(path)
-
-
-def _report(trainer: Trainer, folder: RunFolder, model: Path | None) -> None:
-    records = folder.records()
-    if not records and trainer.step:
-        print(f"step {trainer.step}; its log {folder.log_path} is gone")
-    elif not records:
-        print("interrupted before the end of its first step: nothing is left of the run")
-        return
-    else:
-        _report_rewards(trainer.step, records)
-    print(f"log, curves and checkpoint: {folder.path}")
-    if model is not None:
-        print(f"policy and tokenizer, for from_pretrained: {model}")
-    if trainer.step < trainer.options.steps:
-        print(f"interrupted; continue with: {trainer.ranks.command} train --resume {folder.path}")
-
-
-def _report_rewards(step: int, records: list[dict[str, Any]]) -> None:
-    rewards = [record["reward"] for record in records[-50:]]
-    seconds = sum(record["seconds"] for record in records)
-    mean = sum(rewards) / len(rewards)
-    print(f"step {step}, {seconds:.0f} s: mean reward of the last {len(rewards)} steps {mean:.3f}")
