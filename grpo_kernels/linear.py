@@ -20,6 +20,7 @@ from .calls.modules import LossModule
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
 from .calls.over_ranks import Agreed, over_ranks
 from .calls.provenance import Made
+from .calls.reduction import Diverged, settle
 from .calls.routes import Require, choose, choose_backend, choose_log_probs
 from .calls.sharding import (
     ONE_RANK,
@@ -39,7 +40,7 @@ from .calls.sweep import LinearLogProbs, LinearLoss, check_swept_teacher, sweep_
 from .calls.teacher import Teacher
 from .calls.teacher_rows import beside_teacher, dtype_beside, read_teacher_states
 from .calls.temperature import read_temperatures
-from .calls.terms import Diverged, TokenBatch, pools, settle
+from .calls.token_batch import TokenBatch, pools
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
 from .calls.token_losses import token_losses as losses_of_tokens
 from .calls.tokens import RowTokens, read_linear_tokens

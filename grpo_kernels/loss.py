@@ -32,6 +32,7 @@ from .calls.outputs import LossOutput, Outcome, TokenLogProbs
 from .calls.over_ranks import Agreed, over_ranks
 from .calls.provenance import Made
 from .calls.recorded import Recorded, read_sets, recorded_log_probs
+from .calls.reduction import Diverged, Settled, reduce_records, settle
 from .calls.routes import Require, choose, choose_backend
 from .calls.sharding import (
     ONE_RANK,
@@ -48,7 +49,7 @@ from .calls.sharding import (
 from .calls.support import Support, check_support, how_read, said_of, supported_log_probs
 from .calls.teacher import Teacher, check_is_teacher, first_columns
 from .calls.temperature import read_temperatures
-from .calls.terms import Diverged, Settled, TokenBatch, reduce_records, settle
+from .calls.token_batch import TokenBatch
 from .calls.token_losses import ON_DEMAND, refuse_what_losses_of_tokens_lack
 from .calls.token_losses import token_losses as losses_of_tokens
 from .calls.tokens import read_tokens

@@ -15,8 +15,8 @@ from .calls.arguments import check_pooled
 from .calls.batch import LossArguments, check_log_probs, read_batch
 from .calls.outputs import LossOutput, Outcome, TokenLogProbs
 from .calls.over_ranks import Agreed, over_ranks
+from .calls.reduction import settle
 from .calls.routes import Route
-from .calls.terms import settle
 from .calls.token_losses import token_losses as losses_of_tokens
 from .calls.tokens import Tokens, read_log_prob_tokens
 from .objectives.checks import fail

@@ -11,7 +11,8 @@ from cases import KLS, ONE_PASS, SURROGATES
 from grpo_kernels import KL, Cispo, Clip, DppoTV, Gmpo, LossConfig, MaskedIS, Rejection, TruncatedIS, backends
 from grpo_kernels.backends.contract import TokenInputs, TokenRecords, TokenValues
 from grpo_kernels.backends.spec import LogitArgs, numbers_vector, objective_spec
-from grpo_kernels.calls.terms import TokenBatch, token_terms
+from grpo_kernels.calls.terms import token_terms
+from grpo_kernels.calls.token_batch import TokenBatch
 from grpo_kernels.objectives.kl import kl_terms
 from grpo_kernels.objectives.maths import k3_of, times
 from grpo_kernels.objectives.sequences import Padded

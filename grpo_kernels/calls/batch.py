@@ -30,7 +30,7 @@ from ..objectives.surrogates import NoSurrogate
 from .arguments import check_pooled
 from .over_ranks import Agreed
 from .teacher import Teacher, check_teacher
-from .terms import KnownSchemes, TokenBatch, pools
+from .token_batch import KnownSchemes, TokenBatch, pools
 from .tokens import Tokens
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from ..objectives.checks import check_scalar, fail, may_look
 from ..objectives.compiler import computed_once
 from ..objectives.sequences import Packed, Padded, Sequences, accumulate_dtype, has_every_operator
 from .head import HeadTensors, head_kind, operand_dtype
-from .terms import TokenBatch
+from .token_batch import TokenBatch
 from .tokens import RowTokens
 
 CHUNK_BYTES = 1 << 30

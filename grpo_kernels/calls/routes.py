@@ -12,7 +12,7 @@ from ..backends.spec import ObjectiveSpec, objective_spec
 from ..objectives.checks import check_name, fail
 from ..objectives.config import LossConfig
 from .batch import LossArguments, advantages_per_sequence
-from .terms import TokenBatch
+from .token_batch import TokenBatch
 from .tokens import RowTokens, Tokens
 
 Require = Literal["fused"]

@@ -28,9 +28,11 @@ from .chunks import LiveRows, cut
 from .contents import TeacherRows, check_teacher_shift
 from .divergence import TOTAL_VARIATION, Beside, Stats, Whole
 from .head import HeadGradients, HeadTensors, Wants, head_kind, operand_dtype
+from .reduction import Diverged, reduce_records
 from .routes import Plan, Route
 from .teacher_rows import SweptTeacher
-from .terms import Diverged, Terms, TokenBatch, fast_token_terms, pools, reduce_records
+from .terms import Terms, fast_token_terms
+from .token_batch import TokenBatch, pools
 from .tokens import RowTokens
 from .vocabulary import VocabShard, row_gradient_, row_stats
 

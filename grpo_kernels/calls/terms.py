@@ -1,4 +1,4 @@
-"""The [tokens]-sized half of the loss: log-probs to records (two-pass route), records to loss and metrics (both).
+"""What every token's log-prob comes to: records for the sums, and ∂loss/∂ℓ.
 
 ``token_terms`` is the twin of the function of that name in csrc/common/surrogates.h:
 
@@ -10,9 +10,7 @@ each is one collective.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,172 +18,16 @@ from torch import Tensor
 
 from .. import backends
 from ..backends import ops
-from ..backends.contract import RowGradients, TokenInputs, TokenRecords, TokenValues
-from ..backends.spec import in_kernel, objective_spec
-from ..objectives.compiler import computed_once
+from ..backends.contract import TokenRecords, TokenValues
+from ..backends.spec import objective_spec
 from ..objectives.config import LossConfig
-from ..objectives.kl import ESTIMATORS, KL, kl_terms
+from ..objectives.kl import KL, kl_terms
 from ..objectives.levels import Level, Share
 from ..objectives.maths import beyond, clamp, log_ratio_of, times, weighed
-from ..objectives.metrics import FIELDS, Metrics, reduce_ratios
-from ..objectives.rollout import FOLDED, Rollout, rollout_log_ratios, rollout_weights
-from ..objectives.running import Origin, Running, begin_back_from, begin_up_to
-from ..objectives.sequences import Sequences, accumulate_dtype
+from ..objectives.rollout import FOLDED, rollout_log_ratios, rollout_weights
+from ..objectives.running import Origin, Running, begin_back_from
 from ..objectives.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, Point
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """The token-sized inputs of one loss, all contiguous (B, T). Where ``live`` is not, they hold anything."""
-
-    live: Tensor
-    """bool: counts in the loss and is read."""
-    masked_in: Tensor
-    """bool: counts in the denominators (live or skipped)."""
-    sequences: Sequences
-    inputs: TokenInputs
-    """Weights are 0 where ``masked_in`` is not."""
-    schemes: tuple[Rollout, ...] = ()
-    """Rollout schemes that are still to be applied."""
-    rollout_weight: Tensor | None = None
-    """The factors of those already applied, for the metrics."""
-    entropy_threshold: Tensor | float | None = None
-    """Tokens of less entropy have no policy term."""
-    divergence_weight: Tensor | None = None
-    """The weight in the loss of the divergence from a teacher, coefficient included; None: no such term."""
-
-    def totals(self, requests: Sequence[tuple[Tensor, Share]]) -> list[Tensor | None]:
-        """Return the sums, or means over live tokens, of each sequence, (S,) in the accumulation dtype; 0 for an empty
-        one, None for other shares. Values are (B, T), 0 at dead rows."""
-        each: list[Tensor] = []
-        places = [_place(values, each) if share in ("mean", "sum") else None for values, share in requests]
-        if not each:
-            return [None] * len(requests)
-        sums = self.sequences.sums(each, accumulate_dtype(self.live.device))
-        totals: list[Tensor | None] = []
-        for place, (_, share) in zip(places, requests, strict=True):
-            total = None if place is None else sums[place]
-            totals.append(total / self.live_lengths if total is not None and share == "mean" else total)
-        return totals
-
-    @computed_once
-    def live_lengths(self) -> Tensor:
-        """The live tokens of each sequence, (S,), at least 1."""
-        return self.sequences.lengths(self.live).clamp(min=1)
-
-    @computed_once
-    def dead(self) -> Tensor:
-        """bool (B, T): where a token is not live."""
-        return ~self.live
-
-    def begin_up_to(self, requests: Sequence[tuple[Tensor, Share]]) -> list[Callable[[], Running] | None]:
-        """Begin what running levels make of values (B, T), 0 at dead rows; None for other shares. To be begun before
-        ``totals`` of the same, so that all travel together."""
-        each: list[Tensor] = []
-        keys = [(_place(values, each), share) for values, share in requests]
-        begun: dict[tuple[int, Share], Callable[[], Running]] = {}
-        for place, share in keys:
-            if share in ("sum_before", "least_before") and (place, share) not in begun:
-                begun[place, share] = begin_up_to(each[place], self.live, self.sequences, share == "least_before")
-        return [begun.get(key) for key in keys]
-
-    def at_tokens(self, values: Tensor, total: Tensor | None) -> Tensor:
-        """Return a total (S,) of ``values`` at every token, in their dtype; the values where it is None."""
-        return values if total is None else self.sequences.expand(total.to(values.dtype)).expand_as(values)
-
-    def pool(self, requests: Sequence[tuple[Tensor, Share]]) -> list[Tensor]:
-        """Return ``totals``, each at every token."""
-        totals = self.totals(requests)
-        return [self.at_tokens(values, total) for (values, _), total in zip(requests, totals, strict=True)]
-
-    def factors(self, config: LossConfig, schemes: Sequence[Rollout], log_ratios: Sequence[Tensor]) -> Tensor:
-        """Return the product of the factors of rollout schemes, from the log-ratio of each before it is pooled."""
-        shares = (scheme.share for scheme in schemes)
-        pooled = self.pool(list(zip(log_ratios, shares, strict=True)))
-        inputs = self.inputs
-        assert inputs.rollout is not None
-        return rollout_weights(schemes, pooled, inputs.rollout, inputs.advantage, config.log_ratio_limit)
-
-
-def _place(values: Tensor, among: list[Tensor]) -> int:
-    """Return the place of this very tensor in a list, at whose end it is put where it is not there. PyTorch 2.11 does
-    not compile ``id`` of what a graph makes."""
-    for place, one in enumerate(among):
-        if one is values:
-            return place
-    among.append(values)
-    return len(among) - 1
-
-
-class KnownSchemes(NamedTuple):
-    """Rollout schemes whose factors follow from old log-probs alone."""
-
-    schemes: tuple[Rollout, ...]
-    log_ratios: list[Tensor]
-    """(B, T) of each, before they are pooled."""
-    others: tuple[Rollout, ...]
-    """The config's other schemes."""
-
-    @classmethod
-    def of(cls, config: LossConfig, old: Tensor | None, rollout: Tensor | None, live: Tensor) -> KnownSchemes | None:
-        """Return None where there are no such schemes, or a kernel applies them."""
-        if old is None or rollout is None or config.policy_term.takes_rollout or in_kernel(config.schemes):
-            return None
-        of_old = tuple(scheme for scheme in config.schemes if not scheme.of_policy)
-        if not of_old:
-            return None
-        others = tuple(scheme for scheme in config.schemes if scheme.of_policy)
-        return cls(of_old, rollout_log_ratios(of_old, old, old, rollout, live), others)
-
-    @property
-    def pooled(self) -> list[Tensor]:
-        """Return the log-ratios that are to be pooled."""
-        return [values for scheme, values in zip(self.schemes, self.log_ratios, strict=True) if scheme.pooled]
-
-    def applied(self, config: LossConfig, batch: TokenBatch) -> TokenBatch:
-        """Multiply the factors into the batch's weights: so the one-pass loss stays one pass."""
-        factors = torch.where(batch.live, batch.factors(config, self.schemes, self.log_ratios), 0.0)
-        inputs = batch.inputs._replace(policy_weight=weighed(batch.inputs.policy_weight, factors))
-        return dataclasses.replace(batch, inputs=inputs, schemes=self.others, rollout_weight=factors)
-
-
-def pools(config: LossConfig, batch: TokenBatch) -> bool:
-    """Whether a token's slope needs the other tokens of its sequence."""
-    of_kls = config.kl_pooling.pools or config.rollout_kl_pooling.pools
-    return config.pooling.pools or of_kls or any(scheme.pooled for scheme in batch.schemes)
-
-
-class Settled(NamedTuple):
-    """A loss whose log-probs are known."""
-
-    loss: Tensor
-    """0-d, detached."""
-    metrics: Metrics
-    gradients: RowGradients
-    grad_divergence: Tensor | None
-
-
-class Diverged(NamedTuple):
-    """What is known of every token's teacher, (B, T)."""
-
-    divergence: Tensor
-    teacher_entropy: Tensor
-
-
-def settle(
-    config: LossConfig,
-    batch: TokenBatch,
-    values: TokenValues,
-    numbers: Tensor,
-    backend: str,
-    diverged: Diverged | None = None,
-) -> Settled:
-    """Return loss, metrics and the slopes in log-probs, entropies and divergences."""
-    records, slope, ratios = fast_token_terms(config, batch, values, numbers, backend)
-    loss, metrics = reduce_records(config, batch, values, records, backend, ratios, diverged)
-    weight = batch.inputs.entropy_weight
-    gradients = RowGradients(slope, None if weight is None else -weight)
-    return Settled(loss, metrics, gradients, batch.divergence_weight)
+from .token_batch import TokenBatch, pools
 
 
 class PooledRatios(NamedTuple):
@@ -239,7 +81,7 @@ def _terms(config: LossConfig, batch: TokenBatch, log_prob: Tensor, entropy: Ten
     kl, to_sampler = _kl_part(config, batch, log_prob, ratio), _rollout_kl_part(config, batch, log_prob, ratio)
     dead = batch.dead
     flags = policy.flags.masked_fill(dead, 0)
-    at_bounds = _at_bounds(flags) if report else []
+    at_bounds = sums_at_bounds(flags) if report else []
     clipped = [] if config.pooling.running else at_bounds
     spread: list[tuple[Tensor, Share]] = [(_live(policy.slope, config.pooling.spread, batch), config.pooling.spread)]
     pooled = [ratio.pooled]
@@ -288,7 +130,7 @@ def _live(slope: Tensor, share: Share, batch: TokenBatch) -> Tensor:
     return slope if share == "own" else slope.masked_fill(batch.dead, 0.0)
 
 
-def _at_bounds(flags: Tensor) -> list[tuple[Tensor, Share]]:
+def sums_at_bounds(flags: Tensor) -> list[tuple[Tensor, Share]]:
     """Return what to ask for so as to know which sequences have tokens at the low, the high and the dual bound."""
     return [(flags & bit, "sum") for bit in (CLIPPED_LOW, CLIPPED_HIGH, CLIPPED_DUAL)]
 
@@ -475,76 +317,3 @@ def _sampled_kl_part(
         return _KLPart(value, weighed(weight, times(pooled.ratio, slope)), None)
     through_ratio = weighed(weight, value).masked_fill_(pooled.outside, 0.0)
     return _KLPart(value, weighed(weight, times(pooled.ratio, kl.slope)), through_ratio)
-
-
-def reduce_records(
-    config: LossConfig,
-    batch: TokenBatch,
-    values: TokenValues,
-    records: TokenRecords,
-    backend: str,
-    ratios: PooledRatios | None = None,
-    diverged: Diverged | None = None,
-) -> tuple[Tensor, Metrics]:
-    """Return the loss (0-d, the records' dtype) and its metrics: the one place where records are summed. Metrics of
-    sequences are those of ``ratios``, or made here."""
-    applied = batch.rollout_weight
-    if applied is not None:
-        weight = times(records.rollout_weight, applied) if batch.schemes else applied
-        records = records._replace(rollout_weight=weight)
-    estimator, sequences = ESTIMATORS.index(config.kl.estimator) + 1, batch.sequences.count
-    if not batch.sequences.owner:
-        sequences = 0
-    loss, vector = ops.token_sums(values, batch.masked_in, batch.inputs, records, estimator, sequences, backend)
-    if config.pooling.pools:
-        ratios = ratios or _pooled_ratios(config, batch, values.log_prob, records)
-        counted = (_count_tokens if config.pooling.running else _count_sequences)(batch, ratios)
-        first = FIELDS.index("ratio_sum")
-        vector[first : first + len(counted)] = counted
-    if diverged is not None:
-        sums = _divergence_sums(batch, diverged).to(vector.dtype)
-        vector = torch.cat([vector[: -len(sums)], sums])
-        loss = (loss + sums[0]).to(loss.dtype)
-    return loss, Metrics(vector)
-
-
-def _divergence_sums(batch: TokenBatch, diverged: Diverged) -> Tensor:
-    """Return metrics.DIVERGENCE_SUMS."""
-    weight, live = batch.divergence_weight, batch.live
-    assert weight is not None
-    dtype = accumulate_dtype(live.device)
-    divergence, entropy = (torch.where(live, values, 0.0).to(dtype) for values in diverged)
-    infinite = divergence == float("inf")
-    finite = torch.where(infinite, 0.0, divergence)
-    columns = (weighed(weight.to(dtype), divergence), finite, live & ~infinite, infinite, entropy)
-    return torch.stack([column.to(dtype).sum() for column in columns])
-
-
-def _pooled_ratios(config: LossConfig, batch: TokenBatch, log_prob: Tensor, records: TokenRecords) -> PooledRatios:
-    old, level = batch.inputs.old, config.pooling
-    own = log_ratio_of(log_prob, log_prob if old is None else old).masked_fill_(batch.dead, 0.0)
-    at_bounds = _at_bounds(records.flags)
-    (running,) = batch.begin_up_to([(own, level.pooled)])
-    if running is not None:
-        return PooledRatios(running().values, [flag for flag, _ in at_bounds])
-    wanted = [*at_bounds, *([] if old is None else [(own, level.pooled)])]
-    low, high, dual, *log_ratio = (total for total in batch.totals(wanted) if total is not None)
-    return PooledRatios(log_ratio[0] if log_ratio else None, [low, high, dual])
-
-
-def _count_sequences(batch: TokenBatch, ratios: PooledRatios) -> Tensor:
-    """Return metrics.RATIO_SUMS and extremes of the ratio over non-empty sequences. One counts as clipped where one of
-    its tokens does."""
-    lengths = batch.sequences.lengths(batch.live)
-    log_ratio = torch.zeros_like(lengths) if ratios.log_ratio is None else ratios.log_ratio
-    counted, clipped = lengths > 0, [total > 0 for total in ratios.clipped]
-    if not batch.sequences.owner:
-        counted, *clipped = (torch.zeros_like(flag) for flag in (counted, *clipped))
-    return reduce_ratios(log_ratio.exp(), counted, clipped)
-
-
-def _count_tokens(batch: TokenBatch, ratios: PooledRatios) -> Tensor:
-    """Return metrics.RATIO_SUMS and extremes of the ratio over tokens."""
-    assert ratios.log_ratio is not None
-    clipped = [flag.flatten() != 0 for flag in ratios.clipped]
-    return reduce_ratios(ratios.log_ratio.exp().flatten(), batch.live.flatten(), clipped)

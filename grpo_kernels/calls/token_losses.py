@@ -14,7 +14,8 @@ from ..objectives.config import LossConfig
 from ..objectives.maths import weighed
 from .arguments import ordinary
 from .autograd import once
-from .terms import TokenBatch, token_terms
+from .terms import token_terms
+from .token_batch import TokenBatch
 from .tokens import Tokens
 
 ON_DEMAND = "token_losses=True: a row's slope follows from what the caller makes of its loss"

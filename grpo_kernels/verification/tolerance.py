@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ..calls.batch import LossArguments, read_batch
 from ..calls.teacher import Teacher
-from ..calls.terms import TokenBatch, token_terms
+from ..calls.terms import token_terms
+from ..calls.token_batch import TokenBatch
 from ..calls.tokens import read_tokens
 from ..objectives.config import LossConfig
 from ..objectives.maths import log_ratio_of, times

@@ -116,7 +116,7 @@ SUITES = (
     python("backends/eager*.py", "test_loss test_metrics test_numerics test_row_stats test_surrogates"),
     python("verification/reference/*.py", "test_oracle test_loss test_metrics test_layout test_divergence"),
     python(
-        "calls/terms.py calls/batch.py calls/tokens.py calls/outputs.py",
+        "calls/terms.py calls/reduction.py calls/token_batch.py calls/batch.py calls/tokens.py calls/outputs.py",
         "test_loss test_surrogates test_layout test_inputs",
     ),
     python(

@@ -64,7 +64,7 @@ WRITTEN = {
     "direct slope dropped": ("calls/terms.py", "else policy.direct)", "else 0.0)"),
     "rollout: level": ("objectives/rollout.py", '"geometric": "mean"', '"geometric": "sum"'),
     "rollout: unknown": ("objectives/rollout.py", "torch.where(rollout.isnan(), 1.0, factor)", "factor"),
-    "rollout: current policy": ("calls/terms.py", "if not scheme.of_policy)", ")"),
+    "rollout: current policy": ("calls/token_batch.py", "if not scheme.of_policy)", ")"),
     "entropy threshold": ("calls/terms.py", "low = entropy < batch", "low = entropy > batch"),
     "temperature: where nothing is live": (
         "calls/temperature.py",
@@ -212,7 +212,7 @@ WRITTEN = {
     "kl weight forgotten": ("calls/terms.py", "weighed(weight, kl.slope)", "kl.slope"),
     "token weights forgotten": ("calls/batch.py", "weight * factor, 0.0", "weight, 0.0"),
     "entropy weight: sign": (
-        "calls/terms.py",
+        "calls/reduction.py",
         "None if weight is None else -weight",
         "None if weight is None else weight",
     ),
