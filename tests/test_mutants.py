@@ -37,7 +37,13 @@ def test_mutant_is_noticed(name):
         pytest.skip(f"it does not compile, or nothing can be collected: {verdict.said}")
     assert verdict.outcome == "killed", f"{mutant.place}\n- {mutant.before}\n+ {mutant.after}\n{verdict.said}"
     if name not in SAMPLED:  # whose tests run beside this one
-        assert not judge.unsound([mutant]), f"{verdict.said} fails without the fault too"
+        assert not _unsound(judge, mutant), f"{verdict.said} fails without the fault too"
+
+
+def _unsound(judge: Judge, mutant: table.Mutant) -> list[table.Mutant]:
+    for tests in judge.unchecked([mutant]):
+        judge.check(tests)
+    return judge.unsound([mutant])
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -198,12 +204,34 @@ def test_a_crash_kills_where_its_suite_ends_without_the_fault(tmp_path, monkeypa
 
     monkeypatch.setattr(Judge, "_tested", tested)
     for status in (-24, 0):
-        assert judge.unsound([mutant]) == ([mutant] if status else [])
-        assert judge.unsound([mutant]) == ([mutant] if status else [])
+        assert judge.unsound([mutant]) == [mutant]  # what was not checked is no kill
+        assert _unsound(judge, mutant) == ([mutant] if status else [])
+        assert _unsound(judge, mutant) == ([mutant] if status else [])
         assert runs == [([f"tests/{test}.py" for test in mutant.tests], True, ["-x"])]
         runs.clear()
         judge = Judge(tmp_path / "again")
         judge._remember(mutant.name, digest_of(mutant), Verdict("killed", "it hangs", 1.0))
+
+
+def test_tests_of_one_build_are_checked_together(tmp_path, monkeypatch):
+    """No more of them than end in the time of one process; one that fails tells on its own mutant alone."""
+    mutants = [mutant for mutant in MUTANTS.values() if not mutant.suite.build][:50]
+    judge = Judge(tmp_path)
+    for i, mutant in enumerate(mutants):
+        judge._remember(mutant.name, digest_of(mutant), Verdict("killed", f"tests/test_x.py::test_y[{i}]", 1.0))
+    runs = []
+
+    def tested(self, mutant, tests, sound, chosen):
+        runs.append(tests)
+        failed = "tests/test_x.py::test_y[43]"
+        return (1, f"{failed} FAILED  [ 1%]\n") if failed in tests else (0, "")
+
+    monkeypatch.setattr(Judge, "_tested", tested)
+    for tests in judge.unchecked(mutants):
+        judge.check(tests)
+    assert [len(tests) for tests in runs] == [40, 10]
+    assert judge.unsound(mutants) == [mutants[43]]
+    assert judge.unchecked(mutants) == []
 
 
 def test_no_verdict_without_a_test():

@@ -7,13 +7,18 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 from . import __doc__ as described
 from .judge import Judge, Stopped, Verdict
 from .table import ROOT, Mutant, mutants, read_survivors
+
+Given = TypeVar("Given")
+Result = TypeVar("Result")
 
 
 def main() -> int:
@@ -34,11 +39,11 @@ def main() -> int:
         signal.signal(number, interrupt)
     try:
         run(judge, chosen, given.jobs)
-        unsound = judge.unsound(chosen)
+        check(judge, chosen, given.jobs)
     except (KeyboardInterrupt, Stopped):
         print(f"{sum(judge.recall(m) is not None for m in chosen)} of {len(chosen)} judged; the same command goes on")
         return 130
-    return int(not summarize(judge, chosen, unsound))
+    return int(not summarize(judge, chosen))
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -53,14 +58,28 @@ def run(judge: Judge, chosen: list[Mutant], jobs: int) -> None:
     left = [mutant for mutant in chosen if judge.recall(mutant) is None]
     if len(left) < len(chosen):
         print(f"{len(chosen) - len(left)} of {len(chosen)} have been judged before", flush=True)
+    for mutant, verdict in done(judge, judge.verdict, left, jobs):
+        show(mutant, verdict)
+
+
+def check(judge: Judge, chosen: list[Mutant], jobs: int) -> None:
+    """Run what killed without the faults."""
+    for tests, _ in done(judge, judge.check, judge.unchecked(chosen), jobs):
+        print(f"without a fault: what killed {len(tests)} of them", flush=True)
+
+
+def done(
+    judge: Judge, call: Callable[[Given], Result], left: Sequence[Given], jobs: int
+) -> Iterator[tuple[Given, Result]]:
+    """Call of each, as they come to their ends, behind the count and the minutes."""
     began = time.monotonic()
     with ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(judge.verdict, mutant): mutant for mutant in left}
+        futures = {pool.submit(call, each): each for each in left}
         try:
             for count, future in enumerate(as_completed(futures), start=1):
-                verdict, minutes = future.result(), (time.monotonic() - began) / 60
+                result, minutes = future.result(), (time.monotonic() - began) / 60
                 print(f"[{count}/{len(left)}, {minutes:.0f} of about {minutes * len(left) / count:.0f} min]", end=" ")
-                show(futures[future], verdict)
+                yield futures[future], result
         except BaseException:
             judge.stop()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -74,8 +93,9 @@ def show(mutant: Mutant, verdict: Verdict | None, lines: bool = False) -> None:
         print(f"    - {mutant.before}\n    + {mutant.after}", flush=True)
 
 
-def summarize(judge: Judge, chosen: list[Mutant], unsound: list[Mutant]) -> bool:
+def summarize(judge: Judge, chosen: list[Mutant]) -> bool:
     """Print the last line; whether every one was killed that compiles, and some of each language."""
+    unsound = judge.unsound(chosen)
     verdicts = {mutant: judge.verdict(mutant) for mutant in chosen}
     outcomes = [verdict.outcome for verdict in verdicts.values()]
     killed, survive = outcomes.count("killed") - len(unsound), outcomes.count("survives")

@@ -27,6 +27,8 @@ SECONDS = 240
 """Of a process's own time: a fault may make a loop endless. The suites take less."""
 PATIENCE = 1800
 """Of the clock, for those that wait for ever."""
+TOGETHER = 40
+"""Tests of one process without a fault: it has SECONDS."""
 CORPORA = {"raw_bits": ("tests/corpus/raw_bits/*",), "fuzz_abi": ("tests/corpus/abi/*", "tests/corpus/abi_cuda/*")}
 """What a module of tests reads besides what it imports."""
 
@@ -88,33 +90,43 @@ class Judge:
             with self.record.open("a") as file:
                 file.write(json.dumps({"name": name, "digest": digest, "verdict": verdict._asdict()}) + "\n")
 
-    def unsound(self, mutants: Sequence[Mutant]) -> list[Mutant]:
-        """Of those killed, the ones whose test fails without the fault too: each test is run once, those of one build
-        together. What crashed or hung names no test, and its whole suite is run."""
-        left: dict[str, dict[str, Mutant]] = {}
-        killed = [(m, verdict.said) for m in mutants if (verdict := self.recall(m)) and verdict.outcome == "killed"]
-        for mutant, test in killed:
-            if self._sound(mutant, test) is not None:
-                continue
-            if test.startswith("tests/"):
-                left.setdefault(mutant.suite.build, {})[test] = mutant
-            else:
-                began = time.monotonic()
-                status, said = self._tested(mutant, _files(mutant), sound=True, chosen=_chosen(mutant))
-                self._remember_without(mutant, test, status == 0, said[-300:], time.monotonic() - began)
-        for tests in left.values():
-            began = time.monotonic()
-            status, said = self._tested(next(iter(tests.values())), [*tests], sound=True, chosen=[])
+    def unchecked(self, mutants: Sequence[Mutant]) -> list[dict[str, Mutant]]:
+        """What is still to run without a fault, for ``check``: the tests that killed, TOGETHER of one build at a time;
+        for what crashed or hung, and names no test, its whole suite."""
+        suites: dict[str, dict[str, Mutant]] = {}
+        named: dict[str, dict[str, Mutant]] = {}
+        for mutant, test in self._killed(mutants):
+            if self._sound(mutant, test) is None and _is_test(test):
+                named.setdefault(mutant.suite.build, {})[test] = mutant
+            elif self._sound(mutant, test) is None:
+                suites.setdefault(_without(mutant, test)[0], {})[test] = mutant
+        builds = [[*tests.items()] for tests in named.values()]
+        pieces = [dict(tests[i : i + TOGETHER]) for tests in builds for i in range(0, len(tests), TOGETHER)]
+        return [*suites.values(), *pieces]
+
+    def check(self, tests: dict[str, Mutant]) -> None:
+        """Run what killed these mutants without their faults, and keep which fail all the same."""
+        began, mutant = time.monotonic(), next(iter(tests.values()))
+        if all(map(_is_test, tests)):
+            status, said = self._tested(mutant, [*tests], sound=True, chosen=[])
             failed = set(_failed(said))
             if status not in (0, 1) or not failed <= set(tests):
-                raise RuntimeError(f"what was killed does not run without a fault:\n{said[-2000:]}")
-            for test, mutant in tests.items():
-                self._remember_without(mutant, test, test not in failed, "", (time.monotonic() - began) / len(tests))
-        return [mutant for mutant, test in killed if not self._sound(mutant, test)]
+                raise RuntimeError(f"what was killed does not run without a fault (status {status}):\n{said[-2000:]}")
+        else:
+            status, said = self._tested(mutant, _files(mutant), sound=True, chosen=_chosen(mutant))
+            failed = set(tests) if status else set()
+        seconds = round((time.monotonic() - began) / len(tests), 1)
+        for test, mutant in tests.items():
+            outcome, why = ("fails", said[-300:]) if test in failed else ("passes", "")
+            self._remember(*_without(mutant, test), Verdict(outcome, why, seconds))
 
-    def _remember_without(self, mutant: Mutant, test: str, passes: bool, said: str, seconds: float) -> None:
-        outcome, why = ("passes", "") if passes else ("fails", said)
-        self._remember(*_without(mutant, test), Verdict(outcome, why, round(seconds, 1)))
+    def unsound(self, mutants: Sequence[Mutant]) -> list[Mutant]:
+        """Of those killed, the ones whose test fails without the fault too, or was not checked."""
+        return [mutant for mutant, test in self._killed(mutants) if not self._sound(mutant, test)]
+
+    def _killed(self, mutants: Sequence[Mutant]) -> list[tuple[Mutant, str]]:
+        """Each with the test, or the accident, that killed it."""
+        return [(m, known.said) for m in mutants if (known := self.recall(m)) and known.outcome == "killed"]
 
     def _sound(self, mutant: Mutant, test: str) -> bool | None:
         known = self.known.get(_without(mutant, test))
@@ -224,9 +236,14 @@ def _imported(source: str) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
+def _is_test(said: str) -> bool:
+    """Whether a kill is by a test that failed; else the whole process ended or hung."""
+    return said.startswith("tests/")
+
+
 def _without(mutant: Mutant, test: str) -> tuple[str, str]:
     """What is known of a test without a fault is known by this; of the whole suite, for what is no test."""
-    test = test if test.startswith("tests/") else " ".join([*_files(mutant), *_chosen(mutant)])
+    test = test if _is_test(test) else " ".join([*_files(mutant), *_chosen(mutant)])
     names = [*_judging(mutant), *_matching("grpo_kernels/**/*.py", "csrc/**/*.*")]
     return f"without a fault: {mutant.suite.build} {test}", hashlib.sha256(_contents(names)).hexdigest()[:16]
 
