@@ -164,7 +164,8 @@ def test_a_verdict_is_of_the_contents(monkeypatch, tmp_path):
     with judge.record.open("a") as file:
         file.write('{"name": "cut by an acc')
     assert Judge(tmp_path / "verdicts").recall(mutant) is not None
-    sound = _without(mutant, "tests/test_x.py::test_y")
+    test = f"tests/{mutant.tests[0]}.py::test_y"
+    sound = _without(mutant, test)
     for changed, holds in (
         ("tests/soak/record.py", True),
         ("tests/test_soak.py", True),
@@ -178,13 +179,13 @@ def test_a_verdict_is_of_the_contents(monkeypatch, tmp_path):
         before = path.read_text()
         path.write_text(before + "# changed\n")
         assert (Judge(tmp_path / "verdicts").recall(mutant) is not None) == holds
-        assert (_without(mutant, "tests/test_x.py::test_y") == sound) == holds
+        assert (_without(mutant, test) == sound) == holds
         path.write_text(before)
 
 
 def test_what_judges_is_what_the_tests_import():
     """To any depth, with what is compiled and read beside it."""
-    of_abi = _judging(next(mutant for mutant in MUTANTS.values() if mutant.file == "csrc/cpu/checks.h"))
+    of_abi = _judging(["test_fuzz_abi"])
     assert {
         "tests/conftest.py",
         "tests/fuzz_abi/cpu.cpp",
@@ -232,6 +233,18 @@ def test_tests_of_one_build_are_checked_together(tmp_path, monkeypatch):
     assert [len(tests) for tests in runs] == [40, 10]
     assert judge.unsound(mutants) == [mutants[43]]
     assert judge.unchecked(mutants) == []
+
+
+def test_a_test_is_checked_once_whatever_it_killed(tmp_path, monkeypatch):
+    """Also faults of files that other suites judge."""
+    one, other = MUTANTS["written python: gae: decay"], MUTANTS["written python: mask: read"]
+    assert one.tests != other.tests
+    judge = Judge(tmp_path)
+    for mutant in (one, other):
+        judge._remember(mutant.name, digest_of(mutant), Verdict("killed", "tests/test_x.py::test_y", 1.0))
+    monkeypatch.setattr(Judge, "_tested", lambda *_, **__: (0, ""))
+    assert _unsound(judge, one) == []
+    assert judge.unchecked([other]) == judge.unsound([other]) == []
 
 
 def test_no_verdict_without_a_test():

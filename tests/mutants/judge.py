@@ -213,9 +213,9 @@ def _matching(*globs: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for glob in globs for path in ROOT.glob(glob) if path.is_file())
 
 
-def _judging(mutant: Mutant) -> list[str]:
-    """What its tests are made of: conftest.py, what they import of the folder, and what is compiled or read there."""
-    left, modules, found = ["conftest", *mutant.tests], set(), set(_matching("tests/*.h"))
+def _judging(tests: Iterable[str]) -> list[str]:
+    """What modules of tests are made of: conftest.py, what they import of the folder, what they compile and read."""
+    left, modules, found = ["conftest", *tests], set(), set(_matching("tests/*.h"))
     while left:
         module = left.pop()
         if module not in modules:
@@ -242,14 +242,16 @@ def _is_test(said: str) -> bool:
 
 
 def _without(mutant: Mutant, test: str) -> tuple[str, str]:
-    """What is known of a test without a fault is known by this; of the whole suite, for what is no test."""
+    """What is known of a test without a fault is known by this, whatever it killed; of the whole suite, for what is no
+    test."""
+    modules = [Path(test.partition("::")[0]).stem] if _is_test(test) else [*mutant.tests]
     test = test if _is_test(test) else " ".join([*_files(mutant), *_chosen(mutant)])
-    names = [*_judging(mutant), *_matching("grpo_kernels/**/*.py", "csrc/**/*.*")]
+    names = [*_judging(modules), *_matching("grpo_kernels/**/*.py", "csrc/**/*.*")]
     return f"without a fault: {mutant.suite.build} {test}", hashlib.sha256(_contents(names)).hexdigest()[:16]
 
 
 def digest_of(mutant: Mutant) -> str:
     """Of the contents of the file and of all that judges it, and of the fault."""
     fault = "\0".join((mutant.before, mutant.after, mutant.suite.build, mutant.suite.cases, *mutant.tests))
-    names = [mutant.file, *_judging(mutant)]
+    names = [mutant.file, *_judging(mutant.tests)]
     return hashlib.sha256(fault.encode() + _contents(names)).hexdigest()[:16]
