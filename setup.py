@@ -90,7 +90,7 @@ class Compiler:
         self.path = next((found for name in names if (found := shutil.which(name))), None)
         if self.path is None:
             raise CompileError(f"no C++ compiler found (looked for {', '.join(names)}; set CXX to name one)")
-        self.version = self.run("--version").splitlines()[0]
+        self.version = next(iter(self.run("--version").splitlines()), "unknown")
         self.openmp = ["-fopenmp"] if self._takes_openmp() else []
 
     def run(self, *arguments: str) -> str:
@@ -213,6 +213,10 @@ def build_library(name: str, folder: Path, workspace: Path) -> None:
 
 class BuildNative(build_ext):
     """Setuptools' build_ext with the compilers called directly; the results have no Python ABI in their names."""
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.parallel = True  # nvcc's minutes beside those of the C++ compiler
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"

@@ -87,6 +87,23 @@ def test_what_nvcc_will_take_is_said_before_it_starts(tmp_path, monkeypatch, cap
     assert capfd.readouterr().err == f"{nvcc} compiles csrc/cuda for sm_90: 3 to 9 minutes\n"
 
 
+def test_both_libraries_are_built_at_once(tmp_path):
+    """Each compiler waits for the other one to be started."""
+    for name, other, answers in (("c++", "nvcc", ""), ("nvcc", "c++", "--list-gpu-code) echo sm_90; exit;;")):
+        compiler = tmp_path / name
+        compiler.write_text(
+            f"#!/bin/sh\ncase $1 in --version|-fopenmp) exit;; {answers} esac\ntouch '{tmp_path}/{name} runs'\n"
+            f"for i in $(seq 100); do [ -e '{tmp_path}/{other} runs' ] && touch '{tmp_path}/{name} met' && exit 1\n"
+            "sleep 0.1; done; exit 1\n"
+        )
+        compiler.chmod(0o755)
+    places = ("--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path / "temp"))
+    build = [sys.executable, "setup.py", "--quiet", "build_ext", *places]
+    chosen = {"CXX": str(tmp_path / "c++"), "NVCC": str(tmp_path / "nvcc"), "GRPO_KERNELS_CUDA_ARCHITECTURES": "90"}
+    subprocess.run(build, cwd=ROOT, env={**os.environ, **chosen}, check=True, capture_output=True)
+    assert {path.name for path in tmp_path.glob("* met")} == {"c++ met", "nvcc met"}
+
+
 def test_every_instruction_set_was_compiled():
     import platform
 
