@@ -340,3 +340,79 @@ def test_a_value_without_a_gradient_is_refused(detached):
 
     with pytest.raises(ValueError, match="no gradient in log_prob, log_ratio or ratio"):
         register_surrogate(type("Stopped", (Surrogate,), {"value": value, "__annotations__": {}}))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("slopes", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_value_in_a_dtype_of_its_own(backend, dtype, slopes, level):
+    """It is read as what the tokens are: kernels know no other."""
+
+    def rounded(x):
+        return x.to(dtype) if x.dtype == torch.float32 else x  # what a class is checked on is fp64
+
+    class Rounded(Surrogate):
+        def value(self, t):
+            return rounded(-t.advantage * t.ratio)
+
+    if slopes:
+        Rounded.slopes = lambda self, t: (rounded(-t.advantage * t.ratio), 0.0)
+    case = make(config=LossConfig(register_surrogate(Rounded)(), level=level))
+    out, gradient = case.run(backend=backend)
+    plain, expected = case.run(backend=backend, config=LossConfig(Unclipped(), level=level))
+    assert out.loss.dtype == plain.loss.dtype
+    tolerance = 2 * torch.finfo(torch.float32 if dtype == torch.float64 else dtype).eps
+    torch.testing.assert_close(out.loss, plain.loss, rtol=0, atol=4 * tolerance)
+    torch.testing.assert_close(out.metrics.policy_loss, plain.metrics.policy_loss, rtol=0, atol=4 * tolerance)
+    torch.testing.assert_close(gradient, expected, rtol=2 * tolerance, atol=1e-6)
+
+
+def test_what_slopes_write_into_is_not_the_callers():
+    @register_surrogate
+    class Writes(Surrogate):
+        def value(self, t):
+            return -t.advantage * t.log_ratio.exp()
+
+        def slopes(self, t):
+            t.old_log_prob.zero_()
+            return -t.advantage * t.ratio, 0.0
+
+    case = make(config=LossConfig(Writes()))
+    before = case.options["old_log_probs"].clone()
+    case.run()
+    torch.testing.assert_close(case.options["old_log_probs"], before, rtol=0, atol=0, equal_nan=True)
+
+
+RETURNED = {
+    "nothing": ({"value": lambda self, t: None}, TypeError, r"value\(t\) must be a tensor.* got None"),
+    "a number": ({"value": lambda self, t: 1.0}, ValueError, "no gradient"),
+    "one token less": (
+        {"value": lambda self, t: t.ratio[1:]},
+        ValueError,
+        r"the shape of t.log_prob, \(1230,\); got \(1229,\)",
+    ),
+    "one slope": (
+        {"value": lambda self, t: t.advantage * t.ratio, "slopes": lambda self, t: t.advantage * t.ratio},
+        TypeError,
+        "must return two, .* got Tensor",
+    ),
+    "slopes of nothing": (
+        {"value": lambda self, t: t.advantage * t.ratio, "slopes": lambda self, t: (None, 0.0)},
+        TypeError,
+        "each of slopes.* got None",
+    ),
+    "random": ({"value": lambda self, t: t.advantage * t.ratio * torch.rand(())}, ValueError, "no random numbers"),
+    "nan": ({"value": lambda self, t: t.ratio * t.advantage.sqrt()}, ValueError, "its value is NaN at log_prob="),
+    "its own __init__": (
+        {"value": lambda self, t: t.ratio, "__init__": lambda self: None},
+        TypeError,
+        "without __init__",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", RETURNED)
+def test_what_a_class_may_not_return(what):
+    methods, error, message = RETURNED[what]
+    with pytest.raises(error, match=message):
+        register_surrogate(type("Wrong", (Surrogate,), methods))

@@ -43,6 +43,10 @@ def register_surrogate(cls: _Class) -> _Class:
         raise TypeError(f"register_surrogate decorates a class that derives from Surrogate; got {cls!r}.")
     if not callable(getattr(cls, "value", None)):
         raise TypeError(f"{cls.__name__} needs value(self, t), the surrogate at every token of a Point.")
+    if "__init__" in vars(cls) and "__dataclass_fields__" not in vars(cls):
+        raise TypeError(
+            f"{cls.__name__} becomes a frozen dataclass: annotate its parameters as fields, without __init__."
+        )
     made: Any = cls if "__dataclass_fields__" in vars(cls) else dataclasses.dataclass(frozen=True, repr=False)(cls)
     made.name = getattr(made, "name", cls.__name__.lower())
     defaults = {"equation": f"{cls.__name__}(ℓ, r, A)", "slope_equation": "by autograd", "paper": "registered"}
@@ -83,15 +87,37 @@ def _terms(surrogate: Any, t: Point) -> Terms:
     """Compute ``Surrogate.terms`` for a registered class."""
     flags = no_flags(t.log_prob)
     if hasattr(surrogate, "slopes"):
-        return Terms(surrogate.value(t).expand_as(t.log_prob), *_slopes(surrogate, t), flags)
+        t = Point(*(x.detach().clone() for x in t))  # what it writes into is not the caller's
+        return Terms(_at_every_token(surrogate, "value(t)", surrogate.value(t), t), *_slopes(surrogate, t), flags)
     value, (slope, direct) = by_autograd(surrogate, t)
     return Terms(value, slope, direct, flags)
 
 
 def _slopes(surrogate: Any, t: Point) -> tuple[Tensor, Tensor]:
-    """Return the class's ``slopes`` at every token; a number stands for all of them."""
-    slope, direct = (torch.as_tensor(part).to(t.log_prob).expand_as(t.log_prob) for part in surrogate.slopes(t))
+    """Return the class's ``slopes`` at every token."""
+    parts = surrogate.slopes(t)
+    if not isinstance(parts, (tuple, list)) or len(parts) != 2:
+        got = f"{len(parts)} of them" if isinstance(parts, (tuple, list)) else type(parts).__name__
+        raise TypeError(f"{surrogate!r}: slopes(t) must return two, ∂f/∂log_ratio and ∂f/∂log_prob; got {got}.")
+    slope, direct = (_at_every_token(surrogate, "each of slopes(t)", part, t) for part in parts)
     return slope, direct
+
+
+def _at_every_token(surrogate: Any, what: str, given: Any, t: Point) -> Tensor:
+    """Return what a class's method gave, in the dtype and the shape of the tokens: kernels read it as such. A number
+    stands for all of them."""
+    like = t.log_prob
+    if not isinstance(given, (Tensor, int, float)):
+        raise TypeError(f"{surrogate!r}: {what} must be a tensor, of a number for every token; got {_name_of(given)}.")
+    try:
+        return torch.as_tensor(given).to(like).expand_as(like)
+    except RuntimeError:
+        rule = f"the shape of t.log_prob, {tuple(like.shape)}"
+        raise ValueError(f"{surrogate!r}: {what} must have {rule}; got {tuple(given.shape)}.") from None
+
+
+def _name_of(given: Any) -> str:
+    return "None" if given is None else type(given).__name__
 
 
 _IN_PLACE = re.compile(r"__(get|set|setitem|delitem|i\w+)__|[^_].*_")
@@ -145,7 +171,8 @@ def by_autograd(surrogate: Any, t: Point) -> tuple[Tensor, tuple[Tensor, Tensor]
         log_prob, log_ratio = (x.detach().clone().requires_grad_() for x in (t.log_prob, t.log_ratio))
         others = (x.detach().clone() for x in (t.advantage, t.old_log_prob))
         with _BranchByBranch():
-            value = surrogate.value(Point(log_prob, log_ratio, log_ratio.exp(), *others)).expand_as(log_prob)
+            t = Point(log_prob, log_ratio, log_ratio.exp(), *others)
+            value = _at_every_token(surrogate, "value(t)", surrogate.value(t), t)
         if not value.requires_grad:
             return value.detach(), (torch.zeros_like(value), torch.zeros_like(value))
         inputs = (log_ratio, log_prob)
@@ -160,6 +187,13 @@ def check_slopes(surrogate: Any) -> None:
     what the class says of itself: flat at A = 0, a function of the ratio."""
     t = _grid()
     value, wanted = by_autograd(surrogate, t)
+    if not torch.equal(by_autograd(surrogate, t)[0].nan_to_num(), value.nan_to_num()):
+        raise ValueError(
+            f"{surrogate!r}: its value is another one at the next call: draw no random numbers in value()."
+        )
+    unknown = value.isnan()
+    if bool(unknown.any()):
+        raise ValueError(f"{surrogate!r}: its value is NaN at {_place(t, int(unknown.int().argmax()))}.")
     few = by_autograd(surrogate, Point(*(x[:7] for x in t)))[0]
     if not torch.allclose(few, value[:7], rtol=1e-9, atol=1e-12, equal_nan=True):
         raise ValueError(
@@ -184,12 +218,16 @@ def check_slopes(surrogate: Any) -> None:
         error = torch.where(slope == derivative, 0.0, (slope - derivative).abs() / size).nan_to_num(nan=math.inf)
         worst = int(error.argmax())
         if float(error[worst]) > _RTOL:
-            at = ", ".join(f"{name}={float(getattr(t, name)[worst]):.6g}" for name in Point._fields)
             raise ValueError(
                 f"{surrogate!r}: slopes() is not the derivative of value(): ∂f/∂{what} should be "
-                f"{float(derivative[worst]):.8g} and is {float(slope[worst]):.8g} at {at}. Mend slopes(), put detach() "
-                "into value() where the gradient stops, or leave slopes() out: autograd makes them."
+                f"{float(derivative[worst]):.8g} and is {float(slope[worst]):.8g} at {_place(t, worst)}. Mend "
+                "slopes(), put detach() into value() where the gradient stops, or leave slopes() out: autograd makes "
+                "them."
             )
+
+
+def _place(t: Point, index: int) -> str:
+    return ", ".join(f"{name}={float(getattr(t, name)[index]):.6g}" for name in Point._fields)
 
 
 def _grid() -> Point:
