@@ -6,25 +6,59 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 
 from . import __version__, interrupt
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run and return the exit status."""
+    if argv is None:
+        _mend_streams()
     try:
         try:
             return _run(argv)
         finally:
             sys.stdout.flush()  # a reader that is gone shows here at the latest, after --help too
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
+        _drop_output()
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (ValueError, TypeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a disk that is full, a folder that may not be read
+        print(f"error: {_what_failed(error)}", file=sys.stderr)
+        return 2
+
+
+def _mend_streams() -> None:
+    """Put something in the place of streams that the process was started without, before a file of ours gets their
+    number; and let none fail for a letter that its encoding lacks."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 (as long as the process)
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
+
+
+def _what_failed(error: OSError) -> str:
+    """Return the error, and that it is of standard output where it is: that one knows no name."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _drop_output()
+        return f"standard output cannot be written: {error.strerror or error}"
+    return str(error)
+
+
+def _drop_output() -> None:
+    """What the interpreter flushes at its end goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str] | None) -> int:

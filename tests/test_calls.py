@@ -52,8 +52,8 @@ def _as_users_have_it(monkeypatch):
 
 
 LIMITS = {"grpo": (89, 44), "gspo": (151, 80)}
-"""Calls and changes of file of one loss and its backward: one pass, two passes. It was 157 and 77, 219 and 114; 74 where
-calls/terms.py, of 550 lines, held what is three files."""
+"""Calls and changes of file of one loss and its backward: one pass, two passes. It was 157 and 77, 219 and 114;
+the last 74 while calls/terms.py, of 550 lines, held what is three files."""
 
 
 @pytest.mark.parametrize("config", LIMITS)

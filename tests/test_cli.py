@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -415,3 +416,55 @@ def test_a_reader_that_is_gone_ends_a_command_quietly(arguments):
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 128 + signal.SIGPIPE
+
+
+SMALL = ["verify", "--preset=grpo", "--dtype=fp32", "--backend=cpu", "--vocab=50", "--tokens=8"]
+
+
+def as_a_process(monkeypatch, *arguments: str) -> int:
+    """The status of a command line's process, with the streams that it has."""
+    monkeypatch.setattr(sys, "argv", ["grpo_kernels", *arguments])
+    return main()
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("arguments", [["info"], SMALL, ["match", "{folder}/mine.py:loss"]], ids=" ".join)
+def test_a_stream_that_is_closed(monkeypatch, tmp_path, name, arguments):
+    """As by ``>&-``: nothing is said there, and the status is what it would have been."""
+    (tmp_path / "mine.py").write_text(
+        "def loss(log_probs, old_log_probs, advantages, mask):\n"
+        "    return (-advantages[:, None] * (log_probs - old_log_probs).exp() * mask).sum() / mask.sum()\n"
+    )
+    monkeypatch.setattr(sys, name, None)
+    assert as_a_process(monkeypatch, *(each.format(folder=tmp_path) for each in arguments)) == 0
+
+
+def test_both_streams_closed_before_python_starts(tmp_path):
+    """And no file gets their numbers."""
+    command = f"exec {sys.executable} -m grpo_kernels info >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize("option", ["--surrogates", "--metrics"])
+def test_letters_that_a_stream_cannot_encode(monkeypatch, option):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert as_a_process(monkeypatch, "info", option) == 0
+    assert rb"\u" in written.getvalue()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_standard_output_that_is_full(monkeypatch, capsys):
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert as_a_process(monkeypatch, "info") == 2
+    assert capsys.readouterr().err == "error: standard output cannot be written: No space left on device\n"
+
+
+def test_an_error_of_the_system_is_a_message(monkeypatch, capsys):
+    def refused(*_):
+        raise PermissionError(13, "Permission denied", "/shut/run")
+
+    monkeypatch.setattr("grpo_kernels.info.main", refused)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "error: [Errno 13] Permission denied: '/shut/run'\n"
