@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import os
@@ -36,6 +37,13 @@ def replaced(path: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
     with contextlib.suppress(OSError):  # the new one is there: nobody may be told that it is not
         sync(path.parent)
+
+
+def named(text: str) -> Path:
+    """Return a path of the command line, where a variable of the shell may have been empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a folder; got ''")
+    return Path(text)
 
 
 def sync(path: Path) -> None:

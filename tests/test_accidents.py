@@ -26,9 +26,11 @@ from grpo_kernels.training import checkpoint, command, loop, report, trackers
 from grpo_kernels.training.loop import Trainer
 from grpo_kernels.training.options import Options
 from grpo_kernels.training.policy import ByteTokenizer
+from grpo_kernels.training.ranks import Ranks
 from grpo_kernels.training.report import RunFolder
 
 TINY = {"prompts": 2, "group": 2, "minibatch": 4, "hidden": 16, "layers": 1, "numbers": 2, "steps": 5}
+DRAW = report.draw
 FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
 
 
@@ -125,7 +127,7 @@ def test_a_log_that_cannot_be_read(capsys):
     folder.save_checkpoint(Trainer(Options(**TINY)).state())
     Path("run/log.jsonl").mkdir()
     assert folder.plot() is None
-    assert "note: run/curves.png cannot be written: " in capsys.readouterr().err
+    assert "note: run/curves.png cannot be drawn: " in capsys.readouterr().err
     folder.close()
     said = message_of("--resume", "run")
     assert said.startswith("the log run/log.jsonl cannot be read: ")
@@ -160,8 +162,9 @@ def test_a_full_disk_at_a_line_of_the_log(whole):
 def test_a_full_disk_from_the_beginning():
     with largest_file(10):
         assert "the run folder a/run cannot be written: " in message_of(*FLAGS, "--out", "a/run")
-        assert "There was no checkpoint yet" in with_room_for_options()
-    assert names(".") == ["run"]
+        said = with_room_for_options()
+    assert said.endswith("There was no checkpoint yet: start again, in another --out.")
+    assert names(".") == []  # no step is done
 
 
 def with_room_for_options() -> str:
@@ -173,7 +176,7 @@ def with_room_for_options() -> str:
 def test_curves_that_cannot_be_written_stop_nothing(whole, monkeypatch, capsys):
     monkeypatch.setattr(report, "draw", lambda *_: os.close(-1))
     assert train(*FLAGS, "--out", "run") == 0
-    assert "note: run/curves.png cannot be written: " in capsys.readouterr().err
+    assert "note: run/curves.png cannot be drawn: " in capsys.readouterr().err
     assert log("run") == whole
 
 
@@ -771,3 +774,112 @@ def test_other_weights_than_the_options_say_are_named(whole):
     path = Path("whole", "options.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden": 24}))
     assert "size mismatch" in message_of("--resume", "whole")
+
+
+def test_a_full_disk_at_the_first_line_leaves_the_files_that_were_there():
+    Path("run").mkdir()
+    Path("run/notes.txt").write_text("mine")
+    with largest_file(10):
+        with_room_for_options()
+    assert names("run") == ["notes.txt"]
+
+
+def refuse(monkeypatch, method: str, refused: Path) -> None:
+    """As the modes of a file, or of its folder, do to anybody but root."""
+    plain = getattr(Path, method)
+
+    def asked(self, *arguments, **options):
+        if self.absolute() == refused.absolute():
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, method, asked)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(monkeypatch):
+    """The run would be thrown away, which is whole."""
+    assert train(*FLAGS, "--out", "run") == 0
+    refuse(monkeypatch, "open", Path("run/checkpoint.safetensors"))
+    said = message_of("--resume", "run")
+    assert said.startswith("run/checkpoint.safetensors cannot be read: [Errno 13] Permission denied")
+    assert said.endswith("Make it readable, and resume again.")
+    said = message_of(*FLAGS, "--teacher", "run", "--divergence", "reverse_kl")
+    assert "checkpoint.safetensors cannot be read: [Errno 13] Permission denied" in said
+
+
+def test_a_folder_that_may_not_be_searched(monkeypatch):
+    refuse(monkeypatch, "exists", Path("shut/run"))
+    said = message_of(*FLAGS, "--out", "shut/run")
+    assert said.startswith("the run folder shut/run cannot be written: [Errno 13] Permission denied")
+    assert said.endswith("Choose another with --out.")
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [
+        ("x" * 300, r"cannot be written: \[Errno 36\] File name too long"),
+        ("\udcff", r"the run folder '\\udcff' has no name in UTF-8. Choose another with --out."),
+    ],
+    ids=["long", "no UTF-8"],
+)
+def test_names_that_no_run_can_have(folder, message):
+    assert re.search(message, message_of(*FLAGS, "--out", folder))
+    assert names(".") == []
+
+
+@pytest.mark.parametrize("option", ["--out", "--resume", "--save-model"])
+def test_an_empty_variable_names_no_folder(option, capsys):
+    with pytest.raises(SystemExit):
+        train(*FLAGS, option, "")
+    assert f"argument {option}: expected the name of a folder; got ''" in capsys.readouterr().err
+    assert names(".") == []
+
+
+def test_a_run_without_a_checkpoint_is_told_what_it_is():
+    """The advice of one command is not refused by the other."""
+    Path("run").mkdir()
+    Path("run/log.jsonl").write_text('{"step": 0}\n')
+    said = message_of(*FLAGS, "--out", "run")
+    assert said == "run already holds a run. It has no checkpoint to go on from: remove it, or choose another --out."
+
+
+@pytest.mark.parametrize("title", [r"m$\foo$", "a_$_$", "$^$", "\udcff"])
+def test_a_folder_is_no_formula(title, tmp_path):
+    pytest.importorskip("matplotlib")
+    DRAW([{"step": 0, "reward": 0.5}], ["reward"], title, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_no_picture_ends_a_run(whole, monkeypatch, capsys):
+    def fails(*_):
+        raise RuntimeError("no fonts\nat all")
+
+    monkeypatch.setattr(report, "draw", fails)
+    assert train(*FLAGS, "--out", "run") == 0
+    told = capsys.readouterr()
+    assert told.err.count("note: run/curves.png cannot be drawn: no fonts\n") == 1
+    assert "log and checkpoint: run\n" in told.out
+    assert log("run") == whole
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+@pytest.mark.parametrize("several", [True, False])
+def test_a_lost_rank_is_said_to_be_lost(monkeypatch, error, told, several):
+    def fails(trainer):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(Trainer, "train_step", fails)
+    monkeypatch.setattr(Ranks, "several", several)
+    with pytest.raises(SystemExit if told and several else RuntimeError) as ended:
+        train(*FLAGS, "--out", "run")
+    if told and several:
+        assert str(ended.value).startswith("step 0: another rank is gone ([/pytorch/third_party/gloo")
+        assert str(ended.value).endswith(
+            "Go on from the last checkpoint with: python -m grpo_kernels train --resume run"
+        )

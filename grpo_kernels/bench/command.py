@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", help=f"what ours runs on, one of {names} (default: the automatic choice)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true", help="peak memory alone, one call of each")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write bench.json, .csv, .md and .png there")
+    parser.add_argument("--out", type=files.named, metavar="DIR", help="write bench.json, .csv, .md and .png there")
 
 
 def main(arguments: argparse.Namespace) -> int:

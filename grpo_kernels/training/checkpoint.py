@@ -83,10 +83,13 @@ def read(path: Path) -> dict[str, Any]:
     """Return a state as it was flattened: keys are strings, tuples are lists.
 
     Raises:
+        OSError: the file cannot be read.
         ValueError: other bytes than those that were written.
     """
     from safetensors import safe_open
 
+    with path.open("rb"):
+        pass  # safetensors says of one that may not be read that it is not there
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         text = metadata.get(KEY, "{}")

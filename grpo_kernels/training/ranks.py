@@ -7,6 +7,7 @@ them. So what a step is made of does not depend on how many ranks share it, and 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -150,6 +151,12 @@ class Several(Ranks):
 
     def finish(self) -> None:
         torch.distributed.destroy_process_group()
+
+
+def is_of_a_lost_rank(ranks: Ranks, error: RuntimeError) -> bool:
+    """Whether a collective failed for the want of a rank that takes part; gloo's errors have no type of their own."""
+    lost = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
+    return ranks.several and (lost or re.search(r"gloo|closed by peer|reset by peer", str(error)) is not None)
 
 
 def started_by_torchrun() -> bool:

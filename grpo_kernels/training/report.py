@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 import sys
 import time
@@ -19,7 +20,7 @@ from . import checkpoint
 from .options import Options
 
 RUNS = Path("runs")
-OPTIONS, CHECKPOINT, PROBE = "options.json", "checkpoint.safetensors", ".writable"
+OPTIONS, CHECKPOINT, CURVES_FILE, PROBE = "options.json", "checkpoint.safetensors", "curves.png", ".writable"
 """Files of a run's folder; the last is gone when it is opened."""
 REDRAWN_AFTER = 30.0
 """Seconds."""
@@ -45,14 +46,21 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, options: Options, resume: bool, alone: bool = False) -> None:
-        self._place(path)
-        self._new = not resume
-        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         try:
+            str(path).encode()
+        except UnicodeEncodeError as error:  # safetensors reads no other
+            raise SystemExit(
+                f"the run folder {str(path)!r} has no name in UTF-8. Choose another with --out."
+            ) from error
+        self._place(path)
+        self._made: list[Path] = []
+        self._begun = resume or os.path.exists(self.log_path)  # noqa: PTH110 (never raises)
+        try:
+            self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=not alone)
             self._options = (path / OPTIONS).open("a")  # held open and locked as long as this writes
             _lock(self._options, path)
-            if self._new:
+            if not resume:
                 self._begin(options)
             (path / PROBE).touch()
             (path / PROBE).unlink()
@@ -64,9 +72,10 @@ class RunFolder:
 
     def _begin(self, options: Options) -> None:
         if self.log_path.exists():
-            raise SystemExit(
-                f"{self.path} already holds a run. Continue it with --resume {self.path}, or choose another --out."
-            )
+            goes_on = f"Continue it with --resume {self.path}"
+            if not self.checkpoint_path.exists():
+                goes_on = "It has no checkpoint to go on from: remove it"
+            raise SystemExit(f"{self.path} already holds a run. {goes_on}, or choose another --out.")
         (self.path / OPTIONS).write_text(json.dumps(dataclasses.asdict(options), indent=2) + "\n")
         for each in (self.path / OPTIONS, self.path):  # not replaced: its lock is held
             sync(each)
@@ -94,19 +103,20 @@ class RunFolder:
         self._options.close()
 
     def _forget(self) -> None:
-        if not self._new or self.log_path.exists() or self.checkpoint_path.exists():
+        if self._begun or os.path.exists(self.checkpoint_path):  # noqa: PTH110 (never raises)
             return
         if self.path in self._made:
             shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
-            (self.path / OPTIONS).unlink(missing_ok=True)
-            (self.path / PROBE).unlink(missing_ok=True)
+            for name in (OPTIONS, PROBE, self.log_path.name):
+                (self.path / name).unlink(missing_ok=True)
             for folder in self._made[1:]:
                 folder.rmdir()
 
     def log(self, record: dict[str, Any]) -> None:
         with self._writing(), self.log_path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+        self._begun = True
 
     def records(self) -> list[dict[str, Any]]:
         """Return what was logged, without lines that an accident has cut short or overwritten."""
@@ -155,7 +165,7 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            left = "There was no checkpoint yet"
+            left = "There was no checkpoint yet: start again, in another --out"
             if self._saved is not None:
                 left = f"The checkpoint of step {self._saved} is as it was; continue from it with --resume {self.path}"
             raise SystemExit(f"the run folder {self.path} cannot be written any more: {error}. {left}.") from error
@@ -165,11 +175,15 @@ class RunFolder:
         if not self.checkpoint_path.exists():
             raise SystemExit(
                 f"{self.path} holds no checkpoint to resume from ({self.checkpoint_path.name} is missing): it ended "
-                "before its first one. Start again without --resume, in another --out."
+                "before its first one, or the file was removed. Start again without --resume, in another --out."
             )
         try:
             state = checkpoint.read(self.checkpoint_path)
             missing = {"step", "model", "optimizer", "schedule", "reference", "teacher", "rng"} - state.keys()
+        except OSError as error:
+            raise SystemExit(
+                f"{self.checkpoint_path} cannot be read: {error}. Make it readable, and resume again."
+            ) from error
         except Exception as error:  # reading fails in many ways on a damaged file
             raise SystemExit(
                 f"{self.checkpoint_path} is damaged ({type(error).__name__}: {first_line(error)}). "
@@ -188,7 +202,7 @@ class RunFolder:
     def plot(self) -> Path | None:
         """Draw curves.png from the log, if matplotlib is there, and return its path. A run goes on without curves."""
         self._drawn = time.monotonic()
-        target = self.path / "curves.png"
+        target = self.path / CURVES_FILE
         try:
             records, _ = self._read_log()
             names = [name for name in CURVES if any(name in record for record in records)]
@@ -196,8 +210,8 @@ class RunFolder:
                 draw(records, names, self.path.name, file)
         except ImportError:
             return None
-        except OSError as error:
-            print(f"note: {target} cannot be written: {error}", file=sys.stderr)
+        except Exception as error:  # of the disk, or of what matplotlib cannot do here: no picture is worth a run
+            print(f"note: {target} cannot be drawn: {first_line(error)}", file=sys.stderr)
             return None
         return target
 
@@ -266,7 +280,7 @@ def draw(records: list[dict[str, Any]], names: list[str], title: str, file: Path
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(title.encode(errors="replace").decode(), parse_math=False)  # a folder's name is no formula
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

@@ -54,6 +54,8 @@ def _of_run(path: Path, device: torch.device) -> tuple[Any, Tokenizer]:
     model, tokenizer = load_policy(saved.model, task, saved.hidden, saved.layers, device)
     try:
         model.load_state_dict(checkpoint.read(file)["model"])
+    except OSError as error:
+        raise SystemExit(f"--teacher {path}: {CHECKPOINT} cannot be read: {error}.") from error
     except Exception as error:  # reading fails in many ways on a damaged file
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise SystemExit(f"--teacher {path}: {CHECKPOINT} is not a checkpoint of its run ({reason}).") from error
