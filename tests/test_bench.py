@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from grpo_kernels import files
 from grpo_kernels.__main__ import main
 from grpo_kernels.backends import eager
 from grpo_kernels.bench import command, measure, plot, providers, report
@@ -237,6 +239,30 @@ def test_bad_arguments(capsys, tmp_path, arguments, message):
     assert main(["bench", *arguments]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("full", ["bench.json", "bench.csv", "bench.png"])
+def test_a_disk_that_fills_while_it_measures(monkeypatch, tmp_path, capsys, full):
+    """What was measured is shown all the same, with the file that everything can be drawn from."""
+
+    def write(path, text):
+        if path.name == full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        path.write_text(text)
+
+    def plot(rows, path, heading):
+        write(path, "")
+        return path
+
+    sinks = command.Files(tmp_path, "bench", report.environment("cpu", None))
+    monkeypatch.setattr(files, "write_text", write)
+    monkeypatch.setattr(command, "plot", plot)
+    monkeypatch.setattr(command.measure, "run", lambda *_, **__: iter([row_of({"ours": 1.0, "eager": 2.0})]))
+    rows, status = command.collect([None], None, 1, sinks)
+    assert (len(rows), status) == (1, 2)
+    assert f"note: --out {tmp_path} cannot be written: No space left on device\n" in capsys.readouterr().err
+    written = [] if full == "bench.json" else ["bench.json"]
+    assert [path.name for path in sinks.written] == written
 
 
 def test_lengths():

@@ -66,7 +66,7 @@ def main(arguments: argparse.Namespace) -> int:
     rows, status = collect(specs, chosen, arguments.rounds, sinks, timed=not arguments.memory)
     print(report.caption(environment))
     print(report.text(rows))
-    if arguments.out:
+    if sinks.written:
         print(f"\nwritten: {', '.join(str(path) for path in sinks.written)}")
     return status
 
@@ -90,7 +90,8 @@ def collect(
 ) -> tuple[list[dict[str, Any]], int]:
     """Measure, and return the rows and the exit status.
 
-    The status is 130 when it was interrupted; what was measured until then is kept and written.
+    The status is 130 when it was interrupted; what was measured until then is kept and written. It is 2 where that was
+    measured and could not be written.
     """
     rows: list[dict[str, Any]] = []
     bar = progress_bar(len(specs), "bench", "workload")
@@ -104,7 +105,7 @@ def collect(
         print(f"interrupted after {len(rows)} of {len(specs)} workloads", file=sys.stderr)
         return rows, 130
     bar.close()
-    return rows, 0
+    return rows, 2 if sinks.failed else 0
 
 
 class Files:
@@ -113,6 +114,8 @@ class Files:
     def __init__(self, folder: Path | None, name: str, environment: dict[str, Any]) -> None:
         self.folder, self.name, self.environment = folder, name, environment
         self.written: list[Path] = []
+        self.failed = False
+        """Whether the last rows could not be written."""
         if folder is None:
             return
         try:  # now, not after minutes of measuring
@@ -123,13 +126,20 @@ class Files:
             raise ValueError(f"--out {folder} cannot be written: {error.strerror or error}.") from error
 
     def write(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Write what there is, where a folder was given."""
+        """Write what there is, where a folder was given. What was measured is worth more than its file: of a full disk
+        there is a note."""
         if self.folder is None:
             return
         found = {"environment": self.environment, "rows": rows}
         path = self.folder / f"{self.name}.json"
-        files.write_text(path, json.dumps(found, indent=1) + "\n")
-        self.written = [path, *redraw(self.folder, self.name, found)]
+        try:
+            files.write_text(path, json.dumps(found, indent=1) + "\n")
+            self.written = [path]
+            self.written += redraw(self.folder, self.name, found)
+            self.failed = False
+        except OSError as error:
+            self.failed = True
+            print(f"note: --out {self.folder} cannot be written: {error.strerror or error}", file=sys.stderr)
 
 
 def redraw(folder: Path, name: str, found: dict[str, Any]) -> list[Path]:
