@@ -257,6 +257,7 @@ def test_quotients_that_fp32_cannot_hold(backend, numbers, quotient):
         ("grad_scale", -2.0, "grad_scale to be a finite number > 0; got -2.0"),
         ("grad_scale", 1e-40, "grad_scale in .* as fp32 holds it"),
         ("normalizer", -3.0, "normalizer >= 0; got -3.0"),
+        ("normalizer", 1e-320, "normalizer of at least 1.175e-38, as fp32 holds it"),
         ("normalizer", NAN, "normalizer to be a finite number"),
         ("kl_coef", INF, "kl_coef to be a finite number"),
         ("entropy_coef", NAN, "entropy_coef to be a finite number"),
@@ -268,6 +269,20 @@ def test_numbers_as_tensors(scorer, name, value, message):
     for given in (value, torch.tensor(value, dtype=torch.float64)):
         with pytest.raises(ValueError, match=message):
             SCORERS[scorer](**{name: given})
+
+
+@pytest.mark.parametrize("name", ["kl_coef", "normalizer", "grad_scale"])
+def test_integers_that_no_float_holds(name):
+    with pytest.raises(ValueError, match=f"{name} to be a finite number"):
+        SCORERS["grpo_loss"](**{name: 10**400})
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_alignment_of_nothing(missing):
+    given = [torch.ones(2, 3, dtype=torch.int64)] * 2
+    given[missing] = None
+    with pytest.raises(TypeError, match=r"align: expected (input_ids|loss_mask) to be a tensor; got None"):
+        align(*given)
 
 
 def test_compiled_calls_take_any_temperature():

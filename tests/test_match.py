@@ -1101,8 +1101,16 @@ def test_shadow_never_stops_training(caplog):
     out.loss.backward()
     assert "your loss raised RuntimeError: out of memory" in caplog.text
     assert watched.history == []
-    with pytest.raises(ValueError, match=r"every=...\) must be at least 1"):
+    with pytest.raises(ValueError, match=r"every=...\) must be an integer, at least 1; got 0"):
         shadow(loss, every=0)
+
+
+@pytest.mark.parametrize(
+    "options", [{"every": "x"}, {"every": 1.5}, {"factor": float("nan")}, {"factor": 0}, {"factor": "x"}]
+)
+def test_numbers_that_no_shadow_has(options):
+    with pytest.raises(ValueError, match=rf"shadow\({next(iter(options))}=...\) must be "):
+        shadow(lambda lp, old, adv, mask: lp.sum(), **options)
 
 
 def test_shadow_outlives_a_log_that_raises(caplog):

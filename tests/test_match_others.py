@@ -293,7 +293,13 @@ def test_a_squared_distance_is_no_missing_exp():
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [({"batch": [1]}, TypeError), ({"device": "tpu"}, ValueError), ({"device": "meta"}, ValueError)],
+    [
+        ({"batch": [1]}, TypeError),
+        ({"device": "tpu"}, ValueError),
+        ({"device": "meta"}, ValueError),
+        ({"temperature": "x"}, ValueError),
+        ({"arguments": 3}, TypeError),
+    ],
 )
 def test_options_of_other_kinds(options, error):
     with pytest.raises(error, match=next(iter(options))):

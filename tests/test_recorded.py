@@ -336,6 +336,7 @@ def test_refused():
         ([[1], None], None, "a list of ids for every token.*; got None at 1"),
         ([[[1], None]], None, "a list of ids for every token.*; got None at 1"),
         (["12"], None, "a list of ids for every token.*; got '12' at 0"),
+        (None, None, "lists of ids, one for every token or for every sequence; got NoneType"),
         ([[1]], [[1]], "mask to be a tensor; got list"),
     ],
 )

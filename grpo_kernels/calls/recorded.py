@@ -166,6 +166,9 @@ class Recorded:
 
 def _check_lists(sets: Sequence[Any]) -> None:
     """Raise unless each is a list, of ids or of lists of them."""
+    if not hasattr(sets, "__len__"):
+        expected = "lists of ids, one for every token or for every sequence"
+        fail("Recorded.from_lists", expected, type(sets).__name__, error=TypeError)
     for place, one in enumerate(sets):
         if isinstance(one, str) or not hasattr(one, "__len__"):
             expected = "a list of ids for every token, or of such lists for every sequence"

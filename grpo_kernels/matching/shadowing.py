@@ -12,6 +12,7 @@ from ..calls.outputs import LossOutput
 from ..calls.sighting import LOG, Sighting, Turns, seen
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
+from ..objectives.checks import is_finite, is_number, read_integer
 from ..objectives.config import LossConfig
 from .call import Caller
 
@@ -45,10 +46,13 @@ def shadow(
         A callable; its ``history`` is a list of ``Sighting(call, yours, ours, gradient_difference, rounding)``.
 
     Raises:
-        ValueError: ``every`` below 1, or parameters of the loss that are not understood.
+        ValueError: ``every`` below 1, a ``factor`` of 0, or parameters of the loss that are not understood.
     """
-    if every < 1:
-        raise ValueError(f"shadow(every=...) must be at least 1; got {every!r}.")
+    count = read_integer(every)
+    if count is None or count < 1:
+        raise ValueError(f"shadow(every=...) must be an integer, at least 1; got {every!r}.")
+    if not (is_number(factor) and is_finite(factor) and factor != 0):
+        raise ValueError(f"shadow(factor=...) must be a finite number other than 0; got {factor!r}.")
     return Shadow(Caller(loss_fn, arguments), config, factor, every, log)
 
 

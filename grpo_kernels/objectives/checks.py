@@ -136,9 +136,18 @@ def read_integer(value: object) -> int | None:
     return operator.index(value)
 
 
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_finite(value: float) -> bool:
+    """Whether a float holds a number: Python's integers may be too large."""
+    return -sys.float_info.max <= value <= sys.float_info.max
+
+
 def check_limit(what: str, value: float | None) -> None:
     """Raise unless a limit of a config is a finite number > 0, or None."""
-    if value is not None and not (isinstance(value, (int, float)) and value > 0 and math.isfinite(value)):
+    if value is not None and not (is_number(value) and value > 0 and is_finite(value)):
         raise ValueError(f"{what} must be a finite number > 0, or None for no limit; got {value!r}.")
 
 
@@ -154,8 +163,8 @@ def settle_number(
     bounds, and finite or ``infinite`` allowed."""
     value = plain(getattr(instance, field))
     object.__setattr__(instance, field, value)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and value >= at_least and value > above and (math.isfinite(value) or (infinite and value > 0)):
+    endless = infinite and value == math.inf
+    if is_number(value) and value >= at_least and value > above and (is_finite(value) or endless):
         return
     bound = f" >= {at_least:g}" if at_least > -math.inf else f" > {above:g}" if above > -math.inf else ""
     raise ValueError(f"{what} must be a {'' if infinite else 'finite '}number{bound}; got {value!r}.")
@@ -209,7 +218,7 @@ def check_scalar(
         number = value.item()
     else:
         return None
-    if not (isinstance(number, (int, float)) and -math.inf < number < math.inf):  # a symbolic one too
+    if not (isinstance(number, (int, float)) and is_finite(number)):  # a symbolic one too
         fail(function, f"{name} to be {wanted}", repr(number))
     return number
 
@@ -224,7 +233,7 @@ def check_device(function: str, tensors: Mapping[str, object]) -> None:
             fail(function, f"{name} on the device of {what}, {first.device}", str(tensor.device), tensors, hint)
 
 
-_NEEDED = ("token_ids", "log_probs")
+_NEEDED = ("token_ids", "log_probs", "input_ids", "loss_mask")
 
 
 def check_tensors(function: str, named: Mapping[str, object]) -> None:

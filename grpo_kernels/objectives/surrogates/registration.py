@@ -109,11 +109,12 @@ def _at_every_token(surrogate: Any, what: str, given: Any, t: Point) -> Tensor:
     like = t.log_prob
     if not isinstance(given, (Tensor, int, float)):
         raise TypeError(f"{surrogate!r}: {what} must be a tensor, of a number for every token; got {_name_of(given)}.")
+    values = torch.as_tensor(given)
     try:
-        return torch.as_tensor(given).to(like).expand_as(like)
+        return values.to(like).expand_as(like)
     except RuntimeError:
         rule = f"the shape of t.log_prob, {tuple(like.shape)}"
-        raise ValueError(f"{surrogate!r}: {what} must have {rule}; got {tuple(given.shape)}.") from None
+        raise ValueError(f"{surrogate!r}: {what} must have {rule}; got {tuple(values.shape)}.") from None
 
 
 def _name_of(given: Any) -> str:
