@@ -64,6 +64,8 @@ class Batch:
     """The user's: its sizes stay as they are."""
     values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """advantages, old_log_probs, ref_log_probs of a user's batch."""
+    _log_softmax: dict[float, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    """By temperature: some 700 calls of a loss ask for it twice each."""
 
     @property
     def shape(self) -> torch.Size:
@@ -71,13 +73,21 @@ class Batch:
 
     def scored(self, ids: Tensor, temperature: float) -> Tensor:
         """Return the (B, T) log-probs of ``ids`` in the rows that predict a token."""
-        log_p = torch.log_softmax(self.logits[:, : self.shape[1]] / temperature, -1)
+        log_p = self._log_probs(temperature)
         return log_p.gather(-1, ids[..., None]).squeeze(-1)
 
     def entropy(self) -> Tensor:
         """Return the (B, T) entropies at temperature 1."""
-        log_p = torch.log_softmax(self.logits[:, : self.shape[1]], -1)
+        log_p = self._log_probs(1.0)
         return -(log_p.exp() * log_p).sum(-1)
+
+    def _log_probs(self, temperature: float) -> Tensor:
+        if temperature not in self._log_softmax:
+            if len(self._log_softmax) == 2:  # 1 and the sampler's; a search tries many, on a user's sizes too
+                self._log_softmax.clear()
+            rows = self.logits[:, : self.shape[1]]
+            self._log_softmax[temperature] = torch.log_softmax(rows / temperature, -1)
+        return self._log_softmax[temperature]
 
     def unmasked(self) -> Batch:
         """Return the same where every position counts."""
