@@ -36,13 +36,16 @@ test-shuffled: $(READY)
 	for seed in 1 2 3; do $(RUN) -m pytest $(PARALLEL) -m "not nightly and not peers and not ranks" \
 		--random-order --random-order-seed=$$seed $(ARGS) || exit 1; done
 
+# The files with tests so marked, where ARGS names none: collecting all takes longer than some of the tests.
+files_of = $(if $(findstring tests/,$(ARGS)),,$(shell grep -l "mark\.$(1)" tests/test_*.py))
+
 # One process: its pools of ranks (tests/distributed.py) are the parallel workers.
 test-ranks: $(READY)
-	$(RUN) -m pytest -m "ranks and not nightly and not peers" $(ARGS) || [ $$? -eq 5 ]
+	$(RUN) -m pytest -m "ranks and not nightly and not peers" $(call files_of,ranks) $(ARGS) || [ $$? -eq 5 ]
 
 # Against the packages themselves: TRL's trainers, Liger's functions.
 test-peers: $(VENV)/peers
-	$(VENV)/bin/python -m pytest $(PARALLEL) -m "peers and not nightly" $(ARGS)
+	$(VENV)/bin/python -m pytest $(PARALLEL) -m "peers and not nightly" $(call files_of,peers) $(ARGS)
 
 # The suite tested: faults of every source, each of which some test must notice; ARGS="cuda" judges those named so. What
 # was interrupted is taken up.

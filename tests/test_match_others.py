@@ -23,7 +23,14 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+SOME = [*LOSSES][::3]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [loss if loss in SOME else pytest.param(loss, marks=pytest.mark.nightly) for loss in LOSSES],
+    ids=lambda loss: loss.__name__,
+)
 def test_every_verdict_is_right(loss):
     truth, report = LOSSES[loss], None
     try:

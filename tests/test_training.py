@@ -134,7 +134,9 @@ def test_other_routes_give_the_same_curve(tmp_path, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", ["grpo", "reinforce", pytest.param("gspo", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "loss", ["grpo", *(pytest.param(loss, marks=pytest.mark.nightly) for loss in ("reinforce", "gspo"))]
+)
 def test_learns(tmp_path, loss):
     """Two numbers between 0 and 3, 150 steps: from chance to nearly always right."""
     options = {"prompts": 16, "group": 8, "minibatch": 64, "numbers": 2, "largest": 3, "steps": 150, "hidden": 64}
