@@ -439,10 +439,18 @@ def test_a_stream_that_is_closed(monkeypatch, tmp_path, name, arguments):
     assert as_a_process(monkeypatch, *(each.format(folder=tmp_path) for each in arguments)) == 0
 
 
-def test_both_streams_closed_before_python_starts(tmp_path):
-    """And no file gets their numbers."""
-    command = f"exec {sys.executable} -m grpo_kernels info >&- 2>&-"
-    assert subprocess.run(["sh", "-c", command], cwd=tmp_path).returncode == 0
+def test_streams_closed_before_python_starts(tmp_path):
+    """No file of ours gets their numbers, nor one of a process that we start."""
+    code = (
+        "import os, subprocess, sys\nfrom grpo_kernels import __main__\n__main__._mend_streams()\n"
+        "print('\\u03a3')\n"
+        "sys.exit(subprocess.run(['sh', '-c', 'readlink /proc/$$/fd/0 /proc/$$/fd/2 > ' + sys.argv[1]]).returncode)"
+    )
+    command = f'exec {sys.executable} -c "$0" "$1" <&- >&- 2>&-'
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    run = subprocess.run(["sh", "-c", command, code, str(tmp_path / "open")], cwd=ROOT, env=environment)
+    assert run.returncode == 0
+    assert (tmp_path / "open").read_text() == "/dev/null\n" * 2
 
 
 @pytest.mark.parametrize("option", ["--surrogates", "--metrics"])
@@ -459,6 +467,17 @@ def test_a_standard_output_that_is_full(monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdout", full)
         assert as_a_process(monkeypatch, "info") == 2
     assert capsys.readouterr().err == "error: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(("arguments", "status"), [(SMALL, 0), (["verify", "--tokens=0"], 2)])
+def test_a_standard_error_that_is_full(monkeypatch, arguments, status):
+    """The status is what it would have been."""
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert as_a_process(monkeypatch, *arguments) == status
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # for what is left in it
 
 
 def test_an_error_of_the_system_is_a_message(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +22,8 @@ class Lines:
         before, self._done = self._done, self._done + 1
         if self._done * LINES // self._total > before * LINES // self._total:
             counted = f"{self._done} of {self._total} {self._unit}s"
-            print(f"{self._description}: {counted}{self._numbers}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # of a full disk: what is counted goes on
+                print(f"{self._description}: {counted}{self._numbers}", file=sys.stderr, flush=True)
 
     def set_description(self, text: str) -> None:
         self._description = text
