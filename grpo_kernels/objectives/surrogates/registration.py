@@ -36,8 +36,10 @@ def register_surrogate(cls: _Class) -> _Class:
     arguments, else by the ``LossConfig`` that takes it.
 
     Raises:
-        TypeError: not a Surrogate, or no ``value``.
-        ValueError: a name that is taken; slopes that are wrong, with the worst point.
+        TypeError: not a Surrogate, no ``value``, an ``__init__`` of its own; methods that return no tensors, or not two
+            slopes.
+        ValueError: a name that is taken; a value of another shape, NaN or random; slopes that are wrong, with the worst
+            point.
     """
     if not (isinstance(cls, type) and issubclass(cls, Surrogate)):
         raise TypeError(f"register_surrogate decorates a class that derives from Surrogate; got {cls!r}.")
@@ -87,15 +89,20 @@ def _terms(surrogate: Any, t: Point) -> Terms:
     """Compute ``Surrogate.terms`` for a registered class."""
     flags = no_flags(t.log_prob)
     if hasattr(surrogate, "slopes"):
-        t = Point(*(x.detach().clone() for x in t))  # what it writes into is not the caller's
-        return Terms(_at_every_token(surrogate, "value(t)", surrogate.value(t), t), *_slopes(surrogate, t), flags)
+        value = _at_every_token(surrogate, "value(t)", surrogate.value(_copy(t)), t)
+        return Terms(value, *_slopes(surrogate, t), flags)
     value, (slope, direct) = by_autograd(surrogate, t)
     return Terms(value, slope, direct, flags)
 
 
+def _copy(t: Point) -> Point:
+    """Return what a method may write into, without harm to the caller or to the other method."""
+    return Point(*(x.detach().clone() for x in t))
+
+
 def _slopes(surrogate: Any, t: Point) -> tuple[Tensor, Tensor]:
     """Return the class's ``slopes`` at every token."""
-    parts = surrogate.slopes(t)
+    parts = surrogate.slopes(_copy(t))
     if not isinstance(parts, (tuple, list)) or len(parts) != 2:
         got = f"{len(parts)} of them" if isinstance(parts, (tuple, list)) else type(parts).__name__
         raise TypeError(f"{surrogate!r}: slopes(t) must return two, ∂f/∂log_ratio and ∂f/∂log_prob; got {got}.")
@@ -109,9 +116,9 @@ def _at_every_token(surrogate: Any, what: str, given: Any, t: Point) -> Tensor:
     like = t.log_prob
     if not isinstance(given, (Tensor, int, float)):
         raise TypeError(f"{surrogate!r}: {what} must be a tensor, of a number for every token; got {_name_of(given)}.")
-    values = torch.as_tensor(given)
+    values = torch.as_tensor(given).to(like)
     try:
-        return values.to(like).expand_as(like)
+        return values.expand_as(like)
     except RuntimeError:
         rule = f"the shape of t.log_prob, {tuple(like.shape)}"
         raise ValueError(f"{surrogate!r}: {what} must have {rule}; got {tuple(values.shape)}.") from None
@@ -188,15 +195,13 @@ def check_slopes(surrogate: Any) -> None:
     what the class says of itself: flat at A = 0, a function of the ratio."""
     t = _grid()
     value, wanted = by_autograd(surrogate, t)
-    if not torch.equal(by_autograd(surrogate, t)[0].nan_to_num(), value.nan_to_num()):
-        raise ValueError(
-            f"{surrogate!r}: its value is another one at the next call: draw no random numbers in value()."
-        )
     unknown = value.isnan()
     if bool(unknown.any()):
         raise ValueError(f"{surrogate!r}: its value is NaN at {_place(t, int(unknown.int().argmax()))}.")
+    if not torch.equal(by_autograd(surrogate, t)[0], value):
+        raise ValueError(f"{surrogate!r}: its value is another one at the next call: draw no random numbers in it.")
     few = by_autograd(surrogate, Point(*(x[:7] for x in t)))[0]
-    if not torch.allclose(few, value[:7], rtol=1e-9, atol=1e-12, equal_nan=True):
+    if not torch.allclose(few, value[:7], rtol=1e-9, atol=1e-12):
         raise ValueError(
             f"{surrogate!r}: its value at a token depends on the other tokens: return f of every token by itself, "
             "without means or sums. Sequences are pooled by level=, tokens by aggregation=."
