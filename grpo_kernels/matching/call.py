@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objectives.checks import check_name, is_finite, is_number, read_device
+from ..objectives.checks import check_name, check_positive, read_device
 from .batch import Inputs, Unusable
 
 GIVEN_TEMPERATURE = 0.7
@@ -147,8 +147,8 @@ class Caller:
     ) -> None:
         if not callable(loss_fn):
             raise TypeError(f"match needs a function; got {type(loss_fn).__name__}.")
-        if temperature is not None and not (is_number(temperature) and is_finite(temperature) and temperature > 0):
-            raise ValueError(f"temperature must be a finite number > 0; got {temperature!r}.")
+        if temperature is not None:
+            temperature = check_positive("match", "temperature", temperature)
         if arguments is not None and not isinstance(arguments, Mapping):
             wanted = 'a dict of what parameters mean, such as {"x": "log_probs"}'
             raise TypeError(f"arguments must be {wanted}; got {type(arguments).__name__}.")

@@ -12,7 +12,7 @@ from ..calls.outputs import LossOutput
 from ..calls.sighting import LOG, Sighting, Turns, seen
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..objectives.checks import is_finite, is_number, read_integer
+from ..objectives.checks import check_scalar, fail, read_integer
 from ..objectives.config import LossConfig
 from .call import Caller
 
@@ -46,14 +46,16 @@ def shadow(
         A callable; its ``history`` is a list of ``Sighting(call, yours, ours, gradient_difference, rounding)``.
 
     Raises:
-        ValueError: ``every`` below 1, a ``factor`` of 0, or parameters of the loss that are not understood.
+        ValueError: an ``every`` that is no integer from 1, a ``factor`` that is 0 or no finite number, or parameters of
+            the loss that are not understood.
     """
     count = read_integer(every)
     if count is None or count < 1:
         raise ValueError(f"shadow(every=...) must be an integer, at least 1; got {every!r}.")
-    if not (is_number(factor) and is_finite(factor) and factor != 0):
-        raise ValueError(f"shadow(factor=...) must be a finite number other than 0; got {factor!r}.")
-    return Shadow(Caller(loss_fn, arguments), config, factor, every, log)
+    number = check_scalar("shadow", "factor", factor)
+    if not number:
+        fail("shadow", "a factor other than 0", repr(factor))
+    return Shadow(Caller(loss_fn, arguments), config, number, count, log)
 
 
 class Shadow:

@@ -6,6 +6,7 @@ Shapes, dtypes and devices are always checked; contents where that waits for not
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import math
 import operator
@@ -218,7 +219,7 @@ def check_scalar(
         number = value.item()
     else:
         return None
-    if not (isinstance(number, (int, float)) and is_finite(number)):  # a symbolic one too
+    if not (is_number(number) and is_finite(number)):  # a symbolic one too
         fail(function, f"{name} to be {wanted}", repr(number))
     return number
 
@@ -357,6 +358,13 @@ def read_device(option: str, name: torch.device | str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"{option} {name} cannot be used here: {first_line(error)}. cpu always can.") from None
     return torch.device(name)
+
+
+def read_folder(text: str) -> Path:
+    """Return the path that the command line names, where a variable of the shell may have been empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a folder; got ''")
+    return Path(text)
 
 
 def check_seed(option: str, seed: int) -> None:
