@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import os
@@ -39,13 +38,6 @@ def replaced(path: Path) -> Iterator[Path]:
         sync(path.parent)
 
 
-def named(text: str) -> Path:
-    """Return a path of the command line, where a variable of the shell may have been empty."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected the name of a folder; got ''")
-    return Path(text)
-
-
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk: a machine may lose its power."""
     try:
@@ -57,6 +49,15 @@ def sync(path: Path) -> None:
     except OSError as error:
         if not (path.is_dir() and error.errno in NOT_OF_FOLDERS):
             raise
+
+
+def is_utf8(path: Path) -> bool:
+    """Whether safetensors can write a file there, links followed."""
+    try:
+        os.path.realpath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

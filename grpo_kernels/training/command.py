@@ -11,25 +11,29 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import named
-from ..objectives.checks import first_line
+from ..objectives.checks import first_line, read_folder
 from .loop import Trainer, train
 from .options import Options, add_options, read_options
-from .ranks import Ranks, is_of_a_lost_rank, start_ranks, started_by_torchrun
+from .ranks import Ranks, start_ranks, started_by_torchrun
 from .report import CURVES_FILE, RUNS, RunFolder, SilentFolder, read_saved_options
 from .saved_model import check_free, save_policy
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser)
-    parser.add_argument("--out", type=named, help="the run's folder (default: the next free runs/<task>-<loss>-<n>)")
-    parser.add_argument("--resume", type=named, metavar="FOLDER", help="continue the run in this folder, bit for bit")
+    parser.add_argument(
+        "--out", type=read_folder, help="the run's folder (default: the next free runs/<task>-<loss>-<n>)"
+    )
+    parser.add_argument(
+        "--resume", type=read_folder, metavar="FOLDER", help="continue the run in this folder, bit for bit"
+    )
     parser.add_argument(
         "--save-model",
-        type=named,
+        type=read_folder,
         metavar="DIR",
         help="at the end, write the policy and its tokenizer there, for from_pretrained; of an ended run with --resume",
     )
@@ -61,25 +65,27 @@ def _run(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> int:
     with contextlib.closing(_folder(arguments, options, ranks)) as folder:
         trainer = trainer or Trainer(options, ranks)
         _announce(options, folder, ranks)
-        _train(trainer, folder, resume)
-        if arguments.save_model is not None:
-            save_policy(trainer.model, trainer.tokenizer, arguments.save_model, ranks.writes)
+        with _told_of_a_lost_rank(trainer, folder):
+            train(trainer, folder, resume)
+            if arguments.save_model is not None:
+                save_policy(trainer.model, trainer.tokenizer, arguments.save_model, ranks.writes)
         if ranks.writes:
             _report(trainer, folder, arguments.save_model)
     return 0 if trainer.step >= options.steps else 130
 
 
-def _train(trainer: Trainer, folder: RunFolder, resume: bool) -> None:
-    """Train, and exit with what to do where another rank has ended."""
+@contextlib.contextmanager
+def _told_of_a_lost_rank(trainer: Trainer, folder: RunFolder) -> Iterator[None]:
+    """Exit with what to do where another rank has ended."""
     try:
-        train(trainer, folder, resume)
+        yield
     except RuntimeError as error:
-        if not is_of_a_lost_rank(trainer.ranks, error):
+        if not trainer.ranks.has_lost_one(error):
             raise
-        raise SystemExit(
-            f"step {trainer.step}: another rank is gone ({first_line(error)}). Go on from the last checkpoint with: "
-            f"{trainer.ranks.command} train --resume {folder.path}"
-        ) from error
+        goes_on = "There was no checkpoint yet: start again"
+        if folder.checkpoint_path.exists():
+            goes_on = f"Go on from the last checkpoint with: {trainer.ranks.command} train --resume {folder.path}"
+        raise SystemExit(f"step {trainer.step}: another rank is gone ({first_line(error)}). {goes_on}") from error
 
 
 def _announce(options: Options, folder: RunFolder, ranks: Ranks) -> None:

@@ -226,6 +226,8 @@ def read_options(arguments: argparse.Namespace, base: Options | None = None) -> 
     the run goes on with the same from any folder."""
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Options)}
     for name in ("model", "teacher"):
+        if given[name] == "":  # a variable of the shell
+            raise ValueError(f"--{name} must name a folder, or a model of the hub; got ''.")
         if given[name] is not None and Path(given[name]).exists():  # else a name of the hub
             given[name] = str(Path(given[name]).absolute())
     return dataclasses.replace(base or Options(), **{name: v for name, v in given.items() if v is not None})

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Result = TypeVar("Result")
+LOST = "(closed|reset) by peer|Broken pipe|Timed out waiting|ncclRemoteError|remote process exited"
+"""What gloo and NCCL say of a rank that has ended; such errors have no type of their own."""
 
 
 class Ranks:
@@ -84,6 +86,10 @@ class Ranks:
 
     def wait(self) -> None:
         """Wait until every rank is here."""
+
+    def has_lost_one(self, error: RuntimeError) -> bool:
+        """Whether an error is of a collective in which another rank no longer takes part."""
+        return False
 
     def finish(self) -> None:
         """Leave the process group."""
@@ -149,14 +155,11 @@ class Several(Ranks):
     def wait(self) -> None:
         torch.distributed.barrier()
 
+    def has_lost_one(self, error: RuntimeError) -> bool:
+        return re.search(LOST, str(error)) is not None
+
     def finish(self) -> None:
         torch.distributed.destroy_process_group()
-
-
-def is_of_a_lost_rank(ranks: Ranks, error: RuntimeError) -> bool:
-    """Whether a collective failed for the want of a rank that takes part; gloo's errors have no type of their own."""
-    lost = isinstance(error, torch.distributed.DistError) if torch.distributed.is_available() else False
-    return ranks.several and (lost or re.search(r"gloo|closed by peer|reset by peer", str(error)) is not None)
 
 
 def started_by_torchrun() -> bool:

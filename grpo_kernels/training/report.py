@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ..files import replaced, sync, write_text
+from ..files import is_utf8, replaced, sync, write_text
 from ..objectives.checks import first_line
 from . import checkpoint
 from .options import Options
@@ -46,12 +46,8 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, options: Options, resume: bool, alone: bool = False) -> None:
-        try:
-            str(path).encode()
-        except UnicodeEncodeError as error:  # safetensors reads no other
-            raise SystemExit(
-                f"the run folder {str(path)!r} has no name in UTF-8. Choose another with --out."
-            ) from error
+        if not is_utf8(path):
+            raise SystemExit(f"the run folder {str(path)!r} has no name in UTF-8, as safetensors needs it.")
         self._place(path)
         self._made: list[Path] = []
         self._begun = resume or os.path.exists(self.log_path)  # noqa: PTH110 (never raises)
@@ -74,7 +70,7 @@ class RunFolder:
         if self.log_path.exists():
             goes_on = f"Continue it with --resume {self.path}"
             if not self.checkpoint_path.exists():
-                goes_on = "It has no checkpoint to go on from: remove it"
+                goes_on = f"It has no checkpoint to go on from: remove its {self.log_path.name}"
             raise SystemExit(f"{self.path} already holds a run. {goes_on}, or choose another --out.")
         (self.path / OPTIONS).write_text(json.dumps(dataclasses.asdict(options), indent=2) + "\n")
         for each in (self.path / OPTIONS, self.path):  # not replaced: its lock is held
@@ -85,6 +81,7 @@ class RunFolder:
         self.log_path, self.checkpoint_path = path / "log.jsonl", path / CHECKPOINT
         self._saved: int | None = None
         self._drawn = time.monotonic()
+        self._told = False
 
     @classmethod
     def fresh(cls, options: Options, parent: Path = RUNS) -> RunFolder:
@@ -92,7 +89,7 @@ class RunFolder:
         stem = f"{options.task.replace(':', '-')}-{options.loss}"
         for number in itertools.count():
             path = parent / f"{stem}-{number}"
-            if not path.exists():
+            if not os.path.exists(path):  # noqa: PTH110 (never raises)
                 with contextlib.suppress(FileExistsError):  # another run has begun at this moment
                     return cls(path, options, resume=False, alone=True)
         raise AssertionError("there is always a next number")
@@ -181,9 +178,7 @@ class RunFolder:
             state = checkpoint.read(self.checkpoint_path)
             missing = {"step", "model", "optimizer", "schedule", "reference", "teacher", "rng"} - state.keys()
         except OSError as error:
-            raise SystemExit(
-                f"{self.checkpoint_path} cannot be read: {error}. Make it readable, and resume again."
-            ) from error
+            raise SystemExit(f"{self.checkpoint_path} cannot be read: {error}. Nothing was changed.") from error
         except Exception as error:  # reading fails in many ways on a damaged file
             raise SystemExit(
                 f"{self.checkpoint_path} is damaged ({type(error).__name__}: {first_line(error)}). "
@@ -211,7 +206,9 @@ class RunFolder:
         except ImportError:
             return None
         except Exception as error:  # of the disk, or of what matplotlib cannot do here: no picture is worth a run
-            print(f"note: {target} cannot be drawn: {first_line(error)}", file=sys.stderr)
+            if not self._told:
+                print(f"note: {target} cannot be drawn: {first_line(error)}", file=sys.stderr)
+            self._told = True
             return None
         return target
 
@@ -281,8 +278,10 @@ def draw(records: list[dict[str, Any]], names: list[str], title: str, file: Path
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     figure.suptitle(title.encode(errors="replace").decode(), parse_math=False)  # a folder's name is no formula
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+    try:
+        figure.savefig(file, dpi=110)
+    finally:
+        plt.close(figure)
 
 
 def _smooth(values: list[float], window: int = 25) -> list[float]:

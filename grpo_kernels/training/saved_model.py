@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..files import replaced
+from ..files import is_utf8, replaced
 from .policy import Tokenizer
 from .sharding import whole
 
@@ -15,6 +15,8 @@ def check_free(folder: Path, run: Path) -> None:
     """Exit where there is something already, the folder ``run`` will be, or nothing can be written, before a run that
     would end with it."""
     place = folder.resolve()
+    if not is_utf8(place):
+        raise SystemExit(f"--save-model {str(folder)!r} is no name in UTF-8, as safetensors needs it.")
     try:
         if place == Path.cwd() or (place.exists() and not (place.is_dir() and not any(place.iterdir()))):
             raise SystemExit(f"--save-model {folder}: there is something already; choose a new folder.")
