@@ -214,9 +214,9 @@ def build_library(name: str, folder: Path, workspace: Path) -> None:
 class BuildNative(build_ext):
     """Setuptools' build_ext with the compilers called directly; the results have no Python ABI in their names."""
 
-    def initialize_options(self) -> None:
-        super().initialize_options()
-        self.parallel = True  # nvcc's minutes beside those of the C++ compiler
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or len(LIBRARIES)  # nvcc's minutes beside those of the C++ compiler
 
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"

@@ -21,6 +21,7 @@ from grpo_kernels.bench import report
 from grpo_kernels.bench.command import Files, collect, redraw
 from grpo_kernels.bench.workload import Spec
 from grpo_kernels.files import write_text
+from grpo_kernels.objectives.checks import read_folder
 
 TOKENS, VOCAB = 256, 151936
 """Where the two lines of the plot cross, and what is measured in every variant."""
@@ -84,7 +85,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="default: 5 from logits, 3 from hidden states")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", action="append", choices=list(SETS), help="repeatable; default: logits and hidden")
-    parser.add_argument("--out", type=Path, help="folder for loss_SET.json, .csv, .md, .png and _summary.md")
+    parser.add_argument("--out", type=read_folder, help="folder for loss_SET.json, .csv, .md, .png and _summary.md")
     arguments = parser.parse_args()
     if missing := peers.missing(arguments.device):
         print(f"not installed, left out: {', '.join(missing)}")

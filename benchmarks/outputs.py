@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_kernels.files import write_text
+from grpo_kernels.objectives.checks import read_folder
 
 
 class Outputs(NamedTuple):
@@ -24,7 +25,7 @@ class Outputs(NamedTuple):
         """Return the arguments of every benchmark, to which its own are added."""
         parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
         endings = ", .md and .png" if self.plot else " and .md"
-        parser.add_argument("--out", type=Path, help=f"folder for {self.name}.json{endings}")
+        parser.add_argument("--out", type=read_folder, help=f"folder for {self.name}.json{endings}")
         return parser
 
     def write(self, folder: Path, found: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from .. import backends, files
-from ..objectives.checks import check_name, read_device
+from ..objectives.checks import check_name, first_line, read_device, read_folder
 from ..verification.progress import progress_bar
 from . import measure, report
 from .models import MODELS
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", help=f"what ours runs on, one of {names} (default: the automatic choice)")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory", action="store_true", help="peak memory alone, one call of each")
-    parser.add_argument("--out", type=files.named, metavar="DIR", help="write bench.json, .csv, .md and .png there")
+    parser.add_argument("--out", type=read_folder, metavar="DIR", help="write bench.json, .csv, .md and .png there")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -132,14 +132,16 @@ class Files:
             return
         found = {"environment": self.environment, "rows": rows}
         path = self.folder / f"{self.name}.json"
+        self.written = []
         try:
             files.write_text(path, json.dumps(found, indent=1) + "\n")
             self.written = [path]
             self.written += redraw(self.folder, self.name, found)
             self.failed = False
-        except OSError as error:
+        except Exception as error:  # of the disk, or of what matplotlib cannot draw here
             self.failed = True
-            print(f"note: --out {self.folder} cannot be written: {error.strerror or error}", file=sys.stderr)
+            reason = getattr(error, "strerror", None) or first_line(error)
+            print(f"note: --out {self.folder} cannot be written: {reason}", file=sys.stderr)
 
 
 def redraw(folder: Path, name: str, found: dict[str, Any]) -> list[Path]:

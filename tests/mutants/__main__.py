@@ -65,7 +65,7 @@ def run(judge: Judge, chosen: list[Mutant], jobs: int) -> None:
 def check(judge: Judge, chosen: list[Mutant], jobs: int) -> None:
     """Run what killed without the faults."""
     for tests, _ in done(judge, judge.check, judge.unchecked(chosen), jobs):
-        print(f"without a fault: what killed {len(tests)} of them", flush=True)
+        print(f"without a fault: {len(tests)} of what killed", flush=True)
 
 
 def done(

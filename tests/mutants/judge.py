@@ -96,10 +96,11 @@ class Judge:
         suites: dict[str, dict[str, Mutant]] = {}
         named: dict[str, dict[str, Mutant]] = {}
         for mutant, test in self._killed(mutants):
-            if self._sound(mutant, test) is None and _is_test(test):
-                named.setdefault(mutant.suite.build, {})[test] = mutant
-            elif self._sound(mutant, test) is None:
-                suites.setdefault(_without(mutant, test)[0], {})[test] = mutant
+            if self._sound(mutant, test) is None:
+                together, key = named, mutant.suite.build
+                if not _is_test(test):
+                    together, key = suites, _without(mutant, test)[0]
+                together.setdefault(key, {})[test] = mutant
         builds = [[*tests.items()] for tests in named.values()]
         pieces = [dict(tests[i : i + TOGETHER]) for tests in builds for i in range(0, len(tests), TOGETHER)]
         return [*suites.values(), *pieces]
