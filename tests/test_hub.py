@@ -453,7 +453,7 @@ def test_nothing_is_built_at_load(loader, compiled, tmp_path, name):
     """From a folder with another name, and from one that cannot be written: Python's own bytecode is all that is tried
     to write, no process is started, and what is loaded lies in the folder."""
     folder = tmp_path / name
-    shutil.copytree(compiled, folder / "build" / compiled.name)
+    shutil.copytree(compiled, folder / "build" / compiled.name, ignore=shutil.ignore_patterns("__pycache__"))
     readonly = name == "read-only"
     if readonly:
         for path in (folder, *folder.rglob("*")):
