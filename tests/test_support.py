@@ -139,6 +139,7 @@ def test_refused():
     for support, message in (
         (lambda: TopK(0), r"TopK\(k\) must be an integer >= 1"),
         (lambda: TopP(1.5), r"TopP\(p\) must be in \(0, 1\]; got 1.5"),
+        (lambda: MinP(True), r"MinP\(p\) must be in \(0, 1\]; got True"),
         (lambda: MinP(0.0), r"MinP\(p\)"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.eager_rows import capped
 from ..backends.spec import LogitArgs, numbers_vector, without_softcap
-from ..objectives.checks import check_device, check_shape, fail, plain, read_mask
+from ..objectives.checks import check_device, check_shape, fail, is_number, plain, read_mask
 from ..objectives.compiler import outside_graphs
 from ..objectives.groups import gather, ordered_sum
 from ..objectives.maths import weighed
@@ -141,7 +141,7 @@ def _values(keys: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _check_share(support: TopP | MinP) -> None:
     object.__setattr__(support, "p", plain(support.p))
-    if not (isinstance(support.p, (int, float)) and 0 < support.p <= 1):
+    if not (is_number(support.p) and 0 < support.p <= 1):
         raise ValueError(f"{type(support).__name__}(p) must be in (0, 1]; got {support.p!r}.")
 
 
