@@ -147,7 +147,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("backend", usable_backends())
 
 
-SAMPLES = {"triton": 2, "cuda": 3}
+SAMPLES = {"triton": 2, "cuda": 4}
 """Of each test's cases, as many run in CI on interpreted Triton and emulated CUDA kernels, evenly spread; the others
 are nightly. A test whose cases are long has numbers of its own: pytest.mark.sample(triton=1)."""
 
