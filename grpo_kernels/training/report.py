@@ -261,13 +261,11 @@ def _record(line: str) -> dict[str, Any] | None:
 
 def draw(records: list[dict[str, Any]], names: list[str], title: str, file: Path) -> None:
     """Draw what of a log has these names."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     columns = -(-max(len(names), 1) // 2)
-    figure, axes = plt.subplots(2, columns, figsize=(3.6 * columns, 6), constrained_layout=True, squeeze=False)
+    figure = Figure(figsize=(3.6 * columns, 6), layout="constrained")  # nothing of a process keeps it, as pyplot does
+    axes = figure.subplots(2, columns, squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
         steps, values = zip(*((r["step"], r[name]) for r in records if name in r), strict=True)
         axis.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=0.8)
@@ -278,10 +276,7 @@ def draw(records: list[dict[str, Any]], names: list[str], title: str, file: Path
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
     figure.suptitle(title.encode(errors="replace").decode(), parse_math=False)  # a folder's name is no formula
-    try:
-        figure.savefig(file, dpi=110)
-    finally:
-        plt.close(figure)
+    figure.savefig(file, dpi=110)
 
 
 def _smooth(values: list[float], window: int = 25) -> list[float]:
