@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import FLOAT_DTYPES, LARGEST, SMALLEST, check_flag, check_positive, fail
+from ..objectives.checks import FLOAT_DTYPES, check_flag, check_held, check_positive, fail
 from .head import HeadTensors
 
 if TYPE_CHECKING:
@@ -208,9 +208,8 @@ def check_transform(function: str, args: LogitArgs, check: bool | None) -> None:
 
 
 def _check_quotient(function: str, names: str, over: float | None, under: float | None) -> None:
-    if over is not None and under is not None and not SMALLEST <= over / under <= LARGEST:
-        expected = f"{names} in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it"
-        fail(function, expected, f"{over!r} / {under!r}")
+    if over is not None and under is not None:
+        check_held(function, names, over / under, over, under)
 
 
 def checked_scale(function: str, grad_scale: float | Tensor, check: bool | None) -> float | Tensor:

@@ -13,10 +13,9 @@ from torch import Tensor
 from ..backends.contract import TokenInputs
 from ..objectives.aggregation import AGGREGATIONS
 from ..objectives.checks import (
-    LARGEST,
-    SMALLEST,
     check_finite,
     check_flag,
+    check_held,
     check_name,
     check_scalar,
     check_shape,
@@ -351,8 +350,8 @@ def _read_normalizer(tokens: Tokens, config: LossConfig, normalizer: float | Ten
     number = check_scalar(tokens.function, "normalizer", normalizer, tokens.checks)
     if number is not None and number < 0:
         fail(tokens.function, "normalizer >= 0", repr(number))
-    if number is not None and number > 0 and not SMALLEST <= number <= LARGEST:
-        fail(tokens.function, f"normalizer in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it", repr(number))
+    if number is not None and number > 0:
+        check_held(tokens.function, "normalizer", number)
     if number == 0 and tokens.looks and bool(tokens.live.any()):
         hint = "normalizer(masks, config) counts what the loss is averaged over"
         fail(tokens.function, "normalizer > 0 where tokens count", repr(number), tokens.tensors, hint)

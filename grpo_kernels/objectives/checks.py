@@ -195,9 +195,19 @@ def check_positive(function: str, name: str, value: float | Tensor, check: bool 
     number = check_scalar(function, name, value, check, wanted)
     if number is not None and not number > 0:
         fail(function, f"{name} to be {wanted}", repr(number))
-    if number is not None and not SMALLEST <= number <= LARGEST:
-        fail(function, f"{name} in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it", repr(number))
+    if number is not None:
+        check_held(function, name, number)
     return number
+
+
+def check_held(function: str, name: str, number: float, *of: float) -> None:
+    """Raise unless a number > 0, perhaps the quotient ``of`` two, is a normal one of fp32, in which kernels compute."""
+    if not SMALLEST <= number <= LARGEST:
+        fail(
+            function,
+            f"{name} in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it",
+            " / ".join(map(repr, of or (number,))),
+        )
 
 
 def check_scalar(

@@ -115,17 +115,15 @@ def _at_every_token(surrogate: Any, what: str, given: Any, t: Point) -> Tensor:
     stands for all of them."""
     like = t.log_prob
     if not isinstance(given, (Tensor, int, float)):
-        raise TypeError(f"{surrogate!r}: {what} must be a tensor, of a number for every token; got {_name_of(given)}.")
+        raise TypeError(
+            f"{surrogate!r}: {what} must be a tensor, of a number for every token; got {type(given).__name__}."
+        )
     values = torch.as_tensor(given).to(like)
     try:
         return values.expand_as(like)
     except RuntimeError:
         rule = f"the shape of t.log_prob, {tuple(like.shape)}"
         raise ValueError(f"{surrogate!r}: {what} must have {rule}; got {tuple(values.shape)}.") from None
-
-
-def _name_of(given: Any) -> str:
-    return "None" if given is None else type(given).__name__
 
 
 _IN_PLACE = re.compile(r"__(get|set|setitem|delitem|i\w+)__|[^_].*_")
