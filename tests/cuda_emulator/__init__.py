@@ -14,6 +14,7 @@ FLAGS = [
     *("-O2", "-std=c++17", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing"),
     *("-fvisibility=hidden", "-DGRPO_EMULATED", f"-I{HERE}"),
     "-U_FORTIFY_SOURCE",  # or longjmp between fibers is taken for a fault
+    *("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error"),  # beside an array: the process ends by a signal
 ]
 
 
