@@ -133,7 +133,8 @@ void call_rows(Input& in, int entry) {
   make_sizes(in, call, kCuda);
   const bool fits = lay_out(in, p, entry);
   make_tensors(in, call, kCuda);
-  p.order = static_cast<int32_t*>(call.arena.get(size_t(p.rows + 1) * 4));
+  // A block without a row would read what lies before it, one that counts too many what lies past it.
+  p.order = static_cast<int32_t*>(call.arena.get(size_t(p.rows + 1) * 4, p.rows % 2 == 0));
   const bool sums = entry == kEntryLogProbs || entry == kEntryDivergence;
   const int64_t numbers = entry == kEntryLogProbs ? 4 : 12;
   if (sums) p.partials = call.arena.get(size_t(p.rows * p.cluster * numbers) * size_of(call.real));

@@ -66,7 +66,7 @@ SUITES = (
     cuda(
         "common/logit_map.h cuda/gradient.h cuda/job.h cuda/layout.h cuda/library.cu cuda/loading.h cuda/row_kernel.h "
         "cuda/sums.h cuda/token_kernels.h cuda/vectors.h",
-        "test_loss test_numerics test_row_stats test_cuda " + DIVERGENCES,
+        "test_loss test_numerics test_row_stats test_fuzz_abi test_cuda " + DIVERGENCES,
     ),
     triton("pairs divergences", f"test_divergence_triton {DIVERGENCES}"),
     triton("surrogates", "test_surrogates test_rollout_kl test_loss"),
