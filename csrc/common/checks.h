@@ -50,12 +50,11 @@ inline bool has_teacher(const GrpoCall& p) {
   return known_dtype(p.teacher_dtype) && all_given(p.divergence, p.shift, p.centre, p.mean);
 }
 
-// What each function is told, whichever library it is in.
+// What each function is told, whichever library it is in, but for a gradient's place.
 inline bool has_log_probs(const GrpoCall& p) { return has_rows(p) && has_stats(p); }
-inline bool has_log_probs_backward(const GrpoCall& p) { return has_log_probs(p) && has_out(p); }
 inline bool has_fused_loss(const GrpoCall& p) { return has_log_probs(p) && has_tokens(p); }
 inline bool has_divergence(const GrpoCall& p) { return has_log_probs(p) && has_teacher(p); }
-inline bool has_divergence_backward(const GrpoCall& p) { return has_divergence(p) && p.grad_divergence && has_out(p); }
+inline bool has_divergence_backward(const GrpoCall& p) { return has_divergence(p) && p.grad_divergence; }
 inline bool has_fused_divergence(const GrpoCall& p) {
   return has_divergence(p) && has_tokens(p) && all_given(p.teacher_log_prob, p.teacher_entropy, p.grad_divergence);
 }

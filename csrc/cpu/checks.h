@@ -25,16 +25,14 @@ inline bool has_scratch(const GrpoCpuParams& p, int32_t rows, bool exponentials)
 inline bool may_have_out(const GrpoCpuParams& p) { return !p.out || has_out(p); }
 
 inline bool is_log_probs(const GrpoCpuParams& p) { return has_log_probs(p) && has_scratch(p, 1, false); }
-inline bool is_log_probs_backward(const GrpoCpuParams& p) {
-  return has_log_probs_backward(p) && has_scratch(p, 1, false);
-}
+inline bool is_log_probs_backward(const GrpoCpuParams& p) { return is_log_probs(p) && has_out(p); }
 inline bool is_fused_loss(const GrpoCpuParams& p) {
   const bool exponentials = p.dtype == kBFloat16 || p.dtype == kFloat16;
   return has_fused_loss(p) && may_have_out(p) && has_scratch(p, 1, exponentials);
 }
 inline bool is_divergence(const GrpoCpuParams& p) { return has_divergence(p) && has_scratch(p, 2, true); }
 inline bool is_divergence_backward(const GrpoCpuParams& p) {
-  return has_divergence_backward(p) && has_scratch(p, 2, false);
+  return has_divergence_backward(p) && has_out(p) && has_scratch(p, 2, false);
 }
 inline bool is_fused_divergence(const GrpoCpuParams& p) {
   return has_fused_divergence(p) && may_have_out(p) && has_scratch(p, 2, true);

@@ -63,8 +63,7 @@ bool is_call(const GrpoCudaParams& p) {
   using Rows = Job<float, kMode>;
   if (Rows::kPair && p.teacher_dtype != p.dtype) return false;  // they are read as one type
   bool told = false;
-  if constexpr (kMode == kLogProbs) told = has_log_probs(p);
-  if constexpr (kMode == kLogProbsBackward) told = has_log_probs_backward(p);
+  if constexpr (kMode == kLogProbs || kMode == kLogProbsBackward) told = has_log_probs(p);
   if constexpr (kMode == kFusedLoss) told = has_fused_loss(p);
   if constexpr (kMode == kDivergence) told = has_divergence(p);
   if constexpr (kMode == kDivergenceBackward) told = has_divergence_backward(p);
