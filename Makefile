@@ -89,20 +89,24 @@ release: $(VENV)/release
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-# Editable, the library built into the package: the tree that runs is the tree that was built.
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+
+# Editable, the library built into the package: the tree that runs is the tree that was built. PyTorch beside it, which
+# is half a minute of one core.
 $(VENV)/installed: pyproject.toml constraints.txt $(SOURCES) | $(VENV)/bin/python
 	@echo "compiling csrc/cpu: 2 minutes; where there is nvcc, csrc/cuda for sm_$(GRPO_KERNELS_CUDA_ARCHITECTURES): minutes more"
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test,reasoning]"
+	$(INSTALL) --no-deps -e . & building=$$!; $(INSTALL) -c constraints.txt torch; pytorch=$$?; wait $$building && exit $$pytorch
+	$(INSTALL) -c constraints.txt "grpo-kernels[test,reasoning]"
 	touch $@
 
 # The lowest of what pyproject.toml allows beside PyTorch, in a folder that tests/test_versions.py alone shows to a test.
 $(VENV)/lowest: tests/nightly/versions/lowest.txt | $(VENV)/installed
-	grep -Ev '^(#|python==|torch==)' $< | $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check \
+	grep -Ev '^(#|python==|torch==)' $< | $(INSTALL) \
 		--no-compile --upgrade --target $@ -r /dev/stdin
 	touch $@
 
 $(VENV)/peers: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[peers]"
+	$(INSTALL) -c constraints.txt "grpo-kernels[peers]"
 	touch $@
 
 # Without their dependencies, which are other PyTorches and transformers, each in a folder that its part of nightly alone
@@ -111,25 +115,25 @@ $(SYSTEMS): export DS_BUILD_OPS := 0
 $(SYSTEMS): export FLASH_ATTENTION_SKIP_CUDA_BUILD := TRUE
 $(SYSTEMS): export FLASH_ATTENTION_FORCE_BUILD := TRUE
 $(SYSTEMS): $(VENV)/%: tests/nightly/%.txt | $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --upgrade \
+	$(INSTALL) --no-deps --no-build-isolation --upgrade \
 		--target $@ -r $<
 	rm -rf $@/tests $@/scripts
 	touch $@
 
 $(VENV)/lint: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lint]"
+	$(INSTALL) -c constraints.txt "grpo-kernels[lint]"
 	touch $@
 
 $(VENV)/coverage: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[coverage]"
+	$(INSTALL) -c constraints.txt "grpo-kernels[coverage]"
 	touch $@
 
 $(VENV)/docs: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(INSTALL) -c constraints.txt "grpo-kernels[docs]"
 	touch $@
 
 $(VENV)/release: $(VENV)/installed
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[release]"
+	$(INSTALL) -c constraints.txt "grpo-kernels[release]"
 	touch $@
 
 # Without setuptools there is no library; plain PyTorch serves, and `info` says so.
