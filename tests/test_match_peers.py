@@ -128,7 +128,12 @@ LIGER = {
 }
 
 
-@pytest.mark.parametrize("name", LIGER)
+SOME = ("grpo", "temperature", "gspo")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SOME else pytest.param(name, marks=pytest.mark.nightly) for name in LIGER]
+)
 def test_liger(name):
     options, wanted, normalizer, temperature = LIGER[name]
     report = match(liger_loss(**options))

@@ -352,7 +352,7 @@ TINY = ["--prompts", "4", "--group", "4", "--minibatch", "8", "--hidden", "32", 
 @pytest.mark.slow
 def test_signals_save_and_resume_continues(tmp_path):
     """A signal in the middle: the step is finished, everything saved, and --resume ends where an unbroken run does."""
-    arguments = [*TINY, "--steps", "60", "--out"]
+    arguments = [*TINY, "--steps", "30", "--out"]
     expected = command(*arguments, "whole", folder=tmp_path)
     assert expected.returncode == 0, expected.stderr[-1000:]
     log, lines = tmp_path / "cut" / "log.jsonl", 0
@@ -373,7 +373,7 @@ def test_signals_save_and_resume_continues(tmp_path):
         assert "continue with: python -m grpo_kernels train --resume cut" in out
         assert (tmp_path / "cut" / "curves.png").exists()
         lines = log.read_text().count("\n")
-        assert lines < 60
+        assert lines < 30
     resumed = command("--resume", "cut", folder=tmp_path)
     assert resumed.returncode == 0, resumed.stderr[-1000:]
     logs = [
