@@ -51,6 +51,11 @@ def sync(path: Path) -> None:
             raise
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything is; False too where that cannot be asked, as in a folder that may not be read."""
+    return os.path.exists(path)  # noqa: PTH110 (Path.exists raises)
+
+
 def is_utf8(path: Path) -> bool:
     """Whether safetensors can write a file there, links followed."""
     try:

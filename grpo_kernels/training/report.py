@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 import sys
 import time
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ..files import is_utf8, replaced, sync, write_text
+from ..files import is_there, is_utf8, replaced, sync, write_text
 from ..objectives.checks import first_line
 from . import checkpoint
 from .options import Options
@@ -50,7 +49,7 @@ class RunFolder:
             raise SystemExit(f"the run folder {str(path)!r} has no name in UTF-8, as safetensors needs it.")
         self._place(path)
         self._made: list[Path] = []
-        self._begun = resume or os.path.exists(self.log_path)  # noqa: PTH110 (never raises)
+        self._begun = resume or is_there(self.log_path)
         try:
             self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=not alone)
@@ -89,7 +88,7 @@ class RunFolder:
         stem = f"{options.task.replace(':', '-')}-{options.loss}"
         for number in itertools.count():
             path = parent / f"{stem}-{number}"
-            if not os.path.exists(path):  # noqa: PTH110 (never raises)
+            if not is_there(path):
                 with contextlib.suppress(FileExistsError):  # another run has begun at this moment
                     return cls(path, options, resume=False, alone=True)
         raise AssertionError("there is always a next number")
@@ -100,7 +99,7 @@ class RunFolder:
         self._options.close()
 
     def _forget(self) -> None:
-        if self._begun or os.path.exists(self.checkpoint_path):  # noqa: PTH110 (never raises)
+        if self._begun or is_there(self.checkpoint_path):
             return
         if self.path in self._made:
             shutil.rmtree(self.path, ignore_errors=True)
