@@ -118,6 +118,11 @@ inline Block& block() { return machine().blocks[self().block]; }
 inline void must_be_aligned(const char* what, intptr_t bits) {
   if (bits & 15) machine().fault = std::string(what) + ": not aligned to 16 bytes";
 }
+// Whole vectors, at least one.
+inline void must_be_vectors(const char* what, const void* to, const void* from, int bytes) {
+  must_be_aligned(what, reinterpret_cast<intptr_t>(to) | reinterpret_cast<intptr_t>(from) | bytes);
+  if (bytes <= 0) machine().fault = std::string(what) + ": of no bytes";
+}
 // A read may meet a copy that reads too, a write may meet none.
 inline void must_be_free(const char* what, const void* place, int bytes, bool write) {
   const unsigned char* p = static_cast<const unsigned char*>(place);
@@ -364,7 +369,7 @@ inline void fence_barriers() {}
 inline void fence_for_bulk() {}
 
 inline void bulk_load(void* to, const void* from, int bytes, Barrier& landed) {
-  emulator::must_be_aligned("a bulk load", reinterpret_cast<intptr_t>(to) | reinterpret_cast<intptr_t>(from) | bytes);
+  emulator::must_be_vectors("a bulk load", to, from, bytes);
   emulator::must_be_free("bytes of a bulk load", to, bytes, true);
   memset(to, 0xff, bytes);
   emulator::machine().bytes_loaded += bytes;
@@ -378,7 +383,7 @@ inline void bulk_load(void* to, const void* from, int bytes, Barrier& landed) {
                                            emulator::some_rounds()});
 }
 inline void bulk_store(void* to, const void* from, int bytes) {
-  emulator::must_be_aligned("a bulk store", reinterpret_cast<intptr_t>(to) | reinterpret_cast<intptr_t>(from) | bytes);
+  emulator::must_be_vectors("a bulk store", to, from, bytes);
   emulator::Fiber& fiber = emulator::self();
   fiber.unread.push_back(fiber.groups);
   emulator::machine().bytes_stored += bytes;
