@@ -170,7 +170,7 @@ def test_a_verdict_is_of_the_contents(monkeypatch, tmp_path):
         ("tests/test_soak.py", True),
         ("tests/raw_bits.py", True),
         ("tests/cases.py", False),
-        ("tests/cuda_emulator/emulator.h", False),
+        ("tests/cuda_emulator/emulator.h", True),
         (f"tests/{mutant.tests[0]}.py", False),
         (mutant.file, False),
     ):
@@ -183,14 +183,16 @@ def test_a_verdict_is_of_the_contents(monkeypatch, tmp_path):
 
 
 def test_what_judges_is_what_the_tests_import():
-    """To any depth, with what is compiled and read beside it."""
-    of_abi = _judging(["test_fuzz_abi"])
+    """To any depth, with what is compiled and read beside it; the emulator where its library is."""
+    of_abi = _judging(["test_fuzz_abi"], "cuda")
     assert {
         "tests/conftest.py",
         "tests/fuzz_abi/cpu.cpp",
         "tests/corpus/abi/divergence_took_what_is_no_call.txt",
     } < {*of_abi}
     assert "tests/test_loss.py" not in of_abi
+    emulator = {"tests/cuda_emulator/__init__.py", "tests/cuda_emulator/emulator.h"}
+    assert set(of_abi) - set(_judging(["test_fuzz_abi"], "cpu avx2")) == emulator
 
 
 def test_a_crash_kills_where_its_suite_ends_without_the_fault(tmp_path, monkeypatch):

@@ -214,9 +214,11 @@ def _matching(*globs: str) -> list[str]:
     return sorted(path.relative_to(ROOT).as_posix() for glob in globs for path in ROOT.glob(glob) if path.is_file())
 
 
-def _judging(tests: Iterable[str]) -> list[str]:
-    """What modules of tests are made of: conftest.py, what they import of the folder, what they compile and read."""
-    left, modules, found = ["conftest", *tests], set(), set(_matching("tests/*.h"))
+def _judging(tests: Iterable[str], build: str) -> list[str]:
+    """What modules of tests are made of: conftest.py, what they import of the folder, what they compile and read. The
+    emulator is of those builds alone that run over it."""
+    left, found = ["conftest", *tests], set(_matching("tests/*.h"))
+    modules = set() if build == "cuda" else {"cuda_emulator"}
     while left:
         module = left.pop()
         if module not in modules:
@@ -247,12 +249,12 @@ def _without(mutant: Mutant, test: str) -> tuple[str, str]:
     test."""
     modules = [Path(test.partition("::")[0]).stem] if _is_test(test) else [*mutant.tests]
     test = test if _is_test(test) else " ".join([*_files(mutant), *_chosen(mutant)])
-    names = [*_judging(modules), *_matching("grpo_kernels/**/*.py", "csrc/**/*.*")]
+    names = [*_judging(modules, mutant.suite.build), *_matching("grpo_kernels/**/*.py", "csrc/**/*.*")]
     return f"without a fault: {mutant.suite.build} {test}", hashlib.sha256(_contents(names)).hexdigest()[:16]
 
 
 def digest_of(mutant: Mutant) -> str:
     """Of the contents of the file and of all that judges it, and of the fault."""
     fault = "\0".join((mutant.before, mutant.after, mutant.suite.build, mutant.suite.cases, *mutant.tests))
-    names = [mutant.file, *_judging(mutant.tests)]
+    names = [mutant.file, *_judging(mutant.tests, mutant.suite.build)]
     return hashlib.sha256(fault.encode() + _contents(names)).hexdigest()[:16]
