@@ -245,6 +245,7 @@ def test_large_logits(backend, dtype, size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.sample(triton=21, cuda=21)  # a size of one dtype shows what no other does, and all take five seconds
 @pytest.mark.parametrize("size", [1e7, 2e9, 1e10, 1e12, 1e30, 1.5e38, 3e38])
 def test_logits_of_any_finite_size(backend, dtype, size):
     """Powers relative to a value of 2e9 are off by hundreds from the rounding of that value times the slope alone."""
