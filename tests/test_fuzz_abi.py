@@ -90,9 +90,31 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t*, size_t size) { return last
 def test_undefined_behaviour_is_told_with_its_input_and_seed(tmp_path):
     target, program = tmp_path / "target.cpp", tmp_path / "program"
     target.write_text(OVERFLOW)
-    command = [fuzz_abi.compiler(), *fuzz_abi.SANITIZED[:2], str(fuzz_abi.HERE / "driver.cpp"), str(target)]
+    command = [fuzz_abi.compiler(), *fuzz_abi.SANITIZED, str(fuzz_abi.HERE / "driver.cpp"), str(target)]
     subprocess.run([*command, "-o", str(program)], check=True)
     with pytest.raises(AssertionError, match=r"(?s)seed 7\n.*signed integer overflow.*\s[0-9a-f]{20,}\s"):
+        driven(program, "run", "100", "7", ".")
+
+
+BESIDE = """
+#include <stddef.h>
+#include <stdint.h>
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t*, size_t size) {
+  volatile int row[4] = {};
+  return row[size + 4];
+}
+"""
+
+
+def test_a_trap_is_told_with_its_input(tmp_path):
+    """As the emulator's kernels end that go beside an array."""
+    target, program = tmp_path / "target.cpp", tmp_path / "program"
+    target.write_text(BESIDE)
+    flags = [flag for flag in cuda_emulator.FLAGS if "sanitize" in flag]
+    assert flags
+    sources = [str(fuzz_abi.HERE / "driver.cpp"), str(target)]
+    subprocess.run([fuzz_abi.compiler(), "-std=c++17", *flags, *sources, "-o", str(program)], check=True)
+    with pytest.raises(AssertionError, match=r"(?s)seed 7\n.*signal [45] .*\s[0-9a-f]{20,}\s"):
         driven(program, "run", "100", "7", ".")
 
 
@@ -163,7 +185,7 @@ print(sum(test_raw_bits.check(name, "cuda", 60, always=False) for name in test_r
 def test_emulated_cuda_under_sanitizers(tmp_path, record_property):
     """The properties of test_raw_bits over csrc/cuda. Bulk copies read whole vectors of 16 bytes, as a GPU may beside
     a row: what memcpy reads is not looked at. Fibers have stacks that no sanitizer knows."""
-    flags = ("-O1", "-g1", *fuzz_abi.SANITIZED[:2], "--param", "asan-stack=0")
+    flags = ("-O1", "-g1", *fuzz_abi.SANITIZED, "--param", "asan-stack=0")
     library = cuda_emulator.build(cuda_emulator.ROOT / "csrc", tmp_path / "sanitized.so", *flags)
     if library is None:
         pytest.skip("no C++ compiler that knows _Float16")

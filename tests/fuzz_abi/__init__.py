@@ -14,7 +14,11 @@ import cuda_emulator
 HERE = Path(__file__).resolve().parent
 CPU = HERE.parent.parent / "csrc" / "cpu"
 FLAGS = ["-O1", "-g1", "-fno-var-tracking", "-std=c++17", "-fPIC", "-fopenmp", "-ffp-contract=off", "-w"]
-SANITIZED = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-coverage=trace-pc"]
+SANITIZED = [
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "-fno-sanitize-undefined-trap-on-error",  # as the emulator is compiled else: it says nothing
+]
+COVERED = "-fsanitize-coverage=trace-pc"
 SETS = {"generic": [], "avx2": ["-mavx2", "-mfma", "-mf16c"]}
 
 
@@ -38,21 +42,21 @@ def build_sanitized(folder: Path) -> Path:
     objects = [str(folder / f"{i}.o") for i in range(len(jobs))]
     with ThreadPoolExecutor() as pool:
         for job in [
-            pool.submit(_run, *FLAGS, *SANITIZED, *options, "-c", str(source), "-o", output)
+            pool.submit(_run, *FLAGS, *SANITIZED, COVERED, *options, "-c", str(source), "-o", output)
             for (source, options), output in zip(jobs, objects, strict=True)
         ]:
             job.result()
     program = folder / "fuzz_abi"
-    _run(*FLAGS, *SANITIZED[:2], str(HERE / "driver.cpp"), str(HERE / "cpu.cpp"), *objects, "-o", str(program))
+    _run(*FLAGS, *SANITIZED, str(HERE / "driver.cpp"), str(HERE / "cpu.cpp"), *objects, "-o", str(program))
     return program
 
 
 def build_emulated_sanitized(folder: Path) -> Path | None:
     """The fuzzer over the CUDA library's, which run over the emulator; None where no compiler makes that. Fibers have
     stacks that no sanitizer knows, and go on where another was: what is counted are blocks, not edges."""
-    flags = ("-O1", "-g1", *SANITIZED, "--param", "asan-stack=0")
+    flags = ("-O1", "-g1", *SANITIZED, COVERED, "--param", "asan-stack=0")
     library = cuda_emulator.build(cuda_emulator.ROOT / "csrc", folder / "sanitized.so", *flags)
-    counted = (*SANITIZED[:2], "-DGRPO_FUZZ_FIBERS")
+    counted = (*SANITIZED, "-DGRPO_FUZZ_FIBERS")
     return library and build_over(library, folder / "fuzz_cuda", "cuda", *counted)
 
 

@@ -131,7 +131,7 @@ extern "C" void __sanitizer_cov_trace_pc() {
 extern "C" void __asan_on_error() { save_current(); }
 
 int main(int count, char** arguments) {
-  for (int number : {SIGSEGV, SIGBUS, SIGFPE, SIGABRT, SIGALRM}) signal(number, on_death);
+  for (int number : {SIGSEGV, SIGBUS, SIGFPE, SIGABRT, SIGALRM, SIGILL, SIGTRAP}) signal(number, on_death);
   if (count == 5 && !strcmp(arguments[1], "run")) {
     folder = arguments[4];
     return run(arguments[2], strtoull(arguments[3], nullptr, 10));
