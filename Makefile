@@ -17,7 +17,8 @@ READY := $(VENV)/installed
 LOWEST := $(VENV)/lowest
 endif
 
-.PHONY: train test test-shuffled test-ranks test-peers mutants nightly coverage soak lint docs bench release clean
+.PHONY: train test test-shuffled test-ranks test-peers mutants nightly coverage soak lint docs bench release clean \
+	editable pytorch
 
 train: $(READY)
 	$(RUN) -m grpo_kernels train $(ARGS)
@@ -91,18 +92,24 @@ $(VENV)/bin/python:
 
 INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 
-# Editable, the library built into the package: the tree that runs is the tree that was built. PyTorch beside it, which
-# is half a minute of one core.
+# PyTorch, half a minute of one core, beside the compilers; then the rest. The extras are those of what is installed by
+# then, the package itself: as "-e .[test]" each would build it anew.
 $(VENV)/installed: pyproject.toml constraints.txt $(SOURCES) | $(VENV)/bin/python
 	@echo "compiling csrc/cpu: 2 minutes; where there is nvcc, csrc/cuda for sm_$(GRPO_KERNELS_CUDA_ARCHITECTURES): minutes more"
-	$(INSTALL) --no-deps -e . & building=$$!; $(INSTALL) -c constraints.txt torch; pytorch=$$?; wait $$building && exit $$pytorch
+	$(MAKE) --no-print-directory -j 2 editable pytorch
 	$(INSTALL) -c constraints.txt "grpo-kernels[test,reasoning]"
 	touch $@
 
+# The library built into the package: the tree that runs is the tree that was built.
+editable:
+	$(INSTALL) --no-deps -e .
+
+pytorch:
+	$(INSTALL) -c constraints.txt torch
+
 # The lowest of what pyproject.toml allows beside PyTorch, in a folder that tests/test_versions.py alone shows to a test.
 $(VENV)/lowest: tests/nightly/versions/lowest.txt | $(VENV)/installed
-	grep -Ev '^(#|python==|torch==)' $< | $(INSTALL) \
-		--no-compile --upgrade --target $@ -r /dev/stdin
+	grep -Ev '^(#|python==|torch==)' $< | $(INSTALL) --no-compile --upgrade --target $@ -r /dev/stdin
 	touch $@
 
 $(VENV)/peers: $(VENV)/installed
@@ -115,8 +122,7 @@ $(SYSTEMS): export DS_BUILD_OPS := 0
 $(SYSTEMS): export FLASH_ATTENTION_SKIP_CUDA_BUILD := TRUE
 $(SYSTEMS): export FLASH_ATTENTION_FORCE_BUILD := TRUE
 $(SYSTEMS): $(VENV)/%: tests/nightly/%.txt | $(VENV)/installed
-	$(INSTALL) --no-deps --no-build-isolation --upgrade \
-		--target $@ -r $<
+	$(INSTALL) --no-deps --no-build-isolation --upgrade --target $@ -r $<
 	rm -rf $@/tests $@/scripts
 	touch $@
 
