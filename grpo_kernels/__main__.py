@@ -3,72 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import errno
-import os
 import signal
 import sys
-from pathlib import Path
 
-from . import __version__, interrupt
+from . import __version__, interrupt, streams
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse, run and return the exit status."""
     if argv is None:
-        _mend_streams()
+        streams.mend()
     try:
         try:
             return _run(argv)
         finally:
             sys.stdout.flush()  # a reader that is gone shows here at the latest, after --help too
     except BrokenPipeError:
-        _drop_output()
+        streams.drop_output()
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except (ValueError, TypeError) as error:
-        _say(f"error: {error}")
+        streams.say(f"error: {error}")
         return 2
     except OSError as error:  # a disk that is full, a folder that may not be read
-        _say(f"error: {_what_failed(error)}")
+        streams.say(f"error: {streams.what_failed(error)}")
         return 2
-
-
-def _mend_streams() -> None:
-    """Put something in the place of streams that the process was started without, before a file of ours gets their
-    number; and let none fail for a letter that its encoding lacks."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(descriptor, True)
-    os.close(descriptor)
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            null = Path(os.devnull).open("w", encoding="utf-8", errors="replace")  # noqa: SIM115 (until the end)
-            setattr(sys, name, null)
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors="backslashreplace")
-
-
-def _what_failed(error: OSError) -> str:
-    """Return the error, and that it is of standard output where it is: what it writes has no name, and it may have
-    more to write."""
-    unnamed = error.filename is None and error.errno in (errno.ENOSPC, errno.EIO)
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _drop_output()
-        unnamed = True
-    return f"standard output cannot be written: {error.strerror}" if unnamed else str(error)
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):  # of a full disk there is nowhere to tell
-        print(text, file=sys.stderr, flush=True)
-
-
-def _drop_output() -> None:
-    """What the interpreter flushes at its end goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: list[str] | None) -> int:

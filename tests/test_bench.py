@@ -241,7 +241,7 @@ def test_bad_arguments(capsys, tmp_path, arguments, message):
     assert re.search(message, error), error
 
 
-@pytest.mark.parametrize("full", ["bench.json", "bench.csv", "bench.png"])
+@pytest.mark.parametrize("full", ["bench.json", "bench.csv"])
 def test_a_disk_that_fills_while_it_measures(monkeypatch, tmp_path, capsys, full):
     """What was measured is shown all the same, with the file that everything can be drawn from."""
 
@@ -250,19 +250,28 @@ def test_a_disk_that_fills_while_it_measures(monkeypatch, tmp_path, capsys, full
             raise OSError(errno.ENOSPC, "No space left on device")
         path.write_text(text)
 
-    def plot(rows, path, heading):
-        write(path, "")
-        return path
-
     sinks = command.Files(tmp_path, "bench", report.environment("cpu", None))
     monkeypatch.setattr(files, "write_text", write)
-    monkeypatch.setattr(command, "plot", plot)
     monkeypatch.setattr(command.measure, "run", lambda *_, **__: iter([row_of({"ours": 1.0, "eager": 2.0})]))
     rows, status = command.collect([None], None, 1, sinks)
     assert (len(rows), status) == (1, 2)
     assert f"note: --out {tmp_path} cannot be written: No space left on device\n" in capsys.readouterr().err
     written = [] if full == "bench.json" else ["bench.json"]
     assert [path.name for path in sinks.written] == written
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("no fonts")])
+def test_no_picture_fails_a_measurement(monkeypatch, tmp_path, capsys, error):
+    def plot(*_):
+        raise error
+
+    sinks = command.Files(tmp_path, "bench", report.environment("cpu", None))
+    monkeypatch.setattr(command, "plot", plot)
+    monkeypatch.setattr(command.measure, "run", lambda *_, **__: iter([row_of({"ours": 1.0, "eager": 2.0})]))
+    rows, status = command.collect([None], None, 1, sinks)
+    assert (len(rows), status) == (1, 0)
+    assert f"note: {tmp_path}/bench.png cannot be drawn: {error}\n" in capsys.readouterr().err
+    assert [path.name for path in sinks.written] == ["bench.json", "bench.csv", "bench.md"]
 
 
 def test_lengths():

@@ -439,10 +439,11 @@ def test_a_stream_that_is_closed(monkeypatch, tmp_path, name, arguments):
     assert as_a_process(monkeypatch, *(each.format(folder=tmp_path) for each in arguments)) == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
 def test_streams_closed_before_python_starts(tmp_path):
     """No file of ours gets their numbers, nor one of a process that we start."""
     code = (
-        "import os, subprocess, sys\nfrom grpo_kernels import __main__\n__main__._mend_streams()\n"
+        "import os, subprocess, sys\nfrom grpo_kernels import streams\nstreams.mend()\n"
         "print('\\u03a3')\n"
         "sys.exit(subprocess.run(['sh', '-c', 'readlink /proc/$$/fd/0 /proc/$$/fd/2 > ' + sys.argv[1]]).returncode)"
     )
@@ -470,14 +471,40 @@ def test_a_standard_output_that_is_full(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-@pytest.mark.parametrize(("arguments", "status"), [(SMALL, 0), (["verify", "--tokens=0"], 2)])
-def test_a_standard_error_that_is_full(monkeypatch, arguments, status):
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (SMALL, 0),
+        ([each for each in SMALL if "backend" not in each], 0),  # it says which ones are left out
+        (["match", "{folder}/mine.py:loss"], 0),
+        (["verify", "--tokens=0"], 2),
+    ],
+    ids=["progress", "left out", "said by a module", "an error"],
+)
+def test_a_standard_error_that_is_full(monkeypatch, tmp_path, arguments, status):
     """The status is what it would have been."""
+    (tmp_path / "mine.py").write_text(
+        "import sys\nprint('imported', file=sys.stderr)\n"
+        "def loss(log_probs, old_log_probs, advantages, mask):\n"
+        "    return (-advantages[:, None] * (log_probs - old_log_probs).exp() * mask).sum() / mask.sum()\n"
+    )
+    arguments = [each.format(folder=tmp_path) for each in arguments]
     with Path("/dev/full").open("w") as full:
         monkeypatch.setattr(sys, "stderr", full)
         assert as_a_process(monkeypatch, *arguments) == status
         monkeypatch.undo()
         os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # for what is left in it
+
+
+def test_a_disk_that_is_full_elsewhere_is_not_standard_output(monkeypatch, capsys):
+    """The errors of writes have no name."""
+
+    def fails(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("grpo_kernels.info.main", fails)
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == f"error: [Errno {errno.ENOSPC}] No space left on device\n"
 
 
 def test_an_error_of_the_system_is_a_message(monkeypatch, capsys):

@@ -17,7 +17,7 @@ import grpo_kernels
 
 PACKAGE = Path(grpo_kernels.__file__).parent
 LAYERS = {
-    **dict.fromkeys(("interrupt", "files"), 0),
+    **dict.fromkeys(("interrupt", "files", "streams"), 0),
     "objectives": 0,
     "backends": 1,
     "calls": 2,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 
 from .. import backends, files
 from ..objectives.checks import check_name, first_line, read_device, read_folder
+from ..streams import say
 from ..verification.progress import progress_bar
 from . import measure, report
 from .models import MODELS
@@ -102,7 +102,7 @@ def collect(
             bar.update()
     except KeyboardInterrupt:
         bar.close()
-        print(f"interrupted after {len(rows)} of {len(specs)} workloads", file=sys.stderr)
+        say(f"interrupted after {len(rows)} of {len(specs)} workloads")
         return rows, 130
     bar.close()
     return rows, 2 if sinks.failed else 0
@@ -138,10 +138,9 @@ class Files:
             self.written = [path]
             self.written += redraw(self.folder, self.name, found)
             self.failed = False
-        except Exception as error:  # of the disk, or of what matplotlib cannot draw here
+        except OSError as error:
             self.failed = True
-            reason = getattr(error, "strerror", None) or first_line(error)
-            print(f"note: --out {self.folder} cannot be written: {reason}", file=sys.stderr)
+            say(f"note: --out {self.folder} cannot be written: {error.strerror or error}")
 
 
 def redraw(folder: Path, name: str, found: dict[str, Any]) -> list[Path]:
@@ -152,9 +151,13 @@ def redraw(folder: Path, name: str, found: dict[str, Any]) -> list[Path]:
     for ending, text in texts.items():
         written.append(folder / f"{name}.{ending}")
         files.write_text(written[-1], text)
+    picture = folder / f"{name}.png"
     try:
-        drawn = plot(rows, folder / f"{name}.png", report.caption(environment))
+        drawn = plot(rows, picture, report.caption(environment))
     except ImportError:
+        return written
+    except Exception as error:  # of the disk, or of what matplotlib cannot do here
+        say(f"note: {picture} cannot be drawn: {first_line(error)}")
         return written
     return written if drawn is None else [*written, drawn]
 

@@ -27,6 +27,7 @@ from types import ModuleType
 from typing import Any
 
 from ..objectives.checks import check_name
+from ..streams import say
 from . import match_in_words
 from .call import COMMAND_LINE, ROLES
 
@@ -49,9 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     meanings = dict(_pair("--argument", "NAME=MEANING", given) for given in arguments.argument)
     bound = {name: _value(text) for name, text in (_pair("--set", "NAME=VALUE", given) for given in arguments.bound)}
+    place, name = _parts(arguments.loss)
+    say(f"match runs {place}, as importing it does, then {name} on batches of its own")
     with contextlib.redirect_stdout(sys.stderr):  # what the loss prints is not the report
-        place, name = _parts(arguments.loss)
-        print(f"match runs {place}, as importing it does, then {name} on batches of its own", flush=True)
         loss = load(arguments.loss)
         loss = functools.partial(loss, **bound) if bound else loss
         report = match_in_words(COMMAND_LINE, loss, None, meanings, arguments.temperature, arguments.device)
@@ -125,7 +126,8 @@ def _module(place: str) -> ModuleType:
         ) from error
     finally:
         sys.argv = argv
-    sys.stderr.write(said.getvalue())
+    if said.getvalue():
+        say(said.getvalue().removesuffix("\n"))
     return module
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
-import sys
 from types import FrameType
 
 from .. import interrupt
+from ..streams import say
 from .ranks import Ranks
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
@@ -28,8 +27,7 @@ class Interrupt:
             raise KeyboardInterrupt
         if self._ranks.writes and not self.asked:
             again = "" if self._ranks.several else " (Ctrl-C again: stop at once, unsaved)"
-            with contextlib.suppress(OSError):  # the terminal may be gone
-                print(f"\nfinishing this step, then saving{again}", file=sys.stderr)
+            say(f"\nfinishing this step, then saving{again}")
         self.asked = True
 
     def stops(self) -> bool:

@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import importlib
 import secrets
-import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..files import write_text
 from ..objectives.checks import first_line
+from ..streams import say
 from ..verification.progress import progress_bar
 from .options import Options
 from .report import RunFolder
@@ -61,8 +61,7 @@ class Unfailing:
         except Exception as error:  # the package's own, as of a network
             if not self._told:
                 self._told = True
-                with contextlib.suppress(OSError):  # the terminal may be gone
-                    print(f"note: --{self._name}: {first_line(error)}; the run goes on, with its log", file=sys.stderr)
+                say(f"note: --{self._name}: {first_line(error)}; the run goes on, with its log")
 
 
 class TensorBoard:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Mapping
 from typing import Any
+
+from ..streams import say
 
 LINES = 10
 
@@ -21,9 +22,7 @@ class Lines:
         """Count one more, and print a line where another share of the whole is done."""
         before, self._done = self._done, self._done + 1
         if self._done * LINES // self._total > before * LINES // self._total:
-            counted = f"{self._done} of {self._total} {self._unit}s"
-            with contextlib.suppress(OSError):  # of a full disk: what is counted goes on
-                print(f"{self._description}: {counted}{self._numbers}", file=sys.stderr, flush=True)
+            say(f"{self._description}: {self._done} of {self._total} {self._unit}s{self._numbers}")
 
     def set_description(self, text: str) -> None:
         self._description = text

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from ..objectives.config import LossConfig
 from ..objectives.divergence import Divergence
 from ..objectives.kl import KL
 from ..objectives.surrogates import Clip
+from ..streams import say
 from . import records, reference
 from .progress import progress_bar
 from .tolerance import Comparison, Truth, compare, truth_of
@@ -339,7 +339,7 @@ def main(arguments: argparse.Namespace) -> int:
     check_memory(arguments.vocab, arguments.tokens, arguments.device)
     usable = _usable(arguments.device, arguments.backend)
     if not usable:
-        print("no backend to verify", file=sys.stderr)
+        say("no backend to verify")
         return 1
     what = (dtypes, arguments.vocab, arguments.tokens, arguments.seed, arguments.device)
     results: list[Result] = []
@@ -396,7 +396,7 @@ def _usable(device: str, asked: list[str] | None) -> list[str]:
         elif (reason := backends.unsupported(name, device)) is None:
             usable.append(name)
         else:
-            print(f"left out {name}: {reason}", file=sys.stderr)
+            say(f"left out {name}: {reason}")
     return usable
 
 
