@@ -148,7 +148,7 @@ class Caller:
         if not callable(loss_fn):
             raise TypeError(f"match needs a function; got {type(loss_fn).__name__}.")
         if temperature is not None:
-            temperature = check_positive("match", "temperature", temperature)
+            temperature = check_positive("match", "temperature", temperature, check=True)
         if arguments is not None and not isinstance(arguments, Mapping):
             wanted = 'a dict of what parameters mean, such as {"x": "log_probs"}'
             raise TypeError(f"arguments must be {wanted}; got {type(arguments).__name__}.")

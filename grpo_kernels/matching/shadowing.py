@@ -52,7 +52,7 @@ def shadow(
     count = read_integer(every)
     if count is None or count < 1:
         raise ValueError(f"shadow(every=...) must be an integer, at least 1; got {every!r}.")
-    number = check_scalar("shadow", "factor", factor)
+    number = check_scalar("shadow", "factor", factor, check=True)
     if not number:
         fail("shadow", "a factor other than 0", repr(factor))
     return Shadow(Caller(loss_fn, arguments), config, number, count, log)
