@@ -178,8 +178,10 @@ def test_normalizer_refusals():
         normalizer(torch.ones(12), "grpo")
     with pytest.raises(ValueError, match="cu_seqlens of each of the 2 micro-batches; got 1"):
         normalizer([torch.ones(12), torch.ones(12)], "grpo", cu_seqlens=torch.tensor([0, 12]))
-    with pytest.raises(ValueError, match="world_size >= 1; got 0"):
+    with pytest.raises(ValueError, match="world_size to be an integer, at least 1; got 0"):
         normalizer(torch.ones(2, 2), "grpo", world_size=0)
+    with pytest.raises(ValueError, match="world_size to be an integer, at least 1; got True"):
+        normalizer(torch.ones(2, 2), "grpo", world_size=True)
     with pytest.raises(TypeError, match="each a tensor; got int"):
         normalizer([1, 2], "grpo")
     with pytest.raises(ValueError, match=r'a LossConfig with group_size for "group_mean"'):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .aggregation import AGGREGATIONS, Aggregation, refuse_class
-from .checks import fail, read_name
+from .checks import fail, read_integer, read_name
 from .config import PRESETS, LossConfig, resolve_config
 from .groups import ordered_sum, read_group
 from .names import NoKeyword, refuse_keywords
@@ -156,8 +156,9 @@ def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None, w
         fail("normalizer", "masks that are plain tensors", "a DTensor", hint=hint)
     if bounds is not None and len(bounds) != len(masks):
         fail("normalizer", f"cu_seqlens of each of the {len(masks)} micro-batches", f"{len(bounds)}")
-    if world_size < 1:
-        fail("normalizer", "world_size >= 1", repr(world_size))
+    ranks = read_integer(world_size)
+    if ranks is None or ranks < 1:
+        fail("normalizer", "world_size to be an integer, at least 1", repr(world_size))
 
 
 def _aggregation_of(config: LossConfig | Aggregation | str) -> Aggregation:
