@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import LARGEST, SMALLEST, check_shape, fail, fits
+from ..objectives.checks import HELD, LARGEST, SMALLEST, check_shape, fail, fits
 from ..objectives.sequences import Padded, Sequences
 from .arguments import check_transform
 from .tokens import RowTokens
@@ -59,7 +59,7 @@ def _check_contents(tokens: RowTokens, values: Tensor, logit_args: LogitArgs) ->
     if not (low >= SMALLEST and high <= LARGEST):  # NaN is neither
         wrong = ~((values >= SMALLEST) & (values <= LARGEST))
         at = tuple(int(i) for i in wrong.nonzero()[0])
-        expected = f"temperature at live tokens > 0 and in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it"
+        expected = f"temperature at live tokens > 0 and {HELD}"
         got = f"{float(values[at]):.6g} at token [{at[0]}, {at[1]}]"
         fail(tokens.function, expected, got, tokens.tensors, "where the mask is 0 anything may stand")
     check_quotients(tokens, values, logit_args)

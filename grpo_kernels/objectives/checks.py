@@ -187,6 +187,7 @@ def check_flag(function: str, name: str, value: object) -> None:
 
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 """The range in which fp32 has all of its digits; below and above, kernels would compute with 0 and infinity."""
+HELD = f"in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it"
 
 
 def check_positive(function: str, name: str, value: float | Tensor, check: bool | None = None) -> float | None:
@@ -203,11 +204,7 @@ def check_positive(function: str, name: str, value: float | Tensor, check: bool 
 def check_held(function: str, name: str, number: float, *of: float) -> None:
     """Raise unless a number > 0, perhaps the quotient ``of`` two, is a normal one of fp32, in which kernels compute."""
     if not SMALLEST <= number <= LARGEST:
-        fail(
-            function,
-            f"{name} in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it",
-            " / ".join(map(repr, of or (number,))),
-        )
+        fail(function, f"{name} {HELD}", " / ".join(map(repr, of or (number,))))
 
 
 def check_scalar(
