@@ -57,9 +57,9 @@ def is_there(path: Path) -> bool:
 
 
 def is_utf8(path: Path) -> bool:
-    """Whether safetensors can write a file there, links followed."""
+    """Whether safetensors can read a file there, by the path as it is given."""
     try:
-        os.path.realpath(path).encode()
+        str(path).encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -12,6 +12,7 @@ import resource
 import signal
 import stat
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Iterator
@@ -827,6 +828,20 @@ def test_names_that_no_run_can_have(folder, message):
     assert names(".") == []
 
 
+def test_a_run_where_the_folder_around_it_has_no_utf8(monkeypatch):
+    """What is read and written is named from here."""
+    Path("\udcff").mkdir()
+    monkeypatch.chdir("\udcff")
+    assert train(*FLAGS, "--out", "run") == 0
+    assert train("--resume", "run") == 0
+
+
+def test_runs_is_no_folder(monkeypatch):
+    """As a link to a disk that is not there: no number is free."""
+    Path("runs").symlink_to("nowhere/else")
+    assert "runs is no folder: [Errno 17] File exists: 'runs'. Choose another with --out." in message_of(*FLAGS)
+
+
 @pytest.mark.parametrize("option", ["--model", "--teacher"])
 def test_an_empty_variable_names_no_model(option, capsys):
     assert train(*FLAGS, option, "") == 2
@@ -837,6 +852,11 @@ def test_a_model_that_could_not_be_saved_is_refused_first():
     assert message_of(*FLAGS, "--save-model", "\udcff") == (
         "--save-model '\\udcff' is no name in UTF-8, as safetensors needs it."
     )
+    with tempfile.TemporaryDirectory() as elsewhere:
+        link = Path(elsewhere, "link")
+        link.symlink_to(link)
+        said = message_of(*FLAGS, "--save-model", str(link / "model"))
+        assert said == f"--save-model {link}/model cannot be written: Too many levels of symbolic links."
     assert names(".") == []
 
 
@@ -890,10 +910,10 @@ def test_a_lost_rank_is_said_to_be_lost(monkeypatch, steps):
 
     monkeypatch.setattr(Ranks, "has_lost_one", Several.has_lost_one)
     with before_step(steps, fails):
-        said = message_of(*FLAGS, "--checkpoint-every", "2", "--out", "run")
+        said = message_of(*FLAGS, "--checkpoint-every", "2", "--out", "run", "--save-model", "model")
     assert said.startswith(f"step {steps}: another rank is gone ({GLOO}). ")
     if steps:
-        assert said.endswith("Go on from the last checkpoint with: python -m grpo_kernels train --resume run")
+        assert said.endswith("with: python -m grpo_kernels train --resume run --save-model model")
         assert train("--resume", "run") == 0
     else:
         assert said.endswith("There was no checkpoint yet: start again")

@@ -65,7 +65,7 @@ def _run(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> int:
     with contextlib.closing(_folder(arguments, options, ranks)) as folder:
         trainer = trainer or Trainer(options, ranks)
         _announce(options, folder, ranks)
-        with _told_of_a_lost_rank(trainer, folder):
+        with _told_of_a_lost_rank(trainer, folder, arguments.save_model):
             train(trainer, folder, resume)
             if arguments.save_model is not None:
                 save_policy(trainer.model, trainer.tokenizer, arguments.save_model, ranks.writes)
@@ -75,8 +75,8 @@ def _run(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> int:
 
 
 @contextlib.contextmanager
-def _told_of_a_lost_rank(trainer: Trainer, folder: RunFolder) -> Iterator[None]:
-    """Exit with what to do where another rank has ended."""
+def _told_of_a_lost_rank(trainer: Trainer, folder: RunFolder, model: Path | None) -> Iterator[None]:
+    """Exit with what to do where another rank has ended: a ``model`` that was to be saved is asked for again."""
     try:
         yield
     except RuntimeError as error:
@@ -84,7 +84,9 @@ def _told_of_a_lost_rank(trainer: Trainer, folder: RunFolder) -> Iterator[None]:
             raise
         goes_on = "There was no checkpoint yet: start again"
         if folder.checkpoint_path.exists():
-            goes_on = f"Go on from the last checkpoint with: {trainer.ranks.command} train --resume {folder.path}"
+            saved = f" --save-model {model}" * (model is not None)
+            resume = f"{trainer.ranks.command} train --resume {folder.path}{saved}"
+            goes_on = f"Go on from the last checkpoint with: {resume}"
         raise SystemExit(f"step {trainer.step}: another rank is gone ({first_line(error)}). {goes_on}") from error
 
 

@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 Result = TypeVar("Result")
-LOST = "(closed|reset) by peer|Broken pipe|Timed out waiting|ncclRemoteError|remote process exited"
-"""What gloo and NCCL say of a rank that has ended; such errors have no type of their own."""
+LOST = (
+    "(closed|reset) by peer|pair closure|Socket closed|Broken pipe|Connection refused|Timed out waiting|"
+    "collective operation timeout|ncclRemoteError|remote process exited"
+)
+"""What gloo and NCCL say of a rank that has ended. Gloo's errors have no type of their own, and NCCL's is that of its
+other errors, too."""
 
 
 class Ranks:

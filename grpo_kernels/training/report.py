@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import IO, Any
 
 from ..files import is_there, is_utf8, replaced, sync, write_text
 from ..objectives.checks import first_line
+from ..streams import say
 from . import checkpoint
 from .options import Options
 
@@ -89,8 +89,11 @@ class RunFolder:
         for number in itertools.count():
             path = parent / f"{stem}-{number}"
             if not is_there(path):
-                with contextlib.suppress(FileExistsError):  # another run has begun at this moment
+                try:
                     return cls(path, options, resume=False, alone=True)
+                except FileExistsError as error:  # another run has begun at this moment
+                    if not is_there(path):
+                        raise SystemExit(f"{parent} is no folder: {error}. Choose another with --out.") from error
         raise AssertionError("there is always a next number")
 
     def close(self) -> None:
@@ -206,7 +209,7 @@ class RunFolder:
             return None
         except Exception as error:  # of the disk, or of what matplotlib cannot do here: no picture is worth a run
             if not self._told:
-                print(f"note: {target} cannot be drawn: {first_line(error)}", file=sys.stderr)
+                say(f"note: {target} cannot be drawn: {first_line(error)}")
             self._told = True
             return None
         return target

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from .sharding import whole
 def check_free(folder: Path, run: Path) -> None:
     """Exit where there is something already, the folder ``run`` will be, or nothing can be written, before a run that
     would end with it."""
-    place = folder.resolve()
+    place = Path(os.path.realpath(folder))  # Path.resolve raises for a link to itself
     if not is_utf8(place):
         raise SystemExit(f"--save-model {str(folder)!r} is no name in UTF-8, as safetensors needs it.")
     try:
@@ -22,6 +24,8 @@ def check_free(folder: Path, run: Path) -> None:
             raise SystemExit(f"--save-model {folder}: there is something already; choose a new folder.")
         if place in (run.resolve(), *run.resolve().parents):
             raise SystemExit(f"--save-model {folder}: the run's own folder {run} will be there; choose a new folder.")
+        if any(parent.is_symlink() for parent in place.parents):  # none is left but those that lead to themselves
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         with tempfile.TemporaryDirectory(dir=next(parent for parent in place.parents if parent.exists())):
             pass  # what is not there yet can be made in it
     except OSError as error:
