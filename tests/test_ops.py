@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from cases import make
+from torch._dynamo.testing import CompileCounter
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd.profiler import profile
@@ -303,6 +304,34 @@ def test_annealing_recompiles_nothing(backend):
         torch.testing.assert_close(loss, expected.loss, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-8)
     assert counters["stats"]["unique_graphs"] <= 2
+
+
+def packed(n: int):
+    return torch.zeros(3 * n, 32), torch.ones(n), {"cu_seqlens": torch.arange(0, 3 * n + 1, 3)}
+
+
+SIZES = {
+    "sequences": lambda n: (torch.zeros(n, 5, 32), torch.ones(n), {}),
+    "packed sequences": packed,
+    "lengths": lambda n: (torch.zeros(4, n, 32), torch.ones(4), {}),
+}
+
+
+@pytest.mark.parametrize("config", ["grpo", "gspo"])
+@pytest.mark.parametrize("name", SIZES)
+def test_batches_of_every_size_are_one_graph(name, config):
+    counter = CompileCounter()
+
+    def step(leaf, ids, advantages, options):
+        return grpo_loss(leaf * 1.0, ids, advantages, config=config, backend="torch", **options).loss
+
+    torch.compiler.reset()
+    function = torch.compile(step, dynamic=True, fullgraph=True, backend=counter)
+    for n in range(2, 14):
+        logits, advantages, options = SIZES[name](n)
+        loss = function(logits.requires_grad_(), torch.zeros(logits.shape[:-1], dtype=torch.int64), advantages, options)
+        torch.testing.assert_close(loss.item(), -1.0)  # on-policy
+    assert counter.frame_count == 1
 
 
 def bad(**changes):

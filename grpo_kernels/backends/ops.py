@@ -29,7 +29,7 @@ from .spec import ObjectiveSpec
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", bool: "bool", str: "str"}
+_SCHEMA = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "SymInt", bool: "bool", str: "str"}
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), int, bool, str))
 
 
