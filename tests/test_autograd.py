@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 
 import pytest
 import torch
 from cases import make
 from conftest import DEVICE
+from torch.utils.checkpoint import checkpoint
 
-from grpo_kernels import KL, Clip, LossConfig, Reinforce, Unclipped, grpo_loss, policy_loss, token_log_probs
+from grpo_kernels import (
+    KL,
+    Clip,
+    Divergence,
+    LossConfig,
+    Reinforce,
+    Teacher,
+    TopK,
+    Unclipped,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_token_log_probs,
+    policy_loss,
+    token_log_probs,
+)
 from grpo_kernels.verification.verify import complete
 
 ROUTES = {
@@ -131,6 +147,49 @@ def test_double_backward_raises(backend, route):
         (call(direct, case, backend, **route).loss + gradient.pow(2).sum()).backward()
 
 
+LEAVES = {"grpo": (2, 3, 7), "log_probs": (2, 3), "hidden": (2, 3, 5), "head": (7, 5)}
+IDS, HEAD = torch.arange(6).view(2, 3), torch.linspace(-1, 1, 35).view(7, 5)
+SIGNS, HIDDEN = torch.tensor([1.0, -1.0]), torch.linspace(-2, 1, 30).view(2, 3, 5)
+TEACHER = {"teacher": Teacher(logits=torch.zeros(2, 3, 7)), "config": LossConfig(divergence=Divergence("jsd"))}
+FUNCTIONS = {
+    "one pass": ("grpo", lambda x: grpo_loss(x, IDS, SIGNS).loss),
+    "two passes": ("grpo", lambda x: grpo_loss(x, IDS, SIGNS, config="gspo").loss),
+    "inplace": ("grpo", lambda x: grpo_loss(x * 1, IDS, SIGNS, inplace=True).loss),
+    "token losses": ("grpo", lambda x: grpo_loss(x, IDS, SIGNS, token_losses=True).token_losses.sum()),
+    "teacher": ("grpo", lambda x: grpo_loss(x, IDS, SIGNS, **TEACHER).loss),
+    "support": ("grpo", lambda x: grpo_loss(x, IDS, SIGNS, support=TopK(3)).loss),
+    "log-probs": ("grpo", lambda x: token_log_probs(x, IDS).log_probs.sum()),
+    "policy_loss": ("log_probs", lambda x: policy_loss(x, SIGNS).loss),
+    "hidden": ("hidden", lambda x: linear_grpo_loss(x, HEAD, IDS, SIGNS).loss),
+    "head": ("head", lambda x: linear_grpo_loss(HIDDEN, x, IDS, SIGNS).loss),
+    "log-probs of hidden": ("hidden", lambda x: linear_token_log_probs(x, HEAD, IDS).log_probs.sum()),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_second_derivative_is_silently_zero(name):
+    """As allow_unused=True, and torch.autograd.functional with it, makes of one that leads nowhere."""
+    leaf, function = FUNCTIONS[name]
+    x = torch.linspace(-3, -1, math.prod(LEAVES[leaf])).view(LEAVES[leaf])
+    for ask in (torch.autograd.functional.hessian, lambda *given: torch.autograd.functional.hvp(*given, v=x)):
+        with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
+            ask(function, x)
+    factor = torch.tensor(2.0, requires_grad=True)
+    (gradient,) = torch.autograd.grad(function(x.requires_grad_()) * factor, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated a second time"):
+        torch.autograd.grad(gradient.sum(), factor, allow_unused=True)
+
+
+def test_create_graph_under_checkpointing():
+    """What is saved is unpacked twice, and the gradient is that without a graph."""
+    x = torch.linspace(-3, -1, 42).view(2, 3, 7).requires_grad_()
+    made = []
+    for create_graph in (False, True):
+        loss = checkpoint(lambda x: grpo_loss(x * 1, IDS, SIGNS, config="gspo").loss, x, use_reentrant=False)
+        made += torch.autograd.grad(loss, x, create_graph=create_graph)
+    assert torch.equal(*made)
+
+
 def test_transforms_are_refused(backend):
     case = make()
     with pytest.raises(RuntimeError, match=r"grpo_loss: .*torch.func"):
@@ -147,6 +206,39 @@ def test_transforms_are_refused(backend):
         dual = torch.autograd.forward_ad.make_dual(case.logits, torch.ones_like(case.logits))
         with pytest.raises(RuntimeError, match="forward"):
             call(dual, case, backend)
+
+
+LOGITS = torch.linspace(-3, -1, 42).view(2, 3, 7)
+FOLLOWED = {
+    "advantages": ((2,), {}),
+    "old_log_probs": ((2, 3), {}),
+    "token_weights": ((2, 3), {}),
+    "temperature": ((), {}),
+    "temperature of sequences": ((2,), {}),
+    "kl_coef": ((), {"ref_log_probs": torch.zeros(2, 3)}),
+}
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
+@pytest.mark.parametrize("name", FOLLOWED)
+def test_transforms_of_any_argument_are_refused(name, transform):
+    """Their derivative would be 0 in silence."""
+    shape, options = FOLLOWED[name]
+
+    def loss(value):
+        given = {"advantages": SIGNS, **options, name.split()[0]: value}
+        return grpo_loss(LOGITS, IDS, given.pop("advantages"), **given).loss
+
+    x = torch.ones(shape)
+    runs = {
+        "grad": lambda: torch.func.grad(loss)(x),
+        "jvp": lambda: torch.func.jvp(loss, (x,), (x,)),
+        "vmap": lambda: torch.func.vmap(loss)(x[None]),
+    }
+    with pytest.raises(RuntimeError, match=r"grpo_loss: torch.func transforms \(grad, vmap, jvp\) are not supported"):
+        runs[transform]()
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="grpo_loss: forward-mode"):
+        loss(torch.autograd.forward_ad.make_dual(x, x))
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -105,20 +105,6 @@ def _check_adapter(
         fail(function, f"an adapter weight ({vocab}, {rank})", str(tuple(weight.shape)), tensors, turned)
 
 
-def check_no_transforms(function: str, logits: Tensor) -> None:
-    """Raise inside forward mode and torch.func, which would drop or misread the gradient in silence."""
-    if torch.compiler.is_compiling():
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(logits):
-        raise RuntimeError(
-            f"{function}: torch.func transforms (grad, vmap, jvp) are not supported. Call it outside the transform "
-            "and use loss.backward() or torch.autograd.grad."
-        )
-    forward_ad = torch.autograd.forward_ad
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(logits).tangent is not None:
-        raise RuntimeError(f"{function}: forward-mode differentiation is not supported; use loss.backward().")
-
-
 def check_inplace(function: str, inplace: bool, logits: Tensor, tensors: Mapping[str, object]) -> None:
     """Refuse ``inplace=True``, which overwrites the logits with their gradient, where that would be wrong."""
     check_flag(function, "inplace", inplace)

@@ -25,19 +25,36 @@ _SPENT = (
 
 
 class _Final(torch.autograd.Function):
-    """A gradient that was asked for with create_graph=True: differentiating it raises, instead of giving nothing."""
+    """A gradient that was asked for with create_graph=True: differentiating it in whatever it was ``made_of`` raises,
+    instead of giving nothing."""
 
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+    def forward(ctx: Any, gradient: Tensor, *made_of: Tensor | None) -> Tensor:
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> NoReturn:
-        raise RuntimeError("grpo_kernels: the gradient in the logits cannot be differentiated a second time.")
+        raise RuntimeError("grpo_kernels: a gradient of its own cannot be differentiated a second time.")
+
+
+class _Unpacked:
+    """A Function's ``ctx`` with what it has saved, which checkpointing lets nobody unpack twice."""
+
+    def __init__(self, ctx: Any, saved_tensors: tuple[Tensor | None, ...]) -> None:
+        self.__dict__.update(ctx=ctx, saved_tensors=saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["ctx"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["ctx"], name, value)
 
 
 def once(backward: Callable[..., Any]) -> Any:
-    """``once_differentiable`` whose result refuses a second derivative also where nothing upstream requires grad."""
+    """``once_differentiable`` whose result refuses a second derivative also where nothing upstream requires grad.
+
+    What a Function has saved leads to its inputs: they themselves, or what it returned.
+    """
 
     @functools.wraps(backward)
     def wrapped(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -45,9 +62,11 @@ def once(backward: Callable[..., Any]) -> Any:
         if not torch.is_grad_enabled():
             gradients = backward(ctx, *upstream)
             return gradients
+        saved = ctx.saved_tensors
+        made_of = [*(tensor for tensor in saved if tensor is not None and tensor.requires_grad), *upstream]
         with torch.no_grad():
-            gradients = backward(ctx, *upstream)
-        return tuple(None if g is None else _Final.apply(g.detach().requires_grad_()) for g in gradients)
+            gradients = backward(_Unpacked(ctx, saved), *upstream)
+        return tuple(None if g is None else _Final.apply(g.detach(), *made_of) for g in gradients)
 
     return wrapped
 
@@ -69,7 +88,7 @@ class KnownGradients(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         gradients = tensors[len(tensors) // 2 :]
-        ctx.save_for_backward(announced, token_ids, *gradients)
+        ctx.save_for_backward(loss[0], announced, token_ids, *gradients)
         ctx.backend, ctx.function, ctx.spent = backend, function, False
         return loss[0]
 
@@ -80,7 +99,7 @@ class KnownGradients(torch.autograd.Function):
             alternative = ctx.function.replace("grpo_loss", "token_log_probs")
             raise RuntimeError(_SPENT.format(function=ctx.function, alternative=alternative))
         ctx.spent = True
-        announced, token_ids, *gradients = ctx.saved_tensors
+        _, announced, token_ids, *gradients = ctx.saved_tensors
         for gradient in gradients:
             if gradient is not None:
                 rows = gradient if gradient.dim() > 1 else gradient[None]
@@ -130,13 +149,13 @@ class LossOfLogProbs(torch.autograd.Function):
         entropy_slope: Tensor | None,
         divergence_slope: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(slope, entropy_slope, divergence_slope)
+        ctx.save_for_backward(loss[0], slope, entropy_slope, divergence_slope)
         return loss[0]
 
     @staticmethod
     @once
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        slopes = (None if slope is None else slope * upstream for slope in ctx.saved_tensors)
+        slopes = (None if slope is None else slope * upstream for slope in ctx.saved_tensors[1:])
         return *slopes, None, None, None, None
 
 

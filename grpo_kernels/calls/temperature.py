@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import HELD, LARGEST, SMALLEST, check_shape, fail, fits
+from ..objectives.checks import HELD, LARGEST, SMALLEST, check_no_transforms, check_shape, fail, fits
 from ..objectives.sequences import Padded, Sequences
 from .arguments import check_transform
 from .tokens import RowTokens
@@ -44,6 +44,7 @@ def read_temperatures(
 
 def _at_tokens(tokens: RowTokens, temperature: Tensor, sequences: Sequences | None) -> Tensor:
     """Return (B, T), detached, in the working precision."""
+    check_no_transforms(tokens.function, (temperature,))
     shape, values = tuple(tokens.live.shape), temperature.detach().to(tokens.real)
     of_sequences = () if sequences is None else ((sequences.count,), (sequences.count, 1))
     if sequences is not None and fits(temperature, *of_sequences):

@@ -17,6 +17,7 @@ from ..backends.contract import Rows
 from ..objectives.checks import (
     INTEGER_DTYPES,
     check_device,
+    check_no_transforms,
     check_shape,
     check_tensors,
     checks_enabled,
@@ -29,7 +30,7 @@ from ..objectives.checks import (
 )
 from ..objectives.maths import real_dtype
 from ..objectives.sequences import Packed
-from .arguments import check_head, check_logits, check_no_transforms, ordinary
+from .arguments import check_head, check_logits, ordinary
 from .head import HeadTensors, operand_dtype
 from .vocabulary import VocabShard
 
@@ -112,7 +113,7 @@ def read_tokens(
     """Check logits, ids and mask against each other and bring ids and mask to (B, T)."""
     named = {"logits": logits, "token_ids": token_ids, "mask": mask, **tensors}
     check_logits(function, logits, named, may_be_empty=shard is not None)
-    check_no_transforms(function, logits)
+    check_no_transforms(function, named.values())
     return _read_ids(function, logits, logits.shape[-1], shard, logits.dtype, token_ids, mask, named, check)
 
 
@@ -134,9 +135,7 @@ def read_linear_tokens(
     if dtype != operands and (dtype != torch.float32 or operands.itemsize != 2):
         expected = f"logits_dtype=torch.float32 (with half precision) or None for that of the GEMM ({operands})"
         fail(function, expected, repr(logits_dtype), named)
-    for tensor in head:
-        if tensor is not None:
-            check_no_transforms(function, tensor)
+    check_no_transforms(function, named.values())
     return _read_ids(function, head.hidden, head.weight.shape[0], shard, dtype, token_ids, mask, named, check)
 
 
@@ -156,15 +155,13 @@ def read_log_prob_tokens(
             continue
         if not tensor.is_floating_point():
             fail(function, f"{name} of a floating dtype", str(tensor.dtype), named, error=TypeError)
-        check_no_transforms(function, tensor)
+    check_no_transforms(function, named.values())
     if log_probs.dim() not in (1, 2):
         fail(function, "log_probs (B, T), packed (N,) or (1, N)", f"{log_probs.dim()} dimensions", named)
     check_device(function, named)
     if entropy is not None:
         check_shape(function, "entropy", entropy, (tuple(log_probs.shape),), named)
     checks = checks_enabled(check)
-    if mask is not None:
-        check_no_transforms(function, mask)
     hint = functools.partial(_shift_hint, shape=log_probs.shape, what="log_probs")
     (live,) = ordinary(read_token_mask(function, mask, log_probs, named, checks, hint))
     shared = (log_probs.shape, real_dtype(log_probs.dtype), named, checks, may_look(log_probs, checks))
@@ -196,8 +193,6 @@ def _read_ids(
             todo = f"Megatron has {what} (T, B, ...), packed ones (T, 1, ...): {view} is a view"
         fail(function, f"token_ids of shape {wanted}", str(tuple(token_ids.shape)), named, todo)
     checks = checks_enabled(check)
-    if mask is not None:
-        check_no_transforms(function, mask)
     hint = functools.partial(_shift_hint, shape=token_ids.shape, what=next(iter(named)))
     looks, live = may_look(token_ids, checks), read_token_mask(function, mask, token_ids, named, checks, hint)
     live, ids = ordinary(live, of_tokens(token_ids, torch.int64))

@@ -190,6 +190,26 @@ SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).
 HELD = f"in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it"
 
 
+def check_no_transforms(function: str, tensors: Iterable[object]) -> None:
+    """Raise inside forward mode and torch.func for a tensor that these follow: its derivative would be dropped or
+    misread in silence, whether it is differentiable otherwise or not."""
+    if torch.compiler.is_compiling():
+        return
+    forward_ad = torch.autograd.forward_ad
+    if torch._C._functorch.peek_interpreter_stack() is None and forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise RuntimeError(
+                f"{function}: torch.func transforms (grad, vmap, jvp) are not supported. Call it outside the transform "
+                "and use loss.backward() or torch.autograd.grad."
+            )
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{function}: forward-mode differentiation is not supported; use loss.backward().")
+
+
 def check_positive(function: str, name: str, value: float | Tensor, check: bool | None = None) -> float | None:
     """Return the number of a ``check_scalar``. Raise unless it is > 0 and inside of what fp32 holds."""
     wanted = "a finite number > 0"
@@ -216,6 +236,8 @@ def check_scalar(
 ) -> float | None:
     """Return a finite number, given as one or as a 0-d tensor; None where the tensor may not be looked at."""
     number: float | None = None
+    if isinstance(value, Tensor):
+        check_no_transforms(function, (value,))
     if not isinstance(value, Tensor):
         number = value if isinstance(value, (int, float)) else plain(value)
     elif value.dim() != 0:
