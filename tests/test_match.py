@@ -29,6 +29,7 @@ from grpo_kernels import (
     TruncatedIS,
     Unclipped,
     Vespo,
+    grpo_loss,
     match,
     policy_loss,
     shadow,
@@ -1100,6 +1101,85 @@ def test_shadow_on_logits_in_place():
     out = watched(logits * 1, ids, advantages, mask, old_log_probs=known["old_log_probs"], inplace=True)
     out.loss.backward()
     assert watched.history[0].gradient_difference < 1e-5
+
+
+def writes_into_logits(logits, token_ids, old_log_probs, advantages, mask, temperature):
+    logits /= temperature
+    lp = torch.log_softmax(logits[:, : token_ids.shape[1]], -1).gather(-1, token_ids[..., None]).squeeze(-1)
+    return writes_into_log_probs(lp, old_log_probs, advantages, mask)
+
+
+def writes_into_log_probs(log_probs, old_log_probs, advantages, mask):
+    log_probs.sub_(old_log_probs)
+    return rows(clipped(log_probs, advantages[:, None]), mask)
+
+
+def writes_into_entropy(log_probs, entropy, old_log_probs, advantages, mask):
+    entropy *= 0.01
+    return writes_into_log_probs(log_probs, old_log_probs, advantages, mask) - rows(entropy, mask)
+
+
+@pytest.mark.parametrize(
+    ("loss", "entropy_coef"),
+    [(writes_into_logits, 0.0), (writes_into_log_probs, 0.0), (writes_into_entropy, 0.01)],
+    ids=["logits", "log-probs", "entropy"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shadow_of_a_loss_that_writes_into_its_tensors(loss, entropy_coef, dtype):
+    logits, ids, advantages, mask, known = training_batch()
+    logits = logits.detach().to(dtype).requires_grad_()
+    config = LossConfig(Clip(), entropy_coef=entropy_coef)
+    watched = shadow(loss, config, every=1)
+    watched(logits, ids, advantages, mask, old_log_probs=known["old_log_probs"], temperature=0.7).loss.backward()
+    (sighting,) = watched.history
+    assert not sighting.differs, str(sighting)
+
+
+@pytest.mark.parametrize("config", ["grpo", "gspo"])
+def test_shadow_keeps_the_batch_of_training(config):
+    """A loss that overwrites all that it is handed: what trains is what it is without a watch, to the bit."""
+    logits, ids, advantages, mask, known = training_batch()
+    temperature, seen = torch.tensor(0.7), []
+
+    def loss(logits, log_probs, entropy, token_ids, old_log_probs, ref_log_probs, advantages, mask, temperature):
+        value = log_probs.sum() + logits.sum() + entropy.sum()
+        given = (token_ids, old_log_probs, ref_log_probs, advantages, mask, temperature)
+        seen.append([tensor.clone() for tensor in given])
+        with torch.no_grad():
+            for tensor in (logits, log_probs, entropy, *given):
+                tensor.zero_()
+        return value
+
+    given = {**known, "temperature": temperature, "config": LossConfig.preset(config, kl=KL(0.1))}
+    tensors = (logits, ids, advantages, mask, *known.values(), temperature)
+    before = [tensor.clone() for tensor in tensors]
+    plain = grpo_loss(logits, ids, advantages, mask, **given)
+    wanted = torch.autograd.grad(plain.loss, logits)[0]
+    watched = shadow(loss, given.pop("config"), every=1)
+    for _ in range(2):
+        out = watched(logits, ids, advantages, mask, **given)
+        assert torch.equal(out.loss, plain.loss)
+        assert torch.equal(torch.autograd.grad(out.loss, logits)[0], wanted)
+    assert all(map(torch.equal, tensors, before))
+    assert all(map(torch.equal, seen[0], seen[1]))
+    assert len(watched.history) == 2
+
+
+def test_shadow_of_logits_and_log_probs():
+    """The gradient is of both, also where one of them is overwritten after the other was made."""
+    logits, ids, advantages, mask, known = training_batch()
+
+    def loss(batch):
+        logits = batch["logits"]
+        logits /= batch["temperature"]
+        p = logits[:, : batch["mask"].shape[1]].softmax(-1)
+        terms = clipped(batch["log_probs"] - batch["old_log_probs"], batch["advantages"][:, None])
+        return rows(terms + 0.1 * (p * p.log()).sum(-1), batch["mask"])
+
+    watched = shadow(loss, LossConfig(Clip(), entropy_coef=0.1), every=1)
+    watched(logits, ids, advantages, mask, old_log_probs=known["old_log_probs"], temperature=0.7)
+    (sighting,) = watched.history
+    assert not sighting.differs, str(sighting)
 
 
 def test_shadow_never_stops_training(caplog):

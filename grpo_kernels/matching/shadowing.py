@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calls.arguments import ordinary
 from ..calls.outputs import LossOutput
 from ..calls.sighting import LOG, Sighting, Turns, seen
 from ..log_probs import token_log_probs
@@ -29,10 +30,11 @@ def shadow(
     """``grpo_loss`` with your loss run beside it on every ``every``-th call; differences are logged.
 
     Call what it returns as you would call ``grpo_loss``; what trains is ours. On a watched call your function gets
-    copies of the same tensors in their own precision (the log-probs by ``token_log_probs``), so the difference is what
-    your training would see. A difference of the gradients above what rounding makes in the dtype of the logits (1e-4 in
-    fp32, 3e-2 in half precision) is logged at WARNING, which Python shows without any setting, others at INFO. Such a
-    call holds several more tensors of the logits' size. An error in your function is logged and training goes on.
+    copies of the same tensors in their own precision (the log-probs by ``token_log_probs``), into which it may write,
+    so the difference is what your training would see. A difference of the gradients above what rounding makes in the
+    dtype of the logits (1e-4 in fp32, 3e-2 in half precision) is logged at WARNING, which Python shows without any
+    setting, others at INFO. Such a call holds several more tensors of the logits' size, one of them their copy, which
+    is made for a function that takes logits. An error in your function is logged and training goes on.
 
     Args:
         loss_fn: as for ``match``; it gets the tensors as they are handed to this call, in their shapes.
@@ -90,22 +92,35 @@ class Shadow:
         self, call: int, logits: Tensor, ids: Tensor, A: Tensor, mask: Tensor | None, **options: Any
     ) -> Sighting:
         plain = {name: value for name, value in options.items() if name not in ("inplace", "grad_scale")}
-        leaf = logits.detach().clone().requires_grad_()
+        leaf = ordinary(logits)[0].detach().requires_grad_()  # the memory of the caller's, which ours only reads
         out = grpo_loss(leaf, ids, A, mask, config=self.config, **plain)
         ours = torch.autograd.grad(out.loss, leaf)[0].float() * self.factor
-        yours = self._yours(leaf, ids, A, mask, **options)
-        theirs = torch.autograd.grad(yours, leaf)[0]
+        yours, theirs = self._yours(leaf, ids, A, mask, **options)
         return seen(call, (yours, [theirs]), (self.factor * out.loss, [ours]), logits.dtype)
 
-    def _yours(self, leaf: Tensor, ids: Tensor, A: Tensor, mask: Tensor | None, **options: Any) -> Tensor:
+    def _yours(
+        self, leaf: Tensor, ids: Tensor, A: Tensor, mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of the user's function, which may overwrite all that it is handed, and its gradient."""
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
-        scaling = {name: options[name] for name in ("temperature", "logit_scale", "logit_softcap") if name in options}
-        found = token_log_probs(leaf, ids, mask, **scaling)
         given = options.get("normalizer")
         beside = ("old_log_probs", "ref_log_probs", "rollout_log_probs", "cu_seqlens")
         handed = {name: options.get(name) for name in beside} | {
-            "logits": leaf, "log_probs": found.log_probs, "entropy": found.entropy, "token_ids": ids, "mask": mask,
-            "advantages": A, "temperature": options.get("temperature", 1.0),
+            "token_ids": ids, "mask": mask, "advantages": A, "temperature": options.get("temperature", 1.0),
             "num_items": mask.sum() if given is None else getattr(given, "value", given),
         }  # fmt: skip
-        return self.caller.loss_of(handed)
+        leaves = []
+        if self.caller.takes("log_probs") or self.caller.takes("entropy"):
+            scaling = {n: options[n] for n in ("temperature", "logit_scale", "logit_softcap") if n in options}
+            found = token_log_probs(leaf, ids, mask, **scaling)
+            handed |= {"log_probs": found.log_probs, "entropy": found.entropy}
+            leaves.append(leaf)
+        handed = {name: value.clone() if isinstance(value, Tensor) else value for name, value in handed.items()}
+        if self.caller.takes("logits"):
+            # No leaf can be overwritten: the gradient is asked for of zeros without memory that are added to the copy.
+            zeros = leaf.new_full((), -0.0).expand_as(leaf).requires_grad_()
+            handed["logits"] = leaf.detach().clone().add_(zeros)
+            leaves.append(zeros)
+        loss = self.caller.loss_of(handed)
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        return loss, sum(gradients[1:], gradients[0])
