@@ -35,6 +35,7 @@ from grpo_kernels import (
     shadow,
 )
 from grpo_kernels.__main__ import main
+from grpo_kernels.matching.batch import Inputs, standard_batch
 from grpo_kernels.matching.call import Caller, role_of
 from grpo_kernels.matching.report import source_of
 from grpo_kernels.verification import reference
@@ -971,6 +972,38 @@ def test_inputs_are_the_losss_own():
         return mean(clipped(log_probs + old_log_probs, (advantages - 1)[:, None]), mask)
 
     assert match(loss)
+
+
+def test_a_mask_is_the_losss_own():
+    """bool, as the batch has it; a user's stays as it is."""
+
+    def loss(log_probs, old_log_probs, advantages, mask):
+        mask &= advantages[:, None] > -torch.inf
+        terms = clipped(log_probs - old_log_probs, advantages[:, None]).masked_fill(~mask, 0).sum() / mask.sum()
+        mask.logical_not_()
+        return terms
+
+    assert match(loss)
+    mask = torch.arange(6) < torch.tensor([6, 3, 5, 1])[:, None]
+    before = mask.clone()
+    assert match(loss, {"mask": mask})
+    assert torch.equal(mask, before)
+
+
+@pytest.mark.parametrize("takes", ["log_probs", "logits", "logits, cu_seqlens", "log_probs, cu_seqlens"])
+def test_no_form_hands_over_a_tensor_of_the_batch(takes):
+    roles = ("token_ids", "old_log_probs", "ref_log_probs", "rollout_log_probs", "advantages", "mask", "entropy")
+    names = [*takes.split(", "), *roles, *(["teacher_logits"] if "logits" in takes else [])]
+    caller = Caller(eval(f"lambda {', '.join(names)}: None"))
+    batch = standard_batch()
+    inputs = Inputs(batch, *torch.randn(2, *batch.shape), torch.randn(16), torch.randn(batch.shape), batch.logits * 2)
+    kept = [value for part in (batch, inputs) for value in vars(part).values() if isinstance(value, torch.Tensor)]
+    owned = {tensor.untyped_storage().data_ptr() for tensor in kept}
+    for form in caller.forms():
+        leaf = (batch.logits if form.source == "logits" else batch.scored(batch.token_ids, 1.0)).clone()
+        handed = caller._lay_out(form, inputs, leaf, batch.entropy())
+        shared = {n for n, v in handed.items() if hasattr(v, "data_ptr") and v.untyped_storage().data_ptr() in owned}
+        assert not shared, (form, shared)
 
 
 # On the command line

@@ -302,8 +302,8 @@ class Caller:
             mask = torch.cat([mask.new_zeros(B, 1), mask], 1)
         handed: dict[str, Any] = {
             form.source: leaf[:, :T] if form.layout in ("aligned", "flat") else leaf,
-            "token_ids": ids.clone(), "mask": mask.to(form.mask), "advantages": A.clone(), "entropy": entropy,
-            "old_log_probs": inputs.old.clone(), "ref_log_probs": inputs.ref.clone(),
+            "token_ids": ids.clone(), "mask": mask.to(form.mask, copy=True), "advantages": A.clone(),
+            "entropy": entropy, "old_log_probs": inputs.old.clone(), "ref_log_probs": inputs.ref.clone(),
             "rollout_log_probs": inputs.sampled.clone(),
         }  # fmt: skip
         if form.source == "logits":
