@@ -29,6 +29,7 @@ from grpo_kernels import (
     TruncatedIS,
     Unclipped,
     Vespo,
+    align,
     grpo_loss,
     match,
     policy_loss,
@@ -871,6 +872,22 @@ def test_own_batch():
     assert report, str(report)
     assert report.config == LossConfig(Clip(), aggregation="token_mean", **NO_LIMIT)
     assert match(hand_written, {"log_probs": -torch.rand(4, 5), "mask": mask}).factor == 0.25
+
+
+@pytest.mark.parametrize("cut", [lambda x: x[:, 1:], lambda x: x.mT[1:].mT], ids=["a slice", "a transpose"])
+def test_own_batch_of_views(cut):
+    """Masks and ids as align gives them, and whatever else was cut out of larger tensors."""
+    torch.manual_seed(0)
+    mask = cut(torch.arange(7) < torch.tensor([7, 4, 6, 2])[:, None])
+    log_probs, old, ref = -0.5 - torch.rand(3, 4, 7)
+    batch = {"log_probs": cut(log_probs), "mask": mask, "advantages": torch.randn(4, 2)[:, 0]}
+    assert not mask.is_contiguous()
+    report = match(hand_written, batch | {"old_log_probs": cut(old), "ref_log_probs": cut(ref)})
+    assert report, str(report)
+    ids, mask = align(torch.randint(11, (4, 7)), torch.ones(4, 7))
+    batch = {"logits": torch.randn(4, 7, 11), "token_ids": ids, "mask": mask}
+    assert not mask.is_contiguous()
+    assert match(lambda lp, old, A, mask: rows(clipped(lp - old, A[:, None]), mask), batch)
 
 
 @pytest.mark.parametrize(

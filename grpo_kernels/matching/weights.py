@@ -69,7 +69,7 @@ def patterns(live: Tensor, counted: Tensor) -> dict[tuple[str, int | None], Tens
     sizes = {("sequence", None): 1} | {("group", size): size for size in range(2, B) if B % size == 0}
     found: dict[tuple[str, int | None], Tensor] = {("token", None): ones}
     for key, size in sizes.items():
-        tokens = counted.view(B // size, -1).sum(-1).double().clamp(min=1)
+        tokens = counted.reshape(B // size, -1).sum(-1).double().clamp(min=1)
         found[key] = ones / tokens.repeat_interleave(size)[:, None]
     return found
 
