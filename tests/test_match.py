@@ -36,7 +36,7 @@ from grpo_kernels import (
     shadow,
 )
 from grpo_kernels.__main__ import main
-from grpo_kernels.matching.batch import Inputs, standard_batch
+from grpo_kernels.matching.batch import Inputs, standard_batch, users_batch
 from grpo_kernels.matching.call import Caller, role_of
 from grpo_kernels.matching.report import source_of
 from grpo_kernels.verification import reference
@@ -872,6 +872,23 @@ def test_own_batch():
     assert report, str(report)
     assert report.config == LossConfig(Clip(), aggregation="token_mean", **NO_LIMIT)
     assert match(hand_written, {"log_probs": -torch.rand(4, 5), "mask": mask}).factor == 0.25
+
+
+def test_own_log_probs_of_a_loss_on_logits():
+    """The logits that are made for them have these log-probs, and other columns that tell entropy from them."""
+    log_probs = -torch.rand(4, 5, dtype=torch.float64) - 0.1
+    batch = users_batch({"log_probs": log_probs})
+    assert torch.allclose(batch.scored(batch.token_ids, 1.0), log_probs, rtol=1e-12)
+
+    def loss(logits, token_ids, old_log_probs, advantages, mask):
+        rows_of = torch.log_softmax(logits[:, : token_ids.shape[1]], -1)
+        entropy = -(rows_of.exp() * rows_of).sum(-1)
+        lp = rows_of.gather(-1, token_ids[..., None]).squeeze(-1)
+        return rows(clipped(lp - old_log_probs, advantages[:, None]) - 0.01 * entropy, mask)
+
+    report = match(loss, {"log_probs": log_probs})
+    assert report, str(report)
+    assert report.config == LossConfig(Clip(), entropy_coef=0.01, **NO_LIMIT)
 
 
 @pytest.mark.parametrize("cut", [lambda x: x[:, 1:], lambda x: x.mT[1:].mT], ids=["a slice", "a transpose"])

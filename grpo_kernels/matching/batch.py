@@ -216,14 +216,17 @@ def users_batch(given: Mapping[str, Tensor]) -> Batch:
         ids = torch.randint(VOCAB, (B, T), generator=generator)
         logits = torch.randn(B, T + 1, VOCAB, generator=generator, dtype=torch.float64)
         if "log_probs" in values:
-            logits[:, :T] = _logits_with(values["log_probs"].double(), ids)
+            logits[:, :T] = _logits_with(values["log_probs"].double(), ids, logits[:, :T])
     kept = {name: values[name].double() for name in KEYS[4:] if name in values}
     first = torch.randint(logits.shape[-1], (B,), generator=generator)
     return Batch(logits, first, ids, mask, True, kept)
 
 
-def _logits_with(log_probs: Tensor, ids: Tensor) -> Tensor:
-    """Return (B, T, VOCAB) logits whose log-prob of ``ids`` is ``log_probs``: the others share what is left."""
+def _logits_with(log_probs: Tensor, ids: Tensor, others: Tensor) -> Tensor:
+    """Return (B, T, VOCAB) logits whose log-prob of ``ids`` is ``log_probs``: what is left the other columns share as
+    logits ``others`` do. Were they equal, log-prob and entropy would have one direction."""
     log_probs = log_probs.clamp(max=-1e-9)
-    rest = torch.log(-torch.expm1(log_probs)) - math.log(VOCAB - 1)
-    return rest[..., None].expand(*ids.shape, VOCAB).scatter(-1, ids[..., None], log_probs[..., None])
+    chosen = ids[..., None]
+    shares = others.scatter(-1, chosen, -math.inf).log_softmax(-1)
+    rest = torch.log(-torch.expm1(log_probs))
+    return (shares + rest[..., None]).scatter(-1, chosen, log_probs[..., None])
