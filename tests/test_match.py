@@ -992,6 +992,47 @@ def test_losses_that_cannot_be_called(loss, message):
         match(loss)
 
 
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        (
+            {"low": 0.3, "hihg": 0.3, "a": 1},
+            "functools.partial names a, hihg; the loss takes log_probs, old_log_probs, advantages, mask, low, high",
+        ),
+        ({"log_probs": 1, "old_log_probs": 1, "advantages": 1, "mask": 1}, "neither log-probs nor logits"),
+    ],
+)
+def test_parameters_that_the_loss_has_not(bound, message):
+    def loss(log_probs, old_log_probs, advantages, mask, low=0.2, high=0.2):
+        return mean(clipped(log_probs - old_log_probs, advantages[:, None], low, high), mask)
+
+    class Loss(torch.nn.Module):
+        forward = staticmethod(loss)
+
+    for loss_fn in (loss, Loss(), functools.partial(loss, high=0.2)):
+        with pytest.raises(ValueError, match=message):
+            match(functools.partial(loss_fn, **bound))
+
+
+def test_parameters_that_are_bound():
+    """To a function that takes any, to a module, and by place."""
+
+    def loss(log_probs, old_log_probs, advantages, mask, **bounds):
+        return mean(clipped(log_probs - old_log_probs, advantages[:, None], **bounds), mask)
+
+    class Loss(torch.nn.Module):
+        def forward(self, high, log_probs, old_log_probs, advantages, mask):
+            return loss(log_probs, old_log_probs, advantages, mask, high=high)
+
+    assert match(functools.partial(loss, low=0.1, high=0.3)).config.surrogate == Clip(0.1, 0.3)
+    assert match(functools.partial(Loss(), high=0.3)).config.surrogate == Clip(0.2, 0.3)
+    assert match(functools.partial(Loss(), 0.3)).config.surrogate == Clip(0.2, 0.3)
+    with pytest.raises(ValueError, match=r"what functools.partial binds cannot .* takes \(high, .*: wrap it"):
+        match(functools.partial(Loss(), 0.3, high=0.3))
+    with pytest.raises(ValueError, match="AsOpenRLHF is a class: give an instance"):
+        match(functools.partial(AsOpenRLHF, high=0.3))
+
+
 def test_not_a_function():
     with pytest.raises(TypeError, match="match needs a function; got int"):
         match(3)
@@ -1061,6 +1102,10 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("your loss is LossConfig(Clip(0.2, 0.2)")
     assert main(["match", f"{path}:bad"]) == 1
     assert "! the sign is wrong" in capsys.readouterr().out
+    assert main(["match", f"{path}:good", "--set", "nope=1"]) == 2
+    assert "error: --set names nope; the loss takes logps, old_logps, adv, mask.\n" in capsys.readouterr().err
+    assert main(["match", f"{path}:good", "--argument", "nope=mask"]) == 2
+    assert "error: --argument names nope; the loss takes logps, old_logps, adv, mask.\n" in capsys.readouterr().err
     assert main(["match", f"{path}:Held.inner", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["matched"] is True

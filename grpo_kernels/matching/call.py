@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 import re
@@ -108,6 +109,10 @@ class Words:
     """Of a parameter; ``{name}`` and ``{role}`` are filled."""
     bound: str
     """A parameter that is no tensor of the batch."""
+    meanings: str
+    """What says all meanings."""
+    binding: str
+    """What binds parameters."""
     device: str
     batch: str
 
@@ -115,12 +120,16 @@ class Words:
 PYTHON = Words(
     'arguments={{"{name}": "{role}"}}',
     "functools.partial(loss_fn, {name}=...)",
+    "arguments=",
+    "functools.partial",
     'match(..., device="cuda")',
     "give tensors of its own sizes as batch=",
 )
 COMMAND_LINE = Words(
     "--argument {name}={role}",
     "--set {name}=VALUE",
+    "--argument",
+    "--set",
     "--device cuda",
     "call match from Python, with tensors of its own sizes as batch=",
 )
@@ -170,15 +179,11 @@ class Caller:
         """Return the role of every parameter that is given one."""
         for name, meaning in arguments.items():
             check_name(f"arguments[{name!r}]", meaning, ROLES)
-        if inspect.isclass(self.loss_fn):
-            raise Unusable(f"{self.loss_fn.__name__} is a class: give an instance of it, or a function.")
-        target = self.loss_fn.forward if isinstance(self.loss_fn, torch.nn.Module) else self.loss_fn
-        try:
-            parameters = inspect.signature(target).parameters
-        except (TypeError, ValueError) as error:
-            raise Unusable(f"the parameters of {self.loss_fn!r} cannot be read: wrap it in a function.") from error
+        parameters = self._parameters()
         if missing := sorted(set(arguments) - set(parameters)):
-            raise ValueError(f"arguments= names {', '.join(missing)}; the loss takes {', '.join(parameters)}.")
+            raise ValueError(
+                f"{self.words.meanings} names {', '.join(missing)}; the loss takes {', '.join(parameters)}."
+            )
         required = [p for p in parameters.values() if p.default is p.empty and p.kind not in VARIADIC]
         if len(required) == 1 and required[0].name.lower() in CONTAINERS and not arguments:
             self.container = required[0].name
@@ -212,6 +217,33 @@ class Caller:
                 f"Say which it is: {self.words.meaning.format(name='NAME', role='log_probs')}."
             )
         return roles
+
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        """Return the parameters that are left of what ``functools.partial`` binds."""
+        whole, bound = self.loss_fn, None
+        if isinstance(self.loss_fn, functools.partial):
+            whole, bound = self.loss_fn.func, self.loss_fn
+        if inspect.isclass(whole):
+            raise Unusable(f"{whole.__name__} is a class: give an instance of it, or a function.")
+        target = whole.forward if isinstance(whole, torch.nn.Module) else whole
+        try:
+            parameters = inspect.signature(target).parameters
+        except (TypeError, ValueError) as error:
+            raise Unusable(f"the parameters of {whole!r} cannot be read: wrap it in a function.") from error
+        if bound is None:
+            return parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if not takes_any and (unknown := sorted(set(bound.keywords) - set(parameters))):
+            raise ValueError(
+                f"{self.words.binding} names {', '.join(unknown)}; the loss takes {', '.join(parameters)}."
+            )
+        try:
+            return inspect.signature(functools.partial(target, *bound.args, **bound.keywords)).parameters
+        except ValueError as error:
+            raise Unusable(
+                f"what {self.words.binding} binds cannot be handed to the loss, which takes "
+                f"{inspect.signature(target)}: {WRAP}"
+            ) from error
 
     def _without_teacher(self, roles: dict[str, str], parameters: Mapping[str, inspect.Parameter]) -> dict[str, str]:
         """Return the roles of a loss of log-probs: its teacher's logits stay at their default."""
