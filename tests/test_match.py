@@ -981,6 +981,9 @@ def returns(value):
         (returns(lambda x: x.unknown), "raised AttributeError: .* in every form that was tried"),
         (lambda old_log_probs, advantages: None, "neither log-probs nor logits"),
         (AsOpenRLHF, "AsOpenRLHF is a class: give an instance"),
+        (AsOpenRLHF.forward, "^AsOpenRLHF.forward is a method: give that of an instance, or a function.$"),
+        (functools.partial(AsOpenRLHF.forward, action_mask=1), "AsOpenRLHF.forward is a method: give that of an inst"),
+        (lambda self, batch: None, "<lambda> is a method: give that of an instance, or a function"),
         (lambda *tensors: None, r"the loss takes \*tensors: wrap it in a function"),
         (lambda log_probs, logps, advantages: None, "two parameters seem to be log_probs: logps and log_probs"),
         (lambda log_probs, advantages, beta: None, r"functools.partial\(loss_fn, beta=...\)"),
@@ -1031,6 +1034,29 @@ def test_parameters_that_are_bound():
         match(functools.partial(Loss(), 0.3, high=0.3))
     with pytest.raises(ValueError, match="AsOpenRLHF is a class: give an instance"):
         match(functools.partial(AsOpenRLHF, high=0.3))
+
+
+def test_methods_that_are_bound():
+    class Losses:
+        def method(self, lp, old, A, mask):
+            return mean(clipped(lp - old, A[:, None]), mask)
+
+        @classmethod
+        def of_the_class(cls, lp, old, A, mask):
+            return mean(clipped(lp - old, A[:, None]), mask)
+
+        @staticmethod
+        def of_none(lp, old, A, mask):
+            return mean(clipped(lp - old, A[:, None]), mask)
+
+    unbound = Losses.method
+    with pytest.raises(ValueError, match="^Losses.method is a method"):
+        match(unbound)
+    bound = (functools.partial(unbound, Losses()), functools.partial(unbound, self=Losses()))
+    for loss in (Losses().method, Losses.of_the_class, Losses.of_none, *bound):
+        assert "old_log_probs" in Caller(loss).roles.values()
+        assert "self" not in Caller(loss).roles
+    assert match(bound[1])
 
 
 def test_not_a_function():

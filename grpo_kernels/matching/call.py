@@ -184,6 +184,10 @@ class Caller:
             raise ValueError(
                 f"{self.words.meanings} names {', '.join(missing)}; the loss takes {', '.join(parameters)}."
             )
+        if "self" in parameters and parameters["self"].default is inspect.Parameter.empty and "self" not in arguments:
+            method = getattr(self.loss_fn, "func", self.loss_fn)
+            name = getattr(method, "__qualname__", "the loss").rpartition("<locals>.")[2]
+            raise Unusable(f"{name} is a method: give that of an instance, or a function.")
         required = [p for p in parameters.values() if p.default is p.empty and p.kind not in VARIADIC]
         if len(required) == 1 and required[0].name.lower() in CONTAINERS and not arguments:
             self.container = required[0].name
