@@ -730,6 +730,29 @@ def test_optional_parameters_are_told():
     assert "left at their defaults: rollout_log_probs" in str(match(loss))
 
 
+def test_switches_are_no_tensors():
+    """Parameters whose defaults are bools or text stay at them, whatever tensor their names recall."""
+
+    def loss(
+        log_probs, old_log_probs, advantages, mask, whiten_advantages=False, return_entropy=False, ids="none",
+        use_response_mask=True, return_log_probs=False, ref="sft", rollout="vllm",
+    ):  # fmt: skip
+        switches = (whiten_advantages, return_entropy, ids, use_response_mask, return_log_probs, ref, rollout)
+        assert switches == (False, False, "none", True, False, "sft", "vllm")
+        return mean(clipped(log_probs - old_log_probs, advantages[:, None]), mask)
+
+    assert match(loss)
+    meant = {"ref": "ref_log_probs"}
+    assert Caller(loss, meant).roles == {**Caller(loss).roles, **meant}
+
+
+@pytest.mark.parametrize("loss", [grpo_loss, policy_loss, reference.grpo_loss], ids=lambda loss: loss.__module__)
+def test_our_own_losses(loss):
+    report = match(loss)
+    assert report, str(report)
+    assert report.config == LossConfig()
+
+
 def test_the_sampler_as_the_old_policy():
     def loss(lp, generation_logprobs, A, mask):
         return mean(clipped(lp - generation_logprobs, A[:, None]), mask)

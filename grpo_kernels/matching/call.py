@@ -265,7 +265,8 @@ class Caller:
         name, optional = parameter.name, parameter.default is not parameter.empty
         if parameter.kind is parameter.POSITIONAL_ONLY:
             raise Unusable(f"parameter {name!r} can only be given by its place: {WRAP}")
-        role = arguments.get(name, role_of(name))
+        no_tensor = isinstance(parameter.default, (bool, str))  # a switch, whatever its name holds
+        role = arguments.get(name, None if no_tensor else role_of(name))
         if role is None and not optional:
             raise Unusable(
                 f"parameter {name!r} of the loss is not one that match knows (parameters: {names}). If it "
