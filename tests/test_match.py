@@ -8,6 +8,7 @@ import itertools
 import json
 import logging
 import random
+import re
 from unittest import mock
 
 import pytest
@@ -879,6 +880,32 @@ def test_value_without_gradient():
     assert any("the value is not" in note for note in report.notes)
 
 
+@pytest.mark.parametrize(
+    ("factor", "told"),
+    [
+        (1 / 2097152, ", divided by 2097152"),
+        (3.7654321e-9, ", times 3.76543e-09"),
+        (3.7654321e-12, ", times 3.76543e-12"),
+        (1e-300, ", times 1e-300"),
+        (1 / 3, ", divided by 3"),
+    ],
+)
+def test_small_factors(factor, told):
+    """With seven digits whatever their size, and divisors with no more."""
+    report = match(lambda lp, old, A, mask: factor * rows(clipped(lp - old, A[:, None]), mask))
+    assert report, str(report)
+    assert report.factor == pytest.approx(factor, rel=1e-7, abs=0.0)
+    assert str(report).splitlines()[0].endswith(told)
+    assert eval(report.lines[-1].rpartition(".loss * ")[2]) == pytest.approx(factor, rel=1e-6, abs=0.0)
+
+
+def test_a_factor_of_which_float64_keeps_few_digits():
+    """Nothing is found, and it is said: one over such a number is infinite."""
+    text = str(match(lambda lp, old, A, mask: 1e-320 * rows(clipped(lp - old, A[:, None]), mask)))
+    assert text.startswith("no config reproduces your loss")
+    assert re.search(r", times \d(\.\d+)?e-32\d\n", text), text
+
+
 def test_own_batch():
     """Sizes of the user's own; a loss that knows no others."""
     torch.manual_seed(0)
@@ -1185,8 +1212,6 @@ def test_command_says_what_it_runs_before_it_does(tmp_path, capfd):
     ],
 )
 def test_bad_command(capsys, arguments, message):
-    import re
-
     assert main(["match", *arguments]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error

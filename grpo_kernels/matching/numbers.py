@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 
-def plain(value: float, tolerance: float) -> float:
-    """Return the shortest decimal within the relative tolerance."""
+def plain(value: float, tolerance: float, least: float = 1e-3) -> float:
+    """Return the shortest decimal within the relative tolerance; of values below ``least``, within that of it."""
     for digits in range(10):
         short = float(f"{value:.{digits}e}")
-        if abs(short - value) <= tolerance * max(abs(value), 1e-3):
+        if abs(short - value) <= tolerance * max(abs(value), least):
             return short
     return value
 

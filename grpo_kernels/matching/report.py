@@ -249,8 +249,9 @@ def _written(factor: float) -> str:
 
 
 def _divisor(factor: float) -> int | None:
-    """Return the whole number that a factor is one over; None where it is not."""
-    inverse = round(1 / factor) if factor else 0
+    """Return the whole number that a factor is one over; None where it is not, or is one of more digits than are
+    known."""
+    inverse = round(1 / factor) if abs(factor) > 1e-7 else 0
     return inverse if abs(inverse) > 1 and abs(inverse * factor - 1) < 1e-6 else None
 
 
@@ -266,7 +267,7 @@ def report_of(probe: Probe, known: Known, proof: Proof | None, says: list[Said])
     report = MatchReport(
         matched=reproduced and not faults and not strange,
         config=mended.config,
-        factor=plain(mended.factor, max(1e-7, known.precision.digits)),
+        factor=plain(mended.factor, max(1e-7, known.precision.digits), 0.0),
         normalizer=mended.weights.divisor.normalizer,
         threshold=known.threshold.source() if known.threshold else None,
         temperature=mended.temperature,
