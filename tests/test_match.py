@@ -35,6 +35,7 @@ from grpo_kernels import (
     match,
     policy_loss,
     shadow,
+    token_log_probs,
 )
 from grpo_kernels.__main__ import main
 from grpo_kernels.matching.batch import Inputs, standard_batch, users_batch
@@ -1349,6 +1350,16 @@ def test_shadow_keeps_the_batch_of_training(config):
     assert all(map(torch.equal, tensors, before))
     assert all(map(torch.equal, seen[0], seen[1]))
     assert len(watched.history) == 2
+
+
+def test_shadow_of_old_log_probs_as_they_are_made():
+    """Ours takes what token_log_probs returns; the loss gets the tensor in it."""
+    logits, ids, advantages, mask, _ = training_batch()
+    old = token_log_probs(logits.detach(), ids, mask)
+    watched = shadow(writes_into_log_probs, LossConfig(Clip()), every=1)
+    watched(logits, ids, advantages, mask, old_log_probs=old)
+    (sighting,) = watched.history
+    assert not sighting.differs, str(sighting)
 
 
 def test_shadow_of_logits_and_log_probs():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calls.arguments import ordinary
-from ..calls.outputs import LossOutput
+from ..calls.outputs import LossOutput, TokenLogProbs
 from ..calls.sighting import LOG, Sighting, Turns, seen
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
@@ -115,7 +115,8 @@ class Shadow:
             found = token_log_probs(leaf, ids, mask, **scaling)
             handed |= {"log_probs": found.log_probs, "entropy": found.entropy}
             leaves.append(leaf)
-        handed = {name: value.clone() if isinstance(value, Tensor) else value for name, value in handed.items()}
+        handed = {n: v.log_probs if isinstance(v, TokenLogProbs) else v for n, v in handed.items()}
+        handed = {n: v.clone() if isinstance(v, Tensor) else v for n, v in handed.items()}
         if self.caller.takes("logits"):
             # No leaf can be overwritten: the gradient is asked for of zeros without memory that are added to the copy.
             zeros = leaf.new_full((), -0.0).expand_as(leaf).requires_grad_()
