@@ -942,6 +942,18 @@ def test_own_log_probs_of_a_loss_on_logits():
     assert report.config == LossConfig(Clip(), entropy_coef=0.01, **NO_LIMIT)
 
 
+def test_own_logits_that_are_equal():
+    """As those of a head of zeros are."""
+
+    def loss(logits, token_ids, old_log_probs, advantages, mask):
+        lp = torch.log_softmax(logits[:, : token_ids.shape[1]], -1).gather(-1, token_ids[..., None]).squeeze(-1)
+        return rows(clipped(lp - old_log_probs, advantages[:, None]), mask)
+
+    batch = {"logits": torch.zeros(4, 5, 11), "token_ids": torch.ones(4, 5)}
+    with pytest.raises(ValueError, match="no slope of the loss is finite .*: give batch= logits whose other columns"):
+        match(loss, batch)
+
+
 @pytest.mark.parametrize("cut", [lambda x: x[:, 1:], lambda x: x.mT[1:].mT], ids=["a slice", "a transpose"])
 def test_own_batch_of_views(cut):
     """Masks and ids as align gives them, and whatever else was cut out of larger tensors."""

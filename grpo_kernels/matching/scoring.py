@@ -108,7 +108,12 @@ def _reached(probe: Probe, known: Known, batch: Batch) -> Tensor:
     """Return (B, T): the tokens that have a slope at one ratio or another, whatever clips them."""
     falling = -0.01 * torch.arange(batch.shape[1]).double().expand(batch.shape)  # each is the least so far
     slopes = torch.stack([probe.policy(known, x, batch=batch).abs() for x in (0.0, -1.0, 1.0, falling, falling - 1)])
-    return (slopes > 1e-9 * slopes[slopes.isfinite()].max()).any(0)
+    finite = slopes[slopes.isfinite()]
+    if not finite.numel():
+        alike = "logits whose other columns differ, since of equal ones log-prob and entropy have one direction"
+        hint = f"give batch= {alike}" if probe.on_logits and batch.own else "call it yourself on such ratios"
+        raise Unusable(f"no slope of the loss is finite at ratios of 0.37, 1 and 2.7: {hint}.")
+    return (slopes > 1e-9 * finite.max()).any(0)
 
 
 def _everywhere(probe: Probe, known: Known) -> bool:
