@@ -154,6 +154,16 @@ def test_verify(capsys, some):
     assert f"{count} of {count} checks hold" in capsys.readouterr().out
 
 
+def test_verify_of_a_single_column(capsys):
+    """Its log-prob is 0 whatever the logits are, and so is every gradient: 0 of 0 is no error, anything else is."""
+    assert main(["verify", "--vocab", "1", "--tokens", "8", "--preset", "grpo", "--backend", "cpu"]) == 0
+    assert "BROKEN" not in capsys.readouterr().out
+    zero = (torch.zeros(3),)
+    assert verify._error(zero, zero) == 0
+    for wrong in (1e-30, float("nan")):
+        assert not verify.LinearResult("cpu", "grpo", "fp32", verify._error((zero[0] + wrong,), zero), 0.0).passed
+
+
 def broken_kernel(fault, original):
     """The CPU's one-pass kernel with a fault."""
 
