@@ -7,6 +7,7 @@ import rlcompleter
 import pytest
 import torch
 from cases import make
+from threads import errors_of
 from torch.utils._pytree import tree_map_only
 
 from grpo_kernels import (
@@ -249,6 +250,18 @@ def test_names_are_known_before_they_are_asked_for(tmp_path):
     report, _, _ = api.run([str(tmp_path / "names.py"), "--config-file", str(tmp_path / "mypy.ini")])
     assert '"Metrics" has no attribute "clipfrac"' in report
     assert report.count("error") == 3, report
+
+
+def test_no_group_to_reduce_over():
+    """Before torch.distributed is initialised, its WORLD is None as well: to name it would be no help."""
+    metrics = make().run()[0].metrics
+    with pytest.raises(ValueError, match=r"(?s)torch.distributed to be initialised with group=.*init_process_group"):
+        metrics.all_reduce(torch.distributed.group.WORLD)
+
+    def without_a_group(rank):
+        metrics.all_reduce(None)
+
+    assert all("TypeError: Metrics.all_reduce: expected a group; got None" in e for e in errors_of(2, without_a_group))
 
 
 def test_unknown_metric():

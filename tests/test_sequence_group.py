@@ -916,6 +916,8 @@ def test_bad_splits():
         split_context(ids, mask, 2, 2)
     with pytest.raises(ValueError, match="0 <= rank < size, or a group of ranks; got rank=None"):
         split_context(ids, mask)
+    with pytest.raises(ValueError, match=r"group=None\.\n  hint: .*WORLD is None before .*init_process_group"):
+        split_context(ids, mask, group=torch.distributed.group.WORLD)
     with pytest.raises(ValueError, match="layout must be one of zigzag, contiguous"):
         split_context(ids, mask, 0, 2, layout="ring")
     got = run_threads(2, lambda rank: split_context(ids, mask, group=torch.distributed.group.WORLD).index.tolist())

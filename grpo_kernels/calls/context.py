@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..objectives.checks import check_name, fail
-from ..objectives.groups import read_group
+from ..objectives.groups import is_initialised, read_group
 from ..objectives.sequences import LAYOUTS, Layout
 from .recorded import Recorded
 from .tokens import align
@@ -136,7 +136,9 @@ def _read_rank(rank: int | None, size: int | None, group: Group | None) -> tuple
         return (0, 1) if ranks is None else (torch.distributed.get_rank(ranks), torch.distributed.get_world_size(ranks))
     if rank is None or size is None or not 0 <= rank < size:
         got = f"rank={rank!r}, size={size!r}, group=None"
-        fail("split_context", "0 <= rank < size, or a group of ranks", got)
+        early = rank is None and size is None and not is_initialised()
+        hint = "torch.distributed.group.WORLD is None before torch.distributed.init_process_group(...)"
+        fail("split_context", "0 <= rank < size, or a group of ranks", got, hint=hint if early else None)
     return rank, size
 
 

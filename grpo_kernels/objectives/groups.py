@@ -32,9 +32,7 @@ def read_group(function: str, name: str, group: Any) -> ProcessGroup | None:
     """
     if group is None:
         return None
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        hint = "torch.distributed.init_process_group(...), or torchrun and the same"
-        fail(function, f"torch.distributed to be initialised with {name}=", "no process group", hint=hint)
+    check_initialised(function, name)
     if isinstance(group, torch.distributed.device_mesh.DeviceMesh):
         if group.ndim != 1:
             hint = f'one dimension of it: mesh["{(group.mesh_dim_names or ("tp",))[-1]}"]'
@@ -48,6 +46,18 @@ def read_group(function: str, name: str, group: Any) -> ProcessGroup | None:
         expected = f"{name}= a process group or a device mesh of one dimension"
         fail(function, expected, type(group).__name__, hint=hint, error=TypeError)
     return group if torch.distributed.get_world_size(group) > 1 else None
+
+
+def is_initialised() -> bool:
+    """Whether there are process groups at all: before, torch.distributed.group.WORLD is None."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def check_initialised(function: str, name: str) -> None:
+    """Raise where there are no process groups yet."""
+    if not is_initialised():
+        hint = "torch.distributed.init_process_group(...), or torchrun and the same"
+        fail(function, f"torch.distributed to be initialised with {name}=", "no process group", hint=hint)
 
 
 def get_ranks(group: ProcessGroup) -> list[int]:

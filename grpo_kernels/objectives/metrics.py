@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import fail
-from .groups import gather, read_group
+from .groups import check_initialised, gather, read_group
 
 if TYPE_CHECKING:
     from .groups import Group
@@ -204,6 +204,7 @@ class Metrics:
                 parallel and sequence parallel ones, and none that hold shards of one vocabulary.
         """
         if group is None:
+            check_initialised("Metrics.all_reduce", "group")  # before, its WORLD is None
             hint = "torch.distributed.group.WORLD is the group of all ranks"
             fail("Metrics.all_reduce", "a group", "None", hint=hint, error=TypeError)
         ranks = read_group("Metrics.all_reduce", "group", group)
