@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 
+import numpy as np
 import pytest
 import torch
 
@@ -266,3 +267,63 @@ def test_value_loss(clip):
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.ones(2, 3), torch.ones(2, 3))
+
+
+ESTIMATORS = {
+    "raw": advantages.raw,
+    "centered": advantages.centered,
+    "group_centered": lambda x: advantages.group_centered(x, 3),
+    "group_normalized": lambda x: advantages.group_normalized(x, 3),
+    "leave_one_out": lambda x: advantages.leave_one_out(x, 3),
+    "has_signal": lambda x: advantages.has_signal(x, 3),
+    "overlong_penalty": lambda x: advantages.overlong_penalty(x, 9, 3),
+    "reward_to_go": lambda x: advantages.reward_to_go(x, torch.ones(2, 3)),
+    "n_step": lambda x: advantages.n_step(torch.ones(2, 3), x, torch.ones(2, 3), 0.9, 2),
+    "gae": lambda x: advantages.gae(torch.ones(2, 3), torch.ones(2, 3), x),
+    "value_loss": lambda x: advantages.value_loss(torch.ones(2, 3), x, torch.ones(2, 3), torch.ones(2, 3)),
+    "bounds": lambda x: advantages.gae(*[torch.ones(6)] * 3, cu_seqlens=[0, 6] if x is None else x),
+}
+
+
+@pytest.mark.parametrize(
+    "value", [[[1.0] * 3] * 2, np.ones((2, 3)), None, 1.0], ids=["list", "numpy", "none", "number"]
+)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_what_is_no_tensor(name, value):
+    with pytest.raises(TypeError, match=rf"^{name if name != 'bounds' else 'gae'}: expected \w+ to be a tensor; got"):
+        ESTIMATORS[name](value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: advantages.group_centered(x[0], "3"), "group_size to be an integer; got '3'"),
+        (lambda x: advantages.leave_one_out(x[0], 3.0), "group_size to be an integer; got 3.0"),
+        (lambda x: advantages.group_normalized(x[0], 3, "1e-4"), "eps to be a finite number .*; got '1e-4'"),
+        (lambda x: advantages.overlong_penalty(x[0], "9", 3), "max_length to be a finite number .*; got '9'"),
+        (lambda x: advantages.reward_to_go(x, x, "0.9"), "discount to be a finite number .*; got '0.9'"),
+        (lambda x: advantages.gae(x, x, x, 1.0, math.nan), "lam to be a finite number .*; got nan"),
+        (lambda x: advantages.n_step(x, x, x, 0.9, 1.5), "an integer steps >= 1; got 1.5"),
+        (lambda x: advantages.value_loss(x, x, x, x, -0.2), "clip >= 0, or None to leave it out; got -0.2"),
+        (lambda x: advantages.gae(x, x[:1], x), r"of one shape \(B, T\); got \(2, 3\), \(1, 3\), \(2, 3\)"),
+    ],
+)
+def test_numbers_that_are_none(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call(torch.ones(2, 3))
+
+
+def test_numbers_of_numpy_and_of_no_dimension():
+    rewards, mask = torch.ones(2, 3), torch.ones(2, 3)
+    expected = advantages.gae(rewards, rewards, mask, 0.5, 0.25)
+    for kind in (np.float32, torch.tensor):
+        for got, want in zip(advantages.gae(rewards, rewards, mask, kind(0.5), kind(0.25)), expected, strict=True):
+            torch.testing.assert_close(got, want)
+    assert torch.equal(advantages.group_centered(REWARDS, np.int64(4)), advantages.group_centered(REWARDS, 4))
+
+
+def test_compiled_estimators():
+    """What is checked leaves no graph, whatever the numbers are."""
+    compiled = torch.compile(advantages.group_normalized, backend="eager", fullgraph=True)
+    for group in (3, 4, 6):
+        assert torch.equal(compiled(REWARDS, group), advantages.group_normalized(REWARDS, group))

@@ -10,18 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_scalar, check_shape, fail, read_mask
+from .checks import check_scalar, check_shape, check_tensors, fail, read_integer, read_mask
 from .running import backward_scan
 from .sequences import Packed, Padded, Sequences
 
 
 def raw(rewards: Tensor) -> Tensor:
     """Return the rewards themselves, detached (REINFORCE without a baseline; Williams 1992)."""
+    check_tensors("raw", {"rewards": rewards}, needed=("rewards",))
     return rewards.detach()
 
 
 def centered(rewards: Tensor) -> Tensor:
     """Return R_i - mean(R) over the batch, in the shape of ``rewards`` (REINFORCE with a mean baseline)."""
+    check_tensors("centered", {"rewards": rewards}, needed=("rewards",))
     rewards = _floating(rewards)
     return rewards - rewards.mean()
 
@@ -38,6 +40,7 @@ def group_normalized(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Ten
     TRL divides by the sample std and uses eps 1e-4. A group of equal rewards gives exact zeros.
     """
     groups = _groups("group_normalized", rewards, group_size)
+    check_scalar("group_normalized", "eps", eps)
     difference = groups - groups.mean(-1, keepdim=True)
     scaled = difference / (groups.std(-1, keepdim=True, correction=0) + eps)
     return torch.where(_constant(groups), 0.0, scaled).reshape(-1)
@@ -65,6 +68,9 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
 
     It is 0 up to lengths of max_length - buffer, then linear down to -1 at max_length, -1 beyond.
     """
+    check_tensors("overlong_penalty", {"lengths": lengths}, needed=("lengths",))
+    check_scalar("overlong_penalty", "max_length", max_length)
+    check_scalar("overlong_penalty", "buffer", buffer)
     if not 0 < buffer <= max_length:
         fail("overlong_penalty", "0 < buffer <= max_length", f"buffer={buffer}, max_length={max_length}")
     return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
@@ -113,8 +119,8 @@ def n_step(
     Subtract ``values`` for an advantage (Sutton & Barto 2018, ch. 7). ``cu_seqlens``: packed, as in ``reward_to_go``.
     """
     _check_unit("n_step", "discount", discount)
-    if steps < 1:
-        fail("n_step", "steps >= 1", str(steps))
+    if read_integer(steps) is None or steps < 1:
+        fail("n_step", "an integer steps >= 1", str(steps))
     tokens = _Tokens.read("n_step", cu_seqlens, rewards=rewards, values=values, mask=mask)
     line = _Line.of(tokens, _floating(rewards), values.detach())
     r, v = line.columns
@@ -169,6 +175,10 @@ def value_loss(
     ``cu_seqlens``: packed, (N,) or (1, N).
     """
     named = {"values": values, "old_values": old_values, "returns": returns, "mask": mask}
+    if clip is not None:
+        number = check_scalar("value_loss", "clip", clip)
+        if number is not None and number < 0:
+            fail("value_loss", "clip >= 0, or None to leave it out", repr(number))
     tokens = _Tokens.read("value_loss", cu_seqlens, **named)
     live = tokens.live
     values = torch.where(live, tokens.rows(values), 0.0)
@@ -195,11 +205,13 @@ class _Tokens:
     @classmethod
     def read(cls, function: str, cu_seqlens: Tensor | None, **tensors: Tensor) -> _Tokens:
         """Read a call's tensors, of one shape, one of them the ``mask``. Raise where they do not fit together."""
+        check_tensors(function, {**tensors, "cu_seqlens": cu_seqlens}, needed=tensors)
         mask, shape = tensors["mask"], tensors["mask"].shape
         fitting = len(shape) == 2 if cu_seqlens is None else shape in ((mask.numel(),), (1, mask.numel()))
         if not fitting or any(tensor.shape != shape for tensor in tensors.values()):
             wanted = "(B, T)" if cu_seqlens is None else "(N,) or (1, N) with cu_seqlens"
-            fail(function, f"{', '.join(tensors)} of one shape {wanted}", "others", tensors)
+            got = ", ".join(str(tuple(tensor.shape)) for tensor in tensors.values())
+            fail(function, f"{', '.join(tensors)} of one shape {wanted}", got, tensors)
         live = read_mask(function, mask, tensors)
         if cu_seqlens is None:
             return cls(live, torch.zeros_like(live, dtype=torch.int64), Padded(shape[0]), shape)
@@ -258,6 +270,9 @@ class _Line:
 
 
 def _groups(function: str, rewards: Tensor, group_size: int) -> Tensor:
+    check_tensors(function, {"rewards": rewards}, needed=("rewards",))
+    if read_integer(group_size) is None:
+        fail(function, "group_size to be an integer", repr(group_size), error=TypeError)
     if rewards.dim() != 1 or group_size < 1 or rewards.shape[0] % group_size:
         expected = f"rewards (B,) with B a multiple of group_size {group_size}"
         fail(function, expected, f"shape {tuple(rewards.shape)}", {"rewards": rewards})
@@ -275,5 +290,6 @@ def _constant(groups: Tensor) -> Tensor:
 
 
 def _check_unit(function: str, name: str, value: float) -> None:
-    if not 0 <= value <= 1:
+    number = check_scalar(function, name, value)
+    if number is not None and not 0 <= number <= 1:
         fail(function, f"{name} in [0, 1]", repr(value))

@@ -13,7 +13,7 @@ import operator
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -132,6 +132,8 @@ def plain(value: Any) -> Any:
 
 def read_integer(value: object) -> int | None:
     """Return the Python int that an integer of any type is; None for bools, tensors and what is none."""
+    if type(value) is int:  # before what torch.compile does not trace for its symbols
+        return value
     if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
         return None
     return operator.index(value)
@@ -266,12 +268,12 @@ def check_device(function: str, tensors: Mapping[str, object]) -> None:
 _NEEDED = ("token_ids", "log_probs", "input_ids", "loss_mask")
 
 
-def check_tensors(function: str, named: Mapping[str, object]) -> None:
+def check_tensors(function: str, named: Mapping[str, object], needed: Container[str] = _NEEDED) -> None:
     """Raise unless all arguments are tensors, or None where a call may leave them out."""
     for name, value in named.items():
         if isinstance(value, Tensor):
             continue
-        if value is None and name in _NEEDED:
+        if value is None and name in needed:
             fail(function, f"{name} to be a tensor", "None", error=TypeError)
         if value is not None:
             numbers = isinstance(value, (list, tuple)) or hasattr(value, "__array__")
