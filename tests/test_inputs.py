@@ -13,20 +13,27 @@ from cases import make
 
 from grpo_kernels import (
     KL,
+    Divergence,
     GRPOLoss,
     LossConfig,
     MaskedIS,
     OffPolicyMask,
+    Recorded,
     Rejection,
+    Teacher,
     TopK,
     align,
+    collate,
     grpo_loss,
     linear_grpo_loss,
     linear_token_log_probs,
     match,
     normalizer,
+    pack,
     policy_loss,
+    split_context,
     token_log_probs,
+    unpack,
     value_loss,
 )
 from grpo_kernels.objectives import advantages, names
@@ -190,6 +197,91 @@ def test_rejected_advantages():
     sampled[1] = -9.0
     options = {"old_log_probs": old, "rollout_log_probs": sampled, "config": config}
     call(None, advantages=torch.tensor([1.0, NAN, -1.0]), **options)
+
+
+LAYOUTS = {
+    "COO": (lambda x: x.to_sparse(), "torch.sparse_coo", "to_dense()"),
+    "CSR": (lambda x: x.to_sparse_csr(), "torch.sparse_csr", "to_dense()"),
+    "oneDNN": (lambda x: x.to_mkldnn(), "torch._mkldnn", "to_dense()"),
+    "nested": (lambda x: torch.nested.as_nested_tensor(list(x)), "a nested one", "to_padded_tensor("),
+    "jagged": (lambda x: torch.nested.as_nested_tensor(list(x), layout=torch.jagged), "a nested one", "to_padded_"),
+}
+
+
+def _beside(**changed):
+    given = {"advantages": torch.ones(2, 3), "mask": torch.ones(2, 3), **changed}
+    for name in ("old_log_probs", "ref_log_probs", "rollout_log_probs", "token_weights"):
+        given.setdefault(name, torch.full((2, 3), -2.0))
+    return given
+
+
+def _taught(**given):
+    return grpo_loss(torch.randn(2, 3, 7), **_ids(_beside(teacher=Teacher(**given))), config=_DIVERGED)
+
+
+def _ids(given):
+    return {"token_ids": torch.zeros(2, 3, dtype=torch.int64), **given}
+
+
+_DIVERGED = LossConfig(divergence=Divergence("reverse_kl"))
+DENSE = {
+    "grpo_loss": (lambda **x: grpo_loss(**_ids({"logits": torch.randn(2, 3, 7), **_beside(**x)})), {"logits": 3}),
+    "linear_grpo_loss": (
+        lambda **x: linear_grpo_loss(
+            **_ids({"hidden": torch.randn(2, 3, 4), "weight": torch.randn(7, 4), **_beside(**x)})
+        ),
+        {"hidden": 3, "weight": 2},
+    ),
+    "policy_loss": (lambda **x: policy_loss(**{"log_probs": torch.full((2, 3), -2.0), **_beside(**x)}), {}),
+    "token_log_probs": (lambda **x: token_log_probs(**_ids({"logits": torch.randn(2, 3, 7), **x})), {"logits": 3}),
+    "Teacher": (_taught, {"logits": 3}),
+}
+OF_TOKENS = ("advantages", "mask", "old_log_probs", "ref_log_probs", "rollout_log_probs", "token_weights")
+DENSE_ARGUMENTS = [
+    *((function, name, dim) for function, (_, names) in DENSE.items() for name, dim in names.items()),
+    *((function, name, 2) for function in ("grpo_loss", "linear_grpo_loss", "policy_loss") for name in OF_TOKENS),
+    *(("grpo_loss", "temperature", 2), ("policy_loss", "log_probs", 2), ("token_log_probs", "mask", 2)),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("function", "name", "dim"), DENSE_ARGUMENTS)
+def test_tensors_that_no_strides_read(function, name, dim, layout):
+    change, got, hint = LAYOUTS[layout]
+    with pytest.raises(TypeError) as raised:
+        DENSE[function][0](**{name: change(torch.full((2, 3, 7) if dim == 3 else (2, 3), 0.5))})
+    assert f"{function}: expected {name} to be a dense tensor; got {got}" in str(raised.value)
+    assert hint in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: align(x.long(), torch.ones(2, 3)),
+        lambda x: align(torch.ones(2, 3).long(), x),
+        lambda x: pack(torch.ones(2, 3).long(), torch.ones(2, 3), x),
+        lambda x: advantages.centered(x),
+        lambda x: advantages.gae(torch.ones(2, 3), x, torch.ones(2, 3)),
+        lambda x: Recorded.from_counts(torch.ones(6).long(), torch.ones(2, 3).long(), x),
+        lambda x: collate([{"input_ids": x[0].long(), "loss_mask": torch.ones(3)}]),
+        lambda x: split_context(torch.ones(2, 4).long(), torch.ones(2, 4), 0, 2).take(x),
+        lambda x: grpo_loss(**_ids({"logits": torch.randn(2, 3, 7), **_beside(kl_coef=x.sum().to_sparse())})),
+    ],
+)
+def test_sparse_tensors_of_others(call):
+    with pytest.raises(TypeError, match=r"to be a dense tensor; got torch.sparse_coo.\n  hint: \w+.to_dense\(\)"):
+        call(torch.ones(2, 3).to_sparse())
+
+
+@pytest.mark.parametrize("bounds", [[0, 6], torch.tensor([0, 6]).to_sparse()], ids=["list", "sparse"])
+def test_bounds_that_are_no_dense_tensor(bounds):
+    for call in (
+        lambda: align(torch.ones(6).long(), torch.ones(6), bounds),
+        lambda: unpack(torch.ones(6), bounds),
+        lambda: advantages.reward_to_go(torch.ones(6), torch.ones(6), cu_seqlens=bounds),
+    ):
+        with pytest.raises(TypeError, match=r"cu_seqlens to be a (dense )?tensor; got"):
+            call()
 
 
 @pytest.mark.parametrize("values", [[0.5, -0.5], np.array([0.5, -0.5])], ids=["list", "numpy"])

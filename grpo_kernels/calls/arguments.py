@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import FLOAT_DTYPES, check_flag, check_held, check_positive, fail
+from ..objectives.checks import FLOAT_DTYPES, check_flag, check_held, check_positive, fail, refuse_layout
 from .head import HeadTensors
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ def check_logits(
     """Raise unless logits are rows of the vocabulary; ``may_be_empty``: where other ranks hold its columns."""
     if not isinstance(logits, Tensor):
         fail(function, f"{name} to be a tensor", type(logits).__name__, tensors, error=TypeError)
+    if logits.layout is not torch.strided or logits.is_nested:
+        refuse_layout(function, name, logits)
     if logits.dtype not in FLOAT_DTYPES:
         expected = f"{name} in float32, bfloat16, float16 or float64"
         fail(function, expected, str(logits.dtype), tensors, error=TypeError)
@@ -61,6 +63,8 @@ def check_head(function: str, head: HeadTensors, tensors: Mapping[str, object], 
         if not isinstance(tensor, Tensor):
             module = "the weight of the head, not the module: model.lm_head.weight" if name == "weight" else None
             fail(function, f"{name} to be a tensor", type(tensor).__name__, hint=module, error=TypeError)
+        if tensor.layout is not torch.strided or tensor.is_nested:
+            refuse_layout(function, name, tensor)
         if hasattr(tensor, "full_tensor") or (hasattr(tensor, "ds_id") and tensor.numel() == 0):
             hint = (
                 "only inside the forward of the module that shards it is it whole, and its gradient reduced: "

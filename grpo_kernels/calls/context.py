@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..objectives.checks import check_name, fail
+from ..objectives.checks import check_name, check_tensors, fail
 from ..objectives.groups import is_initialised, read_group
 from ..objectives.sequences import LAYOUTS, Layout
 from .recorded import Recorded
@@ -62,6 +62,7 @@ class ContextPart:
             numbers = torch.arange(1, count + 1, device=offsets.device).view(values.shape)
             # Number 0, of padding, is the last: a token without a set.
             return Recorded(values.ids, torch.cat([offsets, offsets[-1:]]))[self.take(numbers) - 1]
+        check_tensors("ContextPart.take", {"values": values}, needed=("values",))
         first = self._packed and not (values.dim() > 1 and values.shape[:2] == (1, self._columns))
         dim, rows = 0 if first else 1, self.mask.shape[0]
         columns = values.shape[dim] if values.dim() > dim else -1

@@ -191,10 +191,12 @@ def _read_sample(number: int, sample: Mapping[str, Any], names: list[str]) -> di
 
 def _tensor(name: str, value: Any, number: int) -> Tensor:
     try:
-        return torch.as_tensor(value)
+        tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):  # what it raises depends on what it finds
         hint = "leave out what the loss does not take"
         fail("collate", f"{name} of numbers", f"{type(value).__name__} in sample {number}", hint=hint, error=TypeError)
+    check_tensors(f"collate, sample {number}", {name: tensor})
+    return tensor
 
 
 def _check_names(function: str, names: Mapping[str, object]) -> None:

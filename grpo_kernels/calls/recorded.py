@@ -61,6 +61,7 @@ class Recorded:
             if not isinstance(value, Tensor):
                 hint = "Recorded.from_lists(sets) takes a list of ids for every token"
                 fail("Recorded", f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
+            check_tensors("Recorded", {name: value})
             if value.dtype not in INTEGER_DTYPES:
                 fail("Recorded", f"integer {name}", str(value.dtype), named, error=TypeError)
             if value.dim() != 1:
@@ -119,6 +120,7 @@ class Recorded:
         if not isinstance(counts, Tensor) or counts.dtype not in INTEGER_DTYPES:
             got = str(getattr(counts, "dtype", type(counts).__name__))
             fail("Recorded.from_counts", "counts to be an integer tensor", got, named, error=TypeError)
+        check_tensors("Recorded.from_counts", {"counts": counts, "mask": mask})
         counts = counts.to(torch.int64)
         if mask is not None:
             live = read_mask("Recorded.from_counts", mask, named)

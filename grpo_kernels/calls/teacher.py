@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import describe, fail, plain, read_integer, settle_number
+from ..objectives.checks import check_tensors, describe, fail, plain, read_integer, settle_number
 from ..objectives.divergence import Divergence
 from ..objectives.groups import in_words
 
@@ -54,6 +54,7 @@ class Teacher:
             if value is not None and not isinstance(value, Tensor):
                 hint = _hint_of(name, value)
                 fail("Teacher", f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
+        check_tensors("Teacher", named, needed=())
         given = [form for form, needs in forms.items() if any(named[name] is not None for name in needs)]
         form = given[0] if len(given) == 1 else ""
         if not form or any(named[name] is None for name in forms[form]):

@@ -29,7 +29,8 @@ _NUMBERS = frozenset((*FLOAT_DTYPES, *INTEGER_DTYPES))
 
 def describe(tensor: Tensor) -> str:
     """Return a tensor's dtype, shape and device in one line."""
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
+    shape = "nested" if tensor.is_nested else tuple(tensor.shape)  # a nested one has no shape to ask for
+    return f"{str(tensor.dtype).removeprefix('torch.')} {shape} on {tensor.device}"
 
 
 def fail(
@@ -242,6 +243,8 @@ def check_scalar(
         check_no_transforms(function, (value,))
     if not isinstance(value, Tensor):
         number = value if isinstance(value, (int, float)) else plain(value)
+    elif value.layout is not torch.strided or value.is_nested:
+        refuse_layout(function, name, value)
     elif value.dim() != 0:
         fail(function, f"{name} to be a number or a 0-d tensor", f"shape {tuple(value.shape)}")
     elif value.requires_grad and torch.is_grad_enabled():
@@ -269,9 +272,11 @@ _NEEDED = ("token_ids", "log_probs", "input_ids", "loss_mask")
 
 
 def check_tensors(function: str, named: Mapping[str, object], needed: Container[str] = _NEEDED) -> None:
-    """Raise unless all arguments are tensors, or None where a call may leave them out."""
+    """Raise unless all arguments are dense tensors, or None where a call may leave them out."""
     for name, value in named.items():
         if isinstance(value, Tensor):
+            if value.layout is not torch.strided or value.is_nested:
+                refuse_layout(function, name, value)
             continue
         if value is None and name in needed:
             fail(function, f"{name} to be a tensor", "None", error=TypeError)
@@ -279,6 +284,14 @@ def check_tensors(function: str, named: Mapping[str, object], needed: Container[
             numbers = isinstance(value, (list, tuple)) or hasattr(value, "__array__")
             hint = f"torch.as_tensor({name})" if numbers else None
             fail(function, f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
+
+
+def refuse_layout(function: str, name: str, tensor: Tensor) -> NoReturn:
+    """Raise for a tensor that no kernel can read by its strides: a sparse one, oneDNN's, a nested one."""
+    got, hint = str(tensor.layout), f"{name}.to_dense()"
+    if tensor.is_nested:
+        got, hint = "a nested one", f"torch.nested.to_padded_tensor({name}, 0.0)"
+    fail(function, f"{name} to be a dense tensor", got, hint=hint, error=TypeError)
 
 
 def read_mask(
@@ -373,6 +386,7 @@ def check_bounds(
 ) -> None:
     """Raise unless ``cu_seqlens`` can bound packed sequences. Its values are looked at where that waits for nothing, or
     with checks on."""
+    check_tensors(function, {"cu_seqlens": cu_seqlens})
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = f"{str(cu_seqlens.dtype).removeprefix('torch.')} {tuple(cu_seqlens.shape)}"
         fail(function, "cu_seqlens (S+1,) of int32 or int64, of two numbers or more", got, tensors)
