@@ -771,3 +771,28 @@ def test_whatever_is_not_0_in_a_mask_counts(function, dtype):
     out = function(*rest, torch.tensor([[3, 0, 2], [7, 1, 0]]).to(dtype))
     assert out.loss == expected.loss
     assert out.log_probs.equal(expected.log_probs)
+
+
+FREED = ("logits", "token_ids", "old_log_probs", "ref_log_probs", "rollout_log_probs")
+
+
+@pytest.mark.parametrize("name", FREED)
+def test_a_tensor_whose_memory_was_freed(backend, name):
+    """As FSDP frees a parameter: to a compiled library its address is that of a tensor that was not given. PyTorch's
+    own operators, as those of pooled ratios, read the address, which no process survives."""
+    if backend != "cpu":
+        pytest.skip("native.py takes the addresses, for CUDA's library as well")
+    b = batch()
+    known = {n: torch.full((2, 3), -2.0) for n in ("old_log_probs", "ref_log_probs", "rollout_log_probs")}
+    given = {**b, "mask": torch.ones(2, 3), **known}
+    given[name].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=rf"^{name}: the memory of this \(2, 3.* tensor was freed"):
+        grpo_loss(**given, config=LossConfig.preset("grpo", kl=KL(0.1)), backend=backend)
+
+
+def test_empty_tensors_have_no_memory_to_miss():
+    """Their address is null as well."""
+    empty = torch.empty(0, 3)
+    ids = torch.empty(0, 3, dtype=torch.int64)
+    loss = grpo_loss(torch.empty(0, 3, 7), ids, torch.empty(0), empty, old_log_probs=empty, backend="cpu").loss
+    assert loss == 0

@@ -76,12 +76,18 @@ def call_of(
         numbers=rows.numbers.data_ptr(),
         **extra,
     )
+    if not (call.logits and call.token_ids):
+        _refuse_freed(logits=logits, token_ids=rows.token_ids)
     fill(call, *parts)
     call.batch_stride, call.row_stride = batch_and_row_stride(logits)
     if rows.temperature is not None:
         call.temperature = rows.temperature.data_ptr()
+        if not call.temperature:
+            _refuse_freed(temperature=rows.temperature)
     if out is not None:
         call.out = out.data_ptr()
+        if not call.out:
+            _refuse_freed(out=out)
         call.out_batch_stride, call.out_row_stride = batch_and_row_stride(out)
     return call
 
@@ -89,6 +95,8 @@ def call_of(
 def fill_teacher(call: Call, teacher: Rows, stats: RowStats, kind: int, grad_divergence: Tensor | None) -> None:
     """Set the fields of GrpoTeacher."""
     call.teacher_logits, call.teacher_numbers = teacher.logits.data_ptr(), teacher.numbers.data_ptr()
+    if not call.teacher_logits:
+        _refuse_freed(teacher_logits=teacher.logits)
     call.teacher_batch_stride, call.teacher_row_stride = batch_and_row_stride(teacher.logits)
     call.teacher_dtype, call.divergence_kind = DTYPES[teacher.logits.dtype], kind
     for name, value in zip(stats._fields, stats, strict=True):
@@ -106,7 +114,24 @@ def fill(params: ctypes.Structure, *parts: tuple[Any, ...]) -> None:
         if type(part) is ObjectiveSpec:
             pack(params, place, *part)
         else:
-            pack(params, place, *[0 if value is None else value.data_ptr() for value in part])
+            addresses = [0 if value is None else value.data_ptr() for value in part]
+            kind: Any = type(part)
+            for name, value, address in zip(kind._fields, part, addresses, strict=True):
+                if not address and value is not None and value.numel() > 0:  # null means that nothing was given
+                    _refuse_freed(**{name: value})
+            pack(params, place, *addresses)
+
+
+def _refuse_freed(**tensors: Tensor | None) -> None:
+    """Raise where one of these tensors has elements and no memory for them, as a parameter has that FSDP has not
+    gathered. The names are ours, which begin as the users' do."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.numel() > 0 and tensor.data_ptr() == 0:
+            name = f"{name}_log_probs" if name in ("old", "ref", "rollout") else name
+            raise RuntimeError(
+                f"{name}: the memory of this {tuple(tensor.shape)} tensor was freed (untyped_storage().resize_(0)), as "
+                "FSDP frees a parameter: call inside the forward that gathers it, or give a copy made there."
+            )
 
 
 @functools.cache
