@@ -765,3 +765,19 @@ def test_outputs_are_not_what_backward_saved():
     wanted = torch.autograd.grad(of_logits.log_probs.sum() + of_logits.entropy.sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found[0], wanted, strict=True))
+
+
+@pytest.mark.parametrize("live_tokens", [None, 6])
+@pytest.mark.parametrize("config", ["grpo", "gspo"])
+def test_meta_tensors(config, live_tokens):
+    """Shapes without numbers: nothing is counted, and no autocast is asked for a device that has none."""
+    with torch.device("meta"):
+        hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(7, 4, requires_grad=True)
+        ids, ones = torch.zeros(2, 3, dtype=torch.int64), torch.ones(2, 3)
+    rest = {"old_log_probs": ones, "config": config, "live_tokens": live_tokens}
+    linear_grpo_loss(hidden, weight, ids, ones[:, 0], ones, **rest).loss.backward()
+    assert hidden.grad.is_meta
+    assert weight.grad.is_meta
+    assert (hidden.grad.shape, weight.grad.shape) == (hidden.shape, weight.shape)
+    with torch.no_grad():
+        assert linear_token_log_probs(hidden, weight, ids, live_tokens=live_tokens).log_probs.shape == (2, 3)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..backends.spec import LogitArgs
 from ..objectives.checks import FLOAT_DTYPES, check_flag, check_held, check_positive, fail, refuse_layout
-from .head import HeadTensors
+from .head import HeadTensors, is_autocast
 
 if TYPE_CHECKING:
     from ..objectives.config import LossConfig
@@ -86,8 +86,8 @@ def check_head(function: str, head: HeadTensors, tensors: Mapping[str, object], 
         fail(function, expected, str(tuple(weight.shape)), tensors, turned)
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         fail(function, f"bias ({weight.shape[0]},)", str(tuple(bias.shape)), tensors)
-    autocast = torch.is_autocast_enabled(hidden.device.type) and hidden.dtype != torch.float64
-    if not autocast and any(tensor is not None and tensor.dtype != hidden.dtype for tensor in (weight, bias)):
+    differ = any(tensor is not None and tensor.dtype != hidden.dtype for tensor in (weight, bias))
+    if differ and not is_autocast(hidden):
         hint = "hidden.to(weight.dtype), or torch.autocast"
         fail(function, f"hidden states, weight and bias of one dtype ({hidden.dtype})", "several", tensors, hint)
     if head.adapter_states is not None and head.adapter_weight is not None:

@@ -215,6 +215,8 @@ def _count(tokens: RowTokens, lengths: Tensor | None, live_tokens: int | None) -
     if live_tokens is not None and (type(live_tokens) is not int or live_tokens < 0):
         error = ValueError if type(live_tokens) is int else TypeError
         fail(tokens.function, "live_tokens to be an int >= 0", repr(live_tokens), error=error)
+    if live_tokens is None and live.is_meta:
+        live_tokens = live.numel()  # as many as there may be: none can be counted
     if live_tokens is None or may_look(live, tokens.checks):
         counts = [int(live.sum())] if lengths is None else [int(length) for length in lengths.tolist()]
         if live_tokens is not None and sum(counts) > live_tokens:

@@ -7,6 +7,7 @@ of its own: its product is added to the logits where they are.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -110,10 +111,21 @@ def cpu_instructions(dtype: torch.dtype) -> tuple[str, ...]:
 
 def operand_dtype(hidden: Tensor) -> torch.dtype:
     """Return the dtype that a linear layer would compute in, autocast included."""
+    return torch.get_autocast_dtype(hidden.device.type) if is_autocast(hidden) else hidden.dtype
+
+
+def is_autocast(hidden: Tensor) -> bool:
+    """Whether autocast decides on the dtype; some kinds of devices, meta among them, have none to ask for."""
     device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return hidden.dtype
+    known = torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which nothing is cast."""
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def head_kind(device: str, operands: torch.dtype, logits: torch.dtype) -> type[Head]:

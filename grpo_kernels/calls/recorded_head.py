@@ -20,7 +20,7 @@ from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.sets import Entries, Sets, entries, places, set_gradient, set_stats
 from ..objectives.sequences import segment_sum
 from .divergence import Stats
-from .head import HeadGradients, HeadTensors, Wants
+from .head import HeadGradients, HeadTensors, Wants, without_autocast
 from .sweep import Slopes, Sweep
 
 CPU_IDS = 512
@@ -58,7 +58,7 @@ class GatheredSweep(Sweep):
     def log_probs(self, head: HeadTensors) -> Stats:
         """Return the statistics of the live rows, (1, n)."""
         rows, sets, unrecorded = self._given
-        with torch.autocast(head.hidden.device.type, enabled=False):
+        with without_autocast(head.hidden.device.type):
             stats = set_stats(rows, sets, self._entries(head))
         if unrecorded is not None:
             filled = sets.filled.view_as(rows.live)
@@ -73,7 +73,7 @@ class GatheredSweep(Sweep):
         if unrecorded is not None:
             of_whole = tuple(map(unrecorded.live_rows.take, known))
             whole = unrecorded.gradients(wants, head, of_whole, slopes)
-        with torch.autocast(head.hidden.device.type, enabled=False):
+        with without_autocast(head.hidden.device.type):
             at = self._entries(head)
             of_ids = set_gradient(rows, sets, at, known, RowGradients(slopes.log_prob, slopes.entropy))
             made = self._gradients_of_sets(wants, head, at, of_ids, whole)

@@ -27,7 +27,7 @@ from .autograd import once
 from .chunks import LiveRows, cut
 from .contents import TeacherRows, check_teacher_shift
 from .divergence import TOTAL_VARIATION, Beside, Stats, Whole
-from .head import HeadGradients, HeadTensors, Wants, head_kind, operand_dtype
+from .head import HeadGradients, HeadTensors, Wants, head_kind, operand_dtype, without_autocast
 from .reduction import Diverged, reduce_records
 from .routes import Plan, Route
 from .teacher_rows import SweptTeacher
@@ -112,7 +112,7 @@ class Sweep:
         """Return what is known of the live rows, (1, n): ``RowStats``, or what a teacher's form has."""
         count = len(RowStats._fields) if self.teacher is None else self.teacher.fields
         stats = tuple(torch.zeros_like(self.token_ids, dtype=self.numbers.dtype) for _ in range(count))
-        with torch.autocast(head.hidden.device.type, enabled=False):
+        with without_autocast(head.hidden.device.type):
             for chunk in Walk(self, Wants(), head).chunks():
                 for total, output in zip(stats, self.stats(chunk), strict=True):
                     total[:, chunk.first : chunk.last] = output
@@ -122,7 +122,7 @@ class Sweep:
         """Return those of (B, T) slopes in log-probs, entropies and divergences, with ``log_probs``'s ``stats``; the
         logits are computed again."""
         at_rows = Slopes(*(None if slope is None else self.live_rows.take(slope) for slope in slopes))
-        with torch.autocast(head.hidden.device.type, enabled=False):
+        with without_autocast(head.hidden.device.type):
             walk = Walk(self, wants, head)
             for chunk in walk.chunks():
                 first, last = chunk.first, chunk.last
@@ -342,7 +342,7 @@ class LinearLoss:
         sweep = self.sweep
         live_batch = sweep.live_rows.batch(self.batch)
         of_chunks: list[tuple[tuple[Tensor, ...], TokenRecords]] = []
-        with torch.autocast(head.hidden.device.type, enabled=False):
+        with without_autocast(head.hidden.device.type):
             walk = Walk(sweep, wants, head)
             for chunk in walk.chunks():
                 part = sweep.live_rows.narrow(live_batch, chunk.first, chunk.last)

@@ -25,7 +25,7 @@ Layout = Literal["zigzag", "contiguous"]
 """Which tokens of every sequence the ranks of a group hold, in which order: of 2·ranks chunks of equal length rank i
 those numbered i and 2·ranks-1-i, one behind the other; of one chunk a rank the i-th."""
 LAYOUTS = ("zigzag", "contiguous")
-_COMPLETE = ("cpu", "cuda")
+_COMPLETE = ("cpu", "cuda", "meta")
 _SINGLE = ("mps",)
 
 
