@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import backends
-from ..objectives.checks import check_name, check_seed, read_device, settle_name
+from ..objectives.checks import HELD, LARGEST, SMALLEST, check_name, check_seed, read_device, settle_name
 from ..objectives.config import LossConfig
 from ..objectives.divergence import ELSEWHERE, KINDS, Divergence
 from ..objectives.kl import KL
@@ -82,6 +82,7 @@ class Options:
         check_seed("--seed", self.seed)
         for name in ("ref_every", "warmup", "weight_decay", "overlong_buffer", "divergence_coef"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "finite and >= 0")
+        self._check_held()
         limit = self.response_limit()
         self._require("overlong_buffer", self.overlong_buffer <= limit, f"at most the {limit} tokens of a response")
         self._require("group", self.group > 1 or not self.dynamic_sampling, "at least 2 with --dynamic-sampling")
@@ -103,6 +104,15 @@ class Options:
                 self._require(
                     name, whole, f"a multiple of --group {self.group}, as --loss {self.loss} keeps groups whole"
                 )
+
+    def _check_held(self) -> None:
+        """Raise for numbers that the dtypes of a run do not hold: fp32 of coefficients, int64 of counts."""
+        for field in dataclasses.fields(self):
+            kind, value = str(field.type).split(" |")[0], getattr(self, field.name)
+            if kind == "float":
+                self._require(field.name, value == 0 or SMALLEST <= abs(value) <= LARGEST, f"0, or of a size {HELD}")
+            elif kind == "int" and value is not None:
+                self._require(field.name, -(2**63) <= value < 2**63, "a number of 64 bits")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
