@@ -182,8 +182,17 @@ def test_normalizer_refusals():
         normalizer(torch.ones(2, 2), "grpo", world_size=0)
     with pytest.raises(ValueError, match="world_size to be an integer, at least 1; got True"):
         normalizer(torch.ones(2, 2), "grpo", world_size=True)
-    with pytest.raises(TypeError, match="each a tensor; got int"):
+    with pytest.raises(TypeError, match="micro-batch 0: expected mask to be a tensor; got int"):
         normalizer([1, 2], "grpo")
+    with pytest.raises(TypeError, match="micro-batch 1: expected mask to be a tensor; got None"):
+        normalizer([torch.ones(2, 2), None], "grpo")
+    with pytest.raises(TypeError, match="normalizer: expected mask to be a dense tensor; got torch.sparse_coo"):
+        normalizer(torch.ones(2, 2).to_sparse(), "grpo")
+    for bounds, got in (([0, 12], "tensor; got list"), (torch.tensor([0, 12]).to_sparse(), "dense tensor; got")):
+        with pytest.raises(TypeError, match=f"cu_seqlens to be a {got}"):
+            normalizer([torch.ones(12)], "grpo", cu_seqlens=[bounds])
+    with pytest.raises(TypeError, match="cu_seqlens to be a tensor; got int"):
+        normalizer(torch.ones(12), "grpo", cu_seqlens=[0])
     with pytest.raises(ValueError, match=r'a LossConfig with group_size for "group_mean"'):
         normalizer(torch.ones(2, 2), "dapo_paper")
     with pytest.raises(ValueError, match=r"whole groups of 4 sequences in every micro-batch; got \[4, 6\] sequences"):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .aggregation import AGGREGATIONS, Aggregation, refuse_class
-from .checks import fail, read_integer, read_name
+from .checks import check_tensors, fail, read_integer, read_name
 from .config import PRESETS, LossConfig, resolve_config
 from .groups import ordered_sum, read_group
 from .names import NoKeyword, refuse_keywords
@@ -148,17 +148,26 @@ def normalizer(
 
 
 def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None, world_size: int) -> None:
-    if not masks or not all(isinstance(mask, Tensor) for mask in masks):
-        got = type(masks[0]).__name__ if masks else "none"
-        fail("normalizer", "at least one mask, each a tensor", got, error=TypeError if masks else ValueError)
+    if not masks:
+        fail("normalizer", "at least one mask", "none")
+    _check_each("mask", masks)
     if any(hasattr(mask, "device_mesh") for mask in masks):
         hint = "to_local(), and group= of the ranks that have other tokens"
         fail("normalizer", "masks that are plain tensors", "a DTensor", hint=hint)
     if bounds is not None and len(bounds) != len(masks):
         fail("normalizer", f"cu_seqlens of each of the {len(masks)} micro-batches", f"{len(bounds)}")
+    if bounds is not None:
+        _check_each("cu_seqlens", bounds)
     ranks = read_integer(world_size)
     if ranks is None or ranks < 1:
         fail("normalizer", "world_size to be an integer, at least 1", repr(world_size))
+
+
+def _check_each(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raise for the first that is no dense tensor, with its micro-batch where there are several."""
+    for number, tensor in enumerate(tensors):
+        of = f"normalizer, micro-batch {number}" if len(tensors) > 1 else "normalizer"
+        check_tensors(of, {name: tensor}, needed=(name,))
 
 
 def _aggregation_of(config: LossConfig | Aggregation | str) -> Aggregation:
