@@ -159,14 +159,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    if arguments.presets:
-        print(presets_table())
-        return 0
-    if arguments.surrogates:
-        print(surrogates_table())
-        return 0
-    if arguments.metrics:
-        print(metrics_table())
+    makers = {"presets": presets_table, "surrogates": surrogates_table, "metrics": metrics_table}
+    wanted = [name for name in makers if getattr(arguments, name)]
+    if wanted and arguments.json:
+        raise ValueError(f"--json has no effect with --{wanted[0]}: leave one of them out.")
+    if wanted:
+        print("\n\n".join(makers[name]() for name in wanted))
         return 0
     report = collect()
     if arguments.json:

@@ -154,6 +154,15 @@ def test_verify(capsys, some):
     assert f"{count} of {count} checks hold" in capsys.readouterr().out
 
 
+def test_info_prints_every_table_that_is_asked_for(capsys):
+    tables = {"--presets": info.presets_table, "--surrogates": info.surrogates_table, "--metrics": info.metrics_table}
+    assert main(["info", *tables]) == 0
+    assert capsys.readouterr().out == "\n\n".join(table() for table in tables.values()) + "\n"
+    for option in tables:
+        assert main(["info", "--json", option]) == 2
+        assert f"--json has no effect with {option}: leave one of them out" in capsys.readouterr().err
+
+
 def test_verify_of_a_single_column(capsys):
     """Its log-prob is 0 whatever the logits are, and so is every gradient: 0 of 0 is no error, anything else is."""
     assert main(["verify", "--vocab", "1", "--tokens", "8", "--preset", "grpo", "--backend", "cpu"]) == 0
