@@ -21,7 +21,7 @@ from ..backends.contract import on_device
 from ..objectives.config import LossConfig
 from ..verification import records, reference
 from .providers import Provider
-from .workload import SEQUENCES, Spec, Workload
+from .workload import DTYPES, SEQUENCES, Spec, Workload
 
 FLUSH_BYTES = 256 << 20
 """Bytes that are written between samples on a GPU: more than its second-level cache holds."""
@@ -61,9 +61,12 @@ def check_fits(spec: Spec) -> None:
     ours = 1.1 * spec.logits_bytes if spec.hidden is None else min(2**30, 2 * spec.logits_bytes)
     need = spec.bytes() + ours + max(48 * spec.tokens * spec.vocab // SEQUENCES, 4 * spec.tokens * spec.vocab)
     if there is not None and need > there:
+        fitting = int(spec.tokens * there / need * 0.8)
+        advice = f"fewer tokens ({fitting} would fit)" if fitting > 0 else "fewer columns"
+        narrower = " or --dtype bf16" if DTYPES[spec.dtype].itemsize > 2 else ""
         raise TooLarge(
-            f"{spec} needs about {need / 1e9:.1f} GB and {there / 1e9:.1f} GB are free on {spec.device}: fewer tokens "
-            f"({int(spec.tokens * there / need * 0.8)} would fit) or --dtype bf16."
+            f"{spec} needs about {need / 1e9:.1f} GB and {there / 1e9:.1f} GB are free on {spec.device}: "
+            f"{advice}{narrower}."
         )
 
 
