@@ -44,8 +44,8 @@ struct Sums {
   // The sums as if the anchor's origin were not rounded.
   GRPO_DEVICE void leave(const Anchor<real>& anchor) {
     if (!near) return;
-    // exp2 of fp32 rounds more than the series leaves out here, that of fp64 less.
-    const bool small = sizeof(real) == 4 && anchor.residual < real(1e-3) && anchor.residual > real(-1e-3);
+    constexpr real near_0 = sizeof(real) == 4 ? real(1e-3) : real(1e-8);  // exp2 rounds more than the series leaves out
+    const bool small = anchor.residual < near_0 && anchor.residual > -near_0;
     const real factor = small ? port::fma_of(-anchor.residual, real(kLn2), real(1)) : port::exp2_of(-anchor.residual);
     weighted = port::fma_of(-anchor.residual, sum, weighted) * factor;
     sum = sum * factor;
