@@ -814,10 +814,13 @@ def test_shares_with_a_normalizer_average_to_the_whole_step():
 
 def test_metrics_need_a_group():
     metrics = Metrics(torch.zeros(len(FIELDS)))
-    with pytest.raises(TypeError, match="Metrics.all_reduce: expected a group; got None"):
-        metrics.all_reduce(None)
-    (same,) = run_threads(1, lambda rank: metrics.all_reduce(torch.distributed.group.WORLD) is metrics)
-    assert same
+
+    def one_rank(rank):
+        with pytest.raises(TypeError, match="Metrics.all_reduce: expected a group; got None"):
+            metrics.all_reduce(None)
+        return metrics.all_reduce(torch.distributed.group.WORLD) is metrics
+
+    assert run_threads(1, one_rank) == [True]
 
 
 # Cutting sequences.
