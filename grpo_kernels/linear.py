@@ -252,7 +252,7 @@ def linear_grpo_loss(
             settled = settle(config, batch, values, numbers, sweep.backend, known)
         metrics = settled.metrics
         if not token_losses:
-            loss = autograd.LossOfLogProbs.apply(log_prob, entropy, None, (settled.loss,), *settled.gradients, None)
+            loss, _ = autograd.LossOfLogProbs.apply(log_prob, entropy, None, (settled.loss,), *settled.gradients, None)
         else:
             loss = losses_of_tokens(config, batch, log_prob, entropy)
             if batch.divergence_weight is not None:
@@ -262,7 +262,7 @@ def linear_grpo_loss(
             loss, metrics, values, gradients = LinearLoss(config, batch, sweep, plan).compute(wants, head)
         if any(wants):
             announced, ids = sweep.valid(sweep.announced), tokens.token_ids
-            loss = autograd.KnownGradients.apply(
+            loss, _ = autograd.KnownGradients.apply(
                 (loss,), announced, ids, sweep.backend, "linear_grpo_loss", *head, *gradients
             )
     loss, metrics = sweep.valid(loss), Metrics(sweep.valid(metrics.vector))

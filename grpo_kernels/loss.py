@@ -339,7 +339,7 @@ class _Call:
             values = TokenValues(log_prob, entropy, batch.live)
             value, metrics = reduce_records(self.config, batch, values, records, self.backend, diverged=diverged)
         announced = rows.numbers[NUMBERS.index("grad_scale")]
-        loss = autograd.KnownGradients.apply(
+        loss, _ = autograd.KnownGradients.apply(
             (value,), announced, rows.token_ids, self.backend, "grpo_loss", rows.logits, gradient
         )
         return Outcome(loss, metrics, log_prob, entropy)
@@ -359,7 +359,7 @@ class _Call:
         with torch.no_grad():
             settled = self._settle(log_prob.detach(), entropy.detach(), *(value.detach() for value in diverged))
         divergence = diverged[0] if diverged else None
-        loss = autograd.LossOfLogProbs.apply(
+        loss, _ = autograd.LossOfLogProbs.apply(
             log_prob, entropy, divergence, (settled.loss,), *settled.gradients, settled.grad_divergence
         )
         return Outcome(loss, settled.metrics, log_prob.detach(), entropy.detach())

@@ -122,7 +122,7 @@ def policy_loss(
     if token_losses:
         losses = losses_of_tokens(config, batch, log_prob, entropies)
         return Outcome(losses, settled.metrics, *values[:2]).of_tokens(tokens.shape, route)
-    loss = autograd.LossOfLogProbs.apply(log_prob, entropies, None, (settled.loss,), *settled.gradients, None)
+    loss, _ = autograd.LossOfLogProbs.apply(log_prob, entropies, None, (settled.loss,), *settled.gradients, None)
     return Outcome(loss, settled.metrics, *values[:2]).of_loss(tokens.shape, route)
 
 

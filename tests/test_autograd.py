@@ -180,6 +180,18 @@ def test_no_second_derivative_is_silently_zero(name):
         torch.autograd.grad(gradient.sum(), factor, allow_unused=True)
 
 
+@pytest.mark.parametrize("name", [name for name in FUNCTIONS if "log-probs" not in name])
+def test_a_loss_may_be_overwritten(name):
+    """As accumulation and Megatron's schedules do."""
+    leaf, function = FUNCTIONS[name]
+    x = torch.linspace(-3, -1, math.prod(LEAVES[leaf])).view(LEAVES[leaf]).requires_grad_()
+    (expected,) = torch.autograd.grad(function(x), x)
+    loss = function(x)
+    loss *= 6
+    loss /= 3
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], 2 * expected)
+
+
 def test_create_graph_under_checkpointing():
     """What is saved is unpacked twice, and the gradient is that without a graph."""
     x = torch.linspace(-3, -1, 42).view(2, 3, 7).requires_grad_()

@@ -53,7 +53,8 @@ class _Unpacked:
 def once(backward: Callable[..., Any]) -> Any:
     """``once_differentiable`` whose result refuses a second derivative also where nothing upstream requires grad.
 
-    What a Function has saved leads to its inputs: they themselves, or what it returned.
+    What a Function has saved leads to its inputs: they themselves, or what it returned. A loss may be overwritten by
+    the caller, as by ``loss /= n``, and cannot be saved: beside it an ``origin`` without elements is.
     """
 
     @functools.wraps(backward)
@@ -86,15 +87,16 @@ class KnownGradients(torch.autograd.Function):
         backend: str,
         function: str,
         *tensors: Tensor | None,
-    ) -> Tensor:
-        gradients = tensors[len(tensors) // 2 :]
-        ctx.save_for_backward(loss[0], announced, token_ids, *gradients)
+    ) -> tuple[Tensor, Tensor]:
+        gradients, origin = tensors[len(tensors) // 2 :], loss[0].new_empty(0)
+        ctx.save_for_backward(origin, announced, token_ids, *gradients)
+        ctx.set_materialize_grads(False)
         ctx.backend, ctx.function, ctx.spent = backend, function, False
-        return loss[0]
+        return loss[0], origin
 
     @staticmethod
     @once
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
         if ctx.spent:
             alternative = ctx.function.replace("grpo_loss", "token_log_probs")
             raise RuntimeError(_SPENT.format(function=ctx.function, alternative=alternative))
@@ -148,13 +150,15 @@ class LossOfLogProbs(torch.autograd.Function):
         slope: Tensor,
         entropy_slope: Tensor | None,
         divergence_slope: Tensor | None,
-    ) -> Tensor:
-        ctx.save_for_backward(loss[0], slope, entropy_slope, divergence_slope)
-        return loss[0]
+    ) -> tuple[Tensor, Tensor]:
+        origin = loss[0].new_empty(0)
+        ctx.save_for_backward(origin, slope, entropy_slope, divergence_slope)
+        ctx.set_materialize_grads(False)
+        return loss[0], origin
 
     @staticmethod
     @once
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
         slopes = (None if slope is None else slope * upstream for slope in ctx.saved_tensors[1:])
         return *slopes, None, None, None, None
 
