@@ -250,3 +250,12 @@ def test_time_beside_eager_code(dtype):
                 function()
                 best[i] = min(best[i], time.thread_time() - start)
         assert best[0] < most * best[1], name
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 7), (2, 0, 7)], ids=str)
+def test_a_tensor_without_elements_was_not_freed(shape):
+    """It has no address either."""
+    logits = torch.zeros(shape, requires_grad=True)
+    loss = grpo_loss(logits, torch.zeros(shape[:2], dtype=torch.int64), torch.ones(shape[0])).loss
+    loss.backward()
+    assert loss == 0
