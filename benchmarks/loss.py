@@ -21,7 +21,7 @@ from grpo_kernels.bench import report
 from grpo_kernels.bench.command import Files, collect, redraw
 from grpo_kernels.bench.workload import Spec
 from grpo_kernels.files import write_text
-from grpo_kernels.objectives.checks import read_folder
+from grpo_kernels.objectives.settings import read_folder
 
 TOKENS, VOCAB = 256, 151936
 """Where the two lines of the plot cross, and what is measured in every variant."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from grpo_kernels.files import write_text
-from grpo_kernels.objectives.checks import read_folder
+from grpo_kernels.objectives.settings import read_folder
 
 
 class Outputs(NamedTuple):

@@ -24,10 +24,10 @@ from .calls.teacher import Teacher, check_teacher, first_columns
 from .calls.teacher_rows import beside_teacher, dtype_beside, read_teacher_states
 from .calls.temperature import read_temperatures
 from .calls.tokens import read_linear_tokens, read_tokens
-from .objectives.checks import read_name
 from .objectives.compiler import outside_graphs
 from .objectives.divergence import ELSEWHERE, KINDS, Divergence, KindName
 from .objectives.names import NoKeyword, refuse_keywords
+from .objectives.settings import read_name
 
 
 class TokenDivergence(NamedTuple):

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 
-from ..objectives.checks import check_name, fail, warn_caller
+from ..objectives.checks import fail, warn_caller
 from ..objectives.compiler import constant_in_graphs
+from ..objectives.settings import check_name
 from .contract import Backend, FusedBackend, PairBackend
 from .contract import Request as Request
 

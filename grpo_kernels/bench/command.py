@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from .. import backends, files
-from ..objectives.checks import check_name, first_line, read_device, read_folder
+from ..objectives.settings import check_name, first_line, read_device, read_folder
 from ..streams import say
 from ..verification.progress import progress_bar
 from . import measure, report

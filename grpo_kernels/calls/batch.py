@@ -12,21 +12,12 @@ from torch import Tensor
 
 from ..backends.contract import TokenInputs
 from ..objectives.aggregation import AGGREGATIONS
-from ..objectives.checks import (
-    check_finite,
-    check_flag,
-    check_held,
-    check_name,
-    check_scalar,
-    check_shape,
-    fail,
-    fits,
-    of_tokens,
-)
+from ..objectives.checks import check_finite, check_flag, check_held, check_scalar, check_shape, fail, fits, of_tokens
 from ..objectives.config import LossConfig
 from ..objectives.divergence import Divergence
 from ..objectives.normalizer import Normalizer
 from ..objectives.sequences import LAYOUTS, Joined, Layout, Packed, Padded, Sequences, on_tokens
+from ..objectives.settings import check_name
 from ..objectives.surrogates import NoSurrogate
 from .arguments import check_pooled
 from .over_ranks import Agreed

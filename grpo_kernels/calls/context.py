@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from ..objectives.checks import check_name, check_tensors, fail
+from ..objectives.checks import check_tensors, fail
 from ..objectives.groups import is_initialised, read_group
 from ..objectives.sequences import LAYOUTS, Layout
+from ..objectives.settings import check_name
 from .recorded import Recorded
 from .tokens import align
 

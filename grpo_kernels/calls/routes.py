@@ -9,8 +9,9 @@ import torch
 from .. import backends
 from ..backends import Choice
 from ..backends.spec import ObjectiveSpec, objective_spec
-from ..objectives.checks import check_name, fail
+from ..objectives.checks import fail
 from ..objectives.config import LossConfig
+from ..objectives.settings import check_name
 from .batch import LossArguments, advantages_per_sequence
 from .token_batch import TokenBatch
 from .tokens import RowTokens, Tokens

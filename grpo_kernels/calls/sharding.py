@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import check_name, describe, fail, read_integer
+from ..objectives.checks import describe, fail
 from ..objectives.compiler import outside_graphs
 from ..objectives.groups import agreement, begin_total, checksum, forget, gather, get_ranks, in_words, meets, read_group
+from ..objectives.settings import check_name, read_integer
 from .batch import LossArguments
 from .head import HeadTensors
 from .tokens import RowTokens

@@ -21,10 +21,11 @@ from torch import Tensor
 from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.eager_rows import capped
 from ..backends.spec import LogitArgs, numbers_vector, without_softcap
-from ..objectives.checks import check_device, check_shape, fail, is_number, plain, read_mask
+from ..objectives.checks import check_device, check_shape, fail, read_mask
 from ..objectives.compiler import outside_graphs
 from ..objectives.groups import gather, ordered_sum
 from ..objectives.maths import weighed
+from ..objectives.settings import is_number, plain
 from .arguments import ordinary
 from .autograd import once
 from .contents import check_ids

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import check_tensors, describe, fail, plain, read_integer, settle_number
+from ..objectives.checks import check_tensors, describe, fail
 from ..objectives.divergence import Divergence
 from ..objectives.groups import in_words
+from ..objectives.settings import plain, read_integer, settle_number
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

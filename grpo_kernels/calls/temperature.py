@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import HELD, LARGEST, SMALLEST, check_no_transforms, check_shape, fail, fits
+from ..objectives.checks import check_no_transforms, check_shape, fail, fits
 from ..objectives.sequences import Padded, Sequences
+from ..objectives.settings import HELD, LARGEST, SMALLEST
 from .arguments import check_transform
 from .tokens import RowTokens
 

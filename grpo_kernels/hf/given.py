@@ -14,10 +14,11 @@ from ..calls.recorded import Recorded
 from ..calls.teacher import Teacher
 from ..linear import linear_grpo_loss
 from ..loss import grpo_loss
-from ..objectives.checks import check_name, check_scalar, fail, may_look
+from ..objectives.checks import check_scalar, fail, may_look
 from ..objectives.config import LossConfig, resolve_config
 from ..objectives.names import check_options, keywords_of
 from ..objectives.normalizer import Normalizer
+from ..objectives.settings import check_name
 
 OF_THE_MODEL = ("hidden", "weight", "bias", "adapter", "logits", "config")
 """Keywords of the losses that the model brings, or ``attach``."""

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..objectives.checks import check_name
 from ..objectives.config import LossConfig
 from ..objectives.kl import KL
 from ..objectives.rollout import FOLDED, TruncatedIS
+from ..objectives.settings import check_name
 from ..objectives.surrogates import Cispo, Clip, Sapo, Surrogate, Vespo
 
 AGGREGATIONS = {

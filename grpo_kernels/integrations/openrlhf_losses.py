@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..objectives.checks import check_name, fail, read_mask
+from ..objectives.checks import fail, read_mask
 from ..objectives.config import LossConfig
 from ..objectives.kl import KL
 from ..objectives.maths import clamp, log_ratio_of
 from ..objectives.rollout import MaskedIS, Rejection, Rollout, TruncatedIS
+from ..objectives.settings import check_name
 from ..policy import policy_loss
 from .policy_losses import Step, clip_of, refuse, sequence_means, token_mean
 

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..objectives.checks import check_name, fail
+from ..objectives.checks import fail
 from ..objectives.config import LossConfig
 from ..objectives.kl import ESTIMATORS, KL
 from ..objectives.maths import clamp, log_ratio_of
 from ..objectives.rollout import Rejection, Rollout, TruncatedIS
+from ..objectives.settings import check_name
 from ..objectives.surrogates import Cispo, DppoKL, DppoTV, Reinforce, Sapo, Surrogate, Unclipped
 from ..objectives.surrogates.base import Point
 from ..policy import policy_loss

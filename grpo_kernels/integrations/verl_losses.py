@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..objectives.checks import check_name, fail, read_mask
+from ..objectives.checks import fail, read_mask
 from ..objectives.config import LossConfig
 from ..objectives.kl import ESTIMATORS, KL
 from ..objectives.maths import clamp, log_ratio_of
 from ..objectives.names import AGGREGATIONS
 from ..objectives.names import ESTIMATORS as VERL_ESTIMATORS
+from ..objectives.settings import check_name
 from ..objectives.surrogates import Cispo, Clip, DppoKL, DppoTV, Dro, Gmpo, Reinforce, Sapo, Surrogate
 from ..objectives.surrogates.base import Point
 from ..policy import policy_loss

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objectives.checks import check_name, check_positive, read_device
+from ..objectives.checks import check_positive
+from ..objectives.settings import check_name, read_device
 from .batch import Inputs, Unusable
 
 GIVEN_TEMPERATURE = 0.7

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..objectives.checks import check_name
+from ..objectives.settings import check_name
 from ..streams import say
 from . import match_in_words
 from .call import COMMAND_LINE, ROLES

@@ -13,8 +13,9 @@ from ..calls.outputs import LossOutput, TokenLogProbs
 from ..calls.sighting import LOG, Sighting, Turns, seen
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..objectives.checks import check_scalar, fail, read_integer
+from ..objectives.checks import check_scalar, fail
 from ..objectives.config import LossConfig
+from ..objectives.settings import read_integer
 from .call import Caller
 
 

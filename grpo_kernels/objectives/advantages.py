@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_scalar, check_shape, check_tensors, fail, read_integer, read_mask
+from .checks import check_scalar, check_shape, check_tensors, fail, read_mask
 from .running import backward_scan
 from .sequences import Packed, Padded, Sequences
+from .settings import read_integer
 
 
 def raw(rewards: Tensor) -> Tensor:

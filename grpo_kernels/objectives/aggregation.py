@@ -16,9 +16,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .checks import settle_count
 from .names import translates_fields
 from .sequences import Sequences, accumulate_dtype
+from .settings import settle_count
 
 AggregationName = Literal["token_mean", "sequence_mean", "sequence_sum", "constant", "group_mean"]
 Unit = Literal["tokens", "sequences", "groups"]

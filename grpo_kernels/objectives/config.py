@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 from . import names, stored
 from .aggregation import AGGREGATIONS, Aggregation, AggregationName, numbers_elsewhere, refuse_class
-from .checks import check_limit, plain, read_name, settle_count, settle_name, settle_number
 from .compiler import computed_once
 from .divergence import Divergence
 from .kl import KL
 from .levels import LEVELS, Level, LevelName
 from .names import check_options, translates_fields
 from .rollout import Rollout
+from .settings import check_limit, plain, read_name, settle_count, settle_name, settle_number
 from .surrogates import Clip, NoSurrogate, Surrogate
 from .surrogates.registration import check_surrogate
 

@@ -18,9 +18,9 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import plain, settle_name, settle_number
 from .maths import k3_of
 from .names import translates_fields
+from .settings import plain, settle_name, settle_number
 
 KindName = Literal["forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 Rest = Literal["bucket", "renormalize", "teacher_renormalize"]

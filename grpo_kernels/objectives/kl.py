@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from . import names
-from .checks import check_flag, check_limit, plain, settle_name, settle_number
+from .checks import check_flag
 from .levels import LEVELS
 from .maths import beyond, clamp, k3_of, times
+from .settings import check_limit, plain, settle_name, settle_number
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 GRADIENTS = ("pathwise", "straight_through_k2", "weighted_k2", "score_function")

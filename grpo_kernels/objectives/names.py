@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from .checks import check_name, nearest
+from .settings import check_name, nearest
 
 _Class = TypeVar("_Class", bound=type)
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .aggregation import AGGREGATIONS, Aggregation, refuse_class
-from .checks import check_tensors, fail, read_integer, read_name
+from .checks import check_tensors, fail
 from .config import PRESETS, LossConfig, resolve_config
 from .groups import ordered_sum, read_group
 from .names import NoKeyword, refuse_keywords
 from .sequences import accumulate_dtype, read_live
+from .settings import read_integer, read_name
 
 if TYPE_CHECKING:
     from .groups import Group

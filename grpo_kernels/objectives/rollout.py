@@ -18,9 +18,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .checks import settle_name, settle_number
 from .levels import Share
 from .maths import clamp, log_ratio_of, times
+from .settings import settle_name, settle_number
 
 RolloutLevel = Literal["token", "sequence", "geometric"]
 ROLLOUT_LEVELS = {

@@ -14,11 +14,12 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from .aggregation import AGGREGATIONS, Aggregation
-from .checks import check_name, fail
+from .checks import fail
 from .divergence import Divergence
 from .kl import KL
 from .names import check_options
 from .rollout import MaskedIS, OffPolicyMask, Rejection, Rollout, TruncatedIS
+from .settings import check_name
 from .surrogates import SURROGATES, Surrogate
 
 _Config = TypeVar("_Config")

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..objectives.checks import first_line, read_folder
+from ..objectives.settings import first_line, read_folder
 from .loop import Trainer, train
 from .options import Options, add_options, read_options
 from .ranks import Ranks, start_ranks, started_by_torchrun

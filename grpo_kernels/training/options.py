@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import backends
-from ..objectives.checks import HELD, LARGEST, SMALLEST, check_name, check_seed, read_device, settle_name
 from ..objectives.config import LossConfig
 from ..objectives.divergence import ELSEWHERE, KINDS, Divergence
 from ..objectives.kl import KL
+from ..objectives.settings import HELD, LARGEST, SMALLEST, check_name, check_seed, read_device, settle_name
 
 NO_LOSS = "none"
 """Of --loss: distillation alone."""

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..objectives.checks import first_line
+from ..objectives.settings import first_line
 from .tasks import Task
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..files import is_there, is_utf8, replaced, sync, write_text
-from ..objectives.checks import first_line
+from ..objectives.settings import first_line
 from ..streams import say
 from . import checkpoint
 from .options import Options

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..objectives.checks import check_name
+from ..objectives.settings import check_name
 
 
 @dataclass(frozen=True)

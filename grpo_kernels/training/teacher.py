@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..objectives.checks import first_line
+from ..objectives.settings import first_line
 from . import checkpoint
 from .policy import Tokenizer, load_policy
 from .report import CHECKPOINT, OPTIONS, read_saved_options

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from ..files import write_text
-from ..objectives.checks import first_line
+from ..objectives.settings import first_line
 from ..streams import say
 from ..verification.progress import progress_bar
 from .options import Options

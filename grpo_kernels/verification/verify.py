@@ -23,10 +23,10 @@ from ..calls.teacher import Teacher
 from ..linear import linear_grpo_loss
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..objectives.checks import check_name, check_seed, read_device, read_name
 from ..objectives.config import LossConfig
 from ..objectives.divergence import Divergence
 from ..objectives.kl import KL
+from ..objectives.settings import check_name, check_seed, read_device, read_name
 from ..objectives.surrogates import Clip
 from ..streams import say
 from . import records, reference

@@ -88,7 +88,7 @@ SUITES = (
     python("calls/context.py", "test_packing test_sequence_group"),
     python("objectives/stored.py", "test_stored"),
     python("objectives/config.py objectives/presets.py objectives/names.py", "test_config test_stored test_inputs"),
-    python("objectives/checks.py calls/contents.py", "test_inputs test_policy test_config"),
+    python("objectives/checks.py objectives/settings.py calls/contents.py", "test_inputs test_policy test_config"),
     python("calls/arguments.py", "test_linear test_inputs"),
     python("calls/teacher.py", "test_divergence test_recorded_teacher test_sequence_group"),
     python("calls/divergence.py calls/teacher_rows.py", f"test_divergence {DIVERGENCES}"),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import settle_number, warn_caller
+from ..checks import warn_caller
+from ..settings import settle_number
 
 if TYPE_CHECKING:
     from ..rollout import Rollout

@@ -1,0 +1,140 @@
+"""What users set by a name, a number or a path: options of configs, of calls and of commands."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+"""The range in which fp32 has all of its digits; below and above, kernels would compute with 0 and infinity."""
+HELD = f"in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it"
+
+
+def check_name(kind: str, name: object, allowed: Iterable[str], meant: str | None = None) -> None:
+    """Raise a ValueError unless ``name`` is one of ``allowed``: with what was ``meant``, or the nearest valid name of
+    what is a name at all."""
+    names = list(allowed)
+    if name not in names:
+        if meant is None and isinstance(name, str):
+            meant = repr(nearest(name, names))
+        suggestion = "" if meant is None else f" Did you mean {meant}?"
+        raise ValueError(f"{kind} must be one of {', '.join(names)}; got {name!r}.{suggestion}")
+
+
+def nearest(name: object, names: Sequence[str]) -> str:
+    lowered = {valid.lower(): valid for valid in reversed(names)}
+    return lowered[difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.0)[0]]
+
+
+def read_name(kind: str, name: object, allowed: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
+    """Return the one of ``allowed`` that ``name`` is, whatever its case. Raise as ``check_name`` where it is none, with
+    ours for a name that other packages have (``elsewhere``)."""
+    names = list(allowed)
+    if isinstance(name, str) and name not in names:
+        name = {valid.lower(): valid for valid in names}.get(name.lower(), name)
+    meant = (elsewhere or {}).get(str(name))
+    check_name(kind, name, names, None if meant is None else repr(meant))
+    return str(name)
+
+
+def settle_name(
+    instance: object, field: str, kind: str, allowed: Iterable[str], elsewhere: Mapping[str, str] | None = None
+) -> None:
+    """Put the valid name (``read_name``) in the place of what a field of a frozen dataclass holds."""
+    object.__setattr__(instance, field, read_name(kind, getattr(instance, field), allowed, elsewhere))
+
+
+def plain(value: Any) -> Any:
+    """Return the Python number, or bool, that a scalar of numpy's is; anything else as it is."""
+    return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+
+
+def read_integer(value: object) -> int | None:
+    """Return the Python int that an integer of any type is; None for bools, tensors and what is none."""
+    if type(value) is int:  # before what torch.compile does not trace for its symbols
+        return value
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        return None
+    return operator.index(value)
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_finite(value: float) -> bool:
+    """Whether fp32, in which kernels compute, has a finite number for this one."""
+    return -LARGEST <= value <= LARGEST
+
+
+def shown(value: object) -> str:
+    """Return what came in the place of a finite number, as text."""
+    return f"{value!r}, beyond fp32" if is_number(value) and LARGEST < abs(value) < math.inf else repr(value)
+
+
+def check_limit(what: str, value: float | None) -> None:
+    """Raise unless a limit of a config is a finite number > 0, or None."""
+    if value is not None and not (is_number(value) and value > 0 and is_finite(value)):
+        raise ValueError(f"{what} must be a finite number > 0, or None for no limit; got {shown(value)}.")
+
+
+def settle_number(
+    instance: object,
+    field: str,
+    what: str,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    infinite: bool = False,
+) -> None:
+    """Put the Python number in the place of what a field of a frozen dataclass holds. Raise unless it is inside its
+    bounds, and finite or ``infinite`` allowed."""
+    value = plain(getattr(instance, field))
+    object.__setattr__(instance, field, value)
+    endless = infinite and value == math.inf
+    if is_number(value) and value >= at_least and value > above and (is_finite(value) or endless):
+        return
+    bound = f" >= {at_least:g}" if at_least > -math.inf else f" > {above:g}" if above > -math.inf else ""
+    raise ValueError(f"{what} must be a {'' if infinite else 'finite '}number{bound}; got {shown(value)}.")
+
+
+def settle_count(instance: object, field: str, what: str) -> None:
+    """Put the Python int in the place of what a field of a frozen dataclass holds. Raise unless it is > 0, or None."""
+    value = plain(getattr(instance, field))
+    object.__setattr__(instance, field, value)
+    if value is not None and not (type(value) is int and value > 0):
+        raise ValueError(f"{what} must be a positive integer; got {value!r}.")
+
+
+def read_device(option: str, name: torch.device | str) -> torch.device:
+    """Return the device that an option names. Raise unless one can compute there, and give numbers back."""
+    try:
+        torch.zeros(1, device=name).item()  # of meta tensors there are no numbers
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"{option} {name} cannot be used here: {first_line(error)}. cpu always can.") from None
+    return torch.device(name)
+
+
+def read_folder(text: str) -> Path:
+    """Return the path that the command line names, where a variable of the shell may have been empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected the name of a folder; got ''")
+    return Path(text)
+
+
+def check_seed(option: str, seed: int) -> None:
+    """Raise unless PyTorch's generators take a seed of the command line."""
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"{option} must be a number of 64 bits, from -2^63 to 2^63 - 1; got {seed}.")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message; the error's name where there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
