@@ -254,6 +254,23 @@ def test_tensors_that_no_strides_read(function, name, dim, layout):
     assert hint in str(raised.value)
 
 
+@pytest.mark.parametrize("beside", [{}, {"config": _DIVERGED, "teacher": Teacher(logits=torch.randn(2, 3, 7))}])
+@pytest.mark.parametrize(
+    ("function", "name", "given"),
+    [
+        ("grpo_loss", "logits", torch.nested.as_nested_tensor([torch.randn(3, 7)] * 2)),
+        ("grpo_loss", "logits", [0.5]),
+        ("grpo_loss", "logits", None),
+        ("linear_grpo_loss", "weight", torch.nested.as_nested_tensor([torch.randn(7, 4)])),
+        ("linear_grpo_loss", "weight", None),
+    ],
+)
+def test_columns_of_what_is_no_dense_tensor(function, name, given, beside):
+    """The columns that count are asked for before anything else."""
+    with pytest.raises(TypeError, match=f"{function}: expected {name} to be a (dense )?tensor; got"):
+        DENSE[function][0](vocab_size=5, **beside, **{name: given})
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import describe, fail
+from ..objectives.checks import check_tensors, describe, fail
 from ..objectives.compiler import outside_graphs
 from ..objectives.groups import agreement, begin_total, checksum, forget, gather, get_ranks, in_words, meets, read_group
 from ..objectives.settings import check_name, read_integer
@@ -61,15 +61,18 @@ def read_shard(
         return tensor, None
     members = read_group(function, "vocab_group", group)
     if members is None:
-        is_given = isinstance(tensor, Tensor) and tensor.dim() > 0  # what is not is refused with what it should be
-        return tensor, _columns_that_count(function, tensor.shape[dim], start, size) if is_given else None
+        name = "logits" if dim else "weight"
+        check_tensors(function, {name: tensor}, needed=(name,))
+        if tensor.dim() == 0:  # refused with what it should be
+            return tensor, None
+        return tensor, _columns_that_count(function, tensor.shape[dim], start, size)
     what = f"{function}, columns"
     telling = meets(what, "vocab_group", members, check)
     with agreement(what, "vocab_group", members, check) as facts:
         if facts is not None:
             facts |= {"vocab_start (given or not)": str(start is not None), "vocab_size": str(size)}
         start, size = _read_layout(function, start, size)
-        if not isinstance(tensor, Tensor) or tensor.dim() < 2:
+        if not isinstance(tensor, Tensor) or tensor.is_nested or tensor.dim() < 2:
             got = describe(tensor) if isinstance(tensor, Tensor) else type(tensor).__name__
             fail(function, "a tensor of columns (..., V) or of rows (V, H) of the vocabulary", got, error=TypeError)
     try:

@@ -178,6 +178,8 @@ def first_columns(
     function: str, vocab_size: int, teacher: Teacher, dim: int, *tensors: Tensor | None
 ) -> tuple[Teacher, tuple[Tensor | None, ...]]:
     """Return a teacher and the policy's ``tensors`` without what their vocabularies have beyond ``vocab_size``."""
+    names = ("logits",) if dim else ("weight", "bias", "adapter")
+    check_tensors(function, dict(zip(names, tensors, strict=True)), needed=names[:1])
     columns = [tensor.shape[dim] for tensor in tensors if tensor is not None]
     most = min(columns if teacher.columns is None else [*columns, teacher.columns])
     count = read_integer(vocab_size)
