@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_kernels import LossOutput, TokenLogProbs, align, grpo_loss, hf, token_log_probs
+from grpo_kernels.hf.form import Form
 
 transformers = pytest.importorskip("transformers")
 
@@ -973,6 +974,12 @@ def test_an_encoder_decoder():
     torch.testing.assert_close(out.log_probs, wanted.log_probs, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="(?s)decoder_input_ids shifted by one.*align\\(decoder_input_ids"):
         model(**given, decoder_input_ids=decoder, grpo={**tokens, "token_ids": decoder[:, 1:].flip(1)})
+
+
+def test_devices_without_autocast():
+    form = Form.of_linear(torch.zeros(2, 4, device="meta"), torch.zeros(7, 4, device="meta"), None)
+    with form.autocast.around("meta"):
+        assert form.dtype == torch.float32
 
 
 @pytest.mark.parametrize("scale", [0.0, 20.0])

@@ -27,6 +27,7 @@ from grpo_kernels import (
     LossConfig,
     Reinforce,
     Sapo,
+    Teacher,
     TruncatedIS,
     Unclipped,
     Vespo,
@@ -1389,6 +1390,21 @@ def test_shadow_of_logits_and_log_probs():
     watched(logits, ids, advantages, mask, old_log_probs=known["old_log_probs"], temperature=0.7)
     (sighting,) = watched.history
     assert not sighting.differs, str(sighting)
+
+
+def test_shadow_of_a_loss_beside_a_teacher():
+    logits, ids, advantages, mask, known = training_batch()
+
+    def loss(logits, teacher_logits, mask):
+        """forward KL"""
+        apart = teacher_logits.log_softmax(-1) - logits.log_softmax(-1)
+        of_rows = (teacher_logits.softmax(-1) * apart).sum(-1)
+        return of_rows[:, : mask.shape[1]][mask > 0].mean()
+
+    teacher = Teacher(logits=torch.randn(logits.shape, generator=torch.Generator().manual_seed(3)))
+    watched = shadow(loss, LossConfig(None, aggregation="token_mean", divergence=Divergence("forward_kl")), every=1)
+    watched(logits, ids, advantages, mask, teacher=teacher, **known)
+    assert watched.history[0].gradient_difference < 1e-5
 
 
 def test_shadow_never_stops_training(caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -55,16 +56,20 @@ class Product(NamedTuple):
 
 
 class Autocast(NamedTuple):
-    """What was around the head's products."""
+    """What was around the head's products; some kinds of devices, meta among them, have none."""
 
     enabled: bool
     dtype: torch.dtype
 
     @classmethod
     def now(cls, device: str) -> Autocast:
+        if not torch.amp.is_autocast_available(device):
+            return cls(False, torch.float32)
         return cls(torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
 
-    def around(self, device: str, **options: Any) -> Any:
+    def around(self, device: str, **options: Any) -> AbstractContextManager[Any]:
+        if not torch.amp.is_autocast_available(device):
+            return nullcontext()
         return torch.autocast(device, dtype=self.dtype, enabled=self.enabled, **options)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from ..calls.head import operand_dtype
+from ..calls.head import operand_dtype, without_autocast
 from ..calls.teacher import Teacher
 from ..divergences import token_divergence
 from ..linear import linear_grpo_loss, linear_token_log_probs
@@ -91,7 +91,7 @@ class HeadLogProbs:
 def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return every row's mean logit over the vocabulary: its product with the mean of the head's rows."""
     real = torch.promote_types(hidden.dtype, torch.float32)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device.type):
         mean = hidden.to(real) @ weight.mean(0, dtype=real)
         return mean if bias is None else mean + bias.mean(dtype=real)
 
