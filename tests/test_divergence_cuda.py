@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cases import DTYPES
-from test_cuda import ROOT, assert_noticed, emulated, everywhere
+from test_cuda import emulated, everywhere
 from test_cuda import laid_out as laid_out
 from test_cuda import traffic as traffic
 from torch import Tensor
@@ -535,43 +535,3 @@ def test_pairs_that_fit_no_cluster_are_read_twice(laid_out):
     out = p.two_passes()
     check_divergences(p)
     check_gradient(p, out, *p.slopes, p.weight)
-
-
-MUTANTS = {
-    "the shift is not corrected": ("divergence.h", "real(odds.shift - error)", "odds.shift"),
-    "an error of the log-sums stays in D": ("divergence.h", "error * of_error(", "0 * of_error("),
-    "a likely column has a d of its own": ("divergence.h", "if (is_likely(p) && magnitude", "if (false && magnitude"),
-    "its gradient has one": ("divergence.h", "is_likely(at.p[i]) ? slopes.likely : at.d[i]", "at.d[i]"),
-    "it is lost where there is a larger one": ("divergence.h", "      others.add(left_out);\n", ""),
-    "it is left out twice": ("divergence.h", "      others.add(sums.left_out);\n", ""),
-    "of a thread it is lost": ("divergence.h", "const real less = larger ? largest : x[i]", "const real less = x[i]"),
-    "an infinite divergence has a mean": ("divergence.h", "value == INFINITY && ", "false && "),
-    "a spoilt row has a divergence": ("divergence.h", "if (none != none) return", "if (false) return"),
-    "a teacher's columns are its first": (
-        "divergence.h",
-        "load_from(pair.teacher, first)",
-        "load_from(pair.teacher, 0)",
-    ),
-    "a teacher's vector begins at 16 bytes": ("vectors.h", "if (skew == 0) return low;", "return low;"),
-    "a teacher has one temperature": ("job.h", "return p.teacher_temperature ? logit_map", "return false ? logit_map"),
-    "the first settlement is not waited for": (
-        "row_kernel.h",
-        "if (job_.kFused) shared_.settled[index % kRowsAhead].wait(turn_at<kMode>(index, 0) & 1);",
-        ";",
-    ),
-    "weights of 0 are multiplied": ("divergence.h", "if (slopes.weight == 0) return", "if (false) return"),
-}
-"""One-line faults of the kernels of pairs, each of which the tests above must notice."""
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_of_this_code(name):
-    file, old, _ = MUTANTS[name]
-    assert (ROOT / "csrc" / "cuda" / file).read_text().count(old) == 1, f"{file} has changed: write this mutant anew"
-
-
-@emulated
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutant_is_noticed(tmp_path, name):
-    assert_noticed(tmp_path, MUTANTS[name], __file__)

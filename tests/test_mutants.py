@@ -14,7 +14,7 @@ import pytest
 from mutants import table
 from mutants.judge import Judge, Verdict, _failed, _judging, _read, _without, digest_of
 from mutants.rules import faults_of, sample
-from mutants.written import TOPICS, WRITTEN
+from mutants.written import TOPICS, WRITTEN, path_of
 
 ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = {mutant.name: mutant for mutant in table.mutants()}
@@ -48,7 +48,7 @@ def _unsound(judge: Judge, mutant: table.Mutant) -> list[table.Mutant]:
 @pytest.mark.parametrize("name", WRITTEN)
 def test_written_mutant_is_of_this_code(name):
     file, old, _ = WRITTEN[name]
-    assert old in (ROOT / "grpo_kernels" / file).read_text(), f"{file} has changed: write this mutant anew"
+    assert old in (ROOT / path_of(file)).read_text(), f"{file} has changed: write this mutant anew"
 
 
 def test_topics_are_of_written_mutants():

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .rules import Fault, faults_of, sample
 from .suites import Suite, suite_of
-from .written import TOPICS, WRITTEN
+from .written import TOPICS, WRITTEN, path_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SURVIVORS = Path(__file__).with_name("survivors.txt")
@@ -86,7 +86,7 @@ def by_rule(seed: int) -> list[Mutant]:
 def by_hand() -> list[Mutant]:
     found = []
     for name, (file, before, after) in WRITTEN.items():
-        path = f"grpo_kernels/{file}"
+        path = path_of(file)
         suite = suite_of(path)
         assert suite, path
         own = next((tests.split() for topic, tests in TOPICS.items() if name.startswith(topic)), [])

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+
+def path_of(file: str) -> str:
+    """In the repository, of a file of ``WRITTEN``: in the package, unless it is a kernel's source."""
+    return file if file.startswith("csrc/") else f"grpo_kernels/{file}"
+
+
 WRITTEN = {
     "clip: sides swapped": (
         "objectives/surrogates/token.py",
@@ -460,8 +466,147 @@ WRITTEN = {
     ),
     "reference: mask": ("verification/reference/__init__.py", "mask & inside.view(shape)", "mask | inside.view(shape)"),
     "mask: read": ("objectives/checks.py", "return mask.bool()", "return mask == 1"),
+    "kernel of rows: consumers: wait for a tile": (
+        "csrc/cuda/row_kernel.h",
+        "shared_.filled[at.place].wait(at.lap);\n      sweep_sums",
+        "sweep_sums",
+    ),
+    "kernel of rows: consumers: wait for slopes": (
+        "csrc/cuda/row_kernel.h",
+        "shared_.settled[index % kRowsAhead].wait(turn_at<kMode>(index, kStages<kMode> - 1) & 1);",
+        ";",
+    ),
+    "kernel of rows: loader: wait for room": (
+        "csrc/cuda/loading.h",
+        "shared.emptied[cursor.place].wait(cursor.lap ^ 1);",
+        "",
+    ),
+    "kernel of rows: storer: wait for gradients": (
+        "csrc/cuda/loading.h",
+        "shared.written[cursor",
+        "if (tile == 0) shared.written[cursor",
+    ),
+    "kernel of rows: storer: wait for reading": ("csrc/cuda/loading.h", "port::bulk_wait_read<kStoresInFlight>();", ""),
+    "kernel of rows: storer: all of a row given back": (
+        "csrc/cuda/loading.h",
+        "(last ? 0 : kStoresInFlight)",
+        "kStoresInFlight",
+    ),
+    "kernel of rows: settler: wait for the cluster": (
+        "csrc/cuda/row_kernel.h",
+        "shared_.arrived[place_].wait_for_cluster(turn & 1);",
+        "",
+    ),
+    "kernel of rows: settler: slots overwritten unread": (
+        "csrc/cuda/row_kernel.h",
+        "shared_.drained[place_].wait_for_cluster(",
+        "(void)(",
+    ),
+    "kernel of rows: kernel: no meeting at the start": (
+        "csrc/cuda/row_kernel.h",
+        "port::sync_cluster();  // nobody",
+        ";  // nobody",
+    ),
+    "kernel of rows: slices: too short": (
+        "csrc/cuda/layout.h",
+        "(vectors + cluster - 1) / cluster * width",
+        "vectors / cluster * width",
+    ),
+    "kernel of rows: tail: not loaded": ("csrc/cuda/loading.h", "(from + to.columns) + 15)", "(from + to.columns))"),
+    "kernel of rows: vectors: not shifted": ("csrc/cuda/vectors.h", "piece.skew % 4 * 8", "0"),
+    "kernel of rows: tail: not stored": (
+        "csrc/cuda/loading.h",
+        "advanced(from, after), edges.tail, lane);\n}",
+        "from, 0, lane);\n}",
+    ),
+    "kernel of rows: sums: sampled column counted": ("csrc/cuda/sums.h", "&& first + i != piece.target", ""),
+    "kernel of rows: gradient: sampled column of an unaligned row": (
+        "csrc/cuda/gradient.h",
+        "piece.target - first_of(k)",
+        "piece.target - k",
+    ),
+    "kernel of rows: gradient: end of an unaligned tile": ("csrc/cuda/gradient.h", "(kPlain ? 0 : 1);", "0;"),
+    "kernel of rows: sums: origin's rounding kept": (
+        "csrc/cuda/sums.h",
+        "    if (!near) return;\n",
+        "    near = false;\n    return;\n",
+    ),
+    "kernel of rows: sums: too large": ("csrc/cuda/sums.h", "if (sum < kLargestSum<real>)", "if (sum == sum)"),
+    "kernel of rows: merge: references ignored": ("csrc/cuda/sums.h", "if (other_reference > reference)", "if (false)"),
+    "kernel of rows: rows: one temperature for all": (
+        "csrc/cuda/job.h",
+        "return p.temperature ? logit_map",
+        "return false ? logit_map",
+    ),
+    "kernel of rows: order: records of dead rows": (
+        "csrc/cuda/token_kernels.h",
+        "        put_stats<real>(p, r, {0, 0, 0, 0});\n",
+        "",
+    ),
+    "kernel of pairs: the shift is not corrected": ("csrc/cuda/divergence.h", "real(odds.shift - error)", "odds.shift"),
+    "kernel of pairs: an error of the log-sums stays in D": (
+        "csrc/cuda/divergence.h",
+        "error * of_error(",
+        "0 * of_error(",
+    ),
+    "kernel of pairs: a likely column has a d of its own": (
+        "csrc/cuda/divergence.h",
+        "if (is_likely(p) && magnitude",
+        "if (false && magnitude",
+    ),
+    "kernel of pairs: its gradient has one": (
+        "csrc/cuda/divergence.h",
+        "is_likely(at.p[i]) ? slopes.likely : at.d[i]",
+        "at.d[i]",
+    ),
+    "kernel of pairs: it is lost where there is a larger one": (
+        "csrc/cuda/divergence.h",
+        "      others.add(left_out);\n",
+        "",
+    ),
+    "kernel of pairs: it is left out twice": ("csrc/cuda/divergence.h", "      others.add(sums.left_out);\n", ""),
+    "kernel of pairs: of a thread it is lost": (
+        "csrc/cuda/divergence.h",
+        "const real less = larger ? largest : x[i]",
+        "const real less = x[i]",
+    ),
+    "kernel of pairs: an infinite divergence has a mean": (
+        "csrc/cuda/divergence.h",
+        "value == INFINITY && ",
+        "false && ",
+    ),
+    "kernel of pairs: a spoilt row has a divergence": (
+        "csrc/cuda/divergence.h",
+        "if (none != none) return",
+        "if (false) return",
+    ),
+    "kernel of pairs: a teacher's columns are its first": (
+        "csrc/cuda/divergence.h",
+        "load_from(pair.teacher, first)",
+        "load_from(pair.teacher, 0)",
+    ),
+    "kernel of pairs: a teacher's vector begins at 16 bytes": (
+        "csrc/cuda/vectors.h",
+        "if (skew == 0) return low;",
+        "return low;",
+    ),
+    "kernel of pairs: a teacher has one temperature": (
+        "csrc/cuda/job.h",
+        "return p.teacher_temperature ? logit_map",
+        "return false ? logit_map",
+    ),
+    "kernel of pairs: the first settlement is not waited for": (
+        "csrc/cuda/row_kernel.h",
+        "if (job_.kFused) shared_.settled[index % kRowsAhead].wait(turn_at<kMode>(index, 0) & 1);",
+        ";",
+    ),
+    "kernel of pairs: weights of 0 are multiplied": (
+        "csrc/cuda/divergence.h",
+        "if (slopes.weight == 0) return",
+        "if (false) return",
+    ),
 }
-"""By name: the file in grpo_kernels/, a text of it, and what is in its place."""
+"""By name: the file (``path_of``), a text of it, and what is in its place."""
 
 TOPICS = {
     "ranks": "test_groups test_sequence_group",
@@ -482,5 +627,7 @@ TOPICS = {
     "direct slope dropped": "test_surrogates",
     "fp16": "test_linear",
     "linear": "test_linear",
+    "kernel of rows": "test_cuda",
+    "kernel of pairs": "test_divergence_cuda",
 }
 """By how a name begins: the tests that are likeliest to notice, before those of the file's suite."""
