@@ -237,65 +237,6 @@ def check(p: Pair) -> None:
     p.logits.copy_(before)
 
 
-@everywhere
-@pytest.mark.parametrize("kind", KIND_NAMES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_divergences(laid_out, dtype, kind):
-    laid_out(2, 2, 6)
-    check(pair(3001, dtype, kind=kind))
-
-
-@everywhere
-@pytest.mark.parametrize(("cluster", "tiles"), [(1, 1), (1, 2), (1, 6), (2, 3), (4, 1), (8, 2)])
-@pytest.mark.parametrize("kind", ["reverse_kl", "mixed_kl"])
-def test_layouts(laid_out, kind, cluster, tiles):
-    """Pairs that fit the ring once, or twice, or many times; blocks without columns."""
-    laid_out(cluster, 2, tiles)
-    check(pair(min(9001, 4096 * cluster * tiles - 5), FP32, count=9, kind=kind))
-
-
-@everywhere
-@pytest.mark.parametrize("vocab", [1, 3, 8, 97])
-def test_few_columns(laid_out, vocab):
-    laid_out(8, tiles=6)  # of both rows
-    p = pair(vocab, BF16, count=4, kind="jsd")
-    check(p)
-    if vocab == 1:
-        assert (p.found.divergence == 0).all()
-
-
-@everywhere
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", ["reverse_kl", "skew_forward_kl"])
-def test_alignment_changes_no_bit(laid_out, dtype, kind):
-    """A row and its teacher's begin at each possible distance from 16 bytes, each by itself."""
-    laid_out(2, 2, 3)
-    width, found = 16 // dtype.itemsize, []
-    for skew in range(width):
-        p = pair(9001, dtype, 5, (skew, 3 * skew % width), kind=kind)
-        out = p.two_passes()
-        fused, _ = p.one_pass()
-        found.append([*p.stats, *p.teacher_stats, *p.found, out.contiguous(), fused.contiguous()])
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
-
-
-@everywhere
-@pytest.mark.parametrize("kind", KIND_NAMES)
-def test_softcaps_and_temperatures_of_rows(laid_out, kind):
-    """Either row has a softcap, or both; each has temperatures of its own, NaN where a row is dead."""
-    laid_out(2, 2, 6)
-    temperature = torch.tensor([[0.5, math.nan, 1.5, 1.0, 0.8, 2.0]])
-    caps = [(5.0, None), (None, 4.0), (6.0, 6.0)]
-    for i, (cap, teacher_cap) in enumerate(caps):
-        own = [LogitArgs(1.0, 1.5, cap), LogitArgs(1.0, 0.75, teacher_cap)]
-        p = pair(1001, BF16 if i else FP32, kind=kind, transform=own[0], teacher_transform=own[1])
-        p.temperature, p.teacher_temperature = temperature, temperature.flip(-1) if i == 1 else None
-        if i == 1:
-            p.live[0, 4] = False
-        check(p)
-
-
 def filled(columns: Tensor, value: float, *where: int) -> Tensor:
     return columns.index_fill(0, torch.tensor(where), value)
 
@@ -469,6 +410,65 @@ def test_rows_of_no_weight(laid_out):
     assert torch.equal(out[0, 0], alone[0, 0])
     assert (out[0, 2] == 0).all()
     assert not out.isnan().any()
+
+
+@everywhere
+@pytest.mark.parametrize("kind", KIND_NAMES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_divergences(laid_out, dtype, kind):
+    laid_out(2, 2, 6)
+    check(pair(3001, dtype, kind=kind))
+
+
+@everywhere
+@pytest.mark.parametrize(("cluster", "tiles"), [(1, 1), (1, 2), (1, 6), (2, 3), (4, 1), (8, 2)])
+@pytest.mark.parametrize("kind", ["reverse_kl", "mixed_kl"])
+def test_layouts(laid_out, kind, cluster, tiles):
+    """Pairs that fit the ring once, or twice, or many times; blocks without columns."""
+    laid_out(cluster, 2, tiles)
+    check(pair(min(9001, 4096 * cluster * tiles - 5), FP32, count=9, kind=kind))
+
+
+@everywhere
+@pytest.mark.parametrize("vocab", [1, 3, 8, 97])
+def test_few_columns(laid_out, vocab):
+    laid_out(8, tiles=6)  # of both rows
+    p = pair(vocab, BF16, count=4, kind="jsd")
+    check(p)
+    if vocab == 1:
+        assert (p.found.divergence == 0).all()
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["reverse_kl", "skew_forward_kl"])
+def test_alignment_changes_no_bit(laid_out, dtype, kind):
+    """A row and its teacher's begin at each possible distance from 16 bytes, each by itself."""
+    laid_out(2, 2, 3)
+    width, found = 16 // dtype.itemsize, []
+    for skew in range(width):
+        p = pair(9001, dtype, 5, (skew, 3 * skew % width), kind=kind)
+        out = p.two_passes()
+        fused, _ = p.one_pass()
+        found.append([*p.stats, *p.teacher_stats, *p.found, out.contiguous(), fused.contiguous()])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@everywhere
+@pytest.mark.parametrize("kind", KIND_NAMES)
+def test_softcaps_and_temperatures_of_rows(laid_out, kind):
+    """Either row has a softcap, or both; each has temperatures of its own, NaN where a row is dead."""
+    laid_out(2, 2, 6)
+    temperature = torch.tensor([[0.5, math.nan, 1.5, 1.0, 0.8, 2.0]])
+    caps = [(5.0, None), (None, 4.0), (6.0, 6.0)]
+    for i, (cap, teacher_cap) in enumerate(caps):
+        own = [LogitArgs(1.0, 1.5, cap), LogitArgs(1.0, 0.75, teacher_cap)]
+        p = pair(1001, BF16 if i else FP32, kind=kind, transform=own[0], teacher_transform=own[1])
+        p.temperature, p.teacher_temperature = temperature, temperature.flip(-1) if i == 1 else None
+        if i == 1:
+            p.live[0, 4] = False
+        check(p)
 
 
 @emulated
