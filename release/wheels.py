@@ -132,7 +132,7 @@ def main() -> None:
         made = [source_distribution(unfinished)]
         made.append(wheel(made[0], unfinished, ""))
         if options.cuda:
-            print(f"CUDA wheel for sm_{options.cuda.replace(',', ', sm_')}: nvcc takes 3 to 9 minutes", flush=True)
+            print(f"CUDA wheel for sm_{options.cuda.replace(',', ', sm_')}: nvcc takes 1 to 2 minutes", flush=True)
             made.append(wheel(made[0], unfinished / "cuda", options.cuda))
         python("-m", "twine", "check", "--strict", *map(str, made))
         made = [moved(path, folder / path.relative_to(unfinished)) for path in made]

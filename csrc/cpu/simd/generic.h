@@ -1,64 +1,42 @@
-// 16 fp32 lanes in plain C++, for the compiler to vectorise: any processor.
+// 16 fp32 lanes as four vectors of 16 bytes, which every processor's vector unit has, in GCC's and Clang's own
+// operators.
 #pragma once
 
 #include "../types.h"
 
 namespace {
 
-inline uint32_t to_bits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof(bits));
-  return bits;
-}
-inline float from_bits(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof(x));
-  return x;
-}
+typedef float Floats __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(16)));
+typedef uint32_t Words __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(8)));
 
-inline float from_half(Float16 x) {
-  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
-  const uint32_t magnitude = x.bits & 0x7fff;
-  if (magnitude < 0x400) {  // zero or subnormal: a multiple of 2^-24
-    const float value = float(magnitude) * 5.9604644775390625e-8f;
-    return sign ? -value : value;
-  }
-  return from_bits(((magnitude << 13) + ((magnitude >= 0x7c00 ? 224u : 112u) << 23)) | sign);
-}
-
-inline Float16 to_half(float value) {
-  uint32_t bits = to_bits(value);
-  const uint16_t sign = uint16_t((bits >> 16) & 0x8000);
-  bits &= 0x7fffffff;
-  if (bits > 0x7f800000) return {uint16_t(sign | 0x7e00)};   // NaN
-  if (bits >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds past the largest half
-  if (bits < 0x38800000)                                     // subnormal: let an addition do the rounding
-    return {uint16_t(sign | (to_bits(from_bits(bits) + 0.5f) - to_bits(0.5f)))};
-  bits += 0xfff + ((bits >> 13) & 1);
-  return {uint16_t(sign | ((bits - 0x38000000) >> 13))};
-}
+// A conversion between these is of the bits, as the operators mean it.
+inline Words words_of(Floats x) { return Words(x); }
+inline Floats floats_of(Words bits) { return Floats(bits); }
+inline Words chosen(Ints mask, Words one, Words other) { return (Words(mask) & one) | (~Words(mask) & other); }
 
 struct Float {
   using scalar = float;
-  static constexpr int lanes = 16;
-  alignas(64) float v[lanes];
+  static constexpr int lanes = 16, parts = 4;
+  Floats part[parts];
 
+  // f of every part, one after the other.
   template <class F>
   static Float each(F&& f) {
-    Float out;
-    for (int i = 0; i < lanes; ++i) out.v[i] = f(i);
-    return out;
+    return {{f(0), f(1), f(2), f(3)}};
   }
 
   static Float broadcast(float x) {
-    return each([&](int) { return x; });
+    const Floats all = {x, x, x, x};
+    return {{all, all, all, all}};
   }
   static Float load(const float* p) {
-    return each([&](int i) { return p[i]; });
+    Float out;
+    memcpy(&out, p, sizeof(out));
+    return out;
   }
-  void store(float* p) const {
-    for (int i = 0; i < lanes; ++i) p[i] = v[i];
-  }
+  void store(float* p) const { memcpy(p, this, sizeof(*this)); }
 };
 
 // 32 neighbouring elements as two vectors and back; lane_in_pair (types.h) tells where each goes.
@@ -71,90 +49,132 @@ inline void store_pair(float* p, Float first, Float second) {
   second.store(p + 16);
 }
 
+inline Floats from_half(Words half) {
+  const Words magnitude = half & 0x7fff, sign = (half & 0x8000) << 16;
+  const Words exponent = chosen(Ints(magnitude) >= 0x7c00, Words{} + 224, Words{} + 112) << 23;
+  const Floats subnormal = __builtin_convertvector(Ints(magnitude), Floats) * 5.9604644775390625e-8f;  // 2^-24
+  return floats_of(chosen(Ints(magnitude) < 0x400, words_of(subnormal), (magnitude << 13) + exponent) | sign);
+}
+inline Words to_half(Floats value) {
+  const Words sign = (words_of(value) >> 16) & 0x8000, bits = words_of(value) & 0x7fffffff;
+  // An addition does the rounding of a subnormal.
+  const Words subnormal = words_of(floats_of(bits) + 0.5f) - 0x3f000000;
+  const Words normal = (bits + 0xfff + ((bits >> 13) & 1) - 0x38000000) >> 13;
+  Words half = chosen(Ints(bits) < 0x38800000, subnormal, normal);
+  half = chosen(Ints(bits) >= 0x477ff000, Words{} + 0x7c00, half);  // it rounds past the largest
+  half = chosen(Ints(bits) > 0x7f800000, Words{} + 0x7e00, half);   // NaN
+  return half | sign;
+}
+inline Float load_halves(const Float16* p) {
+  return Float::each([&](int i) {
+    Halves halves;
+    memcpy(&halves, p + 4 * i, sizeof(halves));
+    return from_half(__builtin_convertvector(halves, Words));
+  });
+}
+inline void store_halves(Float16* p, Float x) {
+  for (int i = 0; i < Float::parts; ++i) {
+    const Halves halves = __builtin_convertvector(to_half(x.part[i]), Halves);
+    memcpy(p + 4 * i, &halves, sizeof(halves));
+  }
+}
 inline void load_pair(const Float16* p, Float& first, Float& second) {
-  first = Float::each([&](int i) { return from_half(p[i]); });
-  second = Float::each([&](int i) { return from_half(p[16 + i]); });
+  first = load_halves(p);
+  second = load_halves(p + 16);
 }
 inline void store_pair(Float16* p, Float first, Float second) {
-  for (int i = 0; i < 16; ++i) p[i] = to_half(first.v[i]);
-  for (int i = 0; i < 16; ++i) p[16 + i] = to_half(second.v[i]);
+  store_halves(p, first);
+  store_halves(p + 16, second);
 }
 
-// Even elements in the first vector, odd ones in the second.
+// Even elements in the first vector, odd ones in the second: the halves of words, the lower one first in memory unless
+// the processor has the upper one there.
+constexpr bool kLowerFirst = __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__;
 inline void load_pair(const BFloat16* p, Float& first, Float& second) {
-  first = Float::each([&](int i) { return from_bits(uint32_t(p[2 * i].bits) << 16); });
-  second = Float::each([&](int i) { return from_bits(uint32_t(p[2 * i + 1].bits) << 16); });
+  Words words[Float::parts];
+  memcpy(words, p, sizeof(words));
+  const Float lower = Float::each([&](int i) { return floats_of(words[i] << 16); });
+  const Float upper = Float::each([&](int i) { return floats_of(words[i] & 0xffff0000); });
+  first = kLowerFirst ? lower : upper;
+  second = kLowerFirst ? upper : lower;
 }
 // To nearest even, by a carry into the upper half. A NaN stays one: ours have a zero lower half.
-inline uint16_t to_bfloat16(float x) {
-  const uint32_t u = to_bits(x);
-  return uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+inline Words carry_to_upper_half(Floats x) {
+  const Words u = words_of(x);
+  return u + 0x7fff + ((u >> 16) & 1);
 }
 inline void store_pair(BFloat16* p, Float first, Float second) {
-  for (int i = 0; i < 16; ++i) {
-    p[2 * i].bits = to_bfloat16(first.v[i]);
-    p[2 * i + 1].bits = to_bfloat16(second.v[i]);
+  const Float &lower = kLowerFirst ? first : second, &upper = kLowerFirst ? second : first;
+  for (int i = 0; i < Float::parts; ++i) {
+    const Words words = carry_to_upper_half(lower.part[i]) >> 16 | (carry_to_upper_half(upper.part[i]) & 0xffff0000);
+    memcpy(p + 8 * i, &words, sizeof(words));
   }
 }
 
 inline Float operator+(Float a, Float b) {
-  return Float::each([&](int i) { return a.v[i] + b.v[i]; });
+  return Float::each([&](int i) { return a.part[i] + b.part[i]; });
 }
 inline Float operator-(Float a, Float b) {
-  return Float::each([&](int i) { return a.v[i] - b.v[i]; });
+  return Float::each([&](int i) { return a.part[i] - b.part[i]; });
 }
 inline Float operator*(Float a, Float b) {
-  return Float::each([&](int i) { return a.v[i] * b.v[i]; });
+  return Float::each([&](int i) { return a.part[i] * b.part[i]; });
 }
 inline Float operator/(Float a, Float b) {
-  return Float::each([&](int i) { return a.v[i] / b.v[i]; });
+  return Float::each([&](int i) { return a.part[i] / b.part[i]; });
 }
 inline Float fma(Float a, Float b, Float c) {
 #ifdef __FP_FAST_FMAF
-  return Float::each([&](int i) { return __builtin_fmaf(a.v[i], b.v[i], c.v[i]); });
+  return Float::each([&](int i) {
+    Floats out;
+    for (int j = 0; j < 4; ++j) out[j] = __builtin_fmaf(a.part[i][j], b.part[i][j], c.part[i][j]);
+    return out;
+  });
 #else
-  return Float::each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+  return a * b + c;
 #endif
 }
 
+inline Floats select_less(Floats a, Floats b, Floats x, Floats y) { return a < b ? x : y; }
+// a < b ? x : y
+inline Float select_less(Float a, Float b, Float x, Float y) {
+  return Float::each([&](int i) { return select_less(a.part[i], b.part[i], x.part[i], y.part[i]); });
+}
 // The larger of the two; where either is NaN, b.
-inline Float max_or_second(Float a, Float b) {
-  return Float::each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+inline Float max_or_second(Float a, Float b) { return select_less(b, a, a, b); }
+// Whether a < b in every lane.
+inline bool all_less(Float a, Float b) {
+  Ints less = a.part[0] < b.part[0];
+  for (int i = 1; i < Float::parts; ++i) less &= a.part[i] < b.part[i];
+  return less[0] & less[1] & less[2] & less[3];
 }
 
 inline Float abs(Float a) {
-  return Float::each([&](int i) { return fabsf(a.v[i]); });
+  return Float::each([&](int i) { return floats_of(words_of(a.part[i]) & 0x7fffffff); });
 }
 // |magnitude| with the sign of a.
 inline Float copy_sign(Float magnitude, Float a) {
-  return Float::each([&](int i) { return copysignf(magnitude.v[i], a.v[i]); });
-}
-// Whether a < b in every lane.
-inline bool all_less(Float a, Float b) {
-  bool all = true;
-  for (int i = 0; i < Float::lanes; ++i) all = all && a.v[i] < b.v[i];
-  return all;
-}
-// a < b ? x : y
-inline Float select_less(Float a, Float b, Float x, Float y) {
-  return Float::each([&](int i) { return a.v[i] < b.v[i] ? x.v[i] : y.v[i]; });
+  return Float::each([&](int i) {
+    return floats_of((words_of(magnitude.part[i]) & 0x7fffffff) | (words_of(a.part[i]) & 0x80000000));
+  });
 }
 
 // 2^(m/8), where m sits in the low bits of t (t = m/8 + 1.5 * 2^20).
 inline Float power_of_eighths(Float t) {
   return Float::each([&](int i) {
-    const uint32_t m = to_bits(t.v[i]);
-    return from_bits(uint32_t(kEighths[m & 7]) + (m << 20));
+    const Words m = words_of(t.part[i]), k = m & 7;
+    const Ints eighths = {kEighths[k[0]], kEighths[k[1]], kEighths[k[2]], kEighths[k[3]]};
+    return floats_of(Words(eighths) + (m << 20));
   });
 }
 
 // x = fraction * 2^exponent, fraction in [sqrt(1/2), sqrt(2)); x > 0 and normal.
 inline void split_power(Float x, Float& fraction, Float& exponent) {
-  for (int i = 0; i < Float::lanes; ++i) {
-    const uint32_t bits = to_bits(x.v[i]);
-    const int32_t k = int32_t(bits - 0x3f3504f3) >> 23;
-    fraction.v[i] = from_bits(bits - (uint32_t(k) << 23));
-    exponent.v[i] = float(k);
+  for (int i = 0; i < Float::parts; ++i) {
+    const Words bits = words_of(x.part[i]);
+    const Ints k = Ints(bits - 0x3f3504f3) >> 23;
+    fraction.part[i] = floats_of(bits - (Words(k) << 23));
+    exponent.part[i] = __builtin_convertvector(k, Floats);
   }
 }
 
