@@ -399,13 +399,15 @@ def test_long_sequences(backend):
 
 @pytest.mark.nightly
 def test_more_than_2_31_elements(backend):
-    """Offsets past 2^31: the last rows of 4.6 GB of logits."""
+    """Offsets past 2^31: the last of 4.6 GB of logits. Two rows count: all are ten minutes of an interpreter."""
     rows, vocab = 15_000, 151_936
     assert rows * vocab > 2**31
     logits = torch.zeros(1, rows, vocab, dtype=torch.bfloat16)
     logits[0, -1] = torch.randn(vocab).bfloat16()
     ids = torch.randint(vocab, (1, rows))
-    out = token_log_probs(logits, ids, backend=backend)
+    mask = torch.zeros(1, rows, dtype=torch.bool)
+    mask[0, 5] = mask[0, -1] = True
+    out = token_log_probs(logits, ids, mask, backend=backend)
     exact = torch.log_softmax(logits[0, -1].double(), -1)[ids[0, -1]]
     assert out.log_probs[0, -1].item() == pytest.approx(exact.item(), rel=1e-6)
     assert out.log_probs[0, 5].item() == pytest.approx(-math.log(vocab), rel=1e-6)
