@@ -15,6 +15,7 @@ from mutants import table
 from mutants.judge import Judge, Verdict, _failed, _judging, _read, _without, digest_of
 from mutants.rules import faults_of, sample
 from mutants.written import TOPICS, WRITTEN, path_of
+from test_cuda import UNDEFINED
 
 ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = {mutant.name: mutant for mutant in table.mutants()}
@@ -48,7 +49,14 @@ def _unsound(judge: Judge, mutant: table.Mutant) -> list[table.Mutant]:
 @pytest.mark.parametrize("name", WRITTEN)
 def test_written_mutant_is_of_this_code(name):
     file, old, _ = WRITTEN[name]
-    assert old in (ROOT / path_of(file)).read_text(), f"{file} has changed: write this mutant anew"
+    assert (ROOT / path_of(file)).read_text().count(old) == 1, f"{file} has changed: write this mutant anew"
+
+
+@pytest.mark.parametrize("name", UNDEFINED)
+def test_what_the_emulator_refuses_is_of_this_code(name):
+    """Not beside the emulator's tests, which would notice a planted fault by its text."""
+    file, old, *_ = UNDEFINED[name]
+    assert (ROOT / "csrc" / "cuda" / file).read_text().count(old) == 1, f"{file} has changed: write this fault anew"
 
 
 def test_topics_are_of_written_mutants():
