@@ -271,6 +271,21 @@ def test_columns_of_what_is_no_dense_tensor(function, name, given, beside):
         DENSE[function][0](vocab_size=5, **beside, **{name: given})
 
 
+@pytest.mark.parametrize("beside", [{}, {"config": _DIVERGED, "teacher": Teacher(logits=torch.randn(2, 3, 7))}])
+@pytest.mark.parametrize(
+    ("function", "given", "message"),
+    [
+        ("grpo_loss", {"logits": torch.tensor(1.0)}, "logits .*got 0 dimensions"),
+        ("linear_grpo_loss", {"weight": torch.tensor(1.0)}, r"weight .*got .*\(\)"),
+        ("linear_grpo_loss", {"bias": torch.tensor(1.0)}, r"bias .*got .*\(\)"),
+        ("linear_grpo_loss", {"adapter": (torch.randn(2, 3, 2), [1.0])}, r"adapter .*got \(Tensor, list\)"),
+    ],
+)
+def test_columns_of_what_has_none(function, given, message, beside):
+    with pytest.raises((TypeError, ValueError), match=message):
+        DENSE[function][0](vocab_size=5, **beside, **given)
+
+
 @pytest.mark.parametrize(
     "call",
     [

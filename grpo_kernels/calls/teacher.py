@@ -180,7 +180,10 @@ def first_columns(
     """Return a teacher and the policy's ``tensors`` without what their vocabularies have beyond ``vocab_size``."""
     names = ("logits",) if dim else ("weight", "bias", "adapter")
     check_tensors(function, dict(zip(names, tensors, strict=True)), needed=names[:1])
-    columns = [tensor.shape[dim] for tensor in tensors if tensor is not None]
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.dim() == 0 for tensor in given):  # refused with what it should be
+        return teacher, tensors
+    columns = [tensor.shape[dim] for tensor in given]
     most = min(columns if teacher.columns is None else [*columns, teacher.columns])
     count = read_integer(vocab_size)
     if count is None or not 0 < count <= most:

@@ -74,7 +74,8 @@ def beside_teacher(
     refuse_shards(function, vocab_group, vocab_start, (weight, hidden))
     if vocab_size is None:
         return teacher, head
-    of_adapter = adapter[1] if isinstance(adapter, tuple) and len(adapter) == 2 else None
+    paired = isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[1], Tensor)
+    of_adapter = adapter[1] if adapter is not None and paired else None  # or it is refused with what it should be
     teacher, (own, own_bias, own_adapter) = first_columns(function, vocab_size, teacher, 0, weight, bias, of_adapter)
     assert own is not None
     return teacher, (own, own_bias, adapter if own_adapter is None or adapter is None else (adapter[0], own_adapter))
