@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import RUNNING
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_kernels import (
     KL,
@@ -1405,6 +1406,22 @@ def test_shadow_of_a_loss_beside_a_teacher():
     watched = shadow(loss, LossConfig(None, aggregation="token_mean", divergence=Divergence("forward_kl")), every=1)
     watched(logits, ids, advantages, mask, teacher=teacher, **known)
     assert watched.history[0].gradient_difference < 1e-5
+
+
+def test_shadow_copies_a_teacher_for_those_alone_that_take_it():
+    logits, ids, advantages, mask, known = training_batch()
+    teacher = Teacher(logits=torch.randn(logits.shape))
+    watched = shadow(lambda log_probs, mask: (log_probs * mask).sum(), LossConfig(None, divergence=Divergence("tvd")))
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten.clone.default:
+                assert args[0].data_ptr() != teacher.logits.data_ptr()
+            return function(*args, **(kwargs or {}))
+
+    with Copies():
+        watched(logits, ids, advantages, mask, teacher=teacher)
+    assert len(watched.history) == 1
 
 
 def test_shadow_never_stops_training(caplog):

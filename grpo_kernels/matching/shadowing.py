@@ -108,9 +108,10 @@ class Shadow:
         beside = ("old_log_probs", "ref_log_probs", "rollout_log_probs", "cu_seqlens")
         handed = {name: options.get(name) for name in beside} | {
             "token_ids": ids, "mask": mask, "advantages": A, "temperature": options.get("temperature", 1.0),
-            "teacher_logits": getattr(options.get("teacher"), "logits", None),
             "num_items": mask.sum() if given is None else getattr(given, "value", given),
         }  # fmt: skip
+        if self.caller.takes("teacher_logits"):
+            handed["teacher_logits"] = getattr(options.get("teacher"), "logits", None)
         leaves = []
         if self.caller.takes("log_probs") or self.caller.takes("entropy"):
             scaling = {n: options[n] for n in ("temperature", "logit_scale", "logit_softcap") if n in options}
