@@ -76,8 +76,11 @@ def is_finite(value: float) -> bool:
 
 
 def shown(value: object) -> str:
-    """Return what came in the place of a finite number, as text."""
-    return f"{value!r}, beyond fp32" if is_number(value) and LARGEST < abs(value) < math.inf else repr(value)
+    """Return what came in the place of a number, as text."""
+    if type(value) is int and value.bit_length() > 10_000:  # Python writes no such numbers
+        return f"an integer of {value.bit_length()} bits"
+    beyond = is_number(value) and LARGEST < abs(value) < math.inf
+    return repr(value) + ", beyond fp32" if beyond else repr(value)
 
 
 def check_limit(what: str, value: float | None) -> None:
@@ -109,8 +112,8 @@ def settle_count(instance: object, field: str, what: str) -> None:
     """Put the Python int in the place of what a field of a frozen dataclass holds. Raise unless it is > 0, or None."""
     value = plain(getattr(instance, field))
     object.__setattr__(instance, field, value)
-    if value is not None and not (type(value) is int and value > 0):
-        raise ValueError(f"{what} must be a positive integer; got {value!r}.")
+    if value is not None and not (type(value) is int and 0 < value < 2**63):
+        raise ValueError(f"{what} must be a positive integer, of 64 bits at most; got {shown(value)}.")
 
 
 def read_device(option: str, name: torch.device | str) -> torch.device:
