@@ -127,7 +127,7 @@ def main() -> None:
     check_tools()
     folder: Path = options.out.resolve()
     began = time.monotonic()
-    print(f"source distribution, then a CPU wheel from it: about 2 minutes, into {folder}", flush=True)
+    print(f"source distribution, then a CPU wheel from it: about a minute, into {folder}", flush=True)
     with workspace(folder, "wheels.py") as unfinished:
         made = [source_distribution(unfinished)]
         made.append(wheel(made[0], unfinished, ""))

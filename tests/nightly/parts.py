@@ -108,7 +108,7 @@ PARTS = {
     "mutants-written": Part(20, ("test_mutants",), MUTATED, r"\[written python"),
     "mutants-triton": Part(20, ("test_mutants",), MUTATED, r"\[(written )?triton"),
     "mutants-cpp": Part(12, ("test_mutants",), (*MUTATED, *CPU), r"\[cpp"),
-    "mutants-cuda": Part(12, ("test_mutants",), (*MUTATED, *CUDA), r"\[(written )?cuda"),
+    "mutants-cuda": Part(20, ("test_mutants",), (*MUTATED, *CUDA), r"\[(written )?cuda"),
     "repeats": Part(15, ("test_repeats",), (*KERNELS, "csrc/**")),
     "match": Part(7, ("test_match", "test_match_others", "test_match_peers"), ("grpo_kernels/**",)),
     "commands": Part(
