@@ -90,12 +90,14 @@ release: $(VENV)/release
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+# What is imported is compiled then, once, and kept; pip would compile thousands of modules that nothing here imports.
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 # PyTorch, half a minute of one core, beside the compilers; then the rest. The extras are those of what is installed by
 # then, the package itself: as "-e .[test]" each would build it anew.
 $(VENV)/installed: pyproject.toml constraints.txt $(SOURCES) | $(VENV)/bin/python
-	@echo "compiling csrc/cpu: 2 minutes; where there is nvcc, csrc/cuda for sm_$(GRPO_KERNELS_CUDA_ARCHITECTURES): minutes more"
+	@echo "compiling csrc/cpu: 40 seconds; where there is nvcc, csrc/cuda for sm_$(GRPO_KERNELS_CUDA_ARCHITECTURES): a minute more"
 	$(MAKE) --no-print-directory -j 2 editable pytorch
 	$(INSTALL) -c constraints.txt "grpo-kernels[test,reasoning]"
 	touch $@
@@ -109,7 +111,7 @@ pytorch:
 
 # The lowest of what pyproject.toml allows beside PyTorch, in a folder that tests/test_versions.py alone shows to a test.
 $(VENV)/lowest: tests/nightly/versions/lowest.txt | $(VENV)/installed
-	grep -Ev '^(#|python==|torch==)' $< | $(INSTALL) --no-compile --upgrade --target $@ -r /dev/stdin
+	grep -Ev '^(#|python==|torch==)' $< | $(INSTALL) --upgrade --target $@ -r /dev/stdin
 	touch $@
 
 $(VENV)/peers: $(VENV)/installed
