@@ -271,6 +271,12 @@ def test_kernels_compile_without_spills(target):
     """fp64, there to check gradients, may spill."""
     lines = offline("plain", target)
     assert len(lines) == 69
+    refused = [line for line in lines if "refused" in line]
+    if target == "gfx942" and triton_version() == (3, 9):  # fp64's -inf, as a literal of 64 bits that this GPU has not
+        assert {(line["dtype"], line["vocab"]) for line in refused} == {("fp64", 151936)}
+        lines = [line for line in lines if line not in refused]
+    else:
+        assert refused == []
     for line in lines:
         # Once a row: two of 256 registers of a held fp32 row on AMD; held rows on odd addresses; one register of two
         # kernels (sm_90 or sm_100) where Triton 3.8 and 3.9 choose another allocation of registers.

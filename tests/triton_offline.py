@@ -69,9 +69,16 @@ def report(
 ) -> None:
     warps = constants.pop("warps", 4) * 32 // target_of(target).warp_size
     what = source(kernel, dtype, absent, constants)
-    compiled = triton.compile(what, target=target_of(target), options={"num_warps": warps, "enable_fp_fusion": False})
     line = {"kernel": kernel.__name__, "dtype": NAMES[dtype], "vocab": vocab, "target": target, "absent": absent}
-    line |= {"constants": constants, **measure(compiled)}
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    try:
+        compiled = triton.compile(what, target=target_of(target), options=options)
+    except RuntimeError as error:  # the assembler of AMD's compiler, on what that has written
+        if "assembler rejected" not in str(error):
+            raise
+        line["refused"] = str(error)
+    else:
+        line |= {"constants": constants, **measure(compiled)}
     print(json.dumps(line), flush=True)
 
 
