@@ -84,7 +84,7 @@ VERSIONED = ("tests/test_ops.py", "tests/test_triton.py", "tests/test_hf.py", "t
 PARTS = {
     "cuda": Part(5, (*ROWS, *CALLS, "test_zero_weights"), CUDA, ON_CUDA),
     "cuda-kernels": Part(
-        10, ("test_cuda", "test_divergence_cuda"), (*CUDA, "tests/test_loss.py", "tests/test_numerics.py")
+        2, ("test_cuda", "test_divergence_cuda"), (*CUDA, "tests/test_loss.py", "tests/test_numerics.py")
     ),
     "triton-rows": Part(12, ROWS, KERNELS, ON_TRITON),
     "triton-calls": Part(12, CALLS, KERNELS, ON_TRITON),
