@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import make
 
-from grpo_kernels import Clip, LossConfig, Surrogate, Unclipped, linear_grpo_loss, register_surrogate
+from grpo_kernels import Clip, LossConfig, Surrogate, Unclipped, grpo_loss, linear_grpo_loss, register_surrogate
 from grpo_kernels.objectives.surrogates import SURROGATES
 from grpo_kernels.verification.tolerance import compare, truth_of
 
@@ -75,6 +75,24 @@ def test_from_hidden_states():
     linear_grpo_loss(leaf, weight, *case.arguments, config=config, **case.options).loss.backward()
     _, expected = case.run(config=config)
     torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_compiled():
+    """Its call is traced into the loss's node, which must not be lost on the way."""
+    logits, ids = (
+        torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0)).requires_grad_(),
+        torch.ones(2, 3).long(),
+    )
+    config = LossConfig(by_autograd_class()())
+
+    def loss(logits):
+        old = torch.full((2, 3), -2.0)
+        return grpo_loss(logits, ids, torch.ones(2), config=config, old_log_probs=old).loss
+
+    (eager,) = torch.autograd.grad(loss(logits), logits)
+    (compiled,) = torch.autograd.grad(torch.compile(loss)(logits), logits)
+    assert eager.abs().sum() > 0
+    torch.testing.assert_close(compiled, eager)
 
 
 def test_it_is_a_frozen_value_with_its_equation():

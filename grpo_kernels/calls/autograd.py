@@ -125,7 +125,7 @@ class LossGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(logits, *rows[1:4], rows.temperature, *stats, *gradients)
         ctx.softcap, ctx.backend, ctx.inplace = rows.softcap, backend, inplace
-        return loss[0]
+        return loss[0].clone() if torch.compiler.is_compiling() else loss[0]  # traced, an input is no output
 
     @staticmethod
     @once
