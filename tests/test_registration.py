@@ -9,7 +9,18 @@ import pytest
 import torch
 from cases import make
 
-from grpo_kernels import Clip, LossConfig, Surrogate, Unclipped, grpo_loss, linear_grpo_loss, register_surrogate
+from grpo_kernels import (
+    Clip,
+    Divergence,
+    LossConfig,
+    Surrogate,
+    Teacher,
+    Unclipped,
+    grpo_loss,
+    linear_grpo_loss,
+    policy_loss,
+    register_surrogate,
+)
 from grpo_kernels.objectives.surrogates import SURROGATES
 from grpo_kernels.verification.tolerance import compare, truth_of
 
@@ -77,20 +88,30 @@ def test_from_hidden_states():
     torch.testing.assert_close(leaf.grad, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_compiled():
-    """Its call is traced into the loss's node, which must not be lost on the way."""
-    logits, ids = (
-        torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0)).requires_grad_(),
+COMPILED = {
+    "grpo_loss": lambda x, given: grpo_loss(x, torch.ones(2, 3).long(), **given),
+    "grpo_loss, a teacher": lambda x, given: grpo_loss(
+        x,
         torch.ones(2, 3).long(),
-    )
-    config = LossConfig(by_autograd_class()())
+        **given | {"config": given["config"].replace(divergence=Divergence("reverse_kl"))},
+        teacher=Teacher(logits=torch.zeros(2, 3, 9)),
+    ),
+    "linear_grpo_loss": lambda x, given: linear_grpo_loss(x, torch.eye(9), torch.ones(2, 3).long(), **given),
+    "policy_loss": lambda x, given: policy_loss(x.log_softmax(-1)[..., 1], **given),
+}
 
-    def loss(logits):
-        old = torch.full((2, 3), -2.0)
-        return grpo_loss(logits, ids, torch.ones(2), config=config, old_log_probs=old).loss
 
-    (eager,) = torch.autograd.grad(loss(logits), logits)
-    (compiled,) = torch.autograd.grad(torch.compile(loss)(logits), logits)
+@pytest.mark.parametrize("function", COMPILED)
+def test_compiled(function):
+    """Its call is traced into the loss's node, which must not be lost on the way."""
+    x = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    given = {"advantages": torch.ones(2), "config": LossConfig(by_autograd_class()())}
+
+    def loss(x):
+        return COMPILED[function](x, given | {"old_log_probs": torch.full((2, 3), -2.0)}).loss
+
+    (eager,) = torch.autograd.grad(loss(x), x)
+    (compiled,) = torch.autograd.grad(torch.compile(loss)(x), x)
     assert eager.abs().sum() > 0
     torch.testing.assert_close(compiled, eager)
 
@@ -120,8 +141,6 @@ def test_no_grad_and_inference_mode(backend):
     with torch.no_grad():
         plain = case.run  # the forward pass alone
     expected = plain(backend=backend)[0].loss
-    from grpo_kernels import grpo_loss
-
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             out = grpo_loss(case.logits, *case.arguments, backend=backend, **case.options)

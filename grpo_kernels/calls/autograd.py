@@ -72,6 +72,12 @@ def once(backward: Callable[..., Any]) -> Any:
     return wrapped
 
 
+def _output(loss: tuple[Tensor]) -> Tensor:
+    """Return the loss that a node was handed as the node's own. A tuple hides it from autograd, which would copy an
+    input; from a compiler's tracing it does not, and a graph whose output is an input has no node."""
+    return loss[0].clone() if torch.compiler.is_compiling() else loss[0]
+
+
 class KnownGradients(torch.autograd.Function):
     """A loss whose gradients in ``tensors`` exist already, multiplied by ``announced`` (one pass; hidden states).
 
@@ -92,7 +98,7 @@ class KnownGradients(torch.autograd.Function):
         ctx.save_for_backward(origin, announced, token_ids, *gradients)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.function, ctx.spent = backend, function, False
-        return loss[0], origin
+        return _output(loss), origin
 
     @staticmethod
     @once
@@ -125,7 +131,7 @@ class LossGradient(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(logits, *rows[1:4], rows.temperature, *stats, *gradients)
         ctx.softcap, ctx.backend, ctx.inplace = rows.softcap, backend, inplace
-        return loss[0].clone() if torch.compiler.is_compiling() else loss[0]  # traced, an input is no output
+        return _output(loss)
 
     @staticmethod
     @once
@@ -154,7 +160,7 @@ class LossOfLogProbs(torch.autograd.Function):
         origin = loss[0].new_empty(0)
         ctx.save_for_backward(origin, slope, entropy_slope, divergence_slope)
         ctx.set_materialize_grads(False)
-        return loss[0], origin
+        return _output(loss), origin
 
     @staticmethod
     @once
