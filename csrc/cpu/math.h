@@ -34,7 +34,7 @@ inline __attribute__((always_inline)) Float exp2_of_clamped(Float x) {
   return fma(power, r * q, power);
 }
 inline Double exp2_of_clamped(Double x) {
-  return Double::mapped(x, [](double power) { return power <= -1022.0 ? 0.0 : ::exp2(power); });
+  return mapped(x, [](double power) { return power <= -1022.0 ? 0.0 : ::exp2(power); });
 }
 
 template <class V>
@@ -65,8 +65,8 @@ inline void tanh_of(Float y, Float& tanh, Float& derivative) {
   derivative = (q * Float::broadcast(4.0f)) * reciprocal * reciprocal;
 }
 inline void tanh_of(Double y, Double& tanh, Double& derivative) {
-  tanh = Double::mapped(y, [](double lane) { return ::tanh(lane); });
-  derivative = Double::mapped(y, [](double lane) {
+  tanh = mapped(y, [](double lane) { return ::tanh(lane); });
+  derivative = mapped(y, [](double lane) {
     const double c = ::cosh(lane);
     return 1 / (c * c);
   });
@@ -80,10 +80,10 @@ inline Double mul_add(Double a, Double b, Double c) { return fma(a, b, c); }
 inline Float magnitude(Float x) { return abs(x); }
 inline Double magnitude(Double x) { return abs(x); }
 inline Double expm1_of(Double x) {
-  return Double::mapped(x, [](double lane) { return ::expm1(lane); });
+  return mapped(x, [](double lane) { return ::expm1(lane); });
 }
 inline Double log1p_of(Double x) {
-  return Double::mapped(x, [](double lane) { return ::log1p(lane); });
+  return mapped(x, [](double lane) { return ::log1p(lane); });
 }
 // x <= 88.
 inline Float expm1_of(Float x) {

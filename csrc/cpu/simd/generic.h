@@ -1,12 +1,13 @@
-// 16 fp32 lanes as four vectors of 16 bytes, which every processor's vector unit has, in GCC's and Clang's own
-// operators.
+// 16 fp32 lanes for any processor.
 #pragma once
 
-#include "../types.h"
+#include "parts.h"
 
 namespace {
 
-typedef float Floats __attribute__((vector_size(16)));
+using Float = Parts<float>;
+
+using Floats = Float::Vector;
 typedef int32_t Ints __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(16)));
 typedef uint16_t Halves __attribute__((vector_size(8)));
@@ -15,39 +16,6 @@ typedef uint16_t Halves __attribute__((vector_size(8)));
 inline Words words_of(Floats x) { return Words(x); }
 inline Floats floats_of(Words bits) { return Floats(bits); }
 inline Words chosen(Ints mask, Words one, Words other) { return (Words(mask) & one) | (~Words(mask) & other); }
-
-struct Float {
-  using scalar = float;
-  static constexpr int lanes = 16, parts = 4;
-  Floats part[parts];
-
-  // f of every part, one after the other.
-  template <class F>
-  static Float each(F&& f) {
-    return {{f(0), f(1), f(2), f(3)}};
-  }
-
-  static Float broadcast(float x) {
-    const Floats all = {x, x, x, x};
-    return {{all, all, all, all}};
-  }
-  static Float load(const float* p) {
-    Float out;
-    memcpy(&out, p, sizeof(out));
-    return out;
-  }
-  void store(float* p) const { memcpy(p, this, sizeof(*this)); }
-};
-
-// 32 neighbouring elements as two vectors and back; lane_in_pair (types.h) tells where each goes.
-inline void load_pair(const float* p, Float& first, Float& second) {
-  first = Float::load(p);
-  second = Float::load(p + 16);
-}
-inline void store_pair(float* p, Float first, Float second) {
-  first.store(p);
-  second.store(p + 16);
-}
 
 inline Floats from_half(Words half) {
   const Words magnitude = half & 0x7fff, sign = (half & 0x8000) << 16;
@@ -111,18 +79,6 @@ inline void store_pair(BFloat16* p, Float first, Float second) {
   }
 }
 
-inline Float operator+(Float a, Float b) {
-  return Float::each([&](int i) { return a.part[i] + b.part[i]; });
-}
-inline Float operator-(Float a, Float b) {
-  return Float::each([&](int i) { return a.part[i] - b.part[i]; });
-}
-inline Float operator*(Float a, Float b) {
-  return Float::each([&](int i) { return a.part[i] * b.part[i]; });
-}
-inline Float operator/(Float a, Float b) {
-  return Float::each([&](int i) { return a.part[i] / b.part[i]; });
-}
 inline Float fma(Float a, Float b, Float c) {
 #ifdef __FP_FAST_FMAF
   return Float::each([&](int i) {
@@ -133,20 +89,6 @@ inline Float fma(Float a, Float b, Float c) {
 #else
   return a * b + c;
 #endif
-}
-
-inline Floats select_less(Floats a, Floats b, Floats x, Floats y) { return a < b ? x : y; }
-// a < b ? x : y
-inline Float select_less(Float a, Float b, Float x, Float y) {
-  return Float::each([&](int i) { return select_less(a.part[i], b.part[i], x.part[i], y.part[i]); });
-}
-// The larger of the two; where either is NaN, b.
-inline Float max_or_second(Float a, Float b) { return select_less(b, a, a, b); }
-// Whether a < b in every lane.
-inline bool all_less(Float a, Float b) {
-  Ints less = a.part[0] < b.part[0];
-  for (int i = 1; i < Float::parts; ++i) less &= a.part[i] < b.part[i];
-  return less[0] & less[1] & less[2] & less[3];
 }
 
 inline Float abs(Float a) {
