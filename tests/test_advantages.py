@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_kernels import value_loss
+from grpo_kernels import normalizer, value_loss
 from grpo_kernels.objectives import advantages
 
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0, 3.0, 3.0, 3.0, 3.0, 0.5, 2.5, -1.0, 0.0])
@@ -77,8 +77,16 @@ def test_group_size_must_divide():
 @pytest.mark.parametrize(("length", "expected"), [(0, 0), (80, 0), (90, -0.5), (100, -1), (130, -1)])
 def test_overlong_penalty(length, expected):
     """DAPO, arXiv:2503.14476 eq. 13: 0 up to max - buffer, then linear down to -1 at max."""
-    got = advantages.overlong_penalty(torch.tensor([length]), max_length=100, buffer=20)
-    assert got.item() == pytest.approx(expected)
+    for dtype in (torch.int64, torch.uint8, torch.float64):
+        got = advantages.overlong_penalty(torch.tensor([length], dtype=dtype), max_length=100, buffer=20)
+        assert got.item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_a_longest_response_beyond_the_dtype_of_lengths(dtype):
+    """A difference in the integers of the lengths would wrap around."""
+    got = advantages.overlong_penalty(torch.tensor([100], dtype=dtype), max_length=40960, buffer=100)
+    assert got.tolist() == [0.0]
 
 
 def trajectories() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -316,10 +324,48 @@ def test_numbers_that_are_none(call, message):
 def test_numbers_of_numpy_and_of_no_dimension():
     rewards, mask = torch.ones(2, 3), torch.ones(2, 3)
     expected = advantages.gae(rewards, rewards, mask, 0.5, 0.25)
-    for kind in (np.float32, torch.tensor):
+    for kind in (np.float32, np.array, torch.tensor):
         for got, want in zip(advantages.gae(rewards, rewards, mask, kind(0.5), kind(0.25)), expected, strict=True):
             torch.testing.assert_close(got, want)
-    assert torch.equal(advantages.group_centered(REWARDS, np.int64(4)), advantages.group_centered(REWARDS, 4))
+
+
+NUMBERS = {
+    "eps": lambda x: advantages.group_normalized(REWARDS, 4, x),
+    "max_length": lambda x: advantages.overlong_penalty(REWARDS, x, 1),
+    "buffer": lambda x: advantages.overlong_penalty(REWARDS, 10**25, x),
+    "baseline": lambda x: advantages.reward_to_go(REWARDS[None], torch.ones(1, 12), baseline=x),
+    "clip": lambda x: advantages.value_loss(*[REWARDS[None] + i for i in range(3)], torch.ones(1, 12), x),
+    "normalizer": lambda x: torch.tensor(float(x * normalizer(torch.ones(2, 3), "dapo") / x)),
+}
+SHARES = {
+    "discount": lambda x: advantages.reward_to_go(REWARDS[None], torch.ones(1, 12), x),
+    "steps": lambda x: advantages.n_step(*[REWARDS[None]] * 2, torch.ones(1, 12), x, np.array(2)),
+    "lam": lambda x: torch.stack(advantages.gae(*[REWARDS[None]] * 2, torch.ones(1, 12), 1.0, x)),
+}
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, *SHARES])
+def test_a_number_of_any_kind(name):
+    """The dtype and the bits of Python's float."""
+    call, number = (NUMBERS | SHARES)[name], 0.5 if name in SHARES else 3.0
+    alike = (np.array(number), np.float64(number), *(() if name in SHARES else (3, np.int64(3))))
+    for kind in alike:
+        assert torch.equal(call(kind), call(number))
+        assert call(kind).dtype == torch.float32
+    if name in NUMBERS:
+        assert torch.equal(call(10**20), call(1e20))
+
+
+@pytest.mark.parametrize("estimator", ["group_centered", "group_normalized", "leave_one_out", "has_signal"])
+@pytest.mark.parametrize("kind", [np.int64, np.array])
+def test_a_group_size_of_numpy(kind, estimator):
+    function = getattr(advantages, estimator)
+    assert torch.equal(function(REWARDS, kind(4)), function(REWARDS, 4))
+    assert function(REWARDS, kind(4)).dtype == function(REWARDS, 4).dtype
+    with pytest.raises(TypeError, match="group_size to be an integer; got array"):
+        function(REWARDS, np.array([4, 4]))
+    with pytest.raises(TypeError, match="group_size to be an integer; got array"):
+        function(REWARDS, np.array(4.0))
 
 
 def test_compiled_estimators():

@@ -218,3 +218,17 @@ def test_a_batch_of_one_has_no_stride():
 
 def test_logits_are_left_alone_unless_told():
     assert LogitArgs() == (1.0, 1.0, None)
+
+
+@pytest.mark.parametrize("library", [cpu._Params, cpu._TokenSums], ids=lambda kind: kind.__name__)
+def test_no_buffer_is_read_in_another_dtype(library):
+    """A pointer says nothing of what it points to."""
+    floats = {torch.float32: torch.float32, torch.bfloat16: torch.float32, torch.float64: torch.float64}
+    for dtype, real in floats.items():
+        params, weight = library(dtype=native.DTYPES[dtype]), torch.ones(2, dtype=real)
+        inputs = TokenInputs(weight, weight, None, None, None, weight, None)
+        native.fill(params, inputs)
+        assert params.kl_weight == weight.data_ptr()
+        for other in {torch.float32, torch.float64, torch.float16} - {real}:
+            with pytest.raises(TypeError, match=f"kl_weight: the kernel reads {real} here; got {other}"):
+                native.fill(params, inputs._replace(kl_weight=weight.to(other)))

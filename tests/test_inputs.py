@@ -13,6 +13,7 @@ from cases import make
 
 from grpo_kernels import (
     KL,
+    Clip,
     Divergence,
     GRPOLoss,
     LossConfig,
@@ -22,6 +23,7 @@ from grpo_kernels import (
     Rejection,
     Teacher,
     TopK,
+    TruncatedIS,
     align,
     collate,
     grpo_loss,
@@ -737,16 +739,78 @@ def test_options_that_are_on_or_off(function):
             grpo_loss(case.logits.clone().requires_grad_() * 1, *arguments[1:], inplace="False")
 
 
-def test_numbers_of_numpy():
-    """The same bits as of Python's floats of the same value."""
-    numbers = {"temperature": 0.75, "logit_scale": 1.25, "logit_softcap": 8.0, "normalizer": 3.0, "grad_scale": 0.5}
-    numbers |= {"kl_coef": 0.125, "entropy_coef": 0.25, "entropy_threshold": 0.5}
-    case, found = make(), []
-    for kind in (float, np.float32, np.float64):
-        found.append(case.run("cpu", **{name: kind(value) for name, value in numbers.items()}))
-    for out, gradient in found[1:]:
-        assert torch.equal(out.loss, found[0][0].loss)
-        assert torch.equal(gradient, found[0][1])
+COEFFICIENTS = {"kl_coef": 0.125, "rollout_kl_coef": 0.375, "entropy_coef": 0.25, "entropy_threshold": 0.5}
+TRANSFORM = {"temperature": 0.75, "logit_scale": 1.25, "logit_softcap": 8.0, "divergence_coef": 0.625}
+NUMBERS = {
+    grpo_loss: {**COEFFICIENTS, **TRANSFORM, "normalizer": 3.0, "grad_scale": 0.5},
+    linear_grpo_loss: {**COEFFICIENTS, **TRANSFORM, "normalizer": 3.0, "grad_scale": 0.5},
+    policy_loss: {**COEFFICIENTS, "normalizer": 3.0},
+}
+
+
+def with_numbers(function, backend, numbers):
+    """Return the loss and its gradient."""
+    case, g = make(), torch.Generator().manual_seed(0)
+    width, vocab = 5, case.logits.shape[-1]
+    drawn = torch.randn(*case.logits.shape[:2], width, generator=g), torch.randn(vocab, width, generator=g)
+    first, rest = {
+        grpo_loss: (case.logits, ()),
+        linear_grpo_loss: (drawn[0], drawn[1:]),
+        policy_loss: (-drawn[0][:, : case.token_ids.shape[1], 0].abs(), ()),
+    }[function]
+    options = {"config": "grpo", "entropy": torch.ones(case.token_ids.shape)}
+    if function is not policy_loss:
+        rest = (*rest, case.token_ids)
+        teacher = Teacher(logits=torch.randn(case.logits.shape, generator=g))
+        options = {"config": LossConfig(divergence=Divergence("forward_kl")), "teacher": teacher, "backend": backend}
+    first = first.clone().requires_grad_()
+    loss = function(first, *rest, case.advantages, case.mask, **options, **case.options, **numbers).loss
+    return loss.detach(), *torch.autograd.grad(loss, first)
+
+
+@pytest.mark.parametrize("on", ["cpu", "torch"])
+@pytest.mark.parametrize("function", NUMBERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.array])
+def test_numbers_of_numpy(kind, function, on):
+    """The same bits as of Python's floats of the same value; each alone, and all together."""
+    numbers = NUMBERS[function]
+    for chosen in (*({name: value} for name, value in numbers.items()), numbers):
+        expected = with_numbers(function, on, chosen)
+        got = with_numbers(function, on, {name: kind(value) for name, value in chosen.items()})
+        assert all(map(torch.equal, got, expected)), chosen
+
+
+LARGE = 10**20
+"""An integer beyond 64 bits, which fp32 holds."""
+
+
+@pytest.mark.parametrize("on", ["cpu", "torch"])
+@pytest.mark.parametrize("function", NUMBERS, ids=lambda f: f.__name__)
+def test_integers_beyond_64_bits(function, on):
+    for name in set(NUMBERS[function]) - set(TRANSFORM) - {"grad_scale"}:
+        expected = with_numbers(function, on, {name: float(LARGE)})
+        assert all(map(torch.equal, with_numbers(function, on, {name: LARGE}), expected)), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda x: LossConfig(kl=KL(x)),
+        lambda x: LossConfig(rollout_kl=KL(x)),
+        lambda x: LossConfig(entropy_coef=x),
+        lambda x: LossConfig(kl=KL(0.5, limit=(x, x), ratio_weighted=True, ratio_cap=x)),
+        lambda x: LossConfig(log_ratio_limit=x),
+        lambda x: LossConfig(Clip(0.2, x)),
+        lambda x: LossConfig(rollout=TruncatedIS(x)),
+    ],
+)
+def test_large_integers_of_a_config(config):
+    case = make()
+    case.options["rollout_log_probs"] = case.options["ref_log_probs"]
+    for backend in ("cpu", "torch"):
+        (out, gradient), (expected, slopes) = (case.run(backend, config=config(x)) for x in (LARGE, float(LARGE)))
+        assert torch.equal(out.loss, expected.loss)
+        assert torch.equal(gradient, slopes)
 
 
 @pytest.mark.parametrize("scorer", ["grpo_loss", "linear_grpo_loss"])

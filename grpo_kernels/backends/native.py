@@ -108,7 +108,12 @@ def fill_teacher(call: Call, teacher: Rows, stats: RowStats, kind: int, grad_div
 
 
 def fill(params: ctypes.Structure, *parts: tuple[Any, ...]) -> None:
-    """Set the fields of named tuples: addresses of tensors, null where there is none, numbers as they are."""
+    """Set the fields of named tuples: addresses of tensors, null where there is none, numbers as they are.
+
+    Raises:
+        TypeError: a tensor of floats in another dtype than the library would read there.
+    """
+    real = torch.float64 if params.dtype == DTYPES[torch.float64] else torch.float32
     for part in parts:
         pack, place = _place(type(params), type(part))
         if type(part) is ObjectiveSpec:
@@ -117,8 +122,12 @@ def fill(params: ctypes.Structure, *parts: tuple[Any, ...]) -> None:
             addresses = [0 if value is None else value.data_ptr() for value in part]
             kind: Any = type(part)
             for name, value, address in zip(kind._fields, part, addresses, strict=True):
-                if not address and value is not None and value.numel() > 0:  # null means that nothing was given
+                if value is None:
+                    continue
+                if not address and value.numel() > 0:  # null means that nothing was given
                     _refuse_freed(**{name: value})
+                if value.dtype is not real and value.dtype.is_floating_point:
+                    raise TypeError(f"{name}: the kernel reads {real} here; got {value.dtype}")
             pack(params, place, *addresses)
 
 

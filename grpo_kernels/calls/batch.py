@@ -12,7 +12,17 @@ from torch import Tensor
 
 from ..backends.contract import TokenInputs
 from ..objectives.aggregation import AGGREGATIONS
-from ..objectives.checks import check_finite, check_flag, check_held, check_scalar, check_shape, fail, fits, of_tokens
+from ..objectives.checks import (
+    check_finite,
+    check_flag,
+    check_held,
+    check_scalar,
+    check_shape,
+    fail,
+    fits,
+    of_tokens,
+    read_scalar,
+)
 from ..objectives.config import LossConfig
 from ..objectives.divergence import Divergence
 from ..objectives.normalizer import Normalizer
@@ -108,8 +118,9 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
         hint = "LossConfig(divergence=Divergence('reverse_kl')) says of what it is the coefficient"
         expected = "a divergence in the config beside divergence_coef="
         fail(tokens.function, expected, "none", tokens.tensors, hint)
-    if arguments.entropy_threshold is not None:
-        check_scalar(tokens.function, "entropy_threshold", arguments.entropy_threshold, tokens.checks)
+    threshold = arguments.entropy_threshold
+    if threshold is not None:
+        threshold = read_scalar(tokens.function, "entropy_threshold", threshold, tokens.checks)
     if arguments.skip_zero_advantage:
         check_flag(tokens.function, "skip_zero_advantage", arguments.skip_zero_advantage)
         per_sequence = advantages_per_sequence(sequences, arguments.advantages)
@@ -149,7 +160,7 @@ def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) ->
         sequences=sequences,
         inputs=inputs,
         schemes=config.schemes,
-        entropy_threshold=arguments.entropy_threshold,
+        entropy_threshold=threshold,
         divergence_weight=None if divergence is None else _divergence_weight(tokens, divergence, arguments, weight),
     )
     if known is not None:
@@ -255,8 +266,8 @@ def _divergence_weight(tokens: Tokens, divergence: Divergence, arguments: LossAr
 
 def _read_coefficient(tokens: Tokens, name: str, argument: float | Tensor) -> float | Tensor | None:
     """Return the factor of a term that a call gives, None where the term is out."""
-    check_scalar(tokens.function, name, argument, tokens.checks)
-    return argument if isinstance(argument, Tensor) or argument != 0 else None
+    coefficient = read_scalar(tokens.function, name, argument, tokens.checks)
+    return coefficient if isinstance(coefficient, Tensor) or coefficient != 0 else None
 
 
 def _scaled(weight: Tensor, coefficient: float | Tensor) -> Tensor:
@@ -346,8 +357,7 @@ def _read_normalizer(tokens: Tokens, config: LossConfig, normalizer: float | Ten
     if number == 0 and tokens.looks and bool(tokens.live.any()):
         hint = "normalizer(masks, config) counts what the loss is averaged over"
         fail(tokens.function, "normalizer > 0 where tokens count", repr(number), tokens.tensors, hint)
-    # NumPy's would be multiplied in their own dtype.
-    return normalizer if isinstance(normalizer, Tensor) or number is None else float(number)
+    return normalizer if isinstance(normalizer, Tensor) else float(normalizer)
 
 
 def _times_token_weights(tokens: Tokens, weight: Tensor, token_weights: Tensor) -> Tensor:

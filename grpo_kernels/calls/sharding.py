@@ -15,7 +15,7 @@ from ..backends.spec import LogitArgs
 from ..objectives.checks import check_tensors, describe, fail
 from ..objectives.compiler import outside_graphs
 from ..objectives.groups import agreement, begin_total, checksum, forget, gather, get_ranks, in_words, meets, read_group
-from ..objectives.settings import check_name, read_integer
+from ..objectives.settings import check_name, read_integer, shown
 from .batch import LossArguments
 from .head import HeadTensors
 from .tokens import RowTokens
@@ -89,7 +89,7 @@ def _read_layout(function: str, start: int | None, size: int | None) -> tuple[in
         number = None if value is None else read_integer(value)
         if value is not None and (number is None or number < least):
             error = TypeError if number is None else ValueError
-            fail(function, f"{name} to be an int >= {least}", repr(value), error=error)
+            fail(function, f"{name} to be an int >= {least}", shown(value), error=error)
         read.append(number)
     return read[0], read[1]
 
@@ -101,7 +101,7 @@ def _columns_that_count(function: str, width: int, start: int | None, size: int 
         hint = "vocab_group= says which ranks hold the other columns"
         fail(function, "vocab_start=0 where one rank holds the vocabulary", repr(start), hint=hint)
     if size is not None and size > width:
-        fail(function, f"vocab_size <= {width}, the columns that are here", repr(size))
+        fail(function, f"vocab_size <= {width}, the columns that are here", shown(size))
     return None if size in (None, width) else VocabShard(None, 0, size or 0, size or 0)
 
 
@@ -247,7 +247,7 @@ def _shard_of_dtensor(
     size = _read_layout(function, None, size)[1]
     vocab = tensor.shape[dim] if size is None else size
     if vocab > tensor.shape[dim]:
-        fail(function, f"vocab_size <= {tensor.shape[dim]}, the columns of the DTensor", repr(size))
+        fail(function, f"vocab_size <= {tensor.shape[dim]}, the columns of the DTensor", shown(size))
     here = tensor.to_local() if states is None else tensor.to_local(grad_placements=_parts(function, tensor, states))
     members = read_group(function, "the mesh", mesh.get_group(cut[0])) if cut else None
     if members is None:

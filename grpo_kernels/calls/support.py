@@ -25,7 +25,7 @@ from ..objectives.checks import check_device, check_shape, fail, read_mask
 from ..objectives.compiler import outside_graphs
 from ..objectives.groups import gather, ordered_sum
 from ..objectives.maths import weighed
-from ..objectives.settings import is_number, plain
+from ..objectives.settings import is_number, plain, shown
 from .arguments import ordinary
 from .autograd import once
 from .contents import check_ids
@@ -49,7 +49,7 @@ class TopK:
     def __post_init__(self) -> None:
         object.__setattr__(self, "k", plain(self.k))
         if not (isinstance(self.k, int) and not isinstance(self.k, bool) and self.k >= 1):
-            raise ValueError(f"TopK(k) must be an integer >= 1; got {self.k!r}.")
+            raise ValueError(f"TopK(k) must be an integer >= 1; got {shown(self.k)}.")
 
     def lowest(self, z: Tensor, shard: VocabShard | None) -> Tensor:
         """Return (n, 1): the smallest of each row that is kept, of z (n, V), or of this rank's columns of it."""
@@ -143,7 +143,7 @@ def _values(keys: Tensor, dtype: torch.dtype) -> Tensor:
 def _check_share(support: TopP | MinP) -> None:
     object.__setattr__(support, "p", plain(support.p))
     if not (is_number(support.p) and 0 < support.p <= 1):
-        raise ValueError(f"{type(support).__name__}(p) must be in (0, 1]; got {support.p!r}.")
+        raise ValueError(f"{type(support).__name__}(p) must be in (0, 1]; got {shown(support.p)}.")
 
 
 Filter: TypeAlias = TopK | TopP | MinP

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..calls.outputs import LossOutput, TokenLogProbs
-from ..objectives.checks import fail
+from ..objectives.checks import fail, read_scalar
 from .traced import TracedLogits
 
 _ASKED = ("output_hidden_states", "output_attentions", "output_router_logits", "use_cache")
@@ -53,5 +53,6 @@ def with_model_output(
     if isinstance(out, TokenLogProbs):
         return ModelLogProbs(*out, aux_loss=aux, model_output=rest)
     if aux_loss_coef is not None and aux is not None:
-        out = out._replace(loss=out.loss + aux_loss_coef * aux.to(out.loss) / micro_batches)
+        coefficient = read_scalar("attach", "aux_loss_coef", aux_loss_coef)
+        out = out._replace(loss=out.loss + coefficient * aux.to(out.loss) / micro_batches)
     return out._replace(aux_loss=aux, model_output=rest)

@@ -15,7 +15,7 @@ from ..log_probs import token_log_probs
 from ..loss import grpo_loss
 from ..objectives.checks import check_scalar, fail
 from ..objectives.config import LossConfig
-from ..objectives.settings import read_integer
+from ..objectives.settings import read_integer, shown
 from .call import Caller
 
 
@@ -54,7 +54,7 @@ def shadow(
     """
     count = read_integer(every)
     if count is None or count < 1:
-        raise ValueError(f"shadow(every=...) must be an integer, at least 1; got {every!r}.")
+        raise ValueError(f"shadow(every=...) must be an integer, at least 1; got {shown(every)}.")
     number = check_scalar("shadow", "factor", factor, check=True)
     if not number:
         fail("shadow", "a factor other than 0", repr(factor))

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_scalar, check_shape, check_tensors, fail, read_mask
+from .checks import check_scalar, check_shape, check_tensors, fail, read_mask, read_scalar
 from .running import backward_scan
 from .sequences import Packed, Padded, Sequences
-from .settings import read_integer
+from .settings import read_integer, shown
 
 
 def raw(rewards: Tensor) -> Tensor:
@@ -41,9 +41,9 @@ def group_normalized(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Ten
     TRL divides by the sample std and uses eps 1e-4. A group of equal rewards gives exact zeros.
     """
     groups = _groups("group_normalized", rewards, group_size)
-    check_scalar("group_normalized", "eps", eps)
     difference = groups - groups.mean(-1, keepdim=True)
-    scaled = difference / (groups.std(-1, keepdim=True, correction=0) + eps)
+    deviation = groups.std(-1, keepdim=True, correction=0)
+    scaled = difference / (deviation + read_scalar("group_normalized", "eps", eps))
     return torch.where(_constant(groups), 0.0, scaled).reshape(-1)
 
 
@@ -53,15 +53,17 @@ def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
     Needs group_size >= 2; a group of equal rewards gives exact zeros.
     """
     groups = _groups("leave_one_out", rewards, group_size)
-    if group_size < 2:
-        fail("leave_one_out", "group_size >= 2", str(group_size))
-    others = (groups.sum(-1, keepdim=True) - groups) / (group_size - 1)
+    size = groups.shape[1]
+    if size < 2:
+        fail("leave_one_out", "group_size >= 2", str(size))
+    others = (groups.sum(-1, keepdim=True) - groups) / (size - 1)
     return torch.where(_constant(groups), 0.0, groups - others).reshape(-1)
 
 
 def has_signal(rewards: Tensor, group_size: int) -> Tensor:
     """Return, bool (B,), whether a sequence's group has unequal rewards, so some advantage is not 0 (for DAPO)."""
-    return (~_constant(_groups("has_signal", rewards, group_size))).expand(-1, group_size).reshape(-1)
+    groups = _groups("has_signal", rewards, group_size)
+    return (~_constant(groups)).expand_as(groups).reshape(-1)
 
 
 def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
@@ -70,11 +72,11 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int) -> Tensor:
     It is 0 up to lengths of max_length - buffer, then linear down to -1 at max_length, -1 beyond.
     """
     check_tensors("overlong_penalty", {"lengths": lengths}, needed=("lengths",))
-    check_scalar("overlong_penalty", "max_length", max_length)
-    check_scalar("overlong_penalty", "buffer", buffer)
-    if not 0 < buffer <= max_length:
-        fail("overlong_penalty", "0 < buffer <= max_length", f"buffer={buffer}, max_length={max_length}")
-    return ((max_length - buffer - lengths) / buffer).clamp(-1.0, 0.0)
+    longest = read_scalar("overlong_penalty", "max_length", max_length)
+    room = read_scalar("overlong_penalty", "buffer", buffer)
+    if not 0 < room <= longest:
+        fail("overlong_penalty", "0 < buffer <= max_length", f"buffer={shown(buffer)}, max_length={shown(max_length)}")
+    return ((longest - room - _floating(lengths)) / room).clamp(-1.0, 0.0)
 
 
 def reward_to_go(
@@ -97,7 +99,7 @@ def reward_to_go(
             leaves it out (Nota & Thomas 2020, arXiv:1906.07073).
         cu_seqlens: (S+1,) bounds of packed sequences; rewards and mask are then (N,) or (1, N), as for the loss.
     """
-    _check_unit("reward_to_go", "discount", discount)
+    discount = _read_share("reward_to_go", "discount", discount)
     tokens = _Tokens.read("reward_to_go", cu_seqlens, rewards=rewards, mask=mask)
     live = tokens.live
     r = torch.where(live, tokens.rows(_floating(rewards)), 0.0)
@@ -119,17 +121,17 @@ def n_step(
     Time counts live tokens; V beyond the last live token is 0, so ``steps`` >= T gives Monte-Carlo returns.
     Subtract ``values`` for an advantage (Sutton & Barto 2018, ch. 7). ``cu_seqlens``: packed, as in ``reward_to_go``.
     """
-    _check_unit("n_step", "discount", discount)
-    if read_integer(steps) is None or steps < 1:
-        fail("n_step", "an integer steps >= 1", str(steps))
+    discount, count = _read_share("n_step", "discount", discount), read_integer(steps)
+    if count is None or count < 1:
+        fail("n_step", "an integer steps >= 1", shown(steps))
     tokens = _Tokens.read("n_step", cu_seqlens, rewards=rewards, values=values, mask=mask)
     line = _Line.of(tokens, _floating(rewards), values.detach())
     r, v = line.columns
     out = r.clone()
-    for k in range(1, min(steps, r.shape[-1])):
+    for k in range(1, min(count, r.shape[-1])):
         out += discount**k * line.ahead(r, k)
-    if steps < r.shape[-1]:
-        out += discount**steps * line.ahead(v, steps)
+    if count < r.shape[-1]:
+        out += discount**count * line.ahead(v, count)
     return line.spread(out).view(rewards.shape)
 
 
@@ -149,8 +151,7 @@ def gae(
     last one is 0 (the episode ends there); both outputs are 0 where masked. ``cu_seqlens``: packed, as in
     ``reward_to_go``.
     """
-    _check_unit("gae", "discount", discount)
-    _check_unit("gae", "lam", lam)
+    discount, lam = _read_share("gae", "discount", discount), _read_share("gae", "lam", lam)
     tokens = _Tokens.read("gae", cu_seqlens, rewards=rewards, values=values, mask=mask)
     line = _Line.of(tokens, _floating(rewards), values.detach())
     r, v = line.columns
@@ -179,15 +180,16 @@ def value_loss(
     if clip is not None:
         number = check_scalar("value_loss", "clip", clip)
         if number is not None and number < 0:
-            fail("value_loss", "clip >= 0, or None to leave it out", repr(number))
+            fail("value_loss", "clip >= 0, or None to leave it out", shown(clip))
     tokens = _Tokens.read("value_loss", cu_seqlens, **named)
     live = tokens.live
     values = torch.where(live, tokens.rows(values), 0.0)
     returns = torch.where(live, tokens.rows(returns.detach()), 0.0)
     losses = (values - returns) ** 2
     if clip is not None:
+        bound = clip if isinstance(clip, Tensor) else float(clip)
         old = torch.where(live, tokens.rows(old_values.detach()), 0.0)
-        losses = torch.maximum(losses, (old + (values - old).clamp(-clip, clip) - returns) ** 2)
+        losses = torch.maximum(losses, (old + (values - old).clamp(-bound, bound) - returns) ** 2)
     return 0.5 * losses.sum() / live.sum().clamp(min=1)
 
 
@@ -227,8 +229,7 @@ class _Tokens:
     def baseline(self, function: str, baseline: float | Tensor) -> float | Tensor:
         """Return a user's baseline, broadcastable to the rows."""
         if not isinstance(baseline, Tensor):
-            check_scalar(function, "baseline", baseline)
-            return baseline
+            return read_scalar(function, "baseline", baseline)
         baseline, count = baseline.detach(), self.sequences.count
         if baseline.dim() == 0:
             return baseline
@@ -272,17 +273,18 @@ class _Line:
 
 def _groups(function: str, rewards: Tensor, group_size: int) -> Tensor:
     check_tensors(function, {"rewards": rewards}, needed=("rewards",))
-    if read_integer(group_size) is None:
+    size = read_integer(group_size)
+    if size is None:
         fail(function, "group_size to be an integer", repr(group_size), error=TypeError)
-    if rewards.dim() != 1 or group_size < 1 or rewards.shape[0] % group_size:
-        expected = f"rewards (B,) with B a multiple of group_size {group_size}"
+    if rewards.dim() != 1 or size < 1 or rewards.shape[0] % size:
+        expected = f"rewards (B,) with B a multiple of group_size {shown(size)}"
         fail(function, expected, f"shape {tuple(rewards.shape)}", {"rewards": rewards})
-    return _floating(rewards).view(-1, group_size)
+    return _floating(rewards).view(-1, size)
 
 
-def _floating(rewards: Tensor) -> Tensor:
-    """Return rewards without gradient, integer ones in the default float type."""
-    return rewards.detach() if rewards.is_floating_point() else rewards.detach().to(torch.get_default_dtype())
+def _floating(values: Tensor) -> Tensor:
+    """Return rewards or lengths without gradient, integer ones in the default float type."""
+    return values.detach() if values.is_floating_point() else values.detach().to(torch.get_default_dtype())
 
 
 def _constant(groups: Tensor) -> Tensor:
@@ -290,7 +292,9 @@ def _constant(groups: Tensor) -> Tensor:
     return (groups == groups[:, :1]).all(-1, keepdim=True)
 
 
-def _check_unit(function: str, name: str, value: float) -> None:
+def _read_share(function: str, name: str, value: float) -> float:
+    """Return a number to compute with. Raise unless it is in [0, 1]."""
     number = check_scalar(function, name, value)
     if number is not None and not 0 <= number <= 1:
-        fail(function, f"{name} in [0, 1]", repr(value))
+        fail(function, f"{name} in [0, 1]", shown(value))
+    return value if isinstance(value, Tensor) else float(value)

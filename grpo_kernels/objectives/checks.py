@@ -162,6 +162,13 @@ def check_scalar(
     return number
 
 
+def read_scalar(function: str, name: str, value: float | Tensor, check: bool | None = None) -> float | Tensor:
+    """Return what to compute with: a 0-d tensor as it is, of any other number the Python float. One of numpy's would be
+    multiplied in its own dtype, an integer beyond 64 bits not at all."""
+    check_scalar(function, name, value, check)
+    return value if isinstance(value, Tensor) else float(value)
+
+
 def check_device(function: str, tensors: Mapping[str, object]) -> None:
     """Raise unless all tensors but 0-d ones are on the device of the first."""
     what, first = next(iter(tensors.items()))

@@ -16,7 +16,7 @@ from .kl import KL
 from .levels import LEVELS, Level, LevelName
 from .names import check_options, translates_fields
 from .rollout import Rollout
-from .settings import check_limit, plain, read_name, settle_count, settle_name, settle_number
+from .settings import read_limit, read_name, settle_count, settle_name, settle_number
 from .surrogates import Clip, NoSurrogate, Surrogate
 from .surrogates.registration import check_surrogate
 
@@ -83,8 +83,7 @@ class LossConfig:
         if self.entropy_aggregation is not None:
             settle_name(self, "entropy_aggregation", "entropy_aggregation", ("token_mean",))
         settle_number(self, "entropy_coef", "entropy_coef")
-        object.__setattr__(self, "log_ratio_limit", plain(self.log_ratio_limit))
-        check_limit("log_ratio_limit", self.log_ratio_limit)
+        object.__setattr__(self, "log_ratio_limit", read_limit("log_ratio_limit", self.log_ratio_limit))
         for name in ("constant_length", "group_size"):
             settle_count(self, name, name)
         if self.pooling.pools and not self.policy_term.uses_ratio:

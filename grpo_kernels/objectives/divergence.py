@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .maths import k3_of
 from .names import translates_fields
-from .settings import plain, settle_name, settle_number
+from .settings import settle_name, settle_number
 
 KindName = Literal["forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 Rest = Literal["bucket", "renormalize", "teacher_renormalize"]
@@ -165,7 +165,6 @@ class Divergence:
             raise ValueError(f"Divergence(mix=...) must be inside (0, 1){hint}; got {self.mix!r}.")
         settle_name(self, "to", "Divergence(to=...)", TARGETS)
         settle_name(self, "rest", "Divergence(rest=...)", RESTS)
-        object.__setattr__(self, "teacher_temperature", plain(self.teacher_temperature))
         if self.teacher_temperature is not None:
             settle_number(self, "teacher_temperature", "Divergence(teacher_temperature=...)", above=0)
 

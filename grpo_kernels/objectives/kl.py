@@ -15,7 +15,7 @@ from . import names
 from .checks import check_flag
 from .levels import LEVELS
 from .maths import beyond, clamp, k3_of, times
-from .settings import check_limit, plain, settle_name, settle_number
+from .settings import read_limit, settle_name, settle_number
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 GRADIENTS = ("pathwise", "straight_through_k2", "weighted_k2", "score_function")
@@ -63,9 +63,12 @@ class KL:
         settle_name(self, "gradient", "KL(gradient=...)", GRADIENTS)
         if not (isinstance(self.limit, tuple) and len(self.limit) == 2):
             raise ValueError(f"KL(limit=...) must be a pair (input, output) of limits; got {self.limit!r}.")
-        object.__setattr__(self, "limit", tuple(map(plain, self.limit)))
-        for name, value in zip(("input", "output"), self.limit, strict=True):
-            check_limit(f"KL(limit=...): the {name} limit", value)
+        of_input, of_output = self.limit
+        limits = (
+            read_limit("KL(limit=...): the input limit", of_input),
+            read_limit("KL(limit=...): the output limit", of_output),
+        )
+        object.__setattr__(self, "limit", limits)
         settle_number(self, "ratio_cap", "KL(ratio_cap=...)", above=0, infinite=True)
         if self.level is not None:
             settle_name(self, "level", "KL(level=...)", LEVELS)

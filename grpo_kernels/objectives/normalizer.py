@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from .aggregation import AGGREGATIONS, Aggregation, refuse_class
-from .checks import check_tensors, fail
+from .checks import check_tensors, fail, read_scalar
 from .config import PRESETS, LossConfig, resolve_config
 from .groups import ordered_sum, read_group
 from .names import NoKeyword, refuse_keywords
 from .sequences import accumulate_dtype, read_live
-from .settings import read_integer, read_name
+from .settings import read_integer, read_name, shown
 
 if TYPE_CHECKING:
     from .groups import Group
@@ -59,12 +59,12 @@ class Normalizer:
     __radd__ = __add__
 
     def __mul__(self, factor: float) -> Normalizer:
-        return Normalizer(self._value * factor, self._unit, self._group_size)
+        return Normalizer(self._value * read_scalar("normalizer", "factor", factor), self._unit, self._group_size)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Normalizer:
-        return Normalizer(self._value / divisor, self._unit, self._group_size)
+        return Normalizer(self._value / read_scalar("normalizer", "divisor", divisor), self._unit, self._group_size)
 
     def __float__(self) -> float:
         return float(self._value)
@@ -124,7 +124,8 @@ def normalizer(
         fail("normalizer", "the config of the loss, normalizer(masks, config)", "none", hint=hint, error=TypeError)
     micro_batches = [masks] if isinstance(masks, Tensor) else list(masks)
     bounds = [cu_seqlens] if isinstance(cu_seqlens, Tensor) else cu_seqlens
-    _check_micro_batches(micro_batches, bounds, world_size)
+    _check_micro_batches(micro_batches, bounds)
+    divisor = _read_world_size(world_size)
     aggregation = _aggregation_of(config)
     unit, group_size = aggregation.unit, aggregation.group_size
     if unit == "tokens":
@@ -145,10 +146,10 @@ def normalizer(
         total = torch.zeros_like(total)  # the first rank counts what all of them hold parts of
     ranks = of_sequences if group is None else read_group("normalizer", "group", group)
     total = total if ranks is None else ordered_sum(total, ranks)
-    return Normalizer(total / world_size, unit, group_size)
+    return Normalizer(total / divisor, unit, group_size)
 
 
-def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None, world_size: int) -> None:
+def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None) -> None:
     if not masks:
         fail("normalizer", "at least one mask", "none")
     _check_each("mask", masks)
@@ -159,9 +160,13 @@ def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None, w
         fail("normalizer", f"cu_seqlens of each of the {len(masks)} micro-batches", f"{len(bounds)}")
     if bounds is not None:
         _check_each("cu_seqlens", bounds)
+
+
+def _read_world_size(world_size: int) -> int:
     ranks = read_integer(world_size)
-    if ranks is None or ranks < 1:
-        fail("normalizer", "world_size to be an integer, at least 1", repr(world_size))
+    if ranks is None or not 0 < ranks < 2**63:
+        fail("normalizer", "world_size to be an integer, at least 1", shown(world_size))
+    return ranks
 
 
 def _check_each(name: str, tensors: Sequence[Tensor]) -> None:

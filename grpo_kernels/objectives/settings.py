@@ -22,7 +22,7 @@ def check_name(kind: str, name: object, allowed: Iterable[str], meant: str | Non
     """Raise a ValueError unless ``name`` is one of ``allowed``: with what was ``meant``, or the nearest valid name of
     what is a name at all."""
     names = list(allowed)
-    if name not in names:
+    if not isinstance(name, str) or name not in names:
         if meant is None and isinstance(name, str):
             meant = repr(nearest(name, names))
         suggestion = "" if meant is None else f" Did you mean {meant}?"
@@ -61,9 +61,12 @@ def read_integer(value: object) -> int | None:
     """Return the Python int that an integer of any type is; None for bools, tensors and what is none."""
     if type(value) is int:  # before what torch.compile does not trace for its symbols
         return value
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+    if isinstance(value, (bool, Tensor)):
         return None
-    return operator.index(value)
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:  # an array of numpy's has an __index__ that raises, too
+        return None
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -83,10 +86,12 @@ def shown(value: object) -> str:
     return repr(value) + ", beyond fp32" if beyond else repr(value)
 
 
-def check_limit(what: str, value: float | None) -> None:
-    """Raise unless a limit of a config is a finite number > 0, or None."""
+def read_limit(what: str, limit: float | None) -> float | None:
+    """Return the Python float that a limit of a config is, or None. Raise unless it is finite and > 0."""
+    value = plain(limit)
     if value is not None and not (is_number(value) and value > 0 and is_finite(value)):
         raise ValueError(f"{what} must be a finite number > 0, or None for no limit; got {shown(value)}.")
+    return None if value is None else float(value)
 
 
 def settle_number(
@@ -97,12 +102,12 @@ def settle_number(
     above: float = -math.inf,
     infinite: bool = False,
 ) -> None:
-    """Put the Python number in the place of what a field of a frozen dataclass holds. Raise unless it is inside its
+    """Put the Python float in the place of what a field of a frozen dataclass holds. Raise unless it is inside its
     bounds, and finite or ``infinite`` allowed."""
     value = plain(getattr(instance, field))
-    object.__setattr__(instance, field, value)
     endless = infinite and value == math.inf
     if is_number(value) and value >= at_least and value > above and (is_finite(value) or endless):
+        object.__setattr__(instance, field, float(value))
         return
     bound = f" >= {at_least:g}" if at_least > -math.inf else f" > {above:g}" if above > -math.inf else ""
     raise ValueError(f"{what} must be a {'' if infinite else 'finite '}number{bound}; got {shown(value)}.")

@@ -232,7 +232,7 @@ WRITTEN = {
         "sequences.count if normalizer is None else normalizer",
         "sequences.count",
     ),
-    "world size": ("objectives/normalizer.py", "Normalizer(total / world_size", "Normalizer(total"),
+    "world size": ("objectives/normalizer.py", "Normalizer(total / divisor", "Normalizer(total"),
     "normalizer: outside of the bounds": (
         "objectives/sequences.py",
         "return live & Packed.read(",
