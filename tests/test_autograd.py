@@ -192,6 +192,30 @@ def test_a_loss_may_be_overwritten(name):
     torch.testing.assert_close(torch.autograd.grad(loss, x)[0], 2 * expected)
 
 
+class Stop(torch.autograd.Function):
+    """A function without a gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return None
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_no_gradient_from_above(name):
+    """None, as of PyTorch's own operators; and the call can still be asked for one."""
+    leaf, function = FUNCTIONS[name]
+    x = torch.linspace(-3, -1, math.prod(LEAVES[leaf])).view(LEAVES[leaf]).requires_grad_()
+    loss = function(x)
+    Stop.apply(loss).backward(retain_graph=True)
+    assert x.grad is None
+    loss.backward()
+    assert x.grad.abs().sum() > 0
+
+
 def test_create_graph_under_checkpointing():
     """What is saved is unpacked twice, and the gradient is that without a graph."""
     x = torch.linspace(-3, -1, 42).view(2, 3, 7).requires_grad_()

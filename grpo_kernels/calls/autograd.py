@@ -102,7 +102,9 @@ class KnownGradients(torch.autograd.Function):
 
     @staticmethod
     @once
-    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * len(ctx.needs_input_grad)
         if ctx.spent:
             alternative = ctx.function.replace("grpo_loss", "token_log_probs")
             raise RuntimeError(_SPENT.format(function=ctx.function, alternative=alternative))
@@ -130,12 +132,15 @@ class LossGradient(torch.autograd.Function):
         inplace: bool,
     ) -> Tensor:
         ctx.save_for_backward(logits, *rows[1:4], rows.temperature, *stats, *gradients)
+        ctx.set_materialize_grads(False)
         ctx.softcap, ctx.backend, ctx.inplace = rows.softcap, backend, inplace
         return _output(loss)
 
     @staticmethod
     @once
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 7
         logits, token_ids, live, numbers, temperature, *saved = ctx.saved_tensors
         rows = Rows(logits, token_ids, live, numbers, ctx.softcap, temperature)
         stats = RowStats(*saved[:4])
@@ -164,7 +169,9 @@ class LossOfLogProbs(torch.autograd.Function):
 
     @staticmethod
     @once
-    def backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 7
         slopes = (None if slope is None else slope * upstream for slope in ctx.saved_tensors[1:])
         return *slopes, None, None, None, None
 

@@ -63,12 +63,15 @@ class _TokenLosses(torch.autograd.Function):
         threshold = batch.entropy_threshold
         known = (batch.live, *batch.inputs, threshold if isinstance(threshold, Tensor) else None)
         ctx.save_for_backward(log_prob, entropy, *(None if tensor is None else ordinary(tensor)[0] for tensor in known))
+        ctx.set_materialize_grads(False)
         ctx.config, ctx.batch = config, batch
         return value.clone()  # an input that is handed back refuses writes in place
 
     @staticmethod
     @once
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return None, None, None, None, None
         log_prob, entropy, live, *known, threshold = ctx.saved_tensors
         inputs = TokenInputs(*known)
         policy = weighed(inputs.policy_weight, upstream)
