@@ -636,6 +636,21 @@ def test_vocab_size_is_an_integer_of_any_type(integer, teacher):
     assert torch.equal(*losses)
 
 
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_an_adapter_beside_a_padded_head(kind):
+    case = taught(batch=3, length=4, vocab=9)
+    hidden, weight, states, own = (
+        drawn(*shape, dtype=torch.float32) for shape in ((3, 4, 5), (9, 5), (3, 4, 2), (9, 2))
+    )
+    losses = []
+    for rows, options in (((weight, own), {}), ((weight, own), {"vocab_size": 9}), (None, {"vocab_size": 9})):
+        head, down = rows or (torch.cat([x, drawn(2, x.shape[1], dtype=torch.float32)]) for x in (weight, own))
+        common = {**case.options, "config": LossConfig(divergence=Divergence("jsd")), **options}
+        losses.append(linear_grpo_loss(hidden, head, *case.arguments, adapter=kind((states, down)), **common).loss)
+    assert torch.equal(losses[0], losses[1])
+    assert torch.equal(losses[0], losses[2])
+
+
 @pytest.mark.parametrize("x", PADDING)
 def test_padded_vocabularies_of_losses(x):
     case, dtype = taught(dtype=torch.float64), torch.float64
@@ -1165,7 +1180,7 @@ def bad(function: Any = grpo_loss, **changes: Any) -> Any:
 
 
 def teacher_of(*shape: int, **form: Any) -> Teacher:
-    return Teacher(logits=torch.zeros(*shape), **form)
+    return Teacher(logits=torch.zeros(shape), **form)
 
 
 def states_of(hidden: tuple[int, ...], weight: tuple[int, ...], **form: Any) -> Teacher:
@@ -1216,6 +1231,27 @@ BAD = {
         "linear_grpo_loss: teacher: expected logit_softcap to be",
     ),
     "a teacher moved to a dtype": (lambda: teacher_of(1, 2).to(torch.bfloat16), TypeError, "device"),
+    "logits of no rows": (lambda: teacher_of(7), ValueError, r"expected logits \(..., V\), of rows; got .*\(7,"),
+    "logits of no dimension": (lambda: teacher_of(), ValueError, r"Teacher: expected logits .*got shape \(\)"),
+    "a head of no rows": (lambda: states_of((2, 3), (7,)), ValueError, r"expected weight \(V, H\); got shape \(7,"),
+    "a bias of another head": (
+        lambda: states_of((2, 3), (7, 3), bias=torch.zeros(3)), ValueError, r"Teacher: expected bias \(7,\).*\(3,\)",
+    ),
+    "a bias of no dimension": (
+        lambda: states_of((2, 3), (7, 3), bias=torch.zeros(())), ValueError, r"Teacher: expected bias \(7,\).*\(\)",
+    ),
+    "the policy's bias, of another head": (
+        bad(linear_grpo_loss, bias=torch.zeros(3), **OTHER), ValueError, r"bias \(11,\); got \(3,\)",
+    ),
+    "the policy's bias, as a column": (
+        bad(linear_grpo_loss, bias=torch.zeros(11, 1), **OTHER), ValueError, r"bias \(11,\); got \(11, 1\)",
+    ),
+    "columns that numpy does not write as one": (
+        bad(vocab_size=np.array([5, 6])), ValueError, r"vocab_size, an int in \[1, 11\].*array\(\[5, 6\]\)",
+    ),
+    "columns that Python does not write": (
+        bad(vocab_size=10**5000), ValueError, r"vocab_size, an int in \[1, 11\].*an integer of 16610 bits",
+    ),
     "a wider teacher": (bad(teacher=teacher_of(3, 5, 13)), ValueError, "11 columns, or vocab_size=; got 13"),
     "a narrower teacher": (bad(teacher=teacher_of(3, 5, 9)), ValueError, r"11 columns(.|\n)*vocab_size=9"),
     "too many columns": (bad(teacher=teacher_of(3, 5, 9), **OTHER), ValueError, r"vocab_size, an int in \[1, 9\].*11"),

@@ -12,7 +12,7 @@ from ..backends.spec import LogitArgs
 from ..objectives.checks import check_tensors, describe, fail
 from ..objectives.divergence import Divergence
 from ..objectives.groups import in_words
-from ..objectives.settings import plain, read_integer, settle_number
+from ..objectives.settings import plain, read_integer, settle_number, shown
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -56,6 +56,7 @@ class Teacher:
                 hint = _hint_of(name, value)
                 fail("Teacher", f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
         check_tensors("Teacher", named, needed=())
+        self._check_head()
         given = [form for form, needs in forms.items() if any(named[name] is not None for name in needs)]
         form = given[0] if len(given) == 1 else ""
         if not form or any(named[name] is None for name in forms[form]):
@@ -80,6 +81,16 @@ class Teacher:
             fail("Teacher", expected, repr(self.temperature), hint=hint)
         if self.temperature is not None:
             settle_number(self, "temperature", "Teacher(temperature=...)", above=0)
+
+    def _check_head(self) -> None:
+        """Raise where the dimensions do not say how many columns there are."""
+        logits, weight, bias = self.logits, self.weight, self.bias
+        if logits is not None and logits.dim() < 2:
+            fail("Teacher", "logits (..., V), of rows", f"shape {tuple(logits.shape)}")
+        if weight is not None and weight.dim() != 2:
+            fail("Teacher", "weight (V, H)", f"shape {tuple(weight.shape)}")
+        if bias is not None and weight is not None and bias.shape != weight.shape[:1]:
+            fail("Teacher", f"bias {tuple(weight.shape[:1])}, one of each of weight's rows", str(tuple(bias.shape)))
 
     def _check_options(self, form: str) -> None:
         """Raise for what has no part in a teacher of this form."""
@@ -174,20 +185,26 @@ def check_teacher(function: str, teacher: object, divergence: Divergence | None)
         fail(function, "a divergence in the config beside teacher=", "none", hint=hint)
 
 
+_DIMENSIONS = {"weight": 2, "bias": 1, "adapter": 2}
+"""Of the tensors of a head, which has a row for each column of its logits."""
+
+
 def first_columns(
     function: str, vocab_size: int, teacher: Teacher, dim: int, *tensors: Tensor | None
 ) -> tuple[Teacher, tuple[Tensor | None, ...]]:
     """Return a teacher and the policy's ``tensors`` without what their vocabularies have beyond ``vocab_size``."""
-    names = ("logits",) if dim else ("weight", "bias", "adapter")
-    check_tensors(function, dict(zip(names, tensors, strict=True)), needed=names[:1])
-    given = [tensor for tensor in tensors if tensor is not None]
-    if any(tensor.dim() == 0 for tensor in given):  # refused with what it should be
+    names = ("logits",) if dim else tuple(_DIMENSIONS)
+    named = dict(zip(names, tensors, strict=True))
+    check_tensors(function, named, needed=names[:1])
+    given = {name: tensor for name, tensor in named.items() if tensor is not None}
+    fitting = all(tensor.dim() == _DIMENSIONS.get(name, max(2, tensor.dim())) for name, tensor in given.items())
+    columns = {tensor.shape[dim] for tensor in given.values()} if fitting else set()
+    if len(columns) != 1:  # refused with what it should be
         return teacher, tensors
-    columns = [tensor.shape[dim] for tensor in given]
-    most = min(columns if teacher.columns is None else [*columns, teacher.columns])
+    most = min(columns if teacher.columns is None else {*columns, teacher.columns})
     count = read_integer(vocab_size)
     if count is None or not 0 < count <= most:
-        fail(function, f"vocab_size, an int in [1, {most}], the columns of policy and teacher", repr(vocab_size))
+        fail(function, f"vocab_size, an int in [1, {most}], the columns of policy and teacher", shown(vocab_size))
 
     if teacher.columns is not None:
         logits, weight, bias = teacher.logits, teacher.weight, teacher.bias

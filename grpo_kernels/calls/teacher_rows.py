@@ -74,7 +74,7 @@ def beside_teacher(
     refuse_shards(function, vocab_group, vocab_start, (weight, hidden))
     if vocab_size is None:
         return teacher, head
-    paired = isinstance(adapter, tuple) and len(adapter) == 2 and isinstance(adapter[1], Tensor)
+    paired = isinstance(adapter, (tuple, list)) and len(adapter) == 2 and isinstance(adapter[1], Tensor)
     of_adapter = adapter[1] if adapter is not None and paired else None  # or it is refused with what it should be
     teacher, (own, own_bias, own_adapter) = first_columns(function, vocab_size, teacher, 0, weight, bias, of_adapter)
     assert own is not None
