@@ -110,7 +110,7 @@ PARTS = {
     "mutants-cpp": Part(12, ("test_mutants",), (*MUTATED, *CPU), r"\[cpp"),
     "mutants-cuda": Part(20, ("test_mutants",), (*MUTATED, *CUDA), r"\[(written )?cuda"),
     "repeats": Part(15, ("test_repeats",), (*KERNELS, "csrc/**")),
-    "match": Part(7, ("test_match", "test_match_others", "test_match_peers"), ("grpo_kernels/**",)),
+    "match": Part(17, ("test_match", "test_match_others", "test_match_peers"), ("grpo_kernels/**",)),
     "commands": Part(
         6, ("test_training", "test_training_ranks", "test_memory", "test_cli"), ("grpo_kernels/**", "csrc/**")
     ),
