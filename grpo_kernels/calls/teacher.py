@@ -56,13 +56,13 @@ class Teacher:
                 hint = _hint_of(name, value)
                 fail("Teacher", f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
         check_tensors("Teacher", named, needed=())
-        self._check_head()
         given = [form for form, needs in forms.items() if any(named[name] is not None for name in needs)]
         form = given[0] if len(given) == 1 else ""
         if not form or any(named[name] is None for name in forms[form]):
             got = ", ".join(name for name, value in named.items() if value is not None) or "nothing"
             fail("Teacher", "logits=, or hidden= and weight=, or token_ids= and log_probs=", got)
         self._check_options(form)
+        self._check_head()
         for name in ("logits", "hidden", "log_probs"):
             value = named[name]
             if value is not None and value.requires_grad:
