@@ -334,7 +334,7 @@ def test_contents_that_cannot_be_seen():
         normalizer(mask, "dapo")
     with pytest.raises(ValueError, match="finite and >= 0"):
         normalizer(torch.full((2, 3), -1.0), "dapo")
-    assert align(*(torch.ones(2, 3, device="meta"),) * 2)[1].device.type == "meta"
+    assert align(*(torch.ones(2, 3, dtype=torch.int64, device="meta"),) * 2)[1].device.type == "meta"
 
 
 TRANSFORM = ("temperature", "logit_scale", "logit_softcap")

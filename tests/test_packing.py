@@ -245,7 +245,11 @@ def test_collate_refuses():
         ([sample, {"input_ids": [1], "loss_mask": [1]}], ValueError, "sample 1 with input_ids, loss_mask"),
         ([sample, sample | {"loss_mask": [1]}], ValueError, r"one length >= 1; got \(3,\) and \(1,\) in sample 1"),
         ([sample | {"input_ids": [], "loss_mask": []}], ValueError, "one length >= 1"),
-        ([sample | {"input_ids": [1.0, 2.0, 3.0]}], TypeError, "of integers; got torch.float32 in sample 0"),
+        (
+            [sample | {"input_ids": [1.0, 2.0, 3.0]}],
+            TypeError,
+            "sample 0: expected input_ids of integers; got torch.float32",
+        ),
         ([sample | {"old_log_probs": [0.0]}], ValueError, r"\(3,\) of every token or \(2,\) .* \(1,\) in sample 0"),
         (
             [sample, sample | {"advantages": [1.0, 2.0]}],
@@ -255,6 +259,52 @@ def test_collate_refuses():
         ([sample | {"prompt": "1+1="}], TypeError, "prompt of numbers; got str in sample 0(.|\n)*hint: leave out"),
         ([sample | {"loss_mask": [-1, 0, 0]}], ValueError, "loss_mask to be finite and >= 0"),
         ([sample | {"cu_seqlens": 3}], ValueError, "beside its tokens; got cu_seqlens="),
+        ([sample | {"attention_mask": [1, 1, 1]}], ValueError, "samples without padding; got attention_mask"),
+        (sample, TypeError, "a list of mappings, one of each sample; got dict"),
+        (iter([sample]), TypeError, r"got list_iterator(.|\n)*hint: collate\(list\(samples\)\)"),
+        ([[1, 2], [3]], TypeError, "a list of mappings"),
+        (None, TypeError, "a list of mappings, one of each sample; got NoneType"),
     ):
-        with pytest.raises(error, match=match):
-            collate(samples)
+        for packed in (False, True):
+            with pytest.raises(error, match=match):
+                collate(samples, packed=packed)
+
+
+def test_what_is_no_tensor_or_no_ids():
+    ids, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3)
+    with pytest.raises(TypeError, match="pack: expected attention_mask to be a tensor; got None"):
+        pack(ids, mask, None)
+    with pytest.raises(TypeError, match="pack: expected ref_log_probs to be a tensor; got None"):
+        pack(ids, mask, mask, ref_log_probs=None)
+    for call in (lambda x: pack(x, mask, mask), lambda x: align(x, mask)):
+        with pytest.raises(TypeError, match="input_ids of integers; got torch.float32"):
+            call(ids.float())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_collate_keeps_the_numbers_of_every_sample(packed):
+    """Whatever the first one's are: integers took the fractions of those behind them."""
+    narrow = {"input_ids": torch.tensor([5, 6, 7], dtype=torch.uint8), "advantages": [0, 0], "token_weights": [1, 1]}
+    wide = {"input_ids": [5, 300, 7], "advantages": [-0.5, 0.75], "token_weights": [0.25, 0.5]}
+    samples = [{"loss_mask": [0, 1, 1], **sample} for sample in (narrow, wide)]
+    inputs, tokens = collate(samples, packed=packed)
+    turned_inputs, turned = collate(samples[::-1], packed=packed)
+    assert sorted(inputs["input_ids"].flatten().tolist()) == [5, 5, 6, 7, 7, 300]
+    assert sorted(turned_inputs["input_ids"].flatten().tolist()) == [5, 5, 6, 7, 7, 300]
+    for name, counted in (("advantages", [-0.5, 0.75]), ("token_weights", [0.25, 0.5])):
+        for each in (tokens, turned):
+            assert {*counted} <= {*each[name].flatten().tolist()}
+            assert each[name].dtype == torch.float32
+
+
+def test_collate_keeps_the_digits_of_numbers():
+    """Python's floats are no bf16, though a model is made under that default."""
+    log_probs, default = [-6.83, -0.001], torch.get_default_dtype()
+    sample = {"input_ids": [5, 6, 7], "loss_mask": [0, 1, 1], "advantages": 0.1, "old_log_probs": log_probs}
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        _, tokens = collate([sample])
+    finally:
+        torch.set_default_dtype(default)
+    assert torch.equal(tokens["old_log_probs"], torch.tensor([log_probs]))
+    assert torch.equal(tokens["advantages"], torch.tensor([0.1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..objectives.checks import INTEGER_DTYPES, check_bounds, check_device, check_tensors, fail, read_mask
+from ..objectives.checks import check_bounds, check_device, check_ids_dtype, check_tensors, fail, read_mask
 from .tokens import align
 
 _MADE = ("token_ids", "mask", "cu_seqlens")
@@ -44,7 +45,8 @@ def pack(
         ValueError: shapes that differ, a token that counts without being attended to, or before the first of a value.
     """
     tensors = {"input_ids": input_ids, "loss_mask": loss_mask, "attention_mask": attention_mask, **values}
-    check_tensors("pack", tensors)
+    check_tensors("pack", tensors, needed=tensors)
+    check_ids_dtype("pack", input_ids, tensors)
     if input_ids.dim() != 2 or not input_ids.shape == loss_mask.shape == attention_mask.shape:
         hint = "a batch that is packed already needs align(input_ids, loss_mask, cu_seqlens) alone"
         fail("pack", "input_ids, loss_mask and attention_mask (B, L)", "other shapes", tensors, hint)
@@ -140,16 +142,24 @@ def collate(samples: Sequence[Mapping[str, Any]], *, packed: bool = False) -> tu
     Raises:
         ValueError, TypeError: what a sample lacks, or has of another length, with its number.
     """
+    if not isinstance(samples, Sequence) or not all(isinstance(sample, Mapping) for sample in samples):
+        hint = "collate(list(samples)); each has input_ids, loss_mask and what else the loss takes, by its names"
+        fail("collate", "a list of mappings, one of each sample", type(samples).__name__, hint=hint, error=TypeError)
     if len(samples) == 0:
         fail("collate", "at least one sample", "none")
     columns: dict[str, list[Tensor]] = {name: [] for name in dict.fromkeys((*_OF_A_SAMPLE, *samples[0]))}
     _check_names("collate", columns)
+    if "attention_mask" in columns:
+        hint = "leave it out, and padding with it: the batch's is made here"
+        fail("collate", "samples without padding", "attention_mask", hint=hint)
     for number, sample in enumerate(samples):
         for name, value in _read_sample(number, sample, list(columns)).items():
             columns[name].append(value)
     for name, values in columns.items():
         if len({value.dim() for value in values}) > 1:
             fail("collate", f"{name} of tokens in every sample, or a number in every one", "some of each")
+        dtype = functools.reduce(torch.promote_types, (value.dtype for value in values))  # not that of the first
+        columns[name] = [value.to(dtype) for value in values]
     whole = {
         name: torch.stack(values) if values[0].dim() == 0 else pad_sequence(values, batch_first=True)
         for name, values in columns.items()
@@ -173,9 +183,7 @@ def _read_sample(number: int, sample: Mapping[str, Any], names: list[str]) -> di
     if ids.dim() != 1 or len(ids) == 0 or ids.shape != loss_mask.shape:
         got = f"{tuple(ids.shape)} and {tuple(loss_mask.shape)} in sample {number}"
         fail("collate", "input_ids and loss_mask of one length >= 1", got)
-    if ids.dtype not in INTEGER_DTYPES:
-        got = f"{ids.dtype} in sample {number}"
-        fail("collate", "input_ids of integers", got, error=TypeError)
+    check_ids_dtype(f"collate, sample {number}", ids)
     counts = read_mask("collate", loss_mask, read, name="loss_mask")
     read["loss_mask"] = counts
     live = int(counts.sum())
@@ -190,8 +198,11 @@ def _read_sample(number: int, sample: Mapping[str, Any], names: list[str]) -> di
 
 
 def _tensor(name: str, value: Any, number: int) -> Tensor:
+    """Return what a sample has by a name; Python's floats in fp32 at least, whatever the default dtype is."""
     try:
         tensor = torch.as_tensor(value)
+        if tensor.is_floating_point() and not hasattr(value, "dtype"):
+            tensor = torch.as_tensor(value, dtype=torch.promote_types(tensor.dtype, torch.float32))
     except (TypeError, ValueError, RuntimeError):  # what it raises depends on what it finds
         hint = "leave out what the loss does not take"
         fail("collate", f"{name} of numbers", f"{type(value).__name__} in sample {number}", hint=hint, error=TypeError)

@@ -17,6 +17,7 @@ from ..backends.contract import Rows
 from ..objectives.checks import (
     INTEGER_DTYPES,
     check_device,
+    check_ids_dtype,
     check_no_transforms,
     check_shape,
     check_tensors,
@@ -240,6 +241,7 @@ def align(input_ids: Tensor, loss_mask: Tensor, cu_seqlens: Tensor | None = None
     check_tensors("align", {"input_ids": input_ids, "loss_mask": loss_mask})
     if input_ids.shape != loss_mask.shape:
         fail("align", "input_ids and loss_mask of one shape", "two different shapes", tensors)
+    check_ids_dtype("align", input_ids, tensors)
     mask = read_mask("align", loss_mask, tensors, name="loss_mask")
     if cu_seqlens is None:
         if input_ids.dim() != 2:

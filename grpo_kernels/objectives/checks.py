@@ -197,6 +197,11 @@ def check_tensors(function: str, named: Mapping[str, object], needed: Container[
             fail(function, f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
 
 
+def check_ids_dtype(function: str, input_ids: Tensor, tensors: Mapping[str, object] | None = None) -> None:
+    if input_ids.dtype not in INTEGER_DTYPES:
+        fail(function, "input_ids of integers", str(input_ids.dtype), tensors, error=TypeError)
+
+
 def refuse_layout(function: str, name: str, tensor: Tensor) -> NoReturn:
     """Raise for a tensor that no kernel can read by its strides: a sparse one, oneDNN's, a nested one."""
     got, hint = str(tensor.layout), f"{name}.to_dense()"
