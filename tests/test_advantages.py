@@ -308,6 +308,9 @@ def test_what_is_no_tensor(name, value):
         (lambda x: advantages.group_centered(x[0], "3"), "group_size to be an integer; got '3'"),
         (lambda x: advantages.leave_one_out(x[0], 3.0), "group_size to be an integer; got 3.0"),
         (lambda x: advantages.group_normalized(x[0], 3, "1e-4"), "eps to be a finite number .*; got '1e-4'"),
+        (lambda x: advantages.group_normalized(x[0], 3, -1), "group_normalized: expected eps >= 0; got -1"),
+        (lambda x: advantages.group_centered(x[0] * 1j, 3), "rewards, values and lengths are real numbers; got .*x64"),
+        (lambda x: advantages.gae(x, x * 1j, x), "rewards, values and lengths are real numbers; got torch.complex64"),
         (lambda x: advantages.overlong_penalty(x[0], "9", 3), "max_length to be a finite number .*; got '9'"),
         (lambda x: advantages.reward_to_go(x, x, "0.9"), "discount to be a finite number .*; got '0.9'"),
         (lambda x: advantages.gae(x, x, x, 1.0, math.nan), "lam to be a finite number .*; got nan"),
@@ -373,3 +376,51 @@ def test_compiled_estimators():
     compiled = torch.compile(advantages.group_normalized, backend="eager", fullgraph=True)
     for group in (3, 4, 6):
         assert torch.equal(compiled(REWARDS, group), advantages.group_normalized(REWARDS, group))
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rewards_in_half_precision(dtype):
+    """The discount of 0.999 is 1 in bf16, and a mean of thousands has other digits than its terms."""
+    steps = 400
+    r, m = torch.zeros(1, steps, dtype=dtype), torch.ones(1, steps)
+    r[0, -1] = 1
+    v = torch.zeros_like(r)
+    expected = pytest.approx(0.999 ** (steps - 1), rel=1e-5)
+    for found in (
+        advantages.reward_to_go(r, m, 0.999),
+        advantages.gae(r, v, m, 0.999, 1.0)[0],
+        advantages.gae(r, v, m, 1.0, 0.999)[0],
+        advantages.n_step(r, v, m, 0.999, steps),
+    ):
+        assert found[0, 0].item() == expected
+        assert found.dtype == torch.float32
+    groups = torch.tensor([1000.0, 1004, 1008, 1012])
+    for function in (advantages.group_normalized, advantages.group_centered, advantages.leave_one_out):
+        assert torch.equal(function(groups.to(dtype), 4), function(groups, 4))
+    assert torch.equal(advantages.centered(groups.to(dtype)), advantages.centered(groups))
+
+
+def test_integer_rewards_under_a_default_of_half_precision():
+    rewards, default = torch.tensor([257, 258, 259, 260]), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        found = advantages.group_normalized(rewards, 4)
+    finally:
+        torch.set_default_dtype(default)
+    assert torch.equal(found, advantages.group_normalized(rewards, 4))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_values_keep_their_digits_beside_rewards_in_half_precision(dtype):
+    r, m = torch.zeros(2, 3, dtype=dtype), torch.ones(2, 3)
+    v = torch.tensor([[1.001, 2.003, 3.007], [0.1, 0.2, 0.3]])
+    assert torch.equal(advantages.n_step(r, v, m, 1.0, 1)[:, :-1], v[:, 1:])
+    values, old, returns = (torch.randn(8, 64).to(dtype) for _ in range(3))
+    leaf = values.clone().requires_grad_()
+    loss = advantages.value_loss(leaf, old, returns, torch.ones(8, 64))
+    assert torch.equal(loss, advantages.value_loss(values.float(), old.float(), returns.float(), torch.ones(8, 64)))
+    loss.backward()
+    assert leaf.grad.dtype == dtype

@@ -41,9 +41,12 @@ def group_normalized(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Ten
     TRL divides by the sample std and uses eps 1e-4. A group of equal rewards gives exact zeros.
     """
     groups = _groups("group_normalized", rewards, group_size)
+    number = check_scalar("group_normalized", "eps", eps)
+    if number is not None and number < 0:
+        fail("group_normalized", "eps >= 0", shown(eps))
     difference = groups - groups.mean(-1, keepdim=True)
     deviation = groups.std(-1, keepdim=True, correction=0)
-    scaled = difference / (deviation + read_scalar("group_normalized", "eps", eps))
+    scaled = difference / (deviation + (eps if isinstance(eps, Tensor) else float(eps)))
     return torch.where(_constant(groups), 0.0, scaled).reshape(-1)
 
 
@@ -125,9 +128,9 @@ def n_step(
     if count is None or count < 1:
         fail("n_step", "an integer steps >= 1", shown(steps))
     tokens = _Tokens.read("n_step", cu_seqlens, rewards=rewards, values=values, mask=mask)
-    line = _Line.of(tokens, _floating(rewards), values.detach())
+    line = _Line.of(tokens, _floating(rewards), _floating(values))
     r, v = line.columns
-    out = r.clone()
+    out = r.to(torch.promote_types(r.dtype, v.dtype), copy=True)
     for k in range(1, min(count, r.shape[-1])):
         out += discount**k * line.ahead(r, k)
     if count < r.shape[-1]:
@@ -153,7 +156,7 @@ def gae(
     """
     discount, lam = _read_share("gae", "discount", discount), _read_share("gae", "lam", lam)
     tokens = _Tokens.read("gae", cu_seqlens, rewards=rewards, values=values, mask=mask)
-    line = _Line.of(tokens, _floating(rewards), values.detach())
+    line = _Line.of(tokens, _floating(rewards), _floating(values))
     r, v = line.columns
     delta = r + discount * line.ahead(v, 1) - v
     links = torch.full_like(delta[:, 1:], discount * lam)
@@ -183,12 +186,12 @@ def value_loss(
             fail("value_loss", "clip >= 0, or None to leave it out", shown(clip))
     tokens = _Tokens.read("value_loss", cu_seqlens, **named)
     live = tokens.live
-    values = torch.where(live, tokens.rows(values), 0.0)
-    returns = torch.where(live, tokens.rows(returns.detach()), 0.0)
+    values = torch.where(live, tokens.rows(values.to(torch.promote_types(values.dtype, torch.float32))), 0.0)
+    returns = torch.where(live, tokens.rows(_floating(returns)), 0.0)
     losses = (values - returns) ** 2
     if clip is not None:
         bound = clip if isinstance(clip, Tensor) else float(clip)
-        old = torch.where(live, tokens.rows(old_values.detach()), 0.0)
+        old = torch.where(live, tokens.rows(_floating(old_values)), 0.0)
         losses = torch.maximum(losses, (old + (values - old).clamp(-bound, bound) - returns) ** 2)
     return 0.5 * losses.sum() / live.sum().clamp(min=1)
 
@@ -283,8 +286,12 @@ def _groups(function: str, rewards: Tensor, group_size: int) -> Tensor:
 
 
 def _floating(values: Tensor) -> Tensor:
-    """Return rewards or lengths without gradient, integer ones in the default float type."""
-    return values.detach() if values.is_floating_point() else values.detach().to(torch.get_default_dtype())
+    """Return rewards, values or lengths without gradient, in fp32 at least: what is added, or multiplied again and
+    again, in bf16 loses a discount of 0.999 whole. Integers in the default float type, if that is wider."""
+    if values.is_complex():
+        raise TypeError(f"rewards, values and lengths are real numbers; got {values.dtype}.")
+    dtype = values.dtype if values.is_floating_point() else torch.get_default_dtype()
+    return values.detach().to(torch.promote_types(dtype, torch.float32))
 
 
 def _constant(groups: Tensor) -> Tensor:
