@@ -15,11 +15,13 @@ from grpo_kernels import (
     MaskedIS,
     Rejection,
     TopK,
+    TruncatedIS,
     Vespo,
     backends,
     grpo_loss,
     linear_grpo_loss,
     linear_token_log_probs,
+    policy_loss,
     token_log_probs,
 )
 from grpo_kernels.verification import reference
@@ -128,3 +130,39 @@ def test_the_switch(monkeypatch):
         case.run()
     monkeypatch.setenv("GRPO_KERNELS_BACKEND", "")
     assert case.run()[0].route.backend == "cpu"
+
+
+class Squared(TruncatedIS):
+    """Another factor than that of the class which it is made of."""
+
+    def factor(self, rho):
+        return super().factor(rho) ** 2
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("function", ["grpo_loss", "linear_grpo_loss", "policy_loss"])
+def test_a_scheme_made_of_another_is_not_computed_as_that(function, old):
+    """A kernel knows a scheme by its number, which a class of somebody's own would inherit."""
+    case, g = make(batch=3, length=4, vocab=11, empty=False), torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(3, 4, 5, generator=g), torch.randn(11, 5, generator=g)
+    given = {
+        "rollout_log_probs": case.options["old_log_probs"] + 0.5 * torch.randn(3, 4, generator=g),
+        "config": LossConfig(rollout=Squared(2.0)),
+        **({"old_log_probs": case.options["old_log_probs"]} if old else {}),
+    }
+    log_probs = token_log_probs(case.logits, case.token_ids, case.mask).log_probs
+    call = {
+        "grpo_loss": lambda backend: grpo_loss(case.logits, *case.arguments, **given, backend=backend),
+        "linear_grpo_loss": lambda b: linear_grpo_loss(hidden, weight, *case.arguments, **given, backend=b),
+        "policy_loss": lambda backend: policy_loss(log_probs, case.advantages, case.mask, **given),
+    }[function]
+    if function == "linear_grpo_loss":
+        log_probs = linear_token_log_probs(hidden, weight, case.token_ids, case.mask).log_probs
+    behind = given.get("old_log_probs", log_probs)
+    factor = (behind - given["rollout_log_probs"]).exp().clamp(max=2.0) ** 2
+    ratio = (log_probs - behind).exp()
+    A, m = case.advantages[:, None], case.mask.to(torch.float32)
+    losses = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A) * factor
+    expected = (torch.where(case.mask, losses, 0.0).sum(-1) / m.sum(-1).clamp(min=1)).mean()
+    for backend in ("cpu", "torch"):
+        torch.testing.assert_close(call(backend).loss, expected)

@@ -45,6 +45,11 @@ class Rollout(abc.ABC):
     of_policy: ClassVar[bool] = False
     """Whether the factor follows from the current policy even where there is an old one."""
 
+    def __init_subclass__(cls) -> None:
+        """A class that is made of another one's has no kernel of its own: that computes the other's factor."""
+        super().__init_subclass__()
+        cls.kernel_id = vars(cls).get("kernel_id", 0)
+
     @property
     def share(self) -> Share:
         """Return which log-ratio a token's factor follows from: its own, or the mean or sum of its sequence's."""
