@@ -590,3 +590,28 @@ def test_compiled_in_one_graph():
         value.backward()
         results.append((value.detach(), leaf.grad))
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("name", ["ids", "offsets", "token_ids", "mask", "temperature"])
+@pytest.mark.parametrize("every", [True, False])
+def test_what_is_overwritten_before_backward_changes_no_gradient(name, every):
+    """Of gathered rows of a head: a sweep has its own; with sets of every row, and with rows that have none."""
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(8000, 4, generator=g)
+    gradients = []
+    for overwritten in (False, True):
+        hidden = torch.randn(1, 2, 4, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        given = {
+            "ids": torch.tensor([3, 9, 4, 7]),
+            "offsets": torch.tensor([0, 2, 4] if every else [0, 4, 4]),
+            "token_ids": torch.tensor([[3, 4]]),
+            "mask": torch.ones(1, 2, dtype=torch.bool),
+            "temperature": torch.tensor([[0.5, 2.0]]),
+        }
+        recorded = Recorded(given["ids"], given["offsets"])
+        tokens = {key: given[key] for key in ("token_ids", "mask", "temperature")}
+        log_probs = linear_token_log_probs(hidden, weight, support=recorded, **tokens).log_probs
+        if overwritten:
+            given[name].copy_(given[name].flip(-1).logical_not() if name == "mask" else given[name].flip(-1))
+        gradients += torch.autograd.grad(log_probs.sum(), hidden)
+    assert torch.equal(*gradients)

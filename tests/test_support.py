@@ -165,3 +165,31 @@ def test_top_p_of_1_keeps_everything(backend):
     whole, of_whole = case.run(backend=backend)
     assert torch.equal(out.log_probs, whole.log_probs)
     assert torch.equal(gradient == 0, of_whole == 0)
+
+
+@pytest.mark.parametrize("name", ["token_ids", "mask", "support"])
+@pytest.mark.parametrize("token_losses", [False, True])
+def test_what_is_overwritten_before_backward_is_noticed(name, token_losses):
+    """As PyTorch's own operations do; the gradient would be another one."""
+    logits = torch.randn(1, 2, 4, requires_grad=True)
+    given = {
+        "token_ids": torch.tensor([[0, 1]]),
+        "mask": torch.ones(1, 2, dtype=torch.bool),
+        "support": torch.rand(1, 2, 4) < 0.7 if name == "support" else TopK(3),
+    }
+    out = grpo_loss(logits, advantages=torch.tensor([1.0]), token_losses=token_losses, **given)
+    given[name].copy_(given[name].flip(-1) if name == "token_ids" else given[name].logical_not())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (out.token_losses.sum() if token_losses else out.loss).backward()
+
+
+def test_a_temperature_that_is_overwritten_before_backward_changes_nothing():
+    """Kernels have a copy."""
+    logits, temperature = torch.randn(1, 2, 4, requires_grad=True), torch.tensor([[0.5, 2.0]])
+    gradients = []
+    for overwritten in (False, True):
+        loss = grpo_loss(logits, torch.tensor([[0, 1]]), torch.ones(1), support=TopK(3), temperature=temperature).loss
+        if overwritten:
+            temperature.fill_(1.0)
+        gradients += torch.autograd.grad(loss, logits)
+    assert torch.equal(*gradients)

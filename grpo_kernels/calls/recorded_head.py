@@ -10,8 +10,10 @@ alone.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -79,6 +81,18 @@ class GatheredSweep(Sweep):
             made = self._gradients_of_sets(wants, head, at, of_ids, whole)
         both = zip(made, head, strict=True)
         return HeadGradients(*(g if g is None or t is None else g.to(t.dtype) for g, t in both))
+
+    def of_its_own(self) -> Self:
+        """Return the same without tensors of the caller's."""
+        rows, sets, unrecorded = self._given
+        assert self.gathered is not None
+        gathered = dataclasses.replace(
+            self.gathered,
+            rows=rows._replace(token_ids=rows.token_ids.clone(), live=rows.live.clone()),
+            sets=Sets(*(tensor.clone() for tensor in sets)),
+            unrecorded=None if unrecorded is None else unrecorded.of_its_own(),
+        )
+        return dataclasses.replace(super().of_its_own(), gathered=gathered)
 
     @property
     def _given(self) -> tuple[Rows, Sets, Sweep | None]:

@@ -202,9 +202,15 @@ class Supported:
             fail(tokens.function, expected, repr(support), tokens.tensors, error=TypeError)
         return cls(rows, tokens.shard, filters, None, lowest)
 
-    def with_tensors(self, logits: Tensor, mask: Tensor | None) -> Supported:
-        """Return the same of other logits and mask."""
-        return dataclasses.replace(self, rows=self.rows._replace(logits=logits), mask=mask)
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """What is the caller's, beside the logits: backward saves it, and ``of_tensors`` takes it again."""
+        return self.mask, self.rows.token_ids, self.rows.live, self.rows.temperature
+
+    def of_tensors(self, logits: Tensor, mask: Tensor | None, *of_rows: Tensor | None) -> Supported:
+        """Return the same of other logits, mask and tensors of rows."""
+        named = dict(zip(("token_ids", "live", "temperature"), of_rows, strict=True))
+        return dataclasses.replace(self, rows=self.rows._replace(logits=logits, **named), mask=mask)  # type: ignore[arg-type]
 
     def log_probs(self, backend: str) -> RowStats:
         """Return the statistics (B, T) of the renormalised distribution, which temperature is part of."""
@@ -289,11 +295,12 @@ class SupportedLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, supported: Supported, backend: str) -> tuple[Tensor, Tensor]:
         stats = supported.log_probs(backend)
-        mask = None if supported.mask is None else ordinary(supported.mask)[0]
-        ctx.save_for_backward(logits, mask, *stats)
+        read = tuple(None if tensor is None else ordinary(tensor)[0] for tensor in supported.tensors)
+        ctx.save_for_backward(logits, *read, *stats)
         ctx.set_materialize_grads(False)
-        # Without logits and mask: what is saved is given back after backward, though somebody keeps the loss.
-        ctx.supported, ctx.backend = supported.with_tensors(logits.new_empty(0), None), backend
+        # Without its tensors: what is saved is given back after backward, though somebody keeps the loss.
+        ctx.supported, ctx.read = supported.of_tensors(logits.new_empty(0), *(None,) * len(read)), len(read)
+        ctx.backend = backend
         return stats[0], stats[1]
 
     @staticmethod
@@ -301,9 +308,9 @@ class SupportedLogProbs(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None and h is None:
             return None, None, None
-        logits, mask, *stats = ctx.saved_tensors
-        supported = ctx.supported.with_tensors(logits, mask)
-        return supported.gradient(ctx.backend, RowStats(*stats), RowGradients(g, h)), None, None
+        logits, *saved = ctx.saved_tensors
+        supported, stats = ctx.supported.of_tensors(logits, *saved[: ctx.read]), RowStats(*saved[ctx.read :])
+        return supported.gradient(ctx.backend, stats, RowGradients(g, h)), None, None
 
 
 @outside_graphs

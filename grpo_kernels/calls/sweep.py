@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class Sweep:
         """Return the same of other tensors."""
         return self if self.teacher is None else dataclasses.replace(self, teacher=self.teacher.of(tensors))
 
-    def of_its_own(self) -> Sweep:
+    def of_its_own(self) -> Self:
         """Return the same without views of the caller's tensors, which may be written before backward."""
         if not self.live_rows.everything:
             return self  # what was gathered is a copy
