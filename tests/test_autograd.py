@@ -366,6 +366,12 @@ def test_inplace_refusals(backend, route):
         call(strided, case, backend, inplace=True, **route)
     with pytest.raises(ValueError, match="a leaf that requires grad"):
         token_log_probs(leaf, case.token_ids, inplace=True, backend=backend)
+    before = leaf.detach().clone()
+    with pytest.raises(ValueError, match="a view of a leaf that requires grad(.|\n)*hint: "):
+        call(leaf[:], case, backend, inplace=True, **route)
+    with pytest.raises(ValueError, match="a view of a leaf that requires grad"):
+        token_log_probs(leaf.view(1, *leaf.shape)[0], case.token_ids, inplace=True, backend=backend)
+    assert torch.equal(leaf, before)
 
 
 def test_inplace_leaf_under_no_grad_is_fine(backend):

@@ -112,9 +112,10 @@ def _check_adapter(
 def check_inplace(function: str, inplace: bool, logits: Tensor, tensors: Mapping[str, object]) -> None:
     """Refuse ``inplace=True``, which overwrites the logits with their gradient, where that would be wrong."""
     check_flag(function, "inplace", inplace)
-    if logits.is_leaf and logits.requires_grad:
-        hint = "a leaf that requires grad keeps its values; use inplace=False"
-        fail(function, "logits computed by a model with inplace=True", "a leaf that requires grad", tensors, hint)
+    if keeps_values(logits):
+        hint = "a leaf that requires grad keeps its values, and so do views of it; use inplace=False"
+        got = "a leaf that requires grad" if logits.is_leaf else "a view of a leaf that requires grad"
+        fail(function, "logits computed by a model with inplace=True", got, tensors, hint)
     if _overlaps_itself(logits):
         hint = "use inplace=False, or logits.contiguous()"
         fail(function, "logits without internal overlap with inplace=True", f"strides {logits.stride()}", tensors, hint)
@@ -123,6 +124,14 @@ def check_inplace(function: str, inplace: bool, logits: Tensor, tensors: Mapping
             f"{function}: inplace=True inside activation checkpointing's recomputation: the logits that it was given "
             "may already be the gradient. Keep the loss outside the checkpointed region, or use inplace=False."
         )
+
+
+def keeps_values(tensor: Tensor) -> bool:
+    """Whether a tensor is a leaf that requires grad, or a view of one: PyTorch's own functions write into neither."""
+    if tensor.is_leaf or torch.compiler.is_compiling():
+        return tensor.is_leaf and tensor.requires_grad
+    base = tensor._base
+    return base is not None and base.is_leaf and base.requires_grad
 
 
 def _overlaps_itself(tensor: Tensor) -> bool:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..calls.arguments import keeps_values
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
@@ -83,7 +84,7 @@ def triton_grpo_loss(
         options["normalizer"] = _normalizer(loss_type, num_items_in_batch)
     tokens: dict[str, Any] = {"mask": completion_mask, "temperature": temperature}
     if inplace:
-        log_probs = token_log_probs(logits, completion_ids, inplace=not logits.is_leaf, **tokens).log_probs
+        log_probs = token_log_probs(logits, completion_ids, inplace=not keeps_values(logits), **tokens).log_probs
         out = policy_loss(log_probs, advantages, completion_mask, **options)
     else:
         out = grpo_loss(logits, completion_ids, advantages, **tokens, **options)

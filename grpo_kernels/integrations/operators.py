@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calls.arguments import keeps_values
 from ..log_probs import token_log_probs
 from ..objectives.checks import fail
 
@@ -20,12 +21,12 @@ def always(function: Any) -> Callable[[Any], Any]:
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """Return the log-probs of ``labels`` (...) in logits (..., V), fp32 (fp64 for fp64): verl's and SkyRL's.
 
-    ``inplace_backward``: backward writes the gradient over the logits, unless they are a leaf.
+    ``inplace_backward``: backward writes the gradient over the logits, unless they are a leaf or a view of one.
     """
     if [size for size in labels.shape if size != 1] != [size for size in logits.shape[:-1] if size != 1]:
         fail("logprobs_from_logits", f"labels {tuple(logits.shape[:-1])}, one for each row", f"{tuple(labels.shape)}")
     rows = logits.reshape(-1, logits.shape[-1])
-    inplace = inplace_backward and logits.grad_fn is not None
+    inplace = inplace_backward and logits.grad_fn is not None and not keeps_values(logits)
     return token_log_probs(rows, labels.reshape(-1), inplace=inplace).log_probs.view(labels.shape)
 
 
