@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import rlcompleter
 
+import numpy as np
 import pytest
 import torch
 from cases import make
@@ -337,3 +338,26 @@ def test_without_a_policy_term_ratios_are_still_those_there_are():
     assert float(ours.k3_old) > 0.1
     for name, value in wanted.as_dict().items():
         torch.testing.assert_close(getattr(ours, name).double(), value.double(), rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("byte", [2, 255])
+def test_a_mask_of_any_bytes(byte):
+    """A bool of numpy's or C's may be any byte but 0."""
+    raw = np.array([[byte, byte, 0, byte], [byte, 0, 0, byte]], dtype=np.uint8)
+    mask = torch.from_numpy(raw.view(np.bool_))
+    logits, ids = torch.randn(2, 4, 8), torch.zeros(2, 4, dtype=torch.int64)
+    for options in ({}, {"skip_zero_advantage": True}):
+        found, expected = (
+            grpo_loss(logits, ids, torch.tensor([1.0, 0.0]), m, old_log_probs=torch.full((2, 4), -2.0), **options)
+            for m in (mask, torch.from_numpy(raw != 0))
+        )
+        assert torch.equal(found.metrics.vector, expected.metrics.vector)
+        assert found.metrics.tokens == 5
+        assert torch.equal(found.loss, expected.loss)
+
+
+@pytest.mark.parametrize("prefix", [None, 3])
+def test_a_prefix_that_is_no_text(prefix):
+    metrics = grpo_loss(torch.randn(1, 2, 5), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1)).metrics
+    with pytest.raises(TypeError, match=f"Metrics.floats: expected a prefix that is text; got {prefix}"):
+        metrics.floats(prefix)

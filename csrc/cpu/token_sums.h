@@ -64,9 +64,10 @@ inline void add_largest(double x, double* largest) {
 template <class real>
 void add_token(const GrpoCpuTokenSums& p, int64_t r, double* s) {
   const auto at = [r](const void* values) { return static_cast<const real*>(values)[r]; };
-  s[kTokens] += p.masked_in[r];
+  const bool counts = p.masked_in[r] != 0;  // the bytes of a mask may be any: numpy's views have 255
+  s[kTokens] += counts;
   if (!p.live[r]) {
-    s[kSkippedTokens] += p.masked_in[r];
+    s[kSkippedTokens] += counts;
     return;
   }
   const real log_prob = at(p.log_prob);

@@ -227,6 +227,8 @@ class Metrics:
         Args:
             prefix: what every name begins with: ``floats("train/")["train/kl"]``.
         """
+        if not isinstance(prefix, str):
+            fail("Metrics.floats", "a prefix that is text", repr(prefix), error=TypeError)
         here = Metrics(self.vector.cpu())
         return {prefix + name: float(value) for name, value in here.as_dict().items()}
 
