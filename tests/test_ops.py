@@ -510,3 +510,16 @@ def test_a_lazy_sign_is_resolved():
     logits, ids = torch.randn(1, 3, 11), torch.randint(11, (1, 3))
     found = token_log_probs(torch._neg_view(-logits), ids).log_probs
     assert torch.equal(found, token_log_probs(logits, ids).log_probs)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_lazy_sign_beside_a_cut_vocabulary(inplace):
+    """Of the logits and of what comes back to the log-probs."""
+    logits, ids, upstream = torch.randn(1, 3, 11), torch.randint(9, (1, 3)), torch.randn(1, 3)
+    gradients = []
+    for lazy in (lambda x: x, lambda x: torch._neg_view(-x)):
+        leaf = logits.clone().requires_grad_()
+        found = token_log_probs(lazy(leaf * 1), ids, vocab_size=9, inplace=inplace).log_probs
+        assert torch.equal(found.detach(), token_log_probs(logits, ids, vocab_size=9).log_probs)
+        gradients += torch.autograd.grad(found, leaf, lazy(upstream))
+    assert torch.equal(*gradients)

@@ -457,3 +457,26 @@ def test_what_a_class_may_not_return(what):
     methods, error, message = RETURNED[what]
     with pytest.raises(error, match=message):
         register_surrogate(type("Wrong", (Surrogate,), methods))
+
+
+def test_a_number_for_every_slope_has_the_digits_of_the_tokens():
+    """Of Python's float, not of the default dtype's."""
+
+    @register_surrogate
+    class Tenth(Surrogate):
+        """-(ℓ - old)/10."""
+
+        name = "tenth"
+        equation = "-log r/10"
+        flat_at_zero_advantage = False
+
+        def value(self, t):
+            return -0.1 * t.log_ratio
+
+        def slopes(self, t):
+            return -0.1, 0.0
+
+    log_probs = torch.tensor([[-1.0, -2.0]], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([[-1.1, -1.9]], dtype=torch.float64)
+    policy_loss(log_probs, torch.ones(1), old_log_probs=old, config=LossConfig(Tenth())).loss.backward()
+    assert log_probs.grad.tolist() == [[-0.05, -0.05]]

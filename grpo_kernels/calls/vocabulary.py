@@ -72,6 +72,8 @@ class VocabShard:
     def gradient(self, rows: Rows, stats: RowStats, gradients: RowGradients, backend: str, inplace: bool) -> Tensor:
         """Return the gradient in this rank's logits, over them where ``inplace``, from the whole rows' ``stats``."""
         length = rows.token_ids.shape[1]
+        gradients = RowGradients(*(None if slope is None else slope.resolve_neg() for slope in gradients))
+        inplace = inplace and not rows.logits.is_neg()
         out = rows.logits.detach() if inplace else memory.gradient_like(rows.logits, length)
         padding = slice(self.columns, None)
         if self.columns:
@@ -89,7 +91,7 @@ class VocabShard:
     def _own(self, rows: Rows) -> Rows:
         """Return rows of the columns that count, as a backend takes them; column 0 stands in for a token elsewhere."""
         ids = torch.where(self.holds(rows.token_ids), rows.token_ids - self.start, 0)
-        return rows._replace(logits=rows.logits.detach()[..., : self.columns], token_ids=ids)
+        return rows._replace(logits=rows.logits.detach().resolve_neg()[..., : self.columns], token_ids=ids)
 
     def _own_stats(self, rows: Rows, backend: str) -> RowStats:
         """Return those of this rank's columns alone; ``OF_ANOTHER_RANK`` is the log-prob of a token elsewhere."""

@@ -118,7 +118,7 @@ def _at_every_token(surrogate: Any, what: str, given: Any, t: Point) -> Tensor:
         raise TypeError(
             f"{surrogate!r}: {what} must be a tensor, of a number for every token; got {type(given).__name__}."
         )
-    values = torch.as_tensor(given).to(like)
+    values = torch.as_tensor(given, dtype=like.dtype, device=like.device)
     try:
         return values.expand_as(like)
     except RuntimeError:
