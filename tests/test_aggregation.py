@@ -317,3 +317,41 @@ def test_numpys_normalizers_are_numbers(aggregation):
 
     for number in (np.int8(100), np.int16(100), np.int32(100), np.float16(100), np.float64(100), torch.tensor(100)):
         torch.testing.assert_close(loss(number), loss(100))
+
+
+@pytest.mark.parametrize("config", ["grpo", "dapo"])
+def test_masks_that_are_stacked_are_no_micro_batch(config):
+    """Their first dimension was taken for the sequences."""
+    masks = torch.ones(4, 2, 8)
+    assert float(normalizer(list(masks), config)) == (8 if config == "grpo" else 64)
+    with pytest.raises(
+        ValueError, match=r"masks \(B, T\), or packed \(N,\) or \(1, N\); got shape \(4, 2, 8\)(.|\n)*list\("
+    ):
+        normalizer(masks, config)
+    with pytest.raises(ValueError, match=r"got shape \(\)"):
+        normalizer(torch.tensor(1.0), config)
+    with pytest.raises(ValueError, match=r"cu_seqlens \(S\+1,\) of int32 or int64, of two numbers or more"):
+        normalizer(torch.ones(16), config, cu_seqlens=torch.tensor([[0, 3, 16]]))
+
+
+def test_a_normalizer_of_sums():
+    """Counted as a mask of that shape: one token, or one of each sequence."""
+    mask = torch.ones(4, 6)
+    for sums in (mask.sum(), torch.tensor(14), [mask.sum(), mask.sum()]):
+        with pytest.raises(ValueError, match=r"masks \(B, T\), or packed .*; got shape \(\)"):
+            normalizer(sums, "dapo")
+    with pytest.raises(ValueError, match=r"a packed mask \(N,\) of 0 and 1(.|\n)*the mask itself, not its sums"):
+        normalizer(mask.sum(-1), "dapo")
+    assert float(normalizer(torch.ones(6), "dapo")) == 6
+    for nothing, kind in ((None, "NoneType"), (14, "int")):
+        with pytest.raises(TypeError, match=f"a mask, or a list of the micro-batches' masks; got {kind}"):
+            normalizer(nothing, "dapo")
+
+
+@pytest.mark.parametrize("number", [0, -2, float("inf")])
+def test_a_denominator_stays_one(number):
+    count = normalizer(torch.ones(4, 6), "dapo")
+    with pytest.raises(ValueError, match="normalizer: expected divisor to be a finite number > 0"):
+        count / number
+    with pytest.raises(ValueError, match="normalizer: expected factor to be a finite number > 0"):
+        number * count

@@ -5,14 +5,14 @@ A ``Normalizer`` knows what it counted; a loss that is averaged over something e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .aggregation import AGGREGATIONS, Aggregation, refuse_class
-from .checks import check_tensors, fail, read_scalar
+from .checks import check_positive, check_tensors, fail, may_look
 from .config import PRESETS, LossConfig, resolve_config
 from .groups import ordered_sum, read_group
 from .names import NoKeyword, refuse_keywords
@@ -59,12 +59,12 @@ class Normalizer:
     __radd__ = __add__
 
     def __mul__(self, factor: float) -> Normalizer:
-        return Normalizer(self._value * read_scalar("normalizer", "factor", factor), self._unit, self._group_size)
+        return Normalizer(self._value * _positive("factor", factor), self._unit, self._group_size)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Normalizer:
-        return Normalizer(self._value / read_scalar("normalizer", "divisor", divisor), self._unit, self._group_size)
+        return Normalizer(self._value / _positive("divisor", divisor), self._unit, self._group_size)
 
     def __float__(self) -> float:
         return float(self._value)
@@ -122,15 +122,18 @@ def normalizer(
     if config is None:
         hint = 'a LossConfig, "grpo" or "token_mean": whether tokens or sequences are counted follows from it'
         fail("normalizer", "the config of the loss, normalizer(masks, config)", "none", hint=hint, error=TypeError)
+    if not isinstance(masks, Iterable):
+        fail("normalizer", "a mask, or a list of the micro-batches' masks", type(masks).__name__, error=TypeError)
     micro_batches = [masks] if isinstance(masks, Tensor) else list(masks)
     bounds = [cu_seqlens] if isinstance(cu_seqlens, Tensor) else cu_seqlens
     _check_micro_batches(micro_batches, bounds)
     divisor = _read_world_size(world_size)
     aggregation = _aggregation_of(config)
     unit, group_size = aggregation.unit, aggregation.group_size
+    each = [None] * len(micro_batches) if bounds is None else bounds
+    live = [read_live("normalizer", *part) for part in zip(micro_batches, each, strict=True)]
     if unit == "tokens":
-        each = [None] * len(micro_batches) if bounds is None else bounds
-        counts = [read_live("normalizer", *part).sum() for part in zip(micro_batches, each, strict=True)]
+        counts = [tokens.sum() for tokens in live]
     else:
         if unit == "groups" and group_size is None:
             fail("normalizer", f'a LossConfig with group_size for "{aggregation.name}"', repr(config))
@@ -153,6 +156,14 @@ def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None) -
     if not masks:
         fail("normalizer", "at least one mask", "none")
     _check_each("mask", masks)
+    for mask in masks:
+        if mask.dim() not in (1, 2):
+            hint = "normalizer(list(masks), ...) takes micro-batches that are stacked" if mask.dim() == 3 else None
+            expected = "masks (B, T), or packed (N,) or (1, N)"
+            fail("normalizer", expected, f"shape {tuple(mask.shape)}", {"mask": mask}, hint)
+        if mask.dim() == 1 and bounds is None and mask.numel() > 0 and may_look(mask) and float(mask.max()) > 1:
+            hint = "the mask itself, not its sums; of a packed mask of segments, mask != 0"
+            fail("normalizer", "a packed mask (N,) of 0 and 1, or cu_seqlens", "larger numbers", {"mask": mask}, hint)
     if any(hasattr(mask, "device_mesh") for mask in masks):
         hint = "to_local(), and group= of the ranks that have other tokens"
         fail("normalizer", "masks that are plain tensors", "a DTensor", hint=hint)
@@ -160,6 +171,12 @@ def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None) -
         fail("normalizer", f"cu_seqlens of each of the {len(masks)} micro-batches", f"{len(bounds)}")
     if bounds is not None:
         _check_each("cu_seqlens", bounds)
+
+
+def _positive(name: str, number: float) -> float:
+    """Return what a denominator is multiplied or divided by. Raise unless it is > 0."""
+    check_positive("normalizer", name, number)
+    return number if isinstance(number, Tensor) else float(number)
 
 
 def _read_world_size(world_size: int) -> int:
