@@ -77,6 +77,13 @@ def test_configs(options, wanted):
     [
         (dict(loss_agg_mode="token_mean"), "OpenRLHF: actor.loss_agg_mode must be one of .* got 'token_mean'"),
         (dict(policy_loss_type="gpso"), "Did you mean 'gspo'"),
+        (dict(is_correction_level="sequence"), "is_correction_level must be one of off, token, seq; got 'sequence'"),
+        (dict(is_correction_level=None), "is_correction_level must be one of off, token, seq; got None"),
+        (
+            dict(is_correction_level="token", is_correction_mode="truncate"),
+            "mode must be one of clip, mask; got 'trunc",
+        ),
+        (dict(is_correction_level="token", is_correction_gating="kl"), "is_correction_gating must be one of .*'kl'"),
         (dict(dual_clip=1.1), r"do not have dual_clip=1\.1 with an upper bound of 1 \+ 0\.2"),
         (
             dict(is_correction_level="seq", is_correction_gating="tv", is_correction_threshold=[0, 0.1]),

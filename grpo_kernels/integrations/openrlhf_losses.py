@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,8 @@ def loss_config(args: Any) -> LossConfig:
 
 def _policy_config(options: Any) -> LossConfig:
     """Return the policy term and its aggregation, without the correction."""
-    check_name("OpenRLHF: policy_loss_type", options.policy_loss_type, TYPES)
+    for name, known in _KNOWN.items():
+        check_name(f"OpenRLHF: {name}", getattr(options, name), known)
     by_sequence = options.policy_loss_type == "gspo"
     return LossConfig(
         clip_of("OpenRLHF", options.clip_eps_low, options.clip_eps_high, options.dual_clip, "dual_clip"),
@@ -211,3 +213,10 @@ def _total_variation(p: Tensor, q: Tensor) -> Tensor:
 
 _DIVERGENCES = {"binary_kl": _binary_kl, "tv": _total_variation}
 """Of the sampler's probability and the policy's: what OpenRLHF gates by, bounded away from 0 and 1 as it does."""
+_KNOWN: dict[str, Collection[str]] = {
+    "policy_loss_type": TYPES,
+    "is_correction_level": ("off", "token", "seq"),
+    "is_correction_mode": ("clip", "mask"),
+    "is_correction_gating": ("ratio", *_DIVERGENCES),
+}
+"""The names of its options' values."""
