@@ -1481,3 +1481,33 @@ def test_shadow_outlives_a_log_that_raises(caplog):
 
 def test_roles_of_a_module():
     assert Caller(AsOpenRLHF()).roles["action_mask"] == "mask"
+
+
+def unshifted(logits, input_ids, old_logprobs, advantages, mask):
+    """Everything as long as the ids of the model's input, and shifted here."""
+    log_probs = torch.gather(logits[:, :-1].log_softmax(-1), 2, input_ids[:, 1:, None]).squeeze(2)
+    ratio, A = (log_probs - old_logprobs[:, 1:]).exp(), advantages if advantages.dim() == 2 else advantages[:, None]
+    A = A[:, 1:] if A.shape[1] > 1 else A
+    losses, mask = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A), mask[:, 1:]
+    return (losses * mask).sum() / mask.sum()
+
+
+def unshifted_of_tokens(logits, input_ids, old_logprobs, advantages, mask):
+    return unshifted(logits, input_ids, old_logprobs, advantages[:, :], mask)
+
+
+def not_shifted(logits, input_ids, old_logprobs, advantages, mask):
+    log_probs = torch.gather(logits.log_softmax(-1), 2, input_ids[..., None]).squeeze(2)
+    ratio, A = (log_probs - old_logprobs).exp(), advantages[:, None]
+    return -(torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A) * mask).sum() / mask.sum()
+
+
+@pytest.mark.parametrize("loss", [unshifted, unshifted_of_tokens, not_shifted], ids=lambda f: f.__name__)
+def test_a_loss_that_shifts_everything_itself(loss):
+    """It was accused of three faults: gather takes ids that are shorter than the logits. Where nothing is shifted the
+    ids may be either; the answer says which it took."""
+    report = match(loss)
+    assert report.matched
+    assert report.config == LossConfig(Clip(0.2, 0.2), aggregation="token_mean", log_ratio_limit=None)
+    noted = any("is off by one" in note for note in report.notes)
+    assert noted == (loss is not_shifted)

@@ -83,8 +83,8 @@ class Form:
     """"log_probs" or "logits": what the loss takes, and what its gradient is asked for."""
     layout: str
     """"extended": logits (B, T+1, V), the last row unused; "aligned": (B, T, V); "unshifted": logits, ids and mask of
-    T+1 positions, to be shifted by the loss; "ids_unshifted": the mask shifted already; "flat": everything in one
-    dimension."""
+    T+1 positions, to be shifted by the loss; "all_unshifted": log-probs and advantages of tokens too; "ids_unshifted":
+    the mask shifted already; "flat": everything in one dimension."""
     advantages: str
     """"sequence" (B,), "token" (B, T), "column" (B, 1)."""
     mask: torch.dtype
@@ -289,9 +289,10 @@ class Caller:
 
     def forms(self) -> Iterator[Form]:
         """Yield every form that it might want, the likeliest first."""
-        of_logits = ("extended", "aligned", "unshifted", "ids_unshifted", "flat")
+        shifted, unshifted = ("extended", "aligned"), ("unshifted", "all_unshifted", "ids_unshifted")
+        of_logits = (*shifted, *unshifted, "flat")
         if {"input_ids", "labels"} & {name.lower() for name in self.roles}:
-            of_logits = ("unshifted", "ids_unshifted", "extended", "aligned", "flat")
+            of_logits = (*unshifted, *shifted, "flat")
         layouts = {"log_probs": ("aligned", "flat"), "logits": of_logits}
         packed = "cu_seqlens" in self.roles.values()
         masks = (torch.float64, torch.bool, torch.int64) if self.takes("mask") else (torch.float64,)
@@ -316,6 +317,8 @@ class Caller:
             except SystemExit as error:
                 raise Unusable(f"the loss ends the program (SystemExit: {error.code!r}): return a scalar.") from None
             found = torch.autograd.grad(loss, (leaf, entropy), allow_unused=True, materialize_grads=True)
+        if form.layout == "all_unshifted" and found[0][:, batch.shape[1] :].any():
+            raise ValueError("the loss shifts nothing: the last row, which predicts no token, has a gradient")
         gradient, of_entropy = (g[:, : batch.shape[1]].double().cpu() for g in found)
         return Response(float(loss.detach()), gradient, None if form.source == "logits" else of_entropy, loss.dtype)
 
@@ -334,9 +337,9 @@ class Caller:
             ids, first = torch.where(mask, ids, -100), torch.full_like(first, -100)
         if form.advantages != "sequence" and A.dim() == 1:
             A = A[:, None].expand(B, T if form.advantages == "token" else 1)
-        if form.layout in ("unshifted", "ids_unshifted"):
+        if form.layout.endswith("unshifted"):
             ids = torch.cat([first[:, None], ids], 1)
-        if form.layout == "unshifted":
+        if form.layout in ("unshifted", "all_unshifted"):
             mask = torch.cat([mask.new_zeros(B, 1), mask], 1)
         handed: dict[str, Any] = {
             form.source: leaf[:, :T] if form.layout in ("aligned", "flat") else leaf,
@@ -344,6 +347,10 @@ class Caller:
             "entropy": entropy, "old_log_probs": inputs.old.clone(), "ref_log_probs": inputs.ref.clone(),
             "rollout_log_probs": inputs.sampled.clone(),
         }  # fmt: skip
+        if form.layout == "all_unshifted":
+            for name in ("advantages", "entropy", "old_log_probs", "ref_log_probs", "rollout_log_probs"):
+                if handed[name].shape == (B, T):
+                    handed[name] = torch.nn.functional.pad(handed[name], (1, 0))
         if form.source == "logits":
             # Beside itself a policy has no divergence, whichever it is, and no gradient of one.
             teacher = leaf.detach() if inputs.teacher is None else inputs.teacher

@@ -161,7 +161,7 @@ def directions(batch: Batch, ids: Tensor, temperature: float) -> tuple[Tensor, T
 
 
 def start(caller: Caller, batch: Batch, asked: float | None) -> tuple[Probe, Known, list[Said]]:
-    """Find the first form in which the loss runs, how exactly it computes, and the faults that show on the way.
+    """Find the first form in which the loss runs, how exactly it computes, and what there is to say so far.
 
     Raises:
         Unusable: it runs in no form, its loss or gradient is NaN even without empty sequences, or it draws random
@@ -179,9 +179,15 @@ def start(caller: Caller, batch: Batch, asked: float | None) -> tuple[Probe, Kno
             if torch.isfinite(response.gradient).all() and math.isfinite(response.loss):
                 _refuse_random(caller, form, _first(candidate), response)
                 precision = _precision(caller, form, candidate, response)
-                return Probe(caller, form, candidate, asked), Known(precision), faults
+                return Probe(caller, form, candidate, asked), Known(precision), [*faults, *_shifted(caller, form)]
             errors.append((where, Unusable(f"the loss or its gradient is not finite on plain inputs ({where}).")))
     raise _why_not(caller, errors)
+
+
+def _shifted(caller: Caller, form: Form) -> list[Said]:
+    """Return a note where ids that are called those of a model's input are not, as far as the loss can be asked."""
+    names = [name for name in caller.roles if name.lower() == "input_ids"]
+    return [said("ids_as_predicted", name=name) for name in names if form.layout in ("extended", "aligned")]
 
 
 def _why_not(caller: Caller, errors: list[tuple[str, Exception]]) -> Unusable:
@@ -228,6 +234,7 @@ def describe(form: Form, batch: Batch) -> str:
     rows = {"aligned": f"({B}, {T}, V)", "flat": f"({B * T}, V)"}.get(form.layout, f"({B}, {T + 1}, V)")
     tokens = f"({B * T},)" if form.layout == "flat" else f"({B}, {T})"
     ids = f"({B}, {T + 1})" if form.layout.endswith("unshifted") else tokens
+    tokens = ids if form.layout == "all_unshifted" else tokens
     advantages = {"sequence": f"({B},)", "token": tokens, "column": f"({B}, 1)"}[form.advantages]
     source = f"logits {rows}, ids {ids}" if form.source == "logits" else ""
     return f"{source or f'log_probs {tokens}'}, advantages {advantages}, mask {str(form.mask).removeprefix('torch.')}"

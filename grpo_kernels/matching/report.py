@@ -124,6 +124,8 @@ NOTES: dict[str, str] = {
     "exact",
     "entropy_penalty": "your loss penalises entropy; a bonus has the other sign",
     "left_out": "left at their defaults: {names}",
+    "ids_as_predicted": "{name} was handed over as the tokens that the rows predict: with the ids of the model's input "
+    "your loss, which shifts nothing, is off by one",
     "one_batch": "aggregations that are the same on your batch cannot be told apart: give one with ragged lengths",
     "no_limit": "your loss does not bound log-ratios; our default of 20 would change nothing below that and keep exp() "
     "finite beyond",
