@@ -21,8 +21,7 @@ def replaced(path: Path) -> Iterator[Path]:
     library writes before may have any name. A symbolic link stays one: what it points to is replaced.
     """
     path = path.resolve()
-    unfinished = path.with_name(path.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = clear(path)
     unfinished.mkdir()
     try:
         made = unfinished / path.name
@@ -36,6 +35,13 @@ def replaced(path: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
     with contextlib.suppress(OSError):  # the new one is there: nobody may be told that it is not
         sync(path.parent)
+
+
+def clear(path: Path) -> Path:
+    """Remove the folder in which a new ``path`` is made, which a writer that was killed has left; return its path."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    return unfinished
 
 
 def sync(path: Path) -> None:

@@ -317,6 +317,17 @@ def test_a_step_is_saved_once(monkeypatch):
     assert saved == [5, 3, 5]
 
 
+def test_what_a_killed_writer_leaves_of_a_run_at_its_end():
+    """No checkpoint follows the last, whose writer takes such a folder away."""
+    assert train(*FLAGS, "--out", "run") == 0
+    whole = names(Path("run"))
+    left = Path("run", "checkpoint.safetensors.unfinished")
+    left.mkdir()
+    (left / ".tmpA1b2C3").write_bytes(b"half")
+    assert train("--resume", "run") == 0
+    assert names(Path("run")) == whole
+
+
 def test_options_are_on_the_disk_before_a_step(monkeypatch):
     """A checkpoint without them cannot be resumed."""
     synced: list[str] = []

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ..files import is_there, is_utf8, replaced, sync, write_text
+from ..files import clear, is_there, is_utf8, replaced, sync, write_text
 from ..objectives.settings import first_line
 from ..streams import say
 from . import checkpoint
@@ -145,6 +145,7 @@ class RunFolder:
             records, damaged = self._read_log()
         kept = [json.dumps(record) for record in records if record["step"] < step]
         with self._writing():
+            clear(self.checkpoint_path.resolve())  # of a run at its end there is no next checkpoint to do so
             write_text(self.log_path, "".join(line + "\n" for line in kept))
         if damaged:
             print(f"note: {damaged} unreadable line{'s' * (damaged > 1)} of {self.log_path} are left out")
