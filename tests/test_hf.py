@@ -900,7 +900,8 @@ def test_router_loss_over_micro_batches(count):
     normalizer, total, auxiliary = float(tokens["mask"].sum()), 0.0, []
     for part in torch.arange(3).chunk(count):
         grpo = {name: value[part] for name, value in tokens.items()} | {"normalizer": normalizer}
-        out = model(**{name: value[part] for name, value in given.items()}, grpo={**grpo, "micro_batches": count})
+        own = {**grpo, "micro_batches": np.int64(count)}
+        out = model(**{name: value[part] for name, value in given.items()}, grpo=own)
         total, auxiliary = total + out.loss, [*auxiliary, out.aux_loss]
     hf.detach(model)
     wanted = hf.attach(model, "dapo")(**given, grpo={**tokens, "normalizer": normalizer}).loss
@@ -909,6 +910,7 @@ def test_router_loss_over_micro_batches(count):
         ({"normalizer": 3.0, "aux_loss_coef": 0.1}, "micro_batches=, the number of calls"),
         ({"micro_batches": 2, "aux_loss_coef": 0.1}, "divides the whole loss"),
         ({"micro_batches": 0}, "an int >= 1"),
+        ({"micro_batches": 2.0}, "an int >= 1"),
         ({"aux_loss_coef": float("nan")}, "aux_loss_coef to be a finite number"),
         ({"token_losses": True, "aux_loss_coef": 0.1}, "add out.aux_loss yourself"),
     ):
@@ -934,6 +936,8 @@ def test_what_else_is_asked_of_the_model(from_logits):
     assert seen == [old]
     assert len(old.model_output.hidden_states) == 2
     assert isinstance(model(**given, grpo=asked(given)), TokenLogProbs)
+    with pytest.raises(TypeError, match="receive=...., a function that takes the result; got int"):
+        model(**given, grpo={**asked(given), "receive": 3})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

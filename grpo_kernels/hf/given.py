@@ -18,7 +18,7 @@ from ..objectives.checks import check_scalar, fail, may_look
 from ..objectives.config import LossConfig, resolve_config
 from ..objectives.names import check_options, keywords_of
 from ..objectives.normalizer import Normalizer
-from ..objectives.settings import check_name
+from ..objectives.settings import check_name, read_integer
 
 OF_THE_MODEL = ("hidden", "weight", "bias", "adapter", "logits", "config")
 """Keywords of the losses that the model brings, or ``attach``."""
@@ -117,6 +117,9 @@ def check_given(
         hint = 'grpo=dict(token_ids=..., output="log_probs") asks for the log-probs of the old or reference pass'
         fail("attach", "grpo=dict(token_ids=..., advantages=..., ...)", "no advantages", hint=hint)
     _check_auxiliary({**options, **grpo})
+    if grpo.get("receive") is not None and not callable(grpo["receive"]):
+        expected = "grpo=dict(receive=...), a function that takes the result"
+        fail("attach", expected, type(grpo["receive"]).__name__, error=TypeError)
     if {**options, **grpo}.get("hidden_grad") == "partial":
         hint = "the hooks of a sharded head, and every module before it, take the gradient for the whole one"
         fail("attach", "the whole gradient of hidden states", 'hidden_grad="partial"', grpo, hint=hint)
@@ -152,7 +155,7 @@ def check_keywords(kind: str, options: Mapping[str, object], names: Collection[s
 def _check_auxiliary(grpo: Mapping[str, Any]) -> None:
     """Raise unless it is said how often the auxiliary loss counts in what one normalizer divides."""
     coef, count = grpo.get("aux_loss_coef"), grpo.get("micro_batches")
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+    if count is not None and (read_integer(count) or 0) < 1:
         fail("attach", "grpo=dict(micro_batches=...), an int >= 1", repr(count))
     if coef is None:
         return
