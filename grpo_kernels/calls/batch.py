@@ -27,7 +27,7 @@ from ..objectives.config import LossConfig
 from ..objectives.divergence import Divergence
 from ..objectives.normalizer import Normalizer
 from ..objectives.sequences import LAYOUTS, Joined, Layout, Packed, Padded, Sequences, on_tokens
-from ..objectives.settings import check_name
+from ..objectives.settings import as_float, check_name
 from ..objectives.surrogates import NoSurrogate
 from .arguments import check_pooled
 from .over_ranks import Agreed
@@ -357,7 +357,7 @@ def _read_normalizer(tokens: Tokens, config: LossConfig, normalizer: float | Ten
     if number == 0 and tokens.looks and bool(tokens.live.any()):
         hint = "normalizer(masks, config) counts what the loss is averaged over"
         fail(tokens.function, "normalizer > 0 where tokens count", repr(number), tokens.tensors, hint)
-    return normalizer if isinstance(normalizer, Tensor) else float(normalizer)
+    return as_float(normalizer)
 
 
 def _times_token_weights(tokens: Tokens, weight: Tensor, token_weights: Tensor) -> Tensor:

@@ -299,8 +299,7 @@ class SupportedLogProbs(torch.autograd.Function):
         ctx.save_for_backward(logits, *read, *stats)
         ctx.set_materialize_grads(False)
         # Without its tensors: what is saved is given back after backward, though somebody keeps the loss.
-        ctx.supported, ctx.read = supported.of_tensors(logits.new_empty(0), *(None,) * len(read)), len(read)
-        ctx.backend = backend
+        ctx.supported, ctx.backend = supported.of_tensors(logits.new_empty(0), *(None,) * len(read)), backend
         return stats[0], stats[1]
 
     @staticmethod
@@ -308,8 +307,8 @@ class SupportedLogProbs(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None and h is None:
             return None, None, None
-        logits, *saved = ctx.saved_tensors
-        supported, stats = ctx.supported.of_tensors(logits, *saved[: ctx.read]), RowStats(*saved[ctx.read :])
+        *read, log_prob, entropy, anchor, log_sum = ctx.saved_tensors
+        supported, stats = ctx.supported.of_tensors(*read), RowStats(log_prob, entropy, anchor, log_sum)
         return supported.gradient(ctx.backend, stats, RowGradients(g, h)), None, None
 
 

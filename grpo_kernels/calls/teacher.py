@@ -197,7 +197,7 @@ def first_columns(
     named = dict(zip(names, tensors, strict=True))
     check_tensors(function, named, needed=names[:1])
     given = {name: tensor for name, tensor in named.items() if tensor is not None}
-    fitting = all(tensor.dim() == _DIMENSIONS.get(name, max(2, tensor.dim())) for name, tensor in given.items())
+    fitting = all(x.dim() > 1 if name == "logits" else x.dim() == _DIMENSIONS[name] for name, x in given.items())
     columns = {tensor.shape[dim] for tensor in given.values()} if fitting else set()
     if len(columns) != 1:  # refused with what it should be
         return teacher, tensors

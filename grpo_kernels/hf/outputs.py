@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..calls.outputs import LossOutput, TokenLogProbs
-from ..objectives.checks import fail, read_scalar
+from ..objectives.checks import fail
+from ..objectives.settings import as_float
 from .traced import TracedLogits
 
 _ASKED = ("output_hidden_states", "output_attentions", "output_router_logits", "use_cache")
@@ -53,6 +54,5 @@ def with_model_output(
     if isinstance(out, TokenLogProbs):
         return ModelLogProbs(*out, aux_loss=aux, model_output=rest)
     if aux_loss_coef is not None and aux is not None:
-        coefficient = read_scalar("attach", "aux_loss_coef", aux_loss_coef)
-        out = out._replace(loss=out.loss + coefficient * aux.to(out.loss) / micro_batches)
+        out = out._replace(loss=out.loss + as_float(aux_loss_coef) * aux.to(out.loss) / micro_batches)
     return out._replace(aux_loss=aux, model_output=rest)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .checks import check_scalar, check_shape, check_tensors, fail, read_mask, read_scalar
 from .running import backward_scan
 from .sequences import Packed, Padded, Sequences
-from .settings import read_integer, shown
+from .settings import as_float, read_integer, shown
 
 
 def raw(rewards: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def group_normalized(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Ten
         fail("group_normalized", "eps >= 0", shown(eps))
     difference = groups - groups.mean(-1, keepdim=True)
     deviation = groups.std(-1, keepdim=True, correction=0)
-    scaled = difference / (deviation + (eps if isinstance(eps, Tensor) else float(eps)))
+    scaled = difference / (deviation + as_float(eps))
     return torch.where(_constant(groups), 0.0, scaled).reshape(-1)
 
 
@@ -190,7 +190,7 @@ def value_loss(
     returns = torch.where(live, tokens.rows(_floating(returns)), 0.0)
     losses = (values - returns) ** 2
     if clip is not None:
-        bound = clip if isinstance(clip, Tensor) else float(clip)
+        bound = as_float(clip)
         old = torch.where(live, tokens.rows(_floating(old_values)), 0.0)
         losses = torch.maximum(losses, (old + (values - old).clamp(-bound, bound) - returns) ** 2)
     return 0.5 * losses.sum() / live.sum().clamp(min=1)
@@ -304,4 +304,4 @@ def _read_share(function: str, name: str, value: float) -> float:
     number = check_scalar(function, name, value)
     if number is not None and not 0 <= number <= 1:
         fail(function, f"{name} in [0, 1]", shown(value))
-    return value if isinstance(value, Tensor) else float(value)
+    return as_float(value)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from .settings import HELD, LARGEST, SMALLEST, is_finite, is_number, plain, shown
+from .settings import HELD, LARGEST, SMALLEST, as_float, is_finite, is_number, plain, shown
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -163,10 +163,9 @@ def check_scalar(
 
 
 def read_scalar(function: str, name: str, value: float | Tensor, check: bool | None = None) -> float | Tensor:
-    """Return what to compute with: a 0-d tensor as it is, of any other number the Python float. One of numpy's would be
-    multiplied in its own dtype, an integer beyond 64 bits not at all."""
+    """Return what to compute with (``as_float``) of a ``check_scalar``."""
     check_scalar(function, name, value, check)
-    return value if isinstance(value, Tensor) else float(value)
+    return as_float(value)
 
 
 def check_device(function: str, tensors: Mapping[str, object]) -> None:
@@ -198,6 +197,7 @@ def check_tensors(function: str, named: Mapping[str, object], needed: Container[
 
 
 def check_ids_dtype(function: str, input_ids: Tensor, tensors: Mapping[str, object] | None = None) -> None:
+    """Raise unless the ids of a model's input are integers."""
     if input_ids.dtype not in INTEGER_DTYPES:
         fail(function, "input_ids of integers", str(input_ids.dtype), tensors, error=TypeError)
 

@@ -63,11 +63,8 @@ class KL:
         settle_name(self, "gradient", "KL(gradient=...)", GRADIENTS)
         if not (isinstance(self.limit, tuple) and len(self.limit) == 2):
             raise ValueError(f"KL(limit=...) must be a pair (input, output) of limits; got {self.limit!r}.")
-        of_input, of_output = self.limit
-        limits = (
-            read_limit("KL(limit=...): the input limit", of_input),
-            read_limit("KL(limit=...): the output limit", of_output),
-        )
+        pairs = zip(("input", "output"), self.limit, strict=True)
+        limits = tuple(read_limit(f"KL(limit=...): the {name} limit", value) for name, value in pairs)
         object.__setattr__(self, "limit", limits)
         settle_number(self, "ratio_cap", "KL(ratio_cap=...)", above=0, infinite=True)
         if self.level is not None:

@@ -17,7 +17,7 @@ from .config import PRESETS, LossConfig, resolve_config
 from .groups import ordered_sum, read_group
 from .names import NoKeyword, refuse_keywords
 from .sequences import accumulate_dtype, read_live
-from .settings import read_integer, read_name, shown
+from .settings import as_float, read_integer, read_name, shown
 
 if TYPE_CHECKING:
     from .groups import Group
@@ -176,7 +176,7 @@ def _check_micro_batches(masks: list[Tensor], bounds: Sequence[Tensor] | None) -
 def _positive(name: str, number: float) -> float:
     """Return what a denominator is multiplied or divided by. Raise unless it is > 0."""
     check_positive("normalizer", name, number)
-    return number if isinstance(number, Tensor) else float(number)
+    return as_float(number)
 
 
 def _read_world_size(world_size: int) -> int:

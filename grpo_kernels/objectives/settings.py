@@ -8,11 +8,12 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 
+_Number = TypeVar("_Number", bound=float | Tensor)
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 """The range in which fp32 has all of its digits; below and above, kernels would compute with 0 and infinity."""
 HELD = f"in [{SMALLEST:.4g}, {LARGEST:.4g}], as fp32 holds it"
@@ -55,6 +56,12 @@ def settle_name(
 def plain(value: Any) -> Any:
     """Return the Python number, or bool, that a scalar of numpy's is; anything else as it is."""
     return value.item() if type(value).__module__ == "numpy" and getattr(value, "shape", None) == () else value
+
+
+def as_float(number: _Number) -> _Number:
+    """Return what to compute with: a 0-d tensor as it is, of any other number the Python float. One of numpy's would be
+    multiplied in its own dtype, an integer beyond 64 bits not at all."""
+    return number if isinstance(number, Tensor) else float(number)  # type: ignore[return-value]
 
 
 def read_integer(value: object) -> int | None:
