@@ -734,6 +734,8 @@ def test_options_that_are_on_or_off(function):
         with pytest.raises(TypeError, match=f"{function.__name__}: expected {option} to be True or False; got 'False'"):
             function(*arguments, **{option: "False"})
         assert function(*arguments, **{option: np.True_}).log_probs.isfinite().all()
+    with pytest.raises(TypeError, match="expected check= to be True or False; got 'no'"):
+        function(*arguments, check="no")
     if function is grpo_loss:
         with pytest.raises(TypeError, match="expected inplace to be True or False; got 'False'"):
             grpo_loss(case.logits.clone().requires_grad_() * 1, *arguments[1:], inplace="False")

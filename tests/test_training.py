@@ -412,7 +412,9 @@ def test_bad_runs(tmp_path, monkeypatch, capsys):
     assert "--device foo cannot be used here: " in fails("--device", "foo")
     assert "--overlong-buffer must be at most the 5 tokens of a response; got 50" in fails("--overlong-buffer", "50")
     assert "--warmup must be finite and >= 0; got -1" in fails("--warmup", "-1")
+    assert "--kl must be finite and >= 0; got -1" in fails("--kl", "-1")
     assert "--group must be at least 2 with --dynamic-sampling" in fails("--group", "1", "--dynamic-sampling")
+    assert "--group must be at least 2 with --prompts 1" in fails("--group", "1", "--prompts", "1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]  # no folder of a run that never was
     assert "--micro-batch must be a multiple of --group 8" in fails("--loss", "dapo_paper", "--micro-batch", "3")
     assert "--task must be one of sort, reasoning_gym; got 'sorting'" in fails("--task", "sorting")

@@ -63,7 +63,8 @@ def warn_caller(message: str) -> None:
 def checks_enabled(check: bool | None) -> bool:
     """Whether checks of contents are on: by ``check=`` of the call, else by the environment's GRPO_KERNELS_CHECK."""
     if check is not None:
-        return check
+        check_flag("check", "check=", check)
+        return bool(check)
     return (os.environ.get("GRPO_KERNELS_CHECK") or "0").lower() not in OFF
 
 

@@ -80,12 +80,14 @@ class Options:
         self._require("lr", 0 < self.lr <= 100, "> 0 and at most 100")
         self._require("max_grad_norm", 0 < self.max_grad_norm < math.inf, "finite and > 0")
         check_seed("--seed", self.seed)
-        for name in ("ref_every", "warmup", "weight_decay", "overlong_buffer", "divergence_coef"):
+        for name in ("ref_every", "warmup", "weight_decay", "overlong_buffer", "divergence_coef", "kl"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "finite and >= 0")
         self._check_held()
         limit = self.response_limit()
         self._require("overlong_buffer", self.overlong_buffer <= limit, f"at most the {limit} tokens of a response")
         self._require("group", self.group > 1 or not self.dynamic_sampling, "at least 2 with --dynamic-sampling")
+        alone = self.group == self.prompts == 1 and self.loss != NO_LOSS
+        self._require("group", not alone, "at least 2 with --prompts 1: advantages compare responses")
         self._refuse("linear_loss", "reference_loss")
         self._refuse("backend", "reference_loss")
         self._require("ref_every", not self.ref_every or self.kl != 0, "0 without --kl")
