@@ -11,6 +11,7 @@ import torch
 from cases import make
 from distributed import pool, world
 
+import grpo_kernels
 from grpo_kernels import (  # fmt: skip
     KL,
     Clip,
@@ -23,6 +24,7 @@ from grpo_kernels import (  # fmt: skip
     grpo_loss,
     linear_grpo_loss,
     normalizer,
+    policy_loss,
 )
 from grpo_kernels.objectives.aggregation import Aggregation, AggregationName
 from grpo_kernels.objectives.config import AGGREGATIONS
@@ -355,3 +357,50 @@ def test_a_denominator_stays_one(number):
         count / number
     with pytest.raises(ValueError, match="normalizer: expected factor to be a finite number > 0"):
         number * count
+
+
+@dataclasses.dataclass(frozen=True)
+class Given(SequenceMean):
+    """Weights of any kind."""
+
+    given: typing.Any = None
+
+    def weights(self, mask, sequences, normalizer=None):
+        return self.given
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("function", ["grpo_loss", "linear_grpo_loss", "policy_loss"])
+def test_weights_of_an_aggregation_of_ones_own(function, packed):
+    """One a sequence, or one for all: of another shape they were spread wrong in silence."""
+    case = make(batch=2, length=4, vocab=11, empty=False)
+    rows, ids, advantages, options = case.logits, case.token_ids, case.advantages, {"mask": case.mask}
+    if packed:
+        rows, ids, options = rows[:, :4].flatten(0, 1), ids.flatten(), {"mask": case.mask.flatten()}
+        options["cu_seqlens"] = torch.tensor([0, 4, 8])
+    log_probs = grpo_kernels.token_log_probs(rows, ids, options["mask"]).log_probs
+
+    def loss(weights):
+        given = {**options, "config": LossConfig(aggregation=Given(weights))}
+        if function == "policy_loss":
+            return policy_loss(log_probs, advantages, **given).loss
+        if function == "grpo_loss":
+            return grpo_loss(rows, ids, advantages, **given).loss
+        eye = torch.eye(11)  # hidden states that are the logits
+        return linear_grpo_loss(rows, eye, ids, advantages, **given).loss
+
+    wanted = -(torch.tensor([0.1, 0.9]) * advantages * case.mask.sum(-1)).sum()  # ratios of 1
+    for weights in (torch.tensor([0.1, 0.9], dtype=torch.float64), torch.tensor([0.1, 0.9])):
+        torch.testing.assert_close(loss(weights), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss(torch.tensor(0.5)), -0.5 * (advantages * case.mask.sum(-1)).sum())
+    for weights in (
+        torch.ones(2, 1),
+        torch.ones(2, 4),
+        torch.ones(2, 2),
+        torch.ones(3),
+        torch.ones(1),
+        0.5,
+        [0.1, 0.9],
+    ):
+        with pytest.raises(ValueError, match=rf"{function}: expected Given.weights\(...\) to return a tensor \(2,\)"):
+            loss(weights)

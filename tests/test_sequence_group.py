@@ -721,6 +721,19 @@ def test_levels_that_need_an_order_ask_for_it(name):
         assert "even length with sequence_layout='zigzag'; got [2, 1]" in error
 
 
+def test_a_layout_without_its_group():
+    """Parts would be taken as whole sequences."""
+    x, ids = torch.randn(2, 4, 7), torch.randint(7, (2, 4))
+    calls = {
+        "grpo_loss": lambda **o: grpo_loss(x, ids, torch.ones(2), **o),
+        "linear_grpo_loss": lambda **o: linear_grpo_loss(x, torch.randn(5, 7), ids % 5, torch.ones(2), **o),
+        "policy_loss": lambda **o: policy_loss(-torch.rand(2, 4), torch.ones(2), **o),
+    }
+    for name, loss in calls.items():
+        with pytest.raises(ValueError, match=f"{name}: expected sequence_group= beside sequence_layout=; got .*zigzag"):
+            loss(sequence_layout="zigzag")
+
+
 def test_losses_of_tokens_at_levels_of_prefixes():
     """Refused as all whose backward would need the other ranks."""
     config = LossConfig(level="prefix_product")

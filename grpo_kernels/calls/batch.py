@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import TokenInputs
-from ..objectives.aggregation import AGGREGATIONS
+from ..objectives.aggregation import AGGREGATIONS, Aggregation
 from ..objectives.checks import (
     check_finite,
     check_flag,
@@ -26,8 +26,8 @@ from ..objectives.checks import (
 from ..objectives.config import LossConfig
 from ..objectives.divergence import Divergence
 from ..objectives.normalizer import Normalizer
-from ..objectives.sequences import LAYOUTS, Joined, Layout, Packed, Padded, Sequences, on_tokens
-from ..objectives.settings import as_float, check_name
+from ..objectives.sequences import Joined, Layout, Packed, Padded, Sequences, on_tokens
+from ..objectives.settings import as_float
 from ..objectives.surrogates import NoSurrogate
 from .arguments import check_pooled
 from .over_ranks import Agreed
@@ -91,9 +91,11 @@ class LossArguments(NamedTuple):
 def read_batch(tokens: _Tokens, config: LossConfig, arguments: LossArguments) -> tuple[_Tokens, TokenBatch]:
     """Return the tokens, with skipped ones no longer live, and every tensor of tokens that the loss takes."""
     part, tokens = _read_sequences(tokens, arguments.cu_seqlens)
-    if arguments.sequence_layout is not None:
-        check_name(f"{tokens.function}: sequence_layout", arguments.sequence_layout, LAYOUTS)
     ranks = arguments.sequence_group
+    if ranks is None and arguments.sequence_layout is not None:
+        hint = "without a group, of ranks that hold the other tokens, these are whole sequences"
+        got = repr(arguments.sequence_layout)
+        fail(tokens.function, "sequence_group= beside sequence_layout=", f"sequence_layout={got} alone", hint=hint)
     sequences: Sequences = part
     if isinstance(ranks, Agreed):
         if arguments.sequence_layout is None:
@@ -339,11 +341,24 @@ def _read_weights(
     denominator = arguments.normalizer
     if denominator is not None:
         denominator = _read_normalizer(tokens, config, denominator)
-    weight = on_tokens(config.weighting.weights(masked_in, sequences, denominator), masked_in, sequences, tokens.real)
+    weights = config.weighting.weights(masked_in, sequences, denominator)
+    if type(config.weighting) not in AGGREGATIONS.values():
+        _check_weights(tokens, config.weighting, weights, sequences)
+    weight = on_tokens(weights, masked_in, sequences, tokens.real)
     if config.entropy_aggregation is None:
         return weight, weight
     of_entropy = AGGREGATIONS[config.entropy_aggregation]().weights(masked_in, sequences)
     return weight, on_tokens(of_entropy, masked_in, sequences, tokens.real)
+
+
+def _check_weights(tokens: Tokens, aggregation: Aggregation, weights: object, sequences: Sequences) -> None:
+    """Raise unless a user's aggregation has given a weight to every sequence, or one to all tokens."""
+    if isinstance(weights, Tensor) and tuple(weights.shape) in ((), (sequences.count,)):
+        return
+    got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else repr(weights)
+    expected = f"{type(aggregation).__name__}.weights(...) to return a tensor ({sequences.count},), a weight for every"
+    hint = "token_weights= takes weights of tokens"
+    fail(tokens.function, f"{expected} sequence, or 0-d, one for all tokens", got, tokens.tensors, hint)
 
 
 def _read_normalizer(tokens: Tokens, config: LossConfig, normalizer: float | Tensor | Normalizer) -> float | Tensor:

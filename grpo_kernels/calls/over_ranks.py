@@ -16,6 +16,8 @@ from ..objectives.checks import fail
 from ..objectives.compiler import outside_graphs
 from ..objectives.config import resolve_config
 from ..objectives.groups import agree, checksum, get_ranks, in_words, meets, read_group
+from ..objectives.sequences import LAYOUTS
+from ..objectives.settings import check_name
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -55,7 +57,8 @@ def over_ranks(function: Callable[..., LossOutput], given: Mapping[str, Any]) ->
     given = {name: value for name, value in given.items() if name != "unknown"}
     group = read_group(function.__name__, KEYWORD, given[KEYWORD])
     if group is None:
-        return function(**{**given, KEYWORD: None})
+        _check_layout(function.__name__, given[_LAYOUT])
+        return function(**{**given, KEYWORD: None, _LAYOUT: None})
     _refuse_the_vocabulary(function.__name__, group, given.get("vocab_group"))
     if meets(function.__name__, KEYWORD, group, given["check"]):
         facts, error = _rehearse(function, given)
@@ -76,9 +79,10 @@ def _rehearse(
 ) -> tuple[dict[str, int | str], Exception | None]:
     """Return what has to be the same on all ranks, and what this rank's part raises."""
     old = given["old_log_probs"]  # with what it knows of itself, the call will warn, and its rehearsal not
-    alone = {**given, KEYWORD: None, "old_log_probs": getattr(old, "log_probs", old)}
+    alone = {**given, KEYWORD: None, _LAYOUT: None, "old_log_probs": getattr(old, "log_probs", old)}
     alone |= {"inplace": False} if "inplace" in given else {}
     try:
+        _check_layout(function.__name__, given[_LAYOUT])
         for name in _EITHER:
             _check_per_token(function.__name__, given, name)
         with torch.no_grad():
@@ -97,6 +101,11 @@ def _check_per_token(function: str, given: Mapping[str, Any], name: str) -> None
     if values.shape[0] != bounds.shape[0] - 1:
         expected = f"{name} ({bounds.shape[0] - 1},), one a sequence, or (1, N) with {KEYWORD}="
         fail(function, expected, str(tuple(values.shape)), hint=f"one for each token: {name}[None]")
+
+
+def _check_layout(function: str, layout: object) -> None:
+    if layout is not None:
+        check_name(f"{function}: {_LAYOUT}", layout, LAYOUTS)
 
 
 def _check_halves(function: str, given: Mapping[str, Any]) -> None:

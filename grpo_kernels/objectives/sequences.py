@@ -260,7 +260,7 @@ Sequences = Padded | Packed | Joined
 
 
 def on_tokens(weights: Tensor, mask: Tensor, sequences: Sequences, real: torch.dtype) -> Tensor:
-    """Spread an aggregation's weights: contiguous (B, T) in ``real``, rounded once; 0 where the mask is."""
+    """Spread an aggregation's weights, (S,) or 0-d: contiguous (B, T) in ``real``, rounded once, 0 where masked."""
     weights = sequences.expand(weights) if weights.dim() else weights
     return torch.mul(mask, weights, out=torch.empty_like(mask, dtype=real))
 
