@@ -44,6 +44,7 @@ from grpo_kernels.objectives.config import AGGREGATIONS, LEVELS
 from grpo_kernels.objectives.levels import LevelName
 from grpo_kernels.objectives.names import ELSEWHERE, translated
 from grpo_kernels.objectives.presets import PRESETS
+from grpo_kernels.objectives.rollout import Rollout
 from grpo_kernels.objectives.surrogates import BUILT_IN
 
 
@@ -224,6 +225,25 @@ def test_wrong_types():
         LossConfig(kl=0.04)
     with pytest.raises(TypeError, match=r"schemes such as TruncatedIS\(2.0\); got 2.0"):
         LossConfig(rollout=2.0)
+    with pytest.raises(TypeError, match=r"schemes such as TruncatedIS\(2.0\); got the class TruncatedIS"):
+        LossConfig(rollout=TruncatedIS)
+
+
+def test_classes_of_ones_own():
+    """What kernels know by its fields is not derived from: they computed the other's. A scheme is, from one of ours."""
+    for base in (KL, Divergence):
+        with pytest.raises(TypeError, match=f"Mine is derived from {base.__name__}, which kernels know by its fields"):
+            type("Mine", (base,), {})
+
+    @dataclasses.dataclass(frozen=True)
+    class Mine(Rollout):
+        equation = paper = ""
+
+        def written(self):
+            return "ρ"
+
+    with pytest.raises(TypeError, match=r"one of your own derives from TruncatedIS, MaskedIS or Rejection; got .*Mine"):
+        LossConfig(rollout=Mine())
 
 
 def test_levels_accept_ratio_surrogates():

@@ -166,3 +166,31 @@ def test_a_scheme_made_of_another_is_not_computed_as_that(function, old):
     expected = (torch.where(case.mask, losses, 0.0).sum(-1) / m.sum(-1).clamp(min=1)).mean()
     for backend in ("cpu", "torch"):
         torch.testing.assert_close(call(backend).loss, expected)
+
+
+class Given(TruncatedIS):
+    """A factor of any kind."""
+
+    def factor(self, rho):
+        return KINDS[int(self.high)](rho)
+
+
+KINDS = [None, torch.Tensor.double, lambda rho: rho > 1, lambda rho: rho[:, :1], lambda rho: 1.0]
+
+
+def test_factors_of_a_scheme_of_ones_own(backend):
+    """In any dtype, one a token: kernels read those of the tokens."""
+    case = make(batch=2, length=3, vocab=11, empty=False)
+    log_probs = token_log_probs(case.logits, case.token_ids, case.mask).log_probs
+    given = {"rollout_log_probs": log_probs - torch.tensor([[0.5, -0.5, 0.25]]), "backend": backend}
+
+    def loss(kind):
+        return grpo_loss(case.logits, *case.arguments, config=LossConfig(rollout=Given(kind)), **given).loss
+
+    rho = (log_probs - given["rollout_log_probs"]).exp()
+    for kind, factor in ((1, rho), (2, rho > 1)):
+        losses = torch.where(case.mask, -case.advantages[:, None] * factor, 0.0)
+        torch.testing.assert_close(loss(kind), (losses.sum(-1) / case.mask.sum(-1).clamp(min=1)).mean())
+    for kind, got in ((3, r"shape \(2, 1\)"), (4, "1.0")):
+        with pytest.raises(TypeError, match=rf"factor\(rho\) must return a tensor of the shape of rho.*; got {got}"):
+            loss(kind)

@@ -15,7 +15,7 @@ from .divergence import Divergence
 from .kl import KL
 from .levels import LEVELS, Level, LevelName
 from .names import check_options, translates_fields
-from .rollout import Rollout
+from .rollout import Rollout, check_scheme
 from .settings import read_limit, read_name, settle_count, settle_name, settle_number
 from .surrogates import Clip, NoSurrogate, Surrogate
 from .surrogates.registration import check_surrogate
@@ -40,7 +40,8 @@ class LossConfig:
         rollout: ρ, the correction of the sampler's mismatch: a scheme such as ``TruncatedIS(2.0)``, or several whose
             factors multiply; needs ``rollout_log_probs``.
         entropy_coef: factor of the entropy bonus.
-        entropy_aggregation: None gives entropy the weights of the aggregation; "token_mean" its own.
+        entropy_aggregation: None gives entropy the weights of the aggregation; "token_mean" its own, of each
+            call's tokens whatever the ``normalizer=``.
         log_ratio_limit: log-ratios saturate at ± this, once, after pooling, with slope 0 outside. None: no limit
             (TRL, Liger). verl and OpenRLHF use 20.
         constant_length: the length in the "constant" aggregation (Dr. GRPO: the longest completion).
@@ -121,8 +122,7 @@ class LossConfig:
         if not isinstance(self.rollout, tuple):
             object.__setattr__(self, "rollout", (self.rollout,))
         for scheme in self.schemes:
-            if not isinstance(scheme, Rollout):
-                raise TypeError(f"LossConfig(rollout=...) takes schemes such as TruncatedIS(2.0); got {scheme!r}.")
+            check_scheme(scheme)
             if self.policy_term.folds(scheme) and scheme.pooled:
                 raise ValueError(
                     f"{self.policy_term!r} multiplies token weights into its ratio, and {scheme!r} weighs sequences. "

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .maths import k3_of
 from .names import translates_fields
-from .settings import settle_name, settle_number
+from .settings import no_subclass, settle_name, settle_number
 
 KindName = Literal["forward_kl", "reverse_kl", "mixed_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 Rest = Literal["bucket", "renormalize", "teacher_renormalize"]
@@ -154,6 +154,9 @@ class Divergence:
 
     options: ClassVar[Mapping[str, str]] = MappingProxyType({"mix": "beta", "teacher_temperature": "temperature"})
     """Others' names of fields, TRL's and Liger's."""
+
+    def __init_subclass__(cls) -> None:
+        no_subclass(cls, Divergence)
 
     def __post_init__(self) -> None:
         settle_name(self, "kind", "Divergence(kind=...)", KINDS, ELSEWHERE)

@@ -15,7 +15,7 @@ from . import names
 from .checks import check_flag
 from .levels import LEVELS
 from .maths import beyond, clamp, k3_of, times
-from .settings import read_limit, settle_name, settle_number
+from .settings import no_subclass, read_limit, settle_name, settle_number
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 GRADIENTS = ("pathwise", "straight_through_k2", "weighted_k2", "score_function")
@@ -56,6 +56,9 @@ class KL:
     limit: tuple[float | None, float | None] = (20.0, None)
     ratio_cap: float = 10.0
     level: str | None = None
+
+    def __init_subclass__(cls) -> None:
+        no_subclass(cls, KL)
 
     def __post_init__(self) -> None:
         settle_number(self, "coef", "KL(coef=...)")

@@ -238,6 +238,24 @@ def rollout_weights(
             weight = times(weight, scheme.factor(advantages, -log_rho))
             continue
         assert isinstance(scheme, _Band)
-        factor = scheme.factor(clamp(log_rho, limit).exp())
+        factor = _factor(scheme, clamp(log_rho, limit).exp())
         weight = times(weight, factor if scheme.pooled else torch.where(rollout.isnan(), 1.0, factor))
     return weight
+
+
+def _factor(scheme: _Band, rho: Tensor) -> Tensor:
+    """Return a scheme's factors in the dtype of ``rho``, as kernels read them. Raise where there is none a token."""
+    factor = scheme.factor(rho)
+    if isinstance(factor, Tensor) and factor.shape == rho.shape:
+        return factor.to(rho.dtype)
+    got = f"shape {tuple(factor.shape)}" if isinstance(factor, Tensor) else repr(factor)
+    raise TypeError(f"{scheme!r}: factor(rho) must return a tensor of the shape of rho, {tuple(rho.shape)}; got {got}.")
+
+
+def check_scheme(scheme: object) -> None:
+    """Raise unless it is a scheme that can be computed: one of ours, or of a class derived from one of ours."""
+    if isinstance(scheme, (_Band, OffPolicyMask)):
+        return
+    got = f"the class {scheme.__name__}" if isinstance(scheme, type) else repr(scheme)
+    hint = "; one of your own derives from TruncatedIS, MaskedIS or Rejection" if isinstance(scheme, Rollout) else ""
+    raise TypeError(f"LossConfig(rollout=...) takes schemes such as TruncatedIS(2.0){hint}; got {got}.")

@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, NoReturn, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -126,6 +126,14 @@ def settle_count(instance: object, field: str, what: str) -> None:
     object.__setattr__(instance, field, value)
     if value is not None and not (type(value) is int and 0 < value < 2**63):
         raise ValueError(f"{what} must be a positive integer, of 64 bits at most; got {shown(value)}.")
+
+
+def no_subclass(derived: type, base: type) -> NoReturn:
+    """Raise where a class is derived from one whose kind kernels read by its fields alone: they would compute the
+    other's, in silence."""
+    raise TypeError(
+        f"{derived.__name__} is derived from {base.__name__}, which kernels know by its fields: it has none."
+    )
 
 
 def read_device(option: str, name: torch.device | str) -> torch.device:
