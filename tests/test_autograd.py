@@ -17,14 +17,17 @@ from grpo_kernels import (
     Clip,
     Divergence,
     LossConfig,
+    Recorded,
     Reinforce,
     Teacher,
     TopK,
     Unclipped,
     grpo_loss,
     linear_grpo_loss,
+    linear_token_divergence,
     linear_token_log_probs,
     policy_loss,
+    token_divergence,
     token_log_probs,
 )
 from grpo_kernels.verification.verify import complete
@@ -244,7 +247,22 @@ def test_transforms_are_refused(backend):
             call(dual, case, backend)
 
 
+def test_gradients_at_once(backend):
+    """What is computed once cannot be had for several losses; what was not handed over is there still."""
+    if backend == "torch":
+        pytest.skip("two passes, which repeat")
+    case = make(batch=2, length=3, vocab=11)
+    leaf, given = case.logits.requires_grad_(), {"backend": backend, "config": complete("dapo")}
+    loss = call(leaf, case, **given).loss
+    with pytest.raises(RuntimeError, match="grpo_loss: several gradients at once.*token_log_probs"):
+        torch.autograd.grad(loss, leaf, torch.ones(3), retain_graph=True, is_grads_batched=True)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    (wanted,) = torch.autograd.grad(call(leaf, case, **given).loss, leaf)
+    assert torch.equal(gradient, wanted)
+
+
 LOGITS = torch.linspace(-3, -1, 42).view(2, 3, 7)
+DISTILLED = LossConfig(surrogate=None, divergence=Divergence("reverse_kl"))
 FOLLOWED = {
     "advantages": ((2,), {}),
     "old_log_probs": ((2, 3), {}),
@@ -275,6 +293,34 @@ def test_transforms_of_any_argument_are_refused(name, transform):
         runs[transform]()
     with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="grpo_loss: forward-mode"):
         loss(torch.autograd.forward_ad.make_dual(x, x))
+
+
+TEACHERS = {
+    "token_divergence": lambda x: token_divergence(LOGITS, Teacher(logits=x), IDS).divergence,
+    "grpo_loss": lambda x: grpo_loss(LOGITS, IDS, SIGNS, teacher=Teacher(logits=x), config=DISTILLED).loss,
+    "linear_token_divergence": lambda x: (
+        linear_token_divergence(LOGITS, torch.ones(7, 7), Teacher(hidden=x, weight=torch.ones(7, 7)), IDS).divergence
+    ),
+}
+SETS = {
+    "a mask": lambda x: token_log_probs(LOGITS, IDS, support=x).log_probs,
+    "recorded": lambda x: token_log_probs(LOGITS, IDS, support=Recorded.from_counts(x, torch.ones_like(IDS))).log_probs,
+}
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_transforms_of_a_teacher_are_refused(name):
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match=f"{name}: forward-mode"):
+        TEACHERS[name](torch.autograd.forward_ad.make_dual(LOGITS + 1, LOGITS))
+    with pytest.raises(RuntimeError, match=rf"{name}: torch.func transforms \(grad, vmap, jvp\) are not supported"):
+        torch.func.vmap(TEACHERS[name])(torch.stack([LOGITS, LOGITS]))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_transforms_of_a_support_are_refused(name):
+    given = torch.ones(2, *LOGITS.shape, dtype=torch.bool) if name == "a mask" else torch.stack([IDS.flatten()] * 2)
+    with pytest.raises(RuntimeError, match=r"token_log_probs: torch.func transforms \(grad, vmap, jvp\) are not"):
+        torch.func.vmap(SETS[name])(given)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

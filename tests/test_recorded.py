@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from cases import make
@@ -331,8 +332,16 @@ def test_refused():
 @pytest.mark.parametrize(
     ("sets", "mask", "message"),
     [
-        ([[3.7, 1.2]], None, "ids that are integers; got 3.7"),
-        ([[0.0]], None, "ids that are integers; got 0.0"),
+        ([[3.7, 1.2]], None, "ids that are integers, of 64 bits at most; got 3.7 in the set of token 0"),
+        ([[0.0]], None, "ids that are integers, .*; got 0.0"),
+        ([[1], [2, None]], None, "ids that are integers, .*; got None in the set of token 1"),
+        ([np.array([1.7], np.float32)], None, r"ids that are integers, .*; got 1\.7"),
+        ([torch.tensor([1.0])], None, r"ids that are integers, .*; got 1\.0"),
+        ([{"a": -0.1}], None, "ids that are integers, .*; got 'a'"),
+        ([[True]], None, "ids that are integers, .*; got True"),
+        ([[2**70]], None, "ids that are integers, of 64 bits at most; got 1180591620717411303424"),
+        (torch.tensor(3), None, "lists of ids, one for every token or for every sequence; got Tensor"),
+        ([torch.tensor(3)], None, r"a list of ids for every token.*; got tensor\(3\) at 0"),
         ([[1], None], None, "a list of ids for every token.*; got None at 1"),
         ([[[1], None]], None, "a list of ids for every token.*; got None at 1"),
         (["12"], None, "a list of ids for every token.*; got '12' at 0"),
@@ -359,6 +368,21 @@ def test_from_lists():
     assert Recorded.from_lists([[4], [], [1, 2]]).shape == (3,)
     assert Recorded.from_lists([[], []]).offsets.tolist() == [0, 0, 0]
     assert Recorded.from_lists([]).shape == (0,)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    "kind",
+    [torch.tensor, np.array, tuple, set, lambda ids: dict.fromkeys(ids, -0.5), lambda ids: [*map(np.int32, ids)]],
+    ids=["tensors", "arrays", "tuples", "sets", "dicts", "numpy's integers"],
+)
+def test_what_is_as_good_as_lists(kind, nested):
+    """At any depth, in the order that they give."""
+    lists = [[1, 2], [3], [2, 5]]
+    wanted, given = Recorded.from_lists([lists] if nested else lists), [kind(ids) for ids in lists]
+    found = Recorded.from_lists([given] if nested else given)
+    assert (found.ids.tolist(), found.offsets.tolist()) == (wanted.ids.tolist(), wanted.offsets.tolist())
+    assert found.shape == wanted.shape
 
 
 def test_what_engines_return():

@@ -23,6 +23,12 @@ _SPENT = (
     "your own loss on log-probs."
 )
 
+_BATCHED = (
+    "{function}: several gradients at once (is_grads_batched=True, vectorize=True) of a call whose one gradient was "
+    "computed during forward. Ask for one at a time, of a call each, or use {alternative} with your own loss on "
+    "log-probs."
+)
+
 
 class _Final(torch.autograd.Function):
     """A gradient that was asked for with create_graph=True: differentiating it in whatever it was ``made_of`` raises,
@@ -105,9 +111,11 @@ class KnownGradients(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * len(ctx.needs_input_grad)
+        alternative = ctx.function.replace("grpo_loss", "token_log_probs")
         if ctx.spent:
-            alternative = ctx.function.replace("grpo_loss", "token_log_probs")
             raise RuntimeError(_SPENT.format(function=ctx.function, alternative=alternative))
+        if not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(upstream):
+            raise RuntimeError(_BATCHED.format(function=ctx.function, alternative=alternative))
         ctx.spent = True
         _, announced, token_ids, *gradients = ctx.saved_tensors
         for gradient in gradients:

@@ -23,7 +23,16 @@ from ..backends import ops
 from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.sets import Sets
 from ..backends.sets import outside as outside_set
-from ..objectives.checks import INTEGER_DTYPES, check_device, check_tensors, fail, may_look, read_mask
+from ..objectives.checks import (
+    INTEGER_DTYPES,
+    check_device,
+    check_no_transforms,
+    check_tensors,
+    fail,
+    may_look,
+    read_mask,
+)
+from ..objectives.settings import read_integer, shown
 from .arguments import ordinary
 from .autograd import once
 from .tokens import RowTokens
@@ -84,27 +93,21 @@ class Recorded:
 
         Args:
             sets: a list of ids for every token, or for every sequence a list of these; an empty one where a token was
-                not recorded.
+                not recorded. Arrays, tensors, sets and what has ids as its keys are as good as lists.
             mask: (B, T) or packed (N,), non-zero at the tokens that there are sets for, in their order: those that an
                 engine drew, as the loss's mask where all of these count. None: there is one for every token.
         """
         check_tensors("Recorded.from_lists", {"mask": mask})
-        _check_lists(sets)
-        first = next((one for one in sets if len(one) > 0), None)
-        nested = first is not None and not isinstance(first[0], int) and hasattr(first[0], "__len__")
+        lists = _read_lists(sets)
+        first = next((one for one in lists if one), [0])
+        nested = _has_length(first[0])
         if nested:
-            _check_lengths([len(of_sequence) for of_sequence in sets], mask)
-        tokens = [one for of_sequence in sets for one in of_sequence] if nested else list(sets)
-        _check_lists(tokens)
+            _check_lengths([len(of_sequence) for of_sequence in lists], mask)
+        tokens = _read_lists([one for of_sequence in lists for one in of_sequence]) if nested else lists
         counts = torch.tensor([len(one) for one in tokens], dtype=torch.int64)
-        if nested and mask is None and len({len(of_sequence) for of_sequence in sets}) == 1:
-            counts = counts.view(len(sets), -1)
-        flat = [token for one in tokens for token in one]
-        wrong = [token for token in flat if isinstance(token, (float, str, bool))]
-        if wrong:
-            fail("Recorded.from_lists", "ids that are integers", repr(wrong[0]), error=TypeError)
-        ids = torch.tensor(flat, dtype=torch.int64)
-        return cls.from_counts(ids, counts, None if mask is None else mask.cpu())
+        if nested and mask is None and len({len(of_sequence) for of_sequence in lists}) == 1:
+            counts = counts.view(len(lists), -1)
+        return cls.from_counts(_read_ids(tokens), counts, None if mask is None else mask.cpu())
 
     @classmethod
     def from_counts(cls, ids: Tensor, counts: Tensor, mask: Tensor | None = None) -> Recorded:
@@ -166,16 +169,34 @@ class Recorded:
             fail(function, expected, f"from {int(offsets[0])} to {int(offsets[-1])}", named)
 
 
-def _check_lists(sets: Sequence[Any]) -> None:
-    """Raise unless each is a list, of ids or of lists of them."""
-    if not hasattr(sets, "__len__"):
+def _has_length(one: object) -> bool:
+    return hasattr(one, "__len__") and not isinstance(one, str) and not (isinstance(one, Tensor) and one.dim() == 0)
+
+
+def _read_lists(sets: Sequence[Any]) -> list[list[Any]]:
+    """Return lists, of ids or of lists of them. Raise for what has no length."""
+    if not _has_length(sets):
         expected = "lists of ids, one for every token or for every sequence"
         fail("Recorded.from_lists", expected, type(sets).__name__, error=TypeError)
     for place, one in enumerate(sets):
-        if isinstance(one, str) or not hasattr(one, "__len__"):
+        if not _has_length(one):
             expected = "a list of ids for every token, or of such lists for every sequence"
             hint = "a token without a set has an empty list"
             fail("Recorded.from_lists", expected, f"{one!r} at {place}", hint=hint, error=TypeError)
+    return [one.tolist() if hasattr(one, "tolist") else list(one) for one in sets]
+
+
+def _read_ids(tokens: list[list[Any]]) -> Tensor:
+    """Return the ids of all tokens, one after the other. Raise where one is no integer."""
+    flat = []
+    for place, one in enumerate(tokens):
+        for token in one:
+            number = read_integer(token)
+            if number is None or not -(2**63) <= number < 2**63:
+                got = f"{shown(token)} in the set of token {place}"
+                fail("Recorded.from_lists", "ids that are integers, of 64 bits at most", got, error=TypeError)
+            flat.append(number)
+    return torch.tensor(flat, dtype=torch.int64)
 
 
 def _check_lengths(lengths: list[int], mask: Tensor | None) -> None:
@@ -205,6 +226,7 @@ def read_sets(tokens: RowTokens, support: Recorded) -> Sets:
     """Return the sets of a call's tokens. Nothing is read outside of them, whatever the offsets are."""
     function, named = tokens.function, {**tokens.tensors, "ids": support.ids, "offsets": support.offsets}
     check_device(function, named)
+    check_no_transforms(function, (support.ids, support.offsets))
     count = tokens.token_ids.numel()
     if support.shape != (count,):
         allowed = {tuple(tokens.shape), tuple(tokens.live.shape), (count,)}

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.eager_rows import capped
 from ..backends.spec import LogitArgs, numbers_vector, without_softcap
-from ..objectives.checks import check_device, check_shape, fail, read_mask
+from ..objectives.checks import check_device, check_no_transforms, check_shape, fail, read_mask
 from ..objectives.compiler import outside_graphs
 from ..objectives.groups import gather, ordered_sum
 from ..objectives.maths import weighed
@@ -194,6 +194,7 @@ class Supported:
             shape, named = (*tokens.shape, tokens.columns), {**tokens.tensors, "support": support}
             check_shape(tokens.function, "support", support, (shape,), named)
             check_device(tokens.function, named)
+            check_no_transforms(tokens.function, (support,))
             mask = read_mask(tokens.function, support, named, name="support").reshape(-1, tokens.columns)
             return cls(rows, tokens.shard, (), mask, lowest)
         filters = support if isinstance(support, tuple) else (support,)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.spec import LogitArgs
-from ..objectives.checks import check_tensors, describe, fail
+from ..objectives.checks import check_no_transforms, check_tensors, describe, fail
 from ..objectives.divergence import Divergence
 from ..objectives.groups import in_words
 from ..objectives.settings import plain, read_integer, settle_number, shown
@@ -165,12 +165,13 @@ def _hint_of(name: str, value: object) -> str:
 
 
 def check_is_teacher(function: str, teacher: object) -> None:
-    """Raise where a teacher is something else, its logits perhaps."""
+    """Raise where a teacher is something else, its logits perhaps, or is followed by a transform."""
     if not isinstance(teacher, Teacher):
         hint = "Teacher(logits=...), Teacher(hidden=..., weight=...) or Teacher(token_ids=..., log_probs=...)"
         if callable(teacher):
             hint = "a model is run as one before: teacher=hf.teacher(model)(**inputs), or Teacher(logits=...)"
         fail(function, "teacher= to be a Teacher", type(teacher).__name__, hint=hint, error=TypeError)
+    check_no_transforms(function, teacher.tensors.values())
 
 
 def check_teacher(function: str, teacher: object, divergence: Divergence | None) -> None:
