@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import gc
+import time
 import weakref
 
 import pytest
@@ -54,6 +56,23 @@ def mean_over_sequences(values: torch.Tensor, mask: torch.Tensor) -> torch.Tenso
 def without_advantages(given: dict, keep: int = 0) -> dict:
     tokens = {name: value for name, value in tokens_of(given).items() if name != "advantages"}
     return {name: value[:, 1 - keep :] for name, value in tokens.items()} if keep else tokens
+
+
+def test_a_teacher_of_several_threads():
+    """One call after the other, each with the model's own forward, though all began before the first had ended."""
+    model, given = tiny(), inputs()
+    model.model.register_forward_pre_hook(lambda *_: time.sleep(0.02))
+    ask = hf.teacher(model)
+    wanted = ask(**given).hidden
+
+    def asked(_):
+        time.sleep(0.005)  # the other thread's call has begun
+        return ask(**given).hidden
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool_of_threads:
+        found = list(pool_of_threads.map(asked, range(8)))
+    assert all(torch.equal(hidden, wanted) for hidden in found)
+    assert "forward" not in vars(model)
 
 
 @pytest.mark.parametrize("keep", [0, 5])

@@ -20,7 +20,7 @@ from ..objectives.compiler import leaving_graphs, with_frames
 from .head import Caller, TracedHead, head_of, in_fsdp_units, way_to, with_forward
 from .model import causal_model, check_dtypes, completed, signature_of
 from .parts import Parts
-from .proof import EVERY, Memories, Proof, row_logits
+from .proof import EVERY, Memories, Proof, alone, row_logits
 
 TEACHER = Caller("hf.teacher", "Teacher(logits=model(...).logits) takes those of the model's own head")
 _MEMORIES: Memories = weakref.WeakKeyDictionary()
@@ -37,7 +37,8 @@ def teacher(model: nn.Module) -> Callable[..., Teacher]:
     The model runs up to its head, in evaluation mode and without a gradient, and makes no logits: the Teacher has the
     states behind its final norm and the head's weight, bias, scale and cap, traced as ``attach`` traces them and
     compared with the model's own logits on one row, at the first call in each state and every hundred. The call is the
-    student's, ``logits_to_keep`` included. The model may be attached, and may be the student itself, its adapters off:
+    student's, ``logits_to_keep`` included. No other thread trains this model meanwhile: it has no dropout. The model
+    may be attached, and may be the student itself, its adapters off:
     ``with model.disable_adapter(): reference = hf.teacher(model)(...)``.
 
     The Teacher's weight is the model's own memory: it is of this step where the model learns. It is a copy, V·H'
@@ -64,7 +65,14 @@ def _called(model: nn.Module, /, *args: Any, **inputs: Any) -> Teacher:
     for name in ("grpo", "labels"):
         if inputs.get(name) is not None:
             fail(TEACHER.function, "inputs of the model alone", f"{name}=", hint="the student's call takes it")
-    inner, thread, found = causal_model(model, TEACHER.function), threading.get_ident(), []
+    inner = causal_model(model, TEACHER.function)
+    with alone(inner, _MEMORIES):  # another thread's call has its own forward there until it ends
+        return _asked(model, inner, *args, **inputs)
+
+
+def _asked(model: nn.Module, inner: Any, /, *args: Any, **inputs: Any) -> Teacher:
+    """As ``_called``, of checked inputs; no other thread is here with this model."""
+    thread, found = threading.get_ident(), []
     plain, signature = inner.forward, signature_of(inner)
     proof = Proof(_before(plain), EVERY, TEACHER, _MEMORIES)
 
@@ -82,7 +90,7 @@ def _called(model: nn.Module, /, *args: Any, **inputs: Any) -> Teacher:
             traced = proof.traced(parts, call, compiled, kept)
             found.append(_of_traced(traced, parts, call, proof, given, _gathered(model, parts.head)))
 
-    with proof.alone(inner), torch.no_grad(), _evaluated(model), with_forward(inner, forward):
+    with torch.no_grad(), _evaluated(model), with_forward(inner, forward):
         model(*args, **inputs)
     return found[0]
 

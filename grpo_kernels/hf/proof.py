@@ -66,6 +66,13 @@ class _Memory:
 Memories = weakref.WeakKeyDictionary[nn.Module, _Memory]
 
 
+def alone(model: nn.Module, memories: Memories) -> threading.RLock:
+    """Return the lock of a model: a second thread's call waits."""
+    with _MAKING:
+        memories.setdefault(model, _Memory())
+        return _LOCKS.setdefault(model, threading.RLock())
+
+
 class Proof:
     """Measured in each state of a model: training or not, which products, bias and cap the head has, in which dtypes.
 
@@ -82,10 +89,8 @@ class Proof:
         """Of each model that has this forward: a copy is a model of its own."""
 
     def alone(self, model: nn.Module) -> threading.RLock:
-        """Return the lock of a model: a second thread's call waits."""
-        with _MAKING:
-            self._memories.setdefault(model, _Memory())
-            return _LOCKS.setdefault(model, threading.RLock())
+        """As the function of that name."""
+        return alone(model, self._memories)
 
     def traced(self, parts: Parts, call: Callable[[], Any], compiled: Any, kept: Any) -> TracedHead:
         """Return the head of the model's own forward, ``call()``, of the rows that are ``kept`` if given."""
