@@ -325,6 +325,14 @@ def test_numbers_that_are_no_tensors(values):
         grpo_loss(b["logits"], b["token_ids"], values)
 
 
+@pytest.mark.parametrize("name", ["ref_log_probs", "rollout_log_probs"])
+def test_log_probs_in_what_returned_them(name):
+    b = batch()
+    whole = token_log_probs(b["logits"], b["token_ids"])
+    with pytest.raises(TypeError, match=rf"{name} to be a tensor; got TokenLogProbs(.|\n)*hint: {name}\.log_probs"):
+        grpo_loss(b["logits"], b["token_ids"], torch.ones(2), **{name: whole})
+
+
 def test_contents_that_cannot_be_seen():
     """Under fake tensors, on the meta device and in vmap nothing is looked at."""
     rewards = torch.ones(4, 2, 3)

@@ -186,7 +186,7 @@ def value_loss(
             fail("value_loss", "clip >= 0, or None to leave it out", shown(clip))
     tokens = _Tokens.read("value_loss", cu_seqlens, **named)
     live = tokens.live
-    values = torch.where(live, tokens.rows(values.to(torch.promote_types(values.dtype, torch.float32))), 0.0)
+    values = torch.where(live, tokens.rows(_wide(values)), 0.0)
     returns = torch.where(live, tokens.rows(_floating(returns)), 0.0)
     losses = (values - returns) ** 2
     if clip is not None:
@@ -233,7 +233,7 @@ class _Tokens:
         """Return a user's baseline, broadcastable to the rows."""
         if not isinstance(baseline, Tensor):
             return read_scalar(function, "baseline", baseline)
-        baseline, count = baseline.detach(), self.sequences.count
+        baseline, count = _floating(baseline), self.sequences.count
         if baseline.dim() == 0:
             return baseline
         per_sequence = ((count, 1),) if isinstance(self.sequences, Padded) else ((count, 1), (count,))
@@ -288,10 +288,15 @@ def _groups(function: str, rewards: Tensor, group_size: int) -> Tensor:
 def _floating(values: Tensor) -> Tensor:
     """Return rewards, values or lengths without gradient, in fp32 at least: what is added, or multiplied again and
     again, in bf16 loses a discount of 0.999 whole. Integers in the default float type, if that is wider."""
+    return _wide(values.detach())
+
+
+def _wide(values: Tensor) -> Tensor:
+    """As ``_floating``, with their gradient."""
     if values.is_complex():
-        raise TypeError(f"rewards, values and lengths are real numbers; got {values.dtype}.")
+        raise TypeError(f"rewards, values, baselines and lengths are real numbers; got {values.dtype}.")
     dtype = values.dtype if values.is_floating_point() else torch.get_default_dtype()
-    return values.detach().to(torch.promote_types(dtype, torch.float32))
+    return values.to(torch.promote_types(dtype, torch.float32))
 
 
 def _constant(groups: Tensor) -> Tensor:

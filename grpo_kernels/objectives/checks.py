@@ -194,6 +194,8 @@ def check_tensors(function: str, named: Mapping[str, object], needed: Container[
         if value is not None:
             numbers = isinstance(value, (list, tuple)) or hasattr(value, "__array__")
             hint = f"torch.as_tensor({name})" if numbers else None
+            if isinstance(getattr(value, "log_probs", None), Tensor):  # what token_log_probs returns, whole
+                hint = f"{name}.log_probs"
             fail(function, f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
 
 
