@@ -65,6 +65,10 @@ def test_options_make_a_config():
             dict(is_correction_level="seq"),
             LossConfig(aggregation="token_mean", rollout=(TruncatedIS(math.inf), Rejection(0.5, 5.0, "geometric"))),
         ),
+        (
+            dict(is_correction_level="token", is_correction_mode="clip", is_correction_threshold=[2.0]),
+            LossConfig(aggregation="token_mean", rollout=TruncatedIS(2.0)),
+        ),
         (dict(use_loss=True, init_coef=0.0), LossConfig(aggregation="token_mean")),
     ],
 )
@@ -84,6 +88,8 @@ def test_configs(options, wanted):
             "mode must be one of clip, mask; got 'trunc",
         ),
         (dict(is_correction_level="token", is_correction_gating="kl"), "is_correction_gating must be one of .*'kl'"),
+        (dict(is_correction_level="seq", is_correction_mode="clip"), 'is_correction_mode="clip" with .*level="seq"'),
+        (dict(is_correction_level="token", is_correction_threshold=[]), r"must be HIGH, or LOW and HIGH; got \[\]"),
         (dict(dual_clip=1.1), r"do not have dual_clip=1\.1 with an upper bound of 1 \+ 0\.2"),
         (
             dict(is_correction_level="seq", is_correction_gating="tv", is_correction_threshold=[0, 0.1]),

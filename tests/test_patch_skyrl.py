@@ -84,6 +84,8 @@ def test_configs(given, wanted):
         (algorithm("gsp"), "Did you mean 'gspo'"),
         (algorithm("rollout_is"), 'a config for policy_loss_type="rollout_is"'),
         (algorithm("cross_entropy"), 'a config for policy_loss_type="cross_entropy"'),
+        (algorithm("dppo", tis_ratio_type="token"), 'off_policy_correction beside policy_loss_type="dppo"'),
+        (algorithm("dppo", sequence_mask_metric="product"), 'off_policy_correction beside policy_loss_type="dppo"'),
         (algorithm("dual_clip", clip_ratio_c=1.1), r"do not have clip_ratio_c=1\.1 with an upper bound of 1 \+ 0\.2"),
         (algorithm(loss_reduction="prompt_mean"), 'a config for loss_reduction="prompt_mean"'),
         (algorithm(use_kl_loss=True), "use_kl_loss, a mean over sequences, beside another reduction"),

@@ -192,14 +192,17 @@ def test_the_config_is_the_loss(name, reduction, correction):
     scaled = apply_loss_reduction_to_advantages_minibatch(known["advantages"], known["mask"].float(), reduction, 2, 32)
     theirs = evaluated(name, {**known, "advantages": scaled}, config, torch.float64)
     log_prob = known["log_prob"].clone().requires_grad_()
-    wanted = loss_config(config)
+    if name == "dppo" and correction != "none":
+        with pytest.raises(ValueError, match='off_policy_correction beside policy_loss_type="dppo"'):
+            loss_config(config)
+    wanted = loss_config(algorithm(name, "none" if name == "dppo" else correction, **OPTIONS[name][0], **options))
     out = policy_loss(
         log_prob,
         known["advantages"],
         known["mask"],
         old_log_probs=known["rollout"] if name == "dppo" else known["old"],
         rollout_log_probs=known["rollout"] if wanted.schemes else None,
-        config=wanted if name != "dppo" else wanted.replace(rollout=()),
+        config=wanted,
         token_weights=factors_of(config, known) if name == "dppo" else None,
     )
     close_losses((out.loss.detach(), torch.autograd.grad(out.loss, log_prob)[0]), theirs)

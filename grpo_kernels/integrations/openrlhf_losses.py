@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ class Options(NamedTuple):
     is_correction_level: str
     is_correction_mode: str
     is_correction_gating: str
-    is_correction_threshold: tuple[float, float]
+    is_correction_threshold: Sequence[float]
 
 
 def loss_config(args: Any) -> LossConfig:
@@ -94,10 +94,15 @@ def _policy_config(options: Any) -> LossConfig:
 
 
 def _schemes(options: Options) -> Rollout | tuple[Rollout, ...]:
-    low, high = options.is_correction_threshold
+    threshold = options.is_correction_threshold
+    if len(threshold) not in (1, 2):
+        raise ValueError(f"OpenRLHF: is_correction_threshold must be HIGH, or LOW and HIGH; got {threshold!r}.")
+    low, high = (0.0, *threshold)[-2:]
     if options.is_correction_gating != "ratio":
         refuse("OpenRLHF", f'a config for is_correction_gating="{options.is_correction_gating}"', '"ratio"')
     if options.is_correction_level == "seq":
+        if options.is_correction_mode == "clip":
+            refuse("OpenRLHF", 'is_correction_mode="clip" with is_correction_level="seq"', '"mask" there, as OpenRLHF')
         return TruncatedIS(math.inf), Rejection(low, high, "geometric")
     return TruncatedIS(high, low) if options.is_correction_mode == "clip" else MaskedIS(low, high)
 

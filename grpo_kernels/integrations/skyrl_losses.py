@@ -121,7 +121,8 @@ REDUCTIONS = {
 def loss_config(algorithm: Any) -> LossConfig:
     """Return the config of SkyRL's algorithm options: policy term, reduction, correction, KL and entropy bonus.
 
-    With "dppo" SkyRL takes the ratio to the sampler: there its log-probs are ``old_log_probs=`` of a loss.
+    With "dppo" SkyRL takes the ratio to the sampler: there its log-probs are ``old_log_probs=`` of a loss, and the
+    factors of ``off_policy_correction``, which are of the old policy, its ``token_weights=``.
 
     Args:
         algorithm: SkyRL's ``AlgorithmConfig``, or anything with its fields.
@@ -137,11 +138,15 @@ def loss_config(algorithm: Any) -> LossConfig:
         refuse("SkyRL", f'a config for loss_reduction="{reduction}"', ", ".join(REDUCTIONS))
     if algorithm.use_kl_loss and reduction != "sequence_mean":
         refuse("SkyRL", "use_kl_loss, a mean over sequences, beside another reduction", '"sequence_mean"')
+    schemes = _schemes(algorithm.off_policy_correction) if LOSSES[name].corrects else ()
+    if schemes and LOSSES[name].to_sampler:
+        option = f'a config for off_policy_correction beside policy_loss_type="{name}", whose old policy is the sampler'
+        refuse("SkyRL", option, "one without it, beside token_weights=")
     return dataclasses.replace(
         config,
         aggregation=REDUCTIONS[reduction],  # type: ignore[arg-type]
         constant_length=algorithm.max_seq_len if reduction == "seq_mean_token_sum_norm" else None,
-        rollout=_schemes(algorithm.off_policy_correction) if LOSSES[name].corrects else (),
+        rollout=schemes,
         kl=_kl(algorithm) if algorithm.use_kl_loss else KL(),
         entropy_coef=algorithm.entropy_loss_coef if algorithm.use_entropy_loss else 0.0,
         entropy_aggregation="token_mean" if algorithm.use_entropy_loss else None,
