@@ -226,7 +226,7 @@ def linear_grpo_loss(
         if facts is not None:
             named = {"config": config, "arguments": arguments.given, "gradients of states": wants.states}
             how = {"rows of a chunk": rows, "hidden_grad": hidden_grad, "support": said_of(tokens, support, logit_args)}
-            facts |= facts_of(tokens, logit_args, arguments.tensors, **named, **how)
+            facts |= facts_of(tokens, logit_args, arguments.tensors, **named, **how) | arguments.numbers(grad_scale)
     if made is not None:
         made.warn_of("linear_grpo_loss", Made.of(tokens, plan.route.backend, logit_args, support))
     _check_shift(tokens, head, logit_args)

@@ -264,7 +264,7 @@ def grpo_loss(
             kept = said_of(tokens, support, logit_args)
             if facts is not None:
                 named = {"config": config, "arguments": arguments.given, "support": kept}
-                facts |= facts_of(tokens, logit_args, arguments.tensors, **named)
+                facts |= facts_of(tokens, logit_args, arguments.tensors, **named) | arguments.numbers(grad_scale)
     backend = plan.route.backend
     if made is not None:
         made.warn_of("grpo_loss", Made.of(tokens, backend, logit_args, support))

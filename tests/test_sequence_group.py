@@ -46,6 +46,7 @@ from grpo_kernels import (
     policy_loss,
     split_context,
 )
+from grpo_kernels.calls.over_ranks import NUMBERS
 from grpo_kernels.objectives.metrics import FIELDS
 
 S, T, V, H, RANKS = 6, 13, 23, 5, 3
@@ -457,7 +458,7 @@ FAULTS = {
     ),
     "no old log-probs": (lambda rank: {"old_log_probs": None}, "the same keywords on every rank of sequence_group"),
     "a penalty": (lambda rank: {"entropy_coef": 0.1}, "got None on rank 0, 0.1 on rank 1, None on rank 2"),
-    "a normalizer": (lambda rank: {"normalizer": 3.0}, "the same keywords on every rank of sequence_group"),
+    "a normalizer": (lambda rank: {"normalizer": 3.0}, "the same normalizer on every rank of sequence_group; got None"),
     "other sequences": (
         fewer_sequences,
         "the same number of sequences on every rank of sequence_group; got 6 on rank 0",
@@ -502,6 +503,25 @@ def test_one_rank_has_another_teacher(name):
     (text,) = set(errors_of(RANKS, call, deadline=20))
     assert text is not None
     assert words in text
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
+@pytest.mark.parametrize("name", [*NUMBERS, "grad_scale"])
+def test_numbers_of_ranks_differ(name, kind):
+    """Each would compute its part with its own."""
+
+    def call(rank):
+        case = Case("errors", "logits", LossConfig.preset("gspo"), "random")
+        part = part_of(case.batch(), case.columns()[rank])
+        changes = {name: kind(5.0 if rank == 1 else 4.0)}
+        if name == "divergence_coef":
+            changes["config"] = LossConfig.preset("gspo", divergence=Divergence("tvd"))
+            changes["teacher"] = Teacher(logits=part.states["logits"])
+        beside = {"kl_coef": "ref_log_probs", "rollout_kl_coef": "rollout_log_probs"}.get(name)
+        loss_of(rank, **changes, **({beside: part.options["old_log_probs"]} if beside else {}))
+
+    (text,) = set(errors_of(RANKS, call, deadline=20))
+    assert f"the same {name} on every rank of sequence_group; got 4.0 on rank 0, 5.0 on rank 1, 4.0 on" in str(text)
 
 
 @pytest.mark.parametrize("name", FAULTS)

@@ -27,6 +27,7 @@ from grpo_kernels import (
     linear_token_log_probs,
     token_log_probs,
 )
+from grpo_kernels.calls.over_ranks import NUMBERS
 from grpo_kernels.verification.tolerance import compare, truth_of
 
 VOCAB = 97
@@ -492,6 +493,27 @@ def test_ranks_that_differ_raise_the_same_error(name):
     assert expected in first[0]
     assert first[0] == first[1]
     assert loss.isfinite()
+
+
+@pytest.mark.parametrize("function", ["grpo_loss", "linear_grpo_loss"])
+@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["number", "tensor"])
+@pytest.mark.parametrize("name", [name for name in (*NUMBERS, "grad_scale") if name != "divergence_coef"])
+def test_numbers_of_ranks_differ(name, kind, function):
+    """A normalizer of a rank's own tokens, a coefficient of its own controller: the loss would not be one loss."""
+    case, config = cases.make(vocab=VOCAB), LossConfig(rollout_kl=KL(0.1))
+    head = torch.eye(VOCAB)  # hidden states that are the logits
+    given = {**case.options, "rollout_log_probs": case.options["old_log_probs"], "config": config}
+
+    def of_rank(rank):
+        first, last = CUTS["two"][rank : rank + 2]
+        options = {**given, "vocab_group": torch.distributed.group.WORLD, name: kind(4.0 + rank)}
+        rows = (case.logits[..., first:last],) if function == "grpo_loss" else (case.logits, head[first:last])
+        loss = grpo_loss if function == "grpo_loss" else linear_grpo_loss
+        with pytest.raises(ValueError, match=f"the same {name} on every rank of vocab_group; got 4.0 on rank 0, 5.0"):
+            loss(*rows, *case.arguments, **options)
+        return bool(loss(*rows, *case.arguments, **{**options, name: kind(4.0)}).loss.isfinite())
+
+    assert run_threads(2, of_rank, deadline=10) == [True, True]
 
 
 def test_ids_outside_every_shard():

@@ -25,12 +25,13 @@ from ..objectives.checks import (
 )
 from ..objectives.config import LossConfig
 from ..objectives.divergence import Divergence
+from ..objectives.groups import in_words
 from ..objectives.normalizer import Normalizer
 from ..objectives.sequences import Joined, Layout, Packed, Padded, Sequences, on_tokens
 from ..objectives.settings import as_float
 from ..objectives.surrogates import NoSurrogate
 from .arguments import check_pooled
-from .over_ranks import Agreed
+from .over_ranks import NUMBERS, Agreed
 from .teacher import Teacher, check_teacher
 from .token_batch import KnownSchemes, TokenBatch, pools
 from .tokens import Tokens
@@ -80,6 +81,10 @@ class LossArguments(NamedTuple):
             "temperature": self.temperature,
         }
         return {name: value for name, value in named.items() if value is not None}
+
+    def numbers(self, grad_scale: float | Tensor | None) -> dict[str, str]:
+        """Return the numbers of a call in words, for ranks to compare."""
+        return {"grad_scale": in_words(grad_scale)} | {name: in_words(getattr(self, name)) for name in NUMBERS}
 
     @property
     def given(self) -> str:

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
 KEYWORD = "sequence_group"
 _TENSORS = ("old_log_probs", "ref_log_probs", "rollout_log_probs", "token_weights", "cu_seqlens", "entropy", "teacher")
-_OPTIONS = ("normalizer", "grad_scale", "entropy_threshold", "support", "skip_zero_advantage", "token_losses")
-_COEFFICIENTS = ("kl_coef", "rollout_kl_coef", "entropy_coef", "divergence_coef")
-_OF_LOGITS = ("temperature", "logit_scale", "logit_softcap", "vocab_size")
-"""Keywords of the losses that all ranks give, or none; of the last two also the number."""
+_OPTIONS = ("support", "skip_zero_advantage", "token_losses")
+NUMBERS = ("normalizer", "kl_coef", "rollout_kl_coef", "entropy_coef", "divergence_coef", "entropy_threshold")
+"""Arguments that are one number, the same on ranks that share tokens or sequences."""
+_NUMBERS = (*NUMBERS, "grad_scale", "temperature", "logit_scale", "logit_softcap", "vocab_size")
+"""Keywords of the losses that all ranks give, or none; of the last also the number."""
 _EITHER = ("advantages", "temperature")
 """Those of which there may be one a sequence, the same on all ranks, or one a token."""
 _OF_SEQUENCES = "one a sequence"
@@ -133,16 +134,14 @@ def _facts(given: Mapping[str, Any], out: LossOutput) -> dict[str, int | str]:
     floating = [value for value in given.values() if isinstance(value, Tensor) and value.is_floating_point()]
     wanted = torch.is_grad_enabled() and any(value.requires_grad for value in floating)
     sequences = out.log_probs.shape[0] if bounds is None else bounds.shape[0] - 1
-    coefficients = {name: in_words(given.get(name)) for name in _COEFFICIENTS}
     teacher = given.get("teacher")
     return {
         "number of sequences": sequences,
         "config": repr(resolve_config(given["config"])),
         "keywords": ", ".join(named) or "none",
-        **coefficients,
         _LAYOUT: repr(given[_LAYOUT]),
         **{f"kind of {name}": _kind(given.get(name)) for name in _EITHER},
-        **{name: in_words(given.get(name)) for name in _OF_LOGITS},
+        **{name: in_words(given.get(name)) for name in _NUMBERS},
         **{name: checksum(given[name]) for name in _EITHER if _kind(given.get(name)) == _OF_SEQUENCES},
         "dtype": str(floating[0].dtype),
         "teacher": "none" if teacher is None else teacher.facts(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeAlias
 
 import torch
 from torch import Tensor
@@ -217,8 +217,12 @@ def meets(function: str, name: str, group: ProcessGroup, check: bool | None) -> 
 
 
 def in_words(value: object) -> str:
-    """Return a fact as ranks tell it; numbers on a device are not looked at."""
-    return "a tensor" if isinstance(value, Tensor) else repr(value)
+    """Return a fact as ranks tell it, of a number its value, wherever it is: ranks that tell each other wait anyway."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return "a tensor"
+    if isinstance(value, SupportsFloat) and not isinstance(value, int | float):
+        value = float(value)
+    return repr(value)
 
 
 def _error_in_words(error: Exception | None) -> tuple[str, str] | None:
