@@ -18,8 +18,8 @@ from .calls.routes import Require, choose_log_probs
 from .calls.sharding import (
     ONE_RANK,
     PLAIN,
-    WHOLE,
     facts_of,
+    is_whole,
     local,
     local_tokens,
     outside_a_graph,
@@ -90,7 +90,8 @@ def token_log_probs(
         return outside_a_graph(token_log_probs, locals())
     temperatures = temperature if isinstance(temperature, Tensor) and temperature.dim() > 0 else None
     shard = None
-    if type(logits) not in PLAIN or type(token_ids) not in PLAIN or (vocab_group, vocab_start, vocab_size) != WHOLE:
+    plain = type(logits) in PLAIN and type(token_ids) in PLAIN
+    if not (plain and is_whole(vocab_group, vocab_start, vocab_size)):
         refuse_inplace("token_log_probs", logits, inplace)
         logits, shard = read_shard("token_log_probs", logits, -1, vocab_group, vocab_start, vocab_size, check)
         token_ids, mask = local_tokens("token_log_probs", token_ids, mask)

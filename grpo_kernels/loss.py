@@ -37,8 +37,8 @@ from .calls.routes import Require, choose, choose_backend
 from .calls.sharding import (
     ONE_RANK,
     PLAIN,
-    WHOLE,
     facts_of,
+    is_whole,
     local_arguments,
     local_tokens,
     outside_a_graph,
@@ -216,7 +216,8 @@ def grpo_loss(
         sequence_layout=sequence_layout,
     )
     shard = None
-    if type(logits) not in PLAIN or type(token_ids) not in PLAIN or (vocab_group, vocab_start, vocab_size) != WHOLE:
+    plain = type(logits) in PLAIN and type(token_ids) in PLAIN
+    if not (plain and is_whole(vocab_group, vocab_start, vocab_size)):
         refuse_inplace("grpo_loss", logits, inplace)
         logits, shard = read_shard("grpo_loss", logits, -1, vocab_group, vocab_start, vocab_size, check)
         token_ids, mask = local_tokens("grpo_loss", token_ids, mask)

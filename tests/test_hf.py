@@ -963,6 +963,8 @@ def test_a_head_in_full_precision(dtype):
         hf.attach(tiny("cohere"), logit_scale=0.5)
     with pytest.raises(ValueError, match="without from_logits"):
         hf.attach(tiny(), head_dtype=torch.float32, from_logits=True)
+    with pytest.raises(TypeError, match="attach: expected from_logits to be True or False; got 'no'"):
+        hf.attach(tiny(), from_logits="no")
 
 
 def test_an_encoder_decoder():

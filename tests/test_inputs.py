@@ -749,6 +749,28 @@ def test_options_that_are_on_or_off(function):
             grpo_loss(case.logits.clone().requires_grad_() * 1, *arguments[1:], inplace="False")
 
 
+@pytest.mark.parametrize("value", ["no", "False", 2, -1, 10**400, [], torch.tensor([True, False]), 0.5])
+@pytest.mark.parametrize("name", ["packed", "discount_from_start", "ratio_weighted"])
+def test_what_is_neither_on_nor_off(name, value):
+    sample, ones = {"input_ids": [1, 2], "loss_mask": [0, 1]}, torch.ones(1, 3)
+    call = {
+        "packed": lambda: collate([sample], packed=value),
+        "discount_from_start": lambda: advantages.reward_to_go(ones, ones, 0.5, discount_from_start=value),
+        "ratio_weighted": lambda: KL(0.1, ratio_weighted=value),
+    }[name]
+    with pytest.raises(TypeError, match=f"expected {name} to be True or False; got "):
+        call()
+
+
+@pytest.mark.parametrize("name", ["vocab_size", "vocab_start"])
+def test_a_layout_of_arrays(name):
+    b = batch()
+    for call in (grpo_loss, token_log_probs):
+        given = (b["logits"], b["token_ids"], *([torch.ones(2)] if call is grpo_loss else []))
+        with pytest.raises(TypeError, match=rf"{name} to be an int >= [01]; got array\(\[11, 11\]\)"):
+            call(*given, **{name: np.array([11, 11])})
+
+
 COEFFICIENTS = {"kl_coef": 0.125, "rollout_kl_coef": 0.375, "entropy_coef": 0.25, "entropy_threshold": 0.5}
 TRANSFORM = {"temperature": 0.75, "logit_scale": 1.25, "logit_softcap": 8.0, "divergence_coef": 0.625}
 NUMBERS = {

@@ -274,6 +274,9 @@ def test_what_is_no_tensor_or_no_ids():
     ids, mask = torch.tensor([[1, 2, 3]]), torch.ones(1, 3)
     with pytest.raises(TypeError, match="pack: expected attention_mask to be a tensor; got None"):
         pack(ids, mask, None)
+    for values, bounds, name in ((None, torch.tensor([0, 3]), "values"), (torch.ones(3), None, "cu_seqlens")):
+        with pytest.raises(TypeError, match=f"unpack: expected {name} to be a tensor; got None"):
+            unpack(values, bounds)
     with pytest.raises(TypeError, match="pack: expected ref_log_probs to be a tensor; got None"):
         pack(ids, mask, mask, ref_log_probs=None)
     for call in (lambda x: pack(x, mask, mask), lambda x: align(x, mask)):

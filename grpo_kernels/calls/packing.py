@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..objectives.checks import check_bounds, check_device, check_ids_dtype, check_tensors, fail, read_mask
+from ..objectives.checks import (
+    check_bounds,
+    check_device,
+    check_flag,
+    check_ids_dtype,
+    check_tensors,
+    fail,
+    read_mask,
+)
 from .tokens import align
 
 _MADE = ("token_ids", "mask", "cu_seqlens")
@@ -103,7 +111,7 @@ def unpack(values: Tensor, cu_seqlens: Tensor, attention_mask: Tensor | None = N
         (S, L, ...)
     """
     tensors = {"values": values, "cu_seqlens": cu_seqlens, "attention_mask": attention_mask}
-    check_tensors("unpack", tensors)
+    check_tensors("unpack", tensors, needed=("values", "cu_seqlens"))
     if values.dim() == 0 or (values.dim() > 1 and values.shape[0] != 1):
         fail("unpack", "packed values (N,) or (1, N, ...)", f"shape {tuple(values.shape)}", tensors)
     flat = values if values.dim() == 1 else values[0]
@@ -147,6 +155,7 @@ def collate(samples: Sequence[Mapping[str, Any]], *, packed: bool = False) -> tu
         fail("collate", "a list of mappings, one of each sample", type(samples).__name__, hint=hint, error=TypeError)
     if len(samples) == 0:
         fail("collate", "at least one sample", "none")
+    check_flag("collate", "packed", packed)
     columns: dict[str, list[Tensor]] = {name: [] for name in dict.fromkeys((*_OF_A_SAMPLE, *samples[0]))}
     _check_names("collate", columns)
     if "attention_mask" in columns:

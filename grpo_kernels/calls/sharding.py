@@ -24,11 +24,13 @@ from .vocabulary import VocabShard
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-
 PLAIN = (Tensor, torch.nn.Parameter)
 """Types of tensors that are whole, or say nothing of other ranks."""
-WHOLE = (None, None, None)
-"""``vocab_group``, ``vocab_start`` and ``vocab_size`` of a call whose vocabulary is all here."""
+
+
+def is_whole(group: object, start: object, size: object) -> bool:
+    """Whether a call's ``vocab_group``, ``vocab_start`` and ``vocab_size`` say that its vocabulary is all here."""
+    return group is None and start is None and size is None
 
 
 @outside_graphs
@@ -57,7 +59,7 @@ def read_shard(
             hint = "a DTensor says itself which ranks hold what; to_local() gives the part that these belong to"
             fail(function, "no vocab_group= and vocab_start= beside a DTensor", got, hint=hint)
         return _shard_of_dtensor(function, tensor, dim, size, states)
-    if (group, start, size) == WHOLE:
+    if is_whole(group, start, size):
         return tensor, None
     members = read_group(function, "vocab_group", group)
     if members is None:

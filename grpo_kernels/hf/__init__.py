@@ -20,7 +20,7 @@ from ..calls.sighting import check_every
 from ..linear import linear_grpo_loss, linear_token_log_probs
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..objectives.checks import FLOAT_DTYPES, fail, fits
+from ..objectives.checks import FLOAT_DTYPES, check_flag, fail, fits
 from ..objectives.compiler import leaving_graphs, with_frames
 from ..objectives.config import LossConfig, resolve_config
 from ..objectives.sequences import Packed, read_live
@@ -117,6 +117,7 @@ def attach(
     if head_dtype is not None and head_dtype not in FLOAT_DTYPES:
         error = ValueError if isinstance(head_dtype, torch.dtype) else TypeError
         fail("attach", "head_dtype to be a torch.dtype of floats, like torch.float32", repr(head_dtype), error=error)
+    check_flag("attach", "from_logits", from_logits)
     if head_dtype is not None and from_logits:
         fail("attach", "head_dtype= without from_logits=True", "both", hint="the model's own head has a dtype")
     names = [name for name in keywords(grpo_loss if from_logits else linear_grpo_loss) if name not in OF_A_CALL]

@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import hf
 from ..calls.outputs import LossOutput, TokenLogProbs
 from ..calls.sighting import check_every
+from ..objectives.checks import check_flag
 from ..objectives.divergence import Divergence
 from .objectives import OVER_ITEMS, UNBOUNDED, sampler_log_probs
 from .patching import check_version
@@ -76,6 +77,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         check_version(TARGET._replace(caller="FusedGRPOTrainer"))
+        check_flag("FusedGRPOTrainer", "from_logits", from_logits)
         check_teacher(teacher, divergence, from_logits)
         self._watch = hf.Watch(check_every("FusedGRPOTrainer", shadow), self._loss_of_trl, "TRL")
         if shadow and teacher is not None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .checks import check_scalar, check_shape, check_tensors, fail, read_mask, read_scalar
+from .checks import check_flag, check_scalar, check_shape, check_tensors, fail, read_mask, read_scalar
 from .running import backward_scan
 from .sequences import Packed, Padded, Sequences
 from .settings import as_float, read_integer, shown
@@ -103,6 +103,7 @@ def reward_to_go(
         cu_seqlens: (S+1,) bounds of packed sequences; rewards and mask are then (N,) or (1, N), as for the loss.
     """
     discount = _read_share("reward_to_go", "discount", discount)
+    check_flag("reward_to_go", "discount_from_start", discount_from_start)
     tokens = _Tokens.read("reward_to_go", cu_seqlens, rewards=rewards, mask=mask)
     live = tokens.live
     r = torch.where(live, tokens.rows(_floating(rewards)), 0.0)

@@ -94,8 +94,10 @@ def may_look(tensor: Tensor, check: bool | None = None) -> bool:
 
 def check_flag(function: str, name: str, value: object) -> None:
     """Raise where an option that is on or off is given something else that Python would take for on."""
-    if not isinstance(value, Tensor) and not isinstance(plain(value), int):  # a bool is one
-        fail(function, f"{name} to be True or False", repr(value), error=TypeError)
+    value = plain(value)
+    right = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int) and value in (False, True)
+    if not right:
+        fail(function, f"{name} to be True or False", shown(value), error=TypeError)
 
 
 def check_no_transforms(function: str, tensors: Iterable[object]) -> None:
