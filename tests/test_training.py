@@ -23,6 +23,7 @@ from grpo_kernels.training.options import Options
 from grpo_kernels.training.policy import ByteTokenizer, response_logits
 from grpo_kernels.training.report import RunFolder
 from grpo_kernels.training.rollout import roll_out
+from grpo_kernels.training.saved_model import save_policy
 
 SMALL = {"prompts": 4, "group": 4, "minibatch": 8, "steps": 6, "hidden": 32, "layers": 1, "numbers": 3, "warmup": 2}
 
@@ -33,8 +34,14 @@ def _as_users_run_it():
     torch.use_deterministic_algorithms(False)
 
 
+def small(**changes) -> Options:
+    """Options of a short run; a model from disk has its sizes, another task its own."""
+    left_out = {"hidden", "layers"} if "model" in changes else {"numbers"} if "task" in changes else set()
+    return Options(**{**{name: value for name, value in SMALL.items() if name not in left_out}, **changes})
+
+
 def run(folder: Path, resume: bool = False, **changes) -> tuple[Trainer, list[dict]]:
-    options = Options(**{**SMALL, **changes})
+    options = small(**changes)
     run_folder = RunFolder(folder, options, resume)
     return train(Trainer(options), run_folder, resume), run_folder.records()
 
@@ -312,6 +319,43 @@ def test_reasoning_gym(tmp_path):
     assert trainer.task.score(problem, "no number") < 1
 
 
+def test_a_verifier_that_raises(capsys):
+    """What a policy writes is no reason to end a run: reward 0, and said once. A dataset that cannot be made is."""
+    pytest.importorskip("reasoning_gym")
+    task = tasks.make_task("reasoning_gym:prime_factorization", 4, 9, "positions")
+    problem = task.sample(1, random.Random(0))[0]
+    assert [task.score(problem, answer) for answer in ("?", "01²3")] == [0.0, 0.0]
+    assert capsys.readouterr().err.count("cannot score every completion") == 1
+    with pytest.raises(SystemExit, match="--task reasoning_gym:composite cannot be made without options of its own"):
+        tasks.make_task("reasoning_gym:composite", 4, 9, "positions")
+
+
+@pytest.mark.parametrize("completion", ["01²3", "٠١٢٣", "1" * 5000, "12 " + "9" * 5000])
+def test_what_is_no_number_scores_nothing(completion):
+    """str.isdigit is true of more than int takes, which takes no more than 4300 digits."""
+    for largest in (9, 99):
+        task = tasks.Sort(largest=largest)
+        assert task.score(tasks.Problem("3120>", [0, 1, 2, 3]), completion) <= 0.25
+
+
+@pytest.mark.parametrize(
+    "options", [{"repetition_penalty": 1.5}, {"min_p": 0.3}, {"num_beams": 2}, {"suppress_tokens": [5, 6]}], ids=str
+)
+def test_options_of_generation_beside_a_model(options):
+    """Of its file: responses are drawn from the distribution that the log-probs are of, and the file is kept."""
+    trainer = Trainer(small(steps=1))
+    arguments = (trainer.model, trainer.tokenizer, trainer.task)
+
+    def drawn():
+        torch.manual_seed(0)
+        return roll_out(*arguments, random.Random(0), 8, 4, 4, 1.0).ids
+
+    wanted = drawn()
+    trainer.model.generation_config.update(**options)
+    assert torch.equal(drawn(), wanted)
+    assert {name: getattr(trainer.model.generation_config, name) for name in options} == options
+
+
 def saved_model(folder: Path) -> Path:
     """A tiny Llama and a word-level tokenizer, as save_pretrained leaves them."""
     import transformers
@@ -403,8 +447,12 @@ def test_bad_runs(tmp_path, monkeypatch, capsys):
 
     assert "the run folder file/run cannot be written" in fails("--out", "file/run")
     assert "already holds a run. Continue it with --resume run" in fails("--out", "run")
+    (tmp_path / "run" / "log.jsonl").rename(tmp_path / "log")
+    assert "already holds a run. Continue it with --resume run" in fails("--out", "run")
+    (tmp_path / "log").rename(tmp_path / "run" / "log.jsonl")
     assert "nowhere is not the folder of a run: its options.json cannot be read" in fails("--resume", "nowhere")
-    assert "--resume continues a run as it was started: give no other options" in fails("--resume", "run", "--lr", "1")
+    said = fails("--resume", "run", "--lr", "1")
+    assert "--resume continues a run as it was started: give no other options with it; --lr was 0.0006, got 1.0" in said
     assert "--loss must be one of reinforce, ppo, grpo" in fails("--loss", "gropo")
     assert "--steps must be at least 1; got 0" in fails("--steps", "0")
     assert "--lr must be > 0 and at most 100; got nan" in fails("--lr", "nan")
@@ -413,6 +461,11 @@ def test_bad_runs(tmp_path, monkeypatch, capsys):
     assert "--overlong-buffer must be at most the 5 tokens of a response; got 50" in fails("--overlong-buffer", "50")
     assert "--warmup must be finite and >= 0; got -1" in fails("--warmup", "-1")
     assert "--kl must be finite and >= 0; got -1" in fails("--kl", "-1")
+    assert "--hidden has no effect with --model x, which has its own" in fails("--model", "x", "--hidden", "32")
+    gym = ("--task", "reasoning_gym:basic_arithmetic")
+    assert "--reward has no effect with --task reasoning_gym:basic" in fails(*gym, "--reward", "order")
+    assert "--task sort has no datasets; got 'sort:descending'" in fails("--task", "sort:descending")
+    assert "--wandb must name a project; got ''" in fails("--wandb", "")
     assert "--group must be at least 2 with --dynamic-sampling" in fails("--group", "1", "--dynamic-sampling")
     assert "--group must be at least 2 with --prompts 1" in fails("--group", "1", "--prompts", "1")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]  # no folder of a run that never was
@@ -432,6 +485,8 @@ def test_bad_runs(tmp_path, monkeypatch, capsys):
     assert "is not a checkpoint of this loop" in fails("--resume", "run")
     checkpoint.unlink()
     assert "holds no checkpoint to resume from" in fails("--resume", "run")
+    (tmp_path / "run" / "options.json").write_text('{"seeed": 1}')
+    assert "options.json cannot be read (it has seeed, which is no option of this version)" in fails("--resume", "run")
 
 
 def test_bad_teachers(tmp_path, teacher, monkeypatch, capsys):
@@ -462,13 +517,17 @@ def test_bad_teachers(tmp_path, teacher, monkeypatch, capsys):
     (tmp_path / "damaged" / "checkpoint.safetensors").write_text("no tensors")
     assert f"--teacher {tmp_path}/damaged: checkpoint.safetensors is not" in fails("--teacher", "damaged", *with_kl)
     said = fails("--teacher", teacher, *with_kl, "--largest", "12")
-    assert f"--teacher {teacher} has another vocabulary (13 columns) than the policy (14)" in said
+    assert (
+        f"--teacher {teacher} has another vocabulary (13 columns) than the policy (14; 'Ġ' is None there and 13 here)"
+        in said
+    )
     assert fails("--teacher", f"{tmp_path}/nope", *with_kl).endswith(f"nope: there is no such folder in {tmp_path}")
     assert fails("--teacher", "other/nope", *with_kl).endswith("other/nope: there is no such folder in other")
     said = fails("--teacher", "damaged/checkpoint.safetensors", *with_kl)
     assert said.endswith(f"is a file: give its folder, which says what it is of: {tmp_path}/damaged")
     saved_model(tmp_path / "other")
-    assert "has another vocabulary (13 columns) than the policy (13)" in fails("--teacher", "other", *with_kl)
+    said = fails("--teacher", "other", *with_kl)
+    assert "has another vocabulary (13 columns) than the policy (13; '<end>' is 0 there and 1 here)" in said
     assert not (tmp_path / "runs").exists()
 
 
@@ -478,6 +537,18 @@ def test_a_teacher_from_disk(tmp_path):
     _, records = run(tmp_path / "run", model=path, teacher=path, divergence="reverse_kl", loss="none", steps=2)
     assert 0 <= records[0]["divergence"] < 1e-3  # the policy's own weights, until it moves
     assert records[1]["divergence"] < 1e-2
+
+
+def test_a_saved_policy_is_a_teacher(tmp_path):
+    """Of --save-model, for a run from scratch; and a run for one that goes on from its saved model."""
+    trainer = Trainer(small())
+    RunFolder(tmp_path / "run", trainer.options, False).save_checkpoint(trainer.state())
+    save_policy(trainer.model, trainer.tokenizer, tmp_path / "saved", True)
+    learning = {"divergence": "reverse_kl", "loss": "none", "steps": 1}
+    for name, options in (("a", {"teacher": "saved"}), ("b", {"teacher": "run", "model": "saved"})):
+        options = {option: str(tmp_path / where) for option, where in options.items()}
+        _, records = run(tmp_path / name, **options, **learning)
+        assert 0 <= records[0]["divergence"] < 1e-3
 
 
 def test_missing_packages(monkeypatch, tmp_path):

@@ -221,7 +221,7 @@ def nothing_to_learn(path: Path, changes: dict) -> list[str]:
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_tied_weights(tmp_path, linear):
-    model = {"model": str(tied_model(tmp_path / "model")), "linear_loss": linear, "kl": 0.1}
+    model = {"model": str(tied_model(tmp_path / "model")), "linear_loss": linear, "kl": 0.1, "hidden": 64}
     wanted = records_of([model], several=False)[0]
     for ddp, fsdp in pool(2).run(records_of, [model, {**model, "fsdp": True}]):
         assert all(record == pytest.approx(one, rel=1e-4, abs=1e-6) for record, one in zip(ddp, wanted, strict=True))

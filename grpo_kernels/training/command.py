@@ -48,7 +48,9 @@ def main(arguments: argparse.Namespace) -> int:
     saved = None if arguments.resume is None else read_saved_options(arguments.resume)
     options = read_options(arguments, saved)
     if saved is not None and options != saved:
-        raise SystemExit("--resume continues a run as it was started: give no other options with it.")
+        raise SystemExit(
+            f"--resume continues a run as it was started: give no other options with it; {_other(options, saved)}."
+        )
     if saved is not None and (saved.fsdp or saved.tp > 1) and not started_by_torchrun():
         print("note: the run was shared by several ranks; it goes on in one process, whose weights are whole")
         options = dataclasses.replace(options, fsdp=False, tp=1)
@@ -57,6 +59,13 @@ def main(arguments: argparse.Namespace) -> int:
         return _run(arguments, options, ranks)
     finally:
         ranks.finish()
+
+
+def _other(options: Options, saved: Options) -> str:
+    """Return in words how options differ from those that a run was started with."""
+    names = [field.name for field in dataclasses.fields(Options)]
+    given = [name for name in names if getattr(options, name) != getattr(saved, name)]
+    return ", ".join(f"--{n.replace('_', '-')} was {getattr(saved, n)!r}, got {getattr(options, n)!r}" for n in given)
 
 
 def _run(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> int:
@@ -129,6 +138,8 @@ def _report(trainer: Trainer, folder: RunFolder, model: Path | None) -> None:
     print(f"log{curves} and checkpoint: {folder.path}")
     if model is not None:
         print(f"policy and tokenizer, for from_pretrained: {model}")
+    if trainer.step > trainer.options.steps:
+        print(f"note: its checkpoint is beyond the {trainer.options.steps} steps that options.json asks for")
     if trainer.step < trainer.options.steps:
         print(f"interrupted; continue with: {trainer.ranks.command} train --resume {folder.path}")
 

@@ -88,6 +88,10 @@ class Options:
         self._require("group", self.group > 1 or not self.dynamic_sampling, "at least 2 with --dynamic-sampling")
         alone = self.group == self.prompts == 1 and self.loss != NO_LOSS
         self._require("group", not alone, "at least 2 with --prompts 1: advantages compare responses")
+        for name in ("hidden", "layers"):
+            self._refuse_unless(name, self.model is None, f"with --model {self.model}, which has its own")
+        for name in ("numbers", "largest", "reward"):
+            self._refuse_unless(name, not self.task.startswith("reasoning_gym:"), f"with --task {self.task}")
         self._refuse("linear_loss", "reference_loss")
         self._refuse("backend", "reference_loss")
         self._require("ref_every", not self.ref_every or self.kl != 0, "0 without --kl")
@@ -125,6 +129,13 @@ class Options:
         if getattr(self, name) and getattr(self, other):
             flags = [f"--{each.replace('_', '-')}" for each in (name, other)]
             raise ValueError(f"{flags[0]} has no effect with {flags[1]}: leave one of them out.")
+
+    def _refuse_unless(self, name: str, has_effect: bool, where: str) -> None:
+        """Raise where an option is another than its default though it has no effect."""
+        value = getattr(self, name)
+        default = next(field.default for field in dataclasses.fields(self) if field.name == name)
+        if not has_effect and value != default:
+            raise ValueError(f"--{name} has no effect {where}: leave it out; got {value!r}.")
 
     def _check_types(self) -> None:
         """Raise for a value that is not of its field's type, as a file of options may have."""
@@ -237,8 +248,10 @@ def read_options(arguments: argparse.Namespace, base: Options | None = None) -> 
     """Return the options of the flags that were given, over ``base`` or the defaults. A path is made absolute, so that
     the run goes on with the same from any folder."""
     given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Options)}
+    if given["wandb"] == "":  # a variable of the shell
+        raise ValueError("--wandb must name a project; got ''.")
     for name in ("model", "teacher"):
-        if given[name] == "":  # a variable of the shell
+        if given[name] == "":
             raise ValueError(f"--{name} must name a folder, or a model of the hub; got ''.")
         if given[name] is not None and Path(given[name]).exists():  # else a name of the hub
             given[name] = str(Path(given[name]).absolute())

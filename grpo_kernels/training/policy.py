@@ -21,7 +21,7 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
     def vocabulary(self) -> dict[Any, int]:
-        """Return the id of every token."""
+        """Return the id of every token, by the text that its saved form has for it."""
 
     def save_pretrained(self, folder: Path) -> Any:
         """Write files that transformers' AutoTokenizer reads."""
@@ -46,17 +46,16 @@ class ByteTokenizer:
         return bytes(self.alphabet[i - 2] for i in ids if i >= 2).decode(errors="replace")
 
     def vocabulary(self) -> dict[Any, int]:
-        return self._ids
+        letters = _letters_of_bytes()
+        special = {"<pad>": self.pad_token_id, "<end>": self.eos_token_id}
+        return special | {letters[byte]: number for byte, number in self._ids.items()}
 
     def save_pretrained(self, folder: Path) -> None:
         """Write it as a BPE without merges, whose tokens are bytes."""
         import transformers
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-        letters = _letters_of_bytes()
-        ids = {"<pad>": self.pad_token_id, "<end>": self.eos_token_id}
-        ids |= {letters[byte]: number for byte, number in self._ids.items()}
-        tokenizer = Tokenizer(models.BPE(ids, []))
+        tokenizer = Tokenizer(models.BPE(self.vocabulary(), []))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.decoder = decoders.ByteLevel()
         special = {"pad_token": "<pad>", "eos_token": "<end>"}

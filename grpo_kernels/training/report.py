@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..files import clear, is_there, is_utf8, replaced, sync, write_text
-from ..objectives.settings import first_line
+from ..objectives.settings import first_line, is_number
 from ..streams import say
 from . import checkpoint
 from .options import Options
@@ -66,9 +66,10 @@ class RunFolder:
             raise SystemExit(f"the run folder {path} cannot be written: {error}. Choose another with --out.") from error
 
     def _begin(self, options: Options) -> None:
-        if self.log_path.exists():
+        has_checkpoint = is_there(self.checkpoint_path)
+        if has_checkpoint or is_there(self.log_path):
             goes_on = f"Continue it with --resume {self.path}"
-            if not self.checkpoint_path.exists():
+            if not has_checkpoint:
                 goes_on = f"It has no checkpoint to go on from: remove its {self.log_path.name}"
             raise SystemExit(f"{self.path} already holds a run. {goes_on}, or choose another --out.")
         (self.path / OPTIONS).write_text(json.dumps(dataclasses.asdict(options), indent=2) + "\n")
@@ -134,10 +135,10 @@ class RunFolder:
             ) from error
 
     def _read_log(self) -> tuple[list[dict[str, Any]], int]:
-        """Return the log's records, and how many lines are none."""
+        """Return the log's records, one a step in their order, and how many lines are none, or of a step again."""
         lines = self.log_path.read_text(errors="replace").splitlines() if self.log_path.exists() else []
-        records = [record for line in lines if (record := _record(line)) is not None]
-        return records, len(lines) - len(records)
+        of_step = {record["step"]: record for line in lines if (record := _record(line)) is not None}
+        return [of_step[step] for step in sorted(of_step)], len(lines) - len(of_step)
 
     def rewind(self, step: int) -> None:
         """Forget what was logged from ``step`` on: the run continues there."""
@@ -148,7 +149,7 @@ class RunFolder:
             clear(self.checkpoint_path.resolve())  # of a run at its end there is no next checkpoint to do so
             write_text(self.log_path, "".join(line + "\n" for line in kept))
         if damaged:
-            print(f"note: {damaged} unreadable line{'s' * (damaged > 1)} of {self.log_path} are left out")
+            print(f"note: {damaged} unreadable or repeated line{'s' * (damaged > 1)} of {self.log_path} are left out")
         if len(kept) < step:
             print(f"note: {self.log_path} has {len(kept)} of the {step} steps before the checkpoint")
 
@@ -259,7 +260,10 @@ def _record(line: str) -> dict[str, Any] | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    numbers = [record.get(name) for name in ("reward", "seconds")] + [record[name] for name in CURVES if name in record]
+    return record if all(map(is_number, numbers)) else None
 
 
 def draw(records: list[dict[str, Any]], names: list[str], title: str, file: Path) -> None:
@@ -292,6 +296,8 @@ def read_saved_options(path: Path) -> Options:
         saved = json.loads((path / OPTIONS).read_text())
         if not isinstance(saved, dict):
             raise ValueError(f"expected an object of options; got {json.dumps(saved)[:60]}")
+        if unknown := saved.keys() - {field.name for field in dataclasses.fields(Options)}:
+            raise ValueError(f"it has {', '.join(sorted(unknown))}, which is no option of this version")
         return Options(**saved)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise SystemExit(f"{path} is not the folder of a run: its options.json cannot be read ({error}).") from error

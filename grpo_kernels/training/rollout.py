@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -110,14 +112,15 @@ def roll_out(
     if ranks.several:
         sampling = {"do_sample": False, "logits_processor": [watch, noise], "synced_gpus": is_sharded(model)}
     model.eval()
-    ids = model.generate(
-        input_ids=prompt_ids,
-        attention_mask=prompt_mask,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **sampling,
-    )
+    with _drawn_as_it_is(model):
+        ids = model.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **sampling,
+        )
     model.train()
     if ranks.largest(int(watch.spoilt)):
         raise Diverged("the policy's logits are not finite")
@@ -131,6 +134,18 @@ def roll_out(
     attention_mask = torch.cat([prompt_mask, mask.to(prompt_mask.dtype)], -1)
     own = Samples(torch.cat([prompt_ids, response], -1), attention_mask, response, mask, rewards)
     return own.joined(ranks, len(problems), group)
+
+
+@contextlib.contextmanager
+def _drawn_as_it_is(model: Any) -> Iterator[None]:
+    """Let a model have no options of generation, which a file beside its weights may set: with a repetition penalty,
+    beams or min-p, responses would be of another distribution than the log-probs that learn from them."""
+    own = model.generation_config
+    model.generation_config = type(own)()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _left_padded(sequences: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:

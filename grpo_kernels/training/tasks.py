@@ -11,7 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ..objectives.settings import check_name
+from ..objectives.settings import check_name, first_line
+from ..streams import say
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,12 @@ class Sort:
 
     def _parse(self, text: str) -> list[int] | None:
         parts = text.split(self.separator) if self.separator else list(text)
-        return [int(part) for part in parts] if parts and all(part.isdigit() for part in parts) else None
+        return [int(part) for part in parts] if parts and all(map(_is_short_number, parts)) else None
+
+
+def _is_short_number(text: str) -> bool:
+    """Whether ``int`` takes it, whatever a policy has written: other scripts have digits too, and it may be long."""
+    return text.isascii() and text.isdigit() and len(text) <= 18
 
 
 class ReasoningGym:
@@ -82,7 +88,14 @@ class ReasoningGym:
                 f"--task reasoning_gym:{dataset} needs the reasoning-gym package: pip install 'grpo-kernels[reasoning]'"
             ) from error
         check_name("--task reasoning_gym: the dataset", dataset, reasoning_gym.factory.DATASETS)
-        self._create, self._name = reasoning_gym.create_dataset, dataset
+        self._create, self._name, self._told = reasoning_gym.create_dataset, dataset, False
+        try:
+            self._create(dataset, size=1, seed=0)
+        except Exception as error:  # of a dataset that asks for options
+            raise SystemExit(
+                f"--task reasoning_gym:{dataset} cannot be made without options of its own ({first_line(error)}): "
+                "choose another dataset."
+            ) from error
 
     def sample(self, count: int, rng: random.Random) -> list[Problem]:
         dataset = self._create(self._name, size=count, seed=rng.randrange(2**31))
@@ -90,7 +103,13 @@ class ReasoningGym:
 
     def score(self, problem: Problem, completion: str) -> float:
         dataset, entry = problem.answer
-        return float(dataset.score_answer(answer=completion.strip(), entry=entry))
+        try:
+            return float(dataset.score_answer(answer=completion.strip(), entry=entry))
+        except Exception as error:  # of a verifier that takes well-formed answers alone
+            if not self._told:
+                say(f"note: reasoning_gym:{self._name} cannot score every completion ({first_line(error)}): reward 0")
+            self._told = True
+            return 0.0
 
 
 def make_task(name: str, numbers: int, largest: int, reward: str) -> Task:
@@ -98,6 +117,8 @@ def make_task(name: str, numbers: int, largest: int, reward: str) -> Task:
     kind, _, dataset = name.partition(":")
     check_name("--task", kind, ("sort", "reasoning_gym"))
     if kind == "sort":
+        if name != kind:
+            raise ValueError(f"--task sort has no datasets; got {name!r}.")
         return Sort(numbers, largest, reward)
     if not dataset:
         raise ValueError(f"--task must name a dataset, as reasoning_gym:basic_arithmetic does; got {name!r}.")

@@ -36,10 +36,13 @@ def load_teacher(path: str, task: Task, policy: Any, tokenizer: Tokenizer, devic
         else:
             model, own = load_policy(path, task, 0, 0, device, "--teacher")
     counts = [each.config.get_text_config().vocab_size for each in (model, policy)]
-    if counts[0] != counts[1] or own.vocabulary() != tokenizer.vocabulary():
+    ids = [each.vocabulary() for each in (own, tokenizer)]
+    if counts[0] != counts[1] or ids[0] != ids[1]:
+        other = [token for token in (*ids[0], *ids[1]) if ids[0].get(token) != ids[1].get(token)]
+        example = f"; {other[0]!r} is {ids[0].get(other[0])} there and {ids[1].get(other[0])} here" if other else ""
         raise SystemExit(
-            f"--teacher {path} has another vocabulary ({counts[0]} columns) than the policy ({counts[1]}): both need "
-            "one tokenizer and as many columns."
+            f"--teacher {path} has another vocabulary ({counts[0]} columns) than the policy ({counts[1]}{example}): "
+            "both need one tokenizer and as many columns."
         )
     return model.eval().requires_grad_(False)
 
