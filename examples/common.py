@@ -7,6 +7,7 @@ downloaded.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import warnings
 from typing import Any
@@ -35,9 +36,16 @@ def options(
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     found = parser.parse_args(arguments)
+    if found.steps < 1 or not 0 < found.lr < math.inf:
+        parser.error(f"--steps must be at least 1 and --lr > 0; got {found.steps} and {found.lr}")
     random.seed(found.seed)
     torch.manual_seed(found.seed)
     return found
+
+
+def is_shown(step: int, options: argparse.Namespace, every: int = 5) -> bool:
+    """Whether a step is one to print: every fifth, and the last."""
+    return step % every == every - 1 or step == options.steps - 1
 
 
 def load(name: str | None, device: str, hidden: int = 64) -> tuple[Any, Any]:
@@ -48,6 +56,7 @@ def load(name: str | None, device: str, hidden: int = 64) -> tuple[Any, Any]:
     model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model.generation_config = transformers.GenerationConfig()  # its own may penalise what the log-probs do not
     return model.to(device), tokenizer
 
 
@@ -107,6 +116,7 @@ def sample(model: Any, tokenizer: Any, **generation: Any) -> tuple[list[dict[str
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         max_new_tokens=4,
         do_sample=True,
         temperature=1.0,

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         optimizer.step()
         optimizer.zero_grad()
         curve.append(out.metrics.divergence.item())
-        if step % 10 == 9:
+        if common.is_shown(step, options, every=10):
             unsure = out.metrics.teacher_entropy.item()
             print(f"step {step + 1}: divergence {curve[-1]:.3f} of a teacher with an entropy of {unsure:.2f}")
     return curve

@@ -23,6 +23,8 @@ from grpo_kernels import LossConfig, advantages, collate, hf, normalizer
 def main(arguments: list[str] | None = None) -> None:
     """Train, and print the mean reward of all ranks at every fifth step."""
     options = common.options(__doc__, arguments, steps=20, lr=3e-3)
+    if "RANK" not in os.environ:
+        raise SystemExit("this needs several ranks: torchrun --nproc-per-node 2 examples/fsdp2.py")
     if options.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     distributed.init_process_group("nccl" if options.device == "cuda" else "gloo")
@@ -49,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
         mean = rewards.mean()
         distributed.all_reduce(mean)
         entropy = out.metrics.all_reduce(distributed.group.WORLD).entropy.item()
-        if rank == 0 and step % 5 == 4:
+        if rank == 0 and common.is_shown(step, options):
             print(f"step {step + 1}: reward {mean.item() / ranks:.3f}, entropy {entropy:.2f}", flush=True)
     distributed.destroy_process_group()
 

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
             optimizer.step()
             optimizer.zero_grad()
         curve.append(rewards.mean().item())
-        if step % 5 == 4:
+        if common.is_shown(step, options):
             kl, entropy = out.metrics.kl.item(), out.metrics.entropy.item()
             print(f"step {step + 1}: reward {curve[-1]:.3f}, KL {kl:.3f}, entropy {entropy:.2f}")
     return curve

@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
             model(**inputs, grpo=tokens).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        if step % 5 == 4:
+        if common.is_shown(step, options):
             found.append({"reward": rewards.mean().item(), **beside_padded(model, samples, inputs, tokens)})
             print(f"step {step + 1}: " + ", ".join(f"{name} {value:.6g}" for name, value in found[-1].items()))
     return found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -49,7 +51,37 @@ def test_a_pretrained_model(tmp_path):
     tokenizer.eos_token = "<eos>"
     tokenizer.save_pretrained(tmp_path)
     assert len(run("plain_loop", "--model", str(tmp_path), "--steps", "1")) == 1
-    assert common.load(str(tmp_path), "cpu")[1].pad_token == "<eos>"
+    model, tokenizer = common.load(str(tmp_path), "cpu")
+    assert tokenizer.pad_token == "<eos>"
+
+    def drawn(model):
+        torch.manual_seed(0)
+        random.seed(0)
+        return [record["input_ids"].tolist() for record in common.sample(model, tokenizer)[0]]
+
+    wanted = drawn(model)
+    settings = json.loads((tmp_path / "generation_config.json").read_text())
+    settings |= {"repetition_penalty": 2.0, "eos_token_id": [1, 50]}  # a second end, and another distribution
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    assert drawn(common.load(str(tmp_path), "cpu")[0]) == wanted
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "0"], ["--lr", "nan"], ["--lr", "-1"]], ids=" ".join)
+def test_options_that_cannot_be(arguments, capsys):
+    with pytest.raises(SystemExit):
+        run("plain_loop", *arguments)
+    assert "--steps must be at least 1 and --lr > 0; got" in capsys.readouterr().err
+
+
+def test_the_last_step_is_shown(capsys):
+    run("plain_loop", "--steps", "2")
+    assert capsys.readouterr().out.startswith("step 2: reward ")
+
+
+def test_ranks_that_are_missing(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit, match="torchrun --nproc-per-node 2 examples/fsdp2.py"):
+        run("fsdp2")
 
 
 def test_packed_sequences():
