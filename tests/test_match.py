@@ -1186,6 +1186,8 @@ def test_command(tmp_path, capsys):
         "    return (terms * mask).sum() / mask.sum()\n"
         "def bad(logps, old_logps, adv, mask):\n"
         "    return -good(logps, old_logps, adv, mask)\n"
+        "def capped(logps, old_logps, adv, mask, cap):\n"
+        "    return good(logps, old_logps, adv.clamp(max=cap), mask)\n"
         "class Held:\n"
         "    inner = staticmethod(good)\n"
     )
@@ -1195,6 +1197,17 @@ def test_command(tmp_path, capsys):
     assert "! the sign is wrong" in capsys.readouterr().out
     assert main(["match", f"{path}:good", "--set", "nope=1"]) == 2
     assert "error: --set names nope; the loss takes logps, old_logps, adv, mask.\n" in capsys.readouterr().err
+    for given, said in (
+        (["--set", "=1"], "--set must be NAME=VALUE; got '=1'"),
+        (["--set", "adv=1", "--set", "adv=2"], "--set adv is given twice: '1' and '2'"),
+    ):
+        assert main(["match", f"{path}:good", *given]) == 2
+        assert said in capsys.readouterr().err
+    (tmp_path / "dir.py").mkdir()
+    assert main(["match", f"{tmp_path / 'dir.py'}:good"]) == 2
+    assert "dir.py is a folder, no file here" in capsys.readouterr().err
+    assert main(["match", f"{path}:capped", "--set", "cap=inf"]) == 0
+    capsys.readouterr()
     assert main(["match", f"{path}:good", "--argument", "nope=mask"]) == 2
     assert "error: --argument names nope; the loss takes logps, old_logps, adv, mask.\n" in capsys.readouterr().err
     assert main(["match", f"{path}:Held.inner", "--json"]) == 0

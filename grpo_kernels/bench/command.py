@@ -198,8 +198,8 @@ def specs_of(arguments: argparse.Namespace) -> list[Spec]:
 
 def shape(text: str) -> tuple[int, int]:
     """Read "512x32000" as tokens and vocabulary. Raise a ValueError of --shapes where it is something else."""
-    tokens, cross, vocab = text.lower().partition("x")
-    if not cross:
+    tokens, _, vocab = text.lower().partition("x")
+    if text.lower().count("x") != 1 or not tokens or not vocab:
         raise ValueError(f"--shapes must be TOKENSxVOCABULARY, separated by commas; got {text!r}.")
     return number(tokens, "--shapes"), number(vocab, "--shapes")
 
@@ -207,6 +207,7 @@ def shape(text: str) -> tuple[int, int]:
 def number(text: str, what: str) -> int:
     """Read "4096" or "4k"; k is 1024. Raise a ValueError of the option ``what`` where it is no positive number."""
     digits, factor = (text[:-1], 1024) if text.lower().endswith("k") else (text, 1)
-    if not digits.strip().isdigit() or int(digits) < 1:
+    digits = digits.strip()
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 18 and int(digits) >= 1):
         raise ValueError(f"{what}: {text!r} is no positive number such as 512 or 4k.")
     return int(digits) * factor

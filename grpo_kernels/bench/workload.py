@@ -75,7 +75,10 @@ class Workload:
         self.ids = torch.randint(spec.vocab, self.shape, **options)
         self.advantages = torch.randn(B, **options)
         if spec.kind == "30 % A = 0":
-            self.advantages[: round(0.3 * B)] = 0
+            zeros = round(0.3 * B)
+            if zeros == 0:
+                raise ValueError(f"a batch of {spec.kind} needs tokens that 2 to 8 sequences share; got {spec.tokens}.")
+            self.advantages[:zeros] = 0
         self.mask = torch.rand(self.shape, **options) < (0.5 if spec.kind == "half masked" else 2.0)
         self.beta = 0.0 if spec.kind == "30 % A = 0" else BETA
         self.config = LossConfig.preset("grpo", kl=KL(self.beta))

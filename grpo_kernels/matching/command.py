@@ -21,7 +21,7 @@ import importlib.util
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    meanings = dict(_pair("--argument", "NAME=MEANING", given) for given in arguments.argument)
-    bound = {name: _value(text) for name, text in (_pair("--set", "NAME=VALUE", given) for given in arguments.bound)}
+    meanings = _pairs("--argument", "NAME=MEANING", arguments.argument)
+    bound = {name: _value(text) for name, text in _pairs("--set", "NAME=VALUE", arguments.bound).items()}
     place, name = _parts(arguments.loss)
     say(f"match runs {place}, as importing it does, then {name} on batches of its own")
     with contextlib.redirect_stdout(sys.stderr):  # what the loss prints is not the report
@@ -60,15 +60,23 @@ def main(arguments: argparse.Namespace) -> int:
     return 0 if report else 1
 
 
-def _pair(option: str, form: str, given: str) -> tuple[str, str]:
-    name, equals, value = given.partition("=")
-    if not equals:
-        raise ValueError(f"{option} must be {form}; got {given!r}.")
-    return name, value
+def _pairs(option: str, form: str, given: Iterable[str]) -> dict[str, str]:
+    """Return what an option binds, by name. Raise for what is no pair, and for a name that comes again."""
+    found: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"{option} must be {form}; got {text!r}.")
+        if name in found:
+            raise ValueError(f"{option} {name} is given twice: {found[name]!r} and {value!r}.")
+        found[name] = value
+    return found
 
 
 def _value(text: str) -> Any:
-    """Return the Python literal that the text is, or the text."""
+    """Return the Python literal that the text is, inf and nan among them, or the text."""
+    if text.lower().lstrip("+-") in ("inf", "infinity", "nan"):
+        return float(text)
     try:
         return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # all that it documents
@@ -134,7 +142,8 @@ def _module(place: str) -> ModuleType:
 def _from_file(place: str) -> ModuleType:
     path = Path(place)
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {place} here ({Path.cwd()})")
+        is_folder = f"{place} is a folder, no file" if path.is_dir() else f"there is no file {place}"
+        raise FileNotFoundError(f"{is_folder} here ({Path.cwd()})")
     sys.path.insert(0, str(path.resolve().parent))
     name = path.stem if path.stem not in sys.modules else f"{path.stem}_given_to_match"
     spec = importlib.util.spec_from_file_location(name, path)

@@ -24,15 +24,17 @@ def check_name(kind: str, name: object, allowed: Iterable[str], meant: str | Non
     what is a name at all."""
     names = list(allowed)
     if not isinstance(name, str) or name not in names:
-        if meant is None and isinstance(name, str):
-            meant = repr(nearest(name, names))
+        if meant is None and isinstance(name, str) and (near := nearest(name, names, cutoff=0.4)) is not None:
+            meant = repr(near)
         suggestion = "" if meant is None else f" Did you mean {meant}?"
         raise ValueError(f"{kind} must be one of {', '.join(names)}; got {name!r}.{suggestion}")
 
 
-def nearest(name: object, names: Sequence[str]) -> str:
+def nearest(name: object, names: Sequence[str], cutoff: float = 0.0) -> str | None:
+    """Return the valid name that one resembles most, None where none does by more than ``cutoff``, of 1."""
     lowered = {valid.lower(): valid for valid in reversed(names)}
-    return lowered[difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=0.0)[0]]
+    found = difflib.get_close_matches(str(name).lower(), lowered, n=1, cutoff=cutoff)
+    return lowered[found[0]] if found else None
 
 
 def read_name(kind: str, name: object, allowed: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> str:
