@@ -431,11 +431,10 @@ def test_compiled_calls_take_any_temperature():
     """A number that changes from call to call becomes symbolic, and a tensor is not looked at."""
     b = batch()
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, backend="aot_eager")
     def score(logits, temperature):
         return token_log_probs(logits, b["token_ids"], temperature=temperature).log_probs
 
-    torch.use_deterministic_algorithms(False)  # inductor's buffers need no poison
     for temperature in (0.5, 0.6, 0.7, torch.tensor(0.8), torch.tensor(0.9)):
         expected = token_log_probs(b["logits"], b["token_ids"], temperature=temperature).log_probs
         torch.testing.assert_close(score(b["logits"], temperature), expected)
@@ -606,7 +605,8 @@ def test_shapes_agree_where_one_is_a_symbol():
     case = make(vocab=31, ref_log_probs=None)
     torch._dynamo.maybe_mark_dynamic(case.token_ids, 1)
     for config in ("grpo", "gspo"):
-        compiled = torch.compile(lambda *tensors, c=config: grpo_loss(*tensors, config=c).loss, fullgraph=True)
+        loss = lambda *tensors, c=config: grpo_loss(*tensors, config=c).loss  # noqa: E731
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
         expected = grpo_loss(case.logits, *case.arguments, config=config).loss
         assert torch.equal(compiled(case.logits, *case.arguments), expected)
 

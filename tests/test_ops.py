@@ -139,9 +139,9 @@ def test_tensors_that_stand_for_others_are_dispatched():
     assert all(isinstance(x, FakeTensor) and x.shape == (2, 3) for x in ops.log_probs(fake, "torch"))
 
 
-def compiled(function):
+def compiled(function, engine="inductor"):
     torch.compiler.reset()
-    return torch.compile(function, fullgraph=True)
+    return torch.compile(function, fullgraph=True, backend=engine)
 
 
 @pytest.fixture(autouse=True)
@@ -207,8 +207,10 @@ CALLS = {
 }
 
 
+@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("name", CALLS)
-def test_compile_other_calls(name):
+def test_compile_other_calls(name, engine):
+    """Traced and made functional in every run; with the C++ that Inductor makes of it, three times as long, nightly."""
     options = dict(CALLS[name])
     case = make(extra_row=False)
     if options.pop("packed", False):
@@ -221,7 +223,7 @@ def test_compile_other_calls(name):
         return out.loss, out.metrics.vector
 
     results = []
-    for function in (step, compiled(step)):
+    for function in (step, compiled(step, engine)):
         leaf = case.logits.clone().requires_grad_()
         loss, vector = function(leaf)
         (loss * options.get("grad_scale", 1.0)).backward()

@@ -283,7 +283,8 @@ def test_compiled(config, token_losses):
         return (out.token_losses * 0.1).sum() if token_losses else out.loss, out.metrics.vector, out.log_probs
 
     torch._dynamo.reset()
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    engine = "aot_eager" if token_losses else "inductor"  # a third of the time
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=engine)
     for length in (9, 7):
         case = make(length=length)
         found = []

@@ -111,7 +111,8 @@ def test_compiled(function):
         return COMPILED[function](x, given | {"old_log_probs": torch.full((2, 3), -2.0)}).loss
 
     (eager,) = torch.autograd.grad(loss(x), x)
-    (compiled,) = torch.autograd.grad(torch.compile(loss)(x), x)
+    engine = "inductor" if function == "grpo_loss" else "aot_eager"  # a third of the time
+    (compiled,) = torch.autograd.grad(torch.compile(loss, backend=engine)(x), x)
     assert eager.abs().sum() > 0
     torch.testing.assert_close(compiled, eager)
 

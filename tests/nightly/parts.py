@@ -92,8 +92,9 @@ PARTS = {
     "cpu": Part(4, ("test_numerics", "test_ops", "test_zero_weights"), (*KERNELS, "csrc/**"), r"[\[-](cpu|torch)[\]-]"),
     "compiled": Part(
         12,
-        ("test_build", "test_triton", "test_divergence_triton", "test_gpu_parts", "test_surrogates"),
+        ("test_build", "test_triton", "test_divergence_triton", "test_gpu_parts", "test_surrogates", "test_ops"),
         (*KERNELS, "csrc/**"),
+        r"inductor|tests/test_(?!ops)",
     ),
     "fuzz": Part(
         25,
