@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -347,3 +348,32 @@ def test_gradient_is_unbiased(backend):
     assert abs(row_means.mean().item()) < 4 * spread + 2 * 2.0**-25 * off_centre
     inside = relative - relative.sort(-1).values[:, relative.shape[-1] // 2, None]  # CUDA refuses median(-1)
     assert abs(inside.mean().item()) < 3e-8
+
+
+@pytest.mark.parametrize("wrong", [1e3, 1e-30, math.nan])
+def test_the_rule_reads_what_predicts_nothing(wrong):
+    """The row behind the last token has no gradient; what a kernel leaves there is a fault."""
+    case = make()
+    truth = truth_of(case.logits, *case.arguments, **case.options)
+    out, gradient = case.run("torch")
+    found = (out.loss, out.log_probs, out.entropy)
+    assert gradient.shape[1] == truth.log_probs.shape[1] + 1
+    assert compare(truth, *found, gradient).holds
+    changed = gradient.clone()
+    changed[1, -1, 3] = wrong
+    assert not compare(truth, *found, changed).holds
+
+
+def test_rows_at_an_edge_are_numbers():
+    """Which side of a clip they are on fp32 does not tell, but that they are numbers."""
+    case = make()
+    truth = truth_of(case.logits, *case.arguments, **case.options)
+    edge = torch.zeros_like(truth.edge)
+    edge[0, 0] = True
+    truth = dataclasses.replace(truth, edge=edge)
+    out, gradient = case.run("torch")
+    assert compare(truth, out.loss, out.log_probs, out.entropy, gradient).gradient <= 1
+    changed = gradient.clone()
+    changed[0, 0, 0] = math.nan
+    assert compare(truth, out.loss, out.log_probs, out.entropy, changed).gradient == math.inf
+    assert compare(truth, out.loss * math.nan, out.log_probs, out.entropy, gradient).loss == math.inf

@@ -20,9 +20,11 @@ from grpo_kernels import (
     LossConfig,
     MaskedIS,
     OffPolicyMask,
+    SequenceMean,
     Teacher,
     TruncatedIS,
     Vespo,
+    grpo_loss,
     token_divergence,
 )
 from grpo_kernels.objectives.divergence import KINDS
@@ -153,9 +155,38 @@ def test_reference_shares_no_maths():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level == 3:
                 names |= {alias.name for alias in node.names}
-    options = {"KL", "Divergence", "LossConfig", "Normalizer", "resolve_config"}
+    schemes = {"MaskedIS", "OffPolicyMask", "Rejection", "TruncatedIS"}
+    options = {"AGGREGATIONS", "KL", "Divergence", "LossConfig", "Normalizer", "resolve_config", *schemes}
     containers = {"DIVERGENCE_SUMS", "LossOutput", "Metrics", "Point", "Teacher"}
-    assert names == options | containers | {"check_pooled", "check_teacher", "fail", "read_mask"}
+    assert names == options | containers | {
+        "check_flag",
+        "check_pooled",
+        "check_teacher",
+        "checks_enabled",
+        "fail",
+        "read_mask",
+    }
+
+
+def test_classes_of_ones_own():
+    """A scheme made of another is computed by its own factor; an aggregation that only its class knows is refused."""
+    case = make(batch=2, length=3, vocab=11, empty=False, dtype=torch.float64)
+    log_probs = reference.grpo_loss(case.logits, *case.arguments).log_probs
+    given = {"rollout_log_probs": log_probs - torch.tensor([[0.5, -0.5, 0.25]], dtype=torch.float64)}
+    ours, others = type("TruncatedIS", (TruncatedIS,), {"factor": lambda self, rho: rho**2}), case.arguments
+    losses = [
+        function(case.logits, *others, **given, config=LossConfig(rollout=scheme)).loss
+        for function in (reference.grpo_loss, grpo_loss)
+        for scheme in (ours(2.0), TruncatedIS(2.0))
+    ]
+    torch.testing.assert_close(losses[:2], losses[2:], rtol=1e-12, atol=0)
+    assert losses[0] != losses[1]
+    mine = type("SequenceMean", (SequenceMean,), {})
+    with pytest.raises(ValueError, match=r"reference.grpo_loss: expected an aggregation of the package's"):
+        reference.grpo_loss(case.logits, *case.arguments, config=LossConfig(aggregation=mine()))
+    for option in ("skip_zero_advantage", "check"):
+        with pytest.raises(TypeError, match=f"expected {option}=? to be True or False; got 'no'"):
+            reference.grpo_loss(case.logits, *case.arguments, **{option: "no"})
 
 
 def test_reference_knows_every_surrogate():

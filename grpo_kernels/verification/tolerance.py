@@ -411,15 +411,18 @@ def compare(
 ) -> Comparison:
     """A result against the truth; NaN anywhere breaks the rule.
 
-    ``gradient`` is shaped like the logits, in their dtype, and was computed for the loss times ``grad_scale``.
+    ``gradient`` is shaped like the logits, in their dtype, and was computed for the loss times ``grad_scale``; what it
+    has beyond the rows that predict tokens is 0.
     """
     shape = truth.log_probs.shape
     real = log_probs.dtype
-    rows = gradient.detach().reshape(shape[0], -1, gradient.shape[-1])[:, : shape[1]].double() / grad_scale
+    whole = gradient.detach().reshape(shape[0], -1, gradient.shape[-1]).double() / grad_scale
+    rows, unused = whole[:, : shape[1]], whole[:, shape[1] :]
     keep = ~truth.edge
     error = (rows - truth.gradient).abs()
     bound = truth.gradient_bound(gradient.dtype, grad_scale)
     share = torch.where(keep[..., None], error / bound, 0.0)
+    broken = (unused != 0).any() | (rows.isfinite() != truth.gradient.isfinite()).any()  # in rows at an edge as well
     size = torch.stack(torch.broadcast_tensors(truth.gradient.abs(), truth.element, truth.own)).amax(0)
     ulp = 2 * OUTPUT_UNIT[gradient.dtype] * size + smallest(gradient.dtype) / grad_scale
     per_row = truth.log_prob_bound(real)
@@ -427,8 +430,8 @@ def compare(
     return Comparison(
         log_prob=_worst(_difference(log_probs.double().reshape(shape), truth.log_probs) / per_row),
         entropy=_worst((entropy.double().reshape(shape) - truth.entropy).abs() / per_row),
-        loss=_worst(loss_share) if not bool(truth.edge.any()) else 0.0,
-        gradient=_worst(share),
+        loss=_worst(loss_share) if not bool(truth.edge.any()) else 0.0 if bool(loss.isfinite()) else math.inf,
+        gradient=math.inf if bool(broken) else _worst(share),
         gradient_ulps=_worst(torch.where(keep[..., None], error / ulp, 0.0)),
         edges=float(truth.edge.sum() / max(1, truth.edge.numel())),
     )

@@ -17,9 +17,11 @@ from torch import Tensor
 from ...calls.arguments import check_pooled
 from ...calls.outputs import LossOutput
 from ...calls.teacher import Teacher, check_teacher
-from ...objectives.checks import fail, read_mask
+from ...objectives.aggregation import AGGREGATIONS
+from ...objectives.checks import check_flag, checks_enabled, fail, read_mask
 from ...objectives.config import LossConfig, resolve_config
 from ...objectives.normalizer import Normalizer
+from ...objectives.rollout import OffPolicyMask
 from .divergences import divergence_of
 from .metrics import metrics_of
 from .terms import VALUES as VALUES
@@ -65,6 +67,10 @@ def grpo_loss(
     arguments.
     """
     config = resolve_config(config)
+    check_flag("reference.grpo_loss", "skip_zero_advantage", skip_zero_advantage)
+    if type(config.weighting) not in AGGREGATIONS.values():
+        expected = "an aggregation of the package's: what one of your own computes has no truth here"
+        fail("reference.grpo_loss", expected, repr(config.weighting))
     kl_coef = config.kl.coef if kl_coef is None else kl_coef
     rollout_kl_coef = config.rollout_kl.coef if rollout_kl_coef is None else rollout_kl_coef
     entropy_coef = config.entropy_coef if entropy_coef is None else entropy_coef
@@ -81,7 +87,7 @@ def grpo_loss(
         mask = torch.ones(shape, dtype=torch.bool, device=logits.device)
     if advantages is None:
         advantages = torch.zeros(shape, dtype=real, device=logits.device)
-    mask = read_mask("reference.grpo_loss", mask, {"advantages": advantages, "mask": mask}, check)
+    mask = read_mask("reference.grpo_loss", mask, {"advantages": advantages, "mask": mask}, checks_enabled(check))
     sequence, sequences, mask = _sequences(shape, mask, cu_seqlens)
     counted = mask.reshape(-1).nonzero().squeeze(-1)
     advantages = _per_token(advantages.detach().to(real), sequences, sequence, shape)
@@ -115,7 +121,7 @@ def grpo_loss(
     own = difference(log_prob, old)
     log_ratio = pool(config.level, own, sequence, sequences)
     sampled = (log_prob.detach(), old, rollout, A, sequence, sequences, config.log_ratio_limit)
-    in_ratio = [s for s in config.schemes if config.policy_term.takes_rollout and type(s).__name__ != "OffPolicyMask"]
+    in_ratio = [s for s in config.schemes if config.policy_term.takes_rollout and not isinstance(s, OffPolicyMask)]
     rho = rollout_weights([s for s in config.schemes if s not in in_ratio], *sampled)
     folded = rollout_weights(in_ratio, *sampled)
     inputs = Inputs(log_prob, old, A, own, sequence, sequences, config, folded)

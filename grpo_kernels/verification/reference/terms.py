@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...objectives.config import LossConfig
 from ...objectives.kl import KL
+from ...objectives.rollout import MaskedIS, OffPolicyMask, Rejection, TruncatedIS
 from ...objectives.surrogates import Point
 
 
@@ -61,7 +62,7 @@ def sum_by(index: Tensor, values: Tensor, count: int) -> Tensor:
     return torch.zeros(count, dtype=values.dtype, device=values.device).index_add(0, index, values)
 
 
-# Rollout correction: the product of the schemes' factors, by the names of their classes.
+# Rollout correction: the product of the schemes' factors, by their classes.
 
 
 def rollout_weights(
@@ -85,8 +86,8 @@ def rollout_weights(
 
     total = torch.ones_like(log_prob)
     for scheme in schemes:
-        kind, options = type(scheme).__name__, vars(scheme)
-        if kind == "OffPolicyMask":
+        kind, options = type(scheme), vars(scheme)
+        if kind is OffPolicyMask:
             behind = -pool("sequence", known_difference(log_prob), sequence, sequences)
             total = torch.where((A >= 0) | ~(behind > options["threshold"]), total, 0.0)
             continue
@@ -95,11 +96,12 @@ def rollout_weights(
         rho = clamp(log_rho, limit).exp()
         low, high = options["low"], options["high"]
         kept = (rho >= low) & (rho <= high)
-        factor = {
-            "TruncatedIS": rho.clamp(low, high),
-            "MaskedIS": torch.where(kept, rho, 0.0),
-            "Rejection": kept.to(rho),
-        }[kind]
+        factors = {
+            TruncatedIS: rho.clamp(low, high),
+            MaskedIS: torch.where(kept, rho, 0.0),
+            Rejection: kept.to(rho),
+        }
+        factor = factors[kind] if kind in factors else scheme.factor(rho)  # of a class of somebody's own
         factor = torch.where(unknown, 1.0, factor) if level == "token" else factor
         total = torch.where((total == 0) | (factor == 0), 0.0, total * factor)
     return total
