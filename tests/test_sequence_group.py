@@ -524,6 +524,34 @@ def test_numbers_of_ranks_differ(name, kind):
     assert f"the same {name} on every rank of sequence_group; got 4.0 on rank 0, 5.0 on rank 1, 4.0 on" in str(text)
 
 
+@pytest.mark.parametrize("name", [*NUMBERS[:4], "temperature", "grad_scale"])
+def test_equal_numbers_of_other_types(name):
+    """An integer, a float, a tensor: a literal on one rank and a schedule's value on another."""
+
+    def call(rank):
+        case = Case("errors", "logits", LossConfig.preset("gspo"), "random")
+        part = part_of(case.batch(), case.columns()[rank])
+        beside = {"kl_coef": "ref_log_probs", "rollout_kl_coef": "rollout_log_probs"}.get(name)
+        changes = {name: (1, 1.0, torch.tensor(1))[rank]}
+        loss_of(rank, check=True, **changes, **({beside: part.options["old_log_probs"]} if beside else {}))
+
+    assert errors_of(RANKS, call, deadline=20) == [None] * RANKS
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 2)])
+def test_a_rank_with_one_token_has_temperatures_of_tokens(lengths):
+    """Which are no number that all ranks share."""
+
+    def call(rank):
+        torch.manual_seed(rank)
+        count = lengths[rank]
+        given = {"cu_seqlens": torch.tensor([0, count]), "temperature": 0.5 + torch.rand(1, count), "backend": BACKEND}
+        given |= {"old_log_probs": -torch.rand(1, count), "sequence_group": torch.distributed.group.WORLD}
+        grpo_loss(torch.randn(1, count, 7), torch.randint(7, (1, count)), torch.ones(1), config="gspo", **given)
+
+    assert errors_of(2, call, deadline=20) == [None, None]
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_one_rank_is_wrong(name):
     """The same words on all ranks; the group is good for the next call."""

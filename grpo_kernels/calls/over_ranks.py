@@ -29,7 +29,7 @@ _TENSORS = ("old_log_probs", "ref_log_probs", "rollout_log_probs", "token_weight
 _OPTIONS = ("support", "skip_zero_advantage", "token_losses")
 NUMBERS = ("normalizer", "kl_coef", "rollout_kl_coef", "entropy_coef", "divergence_coef", "entropy_threshold")
 """Arguments that are one number, the same on ranks that share tokens or sequences."""
-_NUMBERS = (*NUMBERS, "grad_scale", "temperature", "logit_scale", "logit_softcap", "vocab_size")
+_NUMBERS = (*NUMBERS, "grad_scale", "temperature", "logit_scale", "logit_softcap")
 """Keywords of the losses that all ranks give, or none; of the last also the number."""
 _EITHER = ("advantages", "temperature")
 """Those of which there may be one a sequence, the same on all ranks, or one a token."""
@@ -143,6 +143,7 @@ def _facts(given: Mapping[str, Any], out: LossOutput) -> dict[str, int | str]:
         **{f"kind of {name}": _kind(given.get(name)) for name in _EITHER},
         **{name: in_words(given.get(name)) for name in _NUMBERS},
         **{name: checksum(given[name]) for name in _EITHER if _kind(given.get(name)) == _OF_SEQUENCES},
+        "vocab_size": repr(given.get("vocab_size")),
         "dtype": str(floating[0].dtype),
         "teacher": "none" if teacher is None else teacher.facts(),
         "backend": "" if out.route is None else out.route.backend,

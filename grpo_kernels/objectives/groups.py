@@ -217,11 +217,12 @@ def meets(function: str, name: str, group: ProcessGroup, check: bool | None) -> 
 
 
 def in_words(value: object) -> str:
-    """Return a fact as ranks tell it, of a number its value, wherever it is: ranks that tell each other wait anyway."""
-    if isinstance(value, Tensor) and value.numel() != 1:
+    """Return a fact as ranks tell it, of one number its value as a float, whatever holds it and wherever: ranks that
+    tell each other wait anyway."""
+    if isinstance(value, Tensor) and value.dim() > 0:
         return "a tensor"
-    if isinstance(value, SupportsFloat) and not isinstance(value, int | float):
-        value = float(value)
+    if isinstance(value, SupportsFloat) and not isinstance(value, bool):
+        return repr(float(value))
     return repr(value)
 
 
