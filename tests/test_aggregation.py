@@ -392,8 +392,10 @@ def test_weights_of_an_aggregation_of_ones_own(function, packed):
     wanted = -(torch.tensor([0.1, 0.9]) * advantages * case.mask.sum(-1)).sum()  # ratios of 1
     for weights in (torch.tensor([0.1, 0.9], dtype=torch.float64), torch.tensor([0.1, 0.9])):
         torch.testing.assert_close(loss(weights), wanted, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss(torch.tensor([0.1, 0.9], requires_grad=True)), wanted, rtol=1e-6, atol=0)
     torch.testing.assert_close(loss(torch.tensor(0.5)), -0.5 * (advantages * case.mask.sum(-1)).sum())
     for weights in (
+        torch.ones(2) * 1j,
         torch.ones(2, 1),
         torch.ones(2, 4),
         torch.ones(2, 2),

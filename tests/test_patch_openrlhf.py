@@ -90,6 +90,8 @@ def test_configs(options, wanted):
         (dict(is_correction_level="token", is_correction_gating="kl"), "is_correction_gating must be one of .*'kl'"),
         (dict(is_correction_level="seq", is_correction_mode="clip"), 'is_correction_mode="clip" with .*level="seq"'),
         (dict(is_correction_level="token", is_correction_threshold=[]), r"must be HIGH, or LOW and HIGH; got \[\]"),
+        (dict(is_correction_level="token", is_correction_threshold=2.0), "must be HIGH, or LOW and HIGH; got 2.0"),
+        (dict(is_correction_level="token", is_correction_threshold="23"), "must be HIGH, or LOW and HIGH; got '23'"),
         (dict(dual_clip=1.1), r"do not have dual_clip=1\.1 with an upper bound of 1 \+ 0\.2"),
         (
             dict(is_correction_level="seq", is_correction_gating="tv", is_correction_threshold=[0, 0.1]),

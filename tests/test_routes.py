@@ -13,6 +13,7 @@ from grpo_kernels import (
     GRPOLoss,
     LossConfig,
     MaskedIS,
+    OffPolicyMask,
     Rejection,
     TopK,
     TruncatedIS,
@@ -175,7 +176,7 @@ class Given(TruncatedIS):
         return KINDS[int(self.high)](rho)
 
 
-KINDS = [None, torch.Tensor.double, lambda rho: rho > 1, lambda rho: rho[:, :1], lambda rho: 1.0]
+KINDS = [None, torch.Tensor.double, lambda rho: rho > 1, lambda rho: rho[:, :1], lambda rho: 1.0, lambda rho: rho * 1j]
 
 
 def test_factors_of_a_scheme_of_ones_own(backend):
@@ -191,6 +192,26 @@ def test_factors_of_a_scheme_of_ones_own(backend):
     for kind, factor in ((1, rho), (2, rho > 1)):
         losses = torch.where(case.mask, -case.advantages[:, None] * factor, 0.0)
         torch.testing.assert_close(loss(kind), (losses.sum(-1) / case.mask.sum(-1).clamp(min=1)).mean())
-    for kind, got in ((3, r"shape \(2, 1\)"), (4, "1.0")):
-        with pytest.raises(TypeError, match=rf"factor\(rho\) must return a tensor of the shape of rho.*; got {got}"):
+    for kind, got in ((3, r"torch.float32 \(2, 1\)"), (4, "1.0"), (5, r"torch.complex64 \(2, 3\)")):
+        with pytest.raises(TypeError, match=rf"must return a tensor of reals of shape \(2, 3\); got {got}"):
             loss(kind)
+
+
+class Kept(OffPolicyMask):
+    """As ``Given``, of a mask of sequences."""
+
+    def factor(self, advantages, mean_fall):
+        return KINDS[int(self.threshold)](super().factor(advantages, mean_fall))
+
+
+def test_factors_of_a_mask_of_ones_own(backend):
+    case = make(batch=2, length=3, vocab=11, empty=False)
+    log_probs = token_log_probs(case.logits, case.token_ids, case.mask).log_probs
+    given = {"rollout_log_probs": log_probs + 0.5, "old_log_probs": log_probs, "backend": backend}
+
+    def loss(scheme):
+        return grpo_loss(case.logits, *case.arguments, config=LossConfig(rollout=scheme), **given).loss
+
+    torch.testing.assert_close(loss(Kept(1.0)), loss(OffPolicyMask(1.0)))
+    with pytest.raises(TypeError, match=r"must return a tensor of reals of shape \(2, 3\); got torch.float32 \(2, 1\)"):
+        loss(Kept(3.0))

@@ -346,9 +346,10 @@ def _read_weights(
     denominator = arguments.normalizer
     if denominator is not None:
         denominator = _read_normalizer(tokens, config, denominator)
-    weights = config.weighting.weights(masked_in, sequences, denominator)
-    if type(config.weighting) not in AGGREGATIONS.values():
-        _check_weights(tokens, config.weighting, weights, sequences)
+    aggregation = config.weighting
+    weights = aggregation.weights(masked_in, sequences, denominator)
+    if type(aggregation) not in AGGREGATIONS.values():
+        weights = _read_weights_of(tokens, aggregation, weights, sequences)
     weight = on_tokens(weights, masked_in, sequences, tokens.real)
     if config.entropy_aggregation is None:
         return weight, weight
@@ -356,11 +357,11 @@ def _read_weights(
     return weight, on_tokens(of_entropy, masked_in, sequences, tokens.real)
 
 
-def _check_weights(tokens: Tokens, aggregation: Aggregation, weights: object, sequences: Sequences) -> None:
-    """Raise unless a user's aggregation has given a weight to every sequence, or one to all tokens."""
-    if isinstance(weights, Tensor) and tuple(weights.shape) in ((), (sequences.count,)):
-        return
-    got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else repr(weights)
+def _read_weights_of(tokens: Tokens, aggregation: Aggregation, weights: object, sequences: Sequences) -> Tensor:
+    """Return what a user's aggregation has given: a weight for every sequence, or one for all tokens."""
+    if isinstance(weights, Tensor) and tuple(weights.shape) in ((), (sequences.count,)) and not weights.is_complex():
+        return weights.detach()
+    got = f"{weights.dtype} {tuple(weights.shape)}" if isinstance(weights, Tensor) else repr(weights)
     expected = f"{type(aggregation).__name__}.weights(...) to return a tensor ({sequences.count},), a weight for every"
     hint = "token_weights= takes weights of tokens"
     fail(tokens.function, f"{expected} sequence, or 0-d, one for all tokens", got, tokens.tensors, hint)

@@ -170,7 +170,7 @@ class Recorded:
 
 
 def _has_length(one: object) -> bool:
-    return hasattr(one, "__len__") and not isinstance(one, str) and not (isinstance(one, Tensor) and one.dim() == 0)
+    return hasattr(one, "__len__") and not isinstance(one, (str, bytes)) and getattr(one, "ndim", 1) > 0
 
 
 def _read_lists(sets: Sequence[Any]) -> list[list[Any]]:

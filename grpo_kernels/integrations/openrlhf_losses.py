@@ -95,7 +95,7 @@ def _policy_config(options: Any) -> LossConfig:
 
 def _schemes(options: Options) -> Rollout | tuple[Rollout, ...]:
     threshold = options.is_correction_threshold
-    if len(threshold) not in (1, 2):
+    if not isinstance(threshold, (list, tuple)) or len(threshold) not in (1, 2):
         raise ValueError(f"OpenRLHF: is_correction_threshold must be HIGH, or LOW and HIGH; got {threshold!r}.")
     low, high = (0.0, *threshold)[-2:]
     if options.is_correction_gating != "ratio":

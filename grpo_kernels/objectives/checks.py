@@ -62,6 +62,8 @@ def warn_caller(message: str) -> None:
 
 def checks_enabled(check: bool | None) -> bool:
     """Whether checks of contents are on: by ``check=`` of the call, else by the environment's GRPO_KERNELS_CHECK."""
+    if check is True or check is False:
+        return check
     if check is not None:
         check_flag("check", "check=", check)
         return bool(check)
@@ -201,10 +203,12 @@ def check_tensors(function: str, named: Mapping[str, object], needed: Container[
             fail(function, f"{name} to be a tensor", type(value).__name__, hint=hint, error=TypeError)
 
 
-def check_ids_dtype(function: str, input_ids: Tensor, tensors: Mapping[str, object] | None = None) -> None:
-    """Raise unless the ids of a model's input are integers."""
-    if input_ids.dtype not in INTEGER_DTYPES:
-        fail(function, "input_ids of integers", str(input_ids.dtype), tensors, error=TypeError)
+def check_ids_dtype(
+    function: str, ids: Tensor, tensors: Mapping[str, object] | None = None, name: str = "input_ids"
+) -> None:
+    """Raise unless ids are integers."""
+    if ids.dtype not in INTEGER_DTYPES:
+        fail(function, f"{name} of integers", str(ids.dtype), tensors, error=TypeError)
 
 
 def refuse_layout(function: str, name: str, tensor: Tensor) -> NoReturn:

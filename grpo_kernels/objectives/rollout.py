@@ -235,21 +235,21 @@ def rollout_weights(
     weight = torch.ones_like(advantages)
     for scheme, log_rho in zip(schemes, log_ratios, strict=True):
         if isinstance(scheme, OffPolicyMask):
-            weight = times(weight, scheme.factor(advantages, -log_rho))
+            weight = times(weight, _read_factor(scheme, scheme.factor(advantages, -log_rho), advantages))
             continue
         assert isinstance(scheme, _Band)
-        factor = _factor(scheme, clamp(log_rho, limit).exp())
+        rho = clamp(log_rho, limit).exp()
+        factor = _read_factor(scheme, scheme.factor(rho), rho)
         weight = times(weight, factor if scheme.pooled else torch.where(rollout.isnan(), 1.0, factor))
     return weight
 
 
-def _factor(scheme: _Band, rho: Tensor) -> Tensor:
-    """Return a scheme's factors in the dtype of ``rho``, as kernels read them. Raise where there is none a token."""
-    factor = scheme.factor(rho)
-    if isinstance(factor, Tensor) and factor.shape == rho.shape:
-        return factor.to(rho.dtype)
-    got = f"shape {tuple(factor.shape)}" if isinstance(factor, Tensor) else repr(factor)
-    raise TypeError(f"{scheme!r}: factor(rho) must return a tensor of the shape of rho, {tuple(rho.shape)}; got {got}.")
+def _read_factor(scheme: Rollout, factor: object, like: Tensor) -> Tensor:
+    """Return a scheme's factors in the dtype of ``like``, as kernels read them. Raise where there is none a token."""
+    if isinstance(factor, Tensor) and factor.shape == like.shape and not factor.is_complex():
+        return factor.to(like.dtype)
+    got = f"{factor.dtype} {tuple(factor.shape)}" if isinstance(factor, Tensor) else repr(factor)
+    raise TypeError(f"{scheme!r}: factor(...) must return a tensor of reals of shape {tuple(like.shape)}; got {got}.")
 
 
 def check_scheme(scheme: object) -> None:
