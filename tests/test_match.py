@@ -7,6 +7,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 import random
 import re
 from unittest import mock
@@ -951,9 +952,25 @@ def test_own_logits_that_are_equal():
         lp = torch.log_softmax(logits[:, : token_ids.shape[1]], -1).gather(-1, token_ids[..., None]).squeeze(-1)
         return rows(clipped(lp - old_log_probs, advantages[:, None]), mask)
 
-    batch = {"logits": torch.zeros(4, 5, 11), "token_ids": torch.ones(4, 5)}
+    batch = {"logits": torch.zeros(4, 5, 11), "token_ids": torch.ones(4, 5).long()}
     with pytest.raises(ValueError, match="no slope of the loss is finite .*: give batch= logits whose other columns"):
         match(loss, batch)
+
+
+def test_own_logits_with_a_column_that_is_no_token():
+    """-inf, as a padded vocabulary's: 0·(-inf) is nothing, in entropies and in slopes."""
+
+    def loss(logits, token_ids, old_log_probs, advantages, mask):
+        log_p = torch.log_softmax(logits[:, : token_ids.shape[1]], -1)
+        lp = log_p.gather(-1, token_ids[..., None]).squeeze(-1)
+        return rows(clipped(lp - old_log_probs, advantages[:, None]), mask)
+
+    torch.manual_seed(0)
+    batch = {"logits": torch.randn(4, 6, 11), "token_ids": torch.randint(10, (4, 5))}
+    batch["logits"][..., 10] = -math.inf
+    report = match(loss, batch)
+    assert report, str(report)
+    assert report.config == LossConfig(Clip(), **NO_LIMIT)
 
 
 @pytest.mark.parametrize("cut", [lambda x: x[:, 1:], lambda x: x.mT[1:].mT], ids=["a slice", "a transpose"])
@@ -978,15 +995,17 @@ def test_own_batch_of_views(cut):
         ({"logprobs": torch.zeros(2, 3)}, "batch= has logprobs; known are logits, log_probs"),
         ({"mask": torch.ones(3)}, r"shape \(B, T\); got \(3,\)"),
         ({"logits": torch.zeros(2, 3, 5), "mask": torch.ones(2, 3)}, "has logits and no token_ids"),
-        ({"logits": torch.zeros(2, 5, 5), "token_ids": torch.zeros(2, 3)}, r"logits must be \(2, 3 or 4, V\)"),
+        ({"logits": torch.zeros(2, 5, 5), "token_ids": torch.zeros(2, 3).long()}, r"logits must be \(2, 3 or 4, V\)"),
         ({"mask": torch.ones(2, 3), "old_log_probs": torch.ones(2, 4)}, r"old_log_probs must be \(2, 3\)"),
         ({"mask": torch.ones(2, 3), "advantages": torch.ones(3)}, r"advantages must be \(2,\); got \(3,\)"),
         ({"mask": torch.ones(3, 3)}, "as many sequences as tokens"),
         ({"logits": torch.zeros(1).expand(2, 3000, 2000), "token_ids": torch.zeros(2, 3000)}, "smaller batch"),
+        ({"logits": torch.zeros(2, 4, 5), "token_ids": torch.zeros(2, 3)}, "token_ids of integers; got torch.float32"),
+        ({"mask": torch.ones(2, 3), "advantages": torch.tensor([1.0, math.nan])}, "advantages must be finite; got nan"),
     ],
 )
 def test_bad_batches(batch, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         match(hand_written, batch)
 
 
@@ -1199,6 +1218,7 @@ def test_command(tmp_path, capsys):
     assert "error: --set names nope; the loss takes logps, old_logps, adv, mask.\n" in capsys.readouterr().err
     for given, said in (
         (["--set", "=1"], "--set must be NAME=VALUE; got '=1'"),
+        (["--set", "cap=--nan"], "--set names cap"),
         (["--set", "adv=1", "--set", "adv=2"], "--set adv is given twice: '1' and '2'"),
     ):
         assert main(["match", f"{path}:good", *given]) == 2

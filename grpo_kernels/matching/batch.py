@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..objectives.checks import read_mask
+from ..objectives.checks import check_ids_dtype, read_mask
 
 VOCAB = 13
 LENGTHS = (7, 5, 1, 0, 6, 3, 4, 2, 6, 7, 3, 1, 7, 4, 5, 5)
@@ -79,7 +79,7 @@ class Batch:
     def entropy(self) -> Tensor:
         """Return the (B, T) entropies at temperature 1."""
         log_p = self._log_probs(1.0)
-        return -(log_p.exp() * log_p).sum(-1)
+        return -torch.where(log_p == -math.inf, 0.0, log_p.exp() * log_p).sum(-1)
 
     def _log_probs(self, temperature: float) -> Tensor:
         if temperature not in self._log_softmax:
@@ -201,11 +201,16 @@ def users_batch(given: Mapping[str, Tensor]) -> Batch:
             f"batch= logits have {values['logits'].numel():,} elements, and match calls the loss hundreds of times in "
             f"float64: give a smaller batch, of at most {LARGEST:,}."
         )
+    advantages = values.get("advantages")
+    if advantages is not None and not bool(advantages.isfinite().all()):
+        wrong = advantages[~advantages.isfinite()][0].item()
+        raise ValueError(f"batch= advantages must be finite; got {wrong}.")
     generator = torch.Generator().manual_seed(20)
     mask = read_mask("match", values["mask"], values) if "mask" in values else torch.ones(B, T, dtype=torch.bool)
     if "logits" in values:
         if "token_ids" not in values:
             raise ValueError("batch= has logits and no token_ids (B, T).")
+        check_ids_dtype("match: batch=", values["token_ids"], name="token_ids")
         logits, ids = values["logits"].double(), values["token_ids"].long()
         if logits.dim() != 3 or logits.shape[0] != B or logits.shape[1] not in (T, T + 1):
             raise ValueError(f"batch= logits must be ({B}, {T} or {T + 1}, V); got {tuple(logits.shape)}.")

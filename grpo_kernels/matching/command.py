@@ -20,6 +20,7 @@ import importlib
 import importlib.util
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -75,7 +76,7 @@ def _pairs(option: str, form: str, given: Iterable[str]) -> dict[str, str]:
 
 def _value(text: str) -> Any:
     """Return the Python literal that the text is, inf and nan among them, or the text."""
-    if text.lower().lstrip("+-") in ("inf", "infinity", "nan"):
+    if re.fullmatch("[+-]?(inf|infinity|nan)", text.lower()):
         return float(text)
     try:
         return ast.literal_eval(text)

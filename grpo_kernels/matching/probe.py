@@ -156,6 +156,7 @@ def directions(batch: Batch, ids: Tensor, temperature: float) -> tuple[Tensor, T
     log_p = torch.log_softmax(rows, -1)
     p = log_p.exp()
     chosen = torch.zeros_like(p).scatter(-1, ids[..., None], 1.0)
+    log_p = torch.where(log_p == -math.inf, 0.0, log_p)  # 0·(-inf) of a column that is no token
     entropy = -(p * log_p).sum(-1, keepdim=True)
     return (chosen - p) / temperature, -p * (log_p + entropy) / temperature
 

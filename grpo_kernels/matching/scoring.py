@@ -41,9 +41,11 @@ def find_scored_tokens(probe: Probe, known: Known) -> Step:
         known = known.but(offset=offset)
         found.append(said("shifted_ids", which=SHIFTS[offset]))
     # Its logarithm is a line in z of slope 1/τ.
-    top = rows.abs().scatter(-1, scored, 0.0).topk(min(12, rows.shape[-1] - 1)).indices
-    x, y = batch.logits[:, : batch.shape[1]][reached].gather(-1, top), rows.gather(-1, top).abs().log()
-    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+    largest, top = rows.abs().scatter(-1, scored, 0.0).topk(min(12, rows.shape[-1] - 1))
+    x, y = batch.logits[:, : batch.shape[1]][reached].gather(-1, top), largest.log()
+    known_both = x.isfinite() & y.isfinite()  # not at a column of -inf, which is no token
+    x, y = (torch.where(known_both, values, torch.nan) for values in (x, y))
+    x, y = ((values - values.nanmean(-1, keepdim=True)).nan_to_num() for values in (x, y))
     slopes = (x * y).sum(-1, keepdim=True) / (x * x).sum(-1, keepdim=True)
     if float((y - slopes * x).abs().amax(-1).median()) > known.precision.close:
         return known, [*found, said("bent_logits")]
