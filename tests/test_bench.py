@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import json
 import re
@@ -225,7 +226,8 @@ def unwritable(tmp_path):
         (["--shapes", "x"], "TOKENSxVOCABULARY, separated by commas; got 'x'"),
         (["--shapes", "5x5x5"], "TOKENSxVOCABULARY, separated by commas; got '5x5x5'"),
         (["--shapes", "²x10"], "'²' is no positive number"),
-        (["--shapes", "127x50", "--kind", "30 % A = 0"], "a batch of 30 % A = 0 needs tokens .*; got 127"),
+        (["--shapes", "64x50,127x50", "--kind", "30 % A = 0"], "a batch of 30 % A = 0 needs tokens .*; got 127"),
+        (["--shapes", "999999999999999999kx8"], "'999999999999999999k' is no positive number"),
         (["--model", ""], "--model must be one of"),
         (["--shapes", "0x512"], "'0' is no positive number"),
         (["--lengths", "4k"], "--lengths needs --model"),
@@ -514,3 +516,31 @@ def test_collectives_are_timed_between_processes():
     ]
     assert all(row["processes"] == 2 and row["seconds"] > 0 for row in found)
     assert [row["received"] / row["payload"] for row in found] == [1.0, 0.5] * 3
+
+
+def workload_of(tokens: int, kind: str, upstream: float = 1.0) -> dict:
+    spec = dataclasses.asdict(Spec(tokens, 64, "fp32", kind=kind, upstream=upstream))
+    return spec | {"logits_bytes": 1, "providers": {"a": {"step_ms": 1.0}}}
+
+
+def test_a_line_is_of_one_kind_of_workload():
+    """Two at each place would be a zigzag under one name; what is drawn says which it is."""
+    rows = [workload_of(2**i, kind) for i in range(5, 9) for kind in ("half masked", "30 % A = 0")]
+    drawn = plot._along(rows, "tokens")
+    assert [row["tokens"] for row in drawn] == [32, 64, 128, 256]
+    assert len({row["kind"] for row in drawn}) == 1
+    assert plot._workload(rows[0]).endswith("fp32, half masked")
+    assert plot._workload(workload_of(32, "all", 2.0)).endswith("fp32, upstream 2")
+    assert plot._workload(workload_of(32, "all")).endswith("fp32")
+
+
+def test_what_a_peer_raises_stays_in_its_cell():
+    """Of its message the first line, and no bar that parts it."""
+    row = workload_of(32, "all") | {"yardstick_ms": None, "hidden": None}
+    row["providers"] = {"a": {"failed": "RuntimeError: a | b", "ours": True, "call": ""}}
+    (line,) = (
+        line
+        for line in report.markdown([row], {"machine": "here", "torch": "2", "grpo_kernels": "0"}).splitlines()
+        if "RuntimeError" in line
+    )
+    assert line.replace("\\|", "").count("|") == len(report.COLUMNS) + 1

@@ -188,12 +188,15 @@ def specs_of(arguments: argparse.Namespace) -> list[Spec]:
                 raise ValueError(f"--{name} needs --model NAME (see --models).")
         given = DEFAULT_SHAPES.get(device, DEFAULT_SHAPES["cpu"]) if arguments.shapes is None else arguments.shapes
         shapes = [shape(text) for text in given.split(",")]
-    return [
+    specs = [
         Spec(tokens, vocab, dtype, hidden, kind, device=arguments.device)
         for dtype in dtypes
         for tokens, vocab in shapes
         for kind in kinds
     ]
+    for spec in specs:
+        spec.check()
+    return specs
 
 
 def shape(text: str) -> tuple[int, int]:
@@ -208,6 +211,6 @@ def number(text: str, what: str) -> int:
     """Read "4096" or "4k"; k is 1024. Raise a ValueError of the option ``what`` where it is no positive number."""
     digits, factor = (text[:-1], 1024) if text.lower().endswith("k") else (text, 1)
     digits = digits.strip()
-    if not (digits.isascii() and digits.isdigit() and len(digits) <= 18 and int(digits) >= 1):
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= 15 and int(digits) >= 1):
         raise ValueError(f"{what}: {text!r} is no positive number such as 512 or 4k.")
     return int(digits) * factor

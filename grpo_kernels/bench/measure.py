@@ -19,6 +19,7 @@ from torch import Tensor
 from ..backends import blocks
 from ..backends.contract import on_device
 from ..objectives.config import LossConfig
+from ..objectives.settings import first_line
 from ..verification import records, reference
 from .providers import Provider
 from .workload import DTYPES, SEQUENCES, Spec, Workload
@@ -89,7 +90,7 @@ def _row(
             found[provider.name] = _alone(provider, work, exact)
             alive.append(provider)
         except Exception as error:  # a peer may raise anything; the others go on
-            found[provider.name] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+            found[provider.name] = {"failed": f"{type(error).__name__}: {first_line(error)}"}
     if timed:
         for name, numbers in _in_turns(work, alive, rounds, lambda k: progress(f"{spec}: round {k} of {rounds}")):
             found.setdefault(name, {}).update(numbers)
@@ -98,7 +99,7 @@ def _row(
             try:
                 found[provider.name] |= _new_length(provider, work)
             except Exception as error:  # the timing stands
-                found[provider.name]["new_length_failed"] = f"{type(error).__name__}: {str(error)[:200]}"
+                found[provider.name]["new_length_failed"] = f"{type(error).__name__}: {first_line(error)}"
     yardstick = found.pop(YARDSTICK, {}).get("step_ms")
     for provider in providers:
         found[provider.name] |= {"same_outputs": provider.same_outputs, "ours": provider.ours, "call": provider.call}

@@ -135,7 +135,13 @@ def head(figure: Any, title: str, subtitle: str) -> None:
 
 def _workload(row: Row) -> str:
     hidden = "" if row["hidden"] is None else f", hidden size {row['hidden']:,}"
-    return f"{row['tokens']:,} tokens × {row['vocab']:,} {AXES['vocab']}{hidden}, {row['dtype']}"
+    return f"{row['tokens']:,} tokens × {row['vocab']:,} {AXES['vocab']}{hidden}, {_form(row)}"
+
+
+def _form(row: Row) -> str:
+    """Return a workload's dtype, and what else it is than the usual one."""
+    kind = "" if row["kind"] == "all" else f", {row['kind']}"
+    return f"{row['dtype']}{kind}" + ("" if row["upstream"] == 1 else f", upstream {row['upstream']:g}")
 
 
 def _lines(chosen: dict[str, list[Row]]) -> Any:
@@ -177,7 +183,7 @@ def _line_panel(panel: Any, rows: Sequence[Row], names: list[str], axis: str) ->
     panel.grid(alpha=0.25)
     rest = "vocab" if axis == "tokens" else "tokens"
     panel.set_xlabel(AXES[axis], fontsize=9)
-    panel.set_title(f"{rows[0][rest]:,} {AXES[rest]}, {rows[0]['dtype']}", fontsize=10, loc="left")
+    panel.set_title(f"{rows[0][rest]:,} {AXES[rest]}, {_form(rows[0])}", fontsize=10, loc="left")
     bare(panel)
 
 
@@ -206,6 +212,7 @@ def _memory(panel: Any, row: Row, names: list[str]) -> list[str]:
 
 def _along(rows: Sequence[Row], axis: str) -> list[Row]:
     """Return the rows that differ in this axis alone: those of the commonest rest."""
-    rest = [tuple(row[key] for key in ("tokens", "vocab", "dtype", "hidden") if key != axis) for row in rows]
+    keys = ("tokens", "vocab", "dtype", "hidden", "kind", "upstream")
+    rest = [tuple(row[key] for key in keys if key != axis) for row in rows]
     commonest = max(rest, key=rest.count)
     return [row for row, key in zip(rows, rest, strict=True) if key == commonest]

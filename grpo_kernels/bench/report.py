@@ -160,7 +160,9 @@ def markdown(rows: Sequence[Row], environment: dict[str, Any]) -> str:
     """Return every provider of every workload as a table to paste, with what it was measured on."""
     lines = [f"{caption(environment)}; medians", "", *table_head(COLUMNS)]
     for row in rows:
-        lines += [f"| {' | '.join(cells(row, name))} |" for name in row["providers"]]
+        for name in row["providers"]:
+            escaped = (cell.replace("|", "\\|") for cell in cells(row, name))  # what a peer raises may hold one
+            lines.append(f"| {' | '.join(escaped)} |")
     return "\n".join([*lines, "", NOTES, "", *sentences(rows)]).rstrip() + "\n"
 
 

@@ -45,6 +45,17 @@ class Spec:
         hidden = "" if self.hidden is None else f"×{self.hidden}"
         return f"{self.tokens}{hidden}×{self.vocab}"
 
+    @property
+    def sequences(self) -> int:
+        """Return how many sequences its tokens are, all of one length: the most up to SEQUENCES that divide them."""
+        return max(count for count in range(1, SEQUENCES + 1) if self.tokens % count == 0)
+
+    def check(self) -> None:
+        """Raise a ValueError where its batch would not be what its kind says."""
+        if self.kind == "30 % A = 0" and round(0.3 * self.sequences) == 0:
+            expected = f"tokens that 2 to {SEQUENCES} sequences share"
+            raise ValueError(f"a batch of {self.kind} needs {expected}; got {self.tokens}.")
+
     def __str__(self) -> str:
         kind = "" if self.kind == "all" else f", {self.kind}"
         upstream = "" if self.upstream == 1 else f", upstream {self.upstream:g}"
@@ -67,7 +78,7 @@ class Workload:
 
     def __init__(self, spec: Spec, seed: int = 0) -> None:
         self.spec = spec
-        B = max(b for b in range(1, SEQUENCES + 1) if spec.tokens % b == 0)
+        B = spec.sequences
         self.shape = B, spec.tokens // B
         generator = torch.Generator(spec.device).manual_seed(seed)
         options: dict[str, Any] = {"generator": generator, "device": spec.device}
@@ -75,10 +86,7 @@ class Workload:
         self.ids = torch.randint(spec.vocab, self.shape, **options)
         self.advantages = torch.randn(B, **options)
         if spec.kind == "30 % A = 0":
-            zeros = round(0.3 * B)
-            if zeros == 0:
-                raise ValueError(f"a batch of {spec.kind} needs tokens that 2 to 8 sequences share; got {spec.tokens}.")
-            self.advantages[:zeros] = 0
+            self.advantages[: round(0.3 * B)] = 0
         self.mask = torch.rand(self.shape, **options) < (0.5 if spec.kind == "half masked" else 2.0)
         self.beta = 0.0 if spec.kind == "30 % A = 0" else BETA
         self.config = LossConfig.preset("grpo", kl=KL(self.beta))
