@@ -1501,3 +1501,26 @@ def test_shadow_never_stops_training(caplog):
     for shadow in (-1, True, 2.0):
         with pytest.raises(ValueError, match="attach: expected shadow to be an int >= 0"):
             hf.attach(tiny(), shadow=shadow)
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        (lambda logits: logits / 0, "float division by zero"),
+        (lambda logits: logits[torch.ones(4, 10, dtype=torch.bool), :10], None),
+    ],
+    ids=["divided by 0", "rows of a mask"],
+)
+def test_what_a_forward_makes_of_its_logits(changed, why):
+    """A division by 0 is no traceback of ours, and a mask of rows uses up as many dimensions as it has."""
+    from grpo_kernels.hf.form import Form
+    from grpo_kernels.hf.traced import TracedLogits, Untraceable
+
+    states, weight = torch.randn(4, 10, 8), torch.randn(13, 8)
+    form = Form.of_linear(states, weight, None)
+    if why is not None:
+        with pytest.raises(Untraceable, match=why):
+            changed(TracedLogits(form))
+        return
+    (product,) = changed(TracedLogits(form)).form.products
+    torch.testing.assert_close(product.states @ product.weight.T, changed(states @ weight.T))

@@ -182,13 +182,14 @@ class Form:
     def cut(self, key: Any) -> Form:
         """Index as a tensor of logits is: rows in any way, columns by a slice."""
         keys = list(key) if isinstance(key, tuple) else [key]
-        dims = len(self.shape)
+        dims, used = len(self.shape), sum(map(_dimensions, keys))
         if Ellipsis in [each for each in keys if not isinstance(each, Tensor)]:
             place = next(i for i, each in enumerate(keys) if each is Ellipsis)
-            keys[place : place + 1] = [slice(None)] * (dims - len(keys) + 1)
-        if None in [each for each in keys if not isinstance(each, Tensor)] or len(keys) > dims:
+            keys[place : place + 1] = [slice(None)] * (dims - used + 1)
+            used = dims
+        if None in [each for each in keys if not isinstance(each, Tensor)] or used > dims:
             raise Untraceable("logits are given another dimension")
-        columns = keys.pop() if len(keys) == dims else slice(None)
+        columns = keys.pop() if used == dims else slice(None)
         if not isinstance(columns, slice) or columns.step not in (None, 1):
             raise Untraceable("some columns of the logits are taken, not a slice")
         products = self.products
@@ -251,3 +252,8 @@ def _number_of(factor: Tensor) -> float | Tensor:
     """Return the number in a tensor, where reading it waits for nothing and nobody trains it."""
     trained = factor.requires_grad and torch.is_grad_enabled()
     return float(factor) if factor.is_cpu and not trained else factor.reshape(())
+
+
+def _dimensions(key: Any) -> int:
+    """Return how many dimensions a key indexes: a mask all that it has."""
+    return key.dim() if isinstance(key, Tensor) and key.dtype in (torch.bool, torch.uint8) else 1

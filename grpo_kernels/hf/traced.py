@@ -87,7 +87,7 @@ class TracedLogits(Tensor):
             return rule(*args, **kwargs)
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, IndexError, RuntimeError) as error:
+        except (TypeError, IndexError, RuntimeError, ArithmeticError) as error:
             raise Untraceable(f"{name} is called with them, and {error}") from error
 
     @classmethod
