@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -74,7 +75,7 @@ class CompileError(RuntimeError):
 
 def run(*command: str) -> str:
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=1200)
+        result = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=1200)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompileError(f"{' '.join(command)}: {error}") from error
     if result.returncode != 0:
@@ -82,19 +83,27 @@ def run(*command: str) -> str:
     return result.stdout
 
 
+def _found(name: str) -> list[str] | None:
+    """A compiler's path, with what stands before or behind its name in CXX, as in "ccache g++"; None if it is none."""
+    first, *rest = shlex.split(name) or [""]
+    path = shutil.which(first)
+    return None if path is None else [path, *rest]
+
+
 class Compiler:
     """The system's C++ compiler, and whether it takes OpenMP."""
 
     def __init__(self) -> None:
         names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-        self.path = next((found for name in names if (found := shutil.which(name))), None)
-        if self.path is None:
+        self.command = next((found for name in names if (found := _found(name))), None)
+        if self.command is None:
             raise CompileError(f"no C++ compiler found (looked for {', '.join(names)}; set CXX to name one)")
         self.version = next(iter(self.run("--version").splitlines()), "unknown")
         self.openmp = ["-fopenmp"] if self._takes_openmp() else []
 
     def run(self, *arguments: str) -> str:
-        return run(str(self.path), *arguments)
+        assert self.command is not None
+        return run(*self.command, *arguments)
 
     def _takes_openmp(self) -> bool:
         with tempfile.TemporaryDirectory() as folder:
@@ -189,6 +198,15 @@ CHOICES = {"cpu": ("CXX",), "cuda": ("NVCC", "CUDA_HOME", "CUDA_PATH", "GRPO_KER
 """Variables that choose a library's compiler or what it makes."""
 
 
+def _record_of(library: Path) -> dict[str, str]:
+    """What a library's record says; nothing where one of the two is missing or an installation was cut short."""
+    try:
+        record = json.loads(library.with_suffix(".json").read_text()) if library.exists() else {}
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
 def build_library(name: str, folder: Path, workspace: Path) -> None:
     """Build it, or not, and write its record beside it. One of the same making, in the package, is taken over."""
     target = folder / f"libgrpo_{name}.so"
@@ -196,7 +214,7 @@ def build_library(name: str, folder: Path, workspace: Path) -> None:
     making = {"sources": sources_hash(name), "made_by": sources_of(Path(__file__))}
     making["choices"] = " ".join(f"{key}={os.environ[key]}" for key in CHOICES[name] if key in os.environ)
     present = ROOT / NATIVE / target.name
-    record = json.loads(present.with_suffix(".json").read_text()) if present.exists() else {}
+    record = _record_of(present)
     if present != target and making.items() <= record.items():
         shutil.copy2(present, target)
     else:
@@ -230,10 +248,11 @@ class BuildNative(build_ext):
         for name in LIBRARIES:
             built, package = Path(self.build_lib, NATIVE, f"libgrpo_{name}.so"), ROOT / NATIVE / f"libgrpo_{name}.so"
             package.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(built.with_suffix(".json"), package.with_suffix(".json"))
+            package.with_suffix(".json").unlink(missing_ok=True)  # the record comes last: it vouches for the library
             package.unlink(missing_ok=True)
             if built.exists():
                 shutil.copy2(built, package)
+            shutil.copyfile(built.with_suffix(".json"), package.with_suffix(".json"))
 
 
 class PlatformWheel(bdist_wheel):

@@ -411,3 +411,35 @@ print("done")
         assert "done" in result.stdout, result.stderr[:3000]
         assert "ERROR" not in result.stderr
         assert "runtime error" not in result.stderr, result.stderr[:3000]
+
+
+def told_of(tmp_path, compiler: str) -> str:
+    """What the record says where the CPU library is made by a program of that text."""
+    program = tmp_path / "c++"
+    program.write_text(f"#!/bin/sh\n{compiler}\n")
+    program.chmod(0o755)
+    gpu_library.setup().build_library("cpu", tmp_path, tmp_path)
+    return native.build_record(tmp_path / "libgrpo_cpu.so")["error"]
+
+
+def test_what_a_compiler_writes_may_be_in_any_encoding(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    said = told_of(tmp_path, "printf 'internal \\351rreur\\n' >&2; exit 1")
+    assert "internal \N{REPLACEMENT CHARACTER}rreur" in said
+
+
+def test_a_compiler_behind_another_program(tmp_path, monkeypatch):
+    """As ccache's and conda's: CXX="ccache g++"."""
+    monkeypatch.setenv("CXX", f"{tmp_path / 'c++'} 'a word'")
+    said = told_of(tmp_path, '[ "$1" = "a word" ] && echo called >&2; exit 3')
+    assert said.endswith("called")
+
+
+@pytest.mark.parametrize("record", [None, "", "[1]", "{"])
+def test_a_record_that_an_accident_left_is_none(tmp_path, record):
+    """Every later installation ended in a traceback until the library was removed by hand."""
+    library = tmp_path / "libgrpo_cpu.so"
+    library.write_bytes(b"half of it")
+    if record is not None:
+        library.with_suffix(".json").write_text(record)
+    assert gpu_library.setup()._record_of(library) == {}
