@@ -11,6 +11,7 @@ would have threads of its own.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -46,8 +47,10 @@ def python(*arguments: str, **environment: str) -> str:
 
 
 def source_distribution(folder: Path) -> Path:
-    """Build the source distribution in isolation."""
-    python("-m", "build", "--sdist", "--outdir", str(folder), str(ROOT))
+    """Build the source distribution in isolation, one at a time: setuptools lays the files out in the tree itself."""
+    with (ROOT / "pyproject.toml").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        python("-m", "build", "--sdist", "--outdir", str(folder), str(ROOT))
     return newest(folder, "*.tar.gz")
 
 
