@@ -443,3 +443,5 @@ def test_a_record_that_an_accident_left_is_none(tmp_path, record):
     if record is not None:
         library.with_suffix(".json").write_text(record)
     assert gpu_library.setup()._record_of(library) == {}
+    library.with_suffix(".json").write_text('{"sources": "0"}')
+    assert gpu_library.setup()._record_of(library) == {"sources": "0"}

@@ -181,6 +181,13 @@ def test_classes_of_ones_own():
     ]
     torch.testing.assert_close(losses[:2], losses[2:], rtol=1e-12, atol=0)
     assert losses[0] != losses[1]
+    behind = {"rollout_log_probs": log_probs + 2.0, "old_log_probs": log_probs}
+    half = type("Half", (OffPolicyMask,), {"factor": lambda self, A, fall: 0.5 + 0.5 * (A >= 0).to(A)})
+    found = [
+        function(case.logits, *others, **behind, config=LossConfig(rollout=half(1.0))).loss
+        for function in (reference.grpo_loss, grpo_loss)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
     mine = type("SequenceMean", (SequenceMean,), {})
     with pytest.raises(ValueError, match=r"reference.grpo_loss: expected an aggregation of the package's"):
         reference.grpo_loss(case.logits, *case.arguments, config=LossConfig(aggregation=mine()))

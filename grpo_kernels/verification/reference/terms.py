@@ -87,9 +87,11 @@ def rollout_weights(
     total = torch.ones_like(log_prob)
     for scheme in schemes:
         kind, options = type(scheme), vars(scheme)
-        if kind is OffPolicyMask:
+        if isinstance(scheme, OffPolicyMask):
             behind = -pool("sequence", known_difference(log_prob), sequence, sequences)
-            total = torch.where((A >= 0) | ~(behind > options["threshold"]), total, 0.0)
+            kept = (A >= 0) | ~(behind > options["threshold"])
+            factor = kept.to(total) if kind is OffPolicyMask else scheme.factor(A, behind)
+            total = torch.where((total == 0) | (factor == 0), 0.0, total * factor)
             continue
         level = {"token": "token", "sequence": "sequence_product", "geometric": "sequence"}[options["level"]]
         log_rho = pool(level, known_difference(log_prob if old is None else old), sequence, sequences)
