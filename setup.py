@@ -85,24 +85,31 @@ def run(*command: str) -> str:
 
 def _found(name: str) -> list[str] | None:
     """A compiler's path, with what stands before or behind its name in CXX, as in "ccache g++"; None if it is none."""
-    first, *rest = shlex.split(name) or [""]
+    try:
+        first, *rest = shlex.split(name) or [""]
+    except ValueError:  # a quotation that does not end
+        return None
     path = shutil.which(first)
     return None if path is None else [path, *rest]
+
+
+def _cpp_compiler() -> list[str]:
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        if found := _found(name):
+            return found
+    raise CompileError(f"no C++ compiler found (looked for {', '.join(names)}; set CXX to name one)")
 
 
 class Compiler:
     """The system's C++ compiler, and whether it takes OpenMP."""
 
     def __init__(self) -> None:
-        names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
-        self.command = next((found for name in names if (found := _found(name))), None)
-        if self.command is None:
-            raise CompileError(f"no C++ compiler found (looked for {', '.join(names)}; set CXX to name one)")
+        self.command = _cpp_compiler()
         self.version = next(iter(self.run("--version").splitlines()), "unknown")
         self.openmp = ["-fopenmp"] if self._takes_openmp() else []
 
     def run(self, *arguments: str) -> str:
-        assert self.command is not None
         return run(*self.command, *arguments)
 
     def _takes_openmp(self) -> bool:
@@ -202,7 +209,7 @@ def _record_of(library: Path) -> dict[str, str]:
     """What a library's record says; nothing where one of the two is missing or an installation was cut short."""
     try:
         record = json.loads(library.with_suffix(".json").read_text()) if library.exists() else {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 

@@ -435,7 +435,15 @@ def test_a_compiler_behind_another_program(tmp_path, monkeypatch):
     assert said.endswith("called")
 
 
-@pytest.mark.parametrize("record", [None, "", "[1]", "{"])
+@pytest.mark.parametrize("name", ["'g++", " ", "no such compiler"])
+def test_a_name_of_no_compiler(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("CXX", name)
+    gpu_library.setup().build_library("cpu", tmp_path, tmp_path)
+    said = native.build_record(tmp_path / "libgrpo_cpu.so")["error"]
+    assert said == f"no C++ compiler found (looked for {name}; set CXX to name one)"
+
+
+@pytest.mark.parametrize("record", [None, "", "[1]", "{", "[" * 100_000])
 def test_a_record_that_an_accident_left_is_none(tmp_path, record):
     """Every later installation ended in a traceback until the library was removed by hand."""
     library = tmp_path / "libgrpo_cpu.so"

@@ -117,6 +117,8 @@ def test_equation_names_every_part(level, aggregation):
     for part in ("0.9", "1.3", "min(r, 4)", "0.07·k2", "0.25·entropy", "77" if aggregation == "constant" else "f"):
         assert part in text, part
     assert text.startswith("LossConfig(")
+    assert " - 0.25·entropy" in text
+    assert " + 0.25·entropy" in repr(dataclasses.replace(config, entropy_coef=-0.25))
     equations = {LossConfig(Clip(), level=a, aggregation=b).equation() for a in LEVELS for b in AGGREGATIONS}
     assert len(equations) == len(LEVELS) * len(AGGREGATIONS)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..files import replaced
 from .providers import IN_PLACE, OURS
 from .report import Row, milliseconds
+from .workload import form
 
 AXES = {"tokens": "tokens", "vocab": "columns of the vocabulary"}
 TIME, MEMORY = "milliseconds", "peak memory"
@@ -139,9 +140,7 @@ def _workload(row: Row) -> str:
 
 
 def _form(row: Row) -> str:
-    """Return a workload's dtype, and what else it is than the usual one."""
-    kind = "" if row["kind"] == "all" else f", {row['kind']}"
-    return f"{row['dtype']}{kind}" + ("" if row["upstream"] == 1 else f", upstream {row['upstream']:g}")
+    return form(row["dtype"], row["kind"], row["upstream"])
 
 
 def _lines(chosen: dict[str, list[Row]]) -> Any:

@@ -25,6 +25,11 @@ KINDS = {
 """Kinds of workloads: for what part of a batch there is something to compute."""
 
 
+def form(dtype: str, kind: str, upstream: float) -> str:
+    """Return a workload's dtype, and what else it is than the usual one."""
+    return dtype + ("" if kind == "all" else f", {kind}") + ("" if upstream == 1 else f", upstream {upstream:g}")
+
+
 @dataclass(frozen=True)
 class Spec:
     """One workload, as text and numbers."""
@@ -57,9 +62,7 @@ class Spec:
             raise ValueError(f"a batch of {self.kind} needs {expected}; got {self.tokens}.")
 
     def __str__(self) -> str:
-        kind = "" if self.kind == "all" else f", {self.kind}"
-        upstream = "" if self.upstream == 1 else f", upstream {self.upstream:g}"
-        return f"{self.shape} {self.dtype}{kind}{upstream}"
+        return f"{self.shape} {form(self.dtype, self.kind, self.upstream)}"
 
     @property
     def logits_bytes(self) -> int:

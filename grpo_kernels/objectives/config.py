@@ -219,7 +219,8 @@ class LossConfig:
             terms.append(f"{self.divergence.coef:g}·{self.divergence.written()}")
         where = "".join(f", {equation}" for equation in self._ratios())
         where += "".join(f", r of ratios times {factor}" for factor in folded)
-        entropy = f" - {self.entropy_coef:g}·entropy" if self.entropy_coef else ""
+        sign = "+" if self.entropy_coef < 0 else "-"
+        entropy = f" {sign} {abs(self.entropy_coef):g}·entropy" if self.entropy_coef else ""
         return f"loss = {self.weighting.written()}{entropy}, f = {' + '.join(terms) or '0'}{where}"
 
     def _ratios(self) -> list[str]:

@@ -98,10 +98,9 @@ def normalizer(
     """Return the denominator of one optimizer step, to pass as ``normalizer=`` to each of its micro-batches.
 
     Their losses then *add up* to the loss of the whole batch (but for ``entropy_aggregation="token_mean"``, which keeps
-    each call's own denominator), and gradients averaged over ``world_size`` ranks (DDP,
-    FSDP) to its gradient; the shares of ranks that hold parts of one sequence add up as well. Where the framework
-    divides by the number of micro-batches k itself (accelerate, DeepSpeed), pass ``normalizer / k`` and
-    ``grad_scale=1 / k``.
+    each call's own denominator), and gradients averaged over ``world_size`` ranks (DDP, FSDP) to its gradient; the
+    shares of ranks that hold parts of one sequence add up as well. Where the framework divides by the number of
+    micro-batches k itself (accelerate, DeepSpeed), pass ``normalizer / k`` and ``grad_scale=1 / k``.
 
     Args:
         masks: the loss masks of this rank's micro-batches (one or several), as given to the loss.
