@@ -608,23 +608,23 @@ def test_compiled_kernels_do_not_spill(architectures, tmp_path, monkeypatch):
         assert int(registers) <= (65536 // 384 // 8 * 8 if "row_kernel" in name else 255), name
 
 
-ROWS, MOVES = "row_kernel.h", "loading.h"
+CONSUMERS, SETTLERS, MOVES = "consumer.h", "settler.h", "loading.h"
 UNDEFINED = {
-    "a message to itself": (ROWS, "if (job_.p.cluster == 1) return;", "", "a message in a cluster of one block"),
+    "a message to itself": (SETTLERS, "if (job_.p.cluster == 1) return;", "", "a message in a cluster of one block"),
     "a tile read too early": (
-        ROWS,
+        CONSUMERS,
         "shared_.filled[at.place].wait(at.lap);\n      sweep_sums",
         "sweep_sums",
         "16 bytes read: a copy on its way",
     ),
     "room given back unread": (MOVES, "port::bulk_wait_read<kStoresInFlight>();", "", "load: a copy on its way reads"),
     "a wait by a part of a warp": (
-        ROWS,
+        SETTLERS,
         "shared_.swept[place_].wait(turn & 1);\n    const double value",
         "if (lane_ == 0) shared_.swept[place_].wait(turn & 1);\n    const double value",
         "deadlock: ",
     ),
-    "a message off 16 bytes": (ROWS, "slot + 16 * i", "slot + 16 * i + 8", "a message: not aligned to 16 bytes"),
+    "a message off 16 bytes": (SETTLERS, "slot + 16 * i", "slot + 16 * i + 8", "a message: not aligned to 16 bytes"),
 }
 """Faults that leave the kernels' behaviour undefined, and what the emulator calls them."""
 

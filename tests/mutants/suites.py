@@ -50,7 +50,7 @@ def cuda(files: str, tests: str) -> Suite:
 DIVERGENCES = "test_divergence_kernels test_divergence"
 SUITES = (
     cpp("common/surrogates.h common/terms.h", "test_surrogates test_rollout_kl test_loss"),
-    cpp("common/divergences.h cpu/row_pair.h cpu/reverse_kl.h", DIVERGENCES),
+    cpp("common/divergences.h cpu/pair_tiles.h cpu/row_pair.h cpu/reverse_kl.h", DIVERGENCES),
     cpp("cpu/simd/generic.h", "test_loss test_numerics test_row_stats", instruction_set="generic"),
     cpp("cpu/simd/avx512.h", "test_loss test_numerics test_row_stats", instruction_set="avx512"),
     cpp("cpu/blocks.h", "test_blocks", ""),
@@ -64,8 +64,8 @@ SUITES = (
     cuda("cuda/divergence.h", "test_divergence_cuda " + DIVERGENCES),
     # cuda/port.h is what only a GPU has: tests/ptx plants faults in it. The CPU takes half of common/logit_map.h.
     cuda(
-        "common/logit_map.h cuda/gradient.h cuda/job.h cuda/layout.h cuda/library.cu cuda/loading.h cuda/row_kernel.h "
-        "cuda/sums.h cuda/token_kernels.h cuda/vectors.h",
+        "common/logit_map.h cuda/consumer.h cuda/gradient.h cuda/job.h cuda/layout.h cuda/library.cu cuda/loading.h "
+        "cuda/messages.h cuda/row_kernel.h cuda/settler.h cuda/sums.h cuda/token_kernels.h cuda/vectors.h",
         "test_loss test_numerics test_row_stats test_fuzz_abi test_cuda " + DIVERGENCES,
     ),
     triton("pairs divergences", f"test_divergence_triton {DIVERGENCES}"),

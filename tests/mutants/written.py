@@ -467,12 +467,12 @@ WRITTEN = {
     "reference: mask": ("verification/reference/__init__.py", "mask & inside.view(shape)", "mask | inside.view(shape)"),
     "mask: read": ("objectives/checks.py", "return mask.bool()", "return mask == 1"),
     "kernel of rows: consumers: wait for a tile": (
-        "csrc/cuda/row_kernel.h",
+        "csrc/cuda/consumer.h",
         "shared_.filled[at.place].wait(at.lap);\n      sweep_sums",
         "sweep_sums",
     ),
     "kernel of rows: consumers: wait for slopes": (
-        "csrc/cuda/row_kernel.h",
+        "csrc/cuda/consumer.h",
         "shared_.settled[index % kRowsAhead].wait(turn_at<kMode>(index, kStages<kMode> - 1) & 1);",
         ";",
     ),
@@ -493,12 +493,12 @@ WRITTEN = {
         "kStoresInFlight",
     ),
     "kernel of rows: settler: wait for the cluster": (
-        "csrc/cuda/row_kernel.h",
+        "csrc/cuda/settler.h",
         "shared_.arrived[place_].wait_for_cluster(turn & 1);",
         "",
     ),
     "kernel of rows: settler: slots overwritten unread": (
-        "csrc/cuda/row_kernel.h",
+        "csrc/cuda/settler.h",
         "shared_.drained[place_].wait_for_cluster(",
         "(void)(",
     ),
@@ -596,7 +596,7 @@ WRITTEN = {
         "return false ? logit_map",
     ),
     "kernel of pairs: the first settlement is not waited for": (
-        "csrc/cuda/row_kernel.h",
+        "csrc/cuda/consumer.h",
         "if (job_.kFused) shared_.settled[index % kRowsAhead].wait(turn_at<kMode>(index, 0) & 1);",
         ";",
     ),

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from . import launches
 
-ROWS, MOVES, PORT = "row_kernel.h", "loading.h", "port.h"
+KERNEL, CONSUMERS, SETTLERS, MOVES, PORT = "row_kernel.h", "consumer.h", "settler.h", "loading.h", "port.h"
 
 
 class Fault(NamedTuple):
@@ -24,36 +24,38 @@ class Fault(NamedTuple):
 
 
 FAULTS = {
-    "no proxy fence before a bulk store": Fault(ROWS, "port::fence_for_bulk();\n      signal", "signal", "fused"),
+    "no proxy fence before a bulk store": Fault(CONSUMERS, "port::fence_for_bulk();\n      signal", "signal", "fused"),
     "lane 0 signals before its warp is done": Fault(
-        ROWS, "port::sync_warp();\n    if (first_lane_) barrier", "if (first_lane_) barrier", "fused"
+        CONSUMERS, "port::sync_warp();\n    if (first_lane_) barrier", "if (first_lane_) barrier", "fused"
     ),
     "tiles are given back too early": Fault(
         MOVES, "bulk_wait_read<kStoresInFlight>", "bulk_wait_read<kStoresInFlight + 1>", "backward"
     ),
     "sums are overwritten before they are read": Fault(
-        ROWS, "if (turn > 0) shared_.settled", "if (false) shared_.settled", "log_probs"
+        CONSUMERS, "if (turn > 0) shared_.settled", "if (false) shared_.settled", "log_probs"
     ),
     "slots are overwritten before they are read": Fault(
-        ROWS, "if (turn > 0) shared_.drained", "if (false) shared_.drained", "fused"
+        SETTLERS, "if (turn > 0) shared_.drained", "if (false) shared_.drained", "fused"
     ),
-    "a warp is not together when it has read": Fault(ROWS, "port::sync_warp();  // what its lanes", "//", "skew1"),
+    "a warp is not together when it has read": Fault(CONSUMERS, "port::sync_warp();  // what its lanes", "//", "skew1"),
     "a message's words in another order": Fault(PORT, "{%1, %2, %3, %4}", "{%2, %1, %3, %4}", "fused"),
     "a message that names its slot as its barrier": Fault(PORT, "%3, %4}, [%5]", "%3, %4}, [%0]", "fused"),
     "too few bytes are announced": Fault(
         MOVES, "filled.expect(int(end - first))", "filled.expect(int(end - first) - 16)", "log_probs"
     ),
     "a bulk load of the row itself, not of whole vectors": Fault(MOVES, "(from) & ~intptr_t(15)", "(from)", "skew1"),
-    "no cluster barrier at the start": Fault(ROWS, "port::sync_cluster();  // nobody", ";  // nobody", "fused"),
+    "no cluster barrier at the start": Fault(KERNEL, "port::sync_cluster();  // nobody", ";  // nobody", "fused"),
     "nobody waits for the sums of other blocks": Fault(PORT, "{ wait_until<true>(parity); }", "{}", "fused"),
     "consumers do not wait for the loader": Fault(
-        ROWS, "shared_.filled[at.place].wait(at.lap);\n      sweep_sums", "sweep_sums", "log_probs"
+        CONSUMERS, "shared_.filled[at.place].wait(at.lap);\n      sweep_sums", "sweep_sums", "log_probs"
     ),
     "a wrong parity": Fault(MOVES, "wait(cursor.lap ^ 1)", "wait(cursor.lap)", "log_probs"),
     "the tail of a tile is not copied": Fault(
         MOVES, "advanced(from, after), edges.tail, lane", "from, 0, lane", "backward skew1"
     ),
-    "zeros are not fenced": Fault(ROWS, "port::fence_for_bulk();\n  port::sync_block", "port::sync_block", "backward"),
+    "zeros are not fenced": Fault(
+        KERNEL, "port::fence_for_bulk();\n  port::sync_block", "port::sync_block", "backward"
+    ),
 }
 
 
