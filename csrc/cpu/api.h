@@ -8,7 +8,7 @@
 
 extern "C" {
 
-#define GRPO_CPU_ABI_VERSION 9
+#define GRPO_CPU_ABI_VERSION 10
 
 typedef enum { kGeneric, kAVX2, kAVX512, kInstructionSets } GrpoInstructionSet;
 typedef enum { kOk, kTokenIdOutOfRange, kUnsupportedInstructionSet, kUnknownDtype, kBadCall } GrpoStatus;
@@ -79,8 +79,9 @@ GRPO_EXPORT int32_t grpo_cpu_token_terms(GrpoCpuParams*);
 GRPO_EXPORT int32_t grpo_cpu_token_sums(const GrpoCpuTokenSums*);
 
 // A tensor of so many bytes, uninitialised, whose deleter gives them back, filled with 0xff if they are to be poisoned;
-// null where the system has none, or that is no size or kind.
-GRPO_EXPORT GrpoBytes* grpo_cpu_new_block(int64_t bytes, int32_t kind, int32_t poisoned);
+// null where the system has none, or that is no size or kind. It is put into *place: what a function returns is lost
+// where a signal's handler raises when the call has ended.
+GRPO_EXPORT void grpo_cpu_new_block(int64_t bytes, int32_t kind, int32_t poisoned, GrpoBytes** place);
 // What its deleter does, for a tensor that reached nobody.
 GRPO_EXPORT void grpo_cpu_give_back(GrpoBytes*);
 // Gives what is kept to the system; returns its bytes.

@@ -122,8 +122,8 @@ int32_t grpo_cpu_token_sums(const GrpoCpuTokenSums* p) {
   return kOk;
 }
 
-GrpoBytes* grpo_cpu_new_block(int64_t bytes, int32_t kind, int32_t poisoned) {
-  return new_block(bytes, kind, poisoned);
+void grpo_cpu_new_block(int64_t bytes, int32_t kind, int32_t poisoned, GrpoBytes** place) {
+  *place = new_block(bytes, kind, poisoned);
 }
 
 void grpo_cpu_give_back(GrpoBytes* tensor) {

@@ -82,20 +82,30 @@ def _block(size: int, kind: Kind) -> Tensor | None:
         library = cpu.library()
     except native.Unavailable:
         return None
-    block = library.grpo_cpu_new_block(size, kind, poisoned) if size < 1 << 62 else None
-    if not block:
+    if size >= 1 << 62:
         return None
+    block, capsule = ctypes.c_void_p(), None
     try:
-        tensor: Tensor = torch.utils.dlpack.from_dlpack(_new_capsule(block, b"dltensor", None))
-    except BaseException:  # Ctrl-C among them
-        library.grpo_cpu_give_back(block)
+        library.grpo_cpu_new_block(size, kind, poisoned, block)
+        if not block:
+            return None
+        capsule = _new_capsule(block, _UNTAKEN, None)
+        tensor: Tensor = torch.utils.dlpack.from_dlpack(capsule)
+    except BaseException:  # Ctrl-C among them, which may come when either call has ended
+        if block and (capsule is None or _is_capsule(capsule, _UNTAKEN)):
+            library.grpo_cpu_give_back(block)
         raise
     return tensor
 
 
+_UNTAKEN = b"dltensor"
+"""The name of a capsule whose tensor is nobody's. Whoever takes the tensor, and with it the duty to call its deleter,
+gives the capsule another one (DLPack's protocol)."""
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+_is_capsule = ctypes.pythonapi.PyCapsule_IsValid
+_is_capsule.argtypes = (ctypes.py_object, ctypes.c_char_p)
 
 
 def count() -> cpu.BlockBytes:

@@ -18,7 +18,7 @@ from .eager_rows import token_id_message
 from .spec import ObjectiveSpec
 
 INSTRUCTION_SETS = ("generic", "avx2", "avx512")
-_ABI_VERSION = 9
+_ABI_VERSION = 10
 _OK, _TOKEN_ID_OUT_OF_RANGE = 0, 1
 
 LIBRARY = native.library_path("cpu")
@@ -66,8 +66,8 @@ def declared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.grpo_cpu_scratch.argtypes = [c_int64, c_int32, c_int32]
     loaded.grpo_cpu_partial_sums.restype = c_int64
     loaded.grpo_cpu_partial_sums.argtypes = [c_int64]
-    loaded.grpo_cpu_new_block.restype = c_void_p
-    loaded.grpo_cpu_new_block.argtypes = [c_int64, c_int32, c_int32]
+    loaded.grpo_cpu_new_block.restype = None
+    loaded.grpo_cpu_new_block.argtypes = [c_int64, c_int32, c_int32, ctypes.POINTER(c_void_p)]
     loaded.grpo_cpu_give_back.restype = None
     loaded.grpo_cpu_give_back.argtypes = [c_void_p]
     loaded.grpo_cpu_drop_kept.restype = c_int64

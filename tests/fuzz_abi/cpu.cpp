@@ -132,7 +132,8 @@ void call_blocks(Input& in) {
     const int64_t bytes = in.one_in(3) ? in.hostile() : 1 + in.byte() * int64_t(20011);
     const int32_t kind = in.one_in(4) ? int32_t(in.word()) : int32_t(in.below(kBlockKinds));
     if (bytes > (int64_t(1) << 30) && bytes <= (int64_t(1) << 47)) continue;  // so much the system may have or not
-    GrpoBytes* block = grpo_cpu_new_block(bytes, kind, in.one_in(2));
+    GrpoBytes* block;
+    grpo_cpu_new_block(bytes, kind, in.one_in(2), &block);
     const bool asked = bytes > 0 && bytes <= (int64_t(1) << 47) && kind >= 0 && kind < kBlockKinds;
     REQUIRE((block != nullptr) == asked);
     if (!block) continue;
