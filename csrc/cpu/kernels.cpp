@@ -208,7 +208,7 @@ struct Divergence : Pair<T, V> {
       // As one pass: the first of its sweeps.
       ReverseSums<V, T> sums(policy, teacher, room.first);
       row_stats<V, false, true>(this->row(r), p.vocab, -1, policy.map, room.first, room.largest, sums);
-      const DivergenceStats found = sums.divergence(policy.anchor, teacher.anchor);
+      const DivergenceStats found = sums.divergence(policy, teacher);
       if (sums.is_exact(found.divergence)) return this->put_divergence(r, found);
     }
     find_largest(policy, p.vocab, room.largest);
@@ -272,7 +272,9 @@ struct FusedDivergence : Pair<T, V> {
     ReverseSums<V, T> sums(policy, teacher, room.first);
     const RowStats stats =
         row_stats<V, false, true>(this->row(r), p.vocab, target, policy.map, room.first, room.largest, sums);
-    const DivergenceStats found = sums.divergence(stats.anchor, sums.anchor());
+    policy.anchor = scalar(stats.anchor);
+    teacher.anchor = sums.anchor();
+    const DivergenceStats found = sums.divergence(policy, teacher);
     if (stats.log_sum != stats.log_sum || !sums.is_exact(found.divergence)) return false;
     this->put_stats(r, stats);
     put_teacher_stats(r, sums.teacher(stats, found.shift, target));

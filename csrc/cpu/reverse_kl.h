@@ -118,13 +118,14 @@ class ReverseSums {
     sums_[1] = sums[1];
   }
 
-  // Of the whole row, as the contract has it: the shift beside two anchors, the rest beside the policy's largest
-  // column.
-  DivergenceStats divergence(scalar anchor, scalar teacher_anchor) {
+  // Of the whole row, as the contract has it: the shift beside the two anchors, which are known by now, the rest beside
+  // the policy's largest column, whose d has the bits of the gradient's there.
+  DivergenceStats divergence(const PairRow<V>& policy, const PairRow<V>& teacher) {
     take_sums();
-    const double mean = this->mean(), value = value_ / weight_, u = value - mean, shift = ::log1p(u);
-    const double between = d_of(distance_of(anchor, teacher_anchor)), largest = at_largest();
-    return {u < 1 ? value - (u - shift) : mean + shift, shift + between, shift + largest, mean - largest, 0};
+    const double mean = this->mean(), value = value_ / weight_, u = value - mean, less = ::log1p(u);
+    const double shift = less + d_of(distance_of(policy.anchor, teacher.anchor));
+    const scalar centre = LogOdds<V>(policy, teacher, scalar(shift)).at(largest_, beside_);
+    return {u < 1 ? value - (u - less) : mean + less, shift, centre, mean - at_largest(), 0};
   }
   // Whether that is exact: the roundings of F and m make four of its own at most. This and what follows: once it is
   // known.
