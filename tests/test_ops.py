@@ -508,6 +508,26 @@ def test_numbers_of_a_transform_are_not_kept():
     torch.testing.assert_close(token_log_probs(logits, ids).log_probs, wanted)
 
 
+def test_each_stream_has_numbers_of_its_own(monkeypatch):
+    """A vector is copied in the stream of the call that first needs it, which others do not wait for."""
+    stream = [1]
+    monkeypatch.setattr(spec, "_stream_of", lambda device: stream[0])
+    of_number, of_tensor = ((temperature, 1.0, None) for temperature in (0.75, torch.tensor(0.75)))
+
+    def made(arguments):
+        cpu = torch.device("cpu")
+        return spec.numbers_vector(spec.LogitArgs(*arguments), 1.0, LossConfig(), torch.float32, cpu)
+
+    first, mixed = made(of_number), made(of_tensor)
+    assert made(of_number) is first
+    stream[0] = 2
+    second = made(of_number)
+    assert second is not first
+    assert spec._vector_of_plain.cache_info().currsize >= 2
+    assert torch.equal(first, second)
+    assert torch.equal(mixed, made(of_tensor))
+
+
 def test_a_lazy_sign_is_resolved():
     logits, ids = torch.randn(1, 3, 11), torch.randint(11, (1, 3))
     found = token_log_probs(torch._neg_view(-logits), ids).log_probs

@@ -1,4 +1,4 @@
-"""An objective as kernels know it: five compile-time choices and one vector of numbers.
+"""An objective as kernels know it: choices that select code, and one vector of numbers.
 
 Numbers travel in memory, on the device: annealing one recompiles nothing and a captured CUDA graph
 replays with new values.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,7 +105,8 @@ def numbers_vector(
     """
     what = (logit_args, grad_scale, config, dtype, device, entropy_threshold, divergence)
     plain = {type(entropy_threshold), type(grad_scale), *map(type, logit_args)} <= _PLAIN
-    return _vector_of_plain(*what) if plain and _may_stay(device) else _vector(*what)
+    stream = _stream_of(device) if plain else None
+    return _vector(*what) if stream is None else _vector_of_plain(stream, *what)
 
 
 _PLAIN = {int, float, type(None)}
@@ -143,8 +144,10 @@ def _vector(
     return _plain(tuple(float(value) for value in values), dtype, device)
 
 
-_vector_of_plain = functools.lru_cache(maxsize=256)(_vector)
-"""Of Python's numbers alone: all of it is known already, most of the time."""
+@functools.lru_cache(maxsize=256)
+def _vector_of_plain(stream: int, *what: Any) -> Tensor:
+    """Return ``_vector`` of Python's numbers alone: all of it is known already, most of the time."""
+    return _vector(*what)
 
 
 def without_softcap(numbers: Tensor) -> Tensor:
@@ -155,7 +158,7 @@ def without_softcap(numbers: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _cached(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _cached(stream: int, values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # backward saves it
         if device.type != "cuda":
             return torch.tensor(values, dtype=dtype, device=device)
@@ -181,14 +184,22 @@ def _stands_for_another() -> bool:
     )
 
 
-def _may_stay(device: torch.device) -> bool:
-    """Whether a tensor may be kept: it is itself, and not of a CUDA graph in capture."""
-    return not (_stands_for_another() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()))
+def _stream_of(device: torch.device) -> int | None:
+    """Return the stream that a tensor which is made now may be kept for; None where it may not be kept: it stands for
+    another, or is of a CUDA graph in capture.
+
+    Calls on another stream do not wait until it is filled: each has tensors of its own. The memory of one that is
+    dropped is its stream's, whose kernels have read it before it is written again.
+    """
+    if _stands_for_another() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return None
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def _plain(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    if _may_stay(device):
-        return _cached(values, dtype, device)
+    stream = _stream_of(device)
+    if stream is not None:
+        return _cached(stream, values, dtype, device)
     if _stands_for_another():
         return torch.tensor(values, dtype=dtype, device=device)
     return _filled(values, dtype, device)
