@@ -333,6 +333,18 @@ def test_extreme_advantages(backend, advantage, monkeypatch):
         assert (gradient[0] == 0).all() == (advantage == 0)
 
 
+def test_a_term_of_zero_under_an_infinite_weight(backend):
+    """A coefficient over a denominator that fp32 has no room for: a KL of exactly 0 stays 0, as its gradient does."""
+    logits, ids = torch.randn(1, 3, 11, requires_grad=True), torch.tensor([[1, 2, 3]])
+    ref = token_log_probs(logits.detach(), ids, backend=backend).log_probs
+    config = LossConfig.preset("grpo", kl=KL(1e38))
+    out = grpo_loss(logits, ids, torch.ones(1), ref_log_probs=ref, config=config, normalizer=1e-3, backend=backend)
+    out.loss.backward()
+    assert out.loss.item() == -1000
+    assert out.metrics.kl_loss.item() == 0
+    assert logits.grad.isfinite().all()
+
+
 def test_all_masked(backend):
     case = make()
     case.mask[:] = False

@@ -45,12 +45,10 @@ enum SumField {
 
 constexpr int64_t kTokensPerChunk = 512;
 
-// A token of weight 0 has no part in the loss, whatever its value.
 template <class real>
 inline double weighted(const void* weight, const void* value, int64_t r) {
   if (!weight) return 0;
-  const real w = static_cast<const real*>(weight)[r];
-  return w == 0 ? 0 : double(w * static_cast<const real*>(value)[r]);
+  return grpo::weighed(static_cast<const real*>(weight)[r], static_cast<const real*>(value)[r]);
 }
 
 // A NaN is an extreme, as in torch.

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..objectives.maths import log_ratio_of
+from ..objectives.maths import log_ratio_of, weighed
 from ..objectives.metrics import reduce_ratios
 from ..objectives.surrogates import CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW
 from .contract import Request, RowGradients, Rows, RowStats, TokenInputs, TokenRecords, TokenValues
@@ -98,7 +98,7 @@ def token_sums(
     zero = torch.zeros_like(log_prob)
 
     def weighted(weight: Tensor | None, value: Tensor) -> Tensor:
-        return zero if weight is None else torch.where(weight == 0, zero, weight * value)
+        return zero if weight is None else weighed(weight, value)
 
     terms = (
         weighted(inputs.policy_weight, records.policy),

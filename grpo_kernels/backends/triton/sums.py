@@ -12,7 +12,7 @@ import triton.language as tl
 from ...objectives.metrics import OF_KERNELS as FIELDS
 from ...objectives.metrics import SUMS
 from .maths import expm1
-from .surrogates import ABS, CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, K1, K2, log_ratio_of
+from .surrogates import ABS, CLIPPED_DUAL, CLIPPED_HIGH, CLIPPED_LOW, K1, K2, log_ratio_of, weighed
 
 TOKENS_PER_CHUNK = 512
 CHUNKS_AT_ONCE = 16
@@ -31,10 +31,8 @@ _FIELDS = tl.constexpr(len(FIELDS))
 
 @triton.jit
 def weighted(weight, value, at, counted):
-    """Return weight * value as fp64; a token of weight 0 has no part in the loss, whatever its value."""
     w = tl.load(weight + at, mask=counted, other=0)
-    v = tl.load(value + at, mask=counted, other=0)
-    return tl.where(w == 0, 0, w * v).to(tl.float64)
+    return weighed(w, tl.load(value + at, mask=counted, other=0)).to(tl.float64)
 
 
 @triton.jit
