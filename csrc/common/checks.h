@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t kMost = int64_t(1) << 47;  // of rows, columns or bytes: no address space holds more
+constexpr int64_t kMost = int64_t(1) << 47;  // of rows, columns or bytes: more than any machine has
 
 inline bool is_count(int64_t n) { return n >= 0 && n <= kMost; }
 

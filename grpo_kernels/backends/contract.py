@@ -99,8 +99,9 @@ class DivergenceStats(NamedTuple):
 
         d_j = log(p_j/q_j) = s·t_j + shift,    t_j = (x_j - ρ·y_j) - (α - ρ·β),    d_j = 0 where both are -inf,
 
-    so that what two rows have in common costs nothing: logits of like size subtract exactly, before anything is scaled.
-    Then, with the columns' ``term``, ``own`` and ``slope`` of objectives/divergence.py,
+    so that what two rows have in common costs nothing where ρ is 1: logits of like size subtract exactly, before
+    anything is scaled. (Under another ρ, x_j - ρ·y_j is rounded at the size of the common offset times 1 - ρ.) Then,
+    with the columns' ``term``, ``own`` and ``slope`` of objectives/divergence.py,
 
         D = Σ_j term_j,    ∂D/∂z_j = own_j + p_j·((slope_j - slope at centre) - mean).
     """

@@ -112,7 +112,7 @@ def set_stats(rows: Rows, sets: Sets, at: Entries) -> RowStats:
     """Return the statistics of every row over its set, (B, T).
 
     0 where a row is dead or its set is empty; NaN, all four, where the token or an id is outside (an id of the
-    vocabulary, the token of its set), as where the kernels' rows have no possible column.
+    vocabulary, the token of its set).
     """
     ids, live = rows.token_ids.view(-1), rows.live.view(-1) & sets.filled
     drawn = sets.ids == ids[at.row]
