@@ -281,6 +281,29 @@ def test_rollout_masks_what_follows_the_end():
     assert torch.equal(prompts[0::4], prompts[3::4])  # a group shares its prompt
 
 
+def rates(groups_with_signal: list[int]) -> list[list[float]]:
+    """The learning rate of every optimizer step, in rollouts of which so many of four groups are kept."""
+    trainer = Trainer(Options(**{**SMALL, "minibatch": 4, "epochs": 1}, lr=1e-3, dynamic_sampling=True))
+    step, found = trainer.optimizer.step, []
+    for groups in groups_with_signal:
+        rewards = iter([float(n % 2 and n < 4 * groups) for n in range(16)])
+        trainer.task.score = lambda problem, text, rewards=rewards: next(rewards)
+        found.append([])
+        trainer.optimizer.step = lambda: found[-1].append(trainer.optimizer.param_groups[0]["lr"]) or step()
+        trainer.train_step()
+    return found
+
+
+def test_the_learning_rate_falls_to_zero_whatever_is_dropped():
+    """A rollout of which dynamic sampling keeps half or nothing is a step of the run as any other."""
+    kept = [4, 2, 0, 2, 0, 1]
+    whole, some = rates([4] * 6), rates(kept)
+    assert [len(each) for each in some] == kept
+    assert all(mine == full[: len(mine)] for mine, full in zip(some, whole, strict=True))
+    assert whole[0][:2] == [5e-4, 1e-3 * (1 - 1 / 24)]
+    assert whole[5][3] == pytest.approx(1e-3 / 24)
+
+
 def test_sort_scores():
     task = tasks.Sort(4, 9)
     problem = tasks.Problem("3120>", [0, 1, 2, 3])
@@ -296,6 +319,7 @@ def test_sort_scores():
     for text, (positions, order) in scores.items():
         assert task.score(problem, text) == pytest.approx(positions), text
         assert tasks.Sort(4, 9, "order").score(problem, text) == pytest.approx(order), text
+    assert tasks.Sort(1, 9, "order").score(tasks.Problem("3>", [3]), "3") == 1
     spaced = tasks.Sort(2, 12)
     assert spaced.score(tasks.Problem("12 3>", [3, 12]), "3 12") == 1
     sample = task.sample(50, random.Random(0))

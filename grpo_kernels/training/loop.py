@@ -65,7 +65,6 @@ class Trainer:
         self.names = {parameter: name for name, parameter in self.model.named_parameters()}
         parameters = [{"params": unit} for unit in sharding.by_mesh(self.names)]
         self.optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._learning_rate)
         self.step = 0
 
     def _spread(self) -> nn.Module:
@@ -77,11 +76,15 @@ class Trainer:
                 (sharding.shard if self.options.fsdp else sharding.cut_vocabulary)(model, self.ranks)
         return self.model
 
-    def _learning_rate(self, update: int) -> float:
-        """Return a step's factor of the learning rate: linear warm-up, then linear decay to zero over the run."""
+    def _set_learning_rate(self, done: int) -> None:
+        """Set the rate of the optimizer step after ``done`` ones of this rollout: linear warm-up, then linear decay to
+        zero over the run. Groups that were dropped count: the rate follows from the place in the run alone."""
         o = self.options
-        updates = o.steps * o.epochs * -(-o.prompts * o.group // o.minibatch)
-        return min((update + 1) / max(o.warmup, 1), max(0.0, 1 - update / updates))
+        of_rollout = o.epochs * -(-o.prompts * o.group // o.minibatch)
+        update = self.step * of_rollout + done
+        factor = min((update + 1) / max(o.warmup, 1), max(0.0, 1 - update / (o.steps * of_rollout)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = o.lr * factor
 
     def train_step(self) -> dict[str, Any]:
         """Run one rollout and its inner epochs, and return what the log records of it."""
@@ -152,8 +155,8 @@ class Trainer:
             for minibatch in self._shuffled(len(advantages)).split(o.minibatch):
                 loss, merged = self._backward(samples, advantages, old, ref, minibatch)
                 norms.append(sharding.clip_gradients(self.model.parameters(), o.max_grad_norm))
+                self._set_learning_rate(len(norms) - 1)
                 self.optimizer.step()
-                self.schedule.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 losses.append(loss)
                 metrics.append(merged)
@@ -243,7 +246,6 @@ class Trainer:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer_state(),
-            "schedule": self.schedule.last_epoch,
             "reference": None if self.reference is None else self.reference.state_dict(),
             "teacher": self.teacher_checksum,
             "rng": rng,
@@ -254,7 +256,8 @@ class Trainer:
 
         Raises:
             SystemExit: the teacher is another than that of the steps before.
-            ValueError: the state is of a run with a reference policy and this one has none, or the other way round.
+            ValueError, KeyError, RuntimeError, TypeError: the state is of a run of other options; what of it fitted is
+                in place.
         """
         if state["teacher"] != self.teacher_checksum:
             raise SystemExit(
@@ -270,7 +273,6 @@ class Trainer:
                 held = model.state_dict()
                 model.load_state_dict({key: sharding.cut_as(value, held[key]) for key, value in state[name].items()})
         self._load_optimizer_state(state["optimizer"])
-        self.schedule.last_epoch = state["schedule"]
         version, words, gauss = state["rng"]["python"]
         self.rng.setstate((version, tuple(words), gauss))
         for name, generator in self._generators().items():

@@ -59,7 +59,8 @@ class Sort:
             return right / max(len(given), self.numbers)
         returned = sum((Counter(given) & Counter(problem.answer)).values()) / max(len(given), self.numbers)
         pairs = list(itertools.pairwise(given))
-        ordered = sum(a <= b for a, b in pairs) / max(len(pairs), self.numbers - 1, 1)
+        most = max(len(pairs), self.numbers - 1)
+        ordered = sum(a <= b for a, b in pairs) / most if most else 1.0
         return (returned + ordered) / 2
 
     def _text(self, numbers: list[int]) -> str:
