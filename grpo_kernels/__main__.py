@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 
@@ -29,6 +30,16 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:  # a disk that is full, a folder that may not be read
         streams.say(f"error: {streams.what_failed(error)}")
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        streams.say(f"error: there is not enough memory for that: {' '.join(str(error).split())[:200]}")
+        return 2
+
+
+def _is_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether there was no room: PyTorch's allocator of the CPU has no error of its own for that."""
+    return isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)) is not None
 
 
 def _run(argv: list[str] | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import math
@@ -521,6 +522,57 @@ def test_the_result_is_a_model_that_transformers_loads(capsys):
         said = message_of("--resume", "next", "--save-model", "full")
     assert "next" in said
     assert not Path("full").exists()
+
+
+def test_an_interrupted_run_saves_no_model(capsys):
+    """One that is half trained, or not at all, is not what the folder's reader waits for; the same command line, with
+    --resume, comes to the end."""
+    with before_step(2, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert train(*FLAGS, "--out", "run", "--save-model", "model") == 130
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == (
+        "interrupted; continue with: python -m grpo_kernels train --resume run --save-model model"
+    )
+    assert "from_pretrained" not in said
+    with before_step(3, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert train("--resume", "run", "--save-model", "model") == 130
+    assert names(".") == ["run"]
+    assert train("--resume", "run", "--save-model", "model") == 0
+    assert "model.safetensors" in names("model")
+
+
+def test_a_model_in_place_of_a_run_whose_folder_has_no_name_yet():
+    for model in ("runs/sort-grpo-0", "runs"):
+        assert "own folder" in message_of(*FLAGS, "--save-model", model)
+        assert names(".") == []
+
+
+def test_options_of_somebody_else_stay():
+    """Of a file of another program; those of a run that never began are replaced."""
+    for text in ('{"my": "settings"}', "no json", "[]"):
+        Path("mine").mkdir(exist_ok=True)
+        Path("mine/options.json").write_text(text)
+        assert message_of(*FLAGS, "--out", "mine") == (
+            "mine/options.json is there already, and no run's: choose another --out."
+        )
+        assert Path("mine/options.json").read_text() == text
+        assert names("mine") == ["options.json"]
+    Path("mine/options.json").write_text(json.dumps(dataclasses.asdict(Options(seed=7))))
+    assert train(*FLAGS, "--out", "mine") == 0
+    assert json.loads(Path("mine/options.json").read_text())["seed"] == 0
+
+
+def test_memory_that_is_not_there(capsys):
+    """PyTorch's words, in one line; numbers that would fill it bit by bit are refused."""
+    assert train(*FLAGS, "--hidden", str(1 << 40)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: there is not enough memory for that: ")
+    assert said.count("\n") == 1
+    assert train(*FLAGS, "--numbers", str(1 << 62)) == 2
+    assert capsys.readouterr().err == f"error: --numbers must be at most 10000; got {1 << 62}.\n"
+    assert train(*FLAGS, "--prompts", str(1 << 62)) == 2
+    assert "--prompts must be at most " in capsys.readouterr().err
+    assert names(".") == []
 
 
 def test_a_model_is_saved_behind_a_link():

@@ -275,6 +275,23 @@ def refused(path: Path) -> list[str]:
     return said
 
 
+def failing() -> str:
+    """What each rank gets of a decision that ends in Ctrl-C on the one that makes it."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    try:
+        Several("cpu").decide(interrupted)
+    except BaseException as error:
+        return f"{type(error).__name__} {error}"
+    return "nothing"
+
+
+def test_no_rank_waits_for_a_decision_that_fails():
+    assert pool(2).run(failing) == ["KeyboardInterrupt ", "SystemExit KeyboardInterrupt: "]
+
+
 def test_refusals(tmp_path):
     (tmp_path / "file").write_text("a file")
     for prompts, folder in pool(2).run(refused, tmp_path):

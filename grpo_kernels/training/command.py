@@ -73,14 +73,17 @@ def _run(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> int:
     trainer = None if resume else Trainer(options, ranks)  # what cannot be trained leaves no folder behind
     with contextlib.closing(_folder(arguments, options, ranks)) as folder:
         trainer = trainer or Trainer(options, ranks)
+        if arguments.save_model is not None:
+            check_free(arguments.save_model, folder.path)  # whose name is known now
         _announce(options, folder, ranks)
         with _told_of_a_lost_rank(trainer, folder, arguments.save_model):
             train(trainer, folder, resume)
-            if arguments.save_model is not None:
+            ended = trainer.step >= options.steps
+            if arguments.save_model is not None and ended:
                 save_policy(trainer.model, trainer.tokenizer, arguments.save_model, ranks.writes)
         if ranks.writes:
             _report(trainer, folder, arguments.save_model)
-    return 0 if trainer.step >= options.steps else 130
+    return 0 if ended else 130
 
 
 @contextlib.contextmanager
@@ -93,10 +96,14 @@ def _told_of_a_lost_rank(trainer: Trainer, folder: RunFolder, model: Path | None
             raise
         goes_on = "There was no checkpoint yet: start again"
         if folder.checkpoint_path.exists():
-            saved = f" --save-model {model}" * (model is not None)
-            resume = f"{trainer.ranks.command} train --resume {folder.path}{saved}"
-            goes_on = f"Go on from the last checkpoint with: {resume}"
+            goes_on = f"Go on from the last checkpoint with: {_resume(trainer, folder, model)}"
         raise SystemExit(f"step {trainer.step}: another rank is gone ({first_line(error)}). {goes_on}") from error
+
+
+def _resume(trainer: Trainer, folder: RunFolder, model: Path | None) -> str:
+    """Return the command that continues a run, and writes the ``model`` that was to be saved at its end."""
+    saved = "" if model is None else f" --save-model {model}"
+    return f"{trainer.ranks.command} train --resume {folder.path}{saved}"
 
 
 def _announce(options: Options, folder: RunFolder, ranks: Ranks) -> None:
@@ -136,12 +143,13 @@ def _report(trainer: Trainer, folder: RunFolder, model: Path | None) -> None:
         _report_rewards(trainer.step, records)
     curves = ", curves" * (folder.path / CURVES_FILE).exists()
     print(f"log{curves} and checkpoint: {folder.path}")
+    if trainer.step < trainer.options.steps:
+        print(f"interrupted; continue with: {_resume(trainer, folder, model)}")
+        return
     if model is not None:
         print(f"policy and tokenizer, for from_pretrained: {model}")
     if trainer.step > trainer.options.steps:
         print(f"note: its checkpoint is beyond the {trainer.options.steps} steps that options.json asks for")
-    if trainer.step < trainer.options.steps:
-        print(f"interrupted; continue with: {trainer.ranks.command} train --resume {folder.path}")
 
 
 def _report_rewards(step: int, records: list[dict[str, Any]]) -> None:

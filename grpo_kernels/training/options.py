@@ -17,6 +17,8 @@ from ..objectives.settings import HELD, LARGEST, SMALLEST, check_name, check_see
 
 NO_LOSS = "none"
 """Of --loss: distillation alone."""
+MOST_NUMBERS, MOST_RESPONSES = 10_000, 1_000_000
+"""Of a list that is sorted, and of a rollout: more would be made one by one until memory is full."""
 _TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 
@@ -83,6 +85,9 @@ class Options:
         for name in ("ref_every", "warmup", "weight_decay", "overlong_buffer", "divergence_coef", "kl"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "finite and >= 0")
         self._check_held()
+        self._require("numbers", self.numbers <= MOST_NUMBERS, f"at most {MOST_NUMBERS}")
+        most = MOST_RESPONSES // self.group
+        self._require("prompts", self.prompts <= most, f"at most {most} with --group {self.group}")
         limit = self.response_limit()
         self._require("overlong_buffer", self.overlong_buffer <= limit, f"at most the {limit} tokens of a response")
         self._require("group", self.group > 1 or not self.dynamic_sampling, "at least 2 with --dynamic-sampling")

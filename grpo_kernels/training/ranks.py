@@ -6,6 +6,7 @@ them. So what a step is made of does not depend on how many ranks share it, and 
 
 from __future__ import annotations
 
+import datetime
 import os
 import re
 from collections.abc import Callable
@@ -28,6 +29,9 @@ LOST = (
 )
 """What gloo and NCCL say of a rank that has ended. Gloo's errors have no type of their own, and NCCL's is that of its
 other errors, too."""
+
+PATIENCE = datetime.timedelta(hours=1)
+"""How long ranks wait for one another, of which one writes the checkpoint of a large model to a slow disk."""
 
 
 class Ranks:
@@ -110,7 +114,8 @@ class Several(Ranks):
         super().__init__(device)
         self._place()
         if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group(torch.distributed.get_default_backend_for_device(self.device))
+            backend = torch.distributed.get_default_backend_for_device(self.device)
+            torch.distributed.init_process_group(backend, timeout=PATIENCE)
         ranks = torch.distributed.get_world_size()
         if ranks % tp:
             torch.distributed.destroy_process_group()
@@ -144,13 +149,17 @@ class Several(Ranks):
 
     def decide(self, action: Callable[[], Result]) -> Result:
         outcome: list[Any] = [None, None]
+        failure: BaseException | None = None
         if self.writes:
             try:
                 outcome = [action(), None]
-            except SystemExit as error:
-                outcome = [None, str(error)]
+            except BaseException as error:  # Ctrl-C among them: the others wait for what was decided
+                failure, words = error, f"{type(error).__name__}: {error}"
+                outcome = [None, str(error) if isinstance(error, SystemExit) else words]
         torch.distributed.broadcast_object_list(outcome, device=self.device)
         result, message = outcome
+        if failure is not None:
+            raise failure
         if message is not None:
             raise SystemExit(message)
         decided: Result = result

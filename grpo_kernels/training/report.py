@@ -1,4 +1,4 @@
-"""The run's folder: options, a JSONL log, curves, checkpoints; each file whole or absent, but for the log's end."""
+"""The run's folder: options, a JSONL log, curves, checkpoints. Curves and checkpoints are whole or absent."""
 
 from __future__ import annotations
 
@@ -59,6 +59,9 @@ class RunFolder:
                 self._begin(options)
             (path / PROBE).touch()
             (path / PROBE).unlink()
+        except SystemExit:
+            self._options.close()
+            raise
         except OSError as error:
             if alone and isinstance(error, FileExistsError):
                 raise
@@ -72,6 +75,8 @@ class RunFolder:
             if not has_checkpoint:
                 goes_on = f"It has no checkpoint to go on from: remove its {self.log_path.name}"
             raise SystemExit(f"{self.path} already holds a run. {goes_on}, or choose another --out.")
+        if (self.path / OPTIONS).stat().st_size and _options_of(self.path) is None:
+            raise SystemExit(f"{self.path / OPTIONS} is there already, and no run's: choose another --out.")
         (self.path / OPTIONS).write_text(json.dumps(dataclasses.asdict(options), indent=2) + "\n")
         for each in (self.path / OPTIONS, self.path):  # not replaced: its lock is held
             sync(each)
@@ -180,7 +185,7 @@ class RunFolder:
             )
         try:
             state = checkpoint.read(self.checkpoint_path)
-            missing = {"step", "model", "optimizer", "schedule", "reference", "teacher", "rng"} - state.keys()
+            missing = {"step", "model", "optimizer", "reference", "teacher", "rng"} - state.keys()
         except OSError as error:
             raise SystemExit(f"{self.checkpoint_path} cannot be read: {error}. Nothing was changed.") from error
         except Exception as error:  # reading fails in many ways on a damaged file
@@ -290,14 +295,28 @@ def _smooth(values: list[float], window: int = 25) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
+def _saved_options(path: Path) -> Options:
+    saved = json.loads((path / OPTIONS).read_text())
+    if not isinstance(saved, dict):
+        raise ValueError(f"expected an object of options; got {json.dumps(saved)[:60]}")
+    if unknown := saved.keys() - {field.name for field in dataclasses.fields(Options)}:
+        raise ValueError(f"it has {', '.join(sorted(unknown))}, which is no option of this version")
+    return Options(**saved)
+
+
+NO_OPTIONS = (OSError, ValueError, TypeError, RecursionError)
+"""What a file that has no options raises."""
+
+
+def _options_of(path: Path) -> Options | None:
+    with contextlib.suppress(*NO_OPTIONS):
+        return _saved_options(path)
+    return None
+
+
 def read_saved_options(path: Path) -> Options:
     """Return the options that a run was started with. Exit with a message where they cannot be read."""
     try:
-        saved = json.loads((path / OPTIONS).read_text())
-        if not isinstance(saved, dict):
-            raise ValueError(f"expected an object of options; got {json.dumps(saved)[:60]}")
-        if unknown := saved.keys() - {field.name for field in dataclasses.fields(Options)}:
-            raise ValueError(f"it has {', '.join(sorted(unknown))}, which is no option of this version")
-        return Options(**saved)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        return _saved_options(path)
+    except NO_OPTIONS as error:
         raise SystemExit(f"{path} is not the folder of a run: its options.json cannot be read ({error}).") from error

@@ -20,10 +20,10 @@ def check_free(folder: Path, run: Path) -> None:
     if not is_utf8(place):
         raise SystemExit(f"--save-model {str(folder)!r} is no name in UTF-8, as safetensors needs it.")
     try:
-        if place == Path.cwd() or (place.exists() and not (place.is_dir() and not any(place.iterdir()))):
-            raise SystemExit(f"--save-model {folder}: there is something already; choose a new folder.")
         if place in (run.resolve(), *run.resolve().parents):
             raise SystemExit(f"--save-model {folder}: the run's own folder {run} will be there; choose a new folder.")
+        if place == Path.cwd() or (place.exists() and not (place.is_dir() and not any(place.iterdir()))):
+            raise SystemExit(f"--save-model {folder}: there is something already; choose a new folder.")
         if any(parent.is_symlink() for parent in place.parents):  # none is left but those that lead to themselves
             raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         with tempfile.TemporaryDirectory(dir=next(parent for parent in place.parents if parent.exists())):
@@ -34,7 +34,11 @@ def check_free(folder: Path, run: Path) -> None:
 
 def save_policy(model: Any, tokenizer: Tokenizer, folder: Path, writes: bool) -> None:
     """Write a model and its tokenizer, whole or not at all. Every rank must ask, of which one ``writes``."""
-    weights = {name: whole(values.detach()).cpu() for name, values in model.state_dict().items()}
+    weights = {}
+    for name, values in model.state_dict().items():
+        tensor = whole(values.detach())  # every rank's parts of it, one tensor at a time
+        if writes:
+            weights[name] = tensor.cpu()
     if not writes:
         return
     try:

@@ -19,7 +19,10 @@ class Interrupt:
     def __init__(self, ranks: Ranks) -> None:
         self.asked = False
         self._ranks = ranks
-        taken = [n for n in SIGNALS if n == signal.SIGINT or not interrupt.stays(n)]
+        # SIGINT even where a shell that started this in its background has it ignored: somebody sends it on purpose.
+        taken = [
+            n for n in SIGNALS if not interrupt.stays(n) or (n == signal.SIGINT and signal.getsignal(n) is not None)
+        ]
         self._previous = {number: signal.signal(number, self._handle) for number in taken}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

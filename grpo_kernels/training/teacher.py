@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,11 @@ def load_teacher(path: str, task: Task, policy: Any, tokenizer: Tokenizer, devic
     counts = [each.config.get_text_config().vocab_size for each in (model, policy)]
     ids = [each.vocabulary() for each in (own, tokenizer)]
     if counts[0] != counts[1] or ids[0] != ids[1]:
-        other = [token for token in (*ids[0], *ids[1]) if ids[0].get(token) != ids[1].get(token)]
-        example = f"; {other[0]!r} is {ids[0].get(other[0])} there and {ids[1].get(other[0])} here" if other else ""
+        other = {token for token in (*ids[0], *ids[1]) if ids[0].get(token) != ids[1].get(token)}
+        example = ""
+        if other:  # the first by its id, as vocabularies have no order
+            token = min(other, key=lambda token: [each.get(token, math.inf) for each in ids])
+            example = f"; {token!r} is {ids[0].get(token)} there and {ids[1].get(token)} here"
         raise SystemExit(
             f"--teacher {path} has another vocabulary ({counts[0]} columns) than the policy ({counts[1]}{example}): "
             "both need one tokenizer and as many columns."
