@@ -169,7 +169,7 @@ def sanitized(version: tuple[int, ...], text: str) -> dict[str, Any]:
 
 REFUSALS = re.compile(
     r"device (?:is )?not supported|(?:unable|failed|cannot) to attach|cannot attach|ERR_NVGPUCTRPERM|"
-    r"not supported on (?:this|the) (?:device|GPU)",
+    r"not supported on (?:this|the) (?:device|GPU)|failed to initialize the profiler|LibraryNotLoaded",
     re.IGNORECASE,
 )
 """What compute-sanitizer and ncu say where they cannot look: nothing is known of the kernels then."""

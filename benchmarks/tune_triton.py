@@ -25,6 +25,7 @@ from grpo_kernels import grpo_loss, token_log_probs
 from grpo_kernels.backends.triton import blocks
 from grpo_kernels.bench.measure import Clock
 from grpo_kernels.bench.workload import DTYPES, Spec, Workload
+from grpo_kernels.files import write_text
 
 CLASSES = {8192: 8192, 32768: 32000, None: 151936}
 """Longest row of a class of entries, and the row it is measured on."""
@@ -129,7 +130,7 @@ def write(entries: dict[str, list[Entry]], path: Path) -> None:
     for name, mine in entries.items():
         lines = ",\n".join(f"    {json.dumps({key: entry[key] for key in entry if key != 'ms'})}" for entry in mine)
         kinds.append(f'  "{name}": [\n{lines}\n  ]')
-    path.write_text("{\n" + ",\n".join(kinds) + "\n}\n")
+    write_text(path, "{\n" + ",\n".join(kinds) + "\n}\n")
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import gpu_library
 import gpu_machine
 import gpu_parts
 import gpu_process
+import gpu_rows
 import pytest
 import torch
 from test_gpu_process import python
@@ -71,6 +73,8 @@ def test_traffic():
     assert gpu_commands.moved_once(text(1.01))["passed"]
     assert not gpu_commands.moved_once(text(2.0))["passed"]
     assert gpu_commands.moved(text(2.0))["passed"]
+    without = gpu_commands.moved("==ERROR== Failed to initialize the profiler: LibraryNotLoaded")
+    assert without["skip"] == "ERROR== Failed to initialize the profiler: LibraryNotLoaded"
     refused = gpu_commands.moved("==ERROR== ERR_NVGPUCTRPERM - no permission")
     assert (refused["passed"], refused["skip"]) == (False, "ERROR== ERR_NVGPUCTRPERM - no permission")
     assert "skip" not in gpu_commands.moved(text(2.0))
@@ -90,6 +94,32 @@ def test_measured_rows(tmp_path):
     assert not gpu_parts.run(rows("d"), file, -1.0)
     assert not gpu_parts.run(rows("wrong"), file, 10.0)
     assert measured == ["a", "b", "c", "wrong"]
+
+
+def test_a_row_that_raises_takes_no_other_with_it(tmp_path):
+    """Nor in a run that goes on: Triton's that does not compile stands between those of CUDA."""
+    file, measured = tmp_path / "rows", []
+
+    def measure(name):
+        measured.append(name)
+        if name == "b":
+            raise RuntimeError("no kernel\nfor that")
+        return {}
+
+    for _ in range(2):
+        assert not gpu_parts.run(((name, functools.partial(measure, name)) for name in "abc"), file, 10.0)
+    assert measured == ["a", "b", "c", "b"]
+    failed = {"name": "b", "passed": False, "how": "RuntimeError: no kernel"}
+    assert [{key: row[key] for key in failed} for row in gpu_rows.read(file) if not row["passed"]] == [failed] * 2
+    assert [row["name"] for row in gpu_rows.read(file) if row["passed"]] == ["a", "c"]
+
+
+def test_large_shapes_of_one_backend_come_first():
+    """Those of the CUDA kernels prove them whatever becomes of Triton's."""
+    for part in (gpu_parts.large, gpu_parts.pairs):
+        backends = [name.rpartition(", ")[2] for name, _ in part("cpu", ["cuda", "triton"])]
+        assert backends == sorted(backends)
+        assert set(backends) == {"cuda", "triton"}
 
 
 def test_torch_compile_once(monkeypatch):
