@@ -356,7 +356,7 @@ class Run:
     def _records(self) -> TokenRecords:
         real = [self._output(name) for name in ("policy", "kl")]
         flags, of_sampler = self._output("flags", torch.uint8), self._output("rollout_kl")
-        return TokenRecords(*real, flags, torch.empty(0), of_sampler)
+        return TokenRecords(*real, flags, of_sampler.new_empty(0), of_sampler)
 
     # What is run.
 
