@@ -172,7 +172,11 @@ KNOWN = {
     ),
     as_trl_gspo: (LossConfig(Clip(3e-4, 4e-4), level="sequence", **NO_LIMIT), 1.0, None),
     as_verl: (LossConfig(Clip(0.2, 0.28, dual=3.0), aggregation="token_mean"), 1.0, None),
-    as_verl_gspo: (LossConfig(Clip(), level="sequence_token", log_ratio_limit=10.0), 1.0, "mask.any(-1).sum()"),
+    as_verl_gspo: (
+        LossConfig(Clip(dual=math.exp(10)), level="sequence_token", **NO_LIMIT),
+        1.0,
+        "mask.any(-1).sum()",
+    ),
     AsOpenRLHF(): (LossConfig(Clip(0.1, 0.3), aggregation="token_mean"), 1.0, None),
     as_cleanrl: (LossConfig(Clip(0.1, 0.1), aggregation="token_mean", entropy_coef=0.01, **NO_LIMIT), 1.0, None),
     from_logits: (LossConfig(Clip(), aggregation="token_mean", **NO_LIMIT), 1.0, None),
@@ -788,6 +792,26 @@ def test_narrow_limits(limit):
     assert report, str(report)
     assert report.config.log_ratio_limit == limit
     assert report.config.surrogate == Clip()
+
+
+@pytest.mark.parametrize("limit", [7.0, 10.0])
+def test_a_clamp_of_log_ratios_from_above_alone(limit):
+    """It is a dual bound, exactly; clamped on both sides, ratios next to 0 lose a slope that the loss has."""
+
+    def loss(lp, old, A, mask):
+        return mean(clipped((lp - old).clamp(max=limit), A[:, None]), mask)
+
+    report = match(loss)
+    assert report, str(report)
+    assert (report.config.surrogate, report.config.log_ratio_limit) == (Clip(dual=math.exp(limit)), None)
+    assert f"clamped at {limit:g} from above alone: the dual bound exp({limit:g})" in str(report)
+    config, far = report.config, torch.tensor([[-limit - 1, limit + 1, 0.0]], dtype=torch.float64)
+    for advantage in (1.0, -1.0):
+        A, mask = torch.tensor([advantage], dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
+        theirs, ours = far.clone().requires_grad_(), far.clone().requires_grad_()
+        loss(theirs, torch.zeros_like(far), A, mask).backward()
+        policy_loss(ours, A, mask, old_log_probs=torch.zeros_like(far), config=config).loss.backward()
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_one_sided_kl_clamp():

@@ -141,28 +141,3 @@ def test_liger(name):
     assert report.config == LossConfig(**{"surrogate": Clip(), **wanted, **NO_LIMIT})
     assert report.normalizer == normalizer
     assert report.temperature == temperature
-
-
-# verl, installed by hand (see test_verl.py)
-
-
-@pytest.mark.parametrize("mode", ["vanilla", "gspo"])
-def test_verl(mode):
-    pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
-    from verl.trainer.ppo.core_algos import get_policy_loss_fn
-    from verl.workers.config import ActorConfig
-
-    config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio_high=0.28)
-    registered = get_policy_loss_fn(mode)
-    aggregation = {"vanilla": "token-mean", "gspo": "seq-mean-token-mean"}[mode]
-
-    def loss(old_log_prob, log_prob, advantages, response_mask):
-        return registered(old_log_prob, log_prob, advantages, response_mask, aggregation, config)
-
-    wanted = LossConfig(Clip(0.2, 0.28, dual=3.0), aggregation="token_mean")
-    if mode == "gspo":
-        wanted = LossConfig(Clip(0.2, 0.28), level="sequence_token", log_ratio_limit=10.0)
-    report = match(loss)
-    assert report, str(report)
-    assert report.config == wanted
-    assert report.gradient_difference < 1e-6

@@ -35,7 +35,7 @@ from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
-from grpo_kernels import policy_loss
+from grpo_kernels import Clip, LossConfig, match, policy_loss
 from grpo_kernels.integrations.verl import loss_config, patch_verl
 from grpo_kernels.integrations.verl_losses import LOSSES, MISSING, MODES
 
@@ -429,3 +429,21 @@ def test_shadow_finds_no_difference(mode, caplog):
     with patch_verl(shadow=1):
         evaluated(mode, batch("ragged"), "seq-mean-token-mean", actor(mode), False, torch.float32)
     assert_shadow_sees_rounding(caplog, "verl")
+
+
+@pytest.mark.parametrize("mode", ["vanilla", "gspo"])
+def test_match_names_the_config(mode):
+    """As SWITCHING.md has it: gspo's clamp from above alone is a dual bound."""
+    registered, config = get_policy_loss_fn(mode), actor(mode, clip_ratio_low=0.2, clip_ratio_high=0.28)
+    aggregation = {"vanilla": "token-mean", "gspo": "seq-mean-token-mean"}[mode]
+
+    def loss(old_log_prob, log_prob, advantages, response_mask):
+        return registered(old_log_prob, log_prob, advantages, response_mask, aggregation, config)
+
+    wanted = LossConfig(Clip(0.2, 0.28, dual=3.0), aggregation="token_mean")
+    if mode == "gspo":
+        wanted = LossConfig(Clip(0.2, 0.28, dual=math.exp(10)), level="sequence_token", log_ratio_limit=None)
+    report = match(loss)
+    assert report, str(report)
+    assert report.config == wanted
+    assert report.gradient_difference < 1e-6

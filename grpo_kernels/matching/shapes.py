@@ -225,11 +225,13 @@ def _from_edges(e: Edges, field: Field) -> Fit:
         key, low, high = _wrong_side(e, field)
         says.append(said(key))
         dual = None
+    from_above = None
     if dual is not None and _is_limit(dual, limit):
-        if limit is None:
-            limit = plain(dual, 1e-6)
-            says += [said("one_sided_limit", limit=limit)] if field.known.precision.same < 1e-6 else []
-        dual = None
+        if limit is None and high is not None and not _near(high, dual) and field.known.precision.same < 1e-6:
+            from_above = plain(dual, 1e-6)  # the other side was looked at, and A > 0 stops before it: a dual bound
+            says.append(said("one_sided_limit", limit=from_above))
+        else:
+            limit, dual = plain(dual, 1e-6) if limit is None else limit, None
     high = None if high is not None and _is_limit(high, limit) else high
     low = None if low is not None and _near(-low, limit) else low
     if low is None and high is None and dual is None:
@@ -238,7 +240,9 @@ def _from_edges(e: Edges, field: Field) -> Fit:
         min(1.0, max(0.0, 1.0 if low is None else _number(field.known, -math.expm1(low), 1))),
         1e26 if high is None else max(0.0, _number(field.known, math.expm1(high), 1)),
     )
-    if dual is not None and (ratio := _number(field.known, math.exp(dual), 1)) >= 1 + clip.high and ratio < 1e9:
+    if from_above is not None:
+        clip = Clip(clip.low, clip.high, math.exp(from_above))
+    elif dual is not None and (ratio := _number(field.known, math.exp(dual), 1)) >= 1 + clip.high and ratio < 1e9:
         clip = Clip(clip.low, clip.high, ratio)
     elif dual is not None:
         says.append(said("dual_below_high"))
