@@ -40,6 +40,21 @@ def test_parts_name_what_exists(name):
     assert part.minutes <= 25
 
 
+@pytest.mark.parametrize(
+    ("name", "guarded"),
+    [
+        ("match", "tests/losses_of_others/**/*.py"),
+        ("cuda", "tests/oracle.py"),
+        ("skyrl", "benchmarks/system_steps.py"),
+        ("commands", "tests/resident.py"),
+        ("ptx", "tests/ptx/**/*.py"),
+    ],
+)
+def test_parts_guard_what_their_tests_import(name, guarded):
+    """The truths that a test compares with, and the programs that it runs: a change there leaves no part passed."""
+    assert guarded in PARTS[name].guards
+
+
 def test_mutants_are_judged_anew_by_another_fuzzer():
     assert all("tests/fuzz_abi/**" in part.guards for name, part in PARTS.items() if name.startswith("mutants-"))
 
@@ -162,6 +177,21 @@ def test_a_part_is_stale_when_what_it_guards_has_changed(tree):
     assert finish(start(tree)) == (0, "")  # nothing is stale
     (tree / "guarded").write_text("changed\n")
     assert "demo: stale: guarded files have changed" in finish(start(tree, "list"))[1]
+
+
+def test_a_line_that_was_cut_short_is_left_out(tree):
+    (tree / "tests" / "second fails").touch()
+    assert finish(start(tree))[0] == 1
+    (progress,) = (tree / "build" / "nightly").glob("*")
+    progress.write_text(progress.read_text() + '{"test": "tests/te')
+    assert "of a run to be taken up: 2 passed, 1 failed" in finish(start(tree, "list"))[1]
+
+
+def test_without_git_it_says_what_is_missing(tree):
+    shutil.rmtree(tree / ".git")
+    status, said = finish(start(tree, "list"))
+    assert status == 1
+    assert said.startswith("tests.nightly needs a git checkout, by which it knows what has changed; got: ")
 
 
 def test_a_part_whose_tests_are_all_skipped_leaves_the_last_row(tree):

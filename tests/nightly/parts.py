@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import functools
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,9 +21,36 @@ CUDA = (*KERNELS, "csrc/cuda/**", "csrc/common/**", "tests/cuda_emulator/**")
 PTX = ("grpo_kernels/backends/**", "csrc/cuda/**", "csrc/common/**", "tests/ptx/**")
 CPU = ("csrc/cpu/**", "csrc/common/**")
 MUTATED = (*KERNELS, "tests/*.py", "tests/mutants/**", "tests/fuzz_abi/**")
+ROOT = Path(__file__).resolve().parent.parent.parent
+FOLDERS = ("tests", "benchmarks", "examples", "release")
+"""Where tests import from beside the package."""
 EVERY = ("tests/conftest.py", "tests/cases.py", "constraints.txt")
 ON_TRITON, ON_CUDA = r"[\[-]triton[\]-]", r"[\[-]cuda[\]-]"
 """Ids of a backend's cases."""
+
+
+def reach(file: str, found: set[str]) -> None:
+    """Add a file, and what it imports of FOLDERS, to what was found; of a package all of it."""
+    if file in found or not (ROOT / file).is_file():
+        return
+    found.add(file)
+    for module in _imports((ROOT / file).read_text()):
+        for folder in FOLDERS:
+            reach(f"{folder}/{module}.py", found)
+            if (ROOT / folder / module / "__init__.py").exists():
+                found.add(f"{folder}/{module}/**/*.py")
+
+
+@functools.cache
+def _imports(text: str) -> frozenset[str]:
+    """The first names of what a file imports; of ``tests`` the second."""
+    names = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return frozenset(name.removeprefix("tests.").partition(".")[0] for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +67,11 @@ class Part:
 
     @property
     def guards(self) -> tuple[str, ...]:
-        return (*self.guarded, *(f"tests/{file}.py" for file in self.files), *EVERY)
+        """What is named, and what its files import of the tests, benchmarks, examples and release scripts."""
+        found: set[str] = set()
+        for file in self.files:
+            reach(f"tests/{file}.py", found)
+        return (*self.guarded, *sorted(found), *EVERY)
 
     def takes(self, item: pytest.Item) -> bool:
         nightly = item.get_closest_marker("nightly") is not None

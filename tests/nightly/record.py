@@ -20,7 +20,12 @@ is of the files that a part guards. A + behind a commit: some of them were not a
 
 
 def _git(*arguments: str) -> str:
-    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = getattr(error, "stderr", "") or error
+        message = f"tests.nightly needs a git checkout, by which it knows what has changed; got: {str(why).strip()}"
+        raise SystemExit(message) from None
 
 
 def _magic(guards: tuple[str, ...]) -> list[str]:
@@ -57,7 +62,10 @@ class Progress:
         self.seconds = 0.0
         self.examples: dict[str, int] = {}
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
-            entry = json.loads(line)
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the end of a run that was killed
+                continue
             if "seconds" in entry:
                 self.seconds += entry["seconds"]
             else:
