@@ -9,7 +9,7 @@ export GRPO_KERNELS_CUDA_ARCHITECTURES ?= 90
 SYSTEMS := $(patsubst tests/nightly/%.txt,$(VENV)/%,$(wildcard tests/nightly/*.txt))
 
 ifeq ($(shell [ "$(origin PYTHON)" != file ] && $(PYTHON) -c "import torch" 2>/dev/null && echo yes),yes)
-RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+RUN := PYTHONPATH="$(CURDIR)" $(PYTHON)
 READY := grpo_kernels/native/libgrpo_cpu.json
 else
 RUN := $(VENV)/bin/python

@@ -85,6 +85,8 @@ def run(*command: str) -> str:
 
 def _found(name: str) -> list[str] | None:
     """A compiler's path, with what stands before or behind its name in CXX, as in "ccache g++"; None if it is none."""
+    if path := shutil.which(name):
+        return [path]
     try:
         first, *rest = shlex.split(name) or [""]
     except ValueError:  # a quotation that does not end
@@ -173,10 +175,9 @@ def nvcc() -> str:
     return found
 
 
-def build_cuda(target: Path, workspace: Path) -> dict[str, str]:
-    """One library for all architectures that nvcc knows of those wanted."""
-    named = os.environ.get("GRPO_KERNELS_CUDA_ARCHITECTURES", "").replace(" ", "")
-    wanted = list(filter(None, named.split(",")))
+def cuda_targets(named: str) -> tuple[str, list[str], list[str]]:
+    """nvcc, and the architectures that it knows and those that it does not, of the numbers in ``named``."""
+    wanted = list(filter(None, named.replace(" ", "").split(",")))
     if not wanted:
         asking = "GRPO_KERNELS_CUDA_ARCHITECTURES=90,100 asks nvcc for them at installation"
         raise CompileError(f"not asked for: {asking} ({NVCC_TAKES})")
@@ -188,6 +189,12 @@ def build_cuda(target: Path, workspace: Path) -> dict[str, str]:
     architectures = [name for name in wanted if f"sm_{name}" in known]
     if not architectures:
         raise CompileError(f"{compiler} knows none of sm_{', sm_'.join(wanted)}; it knows {' '.join(known)}")
+    return compiler, architectures, [name for name in wanted if name not in architectures]
+
+
+def build_cuda(target: Path, workspace: Path) -> dict[str, str]:
+    """One library for all architectures that nvcc knows of those wanted."""
+    compiler, architectures, _ = cuda_targets(os.environ.get("GRPO_KERNELS_CUDA_ARCHITECTURES", ""))
     oldest = architectures[0]  # its PTX is compiled once for all, and serves newer GPUs
     codes = ",".join([*(f"sm_{name}" for name in architectures), f"compute_{oldest}"])
     targets = f"-gencode=arch=compute_{oldest},code=[{codes}]"
@@ -208,7 +215,7 @@ CHOICES = {"cpu": ("CXX",), "cuda": ("NVCC", "CUDA_HOME", "CUDA_PATH", "GRPO_KER
 def _record_of(library: Path) -> dict[str, str]:
     """What a library's record says; nothing where one of the two is missing or an installation was cut short."""
     try:
-        record = json.loads(library.with_suffix(".json").read_text()) if library.exists() else {}
+        record = json.loads(library.with_suffix(".json").read_text(encoding="utf-8")) if library.exists() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
@@ -270,15 +277,26 @@ class PlatformWheel(bdist_wheel):
 
 
 def published(document: str) -> dict[str, str]:
-    """The addresses that a publisher has filled in, by the first word of their row in PUBLISHING.md."""
-    rows = re.findall(r"^\| (\w+)[^|]*\| `?([^|`]+)`? \|", document, re.M)
-    return {name: value for name, value in rows if name != "address" and value != "not set"}
+    """The addresses that a publisher has filled in, by the first word of their row in PUBLISHING.md.
+
+    Raises:
+        SystemExit: one that a link would lead to is none.
+    """
+    rows = re.findall(r"^\| (\w+)[^|]*\| [`<]?([^|`>]+)[`>]? \|", document, re.M)
+    found = {name: value for name, value in rows if name != "address" and value != "not set"}
+    for name in ("repository", "issues", "pages", "files"):
+        if name in found and not re.fullmatch(r"https?://\S+", found[name]):
+            raise SystemExit(
+                f"PUBLISHING.md: {name} must be an address that begins with its protocol; got {found[name]!r}."
+            )
+    return found
 
 
 def index_page(readme: str, addresses: dict[str, str], version: str) -> str:
     """README for a page of an index, which has none of the files around it: links and pictures lead to their places
     in the repository, as long as there are addresses for them."""
     places = [addresses.get(kind, "").format(version=version) for kind in ("pages", "files")]
+    places = [place and place.rstrip("/") + "/" for place in places]
 
     def absolute(link: re.Match[str]) -> str:
         picture, text, target = link.groups()
@@ -292,10 +310,10 @@ def index_page(readme: str, addresses: dict[str, str], version: str) -> str:
 
 def metadata() -> dict[str, object]:
     """What of the metadata depends on where the package is published; the rest is pyproject.toml's."""
-    addresses = published((ROOT / "PUBLISHING.md").read_text())
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    addresses = published((ROOT / "PUBLISHING.md").read_text(encoding="utf-8"))
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     return {
-        "long_description": index_page((ROOT / "README.md").read_text(), addresses, version),
+        "long_description": index_page((ROOT / "README.md").read_text(encoding="utf-8"), addresses, version),
         "long_description_content_type": "text/markdown",
         "project_urls": {
             name: addresses[key] for name, key in (("Source", "repository"), ("Issues", "issues")) if key in addresses

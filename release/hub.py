@@ -36,7 +36,7 @@ from unfinished import workspace
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "grpo_kernels"
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MANYLINUX = (2, 28)
 """The newest glibc that a kernel's libraries may need (manylinux_2_28)."""
 LOADER = "0.17.0"
@@ -52,7 +52,7 @@ NO_CUDA_LIBRARY = "a kernel of the Hub has none; an installation of the package 
 
 def imported(module: Path) -> Iterator[Path]:
     """Yield the files that a module's relative imports lead to, inside of functions and for types as well."""
-    for node in ast.walk(ast.parse(module.read_text())):
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             place = module.parents[node.level - 1].joinpath(*(node.module or "").split("."))
             for target in (place, *(place / alias.name for alias in node.names)):
@@ -84,7 +84,7 @@ def newest_glibc(library: Path) -> tuple[int, int]:
 
 def card() -> str:
     """Return the repository's page, with versions and addresses filled in."""
-    text = (ROOT / "release" / "CARD.md").read_text()
+    text = (ROOT / "release" / "CARD.md").read_text(encoding="utf-8")
     version = PROJECT["version"]
     text = text.replace("OWNER/grpo-kernels", addresses().get("hub", "OWNER/grpo-kernels"))
     return text.replace("{version}", version).replace("{major}", version.split(".")[0])
@@ -92,7 +92,7 @@ def card() -> str:
 
 def addresses() -> dict[str, str]:
     """Return what a publisher has filled in, by the first word of its row."""
-    return _setup()["published"]((ROOT / "PUBLISHING.md").read_text())
+    return _setup()["published"]((ROOT / "PUBLISHING.md").read_text(encoding="utf-8"))
 
 
 def native_variant() -> str:
@@ -117,7 +117,7 @@ def write(folder: Path, glibc: tuple[int, int] = MANYLINUX) -> dict[str, str]:
         made = room / "build"
         library = room / "libgrpo_cpu.so"
         _setup()["build_library"]("cpu", room, room / "objects")
-        record = json.loads(library.with_suffix(".json").read_text())
+        record = json.loads(library.with_suffix(".json").read_text(encoding="utf-8"))
         needed = newest_glibc(library) if library.exists() else (0, 0)
         _write_variant(made / UNIVERSAL, {"error": NO_CPU_LIBRARY}, None)
         (made / "CARD.md").write_text(card())

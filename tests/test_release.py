@@ -47,6 +47,16 @@ def test_addresses_are_read_where_a_publisher_writes_them(setup):
     assert filled.items() <= setup.published(published_text(**filled)).items()
     rows = re.findall(r"^\| (\w+)", (ROOT / "PUBLISHING.md").read_text(), re.M)
     assert rows == ["address", "repository", "index", "issues", "pages", "files", "hub", "contact"]
+    text = published_text(**filled).replace("`https://r.test/x`", "<https://r.test/x>")
+    assert setup.published(text)["repository"] == "https://r.test/x"
+
+
+@pytest.mark.parametrize("name", ["repository", "issues", "pages", "files"])
+def test_what_is_no_address_is_refused(setup, name):
+    with pytest.raises(
+        SystemExit, match=rf"PUBLISHING.md: {name} must be an address that begins with its protocol; got 'none yet'"
+    ):
+        setup.published(published_text(**{name: "none yet"}))
 
 
 def test_the_page_of_an_index_leads_into_the_repository(setup):
@@ -68,6 +78,19 @@ def test_what_is_not_a_file_stays(setup, link):
     assert setup.index_page(link, {"pages": PAGES, "files": FILES}, "1.2.3") == link
 
 
+def test_an_address_without_its_last_slash(setup):
+    link = "[x](docs/x.md) ![y](y.png)"
+    bare = {"pages": PAGES.rstrip("/"), "files": FILES.rstrip("/")}
+    assert setup.index_page(link, bare, "1") == setup.index_page(link, {"pages": PAGES, "files": FILES}, "1")
+
+
+def test_setup_reads_its_files_whatever_the_locale():
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "setup.py", "--quiet", "--description"]
+    told = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+
+
 def test_without_addresses_the_page_is_the_readme(setup):
     readme = (ROOT / "README.md").read_text()
     assert setup.index_page(readme, {}, "1.2.3") == readme
@@ -83,7 +106,8 @@ def test_a_publisher_is_warned_outside_of_a_checkout_too(tmp_path, monkeypatch, 
     (tmp_path / "x-1" / "PKG-INFO").write_text(f"Name: x\n\n[x]({link})\n```\n[y](z)\n```\n")
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as archive:
         archive.add(tmp_path / "x-1", "x-1")
-    assert [warning[: len("README's links")] for warning in wheels.warnings(tmp_path / "x.tar.gz")] == told
+    assert [warning[: len("README's links")] for warning in wheels.dead_links(tmp_path / "x.tar.gz")] == told
+    assert wheels.of_no_commit() == []
 
 
 @pytest.fixture
@@ -92,7 +116,7 @@ def wheels(monkeypatch):
     spec = importlib.util.spec_from_file_location("wheels", ROOT / "release" / "wheels.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "check_tools", lambda: None)
+    monkeypatch.setattr(module, "check_tools", lambda architectures: None)
 
     def written(path: Path) -> Path:
         path.parent.mkdir(exist_ok=True)
@@ -101,7 +125,7 @@ def wheels(monkeypatch):
 
     monkeypatch.setattr(module, "source_distribution", lambda folder: written(folder / "sources.tar.gz"))
     monkeypatch.setattr(module, "wheel", lambda sources, folder, architectures: written(folder / "a.whl"))
-    monkeypatch.setattr(module, "warnings", lambda sources: [])
+    monkeypatch.setattr(module, "dead_links", lambda sources: [])
     monkeypatch.setattr(module, "python", lambda *command: "")
     return module
 
@@ -129,6 +153,39 @@ def test_a_release_is_there_when_it_is_whole(wheels, tmp_path, monkeypatch):
     assert (tmp_path / "sources.tar.gz").read_text() == "a build"
 
 
+def test_what_a_publisher_is_told_of_the_folder_and_the_tree(wheels, tmp_path, monkeypatch, capsys):
+    """Of files that an upload of all would take, and where git refuses to look, as in a tree of another user's."""
+    monkeypatch.setattr(sys, "argv", ["wheels.py", "--out", str(tmp_path)])
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    (tmp_path / "older.whl").write_text("an earlier version")
+    wheels.main()
+    said = capsys.readouterr()
+    assert f"warning: {tmp_path} also has older.whl, which this run has not made." in said.err
+    if shutil.which("git") and (ROOT / ".git").exists():
+        assert "warning: git does not say whether the tree is as committed: " in said.err
+    assert said.out.splitlines()[-1].endswith("twine check passed")
+
+
+def test_an_nvcc_that_knows_too_little_is_told_before_minutes_of_building(tmp_path, monkeypatch):
+    """A wheel that lacks a GPU that was asked for looked like one that has it."""
+    wheels = importlib.import_module("wheels")
+    compiler = tmp_path / "nvcc"
+    compiler.write_text("#!/bin/sh\necho sm_80 sm_90\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(compiler))
+    monkeypatch.setattr(wheels, "TOOLS", ())
+    monkeypatch.setattr(wheels, "search_path", lambda: str(tmp_path))
+    with pytest.raises(SystemExit, match="expected .* got none of patchelf: make release"):
+        wheels.check_tools("")
+    (tmp_path / "patchelf").write_text("")
+    (tmp_path / "patchelf").chmod(0o755)
+    wheels.check_tools("80,90")
+    with pytest.raises(SystemExit, match=r"--cuda 90,100: nvcc does not know sm_100$"):
+        wheels.check_tools("90,100")
+    with pytest.raises(SystemExit, match=r"--cuda 9x: GRPO_KERNELS_CUDA_ARCHITECTURES must be numbers"):
+        wheels.check_tools("9x")
+
+
 def test_a_folder_that_cannot_be_made_is_told_first(wheels, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(sys, "argv", ["wheels.py", "--out", str(tmp_path / "file")])
@@ -141,7 +198,7 @@ def test_a_tool_that_is_not_there_is_told_before_minutes_of_building():
     release = [sys.executable, "-E", "-S", str(ROOT / "release" / "wheels.py")]
     told = subprocess.run(release, capture_output=True, text=True)
     assert told.returncode == 1
-    assert "got none of build, auditwheel, twine: make release, or pip install" in told.stderr
+    assert "got none of pip, build, auditwheel, twine" in told.stderr
 
 
 STEP = """
