@@ -234,7 +234,7 @@ def summary(rows: Sequence[Row], environment: dict[str, Any], columns: Iterable[
             continue
         line = [title(row), *(_ms(milliseconds(row, name)) for name in mine), _of_the_bound(row, ours)]
         line += [_number(times(row, name), "{:.1f}x") or "–" for name in columns]
-        others = [p for p in row["providers"].values() if not p["ours"] and "extra_bytes" in p and p["same_outputs"]]
+        others = [p for p in row["providers"].values() if not p["ours"] and "extra_bytes" in p]
         least: dict[str, Any] = min(others, key=lambda p: p["extra_bytes"], default={})
         peaks = (p.get("extra_bytes") for p in (*(row["providers"].get(name, {}) for name in mine), least))
         memory = " / ".join(_memory(row, peak) or "–" for peak in peaks)
@@ -254,8 +254,9 @@ def _variants(rows: Sequence[Row]) -> str:
 def headline(rows: Sequence[Row], names: Sequence[str]) -> str:
     """Return sentences: how many times as long as ours ``names`` take over all workloads, and the memory of each.
 
-    They are of the workloads where all of them were timed; empty where there is none.
+    They are of the workloads in which every token is live and all of them were timed; empty where there is none.
     """
+    rows = [row for row in rows if row["kind"] == "all"]
     rows = [row for row in rows if all(milliseconds(row, name) is not None for name in (OURS, IN_PLACE, *names))]
     if not rows:
         return ""
