@@ -6,6 +6,7 @@ python examples/trl_trainer.py --model PATH --lr 2e-6       # a pretrained one, 
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 
 import common
@@ -21,6 +22,12 @@ SUMS = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
 def main(arguments: list[str] | None = None) -> list[float]:
     """Train, print TRL's metrics of every fifth step, and return the mean reward of each step."""
     options = common.options(__doc__, arguments, steps=15, lr=3e-3)
+    with tempfile.TemporaryDirectory() as folder:
+        return train(options, folder)
+
+
+def train(options: argparse.Namespace, folder: str) -> list[float]:
+    """Train as ``main`` says; TRL asks for a folder of its own."""
     model, tokenizer = common.load(options.model, options.device)
     task = reasoning_gym.create_dataset("chain_sum", size=1000, seed=options.seed, **SUMS)
 
@@ -32,7 +39,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     prompts = {"prompt": [f"{entry['question']} " for entry in task], "index": list(range(len(task)))}
     settings = trl.GRPOConfig(
-        output_dir=tempfile.mkdtemp(),
+        output_dir=folder,
         use_cpu=options.device == "cpu",
         bf16=False,
         per_device_train_batch_size=32,
@@ -60,7 +67,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     trainer.remove_callback(trainer.callback_handler.callbacks[-1])  # which prints every metric of every step
     trainer.train()
     log = [row for row in trainer.state.log_history if "reward" in row]
-    for row in log[4::5]:
+    for row in (row for row in log if common.is_shown(row["step"] - 1, options)):
         shown = {name: row[name] for name in ("reward", "rewards/right/mean", "rewards/digits/mean", "entropy")}
         print(f"step {row['step']}: " + ", ".join(f"{name} {value:.3f}" for name, value in shown.items()))
     return [row["reward"] for row in log]

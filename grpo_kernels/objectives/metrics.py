@@ -142,7 +142,7 @@ class Metrics:
     rollout_ratio_max = Metric("largest such ρ", _extreme("rollout_ratio_max", "rollout_count"))
     rollout_effective_sample_size = Metric("(Σρ)² / (n·Σρ²), over the same", _effective_sample_size("rollout_ratio"))
     rollout_weight_mean = Metric(
-        "mean of the factor that the config's rollout correction makes of it (1 without one)",
+        "mean of the factor that the rollout correction makes of it (1 without one; 0 without rollout log-probs)",
         _mean("rollout_weight_sum", "rollout_count"),
     )
     rollout_weight_max = Metric("largest such factor", _extreme("rollout_weight_max", "rollout_count"))
