@@ -126,6 +126,28 @@ def test_a_confident_row_keeps_its_digits(backend, dtype):
             assert got.gradient[0].item() == pytest.approx(3.54164e-9, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_confident_column_beside_a_teacher_who_prefers_another(backend, kind):
+    """Slopes are relative to the one at that column, bit for bit (tests/test_divergence_kernels.py has more rows)."""
+    generator = torch.Generator().manual_seed(8)
+    logits = torch.randn(1, 8, 120, generator=generator)
+    logits[..., 7] += 16 + 6 * torch.rand(1, 8, generator=generator)
+    rows = logits + 0.3 * torch.randn(logits.shape, generator=generator)
+    rows[..., 9] = logits[..., 7] + 4
+    rows[..., 7] = rows[..., 9] - 8 * torch.rand(1, 8, generator=generator)
+
+    def gradient(logits: Tensor, rows: Tensor, backend: str) -> Tensor:
+        logits = logits.clone().requires_grad_()
+        ids = torch.zeros(logits.shape[:2], dtype=torch.int64)
+        token_divergence(
+            logits, Teacher(logits=rows), ids, divergence=kind, backend=backend
+        ).divergence.sum().backward()
+        return logits.grad[..., 7].double()
+
+    exact = gradient(logits.double(), rows.double(), "torch")
+    torch.testing.assert_close(gradient(logits, rows, backend), exact, rtol=1e-4, atol=2e-10)
+
+
 @pytest.mark.parametrize(
     ("tau", "own", "value", "slope"),
     [(1.0, None, 0.036690, None), (2.0, None, 0.016417, -1 / 24), (2.0, 1.0, 0.149697, -0.116667)],
