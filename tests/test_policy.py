@@ -12,9 +12,11 @@ from grpo_kernels import (
     KL,
     Cispo,
     Clip,
+    DppoKL,
     LossConfig,
     OffPolicyMask,
     Reinforce,
+    Rejection,
     TruncatedIS,
     grpo_loss,
     normalizer,
@@ -391,3 +393,67 @@ def test_messages_speak_of_log_probs():
         policy_loss(log_probs, advantages, -torch.rand(2, 4))
     with pytest.raises(RuntimeError, match="got float32 log-probs on meta"):
         policy_loss(log_probs.to("meta"), advantages.to("meta"), backend="cpu")
+
+
+@pytest.mark.parametrize("log_prob", [0.0, -0.0, 1e-7, -1e-7])
+def test_dppo_of_a_certain_token(backend, log_prob):
+    """The KL from what was none is infinite: the sign of a zero, or a log-softmax's rounding above it, made it a NaN,
+    which no bound stops."""
+    log_probs = torch.tensor([[log_prob]], requires_grad=True)
+    old = torch.tensor([[-3.0]])
+    config = LossConfig(surrogate=DppoKL(0.05, 0.05))
+    out = policy_loss(log_probs, torch.ones(1), old_log_probs=old, config=config, backend=backend)
+    out.loss.backward()
+    assert (out.loss.item(), log_probs.grad.item(), out.metrics.clip_high.item()) == (0, 0, 1)
+
+
+def test_dppo_of_a_certain_token_from_logits(backend):
+    """And in the reference: log-softmax gives +0."""
+    ids, given = torch.tensor([[0]]), {"old_log_probs": torch.tensor([[-3.0]])}
+    config = LossConfig(surrogate=DppoKL(0.05, 0.05))
+    for loss, options in ((grpo_loss, {"backend": backend}), (reference.grpo_loss, {})):
+        logits = torch.tensor([[[200.0, 0, 0]]], requires_grad=True)
+        out = loss(logits, ids, torch.ones(1), **given, config=config, **options)
+        out.loss.backward()
+        assert out.loss.item() == 0
+        assert not logits.grad.any()
+
+
+def test_a_rejection_without_an_upper_bound(backend):
+    """A ratio to the sampler that overflows is inside of it."""
+    log_probs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    config = LossConfig(rollout=Rejection(0.5, math.inf), log_ratio_limit=None)
+    given = {"old_log_probs": log_probs.detach(), "rollout_log_probs": torch.tensor([[-100.0, -1.0]])}
+    out = policy_loss(log_probs, torch.ones(1), **given, config=config, backend=backend)
+    out.loss.backward()
+    assert out.loss.item() == -1
+    assert log_probs.grad.tolist() == [[-0.5, -0.5]]
+    assert out.metrics.rollout_weight_mean.item() == 1
+
+
+@pytest.mark.parametrize("estimator", ["abs", "k2"])
+def test_a_reference_that_is_nan_shows_in_the_gradient_too(backend, estimator):
+    log_probs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    given = {"old_log_probs": log_probs.detach(), "ref_log_probs": torch.tensor([[math.nan, -1.0]]), "check": False}
+    out = policy_loss(log_probs, torch.ones(1), **given, config=LossConfig(kl=KL(0.1, estimator)), backend=backend)
+    out.loss.backward()
+    assert out.loss.isnan()
+    assert log_probs.grad.isnan().tolist() == [[True, False]]
+
+
+def test_an_impossible_token_has_no_slope_whatever_it_is_compared_with(backend):
+    log_probs = torch.tensor([[-math.inf, -1.0]], requires_grad=True)
+    kl = KL(0.1, "k3", gradient="weighted_k2", ratio_weighted=False)
+    old = torch.tensor([[math.nan, -1.0]])
+    for term in (kl, KL(0.1, "k3", ratio_weighted=True)):
+        given = {"old_log_probs": old, "ref_log_probs": torch.tensor([[-2.0, -1.5]]), "check": False}
+        out = policy_loss(log_probs, torch.ones(1), **given, config=LossConfig(kl=term), backend=backend)
+        (gradient,) = torch.autograd.grad(out.loss, log_probs)
+        assert gradient[0, 0] == 0
+        assert gradient[0, 1].isfinite()
+
+
+def test_log_probs_of_eight_bits_are_not_summed():
+    log_probs = torch.tensor([[-1.0, -1.0]])
+    with pytest.raises(ValueError, match="rounded log-probs make wrong ratios of sequences"):
+        policy_loss(log_probs, torch.ones(1), old_log_probs=log_probs.to(torch.float8_e4m3fn), config="gspo")

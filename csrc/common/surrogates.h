@@ -181,10 +181,16 @@ GRPO_FN Surrogate<real> dppo_tv(const Point<real>& t, real low, real high, real 
   return dppo(t, rise<-low, rise> high, cap);
 }
 
+// 1 - p, with all its digits near p = 1; +0 where p is 1, or above it by a log-softmax's rounding.
+template <class real>
+GRPO_FN real others_of(real log_prob) {
+  return log_prob >= 0 ? real(0) : -expm1_of(log_prob);
+}
+
 template <class real>
 GRPO_FN Surrogate<real> dppo_kl(const Point<real>& t, real low, real high, real cap) {
   const real fall = log_ratio_of(t.old_log_prob, t.log_prob);
-  const real others = -expm1_of(t.log_prob), old_others = -expm1_of(t.old_log_prob);
+  const real others = others_of(t.log_prob), old_others = others_of(t.old_log_prob);
   const real away = old_others > 0 ? old_others * log_of(old_others / others) : real(0);
   const real divergence = times(exp_of(t.old_log_prob), fall) + away;
   return dppo(t, divergence > low && fall > 0, divergence > high && fall < 0, cap);

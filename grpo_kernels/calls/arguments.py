@@ -162,8 +162,7 @@ def check_pooled(
 ) -> None:
     """Log-probs that are summed over a sequence have fp32's digits: what bf16 rounds off adds up. ``log_probs`` are the
     policy's, where they are given."""
-    rounded = (torch.bfloat16, torch.float16)
-    if not any(value is not None and value.dtype in rounded for value in (old, rollout, log_probs)):
+    if not any(value is not None and value.dtype.itemsize < 4 for value in (old, rollout, log_probs)):
         return
     schemes = [scheme for scheme in config.schemes if scheme.pooled]
     all_levels = (config.pooling, config.kl_pooling, config.rollout_kl_pooling)
@@ -175,7 +174,7 @@ def check_pooled(
         ("rollout_log_probs", rollout, [repr(s) for s in schemes]),
         ("log_probs", log_probs, [*(of_old if old is None else levels), *of_policy]),  # on-policy, ratios are 1
     ):
-        if reasons and value is not None and value.dtype in rounded:
+        if reasons and value is not None and value.dtype.itemsize < 4:
             hint = "rounded log-probs make wrong ratios of sequences: store them in float32, as they were computed"
             fail(function, f"{name} in float32 with {reasons[0]}", str(value.dtype), tensors, hint)
 

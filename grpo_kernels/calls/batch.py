@@ -26,6 +26,7 @@ from ..objectives.checks import (
 from ..objectives.config import LossConfig
 from ..objectives.divergence import Divergence
 from ..objectives.groups import in_words
+from ..objectives.maths import weighed
 from ..objectives.normalizer import Normalizer
 from ..objectives.sequences import Joined, Layout, Packed, Padded, Sequences, on_tokens
 from ..objectives.settings import as_float
@@ -384,7 +385,7 @@ def _read_normalizer(tokens: Tokens, config: LossConfig, normalizer: float | Ten
 def _times_token_weights(tokens: Tokens, weight: Tensor, token_weights: Tensor) -> Tensor:
     """Return the weights times the user's, 0 where the mask is, whatever the user's number is there."""
     factor = tokens.per_token("token_weights", token_weights)
-    weight = torch.where(tokens.live, weight * factor, 0.0)
+    weight = torch.where(tokens.live, weighed(weight, factor), 0.0)
     if not tokens.looks:
         return weight
     if not math.isfinite(float(weight.sum())):  # one number says most often that all are

@@ -314,6 +314,7 @@ def _sampled_kl_part(
     value = times(pooled.ratio, kl.value)
     if not level.spreads:
         slope = torch.where(pooled.outside | impossible, kl.slope, kl.slope_with_ratio)
-        return _KLPart(value, weighed(weight, times(pooled.ratio, slope)), None)
+        return _KLPart(value, weighed(weight, times(pooled.ratio, slope)).masked_fill_(impossible, 0.0), None)
     through_ratio = weighed(weight, value).masked_fill_(pooled.outside, 0.0)
-    return _KLPart(value, weighed(weight, times(pooled.ratio, kl.slope)), through_ratio)
+    slope = weighed(weight, times(pooled.ratio, kl.slope)).masked_fill_(impossible, 0.0)
+    return _KLPart(value, slope, through_ratio)

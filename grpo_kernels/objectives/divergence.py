@@ -18,7 +18,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .maths import k3_of
+from .maths import k3_of, sign_of
 from .names import translates_fields
 from .settings import no_subclass, settle_name, settle_number
 
@@ -83,7 +83,7 @@ def _skew_reverse_kl(p: Tensor, q: Tensor, d: Tensor, mix: float | Tensor) -> Co
 
 
 def _tvd(p: Tensor, q: Tensor, d: Tensor, mix: float | Tensor) -> Columns:
-    return Columns(minus(p, q, d).abs() / 2, 0.0, torch.sign(d) / 2)
+    return Columns(minus(p, q, d).abs() / 2, 0.0, sign_of(d) / 2)
 
 
 def minus(p: Tensor, q: Tensor, d: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import names
 from .checks import check_flag
 from .levels import LEVELS
-from .maths import beyond, clamp, k3_of, times
+from .maths import beyond, clamp, k3_of, sign_of, times
 from .settings import no_subclass, read_limit, settle_name, settle_number
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -127,5 +127,6 @@ def _estimate(estimator: str, x: Tensor) -> KLTerms:
     if estimator == "k2":
         return KLTerms(x * x / 2, x, x + x * x / 2)
     if estimator == "abs":
-        return KLTerms(x.abs(), x.sign(), x.sign() + x.abs())
+        sign = sign_of(x)
+        return KLTerms(x.abs(), sign, sign + x.abs())
     return KLTerms(k3_of(-x), -torch.expm1(-x), x)  # k3 + its slope is x, exactly

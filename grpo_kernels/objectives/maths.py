@@ -29,6 +29,16 @@ def log_ratio_of(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).masked_fill_(a == b, 0.0)
 
 
+def sign_of(x: Tensor) -> Tensor:
+    """Return the sign; NaN of NaN, which ``torch.sign`` calls 0."""
+    return torch.where(x.isnan(), x, x.sign())
+
+
+def others_of(log_prob: Tensor) -> Tensor:
+    """Return 1 - p, with all its digits near p = 1; +0 where p is 1, or above it by a log-softmax's rounding."""
+    return (-torch.expm1(log_prob)).masked_fill_(log_prob >= 0, 0.0)
+
+
 def beyond(x: Tensor, limit: float | None) -> Tensor:
     """Return where x lies outside of [-limit, limit], whose bounds are inside, as NaN is."""
     return torch.zeros_like(x, dtype=torch.bool) if limit is None else x.abs() > limit

@@ -178,10 +178,16 @@ def dppo_tv(log_prob, old_log_prob, ratio, advantage, low, high, cap):
 
 
 @triton.jit
+def others_of(log_prob):
+    """Return 1 - p, with all its digits near p = 1; +0 where p is 1, or above it by a log-softmax's rounding."""
+    return tl.where(log_prob >= 0, 0, -expm1(log_prob))
+
+
+@triton.jit
 def dppo_kl(log_prob, old_log_prob, ratio, advantage, low, high, cap):
     fall = log_ratio_of(old_log_prob, log_prob)
-    others = -expm1(log_prob)
-    old_others = -expm1(old_log_prob)
+    others = others_of(log_prob)
+    old_others = others_of(old_log_prob)
     possible = old_others > 0
     safe = tl.where(possible, old_others, 1)
     away = tl.where(possible, old_others * tl.log(divide(safe, others)), 0)
@@ -284,7 +290,7 @@ def rollout_weight(ROLLOUT_SCHEME: tl.constexpr, numbers, log_prob, rollout):
     elif ROLLOUT_SCHEME == MASKED_IS:
         weight = tl.where(outside, 0, rho)
     else:
-        weight = tl.where(outside, 0, rho * 0 + 1)
+        weight = tl.where(outside, 0.0, 1.0).to(rho.dtype)
     return tl.where(rollout == rollout, weight, 1)
 
 

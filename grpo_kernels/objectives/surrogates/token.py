@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..maths import log_ratio_of, times
+from ..maths import log_ratio_of, others_of, times
 from ..names import translates_fields
 from .base import Point, Surrogate, Terms, as_flags, check_band, check_field, chosen, no_flags, nothing
 
@@ -276,7 +276,8 @@ class DppoTV(_Dppo):
 class DppoKL(_Dppo):
     """``DppoTV`` with the binary KL divergence p_old log(p_old/p) + (1-p_old) log((1-p_old)/(1-p)) as its measure.
 
-    1 - p is exact near p = 1 (verl adds 1e-8 to it). Drops what ``DppoTV`` drops.
+    1 - p keeps its digits near p = 1, and is 0 there: the KL of what was no certainty is infinite (verl adds 1e-8 to
+    both). Drops what ``DppoTV`` drops.
     """
 
     name = "dppo_kl"
@@ -288,7 +289,7 @@ class DppoKL(_Dppo):
 
     def moved_too_far(self, t: Point) -> tuple[Tensor, Tensor]:
         fall = log_ratio_of(t.old_log_prob, t.log_prob)
-        others, old_others = -torch.expm1(t.log_prob), -torch.expm1(t.old_log_prob)
+        others, old_others = others_of(t.log_prob), others_of(t.old_log_prob)
         away = torch.where(old_others > 0, old_others * (old_others / others).log(), 0.0)
         divergence = times(t.old_log_prob.exp(), fall) + away
         return (divergence > self.low) & (fall > 0), (divergence > self.high) & (fall < 0)

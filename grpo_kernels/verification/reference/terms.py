@@ -186,7 +186,7 @@ def _dppo(surrogate: Any, t: Inputs) -> tuple[Tensor, Tensor | None]:
     if surrogate.name == "dppo_tv":
         low, high = p - p_old < -surrogate.low, p - p_old > surrogate.high
     else:
-        q, q_old = -torch.expm1(t.log_prob.detach()), -torch.expm1(t.old_log_prob())
+        q, q_old = (-torch.expm1(x.clamp(max=0.0)) + 0.0 for x in (t.log_prob.detach(), t.old_log_prob()))  # never -0
         kl = torch.where(p_old == 0, 0.0, -p_old * difference(t.log_prob, t.old).detach())
         kl = kl + torch.where(q_old <= 0, 0.0, q_old * (q_old / q).log())
         low, high = (kl > surrogate.low) & (p < p_old), (kl > surrogate.high) & (p > p_old)
