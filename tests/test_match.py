@@ -805,6 +805,7 @@ def test_a_clamp_of_log_ratios_from_above_alone(limit):
     assert report, str(report)
     assert (report.config.surrogate, report.config.log_ratio_limit) == (Clip(dual=math.exp(limit)), None)
     assert f"clamped at {limit:g} from above alone: the dual bound exp({limit:g})" in str(report)
+    assert "does not bound log-ratios" not in str(report)
     config, far = report.config, torch.tensor([[-limit - 1, limit + 1, 0.0]], dtype=torch.float64)
     for advantage in (1.0, -1.0):
         A, mask = torch.tensor([advantage], dtype=torch.float64), torch.ones(1, 3, dtype=torch.float64)
@@ -812,6 +813,25 @@ def test_a_clamp_of_log_ratios_from_above_alone(limit):
         loss(theirs, torch.zeros_like(far), A, mask).backward()
         policy_loss(ours, A, mask, old_log_probs=torch.zeros_like(far), config=config).loss.backward()
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_clamp_from_above_that_is_no_dual_bound():
+    """Where A > 0 has no bound of its own, and where its bound lies above the clamp."""
+
+    def without(lp, old, A, mask):
+        r = (lp - old).clamp(max=10).exp()
+        return -mean(torch.minimum(r * A[:, None], r.clamp(min=0.8) * A[:, None]), mask)
+
+    report = match(without)
+    assert report.config.log_ratio_limit == 10
+    assert "clamped at 10 from above only; ours on both sides" in str(report)
+
+    def above(lp, old, A, mask):
+        A, r = A[:, None], (lp - old).exp()
+        stopped = (lp - old).clamp(max=7).exp()
+        return -mean(torch.where(A > 0, torch.minimum(r * A, r.clamp(0.8, 1e4) * A), stopped * A), mask)
+
+    assert not match(above)
 
 
 def test_one_sided_kl_clamp():

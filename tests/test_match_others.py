@@ -365,7 +365,7 @@ def test_the_temperature_of_a_loss_that_takes_one_dict():
 
 
 def test_how_often_a_loss_is_called():
-    """docs/match.md says some 700 times."""
+    """docs/match.md says some 800 times."""
     calls = []
 
     def loss(lp, old, ref, A, mask):

@@ -18,6 +18,7 @@ from .proof import Proof, beside_the_config
 from .report import BESIDE, FAULTS, STRANGE, MatchReport, report_of
 from .search import learn
 from .shadowing import shadow
+from .shapes import has_limit_as_dual
 
 __all__ = ["MatchReport", "match", "shadow"]
 
@@ -32,7 +33,7 @@ def match(
 ) -> MatchReport:
     """Find the ``LossConfig`` that is your loss, by calling it in float64 on a small batch made to tell options apart.
 
-    Your function is called some 700 times with ragged sequences (one of them empty), ratios on both sides of
+    Your function is called some 800 times with ragged sequences (one of them empty), ratios on both sides of
     every bound, advantages of both signs and distances from the reference; its slopes are read off. What was found is
     then compared with ``grpo_loss``, value and gradient, on that batch and on a second one of other lengths, logits,
     ratios and advantages.
@@ -125,7 +126,7 @@ def _asides(proof: Proof) -> list[Said]:
         return says
     if not caller.takes("old_log_probs") and known.surrogate.uses_ratio:
         says.append(said("on_policy"))
-    if known.log_ratio_limit is None and known.uses_ratio:
+    if known.log_ratio_limit is None and known.uses_ratio and not has_limit_as_dual(known.surrogate):
         says.append(said("no_limit"))
     if not caller.masks and known.config.aggregation == "token_mean":
         says.append(said("same_without_mask"))

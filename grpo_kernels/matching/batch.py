@@ -65,7 +65,7 @@ class Batch:
     values: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """advantages, old_log_probs, ref_log_probs of a user's batch."""
     _log_softmax: dict[float, Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
-    """By temperature: some 700 calls of a loss ask for it twice each."""
+    """By temperature: some 800 calls of a loss ask for it twice each."""
 
     @property
     def shape(self) -> torch.Size:

@@ -3,7 +3,7 @@
     python -m grpo_kernels match my_training.py:policy_loss
     python -m grpo_kernels match my_package.losses:ppo --argument x=log_probs --set clip=0.2
 
-It runs the file, as importing it does, and then the function, some 700 times: name only what you would run yourself.
+It runs the file, as importing it does, and then the function, some 800 times: name only what you would run yourself.
 
 The function is called in float64 on a small batch; it takes log-probs or logits and whatever else of a batch it wants,
 by parameter name, and returns a scalar. Exit status: 0 a config is the loss, 1 none is or a fault was found, 2 it

@@ -115,7 +115,9 @@ NOTES: dict[str, str] = {
     "temperature_unseen": "on log-probs the temperature cannot be seen: it is in the call that makes them",
     "on_policy": "your loss has no old log-probs: leave old_log_probs out",
     "old_unused": "your loss takes old log-probs, and they have no effect on its gradient",
-    "one_sided_limit": "your log-ratios are clamped at {limit:g} from above alone: the dual bound exp({limit:g})",
+    "limit_as_dual": "your log-ratios are clamped at {limit:g} from above alone: the dual bound exp({limit:g})",
+    "one_sided_limit": "your log-ratios are clamped at {limit:g} from above only; ours on both sides, where the ratio "
+    "is next to 0",
     "dual_below_high": "the dual clip lies below 1 + high, where grpo_kernels has none",
     "cap_below_one": "the cap of the ratio is {cap:g}, below 1: every token that is at least as likely as before has "
     "that weight. TRL's and Liger's epsilon_high is the cap itself with loss_type='cispo' (ScaleRL: 5)",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..objectives import surrogates
 from ..objectives.config import LossConfig
+from ..objectives.maths import others_of
 from ..objectives.surrogates import Clip, DppoTV, Surrogate, Unclipped
 from .field import Field
 from .known import RUNNING, Known, Said, Step, said
@@ -138,7 +139,7 @@ def _moved(kind: type[Surrogate], log_prob: Tensor, x: Tensor) -> Tensor:
     p, p_old = log_prob.exp(), old.exp()
     if kind is DppoTV:
         return (p - p_old).abs()
-    q, q_old = -torch.expm1(log_prob), -torch.expm1(old)
+    q, q_old = others_of(log_prob), others_of(old)
     return -p_old * x + torch.where(q_old > 0, q_old * (q_old / q).log(), 0.0)
 
 
@@ -225,13 +226,15 @@ def _from_edges(e: Edges, field: Field) -> Fit:
         key, low, high = _wrong_side(e, field)
         says.append(said(key))
         dual = None
-    from_above = None
+    clamp = None
     if dual is not None and _is_limit(dual, limit):
-        if limit is None and high is not None and not _near(high, dual) and field.known.precision.same < 1e-6:
-            from_above = plain(dual, 1e-6)  # the other side was looked at, and A > 0 stops before it: a dual bound
-            says.append(said("one_sided_limit", limit=from_above))
-        else:
-            limit, dual = plain(dual, 1e-6) if limit is None else limit, None
+        if limit is None and field.known.precision.same < 1e-6:  # the other side was looked at
+            clamp = plain(dual, 1e-6)
+            as_dual = high is not None and high < dual - 1e-3  # where A > 0 has stopped before it
+            says.append(said("limit_as_dual" if as_dual else "one_sided_limit", limit=clamp))
+            limit, clamp = (None, clamp) if as_dual else (clamp, None)
+        limit = plain(dual, 1e-6) if limit is None and clamp is None else limit
+        dual = clamp
     high = None if high is not None and _is_limit(high, limit) else high
     low = None if low is not None and _near(-low, limit) else low
     if low is None and high is None and dual is None:
@@ -240,12 +243,12 @@ def _from_edges(e: Edges, field: Field) -> Fit:
         min(1.0, max(0.0, 1.0 if low is None else _number(field.known, -math.expm1(low), 1))),
         1e26 if high is None else max(0.0, _number(field.known, math.expm1(high), 1)),
     )
-    if from_above is not None:
-        clip = Clip(clip.low, clip.high, math.exp(from_above))
-    elif dual is not None and (ratio := _number(field.known, math.exp(dual), 1)) >= 1 + clip.high and ratio < 1e9:
-        clip = Clip(clip.low, clip.high, ratio)
-    elif dual is not None:
-        says.append(said("dual_below_high"))
+    if dual is not None:
+        ratio = math.exp(dual) if clamp is not None else _number(field.known, math.exp(dual), 1)
+        if 1 + clip.high <= ratio < 1e9:
+            clip = Clip(clip.low, clip.high, ratio)
+        else:
+            says.append(said("dual_below_high"))
     return Fit(clip, limit, says=tuple(says))
 
 
@@ -271,9 +274,14 @@ def _dropped(field: Field, edge: float) -> bool:
     return abs(beyond) < 1e-6 * abs(inside)
 
 
-def _is_limit(edge: float, limit: float | None) -> bool:
+def _is_limit(edge: float, limit: float | None = None) -> bool:
     """Whether an edge is a clamp of the log-ratio, not of the ratio: as on the other side, or round in nats."""
     return _near(edge, limit) if limit is not None else edge >= 5 and abs(edge - round(edge)) < 1e-4
+
+
+def has_limit_as_dual(surrogate: Surrogate) -> bool:
+    """Whether the dual bound is a clamp of log-ratios: of what overflows, as our limit."""
+    return isinstance(surrogate, Clip) and surrogate.dual is not None and _is_limit(math.log(surrogate.dual))
 
 
 def _follows_size(probe: Probe, known: Known) -> list[Said]:
