@@ -43,11 +43,13 @@ def test_parts_name_what_exists(name):
 @pytest.mark.parametrize(
     ("name", "guarded"),
     [
-        ("match", "tests/losses_of_others/**/*.py"),
+        ("match", "tests/losses_of_others/seen.py"),
+        ("compositions", "tests/distributed.py"),
+        ("cpu", "tests/cuda_emulator/__init__.py"),
         ("cuda", "tests/oracle.py"),
         ("skyrl", "benchmarks/system_steps.py"),
         ("commands", "tests/resident.py"),
-        ("ptx", "tests/ptx/**/*.py"),
+        ("ptx", "tests/ptx/cases.py"),
     ],
 )
 def test_parts_guard_what_their_tests_import(name, guarded):
@@ -179,12 +181,19 @@ def test_a_part_is_stale_when_what_it_guards_has_changed(tree):
     assert "demo: stale: guarded files have changed" in finish(start(tree, "list"))[1]
 
 
-def test_a_line_that_was_cut_short_is_left_out(tree):
+def test_a_line_that_was_cut_short_takes_no_other_with_it(tree):
+    """What fails after it is not lost."""
     (tree / "tests" / "second fails").touch()
+    (tree / "tests" / "third fails").touch()
     assert finish(start(tree))[0] == 1
     (progress,) = (tree / "build" / "nightly").glob("*")
-    progress.write_text(progress.read_text() + '{"test": "tests/te')
-    assert "of a run to be taken up: 2 passed, 1 failed" in finish(start(tree, "list"))[1]
+    lines = [line for line in progress.read_text().splitlines() if "third" not in line]
+    progress.write_text("\n".join([*lines, '{"test": "tests/te']))
+    assert "of a run to be taken up: 1 passed, 1 failed" in finish(start(tree, "list"))[1]
+    (tree / "tests" / "second fails").unlink()
+    status, said = finish(start(tree))
+    assert status == 1
+    assert "demo: 2 passed, 1 failed, 0 skipped" in said
 
 
 def test_without_git_it_says_what_is_missing(tree):

@@ -30,15 +30,18 @@ ON_TRITON, ON_CUDA = r"[\[-]triton[\]-]", r"[\[-]cuda[\]-]"
 
 
 def reach(file: str, found: set[str]) -> None:
-    """Add a file, and what it imports of FOLDERS, to what was found; of a package all of it."""
+    """Add a file, and what it imports of FOLDERS, to what was found; of a package all files."""
     if file in found or not (ROOT / file).is_file():
         return
     found.add(file)
+    if not file.endswith(".py"):
+        return
     for module in _imports((ROOT / file).read_text()):
         for folder in FOLDERS:
             reach(f"{folder}/{module}.py", found)
             if (ROOT / folder / module / "__init__.py").exists():
-                found.add(f"{folder}/{module}/**/*.py")
+                for path in sorted((ROOT / folder / module).rglob("*.py")):
+                    reach(path.relative_to(ROOT).as_posix(), found)
 
 
 @functools.cache
@@ -69,9 +72,9 @@ class Part:
     def guards(self) -> tuple[str, ...]:
         """What is named, and what its files import of the tests, benchmarks, examples and release scripts."""
         found: set[str] = set()
-        for file in self.files:
-            reach(f"tests/{file}.py", found)
-        return (*self.guarded, *sorted(found), *EVERY)
+        for file in (*(f"tests/{file}.py" for file in self.files), *EVERY):
+            reach(file, found)
+        return (*self.guarded, *sorted(found))
 
     def takes(self, item: pytest.Item) -> bool:
         nightly = item.get_closest_marker("nightly") is not None
@@ -127,7 +130,7 @@ PARTS = {
     "compiled": Part(
         12,
         ("test_build", "test_triton", "test_divergence_triton", "test_gpu_parts", "test_surrogates", "test_ops"),
-        (*KERNELS, "csrc/**"),
+        (*KERNELS, "csrc/**", "tests/triton_offline.py", "setup.py", "pyproject.toml"),
         r"inductor|tests/test_(?!ops)",
     ),
     "fuzz": Part(

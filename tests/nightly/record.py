@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -75,8 +76,10 @@ class Progress:
     def add(self, **entry: str | float) -> None:
         """A test with its outcome, the last of which counts, and its examples, or a run's seconds."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        with self.path.open("ab+") as file:
+            if file.tell() and file.seek(-1, os.SEEK_END) and file.read() != b"\n":
+                file.write(b"\n")  # a line that was cut short stays alone
+            file.write(json.dumps(entry).encode() + b"\n")
 
     def count(self, outcome: str) -> int:
         return list(self.outcomes.values()).count(outcome)
