@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if not _is_of_memory(error):
             raise
-        streams.say(f"error: there is not enough memory for that: {' '.join(str(error).split())[:200]}")
+        streams.say(f"error: there is not enough memory for that. {' '.join(str(error).split())}".rstrip())
         return 2
 
 

@@ -549,7 +549,7 @@ def test_a_model_in_place_of_a_run_whose_folder_has_no_name_yet():
 
 def test_options_of_somebody_else_stay():
     """Of a file of another program; those of a run that never began are replaced."""
-    for text in ('{"my": "settings"}', "no json", "[]"):
+    for text in ('{"my": "settings"}', "no json", "[]", '{"lr": 0.001, "seed": 3}', "{}"):
         Path("mine").mkdir(exist_ok=True)
         Path("mine/options.json").write_text(text)
         assert message_of(*FLAGS, "--out", "mine") == (
@@ -557,6 +557,17 @@ def test_options_of_somebody_else_stay():
         )
         assert Path("mine/options.json").read_text() == text
         assert names("mine") == ["options.json"]
+    opened = Path.open
+
+    def unwritable(path, *mode):
+        if path.name == "options.json" and mode:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *mode)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", unwritable)
+        assert "cannot be written: " in message_of(*FLAGS, "--out", "mine")
+    assert names("mine") == ["options.json"]
     Path("mine/options.json").write_text(json.dumps(dataclasses.asdict(Options(seed=7))))
     assert train(*FLAGS, "--out", "mine") == 0
     assert json.loads(Path("mine/options.json").read_text())["seed"] == 0
@@ -566,12 +577,13 @@ def test_memory_that_is_not_there(capsys):
     """PyTorch's words, in one line; numbers that would fill it bit by bit are refused."""
     assert train(*FLAGS, "--hidden", str(1 << 40)) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: there is not enough memory for that: ")
+    assert said.startswith("error: there is not enough memory for that. ")
     assert said.count("\n") == 1
     assert train(*FLAGS, "--numbers", str(1 << 62)) == 2
     assert capsys.readouterr().err == f"error: --numbers must be at most 10000; got {1 << 62}.\n"
-    assert train(*FLAGS, "--prompts", str(1 << 62)) == 2
-    assert "--prompts must be at most " in capsys.readouterr().err
+    for name in ("prompts", "group", "layers"):
+        assert train(*FLAGS, f"--{name}", str(1 << 62)) == 2
+        assert f"--{name} must be at most " in capsys.readouterr().err
     assert names(".") == []
 
 

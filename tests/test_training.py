@@ -302,6 +302,8 @@ def test_the_learning_rate_falls_to_zero_whatever_is_dropped():
     assert all(mine == full[: len(mine)] for mine, full in zip(some, whole, strict=True))
     assert whole[0][:2] == [5e-4, 1e-3 * (1 - 1 / 24)]
     assert whole[5][3] == pytest.approx(1e-3 / 24)
+    late = rates([0, 0, 1, 1, 1])  # AdamW's moments are empty until then
+    assert late[2] + late[3] == [5e-4, pytest.approx(1e-3 * (1 - 12 / 24))]
 
 
 def test_sort_scores():

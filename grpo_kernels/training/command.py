@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.resume is not None and arguments.out is not None:
         raise SystemExit(f"--resume {arguments.resume} continues a run in its own folder: leave --out out.")
     if arguments.save_model is not None:
-        check_free(arguments.save_model, arguments.resume or arguments.out or RUNS / "next")
+        check_free(arguments.save_model, arguments.resume or arguments.out or RUNS)
     saved = None if arguments.resume is None else read_saved_options(arguments.resume)
     options = read_options(arguments, saved)
     if saved is not None and options != saved:
@@ -82,7 +82,7 @@ def _run(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> int:
             if arguments.save_model is not None and ended:
                 save_policy(trainer.model, trainer.tokenizer, arguments.save_model, ranks.writes)
         if ranks.writes:
-            _report(trainer, folder, arguments.save_model)
+            _report(trainer, folder, arguments.save_model, ended)
     return 0 if ended else 130
 
 
@@ -132,7 +132,7 @@ def _folder(arguments: argparse.Namespace, options: Options, ranks: Ranks) -> Ru
     return held[0] if held else SilentFolder(path)
 
 
-def _report(trainer: Trainer, folder: RunFolder, model: Path | None) -> None:
+def _report(trainer: Trainer, folder: RunFolder, model: Path | None, ended: bool) -> None:
     records = folder.records()
     if not records and trainer.step:
         print(f"step {trainer.step}; its log {folder.log_path} is gone")
@@ -143,7 +143,7 @@ def _report(trainer: Trainer, folder: RunFolder, model: Path | None) -> None:
         _report_rewards(trainer.step, records)
     curves = ", curves" * (folder.path / CURVES_FILE).exists()
     print(f"log{curves} and checkpoint: {folder.path}")
-    if trainer.step < trainer.options.steps:
+    if not ended:
         print(f"interrupted; continue with: {_resume(trainer, folder, model)}")
         return
     if model is not None:

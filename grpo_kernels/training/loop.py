@@ -66,6 +66,7 @@ class Trainer:
         parameters = [{"params": unit} for unit in sharding.by_mesh(self.names)]
         self.optimizer = torch.optim.AdamW(parameters, lr=options.lr, weight_decay=options.weight_decay)
         self.step = 0
+        self.updates = 0
 
     def _spread(self) -> nn.Module:
         """Spread the model over the ranks, and return what a training step calls in its place."""
@@ -77,12 +78,12 @@ class Trainer:
         return self.model
 
     def _set_learning_rate(self, done: int) -> None:
-        """Set the rate of the optimizer step after ``done`` ones of this rollout: linear warm-up, then linear decay to
-        zero over the run. Groups that were dropped count: the rate follows from the place in the run alone."""
+        """Set the rate of the optimizer step after ``done`` ones of this rollout: linear warm-up over the optimizer
+        steps of the run, then linear decay to zero by the place in it, where groups that were dropped count, too."""
         o = self.options
         of_rollout = o.epochs * -(-o.prompts * o.group // o.minibatch)
-        update = self.step * of_rollout + done
-        factor = min((update + 1) / max(o.warmup, 1), max(0.0, 1 - update / (o.steps * of_rollout)))
+        place = (self.step * of_rollout + done) / (o.steps * of_rollout)
+        factor = min((self.updates + 1) / max(o.warmup, 1), max(0.0, 1 - place))
         for group in self.optimizer.param_groups:
             group["lr"] = o.lr * factor
 
@@ -157,6 +158,7 @@ class Trainer:
                 norms.append(sharding.clip_gradients(self.model.parameters(), o.max_grad_norm))
                 self._set_learning_rate(len(norms) - 1)
                 self.optimizer.step()
+                self.updates += 1
                 self.optimizer.zero_grad(set_to_none=True)
                 losses.append(loss)
                 metrics.append(merged)
@@ -246,6 +248,7 @@ class Trainer:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self._optimizer_state(),
+            "schedule": self.updates,
             "reference": None if self.reference is None else self.reference.state_dict(),
             "teacher": self.teacher_checksum,
             "rng": rng,
@@ -273,6 +276,7 @@ class Trainer:
                 held = model.state_dict()
                 model.load_state_dict({key: sharding.cut_as(value, held[key]) for key, value in state[name].items()})
         self._load_optimizer_state(state["optimizer"])
+        self.updates = state["schedule"]
         version, words, gauss = state["rng"]["python"]
         self.rng.setstate((version, tuple(words), gauss))
         for name, generator in self._generators().items():

@@ -17,8 +17,8 @@ from ..objectives.settings import HELD, LARGEST, SMALLEST, check_name, check_see
 
 NO_LOSS = "none"
 """Of --loss: distillation alone."""
-MOST_NUMBERS, MOST_RESPONSES = 10_000, 1_000_000
-"""Of a list that is sorted, and of a rollout: more would be made one by one until memory is full."""
+MOST_NUMBERS, MOST_LAYERS, MOST_RESPONSES = 10_000, 1_000, 1_000_000
+"""Of a list that is sorted, a tiny model, a rollout: more would be made one by one until memory is full."""
 _TYPES: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 
@@ -85,7 +85,8 @@ class Options:
         for name in ("ref_every", "warmup", "weight_decay", "overlong_buffer", "divergence_coef", "kl"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "finite and >= 0")
         self._check_held()
-        self._require("numbers", self.numbers <= MOST_NUMBERS, f"at most {MOST_NUMBERS}")
+        for name, most in (("numbers", MOST_NUMBERS), ("layers", MOST_LAYERS), ("group", MOST_RESPONSES)):
+            self._require(name, getattr(self, name) <= most, f"at most {most}")
         most = MOST_RESPONSES // self.group
         self._require("prompts", self.prompts <= most, f"at most {most} with --group {self.group}")
         limit = self.response_limit()

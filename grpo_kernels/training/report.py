@@ -50,6 +50,7 @@ class RunFolder:
         self._place(path)
         self._made: list[Path] = []
         self._begun = resume or is_there(self.log_path)
+        self._own = set() if is_there(path / OPTIONS) else {OPTIONS}
         try:
             self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=not alone)
@@ -57,6 +58,7 @@ class RunFolder:
             _lock(self._options, path)
             if not resume:
                 self._begin(options)
+            self._own.add(PROBE)
             (path / PROBE).touch()
             (path / PROBE).unlink()
         except SystemExit:
@@ -77,6 +79,7 @@ class RunFolder:
             raise SystemExit(f"{self.path} already holds a run. {goes_on}, or choose another --out.")
         if (self.path / OPTIONS).stat().st_size and _options_of(self.path) is None:
             raise SystemExit(f"{self.path / OPTIONS} is there already, and no run's: choose another --out.")
+        self._own.add(OPTIONS)
         (self.path / OPTIONS).write_text(json.dumps(dataclasses.asdict(options), indent=2) + "\n")
         for each in (self.path / OPTIONS, self.path):  # not replaced: its lock is held
             sync(each)
@@ -113,7 +116,7 @@ class RunFolder:
         if self.path in self._made:
             shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
-            for name in (OPTIONS, PROBE, self.log_path.name):
+            for name in (*self._own, self.log_path.name):
                 (self.path / name).unlink(missing_ok=True)
             for folder in self._made[1:]:
                 folder.rmdir()
@@ -185,7 +188,7 @@ class RunFolder:
             )
         try:
             state = checkpoint.read(self.checkpoint_path)
-            missing = {"step", "model", "optimizer", "reference", "teacher", "rng"} - state.keys()
+            missing = {"step", "model", "optimizer", "schedule", "reference", "teacher", "rng"} - state.keys()
         except OSError as error:
             raise SystemExit(f"{self.checkpoint_path} cannot be read: {error}. Nothing was changed.") from error
         except Exception as error:  # reading fails in many ways on a damaged file
@@ -304,13 +307,15 @@ def _saved_options(path: Path) -> Options:
     return Options(**saved)
 
 
-NO_OPTIONS = (OSError, ValueError, TypeError, RecursionError)
+NO_OPTIONS = (OSError, ValueError, TypeError, AttributeError, RecursionError)
 """What a file that has no options raises."""
 
 
 def _options_of(path: Path) -> Options | None:
+    """Of a file that a run has written: it has all that a run cannot do without."""
     with contextlib.suppress(*NO_OPTIONS):
-        return _saved_options(path)
+        saved = json.loads((path / OPTIONS).read_text())
+        return _saved_options(path) if {"task", "steps", "loss", "seed"} <= saved.keys() else None
     return None
 
 

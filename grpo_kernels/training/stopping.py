@@ -20,9 +20,8 @@ class Interrupt:
         self.asked = False
         self._ranks = ranks
         # SIGINT even where a shell that started this in its background has it ignored: somebody sends it on purpose.
-        taken = [
-            n for n in SIGNALS if not interrupt.stays(n) or (n == signal.SIGINT and signal.getsignal(n) is not None)
-        ]
+        handled = [number for number in SIGNALS if signal.getsignal(number) is not None]
+        taken = [number for number in handled if number == signal.SIGINT or not interrupt.stays(number)]
         self._previous = {number: signal.signal(number, self._handle) for number in taken}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
