@@ -8,6 +8,7 @@ import itertools
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -61,7 +62,7 @@ def large(device: str, names: Sequence[str]) -> Rows:
     shapes = {"vocab 262144": (64, 262144), "vocab 50257": (64, 50257), "70000 rows": (70_000, 3)}
     shapes |= {"2.3e9 elements": (15_200, 151_936)}
     shapes = {"rehearsal": (4, 50257)} if device == "cpu" else shapes
-    for backend, (what, shape) in itertools.product(names, shapes.items()):  # one that hangs takes no other with it
+    for backend, (what, shape) in itertools.product(names, shapes.items()):  # Triton's last
         yield f"{what}, {backend}", partial(_large, device, backend, *shape)
 
 
@@ -170,9 +171,23 @@ def run(rows: Rows, file: Path, seconds: float) -> bool:
         try:
             figures = {"passed": True, **measure()}
         except Exception as error:  # of one backend, or of one shape: the next is measured all the same
+            traceback.print_exc()
             figures = {"passed": False, "how": f"{type(error).__name__}: {first_line(error)}"}
         gpu_rows.write(file, name, **figures, seconds=time.monotonic() - start)
+        if not figures["passed"] and not _works():
+            print(f"the GPU takes no more work after {name}", flush=True)
+            return False
     return all(row.get("passed", True) for row in gpu_rows.read(file))
+
+
+def _works() -> bool:
+    """Whether a GPU, if one is in use, still computes: after an illegal access no call of its process does."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def main() -> int:

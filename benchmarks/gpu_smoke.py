@@ -20,11 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import gpu_calls
 import gpu_rows
 import gpu_steps
 import torch  # before the forks; CUDA is first touched in one of them
+from gpu_calls import Setting, Shape
 from gpu_process import Ended, Interrupted, end_on_signals, fork
-from gpu_steps import Setting, Shape
 
 Step = tuple[str, Callable[[Setting], bool]]
 LONG = 4
@@ -64,8 +65,8 @@ def steps(small: bool) -> list[Step]:
         ("dead rows", _step(gpu_steps.dead_rows, Shape(rows(301, 8), 32000), Shape(rows(301, 8), 50257))),
         ("races", _step(gpu_steps.races, *([Shape(6, 9008)] if small else equal))),
         ("times", _step(gpu_steps.times, *timed)),
-        ("pairs, two passes", _pairs(gpu_steps.Pair.two_passes, *paired)),
-        ("pairs, one pass", _pairs(gpu_steps.Pair.one_pass, *paired)),
+        ("pairs, two passes", _pairs(gpu_calls.Pair.two_passes, *paired)),
+        ("pairs, one pass", _pairs(gpu_calls.Pair.one_pass, *paired)),
         ("times of pairs", _step(gpu_steps.times_of_pairs, Shape(8192, 151936), Shape(16384, 32000))),
     ]
 
@@ -74,7 +75,7 @@ def _step(function: Callable[..., bool], *shapes: Shape) -> Callable[[Setting], 
     return lambda setting: function(setting, *shapes)
 
 
-def _pairs(call: Callable[[gpu_steps.Pair, torch.Tensor], None], *shapes: Shape) -> Callable[[Setting], bool]:
+def _pairs(call: Callable[[gpu_calls.Pair, torch.Tensor], None], *shapes: Shape) -> Callable[[Setting], bool]:
     return lambda setting: gpu_steps.pairs(setting, call, *shapes)
 
 

@@ -114,10 +114,23 @@ def test_a_row_that_raises_takes_no_other_with_it(tmp_path):
     assert [row["name"] for row in gpu_rows.read(file) if row["passed"]] == ["a", "c"]
 
 
+def test_nothing_is_measured_on_a_gpu_that_is_lost(tmp_path, monkeypatch):
+    """After an illegal access every call of the process fails: those are no faults of the rows."""
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    assert not gpu_parts.run(((name, lost) for name in "ab"), tmp_path / "rows", 10.0)
+    assert [row["name"] for row in gpu_rows.read(tmp_path / "rows")] == ["a"]
+
+
 def test_large_shapes_of_one_backend_come_first():
     """Those of the CUDA kernels prove them whatever becomes of Triton's."""
     for part in (gpu_parts.large, gpu_parts.pairs):
-        backends = [name.rpartition(", ")[2] for name, _ in part("cpu", ["cuda", "triton"])]
+        backends = [name.rpartition(", ")[2] for name, _ in part("cuda", ["cuda", "triton"]) if "x" not in name]
+        assert len(backends) > 4
         assert backends == sorted(backends)
         assert set(backends) == {"cuda", "triton"}
 

@@ -10,13 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import gpu_calls
 import gpu_process
 import gpu_rows
 import gpu_smoke
 import gpu_steps
 import pytest
 import torch
-from gpu_steps import Setting, Shape
+from gpu_calls import Setting, Shape
 
 from grpo_kernels.backends import cuda
 
@@ -45,11 +46,11 @@ def onehot(rows, *_):
 
 
 def in_one_pass(setting, *shapes):
-    return gpu_steps.pairs(setting, gpu_steps.Pair.one_pass, *shapes)
+    return gpu_steps.pairs(setting, gpu_calls.Pair.one_pass, *shapes)
 
 
 def in_two_passes(setting, *shapes):
-    return gpu_steps.pairs(setting, gpu_steps.Pair.two_passes, *shapes)
+    return gpu_steps.pairs(setting, gpu_calls.Pair.two_passes, *shapes)
 
 
 FAULTS = {
@@ -158,7 +159,7 @@ def test_a_launch_that_hangs(monkeypatch, capfd):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(gpu_smoke, "START", 5.0)
-    step = ("launch", lambda setting: gpu_steps.wait(setting, "fused_loss 3x5"))
+    step = ("launch", lambda setting: gpu_calls.wait(setting, "fused_loss 3x5"))
     assert gpu_smoke.run([step], Setting("cuda", patience=0.2), 60.0) == ["launch"]
     out = capfd.readouterr().out
     assert "HANG: fused_loss 3x5 has not finished after 0 s" in out
@@ -186,7 +187,7 @@ def device_calls(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Stopwatch)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.append("busy"))
     monkeypatch.setattr(gpu_steps, "COPIED", 10**6)
-    monkeypatch.setattr(gpu_steps.Batch, "per_row", queued(gpu_steps.Batch.per_row, "tensor"))
+    monkeypatch.setattr(gpu_calls.Batch, "per_row", queued(gpu_calls.Batch.per_row, "tensor"))
     for name in ("log_probs", "fused_loss"):
         monkeypatch.setattr(cuda, name, queued(getattr(cuda, name), name))
     return queue
