@@ -137,8 +137,8 @@ def check_tools(architectures: str) -> None:
         missing.append(PROGRAM)
     if missing:
         raise SystemExit(
-            f"wheels.py: expected {', '.join((*TOOLS, PROGRAM))} beside {sys.executable}; got none of {', '.join(missing)}: "
-            f'make release, or pip install -c constraints.txt ".[release]"'
+            f"wheels.py: expected {', '.join((*TOOLS, PROGRAM))} beside {sys.executable}; got none of "
+            f'{", ".join(missing)}: make release, or pip install -c constraints.txt ".[release]"'
         )
     if architectures:
         script = runpy.run_path(str(ROOT / "setup.py"))
