@@ -216,7 +216,7 @@ WRITTEN = {
         "stops = impossible & False if free is None",
     ),
     "kl weight forgotten": ("calls/terms.py", "weighed(weight, kl.slope)", "kl.slope"),
-    "token weights forgotten": ("calls/batch.py", "weight * factor, 0.0", "weight, 0.0"),
+    "token weights forgotten": ("calls/batch.py", "weighed(weight, factor), 0.0", "weight, 0.0"),
     "entropy weight: sign": (
         "calls/reduction.py",
         "None if weight is None else -weight",
