@@ -743,3 +743,18 @@ def test_a_teacher_in_fp64_is_refused_beside_others(kernels):
 
     request = backends.Request(torch.device("cpu"), torch.float32, teacher=torch.float64)
     assert "float64 teacher" in backends.get(kernels).unsupported(request)
+
+
+@on_pairs
+@of_kinds
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_nothing_is_written_behind_a_row(kernels, kind, softcap):
+    """In place, where a row's last block is not whole, and other memory follows."""
+    for dtype, vocab in itertools.product((torch.float32, torch.bfloat16), (5, 37)):
+        z, u = drawn(2, vocab, dtype)
+        held = torch.full((1, 2, vocab + 64), 7.0, dtype=dtype)
+        held[..., :vocab] = z
+        arguments = LogitArgs(logit_softcap=softcap)
+        rows, teacher = (rows_of(x, arguments=arguments) for x in (held[..., :vocab], u))
+        one_pass(kernels, rows, teacher, kind, inplace=True)
+        assert (held[..., vocab:] == 7).all()
