@@ -226,15 +226,13 @@ def _from_edges(e: Edges, field: Field) -> Fit:
         key, low, high = _wrong_side(e, field)
         says.append(said(key))
         dual = None
-    clamp = None
+    as_dual = False
     if dual is not None and _is_limit(dual, limit):
+        clamp = plain(dual, 1e-6) if limit is None else limit
         if limit is None and field.known.precision.same < 1e-6:  # the other side was looked at
-            clamp = plain(dual, 1e-6)
             as_dual = high is not None and high < dual - 1e-3  # where A > 0 has stopped before it
             says.append(said("limit_as_dual" if as_dual else "one_sided_limit", limit=clamp))
-            limit, clamp = (None, clamp) if as_dual else (clamp, None)
-        limit = plain(dual, 1e-6) if limit is None and clamp is None else limit
-        dual = clamp
+        limit, dual = (None, clamp) if as_dual else (clamp, None)
     high = None if high is not None and _is_limit(high, limit) else high
     low = None if low is not None and _near(-low, limit) else low
     if low is None and high is None and dual is None:
@@ -244,7 +242,7 @@ def _from_edges(e: Edges, field: Field) -> Fit:
         1e26 if high is None else max(0.0, _number(field.known, math.expm1(high), 1)),
     )
     if dual is not None:
-        ratio = math.exp(dual) if clamp is not None else _number(field.known, math.exp(dual), 1)
+        ratio = math.exp(dual) if as_dual else _number(field.known, math.exp(dual), 1)
         if 1 + clip.high <= ratio < 1e9:
             clip = Clip(clip.low, clip.high, ratio)
         else:

@@ -77,7 +77,7 @@ class RunFolder:
             if not has_checkpoint:
                 goes_on = f"It has no checkpoint to go on from: remove its {self.log_path.name}"
             raise SystemExit(f"{self.path} already holds a run. {goes_on}, or choose another --out.")
-        if (self.path / OPTIONS).stat().st_size and _options_of(self.path) is None:
+        if (self.path / OPTIONS).stat().st_size and not _is_of_a_run(self.path):
             raise SystemExit(f"{self.path / OPTIONS} is there already, and no run's: choose another --out.")
         self._own.add(OPTIONS)
         (self.path / OPTIONS).write_text(json.dumps(dataclasses.asdict(options), indent=2) + "\n")
@@ -298,30 +298,31 @@ def _smooth(values: list[float], window: int = 25) -> list[float]:
     return [sum(values[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
 
-def _saved_options(path: Path) -> Options:
+NO_OPTIONS = (OSError, ValueError, TypeError, RecursionError)
+"""What a file that has no options raises."""
+
+
+def _read_options(path: Path) -> dict[str, Any]:
     saved = json.loads((path / OPTIONS).read_text())
     if not isinstance(saved, dict):
         raise ValueError(f"expected an object of options; got {json.dumps(saved)[:60]}")
     if unknown := saved.keys() - {field.name for field in dataclasses.fields(Options)}:
         raise ValueError(f"it has {', '.join(sorted(unknown))}, which is no option of this version")
-    return Options(**saved)
+    return saved
 
 
-NO_OPTIONS = (OSError, ValueError, TypeError, AttributeError, RecursionError)
-"""What a file that has no options raises."""
-
-
-def _options_of(path: Path) -> Options | None:
-    """Of a file that a run has written: it has all that a run cannot do without."""
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a run has written the folder's options: they have all that it cannot do without."""
     with contextlib.suppress(*NO_OPTIONS):
-        saved = json.loads((path / OPTIONS).read_text())
-        return _saved_options(path) if {"task", "steps", "loss", "seed"} <= saved.keys() else None
-    return None
+        saved = _read_options(path)
+        Options(**saved)
+        return {"task", "steps", "loss", "seed"} <= saved.keys()
+    return False
 
 
 def read_saved_options(path: Path) -> Options:
     """Return the options that a run was started with. Exit with a message where they cannot be read."""
     try:
-        return _saved_options(path)
+        return Options(**_read_options(path))
     except NO_OPTIONS as error:
         raise SystemExit(f"{path} is not the folder of a run: its options.json cannot be read ({error}).") from error
