@@ -44,10 +44,12 @@ def test_group_normalized(eps):
 
 def test_equal_rewards_give_exact_zeros():
     """0.1 * 3 / 3 is not 0.1 in floating point: the zero must not come from a subtraction."""
-    rewards = torch.full((9,), 0.1)
-    for estimate in (advantages.group_normalized, advantages.leave_one_out):
-        assert (estimate(rewards, 3) == 0).all()
-    assert not advantages.has_signal(rewards, 3).any()
+    for reward, size in ((0.1, 3), (0.9, 7), (10.1, 8), (100.1, 16)):
+        rewards = torch.full((3 * size,), reward)
+        for estimate in (advantages.group_centered, advantages.group_normalized, advantages.leave_one_out):
+            assert (estimate(rewards, size) == 0).all()
+        assert (advantages.centered(rewards.view(3, size)) == 0).all()
+        assert not advantages.has_signal(rewards, size).any()
 
 
 def test_leave_one_out():
@@ -226,6 +228,10 @@ def test_baselines():
     for baseline in (each, each[:, None], each.repeat_interleave(8)):
         got = advantages.reward_to_go(*flat, 0.9, baseline=baseline, cu_seqlens=bounds)
         torch.testing.assert_close(got, expected)
+    of_two = torch.tensor([5.0, 1.0])  # N is S: (S,) is of sequences, the first of which is empty here
+    for baseline, expected in ((of_two, [-1.0, -1.0]), (of_two[None], [-5.0, -1.0])):
+        got = advantages.reward_to_go(torch.zeros(2), torch.ones(2), 1.0, baseline, cu_seqlens=torch.tensor([0, 0, 2]))
+        assert got.tolist() == expected
     with pytest.raises(ValueError, match="baseline to be a finite number"):
         advantages.reward_to_go(rewards, mask, baseline=math.nan)
 

@@ -23,16 +23,20 @@ def raw(rewards: Tensor) -> Tensor:
 
 
 def centered(rewards: Tensor) -> Tensor:
-    """Return R_i - mean(R) over the batch, in the shape of ``rewards`` (REINFORCE with a mean baseline)."""
+    """Return R_i - mean(R) over the batch, in the shape of ``rewards`` (REINFORCE with a mean baseline).
+
+    A batch of equal rewards gives exact zeros.
+    """
     check_tensors("centered", {"rewards": rewards}, needed=("rewards",))
-    rewards = _floating(rewards)
-    return rewards - rewards.mean()
+    return _centered(_floating(rewards).reshape(1, -1)).reshape(rewards.shape)
 
 
 def group_centered(rewards: Tensor, group_size: int) -> Tensor:
-    """Return R_i - mean of its group (Dr. GRPO; Liu et al. 2025, arXiv:2503.20783). (B,) -> (B,)."""
-    groups = _groups("group_centered", rewards, group_size)
-    return (groups - groups.mean(-1, keepdim=True)).reshape(-1)
+    """Return R_i - mean of its group (Dr. GRPO; Liu et al. 2025, arXiv:2503.20783). (B,) -> (B,).
+
+    A group of equal rewards gives exact zeros.
+    """
+    return _centered(_groups("group_centered", rewards, group_size)).reshape(-1)
 
 
 def group_normalized(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Tensor:
@@ -44,10 +48,8 @@ def group_normalized(rewards: Tensor, group_size: int, eps: float = 1e-6) -> Ten
     number = check_scalar("group_normalized", "eps", eps)
     if number is not None and number < 0:
         fail("group_normalized", "eps >= 0", shown(eps))
-    difference = groups - groups.mean(-1, keepdim=True)
     deviation = groups.std(-1, keepdim=True, correction=0)
-    scaled = difference / (deviation + as_float(eps))
-    return torch.where(_constant(groups), 0.0, scaled).reshape(-1)
+    return torch.where(_constant(groups), 0.0, _centered(groups) / (deviation + as_float(eps))).reshape(-1)
 
 
 def leave_one_out(rewards: Tensor, group_size: int) -> Tensor:
@@ -96,8 +98,8 @@ def reward_to_go(
 
     Args:
         discount: γ in [0, 1].
-        baseline: a number, one for each sequence ((B, 1), packed (S,)) or for each token, subtracted (it leaves the
-            gradient unbiased if it does not depend on the action).
+        baseline: a number, one for each sequence ((B, 1), packed (S,)) or for each token ((1, N) where N is S as well),
+            subtracted (it leaves the gradient unbiased if it does not depend on the action).
         discount_from_start: multiply by γ^(t-1) too, the exact gradient of the discounted objective; the usual form
             leaves it out (Nota & Thomas 2020, arXiv:1906.07073).
         cu_seqlens: (S+1,) bounds of packed sequences; rewards and mask are then (N,) or (1, N), as for the loss.
@@ -237,11 +239,12 @@ class _Tokens:
         baseline, count = _floating(baseline), self.sequences.count
         if baseline.dim() == 0:
             return baseline
+        per_token = (tuple(self.shape), tuple(self.live.shape))
         per_sequence = ((count, 1),) if isinstance(self.sequences, Padded) else ((count, 1), (count,))
-        check_shape(function, "baseline", baseline, (tuple(self.shape), *per_sequence), {"baseline": baseline})
-        if baseline.shape == self.shape:
-            return self.rows(baseline)
-        return self.sequences.expand(baseline.reshape(count))
+        check_shape(function, "baseline", baseline, (*per_token, *per_sequence), {"baseline": baseline})
+        if baseline.shape in per_sequence and baseline.shape != self.live.shape:
+            return self.sequences.expand(baseline.reshape(count))
+        return self.rows(baseline)
 
 
 @dataclass(frozen=True)
@@ -298,6 +301,12 @@ def _wide(values: Tensor) -> Tensor:
         raise TypeError(f"rewards, values, baselines and lengths are real numbers; got {values.dtype}.")
     dtype = values.dtype if values.is_floating_point() else torch.get_default_dtype()
     return values.to(torch.promote_types(dtype, torch.float32))
+
+
+def _centered(groups: Tensor) -> Tensor:
+    """Return R_i - mean of its row, 0 where all are the same: their mean is rounded, and an optimiser that normalises
+    its steps, as Adam does, makes whole ones of 6e-8."""
+    return torch.where(_constant(groups), 0.0, groups - groups.mean(-1, keepdim=True))
 
 
 def _constant(groups: Tensor) -> Tensor:
