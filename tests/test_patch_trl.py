@@ -450,6 +450,41 @@ def test_whole_logits(monkeypatch, name, beta, options):
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.detach().abs().max()))
 
 
+@pytest.mark.parametrize("labels", [None, torch.tensor([3, -100, 2, 1])])
+@pytest.mark.parametrize("options", [{}, {"num_items_in_batch": 5}, {"reduction": "sum"}])
+def test_logits_of_rows(monkeypatch, options, labels):
+    """(N, V), of which N is the batch that TRL divides by."""
+    kind, student, teacher = kind_of("gkd.GKDTrainer"), torch.randn(4, V, requires_grad=True), torch.randn(4, V)
+    wanted = kind.generalized_jsd_loss(student, teacher, labels, **options)
+    calls = counted(monkeypatch)
+    with patch_trl(experimental=True):
+        found = kind.generalized_jsd_loss(student, teacher, labels, **options)
+    assert calls == {"grpo_loss": 1}
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    one, other = (torch.autograd.grad(loss, student)[0] for loss in (found, wanted))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_columns_that_are_apart(monkeypatch):
+    """Our kernels read rows: logits whose last stride is not 1 stay with TRL."""
+    logits, teacher, index = torch.randn(V, 4).T, torch.randn(4, V), torch.randint(V, (4,))
+    gkd = kind_of("gkd.GKDTrainer")
+    sdpo = importlib.import_module("trl.experimental.sdpo.loss_utils")
+
+    def everything():
+        yield UTILS.selective_log_softmax(logits, index)
+        yield from UTILS.selective_log_softmax_and_entropy(logits, index)
+        for pair in ((logits, teacher), (teacher, logits)):
+            yield gkd.generalized_jsd_loss(*pair, index)
+            yield sdpo.compute_full_logit_self_distillation_loss(*pair, distillation_alpha=0.5)
+
+    wanted, calls = list(everything()), counted(monkeypatch)
+    with patch_trl(experimental=True):
+        found = list(everything())
+    assert not calls
+    assert all(map(torch.equal, found, wanted))
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

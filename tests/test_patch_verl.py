@@ -14,7 +14,7 @@ from stand_ins import changed, functions
 from stand_ins.verl import CORE, KERNEL, LOSS, MEGATRON, VERL
 
 from grpo_kernels import KL, Clip, LossConfig
-from grpo_kernels.integrations.operators import logprobs_from_logits
+from grpo_kernels.integrations.operators import entropy_from_logits, logprobs_from_logits
 from grpo_kernels.integrations.verl import loss_config, patch_verl
 from grpo_kernels.integrations.verl_losses import MISSING
 
@@ -212,3 +212,18 @@ def test_a_dimension_of_one_is_no_difference():
     torch.testing.assert_close(
         logprobs_from_logits(logits, ids), logits[0].log_softmax(-1).gather(-1, ids[:, None])[:, 0]
     )
+
+
+def test_columns_that_are_apart():
+    """Of logits whose last stride is not 1 the rows are copied."""
+    logits, ids = torch.randn(7, 5, requires_grad=True), torch.arange(5)
+    doubled = 2 * logits
+    log_p = doubled.T.log_softmax(-1)
+    found = logprobs_from_logits(doubled.T, ids), entropy_from_logits(doubled.T)
+    wanted = log_p.gather(-1, ids[:, None])[:, 0], -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(found, wanted)
+    gradients = [
+        torch.autograd.grad(one.sum() + other.square().sum(), logits, retain_graph=True)[0]
+        for one, other in (found, wanted)
+    ]
+    torch.testing.assert_close(*gradients)

@@ -133,7 +133,7 @@ def selective_log_softmax_and_entropy_or(original: Callable[..., Any]) -> Callab
 def _serves(logits: Tensor, index: Tensor) -> bool:
     """Whether a row has one token, and TRL no kernel for it: on GPUs it has one that reads logits once, as ours does,
     and nobody has timed the two."""
-    plain = logits.device.type == "cpu" and not isinstance(logits, DTensor)
+    plain = logits.device.type == "cpu" and not isinstance(logits, DTensor) and _lies_in_rows(logits)
     return plain and logits.dim() in (2, 3) and index.shape == logits.shape[:-1] and index.numel() > 0
 
 
@@ -189,14 +189,15 @@ def generalized_jsd_or(original: Callable[..., Tensor]) -> Callable[..., Tensor]
         columns = count is None and reduction not in ("batchmean", "sum")
         if columns or given.get("logits_are_probs") or given.get("top_k") or not _compares(logits, teacher):
             return original(*args, **kwargs)
-        ids = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
         mask = None if labels is None else labels != -100
         if count is None:
             whole = len(logits) if mask is None else mask.sum().clamp(min=1)
             count = whole if reduction == "batchmean" else 1
+        if logits.dim() == 2:  # one sequence
+            logits, teacher, mask = logits[None], teacher[None], None if mask is None else mask[None]
         return grpo_loss(
             logits,
-            ids,
+            torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device),
             None,
             mask,
             teacher=Teacher(logits=teacher.detach()),
@@ -224,7 +225,13 @@ def full_logit_loss_or(original: Callable[..., Tensor]) -> Callable[..., Tensor]
 
 def _compares(logits: Tensor, teacher: Tensor) -> bool:
     """Whether two tensors are the logits of the same tokens and vocabulary, the teacher's without a gradient."""
-    return logits.shape == teacher.shape and logits.dim() in (2, 3) and not teacher.requires_grad
+    alike = logits.shape == teacher.shape and logits.dim() in (2, 3) and not teacher.requires_grad
+    return alike and _lies_in_rows(logits) and _lies_in_rows(teacher)
+
+
+def _lies_in_rows(logits: Tensor) -> bool:
+    """Whether the columns of a row follow each other in memory, as our kernels read them."""
+    return logits.stride(-1) == 1 or logits.shape[-1] == 1
 
 
 def _config(beta: float) -> LossConfig:
