@@ -510,6 +510,20 @@ def test_hidden_states_made_in_inference_mode(config, name):
     (out.log_probs.sum() + out.entropy.sum()).backward()
 
 
+def test_masks_made_in_inference_mode():
+    """Of what is not a loss of logits."""
+    mask, bounds = (
+        _made_in_inference(torch.tensor([[True, True, False], [True, False, False]])),
+        torch.tensor([0, 2, 3]),
+    )
+    values = torch.randn(2, 3, requires_grad=True)
+    value_loss(values, values.detach(), torch.zeros(2, 3), mask).backward()
+    assert (values.grad != 0).tolist() == mask.tolist()
+    packed = torch.randn(1, 3, requires_grad=True)
+    unpack(packed, bounds, mask).sum().backward()
+    assert torch.equal(packed.grad, torch.ones(1, 3))
+
+
 def test_calls_inside_inference_mode():
     """Nothing is copied, nothing raises."""
     given = _everything()

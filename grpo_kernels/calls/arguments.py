@@ -144,14 +144,6 @@ def _overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
-def ordinary(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors, copied if they were made under ``torch.inference_mode()``: autograd saves no such ones for
-    backward."""
-    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
-        return tensors
-    return tuple(tensor.clone() if tensor.is_inference() else tensor for tensor in tensors)
-
-
 def check_pooled(
     function: str,
     config: LossConfig,

@@ -12,9 +12,9 @@ from torch._subclasses import FakeTensor
 from ..backends import ops
 from ..backends.contract import DivergenceStats, RowGradients, Rows, RowStats
 from ..backends.spec import LogitArgs, numbers_vector
-from ..objectives.checks import check_device, fail, fits
+from ..objectives.checks import check_device, fail, fits, ordinary
 from ..objectives.divergence import Divergence
-from .arguments import check_logit_args, check_logits, ordinary
+from .arguments import check_logit_args, check_logits
 from .autograd import backward_rows, once
 from .contents import TeacherRows, check_teacher_shift
 from .recorded_teacher import read_recorded

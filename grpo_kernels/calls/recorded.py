@@ -30,10 +30,10 @@ from ..objectives.checks import (
     check_tensors,
     fail,
     may_look,
+    ordinary,
     read_mask,
 )
 from ..objectives.settings import read_integer, shown
-from .arguments import ordinary
 from .autograd import once
 from .tokens import RowTokens
 

@@ -21,12 +21,11 @@ from torch import Tensor
 from ..backends.contract import RowGradients, Rows, RowStats
 from ..backends.eager_rows import capped
 from ..backends.spec import LogitArgs, numbers_vector, without_softcap
-from ..objectives.checks import check_device, check_no_transforms, check_shape, fail, read_mask
+from ..objectives.checks import check_device, check_no_transforms, check_shape, fail, ordinary, read_mask
 from ..objectives.compiler import outside_graphs
 from ..objectives.groups import gather, ordered_sum
 from ..objectives.maths import weighed
 from ..objectives.settings import is_number, plain, shown
-from .arguments import ordinary
 from .autograd import once
 from .contents import check_ids
 from .recorded import READ, Recorded, check_recorded

@@ -19,10 +19,10 @@ from torch import Tensor
 from ..backends import memory, ops
 from ..backends.contract import RowGradients, Rows, RowStats, TokenRecords, TokenValues
 from ..backends.spec import NUMBERS, LogitArgs, numbers_vector
+from ..objectives.checks import ordinary
 from ..objectives.config import LossConfig
 from ..objectives.metrics import Metrics
 from ..objectives.sequences import Sequences
-from .arguments import ordinary
 from .autograd import once
 from .chunks import LiveRows, cut
 from .contents import TeacherRows, check_teacher_shift

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import TokenInputs
-from ..objectives.checks import fail
+from ..objectives.checks import fail, ordinary
 from ..objectives.config import LossConfig
 from ..objectives.maths import weighed
-from .arguments import ordinary
 from .autograd import once
 from .terms import token_terms
 from .token_batch import TokenBatch

@@ -26,12 +26,13 @@ from ..objectives.checks import (
     fits,
     may_look,
     of_tokens,
+    ordinary,
     read_mask,
     read_token_mask,
 )
 from ..objectives.maths import real_dtype
 from ..objectives.sequences import Packed
-from .arguments import check_head, check_logits, ordinary
+from .arguments import check_head, check_logits
 from .head import HeadTensors, operand_dtype
 from .vocabulary import VocabShard
 
@@ -164,7 +165,7 @@ def read_log_prob_tokens(
         check_shape(function, "entropy", entropy, (tuple(log_probs.shape),), named)
     checks = checks_enabled(check)
     hint = functools.partial(_shift_hint, shape=log_probs.shape, what="log_probs")
-    (live,) = ordinary(read_token_mask(function, mask, log_probs, named, checks, hint))
+    live = read_token_mask(function, mask, log_probs, named, checks, hint)
     shared = (log_probs.shape, real_dtype(log_probs.dtype), named, checks, may_look(log_probs, checks))
     return Tokens(function, live, *shared)
 
@@ -196,7 +197,7 @@ def _read_ids(
     checks = checks_enabled(check)
     hint = functools.partial(_shift_hint, shape=token_ids.shape, what=next(iter(named)))
     looks, live = may_look(token_ids, checks), read_token_mask(function, mask, token_ids, named, checks, hint)
-    live, ids = ordinary(live, of_tokens(token_ids, torch.int64))
+    (ids,) = ordinary(of_tokens(token_ids, torch.int64))
     real = torch.float64 if dtype == torch.float64 else torch.float32
     vocab = columns if shard is None else shard.vocab
     of_rows = (states, vocab, columns, dtype, ids, shard)

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls.arguments import ordinary
 from ..calls.outputs import LossOutput, TokenLogProbs
 from ..calls.sighting import LOG, Sighting, Turns, seen
 from ..log_probs import token_log_probs
 from ..loss import grpo_loss
-from ..objectives.checks import check_scalar, fail
+from ..objectives.checks import check_scalar, fail, ordinary
 from ..objectives.config import LossConfig
 from ..objectives.settings import read_integer, shown
 from .call import Caller

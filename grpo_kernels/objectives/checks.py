@@ -219,12 +219,21 @@ def refuse_layout(function: str, name: str, tensor: Tensor) -> NoReturn:
     fail(function, f"{name} to be a dense tensor", got, hint=hint, error=TypeError)
 
 
+def ordinary(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors, copied if they were made under ``torch.inference_mode()``: autograd saves no such ones for
+    backward."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return tensors
+    return tuple(tensor.clone() if tensor.is_inference() else tensor for tensor in tensors)
+
+
 def read_mask(
     function: str, mask: Tensor, tensors: Mapping[str, object], check: bool | None = None, name: str = "mask"
 ) -> Tensor:
-    """Return, as bool, where a mask is not 0. Every mask is read here; raise on numbers that no mask can hold."""
+    """Return, as bool, where a mask is not 0, for a backward to keep. Every mask is read here; raise on numbers that no
+    mask can hold."""
     if mask.dtype == torch.bool:
-        return mask
+        return ordinary(mask)[0]
     if mask.dtype not in _NUMBERS:
         hint = f"{name}.bool()"
         fail(function, f"{name} of bool or numbers that compare", str(mask.dtype), tensors, hint, TypeError)
