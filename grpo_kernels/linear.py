@@ -401,5 +401,4 @@ class LinearGRPOLoss(LossModule):
         **options: Any,
     ) -> LossOutput:
         """See ``linear_grpo_loss``."""
-        options = {**self.options, **options}
-        return linear_grpo_loss(hidden, weight, token_ids, advantages, mask, config=self.config, **options)
+        return linear_grpo_loss(hidden, weight, token_ids, advantages, mask, **self.keywords(options))

@@ -413,4 +413,4 @@ class GRPOLoss(LossModule):
         **options: Any,
     ) -> LossOutput:
         """See ``grpo_loss``."""
-        return grpo_loss(logits, token_ids, advantages, mask, config=self.config, **{**self.options, **options})
+        return grpo_loss(logits, token_ids, advantages, mask, **self.keywords(options))

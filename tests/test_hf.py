@@ -1418,6 +1418,8 @@ def test_a_batch_is_one_thing_to_wrappers():
     )
     assert moved["advantages"].dtype == torch.float32
     assert moved["temperature"] == 0.9
+    with pytest.raises(TypeError, match="expected a device: ids, masks and log-probs keep their dtypes; got torch.bf"):
+        batch.to(torch.bfloat16)
     assert "advantages=(3,)" in repr(batch)
     again = pickle.loads(pickle.dumps(batch))
     out = model(**given, grpo=again)

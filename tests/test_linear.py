@@ -634,6 +634,9 @@ def test_module_and_compile():
     module = LinearGRPOLoss("dapo", temperature=0.7)
     assert torch.equal(module(*arguments).loss, expected.loss)
     assert "Clip" in repr(module)
+    assert torch.equal(
+        module(*arguments, config="cispo").loss, linear_grpo_loss(*arguments, config="cispo", temperature=0.7).loss
+    )
     with pytest.raises(ValueError, match="chunk_bytes"):
         LinearGRPOLoss(chunk_byte=3)
     problem = Problem(bias=False, rank=3)

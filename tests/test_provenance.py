@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import make
 
-from grpo_kernels import TopK, grpo_loss, linear_grpo_loss, linear_token_log_probs, token_log_probs
+from grpo_kernels import TopK, grpo_loss, linear_grpo_loss, linear_token_log_probs, reference, token_log_probs
 from grpo_kernels.calls import provenance
 
 
@@ -31,6 +31,8 @@ def test_made_alike_nothing_is_said_and_ratios_are_1():
         out = loss(case, old, temperature=0.7)
     assert out.metrics.ratio_min == out.metrics.ratio_max == 1
     assert torch.equal(out.loss, loss(case, old.log_probs, temperature=0.7).loss)
+    given = {**case.options, "old_log_probs": old, "temperature": 0.7}
+    torch.testing.assert_close(reference.grpo_loss(case.logits, *case.arguments, **given).loss, out.loss)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from torch import nn
@@ -24,6 +24,10 @@ class LossModule(nn.Module):
         keywords = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
         check_options(f"{type(self).__name__}: the option", options, keywords)
         self.options = options
+
+    def keywords(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of one call: what it is given stands in place of what is fixed."""
+        return {"config": self.config, **self.options, **options}
 
     def extra_repr(self) -> str:
         return repr(self.config)

@@ -58,6 +58,10 @@ class Batch(Mapping[str, Any]):
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
         """Return the batch with its tensors on a device, in their dtypes."""
+        if isinstance(device, torch.dtype):
+            fail(
+                "hf.batch(...).to", "a device: ids, masks and log-probs keep their dtypes", str(device), error=TypeError
+            )
 
         def moved(value: Any) -> Any:
             if isinstance(value, (Tensor, Recorded, Teacher)):

@@ -140,7 +140,9 @@ class Metrics:
         _mean("rollout_ratio_sum", "rollout_count"),
     )
     rollout_ratio_max = Metric("largest such ρ", _extreme("rollout_ratio_max", "rollout_count"))
-    rollout_effective_sample_size = Metric("(Σρ)² / (n·Σρ²), over the same", _effective_sample_size("rollout_ratio"))
+    rollout_effective_sample_size = Metric(
+        "(Σρ)² / (n·Σρ²), over the same; NaN where a ρ² overflows", _effective_sample_size("rollout_ratio")
+    )
     rollout_weight_mean = Metric(
         "mean of the factor that the rollout correction makes of it (1 without one; 0 without rollout log-probs)",
         _mean("rollout_weight_sum", "rollout_count"),

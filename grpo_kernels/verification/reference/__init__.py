@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...calls.arguments import check_pooled
-from ...calls.outputs import LossOutput
+from ...calls.outputs import LossOutput, TokenLogProbs
 from ...calls.teacher import Teacher, check_teacher
 from ...objectives.aggregation import AGGREGATIONS
 from ...objectives.checks import check_flag, checks_enabled, fail, read_mask
@@ -36,7 +36,7 @@ def grpo_loss(
     advantages: Tensor | None,
     mask: Tensor | None = None,
     *,
-    old_log_probs: Tensor | None = None,
+    old_log_probs: Tensor | TokenLogProbs | None = None,
     ref_log_probs: Tensor | None = None,
     rollout_log_probs: Tensor | None = None,
     token_weights: Tensor | None = None,
@@ -66,6 +66,8 @@ def grpo_loss(
     ``grad_scale``, ``inplace``, ``check``, ``backend`` and ``require`` change no value and are ignored. See there for
     arguments.
     """
+    if isinstance(old_log_probs, TokenLogProbs):
+        old_log_probs = old_log_probs.log_probs
     config = resolve_config(config)
     check_flag("reference.grpo_loss", "skip_zero_advantage", skip_zero_advantage)
     if type(config.weighting) not in AGGREGATIONS.values():
