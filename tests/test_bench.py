@@ -360,6 +360,7 @@ def test_what_is_drawn(monkeypatch, tmp_path, sizes, drawn):
     assert [label.get_text() for label in panels[0].get_xticklabels()] == ["1,000", "2,000", "4,000", "8,000"]
 
 
+@pytest.mark.nightly
 def test_backend_by_name(uncompiled, tmp_path, capsys, monkeypatch):
     """Ours runs on it, and every caption says so."""
     seen = []

@@ -24,6 +24,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc" / "cpu"
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [33, 5000, 32000])
+@pytest.mark.sample(triton=1)
 def test_log_probs_do_not_depend_on_the_route(backend, dtype, vocab):
     """No-grad, with grad, two passes and one pass; with unchanged weights the ratio is exactly 1."""
     case = make(batch=3, length=4, vocab=vocab, dtype=dtype, empty=False)
@@ -46,6 +47,7 @@ def test_log_probs_do_not_depend_on_the_route(backend, dtype, vocab):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 7, 1000])
 @pytest.mark.parametrize("vocab", [3, 257])
+@pytest.mark.sample(triton=1)
 def test_a_row_does_not_depend_on_its_batch(backend, dtype, rows, vocab):
     logits = (3 * torch.randn(1, rows, vocab)).to(dtype)
     ids = torch.randint(vocab, (1, rows))

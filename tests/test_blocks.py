@@ -258,7 +258,7 @@ def test_copies_and_files_are_as_of_any_tensor():
         assert holds(other)
 
 
-@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("where", ["forward", pytest.param("backward", marks=pytest.mark.nightly)])
 def test_a_compiled_step(where):
     logits = torch.zeros(1, 100, 30000, requires_grad=True)
     ids = torch.arange(100)[None]
@@ -419,7 +419,7 @@ def test_fake_tensors_take_no_block():
     assert (used(), blocks.count().kept) == (0, 0)
 
 
-@pytest.mark.parametrize("vocab", [1001, 40001])
+@pytest.mark.parametrize("vocab", [pytest.param(1001, marks=pytest.mark.nightly), 40001])
 def test_a_compiled_step_of_logits_that_lie_apart(vocab):
     """Rows of one sequence, transposed as Megatron has them: the stride of a dimension of 1 says nothing."""
     logits = torch.zeros(1, 100, vocab).transpose(0, 1).requires_grad_()

@@ -259,6 +259,7 @@ def run_in_clone(clone: Path, site: Path, *arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.nightly
 def test_a_clone_uses_the_library_of_its_own_installation(tmp_path):
     """`pip install .` leaves none in the clone, whose package `python -m` imports there; one of other sources serves
     nobody, and info says what to do."""
@@ -292,7 +293,7 @@ def test_sources_are_hashed_as_they_were_when_built(name):
     assert native.sources_hash(name) == sources_hash(name)
 
 
-@pytest.mark.parametrize("compiler", ["missing", "failing"])
+@pytest.mark.parametrize("compiler", [pytest.param("missing", marks=pytest.mark.nightly), "failing"])
 def test_wheel_without_a_working_compiler(tmp_path, compiler):
     """The installation succeeds, plain PyTorch serves, and info says why."""
     broken = tmp_path / "broken-c++"

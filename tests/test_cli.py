@@ -426,7 +426,9 @@ def test_lines_of_progress(capsys):
 GONE = [["info"], ["info", "--presets"], ["--help"], ["train", "--help"], ["--version"]]
 
 
-@pytest.mark.parametrize("arguments", GONE, ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [*GONE[:2], *(pytest.param(each, marks=pytest.mark.nightly) for each in GONE[2:])], ids=" ".join
+)
 def test_a_reader_that_is_gone_ends_a_command_quietly(arguments):
     """As of ``| head -1``: its end of the pipe is closed before anything is printed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}  # as users have it
@@ -494,7 +496,7 @@ def test_a_standard_output_that_is_full(monkeypatch, capsys):
     ("arguments", "status"),
     [
         (SMALL, 0),
-        ([each for each in SMALL if "backend" not in each], 0),  # it says which ones are left out
+        pytest.param([each for each in SMALL if "backend" not in each], 0, marks=pytest.mark.nightly),  # it says which
         (["match", "{folder}/mine.py:loss"], 0),
         (["verify", "--tokens=0"], 2),
     ],

@@ -638,9 +638,8 @@ def mutated(folder: Path, file: str, old: str, new: str) -> Path:
 
 
 @emulated
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if i == 0 else pytest.mark.nightly) for i, n in enumerate(UNDEFINED)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", UNDEFINED)
 def test_the_emulator_refuses_what_is_undefined(tmp_path, name):
     *change, words = UNDEFINED[name]
     code = """

@@ -730,6 +730,7 @@ def test_bits_with_and_without_a_gradient(backend):
     assert torch.equal(whole.entropy, old.entropy)
 
 
+@pytest.mark.sample(triton=1, cuda=2)
 @pytest.mark.parametrize("preset", ["grpo", "gspo"])
 def test_inplace_is_out_of_place(backend, preset):
     case = taught()
@@ -902,7 +903,7 @@ def test_outputs_of_token_divergence():
     )
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.nightly)])
 def test_no_graph_break(dynamic):
     """Where every size is a symbol too."""
     case = taught()

@@ -137,6 +137,7 @@ def test_is_the_loss_of_the_logits(backend, config, rows, rank):
 @pytest.mark.parametrize("on_policy", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [MANY, 128])
+@pytest.mark.sample(triton=1)
 def test_errs_no_more_than_a_materialised_head(backend, dtype, level, on_policy, rows):
     """Gradients through GEMMs: at most twice the error of eager PyTorch that upcasts its logits to fp32."""
     problem = Problem(8, 40, 64, 1500, dtype, seed=1)
@@ -209,6 +210,7 @@ def test_unrounded_logits(backend, dtype, rows, rank):
 
 
 @ranks
+@pytest.mark.sample(triton=1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_an_old_pass_has_the_same_bits(backend, dtype, rank):
     """Of the same tokens: the first step's ratio is exactly 1; a second call gives the same bits again."""

@@ -128,7 +128,7 @@ LIGER = {
 }
 
 
-SOME = ("grpo", "temperature", "gspo")
+SOME = ("grpo",)
 
 
 @pytest.mark.parametrize(

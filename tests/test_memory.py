@@ -111,13 +111,13 @@ print(peak_growth(lambda: call({budget})))
     ("megabytes", "dtype", "rank"),
     [
         (12, "bfloat16", 0),
-        (40, "float32", 0),
         (40, "float32", 8),
-        (300, "float32", 0),
         (300, "bfloat16", 0),
-        (300, "bfloat16", 8),
         pytest.param(12, "float32", 0, marks=pytest.mark.nightly),
         pytest.param(40, "bfloat16", 0, marks=pytest.mark.nightly),
+        pytest.param(40, "float32", 0, marks=pytest.mark.nightly),
+        pytest.param(300, "float32", 0, marks=pytest.mark.nightly),
+        pytest.param(300, "bfloat16", 8, marks=pytest.mark.nightly),
     ],
 )
 def test_linear_loss_keeps_to_its_budget(megabytes, dtype, rank):
@@ -151,7 +151,9 @@ print(peak_growth(call))
 
 
 @linux
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(dtype, marks=pytest.mark.nightly) for dtype in ("float32", "float16"))]
+)
 def test_an_adapter_makes_nothing_of_the_weights_size(dtype):
     """Beside a frozen weight, which is not merged: the budget, and the gradients of hidden states and adapter."""
     budget = 8 << 20

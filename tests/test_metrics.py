@@ -275,6 +275,7 @@ def test_unknown_metric():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("missing", ["nothing", "old", "ref", "rollout", "all"])
+@pytest.mark.sample(triton=1)
 def test_sums_are_pytorchs(backend, missing, dtype):
     """token_sums of C++ and Triton against backends/eager.py: fp64 sums of the same terms in another order."""
     for tokens in (0, 1, 511, 512, 513, 40_000):

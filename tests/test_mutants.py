@@ -293,6 +293,7 @@ def test_ids_of_what_failed_are_whole(tmp_path):
     assert again.returncode == 1
 
 
+@pytest.mark.nightly
 def test_an_interrupted_run_leaves_nothing_and_is_taken_up(tmp_path):
     """No process, no copy of the sources; the verdicts that were found stay, and the rest is judged."""
     known = MUTANTS["written python: gae: decay"]

@@ -139,6 +139,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
     return process.returncode, said
 
 
+@pytest.mark.nightly
 def test_an_interrupted_part_is_taken_up(tree):
     (tree / "tests" / "third waits").touch()
     process = start(tree)

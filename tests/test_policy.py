@@ -275,8 +275,13 @@ def test_other_modes(backend):
 POOLED = LossConfig(level="sequence", kl=KL(0.1), entropy_coef=0.1)
 
 
-@pytest.mark.parametrize(("config", "token_losses"), [("dapo", False), (POOLED, True)], ids=["dapo", "token_losses"])
-def test_compiled(config, token_losses):
+@pytest.mark.parametrize("engine", ["aot_eager", pytest.param("inductor", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    ("config", "token_losses"),
+    [("dapo", False), pytest.param(POOLED, True, marks=pytest.mark.nightly)],
+    ids=["dapo", "token_losses"],
+)
+def test_compiled(config, token_losses, engine):
     """In one graph, with a length that changes."""
 
     def step(log_probs, entropy, advantages, mask, old, ref):
@@ -285,7 +290,6 @@ def test_compiled(config, token_losses):
         return (out.token_losses * 0.1).sum() if token_losses else out.loss, out.metrics.vector, out.log_probs
 
     torch._dynamo.reset()
-    engine = "aot_eager" if token_losses else "inductor"  # a third of the time
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=engine)
     for length in (9, 7):
         case = make(length=length)

@@ -61,9 +61,12 @@ def counts(name: str) -> dict:
     return json.loads(executor("counts", "--json", *name.split()))[name]
 
 
-@pytest.mark.parametrize("kernels", MISSING)
-def test_quick_cases(kernels):
-    assert_no_discrepancies("quick", kernels)
+@pytest.mark.parametrize(
+    "words", [("cuda", "fused"), ("cuda", "fused_divergence"), ("bits", "cuda"), ("triton",)], ids=" ".join
+)
+def test_quick_cases(words):
+    """The passes of one sweep, which hold what those of two are made of; nightly all cases of every pass."""
+    assert_no_discrepancies("quick", *words)
 
 
 @pytest.mark.nightly
@@ -88,6 +91,7 @@ def test_counts_of_aligned_rows():
     assert found["sectors"] < 1.1
 
 
+@pytest.mark.nightly
 def test_counts_of_unaligned_rows():
     """An odd vocabulary costs little more: no bank conflicts, whole vectors, a shift of those that are summed."""
     aligned, unaligned = counts("cuda fused bf16 32000"), counts("cuda fused bf16 32001 skew1")
@@ -97,6 +101,7 @@ def test_counts_of_unaligned_rows():
     assert unaligned["instructions"]["consumers"] <= 1.15 * aligned["instructions"]["consumers"]
 
 
+@pytest.mark.nightly
 def test_counts_of_pairs():
     """A row and its teacher's are read once each, one gradient is written, in whole vectors without bank conflicts."""
     found = counts("cuda fused_divergence bf16 32000 reverse_kl")
@@ -105,7 +110,8 @@ def test_counts_of_pairs():
     assert found["wavefronts"] < 1.01
 
 
-@pytest.mark.parametrize("row", [pytest.param("bf16 151936", marks=pytest.mark.nightly), "bf16 32000"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("row", ["bf16 151936", "bf16 32000"])
 def test_settlers_are_not_the_limit(row):
     """A row's chain of dependent operations, and the exchange, beside the time that memory takes for a slice."""
     assert counts(f"settler {row}")["percent"]["H200"] <= 45

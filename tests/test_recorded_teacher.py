@@ -304,7 +304,7 @@ def test_in_place_and_losses_of_tokens():
     torch.testing.assert_close(third.grad, leaf.grad)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("dynamic", [None, pytest.param(True, marks=pytest.mark.nightly)])
 def test_one_graph(dynamic):
     """The call's temperature is a symbol where sizes are."""
     z, drawn, ids, log_q = recorded()

@@ -269,7 +269,7 @@ def running_cases(ranks: int) -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.nightly)])
 def test_levels_of_prefixes(ranks):
     """What ranks hold of a sequence before a token, and behind it."""
     check(running_cases(ranks), 1e-12, ranks)

@@ -392,7 +392,14 @@ def test_linear_is_log_probs_and_policy_loss():
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("config", [LossConfig(kl=KL(0.1)), LossConfig(level="sequence", entropy_coef=0.1)], ids=label)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(LossConfig(kl=KL(0.1)), marks=pytest.mark.nightly),
+        LossConfig(level="sequence", entropy_coef=0.1),
+    ],
+    ids=label,
+)
 def test_compiled(config):
     """grpo_loss in one graph."""
 

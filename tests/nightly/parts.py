@@ -27,6 +27,8 @@ FOLDERS = ("tests", "benchmarks", "examples", "release")
 EVERY = ("tests/conftest.py", "tests/cases.py", "constraints.txt")
 ON_TRITON, ON_CUDA = r"[\[-]triton[\]-]", r"[\[-]cuda[\]-]"
 """Ids of a backend's cases."""
+ON_NONE = r"^(?!.*[\[-](triton|cuda|cpu|torch)[\]-])(?!.*test_ops.*inductor)"
+"""Those of no backend in particular, but for those of Inductor, which have a part."""
 
 
 def reach(file: str, found: set[str]) -> None:
@@ -133,6 +135,25 @@ PARTS = {
         (*KERNELS, "csrc/**", "tests/triton_offline.py", "setup.py", "pyproject.toml"),
         r"inductor|tests/test_(?!ops)",
     ),
+    "long": Part(
+        8,
+        (
+            "test_bench",
+            "test_blocks",
+            "test_divergence",
+            "test_nightly",
+            "test_ops",
+            "test_oracle",
+            "test_policy",
+            "test_recorded_teacher",
+            "test_registration",
+            "test_rollout_kl",
+            "test_sequence_group",
+            "test_token_losses",
+        ),
+        ("grpo_kernels/**", "csrc/**", "tests/nightly/*.py"),
+        ON_NONE,
+    ),
     "fuzz": Part(
         25,
         ("test_raw_bits", "test_fuzz_abi"),
@@ -140,9 +161,9 @@ PARTS = {
     ),
     "compositions": Part(2, ("test_compositions",), (*KERNELS, "csrc/**", "tests/compositions/**")),
     "architectures": Part(2, ("test_architectures",), (*KERNELS, "csrc/cpu/**", "tests/architectures/**")),
-    "ptx": Part(20, ("test_ptx",), PTX, "test_all_cases|test_settlers"),
+    "ptx": Part(20, ("test_ptx",), PTX, "test_all_cases|test_settlers|test_counts"),
     "ptx-faults": Part(20, ("test_ptx",), PTX, "test_planted_fault"),
-    "mutants-python": Part(15, ("test_mutants",), MUTATED, r"\[python"),
+    "mutants-python": Part(15, ("test_mutants",), MUTATED, r"\[python|interrupted"),
     "mutants-written": Part(20, ("test_mutants",), MUTATED, r"\[written python"),
     "mutants-triton": Part(20, ("test_mutants",), MUTATED, r"\[(written )?triton"),
     "mutants-cpp": Part(12, ("test_mutants",), (*MUTATED, *CPU), r"\[cpp"),
