@@ -349,7 +349,7 @@ def _read_weights(
         denominator = _read_normalizer(tokens, config, denominator)
     aggregation = config.weighting
     weights = aggregation.weights(masked_in, sequences, denominator)
-    if type(aggregation) not in AGGREGATIONS.values():
+    if AGGREGATIONS.get(aggregation.name) is not type(aggregation):  # PyTorch 2.11 compiles no look through values()
         weights = _read_weights_of(tokens, aggregation, weights, sequences)
     weight = on_tokens(weights, masked_in, sequences, tokens.real)
     if config.entropy_aggregation is None:

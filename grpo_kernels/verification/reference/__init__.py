@@ -70,7 +70,7 @@ def grpo_loss(
         old_log_probs = old_log_probs.log_probs
     config = resolve_config(config)
     check_flag("reference.grpo_loss", "skip_zero_advantage", skip_zero_advantage)
-    if type(config.weighting) not in AGGREGATIONS.values():
+    if AGGREGATIONS.get(config.weighting.name) is not type(config.weighting):
         expected = "an aggregation of the package's: what one of your own computes has no truth here"
         fail("reference.grpo_loss", expected, repr(config.weighting))
     kl_coef = config.kl.coef if kl_coef is None else kl_coef
