@@ -496,7 +496,8 @@ def test_a_standard_output_that_is_full(monkeypatch, capsys):
     ("arguments", "status"),
     [
         (SMALL, 0),
-        pytest.param([each for each in SMALL if "backend" not in each], 0, marks=pytest.mark.nightly),  # it says which
+        # It says which ones are left out.
+        pytest.param([each for each in SMALL if "backend" not in each], 0, marks=pytest.mark.nightly),
         (["match", "{folder}/mine.py:loss"], 0),
         (["verify", "--tokens=0"], 2),
     ],

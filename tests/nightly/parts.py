@@ -136,7 +136,7 @@ PARTS = {
         r"inductor|tests/test_(?!ops)",
     ),
     "long": Part(
-        8,
+        2,
         (
             "test_bench",
             "test_blocks",
